@@ -1,0 +1,99 @@
+/* chat.c - a chat room: the first line is the nick name, every other line goes to all others.
+ * A reader too slow for its queue is thrown out, so that it costs the others nothing.
+ *
+ *   cc -o chat examples/chat.c
+ *   ./chat [port]                     then, in several terminals: nc 127.0.0.1 8888
+ */
+#define TCPSERVER_IMPLEMENTATION
+#include "../tcpserver.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAX_LINE 512
+
+typedef struct member {
+    char nick[32]; /* "" until it has said who it is */
+} member;
+
+static member *member_of(tsrv_stream *stream)
+{
+    return (member *)tsrv_data(stream);
+}
+
+/* Send text to everybody in the room but one. tsrv_try_write never waits, so one slow reader
+ * cannot hold up the walk. */
+static void broadcast(tsrv_stream *from, const char *text, size_t size)
+{
+    tsrv_server *server = tsrv_stream_server(from);
+    tsrv_stream *s;
+    for (s = tsrv_server_next(server, NULL); s != NULL; s = tsrv_server_next(server, s)) {
+        if (s != from && member_of(s)->nick[0] != 0 &&
+            tsrv_try_write(s, text, size) == TSRV_EFULL) {
+            tsrv_abort(s);
+        }
+    }
+}
+
+static void say(tsrv_stream *from, const char *what, const char *text, int size)
+{
+    char message[MAX_LINE + 64];
+    int used =
+        snprintf(message, sizeof(message), "%s%s%.*s\n", member_of(from)->nick, what, size, text);
+    broadcast(from, message, (size_t)used);
+}
+
+static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    member *me = member_of(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    (void)context;
+    if (me->nick[0] == 0) {
+        tsrv_printf(stream, "your name? ");
+    }
+    while ((rc = tsrv_read_until(stream, "\n", MAX_LINE, &line)) == TSRV_OK) {
+        int size = (int)strcspn(line.data, "\r\n");
+        if (me->nick[0] != 0) {
+            say(stream, ": ", line.data, size);
+        } else if (size > 0) {
+            snprintf(me->nick, sizeof(me->nick), "%.*s", size, line.data);
+            say(stream, " has joined", "", 0);
+        }
+    }
+    if (rc == TSRV_ETOOLONG) {
+        tsrv_printf(stream, "too long, good bye\n");
+        rc = 1; /* over, in good order, with a value of our own */
+    }
+    return rc;
+}
+
+/* Nobody hears a member leave before its descriptor is closed. */
+static void on_close(tsrv_stream *stream, int reason, void *context)
+{
+    (void)reason;
+    (void)context;
+    if (member_of(stream)->nick[0] != 0) {
+        say(stream, " has left", "", 0);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    int port = argc > 1 ? atoi(argv[1]) : 8888;
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    options.handle_stream = handle_stream;
+    options.on_close = on_close;
+    options.data_size = sizeof(member);
+    options.max_write_buffer_size = 64 * 1024; /* what a reader may lag behind */
+    if (tsrv_server_new(&server, &options) != TSRV_OK ||
+        tsrv_server_listen(server, port, NULL, NULL) != TSRV_OK) {
+        return 1;
+    }
+    printf("chat: listening on port %d\n", port);
+    fflush(stdout);
+    return tsrv_loop_run(NULL) == TSRV_OK ? 0 : 1;
+}

@@ -1,0 +1,6477 @@
+/*
+ * tcpserver.h 0.1.0 - Tornado's TCPServer, IOStream and IOLoop for C, in one header
+ *
+ * SPDX-License-Identifier: MIT
+ *
+ * A library for TCP servers of any protocol: a hand-written epoll / kqueue / poll loop, buffered
+ * streams with read_until and write, and handlers that are written as straight code. It needs a C
+ * compiler (gcc or clang) and a POSIX system, and nothing else. C99 and C++11.
+ *
+ * QUICK START
+ *
+ * Copy this file into your tree. In exactly one source file define TCPSERVER_IMPLEMENTATION before
+ * you include it, and include it before any libc header (or compile with -std=gnu99).
+ *
+ * A whole server; each connection is a coroutine:                                    [compiles]
+ *
+ *     #define TCPSERVER_IMPLEMENTATION
+ *     #include "tcpserver.h"
+ *
+ *     static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
+ *     {
+ *         tsrv_slice line;
+ *         int rc;
+ *         (void)address;
+ *         (void)context;
+ *         while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
+ *                (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
+ *         }
+ *         return rc;
+ *     }
+ *
+ *     int main(void)
+ *     {
+ *         tsrv_server_options options = {0};
+ *         tsrv_server *server;
+ *         options.handle_stream = handle_stream;
+ *         if (tsrv_server_new(&server, &options) != TSRV_OK ||
+ *             tsrv_server_listen(server, 8888, NULL, NULL) != TSRV_OK) {
+ *             return 1;
+ *         }
+ *         return tsrv_loop_run(NULL) == TSRV_OK ? 0 : 1;
+ *     }
+ *
+ * With options.mode = TSRV_CALLBACK the same handler is a plain function, without a stack of its
+ * own: an idle connection then costs 250 bytes. A protocol whose requests take several reads keeps
+ * its step in tsrv_data:                                                             [compiles]
+ *
+ *     typedef struct session {
+ *         size_t size; // of the message that follows; 0 = its header is to be read
+ *     } session;
+ *
+ *     static int handle_message(tsrv_stream *stream, const tsrv_address *address, void *context)
+ *     {
+ *         session *s = (session *)tsrv_data(stream); // options.data_size = sizeof(session)
+ *         tsrv_slice part;
+ *         int rc;
+ *         (void)address;
+ *         (void)context;
+ *         for (;;) {
+ *             if (s->size == 0) {
+ *                 if ((rc = tsrv_read_bytes(stream, 1, &part)) != TSRV_OK) {
+ *                     return rc; // TSRV_EAGAIN included: called again, it comes back to this read
+ *                 }
+ *                 s->size = (unsigned char)part.data[0];
+ *             }
+ *             if ((rc = tsrv_read_bytes(stream, s->size, &part)) != TSRV_OK) {
+ *                 return rc;
+ *             }
+ *             s->size = 0;
+ *             tsrv_write(stream, part.data, part.size);
+ *         }
+ *     }
+ *
+ * MODEL
+ *
+ * A call that cannot finish yet waits. In a coroutine, waiting suspends the coroutine. In a plain
+ * callback, waiting returns TSRV_EAGAIN; the handler returns it, is called again when there is
+ * news, and repeats the same call. So there is one set of functions for both.
+ *
+ *   - Where a call is made decides. A coroutine (a handler in coroutine mode, or what tsrv_spawn
+ *     runs) waits on any stream. A callback-mode handler waits on its own stream only. Everywhere
+ *     else (timers, posts, signals, another stream's callback) nothing waits: TSRV_EAGAIN there
+ *     means "not now". tsrv_sleep and tsrv_wait_fd need a coroutine.
+ *   - Reads wait; writes are taken: sent or copied as a whole, in the order of the calls. A
+ *     coroutine then pauses in the write while more than write_high_water is unsent; a
+ *     callback-mode handler pays in its next read.
+ *   - What the handler returns decides: TSRV_EAGAIN keeps the connection, everything else ends it,
+ *     after the queued output was sent. It cannot leak a connection.
+ *   - Reading and writing end separately: TSRV_EOF ends reading only, and the answer still goes.
+ *     A reset ends both, after what came before it was read. tsrv_close and tsrv_abort end every
+ *     call at once. A refused or stalled write ends the stream, and the next read says so: the
+ *     result of a write may be ignored.
+ *   - Nothing ever calls the program back from inside a library call.
+ *
+ * RULES
+ *
+ *   Threads    A loop, its servers and its streams belong to the thread that runs the loop. Only
+ *              tsrv_loop_post may be called from another one. One loop per thread scales.
+ *   Forks      Fork before the first loop exists. A child that uses its parent's loop is refused.
+ *              A child forked inside a callback must exec or _exit.
+ *   Ownership  The library owns streams: a server's stream is valid until its handler and on_close
+ *              have returned. Timers, watches and signals are the caller's memory; stop them first.
+ *              Options are copied. Slices are borrowed until the next read.
+ *   Errors     Every function returns TSRV_OK (0) or a negative code: -errno, or one of TSRV_E...;
+ *              tsrv_strerror knows both. Out of memory is a code too, never an exit.
+ *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
+ *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
+ *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
+ *   C++        Coroutines must not be left by an exception: catch inside the handler.
+ *   Stacks     256 KiB of address space each, touched as needed, with a guard page: an overflow
+ *              is a SIGSEGV. Hardware shadow stacks need TSRV_USE_UCONTEXT. The floating point
+ *              environment (rounding, exception masks) is not switched.
+ *
+ * CONFIGURATION
+ *
+ * Macros, defined before the include; all but TSRV_API matter in the implementing file only, and
+ * none changes a declaration or a layout.
+ *
+ *   TCPSERVER_IMPLEMENTATION      emit the code, in exactly one file
+ *   TSRV_STATIC                   make the public functions static in that file
+ *   TSRV_API                      how they are declared; default extern
+ *   TSRV_ASSERT(condition)        for broken invariants; default assert
+ *   TSRV_MALLOC(size), TSRV_REALLOC(pointer, size), TSRV_FREE(pointer)
+ *                                 all three or none
+ *   TSRV_LOG(level, message)      where log lines go, instead of tsrv_set_log
+ *   TSRV_SYS(name, arguments)     how system calls are made; default name arguments
+ *   TSRV_NO_EPOLL, TSRV_NO_KQUEUE leave a backend out
+ *   TSRV_NO_COROUTINES            callback mode only; the waiting calls return TSRV_ENOTSUP
+ *   TSRV_USE_UCONTEXT             switch stacks by ucontext instead of by hand
+ *   TSRV_VALGRIND                 tell Valgrind about stacks (needs valgrind/valgrind.h)
+ *
+ * CONTENTS, in the order of the layers; search for the tag
+ *
+ *     >>api         declarations
+ *     >>platform    what the system offers, and the seams
+ *     >>util        codes, log, clock
+ *     >>list        doubly linked list
+ *     >>chunk       received bytes
+ *     >>queue       bytes and file ranges to send
+ *     >>heap        timers, the earliest first
+ *     >>backend     the seam to epoll, kqueue and poll
+ *     >>epoll       Linux
+ *     >>kqueue      macOS and the BSDs
+ *     >>poll        everywhere
+ *     >>switch      stacks, and the jump from one to another
+ *     >>loop        turns, tasks, timers, watches, posts, signals
+ *     >>coroutine   functions that can wait
+ *     >>socket      addresses, listening sockets
+ *     >>stream      one connection
+ *     >>server      listeners, accepting
+ *     >>ends        freeing servers and loops
+ *     >>history     what changed
+ *     >>license     MIT
+ */
+#ifndef TCPSERVER_H
+#define TCPSERVER_H
+
+#if defined(_WIN32)
+#error "tcpserver.h needs POSIX sockets and fork: it does not build on Windows (WSL works)"
+#endif
+
+/* With the implementation in this file, Linux has to show accept4 and its kin. This only works
+ * before the first libc header; where it comes too late the code below has fallbacks. */
+#if defined(TCPSERVER_IMPLEMENTATION) && defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define TSRV_VERSION_MAJOR 0
+#define TSRV_VERSION_MINOR 1
+#define TSRV_VERSION_PATCH 0
+#define TSRV_VERSION "0.1.0"
+#define TSRV_VERSION_NUM \
+    (TSRV_VERSION_MAJOR * 10000 + TSRV_VERSION_MINOR * 100 + TSRV_VERSION_PATCH)
+
+/* How the public functions are linked: `static` with TSRV_STATIC (in the implementing file), else
+ * what TSRV_API says, for example a visibility attribute. */
+#ifndef TSRV_API
+#ifdef TSRV_STATIC
+#define TSRV_API static __attribute__((unused))
+#else
+#define TSRV_API extern
+#endif
+#endif
+
+#if defined(__GNUC__)
+#define TSRVI_PRINTF(text, first) __attribute__((format(printf, text, first)))
+#else
+#define TSRVI_PRINTF(text, first)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ============================================================================
+ * >>api  Declarations
+ *
+ * Unless a comment says otherwise: a function is called on the loop's thread
+ * (before the loop runs, the thread that will run it), also from inside any
+ * callback, handler or coroutine; no pointer is kept after it returns; NULL is
+ * not allowed; it returns TSRV_OK (0) or a negative code. Durations are
+ * milliseconds, sizes are bytes.
+ * ==========================================================================*/
+
+/* Switches a time off, wherever a time is asked for. SIZE_MAX does so for a size. */
+#define TSRV_NEVER (-1)
+
+/* The library's own codes, from -10001 down; everything else negative is -errno. */
+#define TSRVI_CODES(X)                                                           \
+    X(TSRV_EAGAIN, -10001, "not now: it would wait")                             \
+    X(TSRV_EOF, -10002, "the peer has sent all it will send")                    \
+    X(TSRV_ECLOSED, -10003, "closed on this side")                               \
+    X(TSRV_ETIMEOUT, -10004, "timed out")                                        \
+    X(TSRV_ETOOLONG, -10005, "longer than allowed")                              \
+    X(TSRV_EFULL, -10006, "the output queue is full")                            \
+    X(TSRV_EBUSY, -10007, "in use already")                                      \
+    X(TSRV_EINVAL, -10008, "not allowed with these arguments, or not from here") \
+    X(TSRV_ENOTSUP, -10009, "not supported here, or not compiled in")            \
+    X(TSRV_ERESOLVE, -10010, "the host name cannot be resolved")                 \
+    X(TSRV_ETLS, -10011, "TLS failed")                                           \
+    X(TSRV_EPROXY, -10012, "the PROXY header is missing or malformed")           \
+    X(TSRV_ERESTARTS, -10013, "too many worker restarts")                        \
+    X(TSRV_EPARENT, -10014, "this is the parent, and all its workers have ended well")
+
+/* What functions return. */
+enum {
+    TSRV_OK = 0, /* done */
+#define TSRVI_ENUMERATOR(name, value, text) name = value,
+    TSRVI_CODES(TSRVI_ENUMERATOR)
+#undef TSRVI_ENUMERATOR
+};
+
+/* How a server runs its handlers (tsrv_server_options.mode). */
+enum {
+    TSRV_COROUTINE = 0, /* each handler on a stack of its own; a call that must wait suspends it */
+    TSRV_CALLBACK = 1   /* a plain function; a call that must wait returns TSRV_EAGAIN */
+};
+
+/* Ways to wait for descriptors (tsrv_loop_options.backend). */
+enum {
+    TSRV_BACKEND_BEST = 0,   /* the first of the following that the system has */
+    TSRV_BACKEND_EPOLL = 1,  /* Linux */
+    TSRV_BACKEND_KQUEUE = 2, /* macOS and the BSDs */
+    TSRV_BACKEND_POLL = 3    /* everywhere; the cost of a turn grows with the descriptors */
+};
+
+/* What a descriptor can be ready for; bits. */
+enum {
+    TSRV_READABLE = 1, /* a read will not block: data, the end of the input, or an error */
+    TSRV_WRITABLE = 2  /* a write will not block, or fails */
+};
+
+/* How much a log message matters. */
+enum {
+    TSRV_LOG_ERROR = 1,   /* something that was asked for did not happen */
+    TSRV_LOG_WARNING = 2, /* the server goes on, but somebody should know */
+    TSRV_LOG_INFO = 3     /* for the curious; the default logger does not print these */
+};
+
+typedef struct tsrv_loop tsrv_loop;     /* waits for events and runs what waits for them (IOLoop) */
+typedef struct tsrv_server tsrv_server; /* listeners and the streams they accepted (TCPServer) */
+typedef struct tsrv_stream tsrv_stream; /* one connection with its buffers (IOStream) */
+
+/* Bytes that a read hands out: borrowed, never freed by the caller. data[size] is 0 and not
+ * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream is
+ * called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not touch it.
+ * After a read that failed it is "" with size 0. */
+typedef struct tsrv_slice {
+    const char *data; /* never NULL after a read */
+    size_t size;      /* bytes */
+} tsrv_slice;
+
+/* The address of a socket: a plain value, copy it to keep it. */
+typedef struct tsrv_address {
+    uint64_t storage[16]; /* `size` bytes of a struct sockaddr */
+    uint32_t size;        /* bytes in use; 0 = unknown */
+} tsrv_address;
+
+/* Bytes that hold every text that tsrv_address_format writes, its final 0 included. */
+#define TSRV_ADDRESS_SIZE 128
+
+/* A connection's program: called when it has been accepted, in coroutine mode once, in callback
+ * mode again whenever what it waits for is ready. Source: TCPServer.handle_stream. address  the
+ * peer; valid during this call, copy it to keep it context  tsrv_server_options.context What it
+ * returns decides: TSRV_EAGAIN = keep the connection and call me again; everything else = over:
+ * queued output is flushed, the connection is closed, on_close gets the value. A negative value is
+ * logged, unless it is TSRV_EOF, TSRV_ECLOSED, TSRV_ETIMEOUT or the peer's reset. */
+typedef int (*tsrv_handler)(tsrv_stream *stream, const tsrv_address *address, void *context);
+
+/* Called by the loop, never from inside the call that registered it. */
+typedef void (*tsrv_callback)(void *context);
+
+/* As tsrv_callback, for a watch: events is TSRV_READABLE, TSRV_WRITABLE or both. */
+typedef void (*tsrv_watch_callback)(int events, void *context);
+
+/* Receives each log message: one line without its newline. It must not call the library. */
+typedef void (*tsrv_log_function)(int level, const char *message, void *context);
+
+/* Finds the end of the first message for tsrv_read_until_match; it cannot wait.
+ *   data     what has arrived; data[size] is 0
+ *   size     bytes in data, at least 1
+ * Returns the size of the first message when all of it is there; 0 when it cannot tell yet; more
+ * than `size` to be asked again when that many bytes are there; SIZE_MAX when the input is
+ * malformed. */
+typedef size_t (*tsrv_match)(const char *data, size_t size, void *context);
+
+/* ---- codes, version, log ---------------------------------------------------*/
+
+/* The text of a code: the library's own, or the system's for -errno. Never NULL. The library's
+ * texts are constants; the system's may be overwritten by the next call. Any thread. */
+TSRV_API const char *tsrv_strerror(int code);
+
+/* The version of the implementation, to compare with TSRV_VERSION. Any thread. */
+TSRV_API const char *tsrv_version(void);
+
+/* Send log messages elsewhere; by default errors and warnings go to stderr. For the whole process:
+ * call it before the first loop runs.
+ *   function  NULL = the default again
+ *   context   handed to it */
+TSRV_API void tsrv_set_log(tsrv_log_function function, void *context);
+
+/* ---- loop (IOLoop) ---------------------------------------------------------*/
+
+typedef struct tsrv_loop_options {
+    int backend; /* TSRV_BACKEND_...; 0 = the best there is */
+} tsrv_loop_options;
+
+/* The loop that runs on this thread, else the thread's own, which is made on first use and lives
+ * until tsrv_loop_free. NULL when it cannot be made (out of memory or of descriptors), or when this
+ * process is a fork of the one that made it. Any thread. Source: IOLoop.current. */
+TSRV_API tsrv_loop *tsrv_loop_current(void);
+
+/* Make a loop. A NULL loop argument elsewhere means tsrv_loop_current(), so most programs never
+ * call this. options  NULL = all defaults Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that
+ * backend), -ENOMEM, -EMFILE and the like; then *loop is NULL. Any thread; the loop belongs to the
+ * thread that runs it. */
+TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
+
+/* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are aborted,
+ * and the loop turns until nothing can run; what still waits then is dropped where it stands, and
+ * logged. Servers on this loop stop and are freed by the caller, before or after. loop  NULL = this
+ * thread's own, if there is one Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
+TSRV_API int tsrv_loop_free(tsrv_loop *loop);
+
+/* Run until tsrv_loop_stop, or until nothing is left but signal watches: no listener, stream,
+ * timer, watch, coroutine or posted callback. A stop that came before makes it return at once.
+ * Source: IOLoop.start. Returns TSRV_OK; TSRV_EBUSY when it runs already; TSRV_EINVAL in a fork of
+ * the process that made the loop; -errno when the backend fails (-EBADF: somebody closed its
+ * descriptor). */
+TSRV_API int tsrv_loop_run(tsrv_loop *loop);
+
+/* Run one turn: wait for events, at most timeout_ms, and handle them.
+ *   timeout_ms  0 = do not wait; TSRV_NEVER = until something happens
+ * Returns a positive value when something can still happen, 0 when nothing is left, or as
+ * tsrv_loop_run. */
+TSRV_API int tsrv_loop_run_once(tsrv_loop *loop, int timeout_ms);
+
+/* Make tsrv_loop_run return after the current turn; before a run, the next one. Loop's thread: from
+ * another one post a callback that calls it. */
+TSRV_API void tsrv_loop_stop(tsrv_loop *loop);
+
+/* To embed the loop in another one: a descriptor that is readable when tsrv_loop_run_once(loop, 0)
+ * has events to handle. Timers are not in it: see tsrv_loop_timeout_ms. The loop owns it. Returns
+ * it, or TSRV_ENOTSUP with the poll backend. */
+TSRV_API int tsrv_loop_fd(tsrv_loop *loop);
+
+/* How long the outer loop may sleep before it calls tsrv_loop_run_once; ask last before sleeping.
+ * Returns milliseconds, rounded up; 0 = there is work now; -1 = no limit. */
+TSRV_API int tsrv_loop_timeout_ms(tsrv_loop *loop);
+
+/* The loop's monotonic clock, read once a turn; only differences mean something. */
+TSRV_API int64_t tsrv_loop_now_ms(tsrv_loop *loop);
+
+/* Which backend it uses: TSRV_BACKEND_EPOLL, TSRV_BACKEND_KQUEUE or TSRV_BACKEND_POLL. */
+TSRV_API int tsrv_loop_backend(tsrv_loop *loop);
+
+/* Have the loop call callback(context), after those posted before; wakes it when it sleeps. From
+ * any thread, as long as the loop exists; not from a signal handler: see tsrv_signal_start. A loop
+ * freed before drops it. Source: IOLoop.add_callback. loop  from another thread than the loop's
+ * never NULL Returns TSRV_OK, -ENOMEM, or TSRV_EINVAL in a fork of the process that made the loop.
+ */
+TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *context);
+
+/* Private to the library, here because tsrv_timer contains it. */
+typedef struct tsrvi_timer {
+    uint64_t due; /* nanoseconds of the monotonic clock */
+    void (*fire)(struct tsrvi_timer *);
+    uint32_t sequence; /* orders equal times: first started, first fired */
+    uint32_t position; /* in the heap, from 1; 0 = not armed */
+} tsrvi_timer;
+
+/* A timer; the caller's memory, {0} at first, stopped before it goes. All fields private. */
+typedef struct tsrv_timer {
+    tsrvi_timer node;
+    tsrv_loop *loop;
+    tsrv_callback callback;
+    void *context;
+} tsrv_timer;
+
+/* Call callback(context) once, delay_ms from now and never earlier; timers due at the same time
+ * fire in the order of their start. Starting an armed timer changes it; to repeat, start it again
+ * in the callback. Source: IOLoop.call_later. delay_ms  0 = in the next turn Returns TSRV_OK,
+ * -ENOMEM, TSRV_EINVAL (negative delay, or a forked child). */
+TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
+                              tsrv_callback callback, void *context);
+
+/* Disarm a timer: it will not fire, also when it is due in this turn. Not armed: nothing happens.
+ * Source: IOLoop.remove_timeout. */
+TSRV_API void tsrv_timer_stop(tsrv_timer *timer);
+
+/* Private to the library, here because tsrv_watch contains it. */
+typedef struct tsrvi_io {
+    int fd;           /* -1 = none */
+    uint8_t interest; /* what the backend was asked for; 0 = not registered */
+    void (*on_event)(struct tsrvi_io *, int events);
+} tsrvi_io;
+
+/* A watch on a descriptor; the caller's memory, {0} at first, stopped before it or the descriptor
+ * goes. All fields private. */
+typedef struct tsrv_watch {
+    tsrvi_io io;
+    tsrv_loop *loop;
+    tsrv_watch_callback callback;
+    void *context;
+} tsrv_watch;
+
+/* Call callback(events, context) in every turn in which fd is ready (level-triggered). Starting an
+ * active watch changes it. Errors and hang-ups are reported as the events asked for. Source:
+ * IOLoop.add_handler. fd      any descriptor that the backend can wait for; stays the caller's
+ *   events  TSRV_READABLE, TSRV_WRITABLE or both
+ * Returns TSRV_OK, TSRV_EBUSY (something else in this loop waits for fd), TSRV_EINVAL (bad
+ * arguments, or a forked child), -ENOMEM, -EBADF, -EPERM (a regular file with epoll). */
+TSRV_API int tsrv_watch_start(tsrv_loop *loop, tsrv_watch *watch, int fd, int events,
+                              tsrv_watch_callback callback, void *context);
+
+/* End a watch: no callback any more, also when its event is already in this turn's batch. Not
+ * active: nothing happens. Source: IOLoop.remove_handler. */
+TSRV_API void tsrv_watch_stop(tsrv_watch *watch);
+
+/* A signal watch; the caller's memory, {0} at first, stopped before it goes. All fields private. */
+typedef struct tsrv_signal {
+    int signo; /* 0 = not active */
+    tsrv_loop *loop;
+    struct tsrv_signal *next;
+    tsrv_callback callback;
+    void *context;
+} tsrv_signal;
+
+/* Call callback(context) from the loop after the process has received signo; several receptions
+ * before the loop looks are one call. The process's own handler is put back when the last watch on
+ * signo stops. A signal belongs to one loop; in that loop it may have many watches. It does not
+ * keep the loop running. Returns TSRV_OK, TSRV_EBUSY (another loop watches signo), TSRV_EINVAL (no
+ * such signal, or a forked child), -errno of sigaction (SIGKILL, SIGSTOP). */
+TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
+                               tsrv_callback callback, void *context);
+
+/* End a signal watch. Not active: nothing happens. */
+TSRV_API void tsrv_signal_stop(tsrv_signal *signal);
+
+/* Run a function as a coroutine, from the loop's next turn on. It may use every call that waits.
+ * Source: IOLoop.spawn_callback.
+ * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (compiled with TSRV_NO_COROUTINES), TSRV_EINVAL (a forked
+ * child). */
+TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context);
+
+/* Wait; other coroutines run meanwhile. In a coroutine only. Source: gen.sleep.
+ *   delay_ms  0 = let the others go first, once
+ * Returns TSRV_OK; TSRV_ECLOSED when the loop is being freed; TSRV_EINVAL outside a coroutine, or
+ * for a negative delay. */
+TSRV_API int tsrv_sleep(int delay_ms);
+
+/* Wait until a descriptor is ready: how a database or DNS client joins in. In a coroutine only.
+ *   fd          stays the caller's; must not be a stream's
+ *   events      TSRV_READABLE, TSRV_WRITABLE or both: any of them
+ *   timeout_ms  0 = only look; TSRV_NEVER
+ * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EBUSY (something else in this loop waits for fd),
+ * TSRV_ECLOSED (the loop is being freed), TSRV_EINVAL outside a coroutine, or as tsrv_watch_start.
+ */
+TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms);
+
+/* ---- sockets (netutil) -----------------------------------------------------*/
+
+typedef struct tsrv_bind_options {
+    int family;      /* AF_INET, AF_INET6; 0 = both */
+    int backlog;     /* connections the kernel queues; 0 = 128 */
+    bool reuse_port; /* SO_REUSEPORT: several processes bind the same port, each with its own queue
+                      */
+    unsigned unix_mode; /* permissions of a unix socket; 0 = 0600 */
+} tsrv_bind_options;
+
+/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only, IPv4
+ * first. With port 0 the kernel chooses one port, the same for all of them. Source:
+ * netutil.bind_sockets. port      0 to 65535; not used for unix paths address   a name or number;
+ * "localhost"; "unix:/path", "unix:@abstract"; NULL or "" = every interface options   NULL = all
+ * defaults fds       receives them; the caller closes them or hands them to tsrv_server_add_sockets
+ *   capacity  how many fit: 2 suffice but for names with many addresses
+ * Returns how many, at least 1; TSRV_ERESOLVE; TSRV_EINVAL (bad port, or more than capacity);
+ * -EADDRINUSE, -EACCES and the like; after an error none is open. A name that is not a number is
+ * looked up by getaddrinfo, which blocks. Any thread, before and after a fork. */
+TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
+                               int *fds, int capacity);
+
+/* Make one listening unix socket. A socket file that nobody serves is replaced; a live one is
+ * -EADDRINUSE and any other file -EEXIST. The file is not removed when the socket is closed.
+ * Source: netutil.bind_unix_socket. path  of the file; "@name" = Linux's abstract name space fd
+ * receives it Returns TSRV_OK, -ENAMETOOLONG, or as above. */
+TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd);
+
+/* Write an address as text: "127.0.0.1:80", "[::1]:80", "unix:/run/x", "unix:@name", "unix:"
+ * (unnamed). size  of buffer; TSRV_ADDRESS_SIZE always suffices, less cuts the text Returns buffer.
+ * Any thread. */
+TSRV_API char *tsrv_address_format(const tsrv_address *address, char *buffer, size_t size);
+
+/* The port in host byte order, or 0 when the address has none. Any thread. */
+TSRV_API int tsrv_address_port(const tsrv_address *address);
+
+/* AF_INET, AF_INET6 or AF_UNIX; 0 = unknown. Any thread. */
+TSRV_API int tsrv_address_family(const tsrv_address *address);
+
+/* ---- server (TCPServer) ----------------------------------------------------*/
+
+/* 0 is the default named behind each; TSRV_NEVER switches a time off, SIZE_MAX a size. */
+typedef struct tsrv_server_options {
+    int mode;                   /* TSRV_COROUTINE (0) or TSRV_CALLBACK */
+    tsrv_handler handle_stream; /* required */
+    /* Called once for every stream whose handler was entered, last of all, after its descriptor is
+     * closed; NULL = not wanted. reason: the error that ended the stream, else what the handler
+     * returned. In it only tsrv_data and the getters may be used. */
+    void (*on_close)(tsrv_stream *stream, int reason, void *context);
+    /* Called once in each process that accepts, from its loop, before the first connection; NULL =
+     * not wanted. The place for timers, and to learn the port of listen(0). */
+    void (*on_start)(tsrv_server *server, void *context);
+    void *context;                /* handed to all of them */
+    tsrv_loop *loop;              /* NULL = the thread's, at the first listen or add_sockets */
+    size_t data_size;             /* zeroed bytes for each stream: tsrv_data; 0 = none */
+    size_t max_buffer_size;       /* unread input of a stream; 0 = 1 MiB */
+    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; at most half of the above */
+    size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
+    size_t write_high_water; /* unsent output above which a writer waits; 0 = 256 KiB; at most the
+                                above */
+    size_t stack_size;       /* of a coroutine, reserved, touched as needed; 0 = 256 KiB */
+    int max_connections;     /* open streams above which the listeners pause; 0 = no limit */
+    int idle_timeout_ms;     /* no byte either way while a handler waits in a read; 0 = off */
+    int read_timeout_ms;     /* a whole read; 0 = off */
+    int write_timeout_ms;    /* unsent output and no byte of it taken for so long; 0 = 60 s */
+    int close_timeout_ms;    /* after the last byte and FIN, to wait for the peer's; 0 = 5 s */
+    bool nagle;              /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
+    bool keep_alive;         /* SO_KEEPALIVE */
+} tsrv_server_options;
+
+/* Counters of one server. */
+typedef struct tsrv_stats {
+    uint64_t accepted;      /* connections taken, add_stream included */
+    uint64_t open;          /* streams whose descriptor is open now */
+    uint64_t closed;        /* streams whose descriptor has been closed */
+    uint64_t bytes_in;      /* received */
+    uint64_t bytes_out;     /* taken by the kernel */
+    uint64_t accept_pauses; /* times the listeners paused: max_connections, or the system was out of
+                               something */
+    uint64_t accept_errors; /* connections lost between the peer's connect and our accept */
+} tsrv_stats;
+
+/* Make a server. No loop and no descriptor is touched, so it may be made before a fork.
+ *   options  copied; handle_stream is required
+ * Returns TSRV_OK, TSRV_EINVAL, -ENOMEM, TSRV_ENOTSUP (coroutine mode, compiled without); *server
+ * is then NULL. */
+TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options);
+
+/* Stop listening, abort what is open, free. Outside the loop it returns after the last on_close;
+ * inside it goes on in later turns, and the server is not to be used any more. NULL: nothing
+ * happens. */
+TSRV_API void tsrv_server_free(tsrv_server *server);
+
+/* Bind, listen and accept, at once; may be called many times. A failure is logged. Source:
+ * TCPServer.listen. Arguments and codes as tsrv_bind_sockets, and -ENOMEM; after an error nothing
+ * of this call listens. options  NULL = all defaults */
+TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
+                                const tsrv_bind_options *options);
+
+/* Accept on sockets that listen already: from tsrv_bind_sockets, from a parent, from systemd. Takes
+ * them over (they are made non-blocking, and closed by tsrv_server_stop), also when it fails, then
+ * closing them. Source: TCPServer.add_sockets. Returns TSRV_OK, TSRV_EINVAL (not a listening stream
+ * socket), -EBADF, -ENOMEM. */
+TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count);
+
+/* Serve a connected stream socket as if it had been accepted: inetd, descriptor passing, socketpair
+ * in tests. The handler is called from the loop. Takes fd over, also when it fails. Source:
+ * IOStream(socket). Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
+TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
+
+/* Stop listening: the listeners are closed, streams go on. Again: nothing happens; a later listen
+ * works. Source: TCPServer.stop. */
+TSRV_API void tsrv_server_stop(tsrv_server *server);
+
+/* What was bound: listen(0)'s port.
+ *   index  0 for the first listener, and so on
+ * Returns TSRV_OK; TSRV_EINVAL when there is no such listener; -errno of getsockname. */
+TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address);
+
+/* Walk the open streams: for (s = tsrv_server_next(v, NULL); s != NULL; s = tsrv_server_next(v,
+ * s)). Streams that are being closed are left out; closing s is fine; do not wait inside the walk.
+ *   stream  NULL = the first
+ * Returns the next, or NULL. */
+TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream);
+
+/* Copy the counters. */
+TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
+
+/* ---- stream: reads (IOStream) ----------------------------------------------
+ *
+ * All of them:
+ *   max_bytes  the longest result; 0 = the server's max_buffer_size, and never more than that
+ *   slice      receives the bytes; NULL = drop what is read, of any size
+ * Return TSRV_OK; TSRV_EOF (the peer will send no more, and what is there does not make a result);
+ * TSRV_ETIMEOUT (the read, the deadline or the idle time is over); TSRV_ETOOLONG; TSRV_EBUSY
+ * (another coroutine reads this stream); TSRV_EINVAL; TSRV_ECLOSED (closed on this side);
+ * -ECONNRESET and the like, after the bytes before it were read; the error of a write that ended
+ * the stream; TSRV_EAGAIN where the call cannot wait: in callback mode the handler returns it, is
+ * called again when there is news, and repeats the same call. Failing reads consume nothing. One
+ * read at a time. */
+
+/* Read until a delimiter; the slice ends with it. TSRV_ETOOLONG when it ends behind max_bytes, or
+ * when more than max_bytes are there without it; they can still be read, or dropped. Source:
+ * IOStream.read_until. delimiter  a C string, not empty */
+TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
+                             tsrv_slice *slice);
+
+/* The same with a delimiter that may contain 0.
+ *   delimiter_size  at least 1 */
+TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, size_t delimiter_size,
+                                 size_t max_bytes, tsrv_slice *slice);
+
+/* Read the first message that match finds: your own framing, with no state between calls.
+ *   match    see tsrv_match; more than max_bytes (SIZE_MAX: malformed) is TSRV_ETOOLONG at once
+ *   context  handed to match */
+TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
+                                   size_t max_bytes, tsrv_slice *slice);
+
+/* Read exactly count bytes. Source: IOStream.read_bytes.
+ *   count  0 = an empty slice at once; more than max_buffer_size: TSRV_ETOOLONG, unless slice is
+ * NULL */
+TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slice);
+
+/* Read what is there, at least 1 byte. Source: IOStream.read_bytes(partial=True). */
+TSRV_API int tsrv_read_some(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice);
+
+/* Read exactly size bytes into the caller's memory, of any size, without a second copy. Source:
+ * IOStream.read_into. In callback mode the buffer must stay where it is and be the same when the
+ * call is repeated, else TSRV_EINVAL. */
+TSRV_API int tsrv_read_into(tsrv_stream *stream, void *buffer, size_t size);
+
+/* Read all until the peer ends its output; then the result may be empty. Source:
+ * IOStream.read_until_close. A reset is an error here, not an end: the bytes are still there. */
+TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice);
+
+/* ---- stream: writes --------------------------------------------------------
+ *
+ * What is written is collected, and sent when the handler waits or returns. A write is taken as a
+ * whole and in the order of the calls, or refused; it never returns TSRV_EAGAIN. A coroutine then
+ * waits inside it while more than write_high_water is unsent; a callback-mode handler waits in its
+ * next read instead. A refused write ends the stream, both ways and at once, so its result may be
+ * ignored: the next read returns it. Return TSRV_OK; TSRV_EFULL (more than max_write_buffer_size
+ * would be unsent); -ENOMEM; TSRV_ECLOSED (tsrv_close, tsrv_abort or tsrv_shutdown was called);
+ * TSRV_ETIMEOUT (the peer took nothing for write_timeout_ms); -EPIPE, -ECONNRESET and the like.
+ * SIGPIPE is never raised. */
+
+/* Write bytes; afterwards data is the caller's again. Source: IOStream.write.
+ *   size  0 = nothing happens, but the stream's state is returned; more than max_write_buffer_size:
+ * a coroutine has it taken in pieces, with no other write between them, and must leave data alone
+ * until the call returns */
+TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
+
+/* Write if there is room, and never wait: for broadcasts. What was queued before is sent first, if
+ * the peer takes it. Returns as above, but TSRV_EFULL leaves the stream as it was, with nothing of
+ * data in it. */
+TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size);
+
+/* Write several pieces as one. */
+TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count);
+
+/* Write formatted text, without a limit of its own. TSRV_EINVAL: the format failed. */
+TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...) TSRVI_PRINTF(2, 3);
+
+/* Write a part of a file; it does not count against max_write_buffer_size. A file that turns out
+ * shorter ends the stream with -EIO. In a coroutine it waits like any write, in callback mode the
+ * next read does. fd      a regular file; a duplicate is kept while needed, so it may be closed at
+ * once offset  of the first byte size    bytes; 0 = nothing happens Returns as tsrv_write,
+ * TSRV_EINVAL, -EBADF, -EMFILE. */
+TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size);
+
+/* Wait until the kernel has taken all that was written. Source: awaiting IOStream.write.
+ * Returns as a write, and TSRV_EAGAIN where the call cannot wait. */
+TSRV_API int tsrv_flush(tsrv_stream *stream);
+
+/* ---- stream: ends ----------------------------------------------------------*/
+
+/* End our output: FIN follows what is queued. Does not wait; later writes return TSRV_ECLOSED;
+ * reading goes on. Returns TSRV_OK, again too; or the error that ended the output before. */
+TSRV_API int tsrv_shutdown(tsrv_stream *stream);
+
+/* Close: every call on the stream, also one that waits, returns TSRV_ECLOSED at once; queued output
+ * is sent in the background, then FIN, then input is dropped until the peer's end or
+ * close_timeout_ms, so that the answer is not turned into a reset. The stream stays valid until its
+ * handler and on_close have returned. Source: IOStream.close. Returns TSRV_OK, again too. */
+TSRV_API int tsrv_close(tsrv_stream *stream);
+
+/* Close with a reset, at once; unsent output is dropped. Else as tsrv_close. */
+TSRV_API int tsrv_abort(tsrv_stream *stream);
+
+/* ---- stream: waiting for something else ------------------------------------*/
+
+/* Wait for tsrv_wake(stream), in both modes: the end of a helper coroutine, a thread's result, or
+ * simply time. The stream's end wakes too, once: check the condition in a loop. timeout_ms  0 =
+ * only look; TSRV_NEVER Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
+TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
+
+/* End every tsrv_wait on the stream; with none, the next one. Loop's thread: from others by
+ * tsrv_loop_post. */
+TSRV_API void tsrv_wake(tsrv_stream *stream);
+
+/* ---- stream: state ---------------------------------------------------------*/
+
+/* The stream's own bytes, data_size of them, zeroed at first, aligned for every type; NULL when
+ * data_size is 0. Freed after on_close. */
+TSRV_API void *tsrv_data(tsrv_stream *stream);
+
+/* Have another handler called from the next call on: a state machine in callback mode, a protocol
+ * switch. */
+TSRV_API void tsrv_set_handler(tsrv_stream *stream, tsrv_handler handler);
+
+/* TCP_NODELAY on or off; no effect on unix sockets. Source: IOStream.set_nodelay.
+ * Returns TSRV_OK, TSRV_ECLOSED, -errno of setsockopt. */
+TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on);
+
+/* Limit calls that begin from now on.
+ *   read_ms   a whole read; one byte a second does not extend it; then TSRV_ETIMEOUT, and the
+ * stream goes on write_ms  unsent output of which no byte is taken for so long; then the stream
+ * ends with TSRV_ETIMEOUT 0 = the server's; TSRV_NEVER. */
+TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms);
+
+/* Limit all reads and waits from now on together: they return TSRV_ETIMEOUT once it has passed,
+ * until it is set again. delay_ms  from now; 0 or TSRV_NEVER = no deadline */
+TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms);
+
+/* The peer's address, kept from accept. Returns TSRV_OK. */
+TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address);
+
+/* Our own address. Returns TSRV_OK, TSRV_ECLOSED, -errno of getsockname. */
+TSRV_API int tsrv_local_address(tsrv_stream *stream, tsrv_address *address);
+
+/* The descriptor, for socket options only; -1 when closed. */
+TSRV_API int tsrv_fd(tsrv_stream *stream);
+
+/* The error that ended the stream: -errno, TSRV_ETIMEOUT, TSRV_EFULL; TSRV_OK while it is open or
+ * has ended in good order (the peer's end, our close). Source: IOStream.error. */
+TSRV_API int tsrv_error(tsrv_stream *stream);
+
+/* Bytes received and not yet read. */
+TSRV_API size_t tsrv_unread_size(tsrv_stream *stream);
+
+/* Bytes written and not yet taken by the kernel, those of files included. */
+TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream);
+
+/* The server that accepted the stream. */
+TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream);
+
+/* The loop that it belongs to. */
+TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* TCPSERVER_H */
+
+#if defined(TCPSERVER_IMPLEMENTATION) && !defined(TSRVI_IMPLEMENTED)
+#define TSRVI_IMPLEMENTED
+
+/* ============================================================================
+ * >>platform  What the system offers, and the seams
+ *
+ * This section turns system macros into TSRVI_HAS_... macros that are always 0
+ * or 1; after it no system is named any more. Every system call goes through
+ * TSRV_SYS and every allocation through TSRV_MALLOC and its kin, so that tests
+ * can make each of them fail; by default they are the plain calls.
+ * ==========================================================================*/
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#if !defined(AI_PASSIVE) || !defined(MAP_ANONYMOUS)
+#error "tcpserver.h: include it before every libc header, or compile with -std=gnu99"
+#elif !defined(__GNUC__)
+#error "tcpserver.h: needs gcc or clang (__thread, __atomic_*, inline assembly)"
+#else
+
+#if defined(__linux__) && !defined(TSRV_NO_EPOLL)
+#define TSRVI_HAS_EPOLL 1
+#include <sys/epoll.h>
+#else
+#define TSRVI_HAS_EPOLL 0
+#endif
+
+#if defined(__has_include) && !defined(TSRV_NO_KQUEUE)
+#if __has_include(<sys/event.h>)
+#define TSRVI_HAS_KQUEUE 1
+#include <sys/event.h>
+#endif
+#endif
+#ifndef TSRVI_HAS_KQUEUE
+#define TSRVI_HAS_KQUEUE 0
+#endif
+
+#if defined(__linux__)
+#define TSRVI_HAS_EVENTFD 1
+#define TSRVI_HAS_SENDFILE 1
+#include <sys/eventfd.h>
+#include <sys/sendfile.h>
+#else
+#define TSRVI_HAS_EVENTFD 0
+#define TSRVI_HAS_SENDFILE 0
+#endif
+
+/* accept4 and SOCK_CLOEXEC save two system calls a connection. glibc shows accept4 with _GNU_SOURCE
+ * only. */
+#if defined(SOCK_NONBLOCK) && defined(SOCK_CLOEXEC) && (!defined(__GLIBC__) || defined(__USE_GNU))
+#define TSRVI_HAS_ACCEPT4 1
+#else
+#define TSRVI_HAS_ACCEPT4 0
+#endif
+
+#ifdef MSG_NOSIGNAL
+#define TSRVI_SEND_FLAGS (MSG_NOSIGNAL | MSG_DONTWAIT)
+#else
+#define TSRVI_SEND_FLAGS MSG_DONTWAIT /* SO_NOSIGPIPE is set on the socket instead */
+#endif
+
+#ifdef SO_NOSIGPIPE
+#define TSRVI_HAS_NOSIGPIPE 1
+#else
+#define TSRVI_HAS_NOSIGPIPE 0
+#endif
+
+/* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
+ * vm.max_map_count. Older C libraries do not name it. */
+#if defined(__linux__) && !defined(MADV_GUARD_INSTALL)
+#define TSRVI_MADV_GUARD_INSTALL 102
+#elif defined(MADV_GUARD_INSTALL)
+#define TSRVI_MADV_GUARD_INSTALL MADV_GUARD_INSTALL
+#else
+#define TSRVI_MADV_GUARD_INSTALL (-1)
+#endif
+
+#ifdef MAP_STACK
+#define TSRVI_MAP_STACK MAP_STACK
+#else
+#define TSRVI_MAP_STACK 0
+#endif
+
+#ifdef MAP_NORESERVE
+#define TSRVI_MAP_NORESERVE MAP_NORESERVE
+#else
+#define TSRVI_MAP_NORESERVE 0
+#endif
+
+#if defined(TSRV_NO_COROUTINES)
+#define TSRVI_HAS_COROUTINES 0
+#else
+#define TSRVI_HAS_COROUTINES 1
+#endif
+
+/* How stacks are switched: by hand where the code below knows the processor, else by ucontext. */
+#if !TSRVI_HAS_COROUTINES
+#define TSRVI_SWITCH_X86_64 0
+#define TSRVI_SWITCH_AARCH64 0
+#elif defined(TSRV_USE_UCONTEXT)
+#define TSRVI_SWITCH_X86_64 0
+#define TSRVI_SWITCH_AARCH64 0
+#elif defined(__x86_64__) && !defined(__ILP32__)
+#define TSRVI_SWITCH_X86_64 1
+#define TSRVI_SWITCH_AARCH64 0
+#elif defined(__aarch64__)
+#define TSRVI_SWITCH_X86_64 0
+#define TSRVI_SWITCH_AARCH64 1
+#else
+#define TSRVI_SWITCH_X86_64 0
+#define TSRVI_SWITCH_AARCH64 0
+#endif
+#if TSRVI_HAS_COROUTINES && !TSRVI_SWITCH_X86_64 && !TSRVI_SWITCH_AARCH64
+#define TSRVI_SWITCH_UCONTEXT 1
+#include <ucontext.h>
+#else
+#define TSRVI_SWITCH_UCONTEXT 0
+#endif
+
+/* Sanitizers and Valgrind have to be told when the stack changes under them. */
+#if defined(__SANITIZE_ADDRESS__)
+#define TSRVI_HAS_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define TSRVI_HAS_ASAN 1
+#endif
+#endif
+#ifndef TSRVI_HAS_ASAN
+#define TSRVI_HAS_ASAN 0
+#endif
+#if defined(__SANITIZE_THREAD__)
+#define TSRVI_HAS_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define TSRVI_HAS_TSAN 1
+#endif
+#endif
+#ifndef TSRVI_HAS_TSAN
+#define TSRVI_HAS_TSAN 0
+#endif
+#if TSRVI_HAS_ASAN
+#include <sanitizer/asan_interface.h>
+#endif
+#if TSRVI_HAS_TSAN
+#include <sanitizer/tsan_interface.h>
+#endif
+#if defined(TSRV_VALGRIND)
+#include <valgrind/valgrind.h>
+#define TSRVI_STACK_REGISTER(low, high) VALGRIND_STACK_REGISTER(low, high)
+#define TSRVI_STACK_DEREGISTER(id) VALGRIND_STACK_DEREGISTER(id)
+#else
+#define TSRVI_STACK_REGISTER(low, high) 0u
+#define TSRVI_STACK_DEREGISTER(id) ((void)(id))
+#endif
+
+#ifndef TSRV_SYS
+#define TSRV_SYS(name, arguments) name arguments
+#endif
+
+#if defined(TSRV_MALLOC) && defined(TSRV_REALLOC) && defined(TSRV_FREE)
+#elif defined(TSRV_MALLOC) || defined(TSRV_REALLOC) || defined(TSRV_FREE)
+#error "tcpserver.h: define all of TSRV_MALLOC, TSRV_REALLOC and TSRV_FREE, or none"
+#else
+#define TSRV_MALLOC(size) malloc(size)
+#define TSRV_REALLOC(pointer, size) realloc(pointer, size)
+#define TSRV_FREE(pointer) free(pointer)
+#endif
+
+#ifndef TSRV_ASSERT
+#include <assert.h>
+#define TSRV_ASSERT(condition) assert(condition)
+#endif
+
+#define TSRVI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+#define TSRVI_INLINE __attribute__((always_inline))
+#define TSRVI_APART                                                                                \
+    __attribute__((noinline)) /* so that a short common case does not pay for the registers of the \
+                                 long way */
+
+/* The object that contains a member, from a pointer to the member. */
+#define TSRVI_CONTAINER(pointer, type, member) \
+    ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
+
+/* ============================================================================
+ * >>util  Codes, log, clock
+ * ==========================================================================*/
+
+TSRV_API const char *tsrv_version(void)
+{
+    return TSRV_VERSION;
+}
+
+TSRV_API const char *tsrv_strerror(int code)
+{
+    switch (code) {
+    case TSRV_OK:
+        return "success";
+#define TSRVI_CASE(name, value, text) \
+    case name:                        \
+        return text;
+        TSRVI_CODES(TSRVI_CASE)
+#undef TSRVI_CASE
+    default:
+        if (code > 0) {
+            return "success, with a value of the program's own";
+        }
+        return code > -10000 ? strerror(-code) : "unknown code";
+    }
+}
+
+static tsrv_log_function tsrvi_log_function; /* NULL = stderr */
+static void *tsrvi_log_context;
+
+TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
+{
+    tsrvi_log_function = function;
+    tsrvi_log_context = context;
+}
+
+#ifndef TSRV_LOG
+#define TSRV_LOG(level, message) tsrvi_log_write(level, message)
+
+static void tsrvi_log_write(int level, const char *message)
+{
+    if (tsrvi_log_function != NULL) {
+        tsrvi_log_function(level, message, tsrvi_log_context);
+    } else if (level <= TSRV_LOG_WARNING) {
+        fprintf(stderr, "tcpserver: %s\n", message);
+    }
+}
+#endif
+
+/* Log one line. Names and paths come from outside: control characters could forge lines or drive a
+ * terminal, so they are replaced. */
+static TSRVI_PRINTF(2, 3) void tsrvi_log(int level, const char *format, ...)
+{
+    char message[512];
+    int saved = errno;
+    va_list arguments;
+    va_start(arguments, format);
+    if (vsnprintf(message, sizeof(message), format, arguments) < 0) {
+        message[0] = 0;
+    }
+    va_end(arguments);
+    for (char *c = message; *c != 0; c++) {
+        if ((unsigned char)*c < 32 || *c == 127) {
+            *c = '?';
+        }
+    }
+    TSRV_LOG(level, message);
+    errno = saved;
+}
+
+/* What a failed system call left in errno, as a code. */
+static int tsrvi_error(void)
+{
+    return errno > 0 ? -errno : -EIO;
+}
+
+#define TSRVI_FOREVER UINT64_MAX
+#define TSRVI_MS ((uint64_t)1000000) /* nanoseconds */
+
+/* Nanoseconds of the monotonic clock: the wall clock jumps. */
+static uint64_t tsrvi_clock(void)
+{
+    struct timespec t;
+    t.tv_sec = 0;
+    t.tv_nsec = 0;
+    TSRV_SYS(clock_gettime, (CLOCK_MONOTONIC, &t));
+    return (uint64_t)t.tv_sec * 1000 * TSRVI_MS + (uint64_t)t.tv_nsec;
+}
+
+/* The time delay_ms after `now`; TSRV_NEVER and whatever would wrap is never. */
+static uint64_t tsrvi_after(uint64_t now, int delay_ms)
+{
+    uint64_t delay = (uint64_t)delay_ms * TSRVI_MS;
+    return delay_ms < 0 || delay > TSRVI_FOREVER - now ? TSRVI_FOREVER : now + delay;
+}
+
+static uint64_t tsrvi_earlier(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static size_t tsrvi_min(size_t a, size_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Zeroed memory, or NULL. */
+static void *tsrvi_zalloc(size_t size)
+{
+    void *memory = TSRV_MALLOC(size);
+    if (memory != NULL) {
+        memset(memory, 0, size);
+    }
+    return memory;
+}
+
+static int tsrvi_set_flags(int fd)
+{
+    int flags = TSRV_SYS(fcntl, (fd, F_GETFL));
+    if (flags < 0 ||
+        ((flags & O_NONBLOCK) == 0 && TSRV_SYS(fcntl, (fd, F_SETFL, flags | O_NONBLOCK)) < 0)) {
+        return tsrvi_error();
+    }
+    return TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+/* close is not repeated after EINTR: the descriptor is gone, and its number may be somebody else's
+ * by now. */
+static void tsrvi_close_fd(int fd)
+{
+    int saved = errno;
+    if (fd >= 0) {
+        TSRV_SYS(close, (fd));
+    }
+    errno = saved;
+}
+
+/* ============================================================================
+ * >>list  Doubly linked list inside the objects it links
+ *
+ * The head is a link like the others, so no case is special. A link that is in
+ * no list points at itself, so removing it twice does no harm.
+ * ==========================================================================*/
+
+typedef struct tsrvi_link {
+    struct tsrvi_link *next;
+    struct tsrvi_link *previous;
+} tsrvi_link;
+
+static void tsrvi_list_init(tsrvi_link *link)
+{
+    link->next = link;
+    link->previous = link;
+}
+
+static bool tsrvi_list_empty(const tsrvi_link *head)
+{
+    return head->next == head;
+}
+
+static void tsrvi_list_append(tsrvi_link *head, tsrvi_link *link)
+{
+    link->previous = head->previous;
+    link->next = head;
+    head->previous->next = link;
+    head->previous = link;
+}
+
+static void tsrvi_list_remove(tsrvi_link *link)
+{
+    link->previous->next = link->next;
+    link->next->previous = link->previous;
+    tsrvi_list_init(link);
+}
+
+/* ============================================================================
+ * >>chunk  Received bytes
+ *
+ * A chunk is one block with a header: capacity bytes of which begin..end hold
+ * unread input. One byte more is allocated, so that a slice can always be
+ * terminated; the byte which the 0 replaces is kept in `saved` until the slice
+ * dies. `scanned` remembers how far a search has come, so that no byte is
+ * searched twice, and `need` how many unread bytes the next try wants.
+ * ==========================================================================*/
+
+typedef struct tsrvi_chunk {
+    size_t capacity;
+    size_t begin;
+    size_t end;
+    size_t scanned;     /* bytes from begin that hold no delimiter with this hash */
+    uint64_t delimiter; /* hash of the delimiter that was searched */
+    size_t need;        /* unread bytes below which the pending read cannot be satisfied */
+    char saved;         /* what the terminator replaced */
+    bool held; /* a slice of it is in the program's hands, and data[begin] is its terminator */
+} tsrvi_chunk;
+
+static char *tsrvi_chunk_data(tsrvi_chunk *chunk)
+{
+    return (char *)(chunk + 1);
+}
+
+/* A chunk for `capacity` bytes, or NULL. */
+static tsrvi_chunk *tsrvi_chunk_new(size_t capacity)
+{
+    tsrvi_chunk *chunk;
+    if (capacity > SIZE_MAX / 2) {
+        return NULL;
+    }
+    chunk = (tsrvi_chunk *)TSRV_MALLOC(sizeof(tsrvi_chunk) + capacity + 1);
+    if (chunk != NULL) {
+        memset(chunk, 0, sizeof(*chunk));
+        chunk->capacity = capacity;
+    }
+    return chunk;
+}
+
+static size_t tsrvi_chunk_size(const tsrvi_chunk *chunk)
+{
+    return chunk == NULL ? 0 : chunk->end - chunk->begin;
+}
+
+static void tsrvi_chunk_reset(tsrvi_chunk *chunk)
+{
+    size_t capacity = chunk->capacity;
+    memset(chunk, 0, sizeof(*chunk));
+    chunk->capacity = capacity;
+}
+
+/* Hand out the first `size` unread bytes, terminated. They count as read. */
+static void tsrvi_chunk_take(tsrvi_chunk *chunk, size_t size, tsrv_slice *slice)
+{
+    slice->data = tsrvi_chunk_data(chunk) + chunk->begin;
+    slice->size = size;
+    chunk->begin += size;
+    chunk->scanned = 0;
+    chunk->need = 0;
+    chunk->saved = tsrvi_chunk_data(chunk)[chunk->begin];
+    tsrvi_chunk_data(chunk)[chunk->begin] = 0;
+    chunk->held = true;
+}
+
+/* Drop the first `size` unread bytes. */
+static void tsrvi_chunk_drop(tsrvi_chunk *chunk, size_t size)
+{
+    chunk->begin += size;
+    chunk->scanned = 0;
+    chunk->need = 0;
+}
+
+/* The slice that was handed out dies: put back what its terminator replaced. */
+static void tsrvi_chunk_release(tsrvi_chunk *chunk)
+{
+    if (chunk->held) {
+        tsrvi_chunk_data(chunk)[chunk->begin] = chunk->saved;
+        chunk->held = false;
+    }
+}
+
+/* Move the unread bytes into a chunk of another capacity; the old one is freed, unless there is no
+ * memory for the new one: then NULL is returned and nothing has changed. */
+static tsrvi_chunk *tsrvi_chunk_resize(tsrvi_chunk *chunk, size_t capacity)
+{
+    tsrvi_chunk *resized = tsrvi_chunk_new(capacity);
+    size_t size = tsrvi_chunk_size(chunk);
+    TSRV_ASSERT(!chunk->held && capacity >= size);
+    if (resized != NULL) {
+        resized->end = size;
+        resized->scanned = chunk->scanned;
+        resized->delimiter = chunk->delimiter;
+        resized->need = chunk->need;
+        memcpy(tsrvi_chunk_data(resized), tsrvi_chunk_data(chunk) + chunk->begin, size);
+        TSRV_FREE(chunk);
+    }
+    return resized;
+}
+
+/* FNV-1a: tells delimiters apart, so that a search with another one starts anew. */
+static uint64_t tsrvi_hash(const char *data, size_t size)
+{
+    uint64_t hash = 14695981039346656037u;
+    for (size_t i = 0; i < size; i++) {
+        hash = (hash ^ (unsigned char)data[i]) * 1099511628211u;
+    }
+    return hash;
+}
+
+/* Offset just behind the first delimiter in data, or 0. memchr runs over the delimiter's last byte:
+ * it is the rarer one in practice ("\r\n"), and the end offset is what the caller wants. */
+static size_t tsrvi_search(const char *data, size_t size, const char *delimiter,
+                           size_t delimiter_size)
+{
+    size_t offset = delimiter_size - 1;
+    while (offset < size) {
+        const char *last =
+            (const char *)memchr(data + offset, delimiter[delimiter_size - 1], size - offset);
+        if (last == NULL) {
+            return 0;
+        }
+        offset = (size_t)(last - data) + 1;
+        if (delimiter_size == 1 ||
+            memcmp(data + offset - delimiter_size, delimiter, delimiter_size) == 0) {
+            return offset;
+        }
+    }
+    return 0;
+}
+
+/* Offset behind the first delimiter among the unread bytes, or 0; only bytes that came since the
+ * last search for the same delimiter are looked at. */
+static size_t tsrvi_chunk_find(tsrvi_chunk *chunk, const char *delimiter, size_t delimiter_size)
+{
+    const char *data = tsrvi_chunk_data(chunk) + chunk->begin;
+    size_t size = tsrvi_chunk_size(chunk), start = 0, found;
+    if (chunk->scanned != 0 && chunk->delimiter == tsrvi_hash(delimiter, delimiter_size)) {
+        start = chunk->scanned;
+    }
+    found = tsrvi_search(data + start, size - start, delimiter, delimiter_size);
+    if (found != 0) {
+        return start + found;
+    }
+    if (size >= delimiter_size) {
+        chunk->scanned = size - (delimiter_size - 1);
+        chunk->delimiter = tsrvi_hash(delimiter, delimiter_size);
+    }
+    return 0;
+}
+
+/* ============================================================================
+ * >>queue  Bytes and file ranges to send
+ *
+ * Output is a list of blocks. A block of the standard capacity comes from the
+ * loop's pool and is filled by small writes; what the kernel did not take of a
+ * large write gets a block of its own size; a file range is a block without
+ * bytes. A queue that is empty holds no memory.
+ * ==========================================================================*/
+
+#define TSRVI_BLOCK_SIZE ((size_t)16384) /* standard block, header included */
+#define TSRVI_BLOCK_POOL 64              /* free standard blocks that a loop keeps */
+
+typedef struct tsrvi_block {
+    struct tsrvi_block *next;
+    size_t capacity; /* of the bytes behind this header */
+    size_t begin;    /* bytes begin..end are unsent */
+    size_t end;
+    int file;       /* descriptor of a file range, else -1 */
+    int64_t offset; /* of its next byte */
+    uint64_t left;  /* its unsent bytes */
+} tsrvi_block;
+
+typedef struct tsrvi_pool {
+    tsrvi_block *first;
+    int count;
+} tsrvi_pool;
+
+static char *tsrvi_block_data(tsrvi_block *block)
+{
+    return (char *)(block + 1);
+}
+
+/* A block for at least `size` bytes, or NULL. */
+static tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t size)
+{
+    size_t capacity = TSRVI_BLOCK_SIZE - sizeof(tsrvi_block);
+    tsrvi_block *block;
+    if (size <= capacity && pool->first != NULL) {
+        block = pool->first;
+        pool->first = block->next;
+        pool->count--;
+    } else {
+        if (size > capacity) {
+            capacity = size;
+        }
+        if (capacity > SIZE_MAX - sizeof(tsrvi_block)) {
+            return NULL;
+        }
+        block = (tsrvi_block *)TSRV_MALLOC(sizeof(tsrvi_block) + capacity);
+        if (block == NULL) {
+            return NULL;
+        }
+        block->capacity = capacity;
+    }
+    block->next = NULL;
+    block->begin = 0;
+    block->end = 0;
+    block->file = -1;
+    return block;
+}
+
+static void tsrvi_block_free(tsrvi_pool *pool, tsrvi_block *block)
+{
+    if (block->file >= 0) {
+        tsrvi_close_fd(block->file);
+    }
+    if (block->capacity == TSRVI_BLOCK_SIZE - sizeof(tsrvi_block) &&
+        pool->count < TSRVI_BLOCK_POOL) {
+        block->next = pool->first;
+        pool->first = block;
+        pool->count++;
+    } else {
+        TSRV_FREE(block);
+    }
+}
+
+static void tsrvi_pool_free(tsrvi_pool *pool)
+{
+    while (pool->first != NULL) {
+        tsrvi_block *block = pool->first;
+        pool->first = block->next;
+        TSRV_FREE(block);
+    }
+    pool->count = 0;
+}
+
+/* ============================================================================
+ * >>heap  Timers, the earliest first
+ *
+ * A binary heap of pointers; each timer knows its place, so it can be moved and
+ * removed. Equal times fire in the order in which they were armed. Whoever may
+ * arm a timer later reserves its place first, so arming cannot fail.
+ * ==========================================================================*/
+
+typedef struct tsrvi_heap {
+    tsrvi_timer **items;
+    uint32_t count;
+    uint32_t capacity;
+    uint32_t reserved; /* places promised, armed ones included */
+    uint32_t sequence;
+} tsrvi_heap;
+
+static int tsrvi_heap_reserve(tsrvi_heap *heap)
+{
+    if (heap->reserved == heap->capacity) {
+        uint32_t capacity = heap->capacity < 16 ? 16 : heap->capacity * 2;
+        tsrvi_timer **items = (tsrvi_timer **)TSRV_REALLOC(heap->items, capacity * sizeof(*items));
+        if (items == NULL) {
+            return -ENOMEM;
+        }
+        heap->items = items;
+        heap->capacity = capacity;
+    }
+    heap->reserved++;
+    return TSRV_OK;
+}
+
+static bool tsrvi_timer_before(const tsrvi_timer *a, const tsrvi_timer *b)
+{
+    return a->due != b->due ? a->due < b->due : (int32_t)(a->sequence - b->sequence) < 0;
+}
+
+static void tsrvi_heap_put(tsrvi_heap *heap, uint32_t position, tsrvi_timer *timer)
+{
+    heap->items[position - 1] = timer;
+    timer->position = position;
+}
+
+static void tsrvi_heap_up(tsrvi_heap *heap, tsrvi_timer *timer, uint32_t position)
+{
+    while (position > 1 && tsrvi_timer_before(timer, heap->items[position / 2 - 1])) {
+        tsrvi_heap_put(heap, position, heap->items[position / 2 - 1]);
+        position /= 2;
+    }
+    tsrvi_heap_put(heap, position, timer);
+}
+
+static void tsrvi_heap_down(tsrvi_heap *heap, tsrvi_timer *timer, uint32_t position)
+{
+    for (;;) {
+        uint32_t child = position * 2;
+        if (child > heap->count) {
+            break;
+        }
+        if (child < heap->count && tsrvi_timer_before(heap->items[child], heap->items[child - 1])) {
+            child++;
+        }
+        if (!tsrvi_timer_before(heap->items[child - 1], timer)) {
+            break;
+        }
+        tsrvi_heap_put(heap, position, heap->items[child - 1]);
+        position = child;
+    }
+    tsrvi_heap_put(heap, position, timer);
+}
+
+static void tsrvi_heap_remove(tsrvi_heap *heap, tsrvi_timer *timer)
+{
+    uint32_t position = timer->position;
+    tsrvi_timer *last;
+    if (position == 0) {
+        return;
+    }
+    last = heap->items[--heap->count];
+    timer->position = 0;
+    if (last != timer) {
+        tsrvi_heap_up(heap, last, position);
+        tsrvi_heap_down(heap, last, last->position);
+    }
+}
+
+/* Arm a timer, or move an armed one. Its place has been reserved. */
+static void tsrvi_heap_set(tsrvi_heap *heap, tsrvi_timer *timer, uint64_t due)
+{
+    tsrvi_heap_remove(heap, timer);
+    TSRV_ASSERT(heap->count < heap->reserved);
+    timer->due = due;
+    timer->sequence = heap->sequence++;
+    tsrvi_heap_up(heap, timer, ++heap->count);
+}
+
+static uint64_t tsrvi_heap_next(const tsrvi_heap *heap)
+{
+    return heap->count == 0 ? TSRVI_FOREVER : heap->items[0]->due;
+}
+
+/* ============================================================================
+ * >>backend  The seam to epoll, kqueue and poll
+ *
+ * The poller maps descriptors to the objects that wait for them. Each slot has
+ * a generation, which changes when its descriptor is given up; the kernel hands
+ * it back with every event, so an event of a descriptor that was closed, and
+ * perhaps reused, in the same batch is recognised and dropped. A backend is one
+ * table of functions; all of a platform's are compiled in.
+ *
+ * Interest is level-triggered and cached in tsrvi_io: the kernel is told only
+ * what has changed. TSRVI_HANGUP alone keeps a descriptor registered just to
+ * hear of resets; 0 means not registered.
+ * ==========================================================================*/
+
+#define TSRVI_HANGUP \
+    4 /* with TSRV_READABLE and TSRV_WRITABLE: an error, or both directions are over */
+#define TSRVI_BATCH 256 /* events of one turn; the rest waits for the next */
+#define TSRVI_PAGE 256  /* slots of a page: 4 KiB */
+
+typedef struct tsrvi_slot {
+    tsrvi_io *io; /* NULL = nobody waits for this descriptor */
+    uint32_t generation;
+    uint32_t mark; /* the backend's */
+} tsrvi_slot;
+
+typedef struct tsrvi_event {
+    int fd;
+    uint32_t generation;
+    int events;
+} tsrvi_event;
+
+typedef struct tsrvi_poller {
+    const struct tsrvi_backend *backend;
+    pid_t pid; /* of its process: in a fork's child the kernel's part still belongs to the parent */
+    int fd;    /* of epoll or kqueue; -1 with poll */
+    void *memory;       /* the backend's arrays */
+    uint32_t used;      /* the backend's: entries in use */
+    uint32_t size;      /* the backend's: entries allocated */
+    uint32_t turn;      /* the backend's: epoll counts waits, poll remembers where to look first */
+    tsrvi_slot **pages; /* the slots by descriptor, TSRVI_PAGE of them in each; NULL = none of these
+                           used yet */
+    int page_count;
+    int fired_count;
+    tsrvi_event fired[TSRVI_BATCH];
+} tsrvi_poller;
+
+typedef struct tsrvi_backend {
+    const char *name;
+    int id;
+    int (*open)(tsrvi_poller *poller);
+    void (*close)(tsrvi_poller *poller);
+    /* Change what is waited for, from old_interest to new_interest. quiet: do not tell the kernel,
+     * because the descriptor is about to be closed, or because it would tell the parent's. */
+    int (*set)(tsrvi_poller *poller, int fd, int old_interest, int new_interest, bool quiet);
+    /* Wait, at most timeout_ms (-1 = no limit), and fill `fired`. EINTR is not an error. */
+    int (*wait)(tsrvi_poller *poller, int timeout_ms);
+    /* Events come for a registration that outlived its descriptor; NULL where this cannot be. */
+    int (*leaked)(tsrvi_poller *poller);
+} tsrvi_backend;
+
+static int tsrvi_poller_fire(tsrvi_poller *poller, int fd, uint32_t generation, int events)
+{
+    tsrvi_event *event = &poller->fired[poller->fired_count++];
+    event->fd = fd;
+    event->generation = generation;
+    event->events = events;
+    return poller->fired_count == TSRVI_BATCH;
+}
+
+/* The slot of a descriptor that has been registered before. */
+static tsrvi_slot *tsrvi_poller_slot(const tsrvi_poller *poller, int fd)
+{
+    return &poller->pages[fd / TSRVI_PAGE][fd % TSRVI_PAGE];
+}
+
+/* Make sure that a descriptor has a slot. Pages never move, and one large descriptor costs one
+ * page. */
+static int tsrvi_poller_grow(tsrvi_poller *poller, int fd)
+{
+    int page = fd / TSRVI_PAGE;
+    if (page >= poller->page_count) {
+        size_t count = (size_t)page + 1;
+        tsrvi_slot **pages = (tsrvi_slot **)TSRV_REALLOC(poller->pages, count * sizeof(*pages));
+        if (pages == NULL) {
+            return -ENOMEM;
+        }
+        memset(pages + poller->page_count, 0,
+               (count - (size_t)poller->page_count) * sizeof(*pages));
+        poller->pages = pages;
+        poller->page_count = page + 1;
+    }
+    if (poller->pages[page] == NULL) {
+        poller->pages[page] = (tsrvi_slot *)tsrvi_zalloc(TSRVI_PAGE * sizeof(tsrvi_slot));
+    }
+    return poller->pages[page] == NULL ? -ENOMEM : TSRV_OK;
+}
+
+/* The object that waits for a descriptor, whatever number that is; NULL = none. */
+static tsrvi_io *tsrvi_poller_find(const tsrvi_poller *poller, int fd)
+{
+    tsrvi_slot *page = fd / TSRVI_PAGE < poller->page_count ? poller->pages[fd / TSRVI_PAGE] : NULL;
+    return page == NULL ? NULL : page[fd % TSRVI_PAGE].io;
+}
+
+/* Tell the kernel what io waits for from now on; 0 ends it. */
+static int tsrvi_poller_set(tsrvi_poller *poller, tsrvi_io *io, int interest)
+{
+    tsrvi_slot *slot;
+    int rc;
+    if (io->interest == interest) {
+        return TSRV_OK;
+    }
+    if (io->interest == 0 && (rc = tsrvi_poller_grow(poller, io->fd)) < 0) {
+        return rc;
+    }
+    slot = tsrvi_poller_slot(poller, io->fd);
+    if (slot->io != io && slot->io != NULL) {
+        return TSRV_EBUSY;
+    }
+    rc = poller->backend->set(poller, io->fd, io->interest, interest,
+                              interest == 0 && poller->pid != TSRV_SYS(getpid, ()));
+    if (interest == 0) {
+        slot->io = NULL;
+        slot->generation++;
+    } else if (rc < 0) {
+        return rc;
+    } else {
+        slot->io = io;
+    }
+    io->interest = (uint8_t)interest;
+    return TSRV_OK;
+}
+
+/* Forget io because its descriptor is about to be closed: then epoll and kqueue forget it by
+ * themselves. */
+static void tsrvi_poller_forget(tsrvi_poller *poller, tsrvi_io *io)
+{
+    if (io->interest != 0) {
+        tsrvi_slot *slot = tsrvi_poller_slot(poller, io->fd);
+        poller->backend->set(poller, io->fd, io->interest, 0, true);
+        slot->io = NULL;
+        slot->generation++;
+        io->interest = 0;
+    }
+}
+
+/* Hand an event to whom it belongs. */
+static void tsrvi_poller_dispatch(tsrvi_poller *poller, const tsrvi_event *event)
+{
+    tsrvi_slot *slot = tsrvi_poller_slot(poller, event->fd);
+    if (slot->io != NULL && slot->generation == event->generation) {
+        slot->io->on_event(slot->io, event->events);
+    } else if (poller->backend->leaked != NULL && slot->mark != poller->turn) {
+        poller->backend->leaked(poller);
+    }
+}
+
+#if TSRVI_HAS_EPOLL
+/* ============================================================================
+ * >>epoll  Linux
+ *
+ * Level-triggered. A registration belongs to the open file, not to the
+ * descriptor: while a forked child or a dup still holds the file, closing our
+ * descriptor does not end it, EPOLL_CTL_DEL can no longer name it, and its
+ * events would come for ever. A DEL before every close would cost a call per
+ * connection; instead such an event is recognised by its old generation, and
+ * the epoll set is built anew (as libev does).
+ * ==========================================================================*/
+
+static int tsrvi_epoll_open(tsrvi_poller *poller)
+{
+    poller->memory = TSRV_MALLOC(TSRVI_BATCH * sizeof(struct epoll_event));
+    if (poller->memory == NULL) {
+        return -ENOMEM;
+    }
+    poller->fd = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    return poller->fd < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+static void tsrvi_epoll_close(tsrvi_poller *poller)
+{
+    tsrvi_close_fd(poller->fd);
+    TSRV_FREE(poller->memory);
+}
+
+static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
+                           bool quiet)
+{
+    struct epoll_event event;
+    tsrvi_slot *slot = tsrvi_poller_slot(poller, fd);
+    int operation = new_interest == 0   ? EPOLL_CTL_DEL
+                    : old_interest == 0 ? EPOLL_CTL_ADD
+                                        : EPOLL_CTL_MOD;
+    memset(&event, 0, sizeof(event));
+    event.events = ((new_interest & TSRV_READABLE) != 0 ? (uint32_t)EPOLLIN : 0u) |
+                   ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u);
+    event.data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd;
+    if (new_interest == 0) {
+        slot->mark = poller->turn;
+    }
+    if (quiet) {
+        return TSRV_OK;
+    }
+    return TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
+{
+    struct epoll_event *events = (struct epoll_event *)poller->memory;
+    int count = TSRV_SYS(epoll_wait, (poller->fd, events, TSRVI_BATCH, timeout_ms));
+    poller->turn++;
+    if (count < 0) {
+        return errno == EINTR ? TSRV_OK : tsrvi_error();
+    }
+    for (int i = 0; i < count; i++) {
+        uint32_t got = events[i].events;
+        int fired = ((got & EPOLLIN) != 0 ? TSRV_READABLE : 0) |
+                    ((got & EPOLLOUT) != 0 ? TSRV_WRITABLE : 0);
+        if ((got & (EPOLLHUP | EPOLLERR)) != 0) {
+            fired |= TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+        }
+        tsrvi_poller_fire(poller, (int)(uint32_t)events[i].data.u64,
+                          (uint32_t)(events[i].data.u64 >> 32), fired);
+    }
+    return TSRV_OK;
+}
+
+/* Build the set anew under the same descriptor number, without what should no longer be in it. */
+static int tsrvi_epoll_leaked(tsrvi_poller *poller)
+{
+    int fresh = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    int rc = fresh < 0 || TSRV_SYS(dup2, (fresh, poller->fd)) < 0 ? tsrvi_error() : TSRV_OK;
+    tsrvi_close_fd(fresh);
+    if (rc < 0) {
+        return rc; /* the old set still works: try again at the next such event */
+    }
+    TSRV_SYS(fcntl, (poller->fd, F_SETFD, FD_CLOEXEC));
+    for (int fd = 0; fd < poller->page_count * TSRVI_PAGE; fd++) {
+        tsrvi_io *io = tsrvi_poller_find(poller, fd);
+        if (io != NULL && tsrvi_epoll_set(poller, fd, 0, io->interest, false) < 0) {
+            io->on_event(io, TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP);
+        }
+    }
+    return TSRV_OK;
+}
+
+static const tsrvi_backend tsrvi_epoll = {
+    "epoll",         TSRV_BACKEND_EPOLL, tsrvi_epoll_open,   tsrvi_epoll_close,
+    tsrvi_epoll_set, tsrvi_epoll_wait,   tsrvi_epoll_leaked,
+};
+#endif
+
+#if TSRVI_HAS_KQUEUE
+/* ============================================================================
+ * >>kqueue  macOS and the BSDs
+ *
+ * Reading and writing are two filters of a descriptor, reported one by one.
+ * The generation travels in udata. Closing a descriptor removes its filters.
+ * EVFILT_TIMER is not used: the heap and the timeout of kevent do.
+ * ==========================================================================*/
+
+static int tsrvi_kqueue_open(tsrvi_poller *poller)
+{
+    poller->memory = TSRV_MALLOC(TSRVI_BATCH * sizeof(struct kevent));
+    if (poller->memory == NULL) {
+        return -ENOMEM;
+    }
+    poller->fd = TSRV_SYS(kqueue, ());
+    if (poller->fd < 0) {
+        return tsrvi_error();
+    }
+    return TSRV_SYS(fcntl, (poller->fd, F_SETFD, FD_CLOEXEC)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+static void tsrvi_kqueue_close(tsrvi_poller *poller)
+{
+    tsrvi_close_fd(poller->fd);
+    TSRV_FREE(poller->memory);
+}
+
+static int tsrvi_kqueue_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
+                            bool quiet)
+{
+    void *udata = (void *)(uintptr_t)tsrvi_poller_slot(poller, fd)->generation;
+    int changed = old_interest ^ new_interest;
+    struct kevent changes[2];
+    int count = 0;
+    if (quiet) {
+        return TSRV_OK;
+    }
+    if ((changed & TSRV_READABLE) != 0) {
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_READ,
+               (new_interest & TSRV_READABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
+        count++;
+    }
+    if ((changed & TSRV_WRITABLE) != 0) {
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE,
+               (new_interest & TSRV_WRITABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
+        count++;
+    }
+    if (count != 0 && TSRV_SYS(kevent, (poller->fd, changes, count, NULL, 0, NULL)) < 0) {
+        return tsrvi_error();
+    }
+    return TSRV_OK;
+}
+
+static int tsrvi_kqueue_wait(tsrvi_poller *poller, int timeout_ms)
+{
+    struct kevent *events = (struct kevent *)poller->memory;
+    struct timespec limit;
+    int count;
+    limit.tv_sec = timeout_ms / 1000;
+    limit.tv_nsec = (long)(timeout_ms % 1000) * 1000000;
+    count = TSRV_SYS(kevent,
+                     (poller->fd, NULL, 0, events, TSRVI_BATCH, timeout_ms < 0 ? NULL : &limit));
+    if (count < 0) {
+        return errno == EINTR ? TSRV_OK : tsrvi_error();
+    }
+    for (int i = 0; i < count; i++) {
+        int fired = events[i].filter == EVFILT_WRITE ? TSRV_WRITABLE : TSRV_READABLE;
+        if ((events[i].flags & EV_ERROR) != 0 ||
+            ((events[i].flags & EV_EOF) != 0 && events[i].fflags != 0)) {
+            fired = TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+        }
+        tsrvi_poller_fire(poller, (int)events[i].ident, (uint32_t)(uintptr_t)events[i].udata,
+                          fired);
+    }
+    return TSRV_OK;
+}
+
+static const tsrvi_backend tsrvi_kqueue = {
+    "kqueue",
+    TSRV_BACKEND_KQUEUE,
+    tsrvi_kqueue_open,
+    tsrvi_kqueue_close,
+    tsrvi_kqueue_set,
+    tsrvi_kqueue_wait,
+    NULL,
+};
+#endif
+
+/* ============================================================================
+ * >>poll  Everywhere
+ *
+ * One dense array of pollfd; a slot's mark is its place there. A turn reports at
+ * most TSRVI_BATCH events, and the next one starts looking where it stopped, so
+ * that the first descriptors cannot starve the others.
+ * ==========================================================================*/
+
+static int tsrvi_poll_open(tsrvi_poller *poller)
+{
+    poller->fd = -1;
+    return TSRV_OK;
+}
+
+static void tsrvi_poll_close(tsrvi_poller *poller)
+{
+    TSRV_FREE(poller->memory);
+}
+
+static int tsrvi_poll_grow(tsrvi_poller *poller)
+{
+    uint32_t size = poller->size < 64 ? 64 : poller->size * 2;
+    void *memory = TSRV_REALLOC(poller->memory, size * sizeof(struct pollfd));
+    if (memory == NULL) {
+        return -ENOMEM;
+    }
+    poller->memory = memory;
+    poller->size = size;
+    return TSRV_OK;
+}
+
+static int tsrvi_poll_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
+                          bool quiet)
+{
+    tsrvi_slot *slot = tsrvi_poller_slot(poller, fd);
+    struct pollfd *entries;
+    int rc;
+    (void)quiet;
+    if (old_interest == 0) {
+        if (TSRV_SYS(fcntl, (fd, F_GETFD)) < 0) {
+            return tsrvi_error(); /* as the other backends do; poll would only say POLLNVAL, in
+                                     every turn */
+        }
+        if (poller->used == poller->size && (rc = tsrvi_poll_grow(poller)) < 0) {
+            return rc;
+        }
+        slot->mark = poller->used++;
+    }
+    entries = (struct pollfd *)poller->memory;
+    if (new_interest == 0) {
+        entries[slot->mark] = entries[--poller->used];
+        tsrvi_poller_slot(poller, entries[slot->mark].fd)->mark = slot->mark;
+        return TSRV_OK;
+    }
+    entries[slot->mark].fd = fd;
+    entries[slot->mark].events = (short)(((new_interest & TSRV_READABLE) != 0 ? POLLIN : 0) |
+                                         ((new_interest & TSRV_WRITABLE) != 0 ? POLLOUT : 0));
+    return TSRV_OK;
+}
+
+static int tsrvi_poll_wait(tsrvi_poller *poller, int timeout_ms)
+{
+    struct pollfd *entries = (struct pollfd *)poller->memory;
+    int count = TSRV_SYS(poll, (entries, (nfds_t)poller->used, timeout_ms));
+    if (count < 0) {
+        return errno == EINTR ? TSRV_OK : tsrvi_error();
+    }
+    for (uint32_t i = 0; i < poller->used && count > 0; i++) {
+        const struct pollfd *entry = &entries[(poller->turn + i) % poller->used];
+        int fired = ((entry->revents & POLLIN) != 0 ? TSRV_READABLE : 0) |
+                    ((entry->revents & POLLOUT) != 0 ? TSRV_WRITABLE : 0);
+        if (entry->revents == 0) {
+            continue;
+        }
+        if ((entry->revents & (POLLHUP | POLLERR | POLLNVAL)) != 0) {
+            fired |= TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+        }
+        count--;
+        if (tsrvi_poller_fire(poller, entry->fd, tsrvi_poller_slot(poller, entry->fd)->generation,
+                              fired)) {
+            poller->turn += i;
+            break;
+        }
+    }
+    return TSRV_OK;
+}
+
+static const tsrvi_backend tsrvi_poll = {
+    "poll", TSRV_BACKEND_POLL, tsrvi_poll_open, tsrvi_poll_close, tsrvi_poll_set, tsrvi_poll_wait,
+    NULL,
+};
+
+/* Best first. */
+static const tsrvi_backend *const tsrvi_backends[] = {
+#if TSRVI_HAS_EPOLL
+    &tsrvi_epoll,
+#endif
+#if TSRVI_HAS_KQUEUE
+    &tsrvi_kqueue,
+#endif
+    &tsrvi_poll,
+};
+
+#if TSRVI_HAS_COROUTINES
+/* ============================================================================
+ * >>switch  Stacks, and the jump from one to another
+ *
+ * tsrvi_context_make prepares a stack so that the first switch to it calls
+ * entry(context); tsrvi_context_switch saves the running code in `from` and goes
+ * on with `to`. By hand this costs a few nanoseconds: the registers that a
+ * function call must preserve are pushed, or left to the compiler by the clobber
+ * list, and the other side is entered with jmp, because a ret to a changed stack
+ * always misleads the return predictor. The floating point control words are
+ * not switched. The assembly lives inside a function, with a numeric label, so
+ * that two static copies of the library link. ucontext makes a system call per
+ * switch, but runs everywhere.
+ * ==========================================================================*/
+
+#if defined(__clang__)
+#define TSRVI_OPAQUE __attribute__((noinline))
+#else
+#define TSRVI_OPAQUE \
+    __attribute__((noinline, noipa)) /* callers must assume that every register changes */
+#endif
+
+#if TSRVI_SWITCH_X86_64
+typedef struct tsrvi_context {
+    void *stack_pointer;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    *--top = NULL; /* entry's return address: there is none, and debuggers stop here */
+    top--;
+    memcpy((void *)top, (const void *)&entry, sizeof(entry));
+    context->stack_pointer = top;
+}
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    __asm__ volatile(
+        "subq $128, %%rsp\n\t" /* the compiler may keep data below the stack pointer: the red zone
+                                */
+        "pushq %%rbp\n\t"
+        "pushq %%rbx\n\t"
+        "leaq 1f(%%rip), %%rax\n\t"
+        "pushq %%rax\n\t"
+        "movq %%rsp, (%%rdi)\n\t"
+        "movq (%%rsi), %%rsp\n\t"
+        "movq %%rsi, %%rdi\n\t" /* the argument of entry, when it is entered for the first time */
+        "popq %%rax\n\t"
+        "jmpq *%%rax\n"
+        "1:\n\t"
+        "popq %%rbx\n\t"
+        "popq %%rbp\n\t"
+        "addq $128, %%rsp"
+        : "+D"(from), "+S"(to)
+        :
+        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1",
+          "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+          "xmm13", "xmm14", "xmm15", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH_AARCH64
+typedef struct tsrvi_context {
+    void *stack_pointer;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    top--;
+    memcpy((void *)top, (const void *)&entry, sizeof(entry));
+    *--top = NULL; /* the frame pointer: there is no caller */
+    context->stack_pointer = top;
+}
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *x0 __asm__("x0") = from;
+    register tsrvi_context *x1 __asm__("x1") = to;
+    __asm__ volatile(
+        "adr x16, 1f\n\t"
+        "stp x29, x16, [sp, #-16]!\n\t"
+        "mov x9, sp\n\t"
+        "str x9, [x0]\n\t"
+        "ldr x9, [x1]\n\t"
+        "mov sp, x9\n\t"
+        "mov x0, x1\n\t" /* the argument of entry, when it is entered for the first time */
+        "ldp x29, x16, [sp], #16\n\t"
+        "br x16\n"
+        "1:\n\t"
+        "hint #36" /* bti j: a landing pad where branch protection asks for one */
+        : "+r"(x0), "+r"(x1)
+        :
+        : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15",
+          "x16", "x17", "x19", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x30",
+          "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13",
+          "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26",
+          "v27", "v28", "v29", "v30", "v31", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH_UCONTEXT
+typedef struct tsrvi_context {
+    ucontext_t machine;
+    void (*entry)(struct tsrvi_context *);
+} tsrvi_context;
+
+/* makecontext passes ints only, so the pointer comes in two halves. */
+static void tsrvi_context_enter(unsigned high, unsigned low)
+{
+    tsrvi_context *context = (tsrvi_context *)(uintptr_t)((uint64_t)high << 32 | low);
+    context->entry(context);
+}
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    uint64_t address = (uint64_t)(uintptr_t)context;
+    void (*enter)(void);
+    void (*two)(unsigned, unsigned) = tsrvi_context_enter;
+    memcpy((void *)&enter, (const void *)&two, sizeof(enter));
+    TSRV_SYS(getcontext, (&context->machine));
+    context->machine.uc_stack.ss_sp = stack;
+    context->machine.uc_stack.ss_size = size & ~(size_t)15;
+    context->machine.uc_link = NULL;
+    context->entry = entry;
+    makecontext(&context->machine, enter, 2, (unsigned)(address >> 32), (unsigned)address);
+}
+
+static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    TSRV_SYS(swapcontext, (&from->machine, &to->machine));
+}
+#endif
+
+/* A context, and what the sanitizers want to know about it. */
+typedef struct tsrvi_fiber {
+    tsrvi_context context;
+    const void *bottom; /* lowest address of its stack */
+    size_t size;
+    void *fake_stack; /* ASan's */
+    void *tsan;       /* TSan's fiber */
+} tsrvi_fiber;
+
+/* First thing on the other side of a switch. */
+static void tsrvi_fiber_arrived(tsrvi_fiber *self, tsrvi_fiber *other)
+{
+#if TSRVI_HAS_ASAN
+    __sanitizer_finish_switch_fiber(self->fake_stack, &other->bottom, &other->size);
+#else
+    (void)self;
+    (void)other;
+#endif
+}
+
+/* Go on with `to`. ending: `from` will not be switched to again. */
+static void tsrvi_fiber_switch(tsrvi_fiber *from, tsrvi_fiber *to, bool ending)
+{
+#if TSRVI_HAS_TSAN
+    from->tsan = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(to->tsan, 0);
+#endif
+#if TSRVI_HAS_ASAN
+    __sanitizer_start_switch_fiber(ending ? NULL : &from->fake_stack, to->bottom, to->size);
+#else
+    (void)ending;
+#endif
+    tsrvi_context_switch(&from->context, &to->context);
+    tsrvi_fiber_arrived(from, to);
+}
+
+/* Map a stack of `size` bytes, a multiple of `page`, whose lowest page faults when it is touched.
+ * NULL: no memory. */
+static char *tsrvi_stack_map(size_t size, size_t page)
+{
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | TSRVI_MAP_STACK | TSRVI_MAP_NORESERVE;
+    void *stack = TSRV_SYS(mmap, (NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0));
+    if (stack == MAP_FAILED) {
+        return NULL;
+    }
+    if ((TSRVI_MADV_GUARD_INSTALL < 0 ||
+         TSRV_SYS(madvise, (stack, page, TSRVI_MADV_GUARD_INSTALL)) < 0) &&
+        TSRV_SYS(mprotect, (stack, page, PROT_NONE)) < 0) {
+        TSRV_SYS(munmap, (stack, size));
+        return NULL;
+    }
+    return (char *)stack;
+}
+#endif
+
+/* ============================================================================
+ * >>loop  Turns, tasks, timers, watches, posts, signals
+ *
+ * One turn: wait for events, then handle them, then what other threads and
+ * signals left, then the timers that are due, then the tasks that were ready
+ * when their turn came. A task is something to run: a coroutine to resume, a
+ * handler to call, a stream to finish. What becomes ready while ready tasks run
+ * waits for the next turn, so nothing can keep the loop from the other events.
+ *
+ * User code is called from here only, one piece at a time. After each piece the
+ * `soon` tasks run: streams that were written to are flushed, once, however
+ * many writes there were.
+ *
+ * The clock is read once a turn.
+ * ==========================================================================*/
+
+typedef struct tsrvi_task {
+    struct tsrvi_task *next;
+    void (*run)(struct tsrvi_task *task);
+} tsrvi_task;
+
+typedef struct tsrvi_tasks {
+    tsrvi_task *first;
+    tsrvi_task *last;
+} tsrvi_tasks;
+
+typedef struct tsrvi_post {
+    struct tsrvi_post *next;
+    tsrv_callback callback;
+    void *context;
+} tsrvi_post;
+
+struct tsrvi_co;
+
+#define TSRVI_BUDGET \
+    256 /* calls that may complete at once before a handler has to let others run */
+
+struct tsrv_loop {
+    tsrvi_poller poller;
+    tsrvi_heap heap;
+    tsrvi_tasks ready; /* run in the next turn */
+    tsrvi_tasks soon;  /* run when the piece of user code that is running gives control back */
+    uint64_t now;
+    size_t
+        active; /* what keeps the loop running: timers, watches, listeners, streams, coroutines */
+    bool running;
+    bool stopping;
+    bool closing; /* being freed */
+    uint32_t turns;
+
+    tsrvi_io wake; /* readable when another thread posted or a signal came */
+    int wake_write;
+    tsrvi_post *posts;                 /* atomic; the newest first */
+    volatile sig_atomic_t signal_seen; /* a handler ran */
+    tsrv_signal *signals;              /* watches */
+    tsrv_signal *signal_cursor;        /* the next to be looked at, while they are being called */
+
+    struct tsrvi_co *co;   /* the coroutine that is running; NULL = none */
+    tsrv_stream *handling; /* the stream whose callback-mode handler is running; NULL = none */
+    tsrv_stream *quick;    /* see tsrvi_read_quick; forgotten whenever other code may have run */
+    int budget;            /* see TSRVI_BUDGET */
+    tsrvi_link coroutines; /* all that are alive */
+    char *stacks;          /* free ones; each begins with the next one's address at its top */
+    int stack_count;
+    size_t stack_size; /* of the free ones */
+    size_t page_size;
+#if TSRVI_HAS_COROUTINES
+    tsrvi_fiber main; /* where coroutines switch back to */
+#endif
+
+    tsrvi_link servers;                 /* that have used this loop */
+    void (*fd_closed)(tsrv_loop *loop); /* the server layer's: a descriptor is free again */
+    struct tsrvi_chunk *chunk;          /* the buffer that all streams receive into */
+    tsrv_stream *chunk_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
+    tsrvi_pool pool;                    /* output blocks */
+    tsrv_address address;               /* the peer's, while a handler is called */
+};
+
+/* This thread's own loop, and the one that is running on it. */
+static __thread tsrv_loop *tsrvi_own_loop;
+static __thread tsrv_loop *tsrvi_running_loop;
+
+static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
+{
+    task->next = NULL;
+    if (tasks->first == NULL) {
+        tasks->first = task;
+    } else {
+        tasks->last->next = task;
+    }
+    tasks->last = task;
+}
+
+static tsrvi_task *tsrvi_tasks_pop(tsrvi_tasks *tasks)
+{
+    tsrvi_task *task = tasks->first;
+    tasks->first = task->next;
+    return task;
+}
+
+/* Run what the last piece of user code left to be done at its end. */
+static void tsrvi_loop_settle(tsrv_loop *loop)
+{
+    while (TSRVI_UNLIKELY(loop->soon.first != NULL)) {
+        tsrvi_task *task = tsrvi_tasks_pop(&loop->soon);
+        task->run(task);
+    }
+}
+
+/* Resolve a loop argument: NULL is the thread's, made now if need be. Refuse a loop whose memory a
+ * fork copied: it shares the parent's epoll set. */
+static int tsrvi_loop_use(tsrv_loop **loop)
+{
+    if (*loop == NULL) {
+        *loop = tsrvi_running_loop != NULL ? tsrvi_running_loop : tsrvi_own_loop;
+    }
+    if (*loop == NULL) {
+        int rc = tsrv_loop_new(&tsrvi_own_loop, NULL);
+        *loop = tsrvi_own_loop;
+        return rc;
+    }
+    if ((*loop)->poller.pid != TSRV_SYS(getpid, ())) {
+        tsrvi_log(TSRV_LOG_ERROR,
+                  "this loop belongs to process %ld, which forked: make a new one in the child",
+                  (long)(*loop)->poller.pid);
+        return TSRV_EINVAL;
+    }
+    return TSRV_OK;
+}
+
+/* ---- waking ----------------------------------------------------------------*/
+
+static void tsrvi_wake_write(int fd)
+{
+    uint64_t one = 1;
+    int saved = errno;
+    /* EAGAIN means that it is readable already. An eventfd wants 8 bytes; a pipe does not mind. */
+    ssize_t written = TSRV_SYS(write, (fd, &one, sizeof(one)));
+    (void)written;
+    errno = saved;
+}
+
+static void tsrvi_wake_event(tsrvi_io *io, int events)
+{
+    char buffer[512];
+    (void)events;
+    while (TSRV_SYS(read, (io->fd, buffer, sizeof(buffer))) == (ssize_t)sizeof(buffer)) {
+    }
+}
+
+static int tsrvi_wake_open(tsrv_loop *loop)
+{
+#if TSRVI_HAS_EVENTFD
+    loop->wake.fd = TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK));
+    loop->wake_write = loop->wake.fd;
+    return loop->wake.fd < 0 ? tsrvi_error() : TSRV_OK;
+#else
+    int fds[2];
+    int rc;
+    if (TSRV_SYS(pipe, (fds)) < 0) {
+        return tsrvi_error();
+    }
+    loop->wake.fd = fds[0];
+    loop->wake_write = fds[1];
+    rc = tsrvi_set_flags(fds[0]);
+    return rc < 0 ? rc : tsrvi_set_flags(fds[1]);
+#endif
+}
+
+static void tsrvi_wake_close(tsrv_loop *loop)
+{
+    if (loop->wake_write != loop->wake.fd) {
+        tsrvi_close_fd(loop->wake_write);
+    }
+    tsrvi_close_fd(loop->wake.fd);
+}
+
+/* ---- a loop's life ---------------------------------------------------------*/
+
+static const tsrvi_backend *tsrvi_backend_find(int id)
+{
+    for (size_t i = 0; i < sizeof(tsrvi_backends) / sizeof(tsrvi_backends[0]); i++) {
+        if (id == TSRV_BACKEND_BEST || tsrvi_backends[i]->id == id) {
+            return tsrvi_backends[i];
+        }
+    }
+    return NULL;
+}
+
+static void tsrvi_loop_destroy(tsrv_loop *loop)
+{
+    tsrvi_wake_close(loop);
+    loop->poller.backend->close(&loop->poller);
+    tsrvi_pool_free(&loop->pool);
+    for (int page = 0; page < loop->poller.page_count; page++) {
+        TSRV_FREE(loop->poller.pages[page]);
+    }
+    TSRV_FREE(loop->poller.pages);
+    TSRV_FREE(loop->heap.items);
+    TSRV_FREE(loop->chunk);
+    while (loop->posts != NULL) {
+        tsrvi_post *post = loop->posts;
+        loop->posts = post->next;
+        TSRV_FREE(post);
+    }
+    TSRV_FREE(loop);
+}
+
+TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
+{
+    const tsrvi_backend *backend =
+        tsrvi_backend_find(options == NULL ? TSRV_BACKEND_BEST : options->backend);
+    tsrv_loop *made;
+    int rc;
+    *loop = NULL;
+    if (backend == NULL) {
+        return TSRV_ENOTSUP;
+    }
+    made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
+    if (made == NULL) {
+        return -ENOMEM;
+    }
+    made->poller.pid = TSRV_SYS(getpid, ());
+    made->now = tsrvi_clock();
+    made->poller.backend = backend;
+    made->poller.fd = -1;
+    made->wake.fd = -1;
+    made->wake.on_event = tsrvi_wake_event;
+    made->wake_write = -1;
+    made->page_size = (size_t)TSRV_SYS(sysconf, (_SC_PAGESIZE));
+    tsrvi_list_init(&made->coroutines);
+    tsrvi_list_init(&made->servers);
+    if ((rc = backend->open(&made->poller)) < 0 || (rc = tsrvi_wake_open(made)) < 0 ||
+        (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0) {
+        tsrvi_loop_destroy(made);
+        return rc;
+    }
+    *loop = made;
+    return TSRV_OK;
+}
+
+TSRV_API tsrv_loop *tsrv_loop_current(void)
+{
+    tsrv_loop *loop = NULL;
+    return tsrvi_loop_use(&loop) < 0 ? NULL : loop;
+}
+
+/* ---- timers ----------------------------------------------------------------*/
+
+static void tsrvi_loop_timer_fire(tsrvi_timer *node)
+{
+    tsrv_timer *timer = TSRVI_CONTAINER(node, tsrv_timer, node);
+    timer->loop->heap.reserved--;
+    timer->loop->active--;
+    timer->callback(timer->context);
+}
+
+TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
+                              tsrv_callback callback, void *context)
+{
+    int rc;
+    if (delay_ms < 0 || callback == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0 || (rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+        return rc;
+    }
+    tsrv_timer_stop(timer);
+    timer->loop = loop;
+    timer->node.fire = tsrvi_loop_timer_fire;
+    timer->callback = callback;
+    timer->context = context;
+    loop->active++;
+    /* Not the turn's time: after a long callback that would be too early. */
+    tsrvi_heap_set(&loop->heap, &timer->node, tsrvi_after(tsrvi_clock(), delay_ms));
+    return TSRV_OK;
+}
+
+TSRV_API void tsrv_timer_stop(tsrv_timer *timer)
+{
+    if (timer->node.position != 0) {
+        tsrvi_heap_remove(&timer->loop->heap, &timer->node);
+        timer->loop->heap.reserved--;
+        timer->loop->active--;
+    }
+}
+
+static void tsrvi_loop_run_timers(tsrv_loop *loop)
+{
+    while (loop->heap.count != 0 && loop->heap.items[0]->due <= loop->now) {
+        tsrvi_timer *timer = loop->heap.items[0];
+        tsrvi_heap_remove(&loop->heap, timer);
+        timer->fire(timer);
+        tsrvi_loop_settle(loop);
+    }
+}
+
+/* ---- watches ---------------------------------------------------------------*/
+
+static void tsrvi_watch_event(tsrvi_io *io, int events)
+{
+    tsrv_watch *watch = TSRVI_CONTAINER(io, tsrv_watch, io);
+    events &= watch->io.interest;
+    if (events != 0) {
+        watch->callback(events, watch->context);
+    }
+}
+
+TSRV_API int tsrv_watch_start(tsrv_loop *loop, tsrv_watch *watch, int fd, int events,
+                              tsrv_watch_callback callback, void *context)
+{
+    int rc;
+    if (fd < 0 || events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0 ||
+        callback == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0) {
+        return rc;
+    }
+    if (watch->io.interest != 0 && (watch->io.fd != fd || watch->loop != loop)) {
+        tsrv_watch_stop(watch);
+    }
+    watch->io.fd = fd;
+    watch->io.on_event = tsrvi_watch_event;
+    watch->callback = callback;
+    watch->context = context;
+    watch->loop = loop;
+    if (watch->io.interest == 0) {
+        loop->active++;
+    }
+    rc = tsrvi_poller_set(&loop->poller, &watch->io, events);
+    if (watch->io.interest == 0) {
+        loop->active--;
+    }
+    return rc;
+}
+
+TSRV_API void tsrv_watch_stop(tsrv_watch *watch)
+{
+    if (watch->io.interest != 0) {
+        tsrvi_poller_set(&watch->loop->poller, &watch->io, 0);
+        watch->loop->active--;
+    }
+}
+
+/* ---- posts -----------------------------------------------------------------*/
+
+TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *context)
+{
+    tsrvi_post *post, *newest;
+    int rc;
+    if (callback == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0) {
+        return rc;
+    }
+    post = (tsrvi_post *)TSRV_MALLOC(sizeof(*post));
+    if (post == NULL) {
+        return -ENOMEM;
+    }
+    post->callback = callback;
+    post->context = context;
+    newest = __atomic_load_n(&loop->posts, __ATOMIC_RELAXED);
+    do {
+        post->next = newest;
+    } while (!__atomic_compare_exchange_n(&loop->posts, &newest, post, true, __ATOMIC_RELEASE,
+                                          __ATOMIC_RELAXED));
+    /* The first one wakes the loop; but on its own thread it is awake, and looks before it sleeps.
+     */
+    if (newest == NULL && tsrvi_running_loop != loop) {
+        tsrvi_wake_write(loop->wake_write);
+    }
+    return TSRV_OK;
+}
+
+/* Call what had been posted when this began, the oldest first. */
+static void tsrvi_loop_run_posts(tsrv_loop *loop)
+{
+    tsrvi_post *post = __atomic_exchange_n(&loop->posts, (tsrvi_post *)NULL, __ATOMIC_ACQUIRE);
+    tsrvi_post *oldest = NULL;
+    while (post != NULL) {
+        tsrvi_post *next = post->next;
+        post->next = oldest;
+        oldest = post;
+        post = next;
+    }
+    while (oldest != NULL) {
+        tsrvi_post current = *oldest;
+        TSRV_FREE(oldest);
+        oldest = current.next;
+        current.callback(current.context);
+        tsrvi_loop_settle(loop);
+    }
+}
+
+/* ---- signals ---------------------------------------------------------------*/
+
+#ifdef NSIG
+#define TSRVI_SIGNALS NSIG
+#else
+#define TSRVI_SIGNALS 65
+#endif
+
+/* Process-wide, as signal dispositions are: which loop watches a signal, and what was there before.
+ */
+static struct {
+    tsrv_loop *loop; /* atomic; NULL = not watched */
+    volatile sig_atomic_t pending;
+    struct sigaction before;
+} tsrvi_signals[TSRVI_SIGNALS];
+
+/* Async-signal-safe: flags and write(2) only. */
+static void tsrvi_signal_handler(int signo)
+{
+    tsrv_loop *loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE);
+    if (loop != NULL) {
+        tsrvi_signals[signo].pending = 1;
+        loop->signal_seen = 1;
+        tsrvi_wake_write(loop->wake_write);
+    }
+}
+
+static int tsrvi_signal_install(tsrv_loop *loop, int signo)
+{
+    tsrv_loop *nobody = NULL;
+    struct sigaction action;
+    if (!__atomic_compare_exchange_n(&tsrvi_signals[signo].loop, &nobody, loop, false,
+                                     __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        return nobody == loop ? TSRV_OK : TSRV_EBUSY;
+    }
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = tsrvi_signal_handler;
+    action.sa_flags = SA_RESTART;
+    TSRV_SYS(sigfillset, (&action.sa_mask));
+    tsrvi_signals[signo].pending = 0;
+    if (TSRV_SYS(sigaction, (signo, &action, &tsrvi_signals[signo].before)) < 0) {
+        int rc = tsrvi_error();
+        __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+        return rc;
+    }
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
+                               tsrv_callback callback, void *context)
+{
+    tsrv_signal **last;
+    int rc;
+    if (signo <= 0 || signo >= TSRVI_SIGNALS || callback == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0) {
+        return rc;
+    }
+    tsrv_signal_stop(signal);
+    if ((rc = tsrvi_signal_install(loop, signo)) < 0) {
+        return rc;
+    }
+    signal->signo = signo;
+    signal->loop = loop;
+    signal->callback = callback;
+    signal->context = context;
+    signal->next = NULL;
+    for (last = &loop->signals; *last != NULL; last = &(*last)->next) {
+    }
+    *last = signal;
+    return TSRV_OK;
+}
+
+TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
+{
+    tsrv_loop *loop = signal->loop;
+    tsrv_signal **link;
+    int signo = signal->signo, others = 0;
+    if (signo == 0) {
+        return;
+    }
+    for (link = &loop->signals; *link != NULL;) {
+        if (*link == signal) {
+            *link = signal->next;
+        } else {
+            others += (*link)->signo == signo;
+            link = &(*link)->next;
+        }
+    }
+    if (loop->signal_cursor == signal) {
+        loop->signal_cursor = signal->next;
+    }
+    signal->signo = 0;
+    if (others == 0) {
+        TSRV_SYS(sigaction, (signo, &tsrvi_signals[signo].before, NULL));
+        __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+    }
+}
+
+static void tsrvi_loop_run_signals(tsrv_loop *loop)
+{
+    loop->signal_seen = 0;
+    for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
+        if (__atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE) != loop ||
+            !tsrvi_signals[signo].pending) {
+            continue;
+        }
+        tsrvi_signals[signo].pending = 0;
+        for (loop->signal_cursor = loop->signals; loop->signal_cursor != NULL;) {
+            tsrv_signal *signal = loop->signal_cursor;
+            loop->signal_cursor = signal->next;
+            if (signal->signo == signo) {
+                signal->callback(signal->context);
+                tsrvi_loop_settle(loop);
+            }
+        }
+    }
+}
+
+/* ---- turns -----------------------------------------------------------------*/
+
+static bool tsrvi_loop_has_work(tsrv_loop *loop)
+{
+    return loop->ready.first != NULL || loop->signal_seen ||
+           __atomic_load_n(&loop->posts, __ATOMIC_RELAXED) != NULL;
+}
+
+static bool tsrvi_loop_alive(tsrv_loop *loop)
+{
+    return loop->active != 0 || tsrvi_loop_has_work(loop);
+}
+
+/* Milliseconds until the next timer, rounded up so that it is never too early; -1 = none. */
+static int tsrvi_loop_sleep_ms(tsrv_loop *loop, uint64_t now)
+{
+    uint64_t due = tsrvi_heap_next(&loop->heap), left;
+    if (tsrvi_loop_has_work(loop)) {
+        return 0;
+    }
+    if (due == TSRVI_FOREVER) {
+        return -1;
+    }
+    left = due <= now ? 0 : (due - now - 1) / TSRVI_MS + 1;
+    return left > INT_MAX ? INT_MAX : (int)left;
+}
+
+static void tsrvi_loop_run_ready(tsrv_loop *loop)
+{
+    tsrvi_task *last = loop->ready.first == NULL ? NULL : loop->ready.last;
+    while (last != NULL) {
+        tsrvi_task *task = tsrvi_tasks_pop(&loop->ready);
+        if (task == last) {
+            last = NULL;
+        }
+        task->run(task);
+        tsrvi_loop_settle(loop);
+    }
+}
+
+static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
+{
+    int timeout_ms = tsrvi_loop_sleep_ms(loop, loop->now), rc;
+    if (timeout_ms < 0 || (limit_ms >= 0 && limit_ms < timeout_ms)) {
+        timeout_ms = limit_ms;
+    }
+    loop->poller.fired_count = 0;
+    rc = loop->poller.backend->wait(&loop->poller, timeout_ms);
+    loop->now = tsrvi_clock();
+    loop->turns++;
+    for (int i = 0; i < loop->poller.fired_count; i++) {
+        tsrvi_poller_dispatch(&loop->poller, &loop->poller.fired[i]);
+        tsrvi_loop_settle(loop);
+    }
+    if (TSRVI_UNLIKELY(loop->signal_seen)) {
+        tsrvi_loop_run_signals(loop);
+    }
+    if (TSRVI_UNLIKELY(__atomic_load_n(&loop->posts, __ATOMIC_RELAXED) != NULL)) {
+        tsrvi_loop_run_posts(loop);
+    }
+    tsrvi_loop_run_timers(loop);
+    tsrvi_loop_run_ready(loop);
+    return rc;
+}
+
+/* Turn as long as asked: once = one turn, else until stopped or nothing is left. */
+static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
+{
+    tsrv_loop *outer = tsrvi_running_loop;
+    int rc = TSRV_OK;
+    if (loop->running) {
+        return TSRV_EBUSY;
+    }
+    tsrvi_running_loop = loop;
+    loop->running = true;
+    loop->now = tsrvi_clock();
+    tsrvi_loop_settle(loop); /* what was written from outside */
+    while (rc == TSRV_OK && tsrvi_loop_alive(loop) && (once || !loop->stopping)) {
+        rc = tsrvi_loop_turn(loop, limit_ms);
+        if (once) {
+            break;
+        }
+    }
+    loop->running = false;
+    tsrvi_running_loop = outer;
+    return rc;
+}
+
+TSRV_API int tsrv_loop_run(tsrv_loop *loop)
+{
+    int rc = tsrvi_loop_use(&loop);
+    if (rc < 0 || (rc = tsrvi_loop_turns(loop, false, TSRV_NEVER)) == TSRV_EBUSY) {
+        return rc;
+    }
+    loop->stopping = false;
+    return rc;
+}
+
+TSRV_API int tsrv_loop_run_once(tsrv_loop *loop, int timeout_ms)
+{
+    int rc = tsrvi_loop_use(&loop);
+    if (rc < 0 || (rc = tsrvi_loop_turns(loop, true, timeout_ms)) < 0) {
+        return rc;
+    }
+    return tsrvi_loop_alive(loop);
+}
+
+TSRV_API void tsrv_loop_stop(tsrv_loop *loop)
+{
+    if (loop != NULL || (loop = tsrv_loop_current()) != NULL) {
+        loop->stopping = true;
+    }
+}
+
+TSRV_API int tsrv_loop_fd(tsrv_loop *loop)
+{
+    int rc = tsrvi_loop_use(&loop);
+    return rc < 0 ? rc : loop->poller.fd < 0 ? TSRV_ENOTSUP : loop->poller.fd;
+}
+
+TSRV_API int tsrv_loop_timeout_ms(tsrv_loop *loop)
+{
+    int rc = tsrvi_loop_use(&loop);
+    return rc < 0 ? 0 : loop->soon.first != NULL ? 0 : tsrvi_loop_sleep_ms(loop, tsrvi_clock());
+}
+
+TSRV_API int64_t tsrv_loop_now_ms(tsrv_loop *loop)
+{
+    int rc = tsrvi_loop_use(&loop);
+    return rc < 0 ? 0 : (int64_t)(loop->now / TSRVI_MS);
+}
+
+TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
+{
+    int rc = tsrvi_loop_use(&loop);
+    return rc < 0 ? rc : loop->poller.backend->id;
+}
+
+#if TSRVI_HAS_COROUTINES
+/* ============================================================================
+ * >>coroutine  Functions that can wait
+ *
+ * The control block sits at the top of its stack, so that an idle coroutine
+ * costs one or two pages. A coroutine that waits is woken once: by whatever it
+ * waits for, by its timer, or because the loop is being freed; the first one
+ * wins. Its timer is lazy: it stays armed when the wait ends early and is moved
+ * only when it fires, so a read with a timeout does not touch the heap.
+ * ==========================================================================*/
+
+#define TSRVI_STACK_SIZE ((size_t)256 * 1024)
+#define TSRVI_STACK_POOL 256 /* free stacks that a loop keeps */
+
+typedef struct tsrvi_co {
+    tsrvi_fiber fiber;
+    tsrvi_task task; /* resumes it */
+    tsrvi_link link; /* in the loop's coroutines */
+    tsrv_loop *loop;
+    tsrvi_timer timer;
+    uint64_t due; /* when the wait times out; the timer may fire earlier and move on */
+    tsrv_callback function;
+    void *context;
+    char *stack;
+    size_t stack_size;
+    unsigned valgrind_id;
+    int result;     /* of the wait */
+    bool waiting;   /* nobody has woken it yet */
+    bool cancelled; /* has had its one TSRV_ECLOSED from tsrv_loop_free */
+    bool over;      /* its function has returned */
+} tsrvi_co;
+
+static char *tsrvi_stack_take(tsrv_loop *loop, size_t size)
+{
+    char *stack = loop->stacks;
+    if (stack == NULL || loop->stack_size != size) {
+        return tsrvi_stack_map(size, loop->page_size);
+    }
+    memcpy(&loop->stacks, stack + size - sizeof(char *), sizeof(char *));
+    loop->stack_count--;
+    return stack;
+}
+
+static void tsrvi_stack_give(tsrv_loop *loop, char *stack, size_t size)
+{
+    if (loop->stack_count >= TSRVI_STACK_POOL ||
+        (loop->stack_count != 0 && loop->stack_size != size)) {
+        TSRV_SYS(munmap, (stack, size));
+        return;
+    }
+    memcpy(stack + size - sizeof(char *), &loop->stacks, sizeof(char *));
+    loop->stacks = stack;
+    loop->stack_size = size;
+    loop->stack_count++;
+}
+
+static void tsrvi_stack_free_all(tsrv_loop *loop)
+{
+    while (loop->stack_count > 0) {
+        char *stack = tsrvi_stack_take(loop, loop->stack_size);
+        TSRV_SYS(munmap, (stack, loop->stack_size));
+    }
+}
+
+static void tsrvi_co_entry(tsrvi_context *context)
+{
+    tsrvi_co *co = TSRVI_CONTAINER(context, tsrvi_co, fiber.context);
+    tsrvi_fiber_arrived(&co->fiber, &co->loop->main);
+    co->function(co->context);
+    co->over = true;
+    tsrvi_fiber_switch(&co->fiber, &co->loop->main, true);
+    TSRV_ASSERT(false); /* nobody resumes it */
+}
+
+/* Give back what a coroutine holds; it is not running. */
+static void tsrvi_co_free(tsrvi_co *co)
+{
+    tsrv_loop *loop = co->loop;
+    tsrvi_heap_remove(&loop->heap, &co->timer);
+    loop->heap.reserved--;
+    loop->active--;
+    tsrvi_list_remove(&co->link);
+    TSRVI_STACK_DEREGISTER(co->valgrind_id);
+#if TSRVI_HAS_TSAN
+    __tsan_destroy_fiber(co->fiber.tsan);
+#endif
+    tsrvi_stack_give(loop, co->stack, co->stack_size);
+}
+
+static void tsrvi_co_resume(tsrvi_co *co)
+{
+    tsrv_loop *loop = co->loop;
+    loop->co = co;
+    loop->quick = NULL;
+    loop->budget = TSRVI_BUDGET;
+    tsrvi_fiber_switch(&loop->main, &co->fiber, false);
+    loop->co = NULL;
+    if (co->over) {
+        tsrvi_co_free(co);
+    }
+}
+
+static void tsrvi_co_run(tsrvi_task *task)
+{
+    tsrvi_co_resume(TSRVI_CONTAINER(task, tsrvi_co, task));
+}
+
+/* End the wait of a coroutine, if it still waits; it runs in the next turn. */
+static bool tsrvi_co_wake(tsrvi_co *co, int result)
+{
+    if (!co->waiting) {
+        return false;
+    }
+    co->waiting = false;
+    co->result = result;
+    tsrvi_tasks_push(&co->loop->ready, &co->task);
+    return true;
+}
+
+/* The same from the loop itself, where it may run at once. */
+static void tsrvi_co_wake_now(tsrvi_co *co, int result)
+{
+    if (co->waiting) {
+        co->waiting = false;
+        co->result = result;
+        tsrvi_co_resume(co);
+    }
+}
+
+static void tsrvi_co_timer_fire(tsrvi_timer *timer)
+{
+    tsrvi_co *co = TSRVI_CONTAINER(timer, tsrvi_co, timer);
+    if (co->waiting && co->due <= co->loop->now) {
+        tsrvi_co_wake_now(co, TSRV_ETIMEOUT);
+    } else if (co->waiting && co->due != TSRVI_FOREVER) {
+        tsrvi_heap_set(&co->loop->heap, timer, co->due);
+    }
+}
+
+/* Suspend the running coroutine until it is woken or `due` has come: TSRV_ETIMEOUT, else what it
+ * was woken with. */
+static int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
+{
+    tsrv_loop *loop = co->loop;
+    if (TSRVI_UNLIKELY(loop->closing) && !co->cancelled) {
+        co->cancelled = true;
+        return TSRV_ECLOSED;
+    }
+    co->due = due;
+    if (due != TSRVI_FOREVER && (co->timer.position == 0 || co->timer.due > due)) {
+        tsrvi_heap_set(&loop->heap, &co->timer, due);
+    }
+    co->waiting = true;
+    tsrvi_fiber_switch(&co->fiber, &loop->main, false);
+    return co->result;
+}
+
+/* Let everything else that is ready run first. */
+static int tsrvi_co_yield(tsrvi_co *co)
+{
+    if (TSRVI_UNLIKELY(co->loop->closing)) {
+        return tsrvi_co_wait(co, TSRVI_FOREVER);
+    }
+    co->waiting = true;
+    tsrvi_co_wake(co, TSRV_OK);
+    tsrvi_fiber_switch(&co->fiber, &co->loop->main, false);
+    return co->result;
+}
+
+/* A coroutine that will call function(context). It does not run yet; *made is NULL after an error.
+ */
+static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback function, void *context,
+                        tsrvi_co **made)
+{
+    size_t page = loop->page_size, size = (stack_size + page - 1) / page * page;
+    tsrvi_co *co;
+    char *stack;
+    int rc = tsrvi_heap_reserve(&loop->heap);
+    *made = NULL;
+    if (rc < 0) {
+        return rc;
+    }
+    stack = tsrvi_stack_take(loop, size < 4 * page ? 4 * page : size);
+    size = size < 4 * page ? 4 * page : size;
+    if (stack == NULL) {
+        loop->heap.reserved--;
+        return -ENOMEM;
+    }
+#if TSRVI_HAS_ASAN
+    __asan_unpoison_memory_region(stack + page, size - page); /* what the last one left there */
+#endif
+    co = (tsrvi_co *)(void *)(stack + size - ((sizeof(tsrvi_co) + 63) & ~(size_t)63));
+    memset(co, 0, sizeof(*co));
+    co->task.run = tsrvi_co_run;
+    co->loop = loop;
+    co->timer.fire = tsrvi_co_timer_fire;
+    co->function = function;
+    co->context = context;
+    co->stack = stack;
+    co->stack_size = size;
+    co->fiber.bottom = stack + page;
+    co->fiber.size = (size_t)((char *)co - stack) - page;
+    co->valgrind_id = TSRVI_STACK_REGISTER(stack, stack + size);
+#if TSRVI_HAS_TSAN
+    co->fiber.tsan = __tsan_create_fiber(0);
+#endif
+    tsrvi_context_make(&co->fiber.context, stack + page, co->fiber.size, tsrvi_co_entry);
+    tsrvi_list_append(&loop->coroutines, &co->link);
+    loop->active++;
+    *made = co;
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
+{
+    tsrvi_co *co;
+    int rc;
+    if (callback == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0 ||
+        (rc = tsrvi_co_new(loop, TSRVI_STACK_SIZE, callback, context, &co)) < 0) {
+        return rc;
+    }
+    tsrvi_tasks_push(&loop->ready, &co->task);
+    return TSRV_OK;
+}
+
+/* The loop is being freed: end every wait, once. */
+static void tsrvi_co_cancel_all(tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->coroutines.next; link != &loop->coroutines; link = link->next) {
+        tsrvi_co *co = TSRVI_CONTAINER(link, tsrvi_co, link);
+        if (tsrvi_co_wake(co, TSRV_ECLOSED)) {
+            co->cancelled = true;
+        }
+    }
+}
+
+/* What still waits then is dropped where it stands. Returns how many. */
+static size_t tsrvi_co_drop_all(tsrv_loop *loop)
+{
+    size_t count = 0;
+    while (!tsrvi_list_empty(&loop->coroutines)) {
+        tsrvi_co_free(TSRVI_CONTAINER(loop->coroutines.next, tsrvi_co, link));
+        count++;
+    }
+    tsrvi_stack_free_all(loop);
+    return count;
+}
+
+/* The coroutine that calls, or NULL. */
+static tsrvi_co *tsrvi_co_self(void)
+{
+    return tsrvi_running_loop == NULL ? NULL : tsrvi_running_loop->co;
+}
+
+TSRV_API int tsrv_sleep(int delay_ms)
+{
+    tsrvi_co *co = tsrvi_co_self();
+    int rc;
+    if (co == NULL || delay_ms < 0) {
+        return TSRV_EINVAL;
+    }
+    rc = delay_ms == 0 ? tsrvi_co_yield(co)
+                       : tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), delay_ms));
+    return rc == TSRV_ETIMEOUT ? TSRV_OK : rc;
+}
+
+/* A coroutine that waits for a descriptor. */
+typedef struct tsrvi_fd_wait {
+    tsrvi_io io;
+    tsrvi_co *co;
+} tsrvi_fd_wait;
+
+static void tsrvi_fd_wait_event(tsrvi_io *io, int events)
+{
+    (void)events;
+    tsrvi_co_wake_now(TSRVI_CONTAINER(io, tsrvi_fd_wait, io)->co, TSRV_OK);
+}
+
+/* Is fd ready now? */
+static int tsrvi_fd_look(int fd, int events)
+{
+    struct pollfd entry;
+    int count;
+    entry.fd = fd;
+    entry.events = (short)(((events & TSRV_READABLE) != 0 ? POLLIN : 0) |
+                           ((events & TSRV_WRITABLE) != 0 ? POLLOUT : 0));
+    entry.revents = 0;
+    do {
+        count = TSRV_SYS(poll, (&entry, 1, 0));
+    } while (count < 0 && errno == EINTR);
+    return count < 0                         ? tsrvi_error()
+           : (entry.revents & POLLNVAL) != 0 ? -EBADF
+           : count > 0                       ? TSRV_OK
+                                             : TSRV_ETIMEOUT;
+}
+
+TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
+{
+    tsrvi_fd_wait wait;
+    tsrvi_co *co = tsrvi_co_self();
+    int rc;
+    if (co == NULL || fd < 0 || events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0) {
+        return TSRV_EINVAL;
+    }
+    if (timeout_ms == 0) {
+        return tsrvi_fd_look(fd, events);
+    }
+    memset(&wait, 0, sizeof(wait));
+    wait.io.fd = fd;
+    wait.io.on_event = tsrvi_fd_wait_event;
+    wait.co = co;
+    if ((rc = tsrvi_poller_set(&co->loop->poller, &wait.io, events)) < 0) {
+        return rc;
+    }
+    rc = tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), timeout_ms));
+    tsrvi_poller_set(&co->loop->poller, &wait.io, 0);
+    return rc;
+}
+#else
+/* Without coroutines loop->co is always NULL, and these are never reached. */
+typedef struct tsrvi_co tsrvi_co;
+
+#define TSRVI_STACK_SIZE ((size_t)1)
+
+static int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
+{
+    (void)co;
+    (void)due;
+    return TSRV_ENOTSUP;
+}
+
+static int tsrvi_co_yield(tsrvi_co *co)
+{
+    (void)co;
+    return TSRV_ENOTSUP;
+}
+
+static bool tsrvi_co_wake(tsrvi_co *co, int result)
+{
+    (void)co;
+    (void)result;
+    return false;
+}
+
+static void tsrvi_co_wake_now(tsrvi_co *co, int result)
+{
+    (void)co;
+    (void)result;
+}
+
+static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback function, void *context,
+                        tsrvi_co **made)
+{
+    (void)loop;
+    (void)stack_size;
+    (void)function;
+    (void)context;
+    *made = NULL;
+    return TSRV_ENOTSUP;
+}
+
+static void tsrvi_co_resume(tsrvi_co *co)
+{
+    (void)co;
+}
+
+static size_t tsrvi_co_drop_all(tsrv_loop *loop)
+{
+    (void)loop;
+    return 0;
+}
+
+static void tsrvi_co_cancel_all(tsrv_loop *loop)
+{
+    (void)loop;
+}
+
+TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
+{
+    (void)loop;
+    (void)callback;
+    (void)context;
+    return TSRV_ENOTSUP;
+}
+
+TSRV_API int tsrv_sleep(int delay_ms)
+{
+    (void)delay_ms;
+    return TSRV_ENOTSUP;
+}
+
+TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
+{
+    (void)fd;
+    (void)events;
+    (void)timeout_ms;
+    return TSRV_ENOTSUP;
+}
+#endif
+
+/* ============================================================================
+ * >>socket  Addresses, listening sockets
+ * ==========================================================================*/
+
+#include <arpa/inet.h>
+
+/* tsrv_address hides the system's types; this is what is inside, copied out because the types may
+ * not alias. */
+typedef union tsrvi_sockaddr {
+    struct sockaddr any;
+    struct sockaddr_in four;
+    struct sockaddr_in6 six;
+    struct sockaddr_un local;
+    struct sockaddr_storage storage;
+} tsrvi_sockaddr;
+
+static void tsrvi_address_load(const tsrv_address *address, tsrvi_sockaddr *inside)
+{
+    memset(inside, 0, sizeof(*inside));
+    memcpy(inside, address->storage, tsrvi_min(address->size, sizeof(address->storage)));
+}
+
+static void tsrvi_address_store(tsrv_address *address, const tsrvi_sockaddr *inside, size_t size)
+{
+    memset(address, 0, sizeof(*address));
+    address->size = (uint32_t)tsrvi_min(size, sizeof(address->storage));
+    memcpy(address->storage, inside, address->size);
+}
+
+TSRV_API int tsrv_address_family(const tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    tsrvi_address_load(address, &inside);
+    return address->size < offsetof(struct sockaddr, sa_data) ? 0 : inside.any.sa_family;
+}
+
+TSRV_API int tsrv_address_port(const tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    tsrvi_address_load(address, &inside);
+    switch (tsrv_address_family(address)) {
+    case AF_INET:
+        return ntohs(inside.four.sin_port);
+    case AF_INET6:
+        return ntohs(inside.six.sin6_port);
+    default:
+        return 0;
+    }
+}
+
+/* A unix address: the kernel need not terminate the path. */
+static void tsrvi_unix_format(const tsrv_address *address, const char *path, char *buffer,
+                              size_t size)
+{
+    size_t start = offsetof(struct sockaddr_un, sun_path);
+    size_t length = address->size > start ? address->size - start : 0;
+    if (length == 0) {
+        snprintf(buffer, size, "unix:");
+    } else if (path[0] == 0) {
+        snprintf(buffer, size, "unix:@%.*s", (int)length - 1, path + 1);
+    } else {
+        snprintf(buffer, size, "unix:%.*s", (int)length, path);
+    }
+}
+
+TSRV_API char *tsrv_address_format(const tsrv_address *address, char *buffer, size_t size)
+{
+    char text[INET6_ADDRSTRLEN] = "", scope[16] = "";
+    tsrvi_sockaddr inside;
+    tsrvi_address_load(address, &inside);
+    if (size == 0) {
+        return buffer;
+    }
+    switch (tsrv_address_family(address)) {
+    case AF_INET:
+        TSRV_SYS(inet_ntop, (AF_INET, &inside.four.sin_addr, text, sizeof(text)));
+        snprintf(buffer, size, "%s:%d", text, tsrv_address_port(address));
+        break;
+    case AF_INET6:
+        TSRV_SYS(inet_ntop, (AF_INET6, &inside.six.sin6_addr, text, sizeof(text)));
+        if (inside.six.sin6_scope_id != 0) {
+            snprintf(scope, sizeof(scope), "%%%u", (unsigned)inside.six.sin6_scope_id);
+        }
+        snprintf(buffer, size, "[%s%s]:%d", text, scope, tsrv_address_port(address));
+        break;
+    case AF_UNIX:
+        tsrvi_unix_format(address, inside.local.sun_path, buffer, size);
+        break;
+    default:
+        snprintf(buffer, size, "unknown");
+    }
+    return buffer;
+}
+
+static int tsrvi_getsockname(int fd, struct sockaddr *address, socklen_t *size)
+{
+    return TSRV_SYS(getsockname, (fd, address, size));
+}
+
+static int tsrvi_getpeername(int fd, struct sockaddr *address, socklen_t *size)
+{
+    return TSRV_SYS(getpeername, (fd, address, size));
+}
+
+static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, socklen_t *),
+                             tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size = sizeof(inside);
+    memset(address, 0, sizeof(*address));
+    memset(&inside, 0, sizeof(inside));
+    if (getname(fd, &inside.any, &size) < 0) {
+        return tsrvi_error();
+    }
+    tsrvi_address_store(address, &inside, size);
+    return TSRV_OK;
+}
+
+/* A non-blocking, close-on-exec stream socket, or a code. */
+static int tsrvi_socket(int family)
+{
+#if TSRVI_HAS_ACCEPT4
+    int fd = TSRV_SYS(socket, (family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    return fd < 0 ? tsrvi_error() : fd;
+#else
+    int fd = TSRV_SYS(socket, (family, SOCK_STREAM, 0)), rc;
+    if (fd < 0) {
+        return tsrvi_error();
+    }
+    if ((rc = tsrvi_set_flags(fd)) < 0) {
+        tsrvi_close_fd(fd);
+        return rc;
+    }
+    return fd;
+#endif
+}
+
+static int tsrvi_option(int fd, int level, int name, int value)
+{
+    return TSRV_SYS(setsockopt, (fd, level, name, &value, sizeof(value))) < 0 ? tsrvi_error()
+                                                                              : TSRV_OK;
+}
+
+static int tsrvi_backlog(const tsrv_bind_options *options)
+{
+    return options == NULL || options->backlog <= 0 ? 128 : options->backlog;
+}
+
+/* Is somebody listening on this unix socket? Then its file must not be taken away. */
+static bool tsrvi_unix_alive(const tsrvi_sockaddr *inside, socklen_t size)
+{
+    int fd = tsrvi_socket(AF_UNIX);
+    bool alive =
+        fd >= 0 && (TSRV_SYS(connect, (fd, &inside->any, size)) == 0 || errno != ECONNREFUSED);
+    tsrvi_close_fd(fd);
+    return alive;
+}
+
+/* Make room for a unix socket's file: only a socket that nobody serves is removed. lstat: a link is
+ * never followed. */
+static int tsrvi_unix_clear(const tsrvi_sockaddr *inside, socklen_t size)
+{
+    struct stat info;
+    if (TSRV_SYS(lstat, (inside->local.sun_path, &info)) < 0) {
+        return errno == ENOENT ? TSRV_OK : tsrvi_error();
+    }
+    if (!S_ISSOCK(info.st_mode)) {
+        return -EEXIST;
+    }
+    if (tsrvi_unix_alive(inside, size)) {
+        return -EADDRINUSE;
+    }
+    return TSRV_SYS(unlink, (inside->local.sun_path)) < 0 && errno != ENOENT ? tsrvi_error()
+                                                                             : TSRV_OK;
+}
+
+/* Fill in a unix address; "@name" is abstract and not terminated. */
+static int tsrvi_unix_address(const char *path, tsrvi_sockaddr *inside, socklen_t *size)
+{
+    size_t length = strlen(path);
+    struct sockaddr_un *local = &inside->local;
+    memset(inside, 0, sizeof(*inside));
+    if (length == 0) {
+        return TSRV_EINVAL;
+    }
+    if (length >= sizeof(local->sun_path)) {
+        return -ENAMETOOLONG;
+    }
+    local->sun_family = AF_UNIX;
+    memcpy(local->sun_path, path, length);
+    if (path[0] == '@') {
+        local->sun_path[0] = 0;
+    } else {
+        length++;
+    }
+    *size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd)
+{
+    mode_t mode = options == NULL || options->unix_mode == 0 ? 0600 : (mode_t)options->unix_mode;
+    bool abstract = path[0] == '@';
+    tsrvi_sockaddr inside;
+    socklen_t size = 0;
+    int made, rc = tsrvi_unix_address(path, &inside, &size);
+    *fd = -1;
+    if (rc < 0 || (!abstract && (rc = tsrvi_unix_clear(&inside, size)) < 0)) {
+        return rc;
+    }
+    if ((made = tsrvi_socket(AF_UNIX)) < 0) {
+        return made;
+    }
+    if (TSRV_SYS(bind, (made, &inside.any, size)) < 0) {
+        rc = tsrvi_error();
+        tsrvi_close_fd(made);
+        return rc;
+    }
+    /* The permissions are right before anybody can connect: that takes listen. */
+    if ((!abstract && TSRV_SYS(chmod, (path, mode)) < 0) ||
+        TSRV_SYS(listen, (made, tsrvi_backlog(options))) < 0) {
+        rc = tsrvi_error();
+        if (!abstract) {
+            TSRV_SYS(unlink, (path));
+        }
+        tsrvi_close_fd(made);
+        return rc;
+    }
+    *fd = made;
+    return TSRV_OK;
+}
+
+static void tsrvi_close_fds(const int *fds, int count)
+{
+    for (int i = 0; i < count; i++) {
+        tsrvi_close_fd(fds[i]);
+    }
+}
+
+/* The options that a listener must have before it is bound. */
+static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *options)
+{
+    int rc = tsrvi_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    if (rc == TSRV_OK && options != NULL && options->reuse_port) {
+#ifdef SO_REUSEPORT
+        rc = tsrvi_option(fd, SOL_SOCKET, SO_REUSEPORT, 1);
+#else
+        rc = TSRV_ENOTSUP;
+#endif
+    }
+    /* Else an IPv6 socket may take IPv4's port too, or not, depending on the system. */
+    if (rc == TSRV_OK && family == AF_INET6) {
+        rc = tsrvi_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
+    }
+    return rc;
+}
+
+/* One listening socket for one result of getaddrinfo; port is in network order. */
+static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
+                          const tsrv_bind_options *options)
+{
+    tsrvi_sockaddr inside;
+    int fd = tsrvi_socket(info->ai_family), rc;
+    if (fd < 0) {
+        return fd;
+    }
+    memset(&inside, 0, sizeof(inside));
+    memcpy(&inside, info->ai_addr, tsrvi_min(info->ai_addrlen, sizeof(inside)));
+    if (info->ai_family == AF_INET6) {
+        inside.six.sin6_port = port;
+    } else {
+        inside.four.sin_port = port;
+    }
+    rc = tsrvi_bind_prepare(fd, info->ai_family, options);
+    if (rc == TSRV_OK && (TSRV_SYS(bind, (fd, &inside.any, info->ai_addrlen)) < 0 ||
+                          TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0)) {
+        rc = tsrvi_error();
+    }
+    if (rc < 0) {
+        tsrvi_close_fd(fd);
+        return rc;
+    }
+    return fd;
+}
+
+/* Results that are not meant for us: a repeated one, and macOS's link-local "localhost". */
+static bool tsrvi_bind_skips(const struct addrinfo *all, const struct addrinfo *info,
+                             bool localhost)
+{
+    if (localhost && info->ai_family == AF_INET6) {
+        tsrvi_sockaddr inside;
+        memcpy(&inside.six, info->ai_addr, sizeof(inside.six));
+        if (inside.six.sin6_scope_id != 0) {
+            return true;
+        }
+    }
+    for (const struct addrinfo *other = all; other != info; other = other->ai_next) {
+        if (other->ai_addrlen == info->ai_addrlen &&
+            memcmp(other->ai_addr, info->ai_addr, info->ai_addrlen) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Errors that mean "this host does not have that family", while another address may do. */
+static bool tsrvi_bind_forgives(int rc, int family, bool explicit_address)
+{
+    return rc == -EAFNOSUPPORT || (rc == -EADDRNOTAVAIL && family == AF_INET6 && !explicit_address);
+}
+
+/* Bind every result, IPv4 first. Returns how many, or an error with none open. *shared: the port
+ * came from the kernel. */
+static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *address,
+                          const tsrv_bind_options *options, int *fds, int capacity, bool *shared)
+{
+    static const int families[] = {AF_INET, AF_INET6};
+    bool localhost = address != NULL && strcmp(address, "localhost") == 0;
+    bool explicit_address = address != NULL && address[0] != 0 && !localhost;
+    in_port_t bound = htons((uint16_t)port);
+    int count = 0, last = -EADDRNOTAVAIL;
+    *shared = false;
+    for (int pass = 0; pass < 2; pass++) {
+        for (const struct addrinfo *info = all; info != NULL; info = info->ai_next) {
+            int fd;
+            tsrv_address name;
+            if (info->ai_family != families[pass] || tsrvi_bind_skips(all, info, localhost)) {
+                continue;
+            }
+            fd = count == capacity ? TSRV_EINVAL : tsrvi_bind_one(info, bound, options);
+            if (fd < 0 && !tsrvi_bind_forgives(fd, info->ai_family, explicit_address)) {
+                tsrvi_close_fds(fds, count);
+                return fd;
+            }
+            if (fd < 0) {
+                last = fd;
+                continue;
+            }
+            fds[count++] = fd;
+            if (bound == 0 && tsrvi_address_get(fd, tsrvi_getsockname, &name) == TSRV_OK) {
+                bound = htons((uint16_t)tsrv_address_port(&name));
+                *shared = true;
+            }
+        }
+    }
+    return count > 0 ? count : last;
+}
+
+TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
+                               int *fds, int capacity)
+{
+    struct addrinfo hints, *all = NULL;
+    bool shared = false;
+    int rc, tries = 0;
+    if (capacity < 1 || port < 0 || port > 65535) {
+        return TSRV_EINVAL;
+    }
+    if (address != NULL && strncmp(address, "unix:", 5) == 0) {
+        rc = tsrv_bind_unix_socket(address + 5, options, &fds[0]);
+        return rc < 0 ? rc : 1;
+    }
+    memset(&hints, 0, sizeof(hints));
+    hints.ai_family = options == NULL ? 0 : options->family;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = AI_PASSIVE;
+    rc = TSRV_SYS(getaddrinfo,
+                  (address == NULL || address[0] == 0 ? NULL : address, "0", &hints, &all));
+    if (rc != 0) {
+        return rc == EAI_MEMORY ? -ENOMEM : rc == EAI_SYSTEM ? tsrvi_error() : TSRV_ERESOLVE;
+    }
+    /* The port that the kernel chose for the first socket may be taken in the other family: choose
+     * anew. */
+    do {
+        rc = tsrvi_bind_all(all, port, address, options, fds, capacity, &shared);
+    } while (rc == -EADDRINUSE && shared && ++tries < 16);
+    TSRV_SYS(freeaddrinfo, (all));
+    return rc;
+}
+
+/* ============================================================================
+ * >>stream  One connection
+ *
+ * A stream records what its handler and its coroutines wait for; events, timers
+ * and the ends of the stream wake them. That is the whole model: everything
+ * else here computes whether a call can be answered now.
+ *
+ * Reading. When the descriptor is readable and somebody wants input, there is one
+ * recv, into the loop's shared chunk, or behind the stream's unread bytes. The
+ * pending read then looks whether it is satisfied. Unread bytes stay in the
+ * shared chunk until another stream needs it; only then are they copied to a
+ * chunk of the stream's own, and if the program still holds a slice, the whole
+ * chunk changes hands instead. So an idle stream owns no buffer, and a message
+ * that arrives whole is never copied.
+ *
+ * Writing. Small writes are collected and sent when the piece of user code that
+ * wrote gives control back; large ones are sent at once from the caller's memory
+ * together with what is queued, and only the rest is copied. Each turn sends at
+ * most TSRVI_SEND_LIMIT bytes.
+ *
+ * Ends. in_end and out_end say how each direction ended, killed ends both at
+ * once, before unread input. Closing sends the rest, then FIN, then reads and
+ * drops until the peer's FIN. The stream is freed by its task, when the
+ * descriptor is closed, the handler has returned and on_close has been called.
+ * ==========================================================================*/
+
+#define TSRVI_DIRECT ((size_t)16384) /* writes from here on are sent from the caller's memory */
+#define TSRVI_SEND_LIMIT ((size_t)1024 * 1024) /* bytes sent for a stream in one go */
+#define TSRVI_SEND_PIECES 64                   /* of one sendmsg */
+#define TSRVI_SMALL_CHUNK ((size_t)1024)       /* least room for unread bytes of a stream's own */
+
+/* tsrv_stream.flags */
+#define TSRVI_ENTERED 0x1u                     /* the handler has been called */
+#define TSRVI_OVER 0x2u                        /* the handler will not be called any more */
+#define TSRVI_RUNNING 0x4u                     /* the handler is running, or suspended */
+#define TSRVI_SOON 0x8u                        /* the task is in loop->soon */
+#define TSRVI_READY 0x10u                      /* the task is in loop->ready */
+#define TSRVI_DIRTY 0x20u        /* there is output to send when the user code gives control back */
+#define TSRVI_CALL 0x40u         /* the handler is to be called */
+#define TSRVI_BLOCKED 0x80u      /* the kernel did not take all: wait until it is writable */
+#define TSRVI_SHUT 0x100u        /* FIN follows the output */
+#define TSRVI_FIN 0x200u         /* FIN is sent */
+#define TSRVI_CLOSING 0x400u     /* the descriptor will be closed */
+#define TSRVI_LINGER 0x800u      /* waiting for the peer's FIN, dropping input */
+#define TSRVI_WOKEN 0x1000u      /* tsrv_wake came, and nobody waited */
+#define TSRVI_WAIT_READ 0x2000u  /* what the callback-mode handler waits for: a read, */
+#define TSRVI_WAIT_WAKE 0x4000u  /* tsrv_wake, */
+#define TSRVI_WAIT_FLUSH 0x8000u /* an empty queue, */
+#define TSRVI_WAIT_INPUT 0x10000u /* or, in both modes, just more input */
+#define TSRVI_WAITS (TSRVI_WAIT_READ | TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT)
+#define TSRVI_IN_READ 0x20000u    /* read_due belongs to a read that is repeated */
+#define TSRVI_IN_WAKE 0x40000u    /* wake_due belongs to a tsrv_wait that is repeated */
+#define TSRVI_TOLD 0x80000u       /* the handler has been called after the end of the input */
+#define TSRVI_CONSUMED 0x100000u  /* the handler has read something in this call */
+#define TSRVI_LOCKED 0x200000u    /* a write that is taken in pieces is under way */
+#define TSRVI_FILES 0x400000u     /* the queue may hold file ranges */
+#define TSRVI_FULL_READ 0x800000u /* the last recv filled its room: there is more */
+
+struct tsrv_server {
+    tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
+    tsrv_loop *loop;             /* NULL until the first listen */
+    tsrvi_link link;             /* in loop->servers */
+    tsrvi_link streams;
+    struct tsrvi_listener *listeners;
+    tsrv_stats stats;
+    tsrvi_task task;   /* on_start, later the end */
+    tsrvi_timer retry; /* when paused listeners try again */
+    uint64_t logged;   /* when accept's failures were last logged */
+    int backoff_ms;
+    bool starting;  /* task calls on_start */
+    bool paused;    /* no accepting for now */
+    bool exhausted; /* because the system was out of something */
+    bool freed;     /* by the program: goes with the last stream */
+    bool has_timer; /* its place in the heap is reserved */
+    bool queued;    /* the task is in loop->ready */
+};
+
+/* A peer's address as streams keep it. */
+typedef struct tsrvi_peer {
+    uint16_t family;
+    uint16_t port; /* network order */
+    uint32_t scope;
+    union {
+        unsigned char ip[16];
+        tsrv_address *whole; /* a unix socket with a name; its own memory */
+    } u;
+} tsrvi_peer;
+
+/* One read call, on the caller's stack. attempt looks at the unread bytes only: TSRV_OK with the
+ * result taken, TSRV_EAGAIN when more is needed, or an error. */
+typedef struct tsrvi_read {
+    int (*attempt)(tsrv_stream *stream, struct tsrvi_read *read);
+    tsrv_slice *slice; /* NULL = drop */
+    size_t max;        /* bytes of the result */
+    size_t size;       /* of the delimiter, or how many bytes */
+    const char *delimiter;
+    tsrv_match match;
+    void *context;
+    size_t need; /* unread bytes below which attempt need not be asked */
+    char *into;  /* the caller's memory; NULL with done: bytes are dropped */
+    size_t done; /* bytes that are there, or dropped */
+} tsrvi_read;
+
+/* A read into the caller's memory, or a drop, that a callback-mode handler has to repeat. */
+typedef struct tsrvi_partial {
+    char *into;
+    size_t size;
+    size_t done;
+} tsrvi_partial;
+
+/* What a coroutine waits for. */
+enum {
+    TSRVI_FOR_READ = 1,  /* its read */
+    TSRVI_FOR_ROOM = 2,  /* output below the high water */
+    TSRVI_FOR_FLUSH = 4, /* no output */
+    TSRVI_FOR_LOCK = 8,  /* the end of a write that is taken in pieces */
+    TSRVI_FOR_WAKE = 16, /* tsrv_wake */
+    TSRVI_FOR_OUTPUT = TSRVI_FOR_ROOM | TSRVI_FOR_FLUSH | TSRVI_FOR_LOCK,
+    TSRVI_FOR_ANY = 31
+};
+
+typedef struct tsrvi_waiter {
+    struct tsrvi_waiter *next;
+    tsrv_stream *stream; /* NULL when the stream has gone */
+    tsrvi_co *co;
+    tsrvi_read *read;
+    int kind;
+} tsrvi_waiter;
+
+/* 10,000 idle connections are 10,000 of these: tests hold it below 224 bytes. */
+struct tsrv_stream {
+    tsrvi_io io;
+    tsrvi_task task; /* flush, call the handler, or finish: see tsrvi_stream_run */
+    tsrv_server *server;
+    tsrvi_link link; /* in server->streams */
+    tsrv_handler handler;
+    tsrvi_chunk *in;  /* unread input; NULL = none */
+    tsrvi_block *out; /* unsent output; NULL = none */
+    tsrvi_block *out_last;
+    size_t unsent; /* bytes in out, file ranges included */
+    tsrvi_waiter *waiters;
+    union {
+        tsrvi_co *co;           /* coroutine mode: the handler's, while it runs */
+        tsrvi_partial *partial; /* callback mode: see there */
+        int result;             /* what the handler returned, when it is over */
+    } u;
+    tsrvi_timer timer;
+    uint64_t read_due; /* of the callback-mode handler's read, */
+    uint64_t wake_due; /* and of its tsrv_wait */
+    uint64_t out_due;  /* of a blocked output, then of lingering */
+    uint64_t deadline;
+    uint32_t flags;
+    uint32_t active_ms; /* when a byte last went either way, or a read began; wraps */
+    int read_ms;        /* 0 = the server's */
+    int write_ms;
+    int16_t in_end;  /* how the input ended: TSRV_EOF or an error; 0 = not yet */
+    int16_t out_end; /* how the output ended: TSRV_ECLOSED after tsrv_shutdown, or an error */
+    int16_t killed;  /* how both ended at once */
+    tsrvi_peer peer;
+};
+
+static tsrv_loop *tsrvi_loop_of(const tsrv_stream *stream)
+{
+    return stream->server->loop;
+}
+
+/* Is this the callback-mode handler of this stream that calls? */
+static bool tsrvi_stream_handling(const tsrv_stream *stream)
+{
+    return tsrvi_loop_of(stream)->handling == stream;
+}
+
+/* ---- tasks -----------------------------------------------------------------*/
+
+/* Flush when the user code that is running gives control back. */
+static void tsrvi_stream_soon(tsrv_stream *stream)
+{
+    stream->flags |= TSRVI_DIRTY;
+    if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
+        stream->flags |= TSRVI_SOON;
+        tsrvi_tasks_push(&tsrvi_loop_of(stream)->soon, &stream->task);
+    }
+}
+
+/* Run the task in the next turn. */
+static void tsrvi_stream_later(tsrv_stream *stream, uint32_t flag)
+{
+    stream->flags |= flag;
+    if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
+        stream->flags |= TSRVI_READY;
+        tsrvi_tasks_push(&tsrvi_loop_of(stream)->ready, &stream->task);
+    }
+}
+
+/* Nothing will happen any more but on_close. */
+static bool tsrvi_stream_finished(const tsrv_stream *stream)
+{
+    return stream->io.fd < 0 && (stream->flags & TSRVI_OVER) != 0 &&
+           (stream->flags & TSRVI_RUNNING) == 0;
+}
+
+/* ---- waiters ---------------------------------------------------------------*/
+
+/* Have the callback-mode handler called, if it waits for this. */
+static void tsrvi_stream_wake_handler(tsrv_stream *stream, uint32_t waits)
+{
+    if ((stream->flags & waits) != 0 && (stream->flags & TSRVI_RUNNING) == 0) {
+        tsrvi_stream_later(stream, TSRVI_CALL);
+    }
+}
+
+/* Wake the coroutines that wait for one of these. They leave the list when they run. */
+static void tsrvi_stream_wake_kind(tsrv_stream *stream, int kinds, int result)
+{
+    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
+        if ((waiter->kind & kinds) != 0) {
+            tsrvi_co_wake(waiter->co, result);
+        }
+    }
+}
+
+static tsrvi_waiter *tsrvi_stream_waiter(const tsrv_stream *stream, int kind)
+{
+    tsrvi_waiter *waiter = stream->waiters;
+    while (waiter != NULL && waiter->kind != kind) {
+        waiter = waiter->next;
+    }
+    return waiter;
+}
+
+static void tsrvi_waiter_remove(tsrvi_waiter *waiter)
+{
+    tsrvi_waiter **link;
+    if (waiter->stream != NULL) {
+        for (link = &waiter->stream->waiters; *link != waiter; link = &(*link)->next) {
+        }
+        *link = waiter->next;
+    }
+}
+
+TSRV_API void tsrv_wake(tsrv_stream *stream)
+{
+    if (tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL) {
+        tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE, TSRV_OK);
+        return;
+    }
+    stream->flags |= TSRVI_WOKEN;
+    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
+}
+
+/* ---- the shared chunk ------------------------------------------------------*/
+
+/* Take the loop's chunk away from the stream that has used it last. */
+static void tsrvi_loop_vacate(tsrv_loop *loop)
+{
+    tsrv_stream *owner = loop->chunk_owner;
+    tsrvi_chunk *copy;
+    size_t size;
+    if (owner == NULL) {
+        return;
+    }
+    loop->chunk_owner = NULL;
+    size = tsrvi_chunk_size(loop->chunk);
+    if (size == 0 && !loop->chunk->held) {
+        owner->in = NULL;
+        return;
+    }
+    copy = loop->chunk->held
+               ? NULL
+               : tsrvi_chunk_new(size < TSRVI_SMALL_CHUNK / 2 ? TSRVI_SMALL_CHUNK : size * 2);
+    if (copy == NULL) {
+        loop->chunk =
+            NULL; /* a slice of it is in use, or there is no memory for a copy: it changes hands */
+        return;
+    }
+    copy->end = size;
+    copy->scanned = loop->chunk->scanned;
+    copy->delimiter = loop->chunk->delimiter;
+    copy->need = loop->chunk->need;
+    memcpy(tsrvi_chunk_data(copy), tsrvi_chunk_data(loop->chunk) + loop->chunk->begin, size);
+    owner->in = copy;
+}
+
+/* The loop's chunk, empty, for a stream; NULL: no memory. */
+static tsrvi_chunk *tsrvi_loop_chunk(tsrv_loop *loop, tsrv_stream *stream)
+{
+    size_t capacity = stream->server->options.read_chunk_size;
+    tsrvi_loop_vacate(loop);
+    if (loop->chunk != NULL && loop->chunk->capacity < capacity) {
+        TSRV_FREE(loop->chunk);
+        loop->chunk = NULL;
+    }
+    if (loop->chunk == NULL) {
+        loop->chunk = tsrvi_chunk_new(capacity);
+    } else {
+        tsrvi_chunk_reset(loop->chunk);
+    }
+    if (loop->chunk != NULL) {
+        loop->chunk_owner = stream;
+        stream->in = loop->chunk;
+    }
+    return loop->chunk;
+}
+
+/* Give back the input buffer and what is in it. */
+static void tsrvi_stream_drop_input(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (stream->in != NULL && loop->chunk_owner == stream) {
+        loop->chunk_owner = NULL;
+    } else {
+        TSRV_FREE(stream->in);
+    }
+    stream->in = NULL;
+}
+
+/* The slice that was handed out last dies; a buffer without unread bytes goes too. */
+static void tsrvi_stream_release(tsrv_stream *stream)
+{
+    if (stream->in != NULL) {
+        tsrvi_chunk_release(stream->in);
+        if (tsrvi_chunk_size(stream->in) == 0) {
+            tsrvi_stream_drop_input(stream);
+        }
+    }
+}
+
+/* ---- interest and times ----------------------------------------------------*/
+
+static bool tsrvi_stream_above_mark(const tsrv_stream *stream)
+{
+    return stream->unsent > stream->server->options.write_high_water;
+}
+
+/* A byte went either way. */
+static void tsrvi_stream_touch(tsrv_stream *stream)
+{
+    if (stream->server->options.idle_timeout_ms >= 0) {
+        stream->active_ms = (uint32_t)(tsrvi_loop_of(stream)->now / TSRVI_MS);
+    }
+}
+
+static uint64_t tsrvi_stream_idle_due(const tsrv_stream *stream)
+{
+    int idle_ms = stream->server->options.idle_timeout_ms;
+    uint64_t now_ms = tsrvi_loop_of(stream)->now / TSRVI_MS;
+    if (idle_ms < 0) {
+        return TSRVI_FOREVER;
+    }
+    return (now_ms - ((uint32_t)now_ms - stream->active_ms) + (uint64_t)idle_ms + 1) * TSRVI_MS;
+}
+
+/* When a read that was begun at read_due's making times out, as things stand now. */
+static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read_due)
+{
+    return tsrvi_earlier(tsrvi_earlier(read_due, stream->deadline), tsrvi_stream_idle_due(stream));
+}
+
+/* When something of this stream itself is due: its callback-mode handler's waits, its blocked
+ * output, its lingering. */
+static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
+{
+    uint64_t due = TSRVI_FOREVER;
+    if ((stream->flags & TSRVI_WAIT_READ) != 0) {
+        due = tsrvi_stream_read_limit(stream, stream->read_due);
+    }
+    if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
+        due = tsrvi_earlier(due, tsrvi_earlier(stream->wake_due, stream->deadline));
+    }
+    if ((stream->flags & TSRVI_WAIT_FLUSH) != 0) {
+        due = tsrvi_earlier(due, stream->deadline);
+    }
+    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0) {
+        due = tsrvi_earlier(due, stream->out_due);
+    }
+    return due;
+}
+
+/* Arm the timer, lazily: one that fires too early looks again. */
+static void tsrvi_stream_arm(tsrv_stream *stream)
+{
+    uint64_t due = tsrvi_stream_due(stream);
+    if (due != TSRVI_FOREVER && (stream->timer.position == 0 || stream->timer.due > due)) {
+        tsrvi_heap_set(&tsrvi_loop_of(stream)->heap, &stream->timer, due);
+    }
+}
+
+static uint64_t tsrvi_stream_write_limit(const tsrv_stream *stream)
+{
+    int limit_ms =
+        stream->write_ms != 0 ? stream->write_ms : stream->server->options.write_timeout_ms;
+    return tsrvi_after(tsrvi_loop_of(stream)->now, limit_ms);
+}
+
+/* ---- ends ------------------------------------------------------------------*/
+
+static void tsrvi_stream_drop_output(tsrv_stream *stream)
+{
+    while (stream->out != NULL) {
+        tsrvi_block *block = stream->out;
+        stream->out = block->next;
+        tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
+    }
+    stream->out_last = NULL;
+    stream->unsent = 0;
+    stream->flags &= ~(TSRVI_BLOCKED | TSRVI_FILES);
+}
+
+/* Close the descriptor. What still uses the stream's memory keeps it. */
+static void tsrvi_stream_close_fd(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (stream->io.fd < 0) {
+        return;
+    }
+    tsrvi_poller_forget(&loop->poller, &stream->io);
+    tsrvi_close_fd(stream->io.fd);
+    stream->io.fd = -1;
+    stream->flags &= ~TSRVI_LINGER;
+    stream->server->stats.open--;
+    stream->server->stats.closed++;
+    tsrvi_stream_drop_output(stream);
+    loop->fd_closed(loop);
+    if (tsrvi_stream_finished(stream)) {
+        tsrvi_stream_later(stream, 0);
+    }
+}
+
+/* Everybody who waits learns how it ended; tsrv_wait is merely woken. */
+static void tsrvi_stream_wake_all(tsrv_stream *stream, int code)
+{
+    tsrvi_stream_wake_kind(stream, TSRVI_FOR_ANY & ~TSRVI_FOR_WAKE, code);
+    tsrv_wake(stream);
+    tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
+}
+
+/* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
+ * more. */
+static void tsrvi_stream_kill(tsrv_stream *stream, int code)
+{
+    struct linger reset;
+    bool first = stream->killed == 0;
+    tsrvi_loop_of(stream)->quick = NULL;
+    if (first) {
+        stream->killed = (int16_t)code;
+    }
+    if (stream->io.fd < 0) {
+        return;
+    }
+    reset.l_onoff = 1;
+    reset.l_linger = 0;
+    TSRV_SYS(setsockopt, (stream->io.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)));
+    stream->flags |= TSRVI_CLOSING;
+    tsrvi_stream_close_fd(stream);
+    if (first) {
+        tsrvi_stream_wake_all(stream, code);
+    }
+}
+
+/* The input has ended, or a transport error has. */
+static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
+{
+    if (code == TSRV_EOF && stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
+        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
+    }
+    stream->in_end = (int16_t)code;
+    if (stream->killed != 0) {
+        return; /* the end that came first has woken everybody */
+    }
+    if (code == TSRV_EOF) {
+        tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE, TSRV_OK);
+        if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
+            tsrv_wake(stream);
+        }
+        return;
+    }
+    if (stream->out_end == 0) {
+        stream->out_end = (int16_t)code;
+    }
+    tsrvi_stream_drop_output(stream);
+    tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
+    tsrv_wake(stream);
+}
+
+/* A send failed: no more output; what the peer sent before can still be read. */
+static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
+{
+    if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
+        stream->out_end = (int16_t)code;
+    }
+    tsrvi_stream_drop_output(stream);
+    tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
+    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH);
+    tsrv_wake(stream);
+}
+
+/* Go on with what follows the output: FIN, then lingering, then the descriptor's end. */
+static void tsrvi_stream_ending(tsrv_stream *stream)
+{
+    if (stream->io.fd < 0 || (stream->flags & (TSRVI_SHUT | TSRVI_CLOSING)) == 0 ||
+        stream->unsent != 0) {
+        return;
+    }
+    if ((stream->flags & TSRVI_CLOSING) != 0 &&
+        (stream->in_end != 0 || (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED))) {
+        tsrvi_stream_close_fd(stream); /* the peer has finished too, or is gone: close sends what
+                                          FIN there is to send */
+        return;
+    }
+    if ((stream->flags & TSRVI_FIN) == 0) {
+        stream->flags |= TSRVI_FIN;
+        TSRV_SYS(shutdown, (stream->io.fd, SHUT_WR));
+    }
+    if ((stream->flags & (TSRVI_CLOSING | TSRVI_LINGER)) == TSRVI_CLOSING) {
+        stream->flags |= TSRVI_LINGER;
+        stream->out_due =
+            tsrvi_after(tsrvi_loop_of(stream)->now, stream->server->options.close_timeout_ms);
+        tsrvi_stream_arm(stream);
+    }
+}
+
+/* Does anybody want input now? */
+static bool tsrvi_stream_wants_input(const tsrv_stream *stream)
+{
+    if ((stream->flags & TSRVI_LINGER) != 0) {
+        return true;
+    }
+    if (stream->in_end != 0 || stream->killed != 0) {
+        return false;
+    }
+    if (tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL) {
+        return true;
+    }
+    if ((stream->flags & TSRVI_WAIT_READ) != 0) {
+        return !tsrvi_stream_above_mark(stream);
+    }
+    return (stream->flags & TSRVI_WAIT_INPUT) != 0 &&
+           tsrvi_chunk_size(stream->in) < stream->server->options.max_buffer_size;
+}
+
+/* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
+ * be reported in every turn; readability stays asked for until an event comes that nobody wants
+ * (exact), and a hang-up, which cannot be masked, ends the registration. */
+static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
+{
+    int wanted = TSRVI_HANGUP, has = stream->io.interest, rc;
+    if (stream->io.fd < 0) {
+        return;
+    }
+    if (tsrvi_stream_wants_input(stream) ||
+        (!exact && stream->in_end == 0 && tsrvi_chunk_size(stream->in) == 0 &&
+         ((stream->flags & TSRVI_WAIT_WAKE) != 0 ||
+          tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL))) {
+        wanted |= TSRV_READABLE;
+    }
+    if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) != 0) {
+        wanted |= TSRV_WRITABLE;
+    }
+    if (!exact) {
+        wanted |= has & TSRV_READABLE;
+    }
+    if (wanted == TSRVI_HANGUP && (has == 0 || hangup)) {
+        wanted = 0;
+    }
+    if (wanted == has) {
+        return;
+    }
+    rc = tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, wanted);
+    if (rc < 0) {
+        tsrvi_stream_kill(stream, rc);
+    }
+}
+
+/* Bring the stream to rest after something happened to it: ends, interest, timer. */
+static void tsrvi_stream_rest(tsrv_stream *stream)
+{
+    if ((stream->flags & (TSRVI_SHUT | TSRVI_CLOSING)) != 0) {
+        tsrvi_stream_ending(stream);
+    }
+    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS | TSRVI_LINGER)) != 0 ||
+        (stream->io.interest & TSRV_WRITABLE) != 0) {
+        tsrvi_stream_interest(stream, false, false);
+        tsrvi_stream_arm(stream);
+    }
+}
+
+/* ---- sending ---------------------------------------------------------------*/
+
+/* Send a part of a file. */
+static ssize_t tsrvi_stream_send_file(tsrv_stream *stream, tsrvi_block *block, size_t *tried)
+{
+    size_t size = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
+#if TSRVI_HAS_SENDFILE
+    off_t offset = (off_t)block->offset;
+    ssize_t sent = TSRV_SYS(sendfile, (stream->io.fd, block->file, &offset, size));
+#else
+    char buffer[8192];
+    ssize_t sent = TSRV_SYS(pread, (block->file, buffer, tsrvi_min(size, sizeof(buffer)),
+                                    (off_t)block->offset));
+    if (sent > 0) {
+        size = (size_t)sent;
+        sent = TSRV_SYS(send, (stream->io.fd, buffer, size, TSRVI_SEND_FLAGS));
+    }
+#endif
+    *tried = size;
+    if (sent == 0) {
+        errno = EIO; /* the file is shorter than was promised */
+        return -1;
+    }
+    return sent;
+}
+
+/* Send several blocks, and data behind them, with one call. */
+static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, const char *data, size_t size,
+                                        size_t *tried)
+{
+    struct iovec pieces[TSRVI_SEND_PIECES];
+    struct msghdr message;
+    size_t total = 0;
+    int count = 0;
+    tsrvi_block *block = stream->out;
+    for (; block != NULL && block->file < 0 && count < TSRVI_SEND_PIECES - 1 &&
+           total < TSRVI_SEND_LIMIT;
+         block = block->next) {
+        pieces[count].iov_base = tsrvi_block_data(block) + block->begin;
+        pieces[count].iov_len = tsrvi_min(block->end - block->begin, TSRVI_SEND_LIMIT - total);
+        total += pieces[count++].iov_len;
+    }
+    if (block == NULL && size != 0 && total < TSRVI_SEND_LIMIT) {
+        union {
+            const void *in;
+            void *out;
+        } unconst; /* iov_base is not const, though sendmsg does not write to it */
+        unconst.in = data;
+        pieces[count].iov_base = unconst.out;
+        pieces[count].iov_len = tsrvi_min(size, TSRVI_SEND_LIMIT - total);
+        total += pieces[count++].iov_len;
+    }
+    memset(&message, 0, sizeof(message));
+    message.msg_iov = pieces;
+    message.msg_iovlen = (size_t)count;
+    *tried = total;
+    return TSRV_SYS(sendmsg, (stream->io.fd, &message, TSRVI_SEND_FLAGS));
+}
+
+/* Send what is at the head of the queue, and data behind it if it reaches that far. Returns what
+ * send does; *tried is how much the kernel was offered. */
+static ssize_t tsrvi_stream_send(tsrv_stream *stream, const char *data, size_t size, size_t *tried)
+{
+    tsrvi_block *block = stream->out;
+    if (block != NULL && block->file >= 0) {
+        return tsrvi_stream_send_file(stream, block, tried);
+    }
+    if (block != NULL && (block->next != NULL || size != 0)) {
+        return tsrvi_stream_send_pieces(stream, data, size, tried);
+    }
+    if (block != NULL) {
+        data = tsrvi_block_data(block) + block->begin;
+        size = block->end - block->begin;
+    }
+    *tried = tsrvi_min(size, TSRVI_SEND_LIMIT);
+    return TSRV_SYS(send, (stream->io.fd, data, *tried, TSRVI_SEND_FLAGS));
+}
+
+/* Take what was sent off the queue. Returns what went beyond it. */
+static size_t tsrvi_stream_sent(tsrv_stream *stream, size_t sent)
+{
+    while (sent != 0 && stream->out != NULL) {
+        tsrvi_block *block = stream->out;
+        uint64_t left = block->file >= 0 ? block->left : block->end - block->begin;
+        size_t part = left < sent ? (size_t)left : sent;
+        block->begin += block->file >= 0 ? 0 : part;
+        block->offset += (int64_t)part;
+        block->left -= part;
+        stream->unsent -= part;
+        sent -= part;
+        if (part < left) {
+            break;
+        }
+        stream->out = block->next;
+        tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
+    }
+    if (stream->out == NULL) {
+        stream->out_last = NULL;
+        stream->flags &= ~TSRVI_FILES;
+    }
+    return sent;
+}
+
+/* Wake whoever waited for output to leave. was_above: the callback-mode handler's read may have
+ * waited for the mark. */
+static void tsrvi_stream_drained(tsrv_stream *stream, bool was_above)
+{
+    if (tsrvi_stream_above_mark(stream)) {
+        return;
+    }
+    if (was_above && (tsrvi_chunk_size(stream->in) != 0 || stream->in_end != 0)) {
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_READ);
+    }
+    if (TSRVI_UNLIKELY(stream->waiters != NULL)) {
+        tsrvi_stream_wake_kind(stream,
+                               stream->unsent == 0 ? TSRVI_FOR_ROOM | TSRVI_FOR_FLUSH
+                                                   : TSRVI_FOR_ROOM,
+                               TSRV_OK);
+    }
+    if (stream->unsent == 0) {
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH);
+    }
+}
+
+/* A failed send ends the output. A file that could not be read leaves a gap in it, which ends the
+ * whole stream. */
+static void tsrvi_stream_send_failed(tsrv_stream *stream, int code)
+{
+    bool file = stream->out != NULL && stream->out->file >= 0;
+    if (file && code != -EPIPE && code != -ECONNRESET) {
+        tsrvi_stream_kill(stream, code);
+    } else {
+        tsrvi_stream_end_output(stream, code);
+    }
+}
+
+/* Send what is queued, then data from the caller's memory, in one call if possible; stop when the
+ * kernel takes no more, and after TSRVI_SEND_LIMIT bytes. Returns how many bytes of data were
+ * taken; errors are in out_end. */
+static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t size)
+{
+    size_t taken = 0, total = 0;
+    while (stream->unsent + (size - taken) != 0 && total < TSRVI_SEND_LIMIT) {
+        size_t tried = 0;
+        ssize_t sent = tsrvi_stream_send(stream, data + taken, size - taken, &tried);
+        if (sent < 0 && errno == EINTR) {
+            continue;
+        }
+        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+            tsrvi_stream_send_failed(stream, tsrvi_error());
+            return taken;
+        }
+        if (sent > 0) {
+            total += (size_t)sent;
+            taken += tsrvi_stream_sent(stream, (size_t)sent);
+            stream->server->stats.bytes_out += (uint64_t)sent;
+            tsrvi_stream_touch(stream);
+        }
+        if (sent < 0 || (size_t)sent < tried) {
+            break;
+        }
+    }
+    if (stream->unsent + (size - taken) != 0 &&
+        (total != 0 || (stream->flags & TSRVI_BLOCKED) == 0)) {
+        stream->flags |= TSRVI_BLOCKED;
+        stream->out_due = tsrvi_stream_write_limit(stream);
+    } else if (stream->unsent + (size - taken) == 0) {
+        stream->flags &= ~TSRVI_BLOCKED;
+    }
+    return taken;
+}
+
+/* The common case: one block, which the kernel takes whole. false: it did not, or there is more to
+ * it. */
+static bool tsrvi_stream_flush_small(tsrv_stream *stream)
+{
+    tsrvi_block *block = stream->out;
+    ssize_t sent;
+    if (block->next != NULL || block->file >= 0 || stream->unsent > TSRVI_BLOCK_SIZE) {
+        return false;
+    }
+    sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin, stream->unsent,
+                           TSRVI_SEND_FLAGS));
+    if (sent <= 0) {
+        return false; /* whatever it is, it will be met again */
+    }
+    stream->server->stats.bytes_out += (uint64_t)sent;
+    tsrvi_stream_touch(stream);
+    if ((size_t)sent < stream->unsent) {
+        tsrvi_stream_sent(stream, (size_t)sent);
+        return false;
+    }
+    stream->out = NULL;
+    stream->out_last = NULL;
+    stream->unsent = 0;
+    tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
+    return true;
+}
+
+/* Send what is queued, unless it is known that the kernel takes nothing. */
+static void tsrvi_stream_flush(tsrv_stream *stream)
+{
+    bool was_above = tsrvi_stream_above_mark(stream);
+    if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0 && stream->io.fd >= 0) {
+        if (!tsrvi_stream_flush_small(stream)) {
+            tsrvi_stream_push(stream, "", 0);
+        }
+        tsrvi_stream_drained(stream, was_above);
+    }
+}
+
+/* ---- receiving -------------------------------------------------------------*/
+
+/* Room for more input behind the unread bytes, at least 1 byte; NULL: no memory. Unread bytes move
+ * to the front when at most half of the chunk is left behind them, and only after something before
+ * them was read, so each byte moves O(1) times; a chunk that is full doubles, or, when the peer
+ * sends faster than that, grows by a whole read. */
+static tsrvi_chunk *tsrvi_stream_room(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_chunk *chunk = stream->in, *larger;
+    size_t size = tsrvi_chunk_size(chunk), room;
+    if (chunk == NULL) {
+        return tsrvi_loop_chunk(loop, stream);
+    }
+    if (chunk->begin != 0 && chunk->capacity - chunk->end < chunk->capacity / 2) {
+        memmove(tsrvi_chunk_data(chunk), tsrvi_chunk_data(chunk) + chunk->begin, size);
+        chunk->begin = 0;
+        chunk->end = size;
+    }
+    room = chunk->capacity - chunk->end;
+    if (room != 0 && (room >= chunk->capacity / 4 || (stream->flags & TSRVI_FULL_READ) == 0)) {
+        return chunk;
+    }
+    room = (stream->flags & TSRVI_FULL_READ) != 0 ? stream->server->options.read_chunk_size
+                                                  : TSRVI_SMALL_CHUNK;
+    if (loop->chunk_owner == stream) {
+        loop->chunk_owner =
+            NULL; /* the chunk is the stream's own from now on, so it can be replaced */
+        loop->chunk = NULL;
+    }
+    larger = tsrvi_chunk_resize(chunk, size + (size > room ? size : room));
+    if (larger != NULL) {
+        stream->in = larger;
+    } else if (chunk->capacity != chunk->end) {
+        larger = chunk;
+    }
+    return larger;
+}
+
+/* One recv. into: the caller's memory, `size` bytes of it; NULL = the stream's buffer. Returns the
+ * bytes received; 0 after anything else: the end and errors are in in_end. */
+static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
+{
+    size_t limit = stream->server->options.read_chunk_size;
+    tsrvi_chunk *chunk = NULL;
+    ssize_t got;
+    if (into == NULL) {
+        chunk = tsrvi_stream_room(stream);
+        if (chunk == NULL) {
+            tsrvi_stream_kill(stream, -ENOMEM);
+            return 0;
+        }
+        into = tsrvi_chunk_data(chunk) + chunk->end;
+        size = chunk->capacity - chunk->end;
+    }
+    size = tsrvi_min(size, limit);
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
+    } while (got < 0 && errno == EINTR);
+    if (got > 0) {
+        if (chunk != NULL) {
+            chunk->end += (size_t)got;
+        }
+        stream->flags = (size_t)got == size ? stream->flags | TSRVI_FULL_READ
+                                            : stream->flags & ~TSRVI_FULL_READ;
+        stream->server->stats.bytes_in += (uint64_t)got;
+        tsrvi_stream_touch(stream);
+        return (size_t)got;
+    }
+    if (got == 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) {
+        tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
+    }
+    if (chunk != NULL && tsrvi_chunk_size(chunk) == 0) {
+        tsrvi_stream_drop_input(stream);
+    }
+    return 0;
+}
+
+/* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
+static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
+{
+    char byte;
+    ssize_t got;
+    if (stream->in_end != 0 || stream->io.fd < 0) {
+        return;
+    }
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
+    } while (got < 0 && errno == EINTR);
+    if (got == 0 || (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
+        tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
+    } else if (hangup && stream->out_end == 0) {
+        tsrvi_stream_end_output(
+            stream, -ECONNRESET); /* unread bytes are left, but the connection is gone */
+    }
+}
+
+/* Drop what arrives after we have closed. */
+static void tsrvi_stream_linger(tsrv_stream *stream)
+{
+    tsrvi_stream_drop_input(stream);
+    tsrvi_stream_receive(stream, NULL, 0);
+    tsrvi_stream_drop_input(stream);
+    tsrvi_stream_ending(stream);
+}
+
+/* ---- attempts: can this read be answered? ----------------------------------*/
+
+static void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
+{
+    stream->flags |= TSRVI_CONSUMED;
+    if (read->slice != NULL) {
+        tsrvi_chunk_take(stream->in, size, read->slice);
+    } else {
+        tsrvi_chunk_drop(stream->in, size);
+    }
+}
+
+static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
+{
+    size_t size = tsrvi_chunk_size(stream->in), end;
+    if (size == 0) {
+        return TSRV_EAGAIN;
+    }
+    end = tsrvi_chunk_find(stream->in, read->delimiter, read->size);
+    if (end != 0 && (end <= read->max || read->slice == NULL)) {
+        tsrvi_read_take(stream, read, end);
+        return TSRV_OK;
+    }
+    if (read->slice == NULL) {
+        /* Drop all that cannot be the beginning of the delimiter. */
+        size_t keep = tsrvi_min(size, read->size - 1);
+        tsrvi_chunk_drop(stream->in, size - keep);
+        return TSRV_EAGAIN;
+    }
+    read->need = size + 1;
+    return end != 0 || size > read->max ? TSRV_ETOOLONG : TSRV_EAGAIN;
+}
+
+static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
+{
+    size_t size = tsrvi_chunk_size(stream->in);
+    if (size == 0) {
+        return TSRV_EAGAIN;
+    }
+    tsrvi_read_take(stream, read, tsrvi_min(size, read->max));
+    return TSRV_OK;
+}
+
+static int tsrvi_attempt_close(tsrv_stream *stream, tsrvi_read *read)
+{
+    size_t size = tsrvi_chunk_size(stream->in);
+    if (read->slice != NULL && size > read->max) {
+        return TSRV_ETOOLONG;
+    }
+    if (size != 0 && (read->slice == NULL || stream->in_end == TSRV_EOF)) {
+        tsrvi_read_take(stream, read, size);
+    }
+    return stream->in_end == TSRV_EOF ? TSRV_OK : TSRV_EAGAIN;
+}
+
+static int tsrvi_attempt_bytes(tsrv_stream *stream, tsrvi_read *read)
+{
+    if (read->size > read->max) {
+        return TSRV_ETOOLONG;
+    }
+    if (read->size == 0) {
+        return TSRV_OK;
+    }
+    if (tsrvi_chunk_size(stream->in) < read->size) {
+        read->need = read->size;
+        return TSRV_EAGAIN;
+    }
+    tsrvi_read_take(stream, read, read->size);
+    return TSRV_OK;
+}
+
+/* Into the caller's memory, or into nowhere. Bytes that came by recv straight into it are counted
+ * in done already. */
+static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
+{
+    size_t size = tsrvi_min(tsrvi_chunk_size(stream->in), read->size - read->done);
+    if (size != 0) {
+        if (read->into != NULL) {
+            memcpy(read->into + read->done, tsrvi_chunk_data(stream->in) + stream->in->begin, size);
+        }
+        tsrvi_chunk_drop(stream->in, size);
+        read->done += size;
+    }
+    if (read->done != 0) {
+        stream->flags |= TSRVI_CONSUMED;
+    }
+    return read->done == read->size ? TSRV_OK : TSRV_EAGAIN;
+}
+
+static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
+{
+    size_t size = tsrvi_chunk_size(stream->in), found;
+    char *data;
+    if (size == 0 || size < read->need) {
+        return TSRV_EAGAIN;
+    }
+    data = tsrvi_chunk_data(stream->in) + stream->in->begin;
+    data[size] = 0; /* there is always a byte more than the capacity */
+    found = read->match(data, size, read->context);
+    if (found == SIZE_MAX || (found > read->max && read->slice != NULL) ||
+        (found == 0 && size >= read->max)) {
+        return TSRV_ETOOLONG;
+    }
+    if (found > size && read->slice == NULL) {
+        read->attempt = tsrvi_attempt_into; /* drop that many, however many they are */
+        read->size = found;
+        return tsrvi_attempt_into(stream, read);
+    }
+    if (found == 0 || found > size) {
+        read->need = found == 0 ? size + 1 : found;
+        return TSRV_EAGAIN;
+    }
+    tsrvi_read_take(stream, read, found);
+    return TSRV_OK;
+}
+
+static int tsrvi_read_attempt(tsrv_stream *stream, tsrvi_read *read)
+{
+    int rc;
+    if (stream->killed != 0) {
+        return stream->killed;
+    }
+    rc = read->attempt(stream, read);
+    return rc == TSRV_EAGAIN && stream->in_end != 0 ? stream->in_end : rc;
+}
+
+/* ---- reads -----------------------------------------------------------------*/
+
+/* A read into the caller's memory has failed: what had arrived is unread again. */
+static void tsrvi_read_undo(tsrv_stream *stream, tsrvi_read *read)
+{
+    tsrvi_chunk *chunk;
+    if (read->into == NULL || read->done == 0 || stream->killed != 0) {
+        return;
+    }
+    TSRV_ASSERT(tsrvi_chunk_size(stream->in) == 0); /* it took all there was */
+    chunk = tsrvi_chunk_new(read->done);
+    if (chunk == NULL) {
+        tsrvi_stream_kill(stream, -ENOMEM);
+        return;
+    }
+    memcpy(tsrvi_chunk_data(chunk), read->into, read->done);
+    chunk->end = read->done;
+    tsrvi_stream_drop_input(stream);
+    stream->in = chunk;
+}
+
+/* Receive for a pending read: straight into the caller's memory if that is what it wants. */
+static void tsrvi_read_receive(tsrv_stream *stream, tsrvi_read *read)
+{
+    if (read->attempt == tsrvi_attempt_into && read->into != NULL &&
+        tsrvi_chunk_size(stream->in) == 0) {
+        read->done +=
+            tsrvi_stream_receive(stream, read->into + read->done, read->size - read->done);
+    } else {
+        tsrvi_stream_receive(stream, NULL, 0);
+    }
+}
+
+/* Suspend the calling coroutine until the stream wakes it. */
+static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind, uint64_t due)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_waiter waiter, **last;
+    int rc;
+    waiter.next = NULL;
+    waiter.stream = stream;
+    waiter.co = loop->co;
+    waiter.read = read;
+    waiter.kind = kind;
+    for (last = &stream->waiters; *last != NULL; last = &(*last)->next) {
+    }
+    *last = &waiter;
+    if (kind != TSRVI_FOR_READ || (stream->io.interest & TSRV_READABLE) == 0) {
+        tsrvi_stream_interest(stream, false, false);
+    }
+    if (stream->killed != 0 && kind != TSRVI_FOR_WAKE) {
+        rc = stream->killed; /* the backend refused the descriptor */
+    } else {
+        rc = tsrvi_co_wait(waiter.co, due);
+    }
+    tsrvi_waiter_remove(&waiter);
+    return rc;
+}
+
+static uint64_t tsrvi_stream_read_due(const tsrv_stream *stream)
+{
+    int limit_ms = stream->read_ms != 0 ? stream->read_ms : stream->server->options.read_timeout_ms;
+    return tsrvi_after(tsrvi_loop_of(stream)->now, limit_ms);
+}
+
+/* Wait in a coroutine until the read is answered. */
+static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
+{
+    uint64_t read_due = tsrvi_stream_read_due(stream);
+    tsrvi_stream_touch(stream);
+    for (;;) {
+        uint64_t due = tsrvi_stream_read_limit(stream, read_due);
+        int rc = due <= tsrvi_loop_of(stream)->now
+                     ? TSRV_ETIMEOUT
+                     : tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
+        if (rc != TSRV_ETIMEOUT ||
+            tsrvi_stream_read_limit(stream, read_due) <= tsrvi_loop_of(stream)->now) {
+            return rc; /* else bytes came meanwhile, and only the idle time was over */
+        }
+    }
+}
+
+/* In a callback-mode handler: note that it waits for a read, or that the wait is over. */
+static int tsrvi_read_noted(tsrv_stream *stream, tsrvi_read *read)
+{
+    if ((stream->flags & TSRVI_IN_READ) == 0) {
+        stream->flags |= TSRVI_IN_READ;
+        stream->read_due = tsrvi_stream_read_due(stream);
+        tsrvi_stream_touch(stream);
+    }
+    if (tsrvi_stream_read_limit(stream, stream->read_due) <= tsrvi_loop_of(stream)->now) {
+        return TSRV_ETIMEOUT;
+    }
+    stream->flags |= TSRVI_WAIT_READ;
+    if (stream->in != NULL) {
+        stream->in->need = read->need;
+    }
+    return TSRV_EAGAIN;
+}
+
+/* Restore what a callback-mode handler's partial read has done so far. A repeated call must be the
+ * same one. */
+static int tsrvi_partial_load(tsrv_stream *stream, tsrvi_read *read)
+{
+    tsrvi_partial *partial = stream->u.partial;
+    if (partial == NULL) {
+        return TSRV_OK;
+    }
+    if (read->attempt == tsrvi_attempt_match && read->slice == NULL && partial->into == NULL) {
+        read->attempt = tsrvi_attempt_into;
+        read->size = partial->size;
+    }
+    if (read->attempt != tsrvi_attempt_into || read->into != partial->into ||
+        read->size != partial->size) {
+        return TSRV_EINVAL;
+    }
+    read->done = partial->done;
+    return TSRV_OK;
+}
+
+/* Keep it for the next call, or forget it. */
+static int tsrvi_partial_save(tsrv_stream *stream, tsrvi_read *read, int rc)
+{
+    if (rc == TSRV_EAGAIN && read->attempt == tsrvi_attempt_into) {
+        if (stream->u.partial == NULL) {
+            stream->u.partial = (tsrvi_partial *)tsrvi_zalloc(sizeof(tsrvi_partial));
+        }
+        if (stream->u.partial == NULL) {
+            tsrvi_stream_kill(stream, -ENOMEM);
+            return -ENOMEM;
+        }
+        stream->u.partial->into = read->into;
+        stream->u.partial->size = read->size;
+        stream->u.partial->done = read->done;
+    } else {
+        TSRV_FREE(stream->u.partial);
+        stream->u.partial = NULL;
+    }
+    return rc;
+}
+
+/* A read by the stream's callback-mode handler. */
+static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
+{
+    int rc = tsrvi_partial_load(stream, read);
+    if (rc < 0) {
+        return rc;
+    }
+    if (tsrvi_stream_above_mark(stream)) {
+        tsrvi_stream_flush(stream);
+    }
+    if (stream->killed == 0 &&
+        (tsrvi_stream_above_mark(stream) || tsrvi_loop_of(stream)->budget-- <= 0)) {
+        /* Output first; or the others first. */
+        rc = TSRV_EAGAIN;
+        if (!tsrvi_stream_above_mark(stream)) {
+            tsrvi_stream_later(stream, TSRVI_CALL);
+        }
+    } else {
+        rc = tsrvi_read_attempt(stream, read);
+    }
+    if (rc == TSRV_EAGAIN) {
+        rc = tsrvi_read_noted(stream, read);
+    }
+    if (rc != TSRV_EAGAIN) {
+        stream->flags &= ~(TSRVI_IN_READ | TSRVI_WAIT_READ);
+        if (rc != TSRV_OK) {
+            tsrvi_read_undo(stream, read);
+        }
+    }
+    return tsrvi_partial_save(stream, read, rc);
+}
+
+/* A read where nothing can wait: what is there, and what one recv brings. */
+static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
+{
+    int rc = tsrvi_read_attempt(stream, read);
+    if (rc == TSRV_EAGAIN && stream->io.fd >= 0 &&
+        tsrvi_chunk_size(stream->in) <= stream->server->options.max_buffer_size) {
+        tsrvi_stream_receive(stream, NULL, 0);
+        rc = tsrvi_read_attempt(stream, read);
+    }
+    if (rc != TSRV_OK) {
+        tsrvi_read_undo(stream, read);
+    }
+    return rc;
+}
+
+/* A read by a coroutine. */
+static int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc;
+    if (loop->budget-- <= 0 && (rc = tsrvi_co_yield(loop->co)) < 0) {
+        return rc;
+    }
+    rc = tsrvi_read_attempt(stream, read);
+    if (rc == TSRV_EAGAIN) {
+        tsrvi_stream_release(stream);
+        rc = tsrvi_read_suspended(stream, read);
+    }
+    if (rc != TSRV_OK && read->done != 0) {
+        tsrvi_read_undo(stream, read);
+    }
+    return rc;
+}
+
+/* A read that is to be run. */
+static tsrvi_read tsrvi_read_make(int (*attempt)(tsrv_stream *, tsrvi_read *), tsrv_slice *slice)
+{
+    tsrvi_read read;
+    memset(&read, 0, sizeof(read));
+    read.attempt = attempt;
+    read.slice = slice;
+    if (slice != NULL) {
+        slice->data = "";
+        slice->size = 0;
+    }
+    return read;
+}
+
+/* Every read comes through here. */
+static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_bytes)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    size_t limit = stream->server->options.max_buffer_size;
+    bool handling = loop->handling == stream;
+    int rc;
+    loop->quick = NULL;
+    if (TSRVI_UNLIKELY(stream->waiters != NULL &&
+                       tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL) ||
+        TSRVI_UNLIKELY(!handling && (stream->flags & (TSRVI_WAIT_READ | TSRVI_IN_READ)) != 0)) {
+        return TSRV_EBUSY;
+    }
+    read->max = max_bytes - 1 < limit ? max_bytes : limit; /* 0 wraps to more than any limit */
+    if (stream->in != NULL) {
+        tsrvi_chunk_release(stream->in);
+    }
+    if (loop->co == NULL && !handling) {
+        return tsrvi_read_now(stream, read);
+    }
+    rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read) : tsrvi_read_handler(stream, read);
+    if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
+        loop->quick = stream;
+    }
+    return rc;
+}
+
+static TSRVI_APART int tsrvi_read_until_any(tsrv_stream *stream, const char *delimiter,
+                                            size_t delimiter_size, size_t max_bytes,
+                                            tsrv_slice *slice)
+{
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice);
+    read.delimiter = delimiter;
+    read.size = delimiter_size;
+    if (delimiter_size == 0 || delimiter_size > stream->server->options.max_buffer_size) {
+        return TSRV_EINVAL;
+    }
+    return tsrvi_read_run(stream, &read, max_bytes);
+}
+
+/* The common case of a pipeline: the program has read from this stream, has not let go since, and
+ * reads again from what is there, up to one byte. All that could forbid it has been checked by the
+ * read before. */
+static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delimiter,
+                                                 size_t max_bytes, tsrv_slice *slice)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_chunk *chunk = stream->in;
+    char *data, *last;
+    size_t size;
+    if (loop->quick != stream || loop->budget <= 0 || slice == NULL ||
+        tsrvi_stream_above_mark(stream)) {
+        return false;
+    }
+    data = tsrvi_chunk_data(chunk) + chunk->begin;
+    *data = chunk->saved; /* as tsrvi_chunk_release; that it may be done again does no harm */
+    last = (char *)memchr(data, delimiter, chunk->end - chunk->begin);
+    if (last == NULL) {
+        return false;
+    }
+    size = (size_t)(last - data) + 1;
+    if (size - 1 > max_bytes - 1 ||
+        size > stream->server->options.max_buffer_size) { /* 0 wraps to no limit */
+        return false;
+    }
+    loop->budget--;
+    slice->data =
+        data; /* as tsrvi_chunk_take; a chunk of which a slice is held has nothing else to reset */
+    slice->size = size;
+    chunk->begin += size;
+    chunk->saved = last[1];
+    last[1] = 0;
+    return true;
+}
+
+TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, size_t delimiter_size,
+                                 size_t max_bytes, tsrv_slice *slice)
+{
+    const char *text = (const char *)delimiter;
+    if (delimiter_size == 1 && tsrvi_read_quick(stream, text[0], max_bytes, slice)) {
+        return TSRV_OK;
+    }
+    return tsrvi_read_until_any(stream, text, delimiter_size, max_bytes, slice);
+}
+
+TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
+                             tsrv_slice *slice)
+{
+    if (delimiter[0] != 0 && delimiter[1] == 0 &&
+        tsrvi_read_quick(stream, delimiter[0], max_bytes, slice)) {
+        return TSRV_OK;
+    }
+    return tsrvi_read_until_any(stream, delimiter, strlen(delimiter), max_bytes, slice);
+}
+
+TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
+                                   size_t max_bytes, tsrv_slice *slice)
+{
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_match, slice);
+    read.match = match;
+    read.context = context;
+    return match == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, max_bytes);
+}
+
+TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slice)
+{
+    tsrvi_read read =
+        tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice);
+    read.size = count;
+    return tsrvi_read_run(stream, &read, 0);
+}
+
+TSRV_API int tsrv_read_some(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice)
+{
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_some, slice);
+    return tsrvi_read_run(stream, &read, max_bytes);
+}
+
+TSRV_API int tsrv_read_into(tsrv_stream *stream, void *buffer, size_t size)
+{
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_into, NULL);
+    read.into = (char *)buffer;
+    read.size = size;
+    return buffer == NULL && size != 0 ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0);
+}
+
+TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice)
+{
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_close, slice);
+    return tsrvi_read_run(stream, &read, max_bytes);
+}
+
+/* ---- writes ----------------------------------------------------------------*/
+
+/* Why nothing can be written, or TSRV_OK. */
+static int tsrvi_write_state(const tsrv_stream *stream)
+{
+    if (stream->killed != 0) {
+        return stream->killed;
+    }
+    return stream->out_end;
+}
+
+/* Unsent bytes that are in memory: file ranges do not count against the limit. */
+static size_t tsrvi_stream_queued(const tsrv_stream *stream)
+{
+    size_t queued = stream->unsent;
+    if ((stream->flags & TSRVI_FILES) != 0) {
+        queued = 0;
+        for (const tsrvi_block *block = stream->out; block != NULL; block = block->next) {
+            queued += block->end - block->begin;
+        }
+    }
+    return queued;
+}
+
+static bool tsrvi_stream_fits(const tsrv_stream *stream, size_t size)
+{
+    size_t limit = stream->server->options.max_write_buffer_size,
+           queued = tsrvi_stream_queued(stream);
+    return queued <= limit && size <= limit - queued;
+}
+
+static void tsrvi_queue_append(tsrv_stream *stream, tsrvi_block *block)
+{
+    if (stream->out == NULL) {
+        stream->out = block;
+    } else {
+        stream->out_last->next = block;
+    }
+    stream->out_last = block;
+}
+
+/* Copy data to the end of the queue: all of it, or nothing and -ENOMEM. */
+static int tsrvi_queue_copy(tsrv_stream *stream, const char *data, size_t size)
+{
+    tsrvi_block *last = stream->out_last;
+    size_t room = last == NULL || last->file >= 0 ? 0 : last->capacity - last->end;
+    size_t head = tsrvi_min(size, room);
+    if (size > head) {
+        tsrvi_block *block = tsrvi_block_new(&tsrvi_loop_of(stream)->pool, size - head);
+        if (block == NULL) {
+            return -ENOMEM;
+        }
+        memcpy(tsrvi_block_data(block), data + head, size - head);
+        block->end = size - head;
+        tsrvi_queue_append(stream, block);
+    }
+    if (head != 0) {
+        memcpy(tsrvi_block_data(last) + last->end, data, head);
+        last->end += head;
+    }
+    stream->unsent += size;
+    return TSRV_OK;
+}
+
+/* Take all of data, or none of it. Large data goes to the kernel from where it is. */
+static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
+{
+    size_t taken = 0;
+    int rc;
+    if (size >= TSRVI_DIRECT && (stream->flags & TSRVI_BLOCKED) == 0) {
+        bool was_above = tsrvi_stream_above_mark(stream);
+        taken = tsrvi_stream_push(stream, data, size);
+        tsrvi_stream_drained(stream, was_above);
+        if (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
+            return stream->out_end;
+        }
+    }
+    if (taken < size && (rc = tsrvi_queue_copy(stream, data + taken, size - taken)) < 0) {
+        return rc;
+    }
+    if (stream->unsent != 0 && (stream->flags & TSRVI_DIRTY) == 0) {
+        tsrvi_stream_soon(stream);
+    }
+    return TSRV_OK;
+}
+
+/* A write was refused, which would leave a gap: the stream ends. */
+static int tsrvi_write_refuse(tsrv_stream *stream, int code)
+{
+    tsrvi_stream_kill(stream, code);
+    return code;
+}
+
+/* Wait until the output is below the high water. The write itself has been taken, so the wait's own
+ * end is no error. */
+static int tsrvi_write_pause(tsrv_stream *stream)
+{
+    tsrvi_stream_flush(stream);
+    while (tsrvi_stream_above_mark(stream) && stream->killed == 0) {
+        int rc;
+        if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_ROOM, TSRVI_FOREVER)) < 0) {
+            return rc;
+        }
+    }
+    return stream->killed != 0 ? stream->killed : TSRV_OK;
+}
+
+/* Wait for the turn of this write, while another one is being taken in pieces. */
+static int tsrvi_write_lock(tsrv_stream *stream)
+{
+    if ((stream->flags & TSRVI_LOCKED) != 0) {
+        return tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_LOCK,
+                                    TSRVI_FOREVER); /* TSRV_OK: it was handed over */
+    }
+    stream->flags |= TSRVI_LOCKED;
+    return TSRV_OK;
+}
+
+/* Hand the lock to the write that has waited longest; it stays locked, so none can come between. */
+static void tsrvi_write_unlock(tsrv_stream *stream)
+{
+    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
+        if (waiter->kind == TSRVI_FOR_LOCK && tsrvi_co_wake(waiter->co, TSRV_OK)) {
+            return;
+        }
+    }
+    stream->flags &= ~TSRVI_LOCKED;
+}
+
+/* A coroutine's write for which there is no room at once: it is taken as room comes. */
+static int tsrvi_write_pieces(tsrv_stream *stream, const char *data, size_t size)
+{
+    size_t piece = stream->server->options.write_high_water, taken = 0;
+    int rc = tsrvi_write_lock(stream);
+    if (rc < 0) {
+        return rc;
+    }
+    while (rc == TSRV_OK && taken < size) {
+        size_t part = tsrvi_min(size - taken, piece < TSRVI_DIRECT ? TSRVI_DIRECT : piece);
+        if ((rc = tsrvi_write_pause(stream)) == TSRV_OK &&
+            (rc = tsrvi_write_state(stream)) == TSRV_OK) {
+            part = tsrvi_min(part, stream->server->options.max_write_buffer_size);
+            rc = tsrvi_write_take(stream, data + taken, part);
+            taken += part;
+        }
+    }
+    tsrvi_write_unlock(stream);
+    if (rc == -ENOMEM || (rc < 0 && taken != 0 && taken < size && stream->out_end == 0)) {
+        return tsrvi_write_refuse(stream, rc);
+    }
+    return rc;
+}
+
+/* Any write. */
+static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, size_t size)
+{
+    bool waits = tsrvi_loop_of(stream)->co != NULL;
+    int rc = tsrvi_write_state(stream);
+    if (TSRVI_UNLIKELY(rc != 0) || size == 0) {
+        return rc;
+    }
+    if (stream->out == NULL && size < TSRVI_DIRECT &&
+        size <= stream->server->options.write_high_water) {
+        if ((rc = tsrvi_queue_copy(stream, data, size)) == TSRV_OK) {
+            tsrvi_stream_soon(stream);
+            return TSRV_OK;
+        }
+        return tsrvi_write_refuse(stream, rc);
+    }
+    if (TSRVI_UNLIKELY((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size))) {
+        return waits ? tsrvi_write_pieces(stream, data, size)
+                     : tsrvi_write_refuse(stream, TSRV_EFULL);
+    }
+    rc = tsrvi_write_take(stream, data, size);
+    if (TSRVI_UNLIKELY(rc == -ENOMEM)) {
+        return tsrvi_write_refuse(stream, rc);
+    }
+    return TSRVI_UNLIKELY(tsrvi_stream_above_mark(stream)) && waits && rc == TSRV_OK
+               ? tsrvi_write_pause(stream)
+               : rc;
+}
+
+/* The common case first: one more small write behind others, to a stream that is in order and far
+ * from its limits. */
+TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
+{
+    const uint32_t odd = TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT;
+    tsrvi_block *last = stream->out_last; /* NULL after every error */
+    if (last == NULL || size > last->capacity - last->end ||
+        (stream->flags & (TSRVI_DIRTY | odd)) != TSRVI_DIRTY ||
+        stream->unsent + size > stream->server->options.write_high_water) {
+        return tsrvi_write_any(stream, (const char *)data, size);
+    }
+    memcpy(tsrvi_block_data(last) + last->end, data, size);
+    last->end += size;
+    stream->unsent += size;
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
+{
+    int rc = tsrvi_write_state(stream);
+    if (rc != 0 || size == 0) {
+        return rc;
+    }
+    if (!tsrvi_stream_fits(stream, size)) {
+        /* Readers that are fast may not have been given their chance in this turn. */
+        tsrvi_stream_push(stream, "", 0);
+        tsrvi_stream_drained(stream, true);
+        tsrvi_stream_soon(stream);
+        if ((rc = tsrvi_write_state(stream)) != 0) {
+            return rc;
+        }
+    }
+    if ((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size)) {
+        return TSRV_EFULL;
+    }
+    if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) == TSRV_OK) {
+        tsrvi_stream_soon(stream);
+    }
+    return rc;
+}
+
+/* A block that the pieces are gathered in, so that they are one write in every respect. */
+TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count)
+{
+    size_t total = 0, used = 0;
+    char *whole;
+    int rc;
+    if (count < 0) {
+        return TSRV_EINVAL;
+    }
+    for (int i = 0; i < count; i++) {
+        if (slices[i].size > SIZE_MAX - total) {
+            return TSRV_EINVAL;
+        }
+        total += slices[i].size;
+    }
+    if (count == 1 || total == 0) {
+        return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
+    }
+    whole = (char *)TSRV_MALLOC(total);
+    if (whole == NULL) {
+        rc = tsrvi_write_state(stream);
+        return rc != 0 ? rc : tsrvi_write_refuse(stream, -ENOMEM);
+    }
+    for (int i = 0; i < count; i++) {
+        if (slices[i].size != 0) {
+            memcpy(whole + used, slices[i].data, slices[i].size);
+            used += slices[i].size;
+        }
+    }
+    rc = tsrv_write(stream, whole, total);
+    TSRV_FREE(whole);
+    return rc;
+}
+
+TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
+{
+    char brief[256], *text = brief;
+    va_list arguments;
+    int size, rc;
+    va_start(arguments, format);
+    size = vsnprintf(brief, sizeof(brief), format, arguments);
+    va_end(arguments);
+    if (size < 0) {
+        return TSRV_EINVAL;
+    }
+    if ((size_t)size >= sizeof(brief)) {
+        text = (char *)TSRV_MALLOC((size_t)size + 1);
+        if (text == NULL) {
+            rc = tsrvi_write_state(stream);
+            return rc != 0 ? rc : tsrvi_write_refuse(stream, -ENOMEM);
+        }
+        va_start(arguments, format);
+        vsnprintf(text, (size_t)size + 1, format, arguments);
+        va_end(arguments);
+    }
+    rc = tsrv_write(stream, text, (size_t)size);
+    if (text != brief) {
+        TSRV_FREE(text);
+    }
+    return rc;
+}
+
+/* A block for a file range with a descriptor of its own, or a code. */
+static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t size)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_block *block = tsrvi_block_new(&loop->pool, 0);
+    int rc;
+    if (block == NULL) {
+        return -ENOMEM;
+    }
+    block->file = TSRV_SYS(fcntl, (fd, F_DUPFD_CLOEXEC, 3));
+    if (block->file < 0) {
+        rc = tsrvi_error();
+        tsrvi_block_free(&loop->pool, block);
+        return rc;
+    }
+    block->offset = offset;
+    block->left = size;
+    stream->unsent += size;
+    stream->flags |= TSRVI_FILES;
+    tsrvi_queue_append(stream, block);
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size)
+{
+    bool waits = tsrvi_loop_of(stream)->co != NULL, locked = (stream->flags & TSRVI_LOCKED) != 0;
+    struct stat info;
+    int rc = tsrvi_write_state(stream);
+    if (rc != 0 || size == 0) {
+        return rc;
+    }
+    if (TSRV_SYS(fstat, (fd, &info)) < 0) {
+        return tsrvi_error();
+    }
+    if (!S_ISREG(info.st_mode) || offset < 0 || size > SIZE_MAX - stream->unsent) {
+        return TSRV_EINVAL;
+    }
+    if (locked) {
+        rc = waits ? tsrvi_write_lock(stream) : tsrvi_write_refuse(stream, TSRV_EFULL);
+    }
+    if (rc == TSRV_OK && (rc = tsrvi_queue_file(stream, fd, offset, size)) < 0) {
+        tsrvi_write_refuse(stream, rc);
+    }
+    if (locked && waits) {
+        tsrvi_write_unlock(stream);
+    }
+    return rc == TSRV_OK && waits && tsrvi_stream_above_mark(stream) ? tsrvi_write_pause(stream)
+                                                                     : rc;
+}
+
+TSRV_API int tsrv_flush(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc;
+    tsrvi_stream_flush(stream);
+    while (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
+        if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_FLUSH, stream->deadline)) < 0) {
+            return rc;
+        }
+    }
+    if (stream->killed == 0 && stream->unsent != 0) {
+        if (tsrvi_stream_handling(stream)) {
+            if (stream->deadline <= loop->now) {
+                return TSRV_ETIMEOUT;
+            }
+            stream->flags |= TSRVI_WAIT_FLUSH;
+        }
+        return TSRV_EAGAIN;
+    }
+    rc = tsrvi_write_state(stream);
+    return rc == TSRV_ECLOSED && stream->killed == 0
+               ? TSRV_OK
+               : rc; /* after tsrv_shutdown all is sent as promised */
+}
+
+TSRV_API int tsrv_shutdown(tsrv_stream *stream)
+{
+    int rc = tsrvi_write_state(stream);
+    if (rc != 0) {
+        return rc == TSRV_ECLOSED && stream->killed == 0 ? TSRV_OK : rc;
+    }
+    stream->out_end = TSRV_ECLOSED;
+    stream->flags |= TSRVI_SHUT;
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+/* ---- close, wait, state ----------------------------------------------------*/
+
+/* Begin to close: no call can use the stream any more, the output still goes. */
+static void tsrvi_stream_close(tsrv_stream *stream)
+{
+    if ((stream->flags & TSRVI_CLOSING) != 0) {
+        return;
+    }
+    stream->flags |= TSRVI_CLOSING | TSRVI_SHUT;
+    if (stream->in != NULL && !stream->in->held) {
+        tsrvi_stream_drop_input(stream);
+    }
+    tsrvi_stream_soon(stream);
+}
+
+TSRV_API int tsrv_close(tsrv_stream *stream)
+{
+    if (stream->killed == 0) {
+        stream->killed = TSRV_ECLOSED;
+        tsrvi_loop_of(stream)->quick = NULL;
+        tsrvi_stream_close(stream);
+        tsrvi_stream_wake_all(stream, TSRV_ECLOSED);
+    }
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_abort(tsrv_stream *stream)
+{
+    tsrvi_stream_kill(stream, TSRV_ECLOSED);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    bool handling = tsrvi_stream_handling(stream);
+    uint64_t due = tsrvi_earlier(tsrvi_after(tsrvi_clock(), timeout_ms), stream->deadline);
+    int rc;
+    if (handling && (stream->flags & TSRVI_IN_WAKE) == 0) {
+        stream->wake_due = due;
+    }
+    if ((stream->flags & TSRVI_WOKEN) != 0) {
+        stream->flags &= ~(TSRVI_WOKEN | TSRVI_IN_WAKE);
+        return TSRV_OK;
+    }
+    if (loop->co != NULL) {
+        if (timeout_ms == 0) {
+            return TSRV_ETIMEOUT;
+        }
+        rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_WAKE, due);
+        return rc == TSRV_ECLOSED ? TSRV_OK : rc;
+    }
+    if (timeout_ms == 0 ||
+        (handling && tsrvi_earlier(stream->wake_due, stream->deadline) <= loop->now)) {
+        stream->flags &= ~TSRVI_IN_WAKE;
+        return TSRV_ETIMEOUT;
+    }
+    if (handling) {
+        stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
+    }
+    return TSRV_EAGAIN;
+}
+
+TSRV_API void *tsrv_data(tsrv_stream *stream)
+{
+    return stream->server->options.data_size == 0
+               ? NULL
+               : (char *)stream + ((sizeof(*stream) + 15) & ~(size_t)15);
+}
+
+TSRV_API void tsrv_set_handler(tsrv_stream *stream, tsrv_handler handler)
+{
+    stream->handler = handler;
+}
+
+TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on)
+{
+    if (stream->io.fd < 0) {
+        return TSRV_ECLOSED;
+    }
+    return stream->peer.family == AF_UNIX
+               ? TSRV_OK
+               : tsrvi_option(stream->io.fd, IPPROTO_TCP, TCP_NODELAY, on);
+}
+
+TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
+{
+    stream->read_ms = read_ms;
+    stream->write_ms = write_ms;
+}
+
+TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
+{
+    stream->deadline = delay_ms <= 0 ? TSRVI_FOREVER : tsrvi_after(tsrvi_clock(), delay_ms);
+}
+
+static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    size_t size = 0;
+    memset(&inside, 0, sizeof(inside));
+    inside.any.sa_family = peer->family;
+    if (peer->family == AF_INET) {
+        inside.four.sin_port = peer->port;
+        memcpy(&inside.four.sin_addr, peer->u.ip, 4);
+        size = sizeof(inside.four);
+    } else if (peer->family == AF_INET6) {
+        inside.six.sin6_port = peer->port;
+        inside.six.sin6_scope_id = peer->scope;
+        memcpy(&inside.six.sin6_addr, peer->u.ip, 16);
+        size = sizeof(inside.six);
+    } else if (peer->family == AF_UNIX && peer->u.whole != NULL) {
+        *address = *peer->u.whole;
+        return;
+    } else if (peer->family == AF_UNIX) {
+        size = offsetof(struct sockaddr_un, sun_path);
+    }
+    tsrvi_address_store(address, &inside, size);
+}
+
+static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    tsrvi_address_load(address, &inside);
+    peer->family = (uint16_t)tsrv_address_family(address);
+    if (peer->family == AF_INET) {
+        peer->port = inside.four.sin_port;
+        memcpy(peer->u.ip, &inside.four.sin_addr, 4);
+    } else if (peer->family == AF_INET6) {
+        peer->port = inside.six.sin6_port;
+        peer->scope = inside.six.sin6_scope_id;
+        memcpy(peer->u.ip, &inside.six.sin6_addr, 16);
+    } else if (peer->family == AF_UNIX && address->size > offsetof(struct sockaddr_un, sun_path)) {
+        peer->u.whole = (tsrv_address *)TSRV_MALLOC(sizeof(tsrv_address));
+        if (peer->u.whole == NULL) {
+            return -ENOMEM;
+        }
+        *peer->u.whole = *address;
+    }
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address)
+{
+    tsrvi_peer_load(&stream->peer, address);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_local_address(tsrv_stream *stream, tsrv_address *address)
+{
+    return stream->io.fd < 0 ? TSRV_ECLOSED
+                             : tsrvi_address_get(stream->io.fd, tsrvi_getsockname, address);
+}
+
+TSRV_API int tsrv_fd(tsrv_stream *stream)
+{
+    return stream->io.fd;
+}
+
+TSRV_API int tsrv_error(tsrv_stream *stream)
+{
+    if (stream->killed != 0 && stream->killed != TSRV_ECLOSED) {
+        return stream->killed;
+    }
+    if (stream->in_end != 0 && stream->in_end != TSRV_EOF) {
+        return stream->in_end;
+    }
+    if (stream->out_end == TSRV_ECLOSED) {
+        return TSRV_OK;
+    }
+    return stream->out_end;
+}
+
+TSRV_API size_t tsrv_unread_size(tsrv_stream *stream)
+{
+    return tsrvi_chunk_size(stream->in);
+}
+
+TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream)
+{
+    return stream->unsent;
+}
+
+TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream)
+{
+    return stream->server;
+}
+
+TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream)
+{
+    return tsrvi_loop_of(stream);
+}
+
+/* ---- the handler -----------------------------------------------------------*/
+
+/* Ends that are everyday life of a server and not worth a log line. */
+static bool tsrvi_code_is_quiet(int code)
+{
+    return code >= 0 || code == TSRV_EOF || code == TSRV_ECLOSED || code == TSRV_ETIMEOUT ||
+           code == -ECONNRESET || code == -EPIPE;
+}
+
+/* The handler is done for good. */
+static void tsrvi_stream_over(tsrv_stream *stream, int rc)
+{
+    if (stream->server->options.mode == TSRV_CALLBACK) {
+        TSRV_FREE(stream->u.partial);
+    }
+    stream->u.result = rc;
+    stream->flags |= TSRVI_OVER;
+    stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS);
+    if (!tsrvi_code_is_quiet(rc)) {
+        tsrv_address address;
+        char text[TSRV_ADDRESS_SIZE];
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log(TSRV_LOG_ERROR, "handle_stream for %s: %s",
+                  tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
+    }
+    if (stream->in != NULL) {
+        tsrvi_chunk_release(stream->in);
+    }
+    tsrv_close(stream);
+    tsrvi_stream_close(stream);
+    if (tsrvi_stream_finished(stream)) {
+        tsrvi_stream_later(stream, 0);
+    }
+}
+
+/* The handler returned TSRV_EAGAIN: what will call it again? TSRV_EAGAIN = something will; else
+ * what it counts as. */
+static int tsrvi_stream_keep(tsrv_stream *stream)
+{
+    if ((stream->flags & TSRVI_WAITS) != 0) {
+        return TSRV_EAGAIN;
+    }
+    if (stream->killed == 0 && (stream->flags & TSRVI_CONSUMED) != 0 &&
+        tsrvi_chunk_size(stream->in) != 0) {
+        tsrvi_stream_later(stream, TSRVI_CALL);
+    } else if (stream->killed == 0 && stream->in_end == 0) {
+        stream->flags |= TSRVI_WAIT_INPUT;
+    } else if ((stream->flags & TSRVI_TOLD) == 0) {
+        tsrvi_stream_later(stream, TSRVI_CALL);
+    } else {
+        return stream->killed != 0 ? stream->killed : stream->in_end;
+    }
+    return TSRV_EAGAIN;
+}
+
+static void tsrvi_stream_returned(tsrv_stream *stream, int rc)
+{
+    stream->flags &= ~TSRVI_RUNNING;
+    if (rc == TSRV_EAGAIN) {
+        rc = tsrvi_stream_keep(stream);
+    }
+    if (rc != TSRV_EAGAIN) {
+        tsrvi_stream_over(stream, rc);
+        return;
+    }
+    tsrvi_stream_release(stream);
+    if ((stream->flags & TSRVI_DIRTY) == 0) {
+        tsrvi_stream_rest(stream); /* else the flush that follows does it */
+    }
+}
+
+/* What a handler's coroutine runs. */
+static void tsrvi_stream_main(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    tsrv_address address;
+    int rc;
+    tsrvi_peer_load(&stream->peer, &address);
+    rc = stream->handler(stream, &address, stream->server->options.context);
+    stream->u.co = NULL;
+    tsrvi_stream_returned(stream, rc);
+}
+
+/* Call the handler; from the loop only. */
+static void tsrvi_stream_call(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    const tsrv_server_options *options = &stream->server->options;
+    int rc;
+    if ((stream->flags & (TSRVI_OVER | TSRVI_RUNNING)) != 0) {
+        return;
+    }
+    stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS | TSRVI_CONSUMED);
+    stream->flags |= stream->killed != 0 || stream->in_end != 0 ? TSRVI_TOLD : 0u;
+    if (options->mode == TSRV_CALLBACK) {
+        stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
+        tsrvi_peer_load(&stream->peer, &loop->address);
+        loop->handling = stream;
+        loop->quick = NULL;
+        loop->budget = TSRVI_BUDGET;
+        rc = stream->handler(stream, &loop->address, options->context);
+        loop->handling = NULL;
+        tsrvi_stream_returned(stream, rc);
+    } else if ((rc = tsrvi_co_new(loop, options->stack_size, tsrvi_stream_main, stream,
+                                  &stream->u.co)) < 0) {
+        tsrvi_stream_kill(stream, rc);
+        tsrvi_stream_over(stream, rc);
+    } else {
+        stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
+        tsrvi_co_resume(stream->u.co);
+    }
+}
+
+/* ---- events, timer, task ---------------------------------------------------*/
+
+/* Input for the callback-mode handler's read. It is called when the read can get further. */
+static void tsrvi_stream_feed_handler(tsrv_stream *stream)
+{
+    tsrvi_partial *partial =
+        stream->server->options.mode == TSRV_CALLBACK ? stream->u.partial : NULL;
+    size_t got;
+    if (partial != NULL && partial->into != NULL && tsrvi_chunk_size(stream->in) == 0) {
+        got = tsrvi_stream_receive(stream, partial->into + partial->done,
+                                   partial->size - partial->done);
+        partial->done += got;
+        got = partial->done == partial->size ? got : 0;
+    } else {
+        got = tsrvi_stream_receive(stream, NULL, 0);
+        got = stream->in != NULL && tsrvi_chunk_size(stream->in) < stream->in->need ? 0 : got;
+    }
+    if (got != 0 || stream->in_end != 0 || stream->killed != 0) {
+        tsrvi_stream_call(stream);
+    }
+}
+
+static void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
+{
+    tsrvi_waiter *waiter = tsrvi_stream_waiter(stream, TSRVI_FOR_READ);
+    int rc;
+    if ((stream->flags & TSRVI_LINGER) != 0) {
+        tsrvi_stream_linger(stream);
+    } else if (waiter != NULL) {
+        tsrvi_read_receive(stream, waiter->read);
+        rc = tsrvi_read_attempt(stream, waiter->read);
+        if (rc != TSRV_EAGAIN) {
+            tsrvi_co_wake_now(waiter->co, rc);
+        }
+    } else if ((stream->flags & (TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) != 0 &&
+               tsrvi_stream_wants_input(stream)) {
+        tsrvi_stream_feed_handler(stream);
+    } else {
+        tsrvi_stream_look(stream, hangup);
+        tsrvi_stream_interest(stream, true, hangup);
+    }
+}
+
+static void tsrvi_stream_event(tsrvi_io *io, int events)
+{
+    tsrv_stream *stream = TSRVI_CONTAINER(io, tsrv_stream, io);
+    if ((events & TSRV_WRITABLE) != 0 && (stream->flags & TSRVI_BLOCKED) != 0) {
+        stream->flags &= ~TSRVI_BLOCKED;
+        tsrvi_stream_flush(stream);
+    }
+    if ((events & TSRV_READABLE) != 0 && stream->io.fd >= 0) {
+        tsrvi_stream_readable(stream, (events & TSRVI_HANGUP) != 0);
+    }
+    if ((stream->flags & TSRVI_DIRTY) == 0) {
+        tsrvi_stream_rest(stream);
+    }
+}
+
+static void tsrvi_stream_timer(tsrvi_timer *timer)
+{
+    tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
+    uint64_t now = tsrvi_loop_of(stream)->now;
+    if ((stream->flags & TSRVI_LINGER) != 0 && stream->out_due <= now) {
+        tsrvi_stream_close_fd(stream);
+    } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
+        tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
+    } else if (tsrvi_stream_due(stream) <= now) {
+        tsrvi_stream_wake_handler(
+            stream, TSRVI_WAITS); /* the call that it repeats finds that its time is over */
+    } else {
+        tsrvi_stream_arm(stream);
+    }
+}
+
+/* The stream's descriptor is closed and its handler has returned: tell on_close, and free it. */
+static void tsrvi_stream_finish(tsrv_stream *stream)
+{
+    tsrv_server *server = stream->server;
+    tsrv_loop *loop = server->loop;
+    int reason = tsrv_error(stream) != TSRV_OK ? tsrv_error(stream) : stream->u.result;
+    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
+        waiter->stream = NULL;
+        tsrvi_co_wake(waiter->co, TSRV_ECLOSED);
+    }
+    stream->waiters = NULL;
+    tsrvi_heap_remove(&loop->heap, &stream->timer);
+    loop->heap.reserved--;
+    loop->active--;
+    tsrvi_stream_drop_input(stream);
+    if ((stream->flags & TSRVI_ENTERED) != 0 && server->options.on_close != NULL) {
+        server->options.on_close(stream, reason, server->options.context);
+    }
+    if (stream->peer.family == AF_UNIX) {
+        TSRV_FREE(stream->peer.u.whole);
+    }
+    tsrvi_list_remove(&stream->link);
+    TSRV_FREE(stream);
+    if (server->freed && tsrvi_list_empty(&server->streams) && !server->queued) {
+        server->queued = true;
+        tsrvi_tasks_push(&loop->ready, &server->task);
+    }
+}
+
+/* The stream's task: from `soon` it sends what was written; from `ready` it also calls the handler,
+ * or finishes. */
+static void tsrvi_stream_run(tsrvi_task *task)
+{
+    tsrv_stream *stream = TSRVI_CONTAINER(task, tsrv_stream, task);
+    bool soon = (stream->flags & TSRVI_SOON) != 0;
+    stream->flags &= ~(TSRVI_SOON | TSRVI_READY);
+    if ((stream->flags & TSRVI_DIRTY) != 0) {
+        stream->flags &= ~TSRVI_DIRTY;
+        tsrvi_stream_flush(stream);
+        tsrvi_stream_rest(stream);
+    }
+    if (soon) {
+        if ((stream->flags & TSRVI_CALL) != 0 || tsrvi_stream_finished(stream)) {
+            tsrvi_stream_later(stream, 0);
+        }
+    } else if (tsrvi_stream_finished(stream)) {
+        tsrvi_stream_finish(stream);
+    } else if ((stream->flags & TSRVI_CALL) != 0) {
+        tsrvi_stream_call(stream);
+    }
+}
+
+/* A stream for a connected, non-blocking socket, which it takes over when it succeeds. */
+static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *peer,
+                            tsrv_stream **made)
+{
+    tsrv_loop *loop = server->loop;
+    size_t size = sizeof(tsrv_stream);
+    tsrv_stream *stream;
+    int rc;
+    *made = NULL;
+    if (server->options.data_size != 0) {
+        size = ((size + 15) & ~(size_t)15) + server->options.data_size;
+    }
+    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+        return rc;
+    }
+    stream = (tsrv_stream *)tsrvi_zalloc(size);
+    if (stream == NULL || tsrvi_peer_store(&stream->peer, peer) < 0) {
+        TSRV_FREE(stream);
+        loop->heap.reserved--;
+        return -ENOMEM;
+    }
+    stream->io.fd = fd;
+    stream->io.on_event = tsrvi_stream_event;
+    stream->task.run = tsrvi_stream_run;
+    stream->timer.fire = tsrvi_stream_timer;
+    stream->server = server;
+    stream->handler = server->options.handle_stream;
+    stream->deadline = TSRVI_FOREVER;
+    tsrvi_list_append(&server->streams, &stream->link);
+    server->stats.accepted++;
+    server->stats.open++;
+    loop->active++;
+    *made = stream;
+    return TSRV_OK;
+}
+
+/* ============================================================================
+ * >>server  Listeners, accepting
+ *
+ * A listener is level-triggered. Each readiness accepts one connection: the
+ * accept that fails because the queue is empty costs more than the turn that it
+ * saves. Only when the listener is ready again in the very next turn, so that
+ * connections come faster than turns, does the burst grow.
+ *
+ * When the system has run out of descriptors or memory, all listeners of the
+ * server pause: a level-triggered listener would spin. They go on when one of
+ * our descriptors is closed, and try again by themselves after 50 ms, doubling
+ * to a second.
+ * ==========================================================================*/
+
+#define TSRVI_BURST 64         /* most accepts of one turn */
+#define TSRVI_BURST_HOLD 16    /* turns without growth after an accept that found nothing */
+#define TSRVI_BACKOFF_MS 50    /* first pause */
+#define TSRVI_BACKOFF_MAX 1000 /* longest pause */
+
+typedef struct tsrvi_listener {
+    tsrvi_io io;
+    struct tsrvi_listener *next;
+    tsrv_server *server;
+    int burst;
+    int hold;
+    uint32_t turn; /* the last in which the whole burst was accepted */
+    bool tcp;
+} tsrvi_listener;
+
+static int tsrvi_default_ms(int value, int fallback)
+{
+    return value == 0 ? fallback : value < 0 ? TSRV_NEVER : value;
+}
+
+static size_t tsrvi_default_size(size_t value, size_t fallback)
+{
+    return value == 0 ? fallback : value;
+}
+
+/* Section 5 of the design, in one place. */
+static void tsrvi_server_defaults(tsrv_server_options *options)
+{
+    options->max_buffer_size = tsrvi_default_size(options->max_buffer_size, (size_t)1024 * 1024);
+    options->read_chunk_size = tsrvi_default_size(options->read_chunk_size, (size_t)64 * 1024);
+    options->max_write_buffer_size =
+        tsrvi_default_size(options->max_write_buffer_size, (size_t)16 * 1024 * 1024);
+    options->write_high_water = tsrvi_default_size(options->write_high_water, (size_t)256 * 1024);
+    options->write_high_water =
+        tsrvi_min(options->write_high_water, options->max_write_buffer_size);
+    options->read_chunk_size =
+        tsrvi_min(options->read_chunk_size, options->max_buffer_size / 2 + 1);
+    options->stack_size = tsrvi_default_size(options->stack_size, TSRVI_STACK_SIZE);
+    options->idle_timeout_ms = tsrvi_default_ms(options->idle_timeout_ms, TSRV_NEVER);
+    options->read_timeout_ms = tsrvi_default_ms(options->read_timeout_ms, TSRV_NEVER);
+    options->write_timeout_ms = tsrvi_default_ms(options->write_timeout_ms, 60000);
+    options->close_timeout_ms = tsrvi_default_ms(options->close_timeout_ms, 5000);
+}
+
+static void tsrvi_server_run(tsrvi_task *task);
+/* forward: tsrvi_server_run - tsrv_server_new stores it in the task, and it frees what
+ * tsrv_server_new made */
+
+TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options)
+{
+    tsrv_server *made;
+    *server = NULL;
+    if (options == NULL || options->handle_stream == NULL || options->max_connections < 0 ||
+        (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
+        return TSRV_EINVAL;
+    }
+    if (options->mode == TSRV_COROUTINE && !TSRVI_HAS_COROUTINES) {
+        tsrvi_log(
+            TSRV_LOG_ERROR,
+            "coroutine mode was compiled out by TSRV_NO_COROUTINES: use mode = TSRV_CALLBACK");
+        return TSRV_ENOTSUP;
+    }
+    made = (tsrv_server *)tsrvi_zalloc(sizeof(*made));
+    if (made == NULL) {
+        return -ENOMEM;
+    }
+    made->options = *options;
+    tsrvi_server_defaults(&made->options);
+    tsrvi_list_init(&made->link);
+    tsrvi_list_init(&made->streams);
+    made->task.run = tsrvi_server_run;
+    made->starting = options->on_start != NULL;
+    *server = made;
+    return TSRV_OK;
+}
+
+/* ---- pausing ---------------------------------------------------------------*/
+
+static bool tsrvi_server_is_full(const tsrv_server *server)
+{
+    return server->options.max_connections != 0 &&
+           server->stats.open >= (uint64_t)server->options.max_connections;
+}
+
+static void tsrvi_server_pause(tsrv_server *server)
+{
+    server->paused = true;
+    server->stats.accept_pauses++;
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+    }
+}
+
+static void tsrvi_server_exhausted(tsrv_server *server, int code)
+{
+    tsrv_loop *loop = server->loop;
+    server->exhausted = true;
+    tsrvi_server_pause(server);
+    server->backoff_ms = server->backoff_ms == 0 ? TSRVI_BACKOFF_MS : server->backoff_ms * 2;
+    server->backoff_ms =
+        server->backoff_ms > TSRVI_BACKOFF_MAX ? TSRVI_BACKOFF_MAX : server->backoff_ms;
+    tsrvi_heap_set(&loop->heap, &server->retry, tsrvi_after(loop->now, server->backoff_ms));
+    if (server->logged == 0 || loop->now - server->logged >= 1000 * TSRVI_MS) {
+        server->logged = loop->now;
+        tsrvi_log(TSRV_LOG_WARNING, "cannot accept, pausing: %s (%llu connections open)",
+                  tsrv_strerror(code), (unsigned long long)server->stats.open);
+    }
+}
+
+static void tsrvi_server_resume(tsrv_server *server)
+{
+    if (!server->paused || tsrvi_server_is_full(server)) {
+        return;
+    }
+    server->paused = false;
+    server->exhausted = false;
+    tsrvi_heap_remove(&server->loop->heap, &server->retry);
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        int rc = listener->io.fd < 0
+                     ? TSRV_OK
+                     : tsrvi_poller_set(&server->loop->poller, &listener->io, TSRV_READABLE);
+        if (rc < 0) {
+            tsrvi_server_exhausted(server, rc);
+            return;
+        }
+    }
+}
+
+static void tsrvi_server_retry(tsrvi_timer *timer)
+{
+    tsrvi_server_resume(TSRVI_CONTAINER(timer, tsrv_server, retry));
+}
+
+/* A descriptor is free again: whoever ran out of them, or of connections, goes on. */
+static void tsrvi_loop_fd_closed(tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrvi_server_resume(TSRVI_CONTAINER(link, tsrv_server, link));
+    }
+}
+
+/* ---- accepting -------------------------------------------------------------*/
+
+static int tsrvi_accept(int fd, tsrv_address *peer)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size;
+    int accepted;
+    do {
+        size = sizeof(inside);
+#if TSRVI_HAS_ACCEPT4
+        accepted = TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC));
+#else
+        accepted = TSRV_SYS(accept, (fd, &inside.any, &size));
+        if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
+            tsrvi_close_fd(accepted);
+            errno = ECONNABORTED;
+            accepted = -1;
+        }
+#endif
+    } while (accepted < 0 && errno == EINTR);
+    if (accepted >= 0) {
+        tsrvi_address_store(peer, &inside, size);
+    }
+    return accepted < 0 ? tsrvi_error() : accepted;
+}
+
+/* What the socket options ask for and a listener does not pass on. A kernel that refuses one is no
+ * reason to refuse the connection. */
+static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool inherited)
+{
+#if TSRVI_HAS_NOSIGPIPE
+    tsrvi_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
+#endif
+    if (tcp && !inherited) {
+        if (!server->options.nagle) {
+            tsrvi_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+        }
+        if (server->options.keep_alive) {
+            tsrvi_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+        }
+    }
+}
+
+/* on_start comes before the first connection. */
+static void tsrvi_server_begin(tsrv_server *server)
+{
+    if (server->starting) {
+        server->starting = false;
+        server->options.on_start(server, server->options.context);
+    }
+}
+
+/* Accept one connection and call its handler. false: no more for now. */
+static bool tsrvi_listener_accept(tsrvi_listener *listener)
+{
+    tsrv_server *server = listener->server;
+    tsrv_address peer;
+    tsrv_stream *stream;
+    int fd = tsrvi_accept(listener->io.fd, &peer), rc;
+    switch (fd < 0 ? -fd : 0) {
+    case 0:
+        break;
+    case EAGAIN:
+#if EAGAIN != EWOULDBLOCK
+    case EWOULDBLOCK:
+#endif
+        listener->burst = 0;
+        return false;
+    case EMFILE:
+    case ENFILE:
+    case ENOBUFS:
+    case ENOMEM:
+        tsrvi_server_exhausted(server, fd);
+        return false;
+    case EBADF:
+    case EINVAL:
+    case ENOTSOCK:
+        tsrvi_log(TSRV_LOG_ERROR, "a listening socket is broken and is not used any more: %s",
+                  tsrv_strerror(fd));
+        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+        return false;
+    default:
+        server->stats.accept_errors++; /* accept(2): errors of the network that belong to this
+                                          connection only */
+        return true;
+    }
+    server->backoff_ms = 0;
+    if ((rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
+        tsrvi_close_fd(fd);
+        server->stats.accept_errors++;
+        tsrvi_server_exhausted(server, rc);
+        return false;
+    }
+    tsrvi_server_dress(server, fd, listener->tcp, true);
+    tsrvi_stream_call(stream);
+    return true;
+}
+
+static void tsrvi_listener_event(tsrvi_io *io, int events)
+{
+    tsrvi_listener *listener = TSRVI_CONTAINER(io, tsrvi_listener, io);
+    tsrv_server *server = listener->server;
+    tsrv_loop *loop = server->loop;
+    int count = 0;
+    (void)events;
+    tsrvi_server_begin(server);
+    if (listener->turn + 1 != loop->turns) {
+        listener->burst = 1;
+    } else if (listener->hold == 0 && listener->burst < TSRVI_BURST) {
+        listener->burst *= 2;
+    }
+    listener->hold -= listener->hold > 0;
+    listener->turn = loop->turns;
+    while (count < listener->burst && listener->io.interest != 0 && !server->freed) {
+        if (tsrvi_server_is_full(server)) {
+            tsrvi_server_pause(server);
+            break;
+        }
+        if (!tsrvi_listener_accept(listener)) {
+            break;
+        }
+        tsrvi_loop_settle(loop);
+        count++;
+    }
+    if (listener->burst == 0) { /* it found the queue empty */
+        listener->burst = count > 0 ? count : 1;
+        listener->hold = TSRVI_BURST_HOLD;
+    }
+}
+
+/* ---- starting and stopping -------------------------------------------------*/
+
+/* Tie the server to its loop, when it first needs one. */
+static int tsrvi_server_attach(tsrv_server *server)
+{
+    tsrv_loop *loop = server->loop != NULL ? server->loop : server->options.loop;
+    int rc = tsrvi_loop_use(&loop);
+    if (rc < 0 || server->loop != NULL) {
+        return rc;
+    }
+    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+        return rc;
+    }
+    server->loop = loop;
+    server->retry.fire = tsrvi_server_retry;
+    loop->fd_closed = tsrvi_loop_fd_closed;
+    tsrvi_list_append(&loop->servers, &server->link);
+    if (server->starting) {
+        server->queued = true;
+        tsrvi_tasks_push(&loop->ready, &server->task);
+    }
+    return TSRV_OK;
+}
+
+/* Is fd a listening stream socket? */
+static int tsrvi_listener_check(int fd)
+{
+    int value = 0;
+    socklen_t size = sizeof(value);
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &value, &size)) < 0) {
+        return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
+    }
+    if (value != SOCK_STREAM) {
+        return TSRV_EINVAL;
+    }
+#ifdef SO_ACCEPTCONN
+    size = sizeof(value);
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
+        return TSRV_EINVAL;
+    }
+#endif
+    return tsrvi_set_flags(fd);
+}
+
+/* A listener for fd at the end of the list, so that tsrv_server_address counts in order. One that
+ * was stopped is reused. */
+static tsrvi_listener *tsrvi_listener_new(tsrv_server *server)
+{
+    tsrvi_listener **link = &server->listeners, *listener;
+    while (*link != NULL && (*link)->io.fd >= 0) {
+        link = &(*link)->next;
+    }
+    if (*link == NULL) {
+        listener = (tsrvi_listener *)tsrvi_zalloc(sizeof(*listener));
+        if (listener == NULL) {
+            return NULL;
+        }
+        listener->io.fd = -1;
+        *link = listener;
+    }
+    return *link;
+}
+
+static int tsrvi_server_add_socket(tsrv_server *server, int fd)
+{
+    tsrvi_listener *listener;
+    tsrv_address address;
+    int rc = tsrvi_listener_check(fd);
+    if (rc < 0) {
+        return rc;
+    }
+    listener = tsrvi_listener_new(server);
+    if (listener == NULL) {
+        return -ENOMEM;
+    }
+    listener->server = server;
+    listener->burst = 1;
+    listener->hold = 0;
+    listener->tcp = tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK &&
+                    tsrv_address_family(&address) != AF_UNIX;
+    tsrvi_server_dress(server, fd, listener->tcp,
+                       false); /* accepted sockets inherit these options */
+    listener->io.on_event = tsrvi_listener_event;
+    listener->io.fd = fd;
+    if (!server->paused &&
+        (rc = tsrvi_poller_set(&server->loop->poller, &listener->io, TSRV_READABLE)) < 0) {
+        listener->io.fd = -1;
+        return rc;
+    }
+    server->loop->active++;
+    return TSRV_OK;
+}
+
+/* Close a listener. Its memory stays until the server goes, since its event may be in this turn's
+ * batch. */
+static void tsrvi_listener_close(tsrvi_listener *listener)
+{
+    tsrv_loop *loop = listener->server->loop;
+    if (listener->io.fd >= 0) {
+        tsrvi_poller_set(&loop->poller, &listener->io, 0);
+        tsrvi_close_fd(listener->io.fd);
+        listener->io.fd = -1;
+        loop->active--;
+    }
+}
+
+TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count)
+{
+    int rc = count < 0 ? TSRV_EINVAL : tsrvi_server_attach(server), added = 0;
+    while (rc == TSRV_OK && added < count) {
+        rc = tsrvi_server_add_socket(server, fds[added]);
+        added += rc == TSRV_OK;
+    }
+    if (rc < 0) {
+        tsrvi_close_fds(fds + added, count - added);
+        for (tsrvi_listener *listener = server->listeners; listener != NULL;
+             listener = listener->next) {
+            for (int i = 0; i < added; i++) {
+                if (listener->io.fd == fds[i]) {
+                    tsrvi_listener_close(listener);
+                    break;
+                }
+            }
+        }
+    }
+    return rc;
+}
+
+TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
+                                const tsrv_bind_options *options)
+{
+    int fds[16];
+    int rc = tsrvi_server_attach(server);
+    if (rc == TSRV_OK) {
+        rc = tsrv_bind_sockets(port, address, options, fds, 16);
+    }
+    if (rc > 0) {
+        rc = tsrv_server_add_sockets(server, fds, rc);
+    }
+    if (rc < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot listen on %s port %d: %s",
+                  address == NULL || address[0] == 0 ? "*" : address, port, tsrv_strerror(rc));
+    }
+    return rc;
+}
+
+TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
+{
+    int type = 0, rc;
+    socklen_t size = sizeof(type);
+    tsrv_address peer;
+    tsrv_stream *stream;
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &type, &size)) < 0) {
+        rc = errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
+    } else {
+        rc = type == SOCK_STREAM ? tsrvi_server_attach(server) : TSRV_EINVAL;
+    }
+    if (rc == TSRV_OK && tsrvi_address_get(fd, tsrvi_getpeername, &peer) < 0) {
+        peer.size = 0; /* a peer that has gone again: the handler will see */
+    }
+    if (rc < 0 || (rc = tsrvi_set_flags(fd)) < 0 ||
+        (rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
+        tsrvi_close_fd(fd);
+        return rc;
+    }
+    tsrvi_server_dress(server, fd, tsrv_address_family(&peer) != AF_UNIX, false);
+    tsrvi_stream_later(stream, TSRVI_CALL);
+    return TSRV_OK;
+}
+
+TSRV_API void tsrv_server_stop(tsrv_server *server)
+{
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        tsrvi_listener_close(listener);
+    }
+}
+
+TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address)
+{
+    memset(address, 0, sizeof(*address));
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        if (listener->io.fd >= 0 && index-- == 0) {
+            return tsrvi_address_get(listener->io.fd, tsrvi_getsockname, address);
+        }
+    }
+    return TSRV_EINVAL;
+}
+
+TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
+{
+    tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
+    for (; link != &server->streams; link = link->next) {
+        tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
+        if (found->killed == 0 && (found->flags & (TSRVI_CLOSING | TSRVI_OVER)) == 0) {
+            return found;
+        }
+    }
+    return NULL;
+}
+
+TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats)
+{
+    *stats = server->stats;
+}
+
+/* ============================================================================
+ * >>ends  Freeing servers and loops
+ * ==========================================================================*/
+
+/* Abort the server's streams. A handler that waits for something else than its stream is woken too,
+ * once. */
+static void tsrvi_server_abort(tsrv_server *server)
+{
+    tsrv_server_stop(server);
+    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
+        tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+        tsrv_abort(stream);
+        if (server->options.mode == TSRV_COROUTINE && (stream->flags & TSRVI_RUNNING) != 0) {
+            tsrvi_co_wake(stream->u.co, TSRV_ECLOSED);
+        }
+        if ((stream->flags & (TSRVI_ENTERED | TSRVI_OVER)) == 0) {
+            tsrvi_stream_over(stream, TSRV_ECLOSED); /* nobody will call its handler any more */
+        }
+    }
+}
+
+/* Untie the server from its loop. */
+static void tsrvi_server_detach(tsrv_server *server)
+{
+    if (server->loop != NULL) {
+        tsrvi_heap_remove(&server->loop->heap, &server->retry);
+        server->loop->heap.reserved--;
+        tsrvi_list_remove(&server->link);
+        server->loop = NULL;
+    }
+}
+
+static void tsrvi_server_destroy(tsrv_server *server)
+{
+    tsrvi_server_detach(server);
+    while (server->listeners != NULL) {
+        tsrvi_listener *listener = server->listeners;
+        server->listeners = listener->next;
+        TSRV_FREE(listener);
+    }
+    TSRV_FREE(server);
+}
+
+/* The server's task: on_start, or its end. */
+static void tsrvi_server_run(tsrvi_task *task)
+{
+    tsrv_server *server = TSRVI_CONTAINER(task, tsrv_server, task);
+    server->queued = false;
+    if (!server->freed) {
+        tsrvi_server_begin(server);
+    } else if (tsrvi_list_empty(&server->streams)) {
+        tsrvi_server_destroy(server);
+    }
+}
+
+/* End streams whose handlers will not run any more. */
+static void tsrvi_server_drop_streams(tsrv_server *server)
+{
+    while (!tsrvi_list_empty(&server->streams)) {
+        tsrv_stream *stream = TSRVI_CONTAINER(server->streams.next, tsrv_stream, link);
+        if ((stream->flags & TSRVI_OVER) == 0) {
+            stream->flags &= ~TSRVI_RUNNING;
+            stream->waiters = NULL; /* they were on the stacks that are gone */
+            tsrvi_stream_over(stream, TSRV_ECLOSED);
+        }
+        tsrvi_stream_close_fd(stream);
+        tsrvi_stream_finish(stream);
+    }
+}
+
+TSRV_API void tsrv_server_free(tsrv_server *server)
+{
+    tsrv_loop *loop = server == NULL ? NULL : server->loop;
+    if (server == NULL) {
+        return;
+    }
+    if (loop == NULL) {
+        tsrvi_server_destroy(server);
+        return;
+    }
+    server->starting = false;
+    if (loop->poller.pid != TSRV_SYS(getpid, ())) {
+        tsrvi_server_drop_streams(
+            server); /* a fork's copy: the connections are the parent's, and go on there */
+        tsrv_server_stop(server);
+        tsrvi_server_destroy(server);
+        return;
+    }
+    tsrvi_server_abort(server);
+    if (loop->running) {
+        server->freed = true;
+        if (!server->queued) {
+            server->queued = true;
+            tsrvi_tasks_push(&loop->ready, &server->task);
+        }
+        return;
+    }
+    while (!tsrvi_list_empty(&server->streams) || server->queued) {
+        if (tsrvi_loop_turns(loop, true, TSRV_NEVER) < 0) {
+            break;
+        }
+    }
+    tsrvi_server_destroy(server);
+}
+
+/* Timers, watches and signals are the program's memory: mark them as stopped, so that it may stop
+ * them later. */
+static void tsrvi_loop_orphan(tsrv_loop *loop)
+{
+    while (loop->signals != NULL) {
+        tsrv_signal_stop(loop->signals);
+    }
+    for (uint32_t i = 0; i < loop->heap.count; i++) {
+        loop->heap.items[i]->position = 0;
+    }
+    for (int fd = 0; fd < loop->poller.page_count * TSRVI_PAGE; fd++) {
+        tsrvi_io *io = tsrvi_poller_find(&loop->poller, fd);
+        if (io != NULL) {
+            io->interest = 0;
+        }
+    }
+}
+
+TSRV_API int tsrv_loop_free(tsrv_loop *loop)
+{
+    size_t dropped;
+    int rc;
+    if (loop == NULL && (loop = tsrvi_own_loop) == NULL) {
+        return TSRV_OK;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0) {
+        return rc;
+    }
+    if (loop->running) {
+        return TSRV_EBUSY;
+    }
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrvi_server_abort(TSRVI_CONTAINER(link, tsrv_server, link));
+    }
+    loop->closing = true;
+    tsrvi_co_cancel_all(loop);
+    while (loop->ready.first != NULL || loop->soon.first != NULL) {
+        tsrvi_loop_turns(loop, true, 0);
+    }
+    dropped = tsrvi_co_drop_all(loop);
+    if (dropped != 0) {
+        tsrvi_log(TSRV_LOG_WARNING, "tsrv_loop_free: %lu coroutines still waited and were dropped",
+                  (unsigned long)dropped);
+    }
+    while (!tsrvi_list_empty(&loop->servers)) {
+        tsrv_server *server = TSRVI_CONTAINER(loop->servers.next, tsrv_server, link);
+        tsrvi_server_drop_streams(server);
+        tsrvi_server_detach(server);
+    }
+    tsrvi_loop_orphan(loop);
+    if (tsrvi_own_loop == loop) {
+        tsrvi_own_loop = NULL;
+    }
+    tsrvi_loop_destroy(loop);
+    return TSRV_OK;
+}
+
+#endif /* POSIX */
+#endif /* TCPSERVER_IMPLEMENTATION */
+
+/* ============================================================================
+ * >>history  What changed
+ *
+ *   0.1.0  first version
+ * ==========================================================================*/
+
+/* ============================================================================
+ * >>license  MIT
+ *
+ * Copyright (c) 2026 the tcpserver.h authors
+ *
+ * Permission is hereby granted, free of charge, to any person obtaining a copy
+ * of this software and associated documentation files (the "Software"), to deal
+ * in the Software without restriction, including without limitation the rights
+ * to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+ * copies of the Software, and to permit persons to whom the Software is
+ * furnished to do so, subject to the following conditions:
+ *
+ * The above copyright notice and this permission notice shall be included in all
+ * copies or substantial portions of the Software.
+ *
+ * THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+ * IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+ * FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+ * AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+ * LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+ * OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+ * SOFTWARE.
+ * ==========================================================================*/

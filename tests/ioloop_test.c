@@ -1,0 +1,1648 @@
+/* The loop: timers, watches, posts, signals, running, embedding, forks. Its core is what Tornado's
+ * ioloop_test.py checks. */
+#include "test.h"
+
+#include <sys/resource.h>
+
+static tsrv_loop *new_loop(void)
+{
+    tsrv_loop_options options = {t_backend};
+    tsrv_loop *loop = NULL;
+    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    CHECK(loop != NULL);
+    return loop;
+}
+
+static void free_loop(tsrv_loop *loop)
+{
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+/* A watch on a pipe to which nobody writes: it keeps a loop running. */
+typedef struct idle_watch {
+    tsrv_watch watch;
+    int fds[2];
+} idle_watch;
+
+static void never_called(int events, void *context)
+{
+    (void)context;
+    T_FAIL("the idle watch was called with %d", events);
+}
+
+static void start_idle(tsrv_loop *loop, idle_watch *idle)
+{
+    memset(idle, 0, sizeof *idle);
+    CHECK(pipe(idle->fds) == 0);
+    CHECK_INT(tsrv_watch_start(loop, &idle->watch, idle->fds[0], TSRV_READABLE, never_called, NULL),
+              TSRV_OK);
+}
+
+static void stop_idle(idle_watch *idle)
+{
+    tsrv_watch_stop(&idle->watch);
+    t_close(idle->fds[0]);
+    t_close(idle->fds[1]);
+}
+
+static void count_call(void *context)
+{
+    ++*(int *)context;
+}
+
+static void record_call(void *context)
+{
+    t_record(*(int *)context);
+}
+
+static void stop_loop(void *context)
+{
+    tsrv_loop_stop((tsrv_loop *)context);
+}
+
+/* Runs turns until *counter has reached value. */
+static void turn_until(tsrv_loop *loop, const int *counter, int value)
+{
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    while (*counter < value) {
+        CHECK(tsrv_loop_run_once(loop, 10) >= 0);
+        CHECK(t_now_ms() < end);
+    }
+}
+
+/* ---- timers -------------------------------------------------------------------------------*/
+
+TEST_LOOP(equal_timers_fire_in_the_order_of_their_start)
+{
+    enum { COUNT = 200 };
+    static const int delays[] = {0, 4};
+    static tsrv_timer timers[COUNT];
+    static int ids[COUNT];
+    tsrv_loop *loop = new_loop();
+    for (int d = 0; d < 2; d++) {
+        int before = t_record_count();
+        for (int i = 0; i < COUNT; i++) {
+            ids[i] = i;
+            CHECK_INT(tsrv_timer_start(loop, &timers[i], delays[d], record_call, &ids[i]), TSRV_OK);
+        }
+        CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+        CHECK_INT(t_record_count(), before + COUNT);
+        for (int i = 0; i < COUNT; i++) {
+            CHECK_INT(t_recorded(before + i), i);
+        }
+    }
+    free_loop(loop);
+}
+
+TEST_LOOP(restarted_timer_goes_behind_its_equals)
+{
+    tsrv_timer timers[3] = {0};
+    int ids[3] = {0, 1, 2};
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(tsrv_timer_start(loop, &timers[i], 0, record_call, &ids[i]), TSRV_OK);
+    }
+    CHECK_INT(tsrv_timer_start(loop, &timers[0], 0, record_call, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 3);
+    CHECK_INT(t_recorded(0), 1);
+    CHECK_INT(t_recorded(1), 2);
+    CHECK_INT(t_recorded(2), 0);
+    free_loop(loop);
+}
+
+typedef struct timed {
+    tsrv_timer timer;
+    tsrv_loop *loop;
+    int64_t started;
+    int64_t elapsed; /* -1 = has not fired */
+} timed;
+
+static timed new_timed(void)
+{
+    timed t = {0};
+    t.loop = new_loop();
+    t.elapsed = -1;
+    return t;
+}
+
+static void note_elapsed(void *context)
+{
+    timed *t = (timed *)context;
+    t->elapsed = t_now_ms() - t->started;
+}
+
+static void start_timed(timed *t, int delay_ms)
+{
+    t->elapsed = -1;
+    t->started = t_now_ms();
+    CHECK_INT(tsrv_timer_start(t->loop, &t->timer, delay_ms, note_elapsed, t), TSRV_OK);
+}
+
+TEST_LOOP(timer_never_fires_early)
+{
+    static const int delays[] = {0, 1, 2, 3, 7, 15, 33, 60};
+    enum { COUNT = sizeof delays / sizeof delays[0] };
+    static timed timers[COUNT];
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < COUNT; i++) {
+        timers[i].loop = loop;
+        start_timed(&timers[i], delays[i]);
+    }
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    for (int i = 0; i < COUNT; i++) {
+        CHECK_NEAR_MS(timers[i].elapsed, delays[i], delays[i] + 1000);
+    }
+    free_loop(loop);
+}
+
+static void dawdle_then_start(void *context)
+{
+    poll(NULL, 0, 25);
+    start_timed((timed *)context, 10);
+}
+
+/* The clock is read once a turn: a callback that took long must not shorten what it starts. */
+TEST_LOOP(timer_started_late_in_a_turn_is_not_early)
+{
+    tsrv_timer first = {0};
+    timed second = new_timed();
+    CHECK_INT(tsrv_timer_start(second.loop, &first, 0, dawdle_then_start, &second), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(second.loop), TSRV_OK);
+    CHECK_NEAR_MS(second.elapsed, 10, 1000);
+    free_loop(second.loop);
+}
+
+/* A wait that is cut to whole milliseconds would spin through the last one. */
+TEST_LOOP(waiting_for_a_timer_takes_few_turns)
+{
+    timed t = new_timed();
+    int turns = 0;
+    start_timed(&t, 20);
+    while (t.elapsed < 0) {
+        CHECK(tsrv_loop_run_once(t.loop, TSRV_NEVER) >= 0);
+        turns++;
+    }
+    CHECK(turns <= 3);
+    free_loop(t.loop);
+}
+
+TEST_LOOP(two_thousand_timers_come_and_go)
+{
+    enum { COUNT = 2000 };
+    static tsrv_timer timers[COUNT];
+    tsrv_timer last = {0};
+    int calls = 0, last_calls = 0;
+    int64_t start = t_now_ms();
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < COUNT; i++) {
+        CHECK_INT(tsrv_timer_start(loop, &timers[i], 3600000 + i % 7, count_call, &calls), TSRV_OK);
+    }
+    /* From both ends and the middle, so that every place of the heap is emptied. */
+    for (int i = 0; i < COUNT; i++) {
+        tsrv_timer_stop(&timers[(i * 1201) % COUNT]);
+    }
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(tsrv_timer_start(loop, &last, 5, count_call, &last_calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_NEAR_MS(t_now_ms() - start, 5, 5000);
+    CHECK_INT(last_calls, 1);
+    CHECK_INT(calls, 0);
+    free_loop(loop);
+}
+
+/* Random starts, restarts and stops, inside callbacks too, against what is allowed by our clock. */
+enum { ORACLE_TIMERS = 400, ORACLE_STARTS = 4000 };
+
+typedef struct oracle_timer {
+    tsrv_timer timer;
+    int64_t earliest; /* when it may fire */
+    int64_t latest;   /* what it may be due at, the clock having moved while it was started */
+    bool armed;
+} oracle_timer;
+
+static oracle_timer oracle_timers[ORACLE_TIMERS];
+static tsrv_loop *oracle_loop;
+static int oracle_starts, oracle_fired;
+static uint32_t oracle_seed = 12345;
+
+static int oracle_random(int limit)
+{
+    oracle_seed = oracle_seed * 1664525u + 1013904223u;
+    return (int)((oracle_seed >> 8) % (uint32_t)limit);
+}
+
+static void oracle_fire(void *context);
+
+static void oracle_start(oracle_timer *t)
+{
+    int delay = oracle_random(25);
+    if (oracle_starts++ >= ORACLE_STARTS) {
+        return;
+    }
+    t->earliest = t_now_ms() + delay;
+    CHECK_INT(tsrv_timer_start(oracle_loop, &t->timer, delay, oracle_fire, t), TSRV_OK);
+    t->latest = t_now_ms() + delay;
+    t->armed = true;
+}
+
+static void oracle_fire(void *context)
+{
+    oracle_timer *t = (oracle_timer *)context;
+    int64_t now = t_now_ms();
+    CHECK(t->armed);
+    t->armed = false;
+    oracle_fired++;
+    CHECK_NEAR_MS(now - t->earliest, 0, 1000);
+    for (int i = 0; i < ORACLE_TIMERS; i++) {
+        if (oracle_timers[i].armed && oracle_timers[i].latest + 1 < t->earliest) {
+            T_FAIL("a timer due at %lld fired before one due at %lld", (long long)t->earliest,
+                   (long long)oracle_timers[i].latest);
+        }
+    }
+    if (oracle_random(3) > 0) {
+        oracle_start(t);
+    }
+    if (oracle_random(2) > 0) {
+        oracle_start(&oracle_timers[oracle_random(ORACLE_TIMERS)]);
+    }
+    if (oracle_random(4) == 0) {
+        oracle_timer *other = &oracle_timers[oracle_random(ORACLE_TIMERS)];
+        tsrv_timer_stop(&other->timer);
+        other->armed = false;
+    }
+}
+
+TEST_LOOP(random_timers_agree_with_the_oracle)
+{
+    oracle_loop = new_loop();
+    for (int i = 0; i < ORACLE_TIMERS; i++) {
+        oracle_start(&oracle_timers[i]);
+    }
+    CHECK_INT(tsrv_loop_run(oracle_loop), TSRV_OK);
+    CHECK(oracle_fired > ORACLE_TIMERS / 2);
+    for (int i = 0; i < ORACLE_TIMERS; i++) {
+        CHECK(!oracle_timers[i].armed);
+    }
+    free_loop(oracle_loop);
+}
+
+typedef struct timer_pair {
+    tsrv_timer timers[2];
+    int fired;
+} timer_pair;
+
+static void stop_both(void *context)
+{
+    timer_pair *pair = (timer_pair *)context;
+    pair->fired++;
+    tsrv_timer_stop(&pair->timers[0]);
+    tsrv_timer_stop(&pair->timers[1]);
+}
+
+TEST_LOOP(timer_stopped_by_another_of_its_turn_does_not_fire)
+{
+    static const int delays[][2] = {{0, 0}, {1, 1}, {1, 2}, {2, 1}};
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < 4; i++) {
+        timer_pair pair = {0};
+        for (int k = 0; k < 2; k++) {
+            CHECK_INT(tsrv_timer_start(loop, &pair.timers[k], delays[i][k], stop_both, &pair),
+                      TSRV_OK);
+        }
+        poll(NULL, 0, 5); /* now both are due */
+        CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+        CHECK_INT(pair.fired, 1);
+        tsrv_timer_stop(&pair.timers[0]); /* over, and still harmless */
+    }
+    free_loop(loop);
+}
+
+typedef struct repeater {
+    timed t;
+    int left;
+    int delay_ms;
+} repeater;
+
+static void repeat(void *context)
+{
+    repeater *r = (repeater *)context;
+    int64_t now = t_now_ms();
+    CHECK(now - r->t.started >= r->delay_ms);
+    if (--r->left > 0) {
+        r->t.started = now;
+        CHECK_INT(tsrv_timer_start(r->t.loop, &r->t.timer, r->delay_ms, repeat, r), TSRV_OK);
+    }
+}
+
+TEST_LOOP(timer_repeats_by_starting_itself)
+{
+    repeater r = {new_timed(), 6, 4};
+    r.t.started = t_now_ms();
+    CHECK_INT(tsrv_timer_start(r.t.loop, &r.t.timer, r.delay_ms, repeat, &r), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(r.t.loop), TSRV_OK);
+    CHECK_INT(r.left, 0);
+    free_loop(r.t.loop);
+}
+
+TEST_LOOP(starting_an_armed_timer_changes_it)
+{
+    tsrv_timer timer = {0};
+    timed t = new_timed();
+    int old_calls = 0, new_calls = 0;
+    CHECK_INT(tsrv_timer_start(t.loop, &timer, 3600000, count_call, &old_calls), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(t.loop, &timer, 1, count_call, &new_calls), TSRV_OK);
+    start_timed(&t, 1);
+    start_timed(&t, 30);
+    CHECK_INT(tsrv_loop_run(t.loop), TSRV_OK);
+    CHECK_INT(old_calls, 0);
+    CHECK_INT(new_calls, 1);
+    CHECK_NEAR_MS(t.elapsed, 30, 1000);
+    free_loop(t.loop);
+}
+
+static void start_at_once(void *context)
+{
+    repeater *r = (repeater *)context;
+    r->left++;
+    CHECK_INT(tsrv_timer_start(r->t.loop, &r->t.timer, 0, start_at_once, r), TSRV_OK);
+}
+
+static void count_event(int events, void *context)
+{
+    (void)events;
+    ++*(int *)context;
+}
+
+TEST_LOOP(zero_delay_means_the_next_turn_and_starves_nobody)
+{
+    repeater r = {new_timed(), 0, 0};
+    tsrv_watch watch = {0};
+    int fds[2], events = 0;
+    CHECK(pipe(fds) == 0);
+    CHECK(write(fds[1], "x", 1) == 1);
+    CHECK_INT(tsrv_watch_start(r.t.loop, &watch, fds[0], TSRV_READABLE, count_event, &events),
+              TSRV_OK);
+    CHECK_INT(tsrv_timer_start(r.t.loop, &r.t.timer, 0, start_at_once, &r), TSRV_OK);
+    for (int turn = 1; turn <= 20; turn++) {
+        CHECK(tsrv_loop_run_once(r.t.loop, TSRV_NEVER) > 0);
+        CHECK_INT(r.left, turn);
+        CHECK_INT(events, turn);
+    }
+    tsrv_timer_stop(&r.t.timer);
+    tsrv_watch_stop(&watch);
+    free_loop(r.t.loop);
+    t_close(fds[0]);
+    t_close(fds[1]);
+}
+
+static void free_itself(void *context)
+{
+    t_record(1);
+    free(context);
+}
+
+/* The library is done with a timer before it calls it. */
+TEST_LOOP(timer_may_be_freed_in_its_callback)
+{
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < 50; i++) {
+        tsrv_timer *timer = (tsrv_timer *)calloc(1, sizeof *timer);
+        CHECK(timer != NULL);
+        CHECK_INT(tsrv_timer_start(loop, timer, i % 3, free_itself, timer), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 50);
+    free_loop(loop);
+}
+
+TEST_LOOP(timer_limits)
+{
+    tsrv_timer timer = {0}, never_started = {0};
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    tsrv_timer_stop(&never_started);
+    CHECK_INT(tsrv_timer_start(loop, &timer, -1, count_call, &calls), TSRV_EINVAL);
+    CHECK_INT(tsrv_timer_start(loop, &timer, INT32_MIN, count_call, &calls), TSRV_EINVAL);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(tsrv_timer_start(loop, &timer, INT32_MAX, count_call, &calls), TSRV_OK);
+    CHECK(tsrv_loop_timeout_ms(loop) > 3600000);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(calls, 0);
+    tsrv_timer_stop(&timer);
+    tsrv_timer_stop(&timer);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    free_loop(loop);
+}
+
+/* ---- watches ------------------------------------------------------------------------------*/
+
+typedef struct seen {
+    int events;
+    int calls;
+} seen;
+
+static void see(int events, void *context)
+{
+    seen *s = (seen *)context;
+    s->events |= events;
+    s->calls++;
+}
+
+/* Also Tornado's test_read_while_writeable: nobody hears of a direction that he did not ask for. */
+TEST_LOOP(watch_reports_what_was_asked_for_in_every_turn)
+{
+    static const struct {
+        int interest;
+        bool data;
+        int expected;
+    } rows[] = {
+        {TSRV_READABLE, false, 0},
+        {TSRV_READABLE, true, TSRV_READABLE},
+        {TSRV_WRITABLE, false, TSRV_WRITABLE},
+        {TSRV_WRITABLE, true, TSRV_WRITABLE},
+        {TSRV_READABLE | TSRV_WRITABLE, false, TSRV_WRITABLE},
+        {TSRV_READABLE | TSRV_WRITABLE, true, TSRV_READABLE | TSRV_WRITABLE},
+    };
+    tsrv_loop *loop = new_loop();
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_watch watch = {0};
+        seen s = {0, 0};
+        int fds[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+        if (rows[i].data) {
+            t_sends(fds[1], "x");
+        }
+        CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], rows[i].interest, see, &s), TSRV_OK);
+        CHECK_INT(s.calls, 0);
+        for (int turn = 1; turn <= 3; turn++) {
+            CHECK(tsrv_loop_run_once(loop, 0) > 0);
+            CHECK_INT(s.calls, rows[i].expected != 0 ? turn : 0);
+            CHECK_INT(s.events, rows[i].expected);
+        }
+        tsrv_watch_stop(&watch);
+        tsrv_watch_stop(&watch);
+        CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+        t_close(fds[0]);
+        t_close(fds[1]);
+    }
+    free_loop(loop);
+}
+
+TEST_LOOP(starting_an_active_watch_changes_it)
+{
+    tsrv_watch watch = {0};
+    seen first = {0, 0}, second = {0, 0}, third = {0, 0};
+    int pair[2], other[2];
+    tsrv_loop *loop = new_loop();
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, other) == 0);
+    t_sends(other[1], "x");
+    CHECK_INT(tsrv_watch_start(loop, &watch, pair[0], TSRV_READABLE, see, &first), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_watch_start(loop, &watch, pair[0], TSRV_WRITABLE, see, &second), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(second.calls, 1);
+    CHECK_INT(second.events, TSRV_WRITABLE);
+    CHECK_INT(tsrv_watch_start(loop, &watch, other[0], TSRV_READABLE, see, &third), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(third.calls, 1);
+    CHECK_INT(third.events, TSRV_READABLE);
+    CHECK_INT(second.calls, 1);
+    CHECK_INT(first.calls, 0);
+    tsrv_watch_stop(&watch);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    /* It left its first descriptor behind in good order. */
+    CHECK_INT(tsrv_watch_start(loop, &watch, pair[0], TSRV_WRITABLE, see, &first), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(first.calls, 1);
+    tsrv_watch_stop(&watch);
+    free_loop(loop);
+    for (int i = 0; i < 2; i++) {
+        t_close(pair[i]);
+        t_close(other[i]);
+    }
+}
+
+TEST_LOOP(second_watch_on_a_descriptor_is_refused)
+{
+    tsrv_watch first = {0}, second = {0};
+    seen s = {0, 0}, refused = {0, 0};
+    int fds[2];
+    tsrv_loop *loop = new_loop();
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_watch_start(loop, &first, fds[1], TSRV_WRITABLE, see, &s), TSRV_OK);
+    CHECK_INT(tsrv_watch_start(loop, &second, fds[1], TSRV_WRITABLE, see, &refused), TSRV_EBUSY);
+    tsrv_watch_stop(&second);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(s.calls, 1);
+    CHECK_INT(refused.calls, 0);
+    tsrv_watch_stop(&first);
+    CHECK_INT(tsrv_watch_start(loop, &second, fds[1], TSRV_WRITABLE, see, &refused), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(refused.calls, 1);
+    tsrv_watch_stop(&second);
+    free_loop(loop);
+    t_close(fds[0]);
+    t_close(fds[1]);
+}
+
+TEST_LOOP(watch_refuses_bad_arguments)
+{
+    static const int bad_events[] = {0, 4, 7, -1};
+    tsrv_watch watch = {0};
+    seen s = {0, 0};
+    int fds[2];
+    FILE *file = tmpfile();
+    tsrv_loop *loop = new_loop();
+    CHECK(file != NULL);
+    CHECK(pipe(fds) == 0);
+    tsrv_watch_stop(&watch);
+    for (size_t i = 0; i < sizeof bad_events / sizeof bad_events[0]; i++) {
+        CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], bad_events[i], see, &s), TSRV_EINVAL);
+    }
+    CHECK(tsrv_watch_start(loop, &watch, -1, TSRV_READABLE, see, &s) < 0);
+    t_close(fds[0]);
+    CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], TSRV_READABLE, see, &s), -EBADF);
+    if (t_backend == TSRV_BACKEND_EPOLL) {
+        CHECK_INT(tsrv_watch_start(loop, &watch, fileno(file), TSRV_READABLE, see, &s), -EPERM);
+    }
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(s.calls, 0);
+    free_loop(loop);
+    t_close(fds[1]);
+    CHECK(fclose(file) == 0);
+}
+
+/* Some hang-ups come without any readiness, and must still end somebody's wait. */
+TEST_LOOP(hang_up_is_reported_as_what_was_asked_for)
+{
+    static const struct {
+        bool pair; /* a socket pair, else a pipe */
+        int end;   /* which one is watched */
+        int interest;
+    } rows[] = {{false, 0, TSRV_READABLE}, {false, 1, TSRV_WRITABLE}, {true, 0, TSRV_READABLE},
+                {true, 0, TSRV_WRITABLE}, {true, 0, TSRV_READABLE | TSRV_WRITABLE}};
+    tsrv_loop *loop = new_loop();
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_watch watch = {0};
+        seen s = {0, 0};
+        int fds[2];
+        CHECK((rows[i].pair ? socketpair(AF_UNIX, SOCK_STREAM, 0, fds) : pipe(fds)) == 0);
+        CHECK_INT(tsrv_watch_start(loop, &watch, fds[rows[i].end], rows[i].interest, see, &s),
+                  TSRV_OK);
+        t_close(fds[1 - rows[i].end]);
+        CHECK(tsrv_loop_run_once(loop, TSRV_NEVER) > 0);
+        CHECK_INT(s.calls, 1);
+        CHECK_INT(s.events, rows[i].interest);
+        tsrv_watch_stop(&watch);
+        t_close(fds[rows[i].end]);
+    }
+    free_loop(loop);
+}
+
+enum { BATCH = 3 };
+
+typedef struct batch_member {
+    tsrv_watch watch;
+    struct batch_member *all;
+    int fds[2];
+    int calls;
+} batch_member;
+
+static void stop_the_others(int events, void *context)
+{
+    batch_member *me = (batch_member *)context;
+    CHECK_INT(events, TSRV_READABLE);
+    me->calls++;
+    for (int i = 0; i < BATCH; i++) {
+        if (&me->all[i] != me) {
+            tsrv_watch_stop(&me->all[i].watch);
+        }
+    }
+}
+
+TEST_LOOP(watch_stopped_by_another_of_its_batch_is_not_called)
+{
+    static batch_member all[BATCH];
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < BATCH; i++) {
+        all[i].all = all;
+        CHECK(pipe(all[i].fds) == 0);
+        CHECK(write(all[i].fds[1], "x", 1) == 1);
+        CHECK_INT(tsrv_watch_start(loop, &all[i].watch, all[i].fds[0], TSRV_READABLE,
+                                   stop_the_others, &all[i]), TSRV_OK);
+    }
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    for (int i = 0; i < BATCH; i++) {
+        calls += all[i].calls;
+        tsrv_watch_stop(&all[i].watch);
+        t_close(all[i].fds[0]);
+        t_close(all[i].fds[1]);
+    }
+    CHECK_INT(calls, 1);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    free_loop(loop);
+}
+
+/* Two watches are ready at once. The first that is called ends the other, and puts a new pipe on
+ * its descriptor: the event that is still in the batch belongs to the old one. */
+typedef struct reuse_case {
+    tsrv_loop *loop;
+    tsrv_watch watches[2];
+    int pipes[2][2];
+    tsrv_watch fresh;
+    tsrv_watch *fresh_watch; /* which structure watches the new pipe: the old one, or fresh */
+    int fresh_fd, fresh_writer;
+    seen fresh_seen;
+    int calls;
+    bool same_structure;
+} reuse_case;
+
+static void replace(reuse_case *c, int other)
+{
+    int fds[2];
+    if (c->calls++ > 0) {
+        return;
+    }
+    CHECK(pipe(fds) == 0);
+    tsrv_watch_stop(&c->watches[other]);
+    c->fresh_fd = c->pipes[other][0];
+    CHECK(dup2(fds[0], c->fresh_fd) == c->fresh_fd); /* closes the old one */
+    t_close(fds[0]);
+    c->fresh_writer = fds[1];
+    c->fresh_watch = c->same_structure ? &c->watches[other] : &c->fresh;
+    CHECK_INT(tsrv_watch_start(c->loop, c->fresh_watch, c->fresh_fd, TSRV_READABLE, see,
+                               &c->fresh_seen), TSRV_OK);
+}
+
+static void replace_second(int events, void *context)
+{
+    (void)events;
+    replace((reuse_case *)context, 1);
+}
+
+static void replace_first(int events, void *context)
+{
+    (void)events;
+    replace((reuse_case *)context, 0);
+}
+
+TEST_LOOP(descriptor_reused_within_a_batch_gets_no_stale_event)
+{
+    for (int variant = 0; variant < 2; variant++) {
+        static reuse_case c;
+        memset(&c, 0, sizeof c);
+        c.loop = new_loop();
+        c.same_structure = variant == 1;
+        for (int i = 0; i < 2; i++) {
+            CHECK(pipe(c.pipes[i]) == 0);
+            CHECK(write(c.pipes[i][1], "x", 1) == 1);
+            CHECK_INT(tsrv_watch_start(c.loop, &c.watches[i], c.pipes[i][0], TSRV_READABLE,
+                                       i == 0 ? replace_second : replace_first, &c), TSRV_OK);
+        }
+        CHECK(tsrv_loop_run_once(c.loop, 0) > 0);
+        CHECK_INT(c.calls, 1);
+        CHECK_INT(c.fresh_seen.calls, 0);
+        CHECK(tsrv_loop_run_once(c.loop, 0) > 0);
+        CHECK_INT(c.fresh_seen.calls, 0);
+        CHECK(write(c.fresh_writer, "x", 1) == 1);
+        CHECK(tsrv_loop_run_once(c.loop, 0) > 0);
+        CHECK_INT(c.fresh_seen.calls, 1);
+        tsrv_watch_stop(c.fresh_watch);
+        tsrv_watch_stop(&c.watches[0]);
+        tsrv_watch_stop(&c.watches[1]);
+        free_loop(c.loop);
+        for (int i = 0; i < 4; i++) {
+            t_close(c.pipes[i / 2][i % 2]);
+        }
+        t_close(c.fresh_writer);
+    }
+}
+
+static void close_itself(int events, void *context)
+{
+    batch_member *me = (batch_member *)context;
+    CHECK_INT(events, TSRV_READABLE);
+    me->calls++;
+    tsrv_watch_stop(&me->watch);
+    t_close(me->fds[0]);
+}
+
+TEST_LOOP(watch_may_end_itself_and_its_descriptor)
+{
+    batch_member me = {0};
+    tsrv_loop *loop = new_loop();
+    for (int round = 1; round <= 3; round++) {
+        CHECK(pipe(me.fds) == 0);
+        CHECK(write(me.fds[1], "x", 1) == 1);
+        CHECK_INT(tsrv_watch_start(loop, &me.watch, me.fds[0], TSRV_READABLE, close_itself, &me),
+                  TSRV_OK);
+        CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+        CHECK_INT(me.calls, round);
+        t_close(me.fds[1]);
+    }
+    free_loop(loop);
+}
+
+TEST_LOOP(hundreds_of_watches_are_all_served)
+{
+    enum { COUNT = 120 };
+    static batch_member all[COUNT];
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < COUNT; i++) {
+        CHECK(pipe(all[i].fds) == 0);
+        CHECK(write(all[i].fds[1], "x", 1) == 1);
+        CHECK_INT(tsrv_watch_start(loop, &all[i].watch, all[i].fds[0], TSRV_READABLE, close_itself,
+                                   &all[i]), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    for (int i = 0; i < COUNT; i++) {
+        CHECK_INT(all[i].calls, 1);
+        t_close(all[i].fds[1]);
+    }
+    free_loop(loop);
+}
+
+/* ---- posts --------------------------------------------------------------------------------*/
+
+TEST_LOOP(posts_are_called_in_order_and_not_inside_the_call)
+{
+    enum { COUNT = 1000 };
+    static int ids[COUNT];
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < COUNT; i++) {
+        ids[i] = i;
+        CHECK_INT(tsrv_loop_post(loop, record_call, &ids[i]), TSRV_OK);
+    }
+    CHECK_INT(t_record_count(), 0);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), COUNT);
+    for (int i = 0; i < COUNT; i++) {
+        CHECK_INT(t_recorded(i), i);
+    }
+    free_loop(loop);
+}
+
+static void post_again(void *context)
+{
+    repeater *r = (repeater *)context;
+    r->left++;
+    CHECK_INT(tsrv_loop_post(r->t.loop, post_again, r), TSRV_OK);
+}
+
+TEST_LOOP(post_from_a_post_waits_for_the_next_turn)
+{
+    repeater r = {new_timed(), 0, 0};
+    tsrv_timer timer = {0};
+    CHECK_INT(tsrv_loop_post(r.t.loop, post_again, &r), TSRV_OK);
+    for (int turn = 1; turn <= 20; turn++) {
+        CHECK(tsrv_loop_run_once(r.t.loop, TSRV_NEVER) > 0);
+        CHECK_INT(r.left, turn);
+    }
+    /* Nor does it keep timers from firing. */
+    CHECK_INT(tsrv_timer_start(r.t.loop, &timer, 5, stop_loop, r.t.loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(r.t.loop), TSRV_OK);
+    free_loop(r.t.loop);
+}
+
+typedef struct ping_case {
+    tsrv_loop *loop;
+    int fds[2];
+} ping_case;
+
+static void ping_answer(void *context)
+{
+    CHECK(write(((ping_case *)context)->fds[1], "", 1) == 1);
+}
+
+static void *ping_thread(void *context)
+{
+    ping_case *c = (ping_case *)context;
+    char byte;
+    for (int i = 0; i < 2000; i++) {
+        CHECK_INT(tsrv_loop_post(c->loop, ping_answer, c), TSRV_OK);
+        CHECK(read(c->fds[0], &byte, 1) == 1);
+    }
+    CHECK_INT(tsrv_loop_post(c->loop, stop_loop, c->loop), TSRV_OK);
+    return NULL;
+}
+
+/* Each answer is awaited, so that the loop is about to sleep, or asleep, at every post: one lost
+ * wake-up and the test hangs. */
+TEST_LOOP(post_from_another_thread_wakes_the_loop)
+{
+    ping_case c = {new_loop(), {0, 0}};
+    idle_watch idle;
+    pthread_t thread;
+    start_idle(c.loop, &idle);
+    CHECK(pipe(c.fds) == 0);
+    CHECK_INT(pthread_create(&thread, NULL, ping_thread, &c), 0);
+    CHECK_INT(tsrv_loop_run(c.loop), TSRV_OK);
+    CHECK_INT(pthread_join(thread, NULL), 0);
+    stop_idle(&idle);
+    free_loop(c.loop);
+    t_close(c.fds[0]);
+    t_close(c.fds[1]);
+}
+
+enum { POSTERS = 8, POSTS = 3000 };
+
+typedef struct poster {
+    tsrv_loop *loop;
+    int *finished;   /* the loop's thread only */
+    int next;        /* what has to come next; the loop's thread only */
+    struct posted {
+        struct poster *poster;
+        int number;
+    } posts[POSTS];
+} poster;
+
+static void receive_post(void *context)
+{
+    struct posted *posted = (struct posted *)context;
+    CHECK_INT(posted->number, posted->poster->next);
+    if (++posted->poster->next == POSTS && ++*posted->poster->finished == POSTERS) {
+        tsrv_loop_stop(posted->poster->loop);
+    }
+}
+
+static void *poster_thread(void *context)
+{
+    poster *p = (poster *)context;
+    for (int i = 0; i < POSTS; i++) {
+        p->posts[i].poster = p;
+        p->posts[i].number = i;
+        CHECK_INT(tsrv_loop_post(p->loop, receive_post, &p->posts[i]), TSRV_OK);
+    }
+    return NULL;
+}
+
+TEST_LOOP(posts_of_many_threads_keep_the_order_of_each)
+{
+    static poster posters[POSTERS];
+    pthread_t threads[POSTERS];
+    idle_watch idle;
+    int finished = 0;
+    tsrv_loop *loop = new_loop();
+    start_idle(loop, &idle);
+    for (int i = 0; i < POSTERS; i++) {
+        posters[i].loop = loop;
+        posters[i].finished = &finished;
+        CHECK_INT(pthread_create(&threads[i], NULL, poster_thread, &posters[i]), 0);
+    }
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    for (int i = 0; i < POSTERS; i++) {
+        CHECK_INT(pthread_join(threads[i], NULL), 0);
+        CHECK_INT(posters[i].next, POSTS);
+    }
+    stop_idle(&idle);
+    free_loop(loop);
+}
+
+TEST_LOOP(freeing_a_loop_drops_its_posts)
+{
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < 10; i++) {
+        CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
+    }
+    free_loop(loop);
+    CHECK_INT(calls, 0);
+}
+
+/* ---- running ------------------------------------------------------------------------------*/
+
+TEST_LOOP(run_returns_when_nothing_is_left_but_signal_watches)
+{
+    tsrv_signal signal_watch = {0};
+    tsrv_timer timer = {0};
+    int calls = 0, signals = 0;
+    tsrv_loop *loop = new_loop();
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(loop, &signal_watch, SIGUSR1, count_call, &signals), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
+    CHECK_INT(tsrv_timer_start(loop, &timer, 5, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(calls, 2);
+    CHECK_INT(signals, 0);
+    tsrv_signal_stop(&signal_watch);
+    free_loop(loop);
+}
+
+static void sleep_5(void *context)
+{
+    ++*(int *)context;
+    CHECK_INT(tsrv_sleep(5), TSRV_OK);
+    ++*(int *)context;
+}
+
+TEST_LOOP(run_once_tells_whether_something_is_left)
+{
+    tsrv_timer timer = {0};
+    idle_watch idle;
+    int calls = 0;
+    int64_t start;
+    tsrv_loop *loop = new_loop();
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
+
+    CHECK_INT(tsrv_timer_start(loop, &timer, 10, count_call, &calls), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(calls, 0);
+    poll(NULL, 0, 15);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(calls, 1);
+
+    CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
+    CHECK_INT(calls, 2);
+
+    CHECK_INT(tsrv_spawn(loop, sleep_5, &calls), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, TSRV_NEVER) > 0);
+    CHECK_INT(calls, 3);
+    turn_until(loop, &calls, 4);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+
+    start_idle(loop, &idle);
+    start = t_now_ms();
+    CHECK(tsrv_loop_run_once(loop, 20) > 0);
+    CHECK_NEAR_MS(t_now_ms() - start, 19, 1000);
+    stop_idle(&idle);
+    CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
+    free_loop(loop);
+}
+
+static void try_nested(void *context)
+{
+    tsrv_loop *loop = (tsrv_loop *)context;
+    CHECK_INT(tsrv_loop_run(loop), TSRV_EBUSY);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), TSRV_EBUSY);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_EBUSY);
+    CHECK(tsrv_loop_current() == loop);
+    t_record(1);
+}
+
+static void try_nested_watch(int events, void *context)
+{
+    (void)events;
+    try_nested(context);
+    tsrv_loop_stop((tsrv_loop *)context);
+}
+
+TEST_LOOP(loop_cannot_be_run_or_freed_from_inside)
+{
+    tsrv_timer timer = {0};
+    tsrv_watch watch = {0};
+    tsrv_signal signal_watch = {0};
+    int fds[2];
+    tsrv_loop *loop = new_loop();
+    CHECK_INT(tsrv_loop_post(loop, try_nested, loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(loop, &timer, 0, try_nested, loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, try_nested, loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 3);
+
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_signal_start(loop, &signal_watch, SIGUSR1, try_nested, loop), TSRV_OK);
+    CHECK(raise(SIGUSR1) == 0);
+    while (t_record_count() < 4) {
+        CHECK(tsrv_loop_run_once(loop, 10) >= 0);
+    }
+    tsrv_signal_stop(&signal_watch);
+    CHECK_INT(tsrv_watch_start(loop, &watch, fds[1], TSRV_WRITABLE, try_nested_watch, loop),
+              TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 5);
+    tsrv_watch_stop(&watch);
+    free_loop(loop);
+    t_close(fds[0]);
+    t_close(fds[1]);
+}
+
+TEST_LOOP(stop_before_run_holds_once)
+{
+    tsrv_timer timer = {0};
+    idle_watch idle;
+    int64_t start;
+    tsrv_loop *loop = new_loop();
+    start_idle(loop, &idle);
+    tsrv_loop_stop(loop);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    start = t_now_ms();
+    CHECK_INT(tsrv_timer_start(loop, &timer, 20, stop_loop, loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_NEAR_MS(t_now_ms() - start, 20, 1000);
+    stop_idle(&idle);
+    free_loop(loop);
+}
+
+TEST_LOOP(stop_lets_the_turn_finish)
+{
+    idle_watch idle;
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    start_idle(loop, &idle);
+    for (int round = 1; round <= 2; round++) {
+        CHECK_INT(tsrv_loop_post(loop, stop_loop, loop), TSRV_OK);
+        CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
+        CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+        CHECK_INT(calls, round);
+    }
+    stop_idle(&idle);
+    free_loop(loop);
+}
+
+static void note_current(void *context)
+{
+    *(tsrv_loop **)context = tsrv_loop_current();
+}
+
+static void *other_thread(void *context)
+{
+    tsrv_loop *loop = tsrv_loop_current();
+    int calls = 0;
+    CHECK(loop != NULL && loop != context);
+    CHECK_INT(tsrv_loop_post(NULL, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+    CHECK_INT(calls, 1);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    return NULL;
+}
+
+TEST_ONCE(current_loop_is_the_running_one_else_the_threads_own)
+{
+    tsrv_timer timer = {0};
+    tsrv_loop *made, *own, *seen_in_made = NULL, *seen_in_own = NULL;
+    pthread_t thread;
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK); /* there is none yet */
+    CHECK_INT(tsrv_loop_new(&made, NULL), TSRV_OK);
+    own = tsrv_loop_current();
+    CHECK(own != NULL && own != made);
+    CHECK(tsrv_loop_current() == own);
+    CHECK_INT(tsrv_loop_post(made, note_current, &seen_in_made), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(made), TSRV_OK);
+    CHECK(seen_in_made == made);
+    CHECK_INT(tsrv_timer_start(NULL, &timer, 0, note_current, &seen_in_own), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+    CHECK(seen_in_own == own);
+    CHECK_INT(pthread_create(&thread, NULL, other_thread, own), 0);
+    CHECK_INT(pthread_join(thread, NULL), 0);
+    free_loop(made);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    CHECK(tsrv_loop_current() != NULL); /* made anew */
+    free_loop(tsrv_loop_current());
+}
+
+TEST_LOOP(now_follows_the_clock)
+{
+    tsrv_timer timer = {0};
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    int64_t first, start = t_now_ms();
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    first = tsrv_loop_now_ms(loop);
+    CHECK_INT(tsrv_timer_start(loop, &timer, 30, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_NEAR_MS(tsrv_loop_now_ms(loop) - first, 29, t_now_ms() - start + 1);
+    free_loop(loop);
+}
+
+TEST_ONCE(backends_are_chosen_by_number)
+{
+    static const struct {
+        int backend;
+        bool here;
+    } rows[] = {
+#ifdef __linux__
+        {TSRV_BACKEND_EPOLL, true}, {TSRV_BACKEND_KQUEUE, false},
+#endif
+#ifdef __APPLE__
+        {TSRV_BACKEND_EPOLL, false}, {TSRV_BACKEND_KQUEUE, true},
+#endif
+        {TSRV_BACKEND_POLL, true}, {99, false}, {-1, false}};
+    tsrv_loop_options best = {TSRV_BACKEND_BEST};
+    tsrv_loop *loop, *by_default;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_loop_options options = {rows[i].backend};
+        loop = (tsrv_loop *)&options; /* to see it cleared */
+        if (rows[i].here) {
+            CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+            CHECK_INT(tsrv_loop_backend(loop), rows[i].backend);
+            free_loop(loop);
+        } else {
+            CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_ENOTSUP);
+            CHECK(loop == NULL);
+        }
+    }
+    CHECK_INT(tsrv_loop_new(&loop, &best), TSRV_OK);
+    CHECK_INT(tsrv_loop_new(&by_default, NULL), TSRV_OK);
+    CHECK(tsrv_loop_backend(loop) != TSRV_BACKEND_BEST);
+    CHECK_INT(tsrv_loop_backend(loop), tsrv_loop_backend(by_default));
+    free_loop(loop);
+    free_loop(by_default);
+}
+
+TEST_LOOP(loop_without_descriptors_is_a_code)
+{
+    tsrv_loop_options options = {t_backend};
+    tsrv_loop *loop = (tsrv_loop *)&options;
+    struct rlimit limit, none;
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    none = limit;
+    none.rlim_cur = 1;
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    int rc = tsrv_loop_new(&loop, &options);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK_INT(rc, -EMFILE);
+    CHECK(loop == NULL);
+}
+
+/* ---- signals ------------------------------------------------------------------------------*/
+
+static void raise_five_times(void *context)
+{
+    (void)context;
+    for (int i = 0; i < 5; i++) {
+        CHECK(raise(SIGUSR1) == 0);
+    }
+}
+
+TEST_LOOP(signal_reaches_all_its_watches_once)
+{
+    tsrv_signal watches[4] = {0};
+    int calls[4] = {0};
+    idle_watch idle;
+    tsrv_loop *loop = new_loop();
+    start_idle(loop, &idle);
+    for (int i = 0; i < 4; i++) {
+        CHECK_INT(tsrv_signal_start(loop, &watches[i], i < 3 ? SIGUSR1 : SIGUSR2, count_call,
+                                    &calls[i]), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_post(loop, raise_five_times, NULL), TSRV_OK);
+    turn_until(loop, &calls[2], 1);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(calls[i], 1);
+    }
+    CHECK_INT(calls[3], 0);
+    tsrv_signal_stop(&watches[1]);
+    CHECK(raise(SIGUSR1) == 0);
+    CHECK(raise(SIGUSR2) == 0);
+    turn_until(loop, &calls[3], 1);
+    turn_until(loop, &calls[0], 2);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(calls[0], 2);
+    CHECK_INT(calls[1], 1);
+    CHECK_INT(calls[2], 2);
+    CHECK_INT(calls[3], 1);
+    for (int i = 0; i < 4; i++) {
+        tsrv_signal_stop(&watches[i]);
+        tsrv_signal_stop(&watches[i]);
+    }
+    stop_idle(&idle);
+    free_loop(loop);
+}
+
+static tsrv_signal stoppers[3];
+
+static void stop_all_watches(void *context)
+{
+    count_call(context);
+    for (int i = 0; i < 3; i++) {
+        tsrv_signal_stop(&stoppers[i]);
+    }
+}
+
+TEST_LOOP(signal_watches_may_be_stopped_in_a_callback)
+{
+    struct sigaction after;
+    idle_watch idle;
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    start_idle(loop, &idle);
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(tsrv_signal_start(loop, &stoppers[i], SIGUSR1, stop_all_watches, &calls),
+                  TSRV_OK);
+    }
+    CHECK(raise(SIGUSR1) == 0);
+    turn_until(loop, &calls, 1);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(calls, 1);
+    CHECK(sigaction(SIGUSR1, NULL, &after) == 0);
+    CHECK(after.sa_handler == SIG_DFL);
+    stop_idle(&idle);
+    free_loop(loop);
+}
+
+static volatile sig_atomic_t own_calls;
+
+static void own_handler(int signo)
+{
+    (void)signo;
+    own_calls = own_calls + 1;
+}
+
+static void check_same_action(const struct sigaction *a, const struct sigaction *b)
+{
+    CHECK(a->sa_handler == b->sa_handler);
+    CHECK_INT(a->sa_flags, b->sa_flags);
+    for (int signo = 1; signo < 32; signo++) {
+        CHECK_INT(sigismember(&a->sa_mask, signo), sigismember(&b->sa_mask, signo));
+    }
+}
+
+TEST_LOOP(last_signal_watch_puts_the_old_handler_back)
+{
+    void (*const handlers[])(int) = {own_handler, SIG_IGN, SIG_DFL};
+    tsrv_loop *loop = new_loop();
+    for (int i = 0; i < 3; i++) {
+        struct sigaction own, before, during, after;
+        tsrv_signal first = {0}, second = {0};
+        int calls = 0;
+        memset(&own, 0, sizeof own);
+        own.sa_handler = handlers[i];
+        own.sa_flags = SA_RESTART | SA_NODEFER;
+        sigemptyset(&own.sa_mask);
+        sigaddset(&own.sa_mask, SIGUSR2);
+        CHECK(sigaction(SIGUSR1, &own, NULL) == 0);
+        CHECK(sigaction(SIGUSR1, NULL, &before) == 0);
+        CHECK_INT(tsrv_signal_start(loop, &first, SIGUSR1, count_call, &calls), TSRV_OK);
+        CHECK_INT(tsrv_signal_start(loop, &second, SIGUSR1, count_call, &calls), TSRV_OK);
+        tsrv_signal_stop(&first);
+        CHECK(sigaction(SIGUSR1, NULL, &during) == 0);
+        CHECK(during.sa_handler != handlers[i]);
+        tsrv_signal_stop(&second);
+        CHECK(sigaction(SIGUSR1, NULL, &after) == 0);
+        check_same_action(&after, &before);
+    }
+    CHECK_INT(own_calls, 0);
+    free_loop(loop);
+}
+
+TEST_LOOP(starting_an_active_signal_watch_changes_it)
+{
+    tsrv_signal watch = {0};
+    struct sigaction action;
+    int first = 0, second = 0;
+    tsrv_loop *loop = new_loop();
+    CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR1, count_call, &first), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR2, count_call, &second), TSRV_OK);
+    CHECK(sigaction(SIGUSR1, NULL, &action) == 0);
+    CHECK(action.sa_handler == SIG_DFL);
+    CHECK(raise(SIGUSR2) == 0);
+    turn_until(loop, &second, 1);
+    CHECK_INT(first, 0);
+    tsrv_signal_stop(&watch);
+    free_loop(loop);
+}
+
+TEST_LOOP(signal_belongs_to_one_loop)
+{
+    tsrv_signal first = {0}, second = {0}, unrelated = {0};
+    int calls = 0;
+    tsrv_loop *loop = new_loop(), *other = new_loop();
+    CHECK_INT(tsrv_signal_start(loop, &first, SIGUSR1, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(other, &second, SIGUSR1, count_call, &calls), TSRV_EBUSY);
+    CHECK_INT(tsrv_signal_start(other, &unrelated, SIGUSR2, count_call, &calls), TSRV_OK);
+    tsrv_signal_stop(&second); /* not active: the first stays */
+    CHECK(raise(SIGUSR1) == 0);
+    turn_until(loop, &calls, 1);
+    tsrv_signal_stop(&first);
+    CHECK_INT(tsrv_signal_start(other, &second, SIGUSR1, count_call, &calls), TSRV_OK);
+    CHECK(raise(SIGUSR1) == 0);
+    turn_until(other, &calls, 2);
+    tsrv_signal_stop(&second);
+    tsrv_signal_stop(&unrelated);
+    free_loop(loop);
+    free_loop(other);
+}
+
+TEST_LOOP(signals_that_cannot_be_watched)
+{
+    static const struct {
+        int signo, rc;
+    } rows[] = {{0, TSRV_EINVAL}, {-1, TSRV_EINVAL}, {100000, TSRV_EINVAL}, {SIGKILL, -EINVAL},
+                {SIGSTOP, -EINVAL}};
+    tsrv_signal watch = {0};
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        CHECK_INT(tsrv_signal_start(loop, &watch, rows[i].signo, count_call, &calls), rows[i].rc);
+        tsrv_signal_stop(&watch);
+    }
+    free_loop(loop);
+}
+
+enum { STORM = 20000 };
+
+typedef struct storm_case {
+    tsrv_loop *loop;
+    int sent; /* atomic */
+    int seen; /* of sent, by the last call */
+    int calls;
+} storm_case;
+
+static void storm_call(void *context)
+{
+    storm_case *c = (storm_case *)context;
+    c->calls++;
+    c->seen = __atomic_load_n(&c->sent, __ATOMIC_SEQ_CST);
+    if (c->seen == STORM) {
+        tsrv_loop_stop(c->loop);
+    }
+}
+
+static void *storm_thread(void *context)
+{
+    storm_case *c = (storm_case *)context;
+    for (int i = 1; i <= STORM; i++) {
+        __atomic_store_n(&c->sent, i, __ATOMIC_SEQ_CST);
+        CHECK(kill(getpid(), SIGUSR1) == 0);
+    }
+    return NULL;
+}
+
+/* Signals may be merged, but the last one never lost: the loop would sleep for ever. */
+TEST_LOOP(signal_storm_loses_no_last_signal)
+{
+    storm_case c = {new_loop(), 0, 0, 0};
+    tsrv_signal watch = {0};
+    idle_watch idle;
+    pthread_t thread;
+    start_idle(c.loop, &idle);
+    CHECK_INT(tsrv_signal_start(c.loop, &watch, SIGUSR1, storm_call, &c), TSRV_OK);
+    CHECK_INT(pthread_create(&thread, NULL, storm_thread, &c), 0);
+    CHECK_INT(tsrv_loop_run(c.loop), TSRV_OK);
+    CHECK_INT(pthread_join(thread, NULL), 0);
+    CHECK_INT(c.seen, STORM);
+    CHECK(c.calls >= 1 && c.calls <= STORM);
+    tsrv_signal_stop(&watch);
+    stop_idle(&idle);
+    free_loop(c.loop);
+}
+
+/* ---- inside another loop ------------------------------------------------------------------*/
+
+static bool is_readable(int fd)
+{
+    struct pollfd p = {fd, POLLIN, 0};
+    return poll(&p, 1, 0) == 1;
+}
+
+TEST_LOOP(timeout_for_an_outer_loop)
+{
+    timed t = new_timed();
+    int turns = 0;
+    start_timed(&t, 15);
+    CHECK_NEAR_MS(tsrv_loop_timeout_ms(t.loop), 1, 16);
+    while (t.elapsed < 0) {
+        poll(NULL, 0, tsrv_loop_timeout_ms(t.loop));
+        CHECK(tsrv_loop_run_once(t.loop, 0) >= 0);
+        turns++;
+    }
+    CHECK(turns <= 4); /* rounded down, it would be asked a thousand times */
+    CHECK_NEAR_MS(t.elapsed, 15, 1000);
+    CHECK_INT(tsrv_loop_timeout_ms(t.loop), TSRV_NEVER);
+    start_timed(&t, 0);
+    CHECK_INT(tsrv_loop_timeout_ms(t.loop), 0);
+    tsrv_timer_stop(&t.timer);
+    free_loop(t.loop);
+}
+
+TEST_LOOP(descriptor_for_an_outer_loop)
+{
+    tsrv_watch watch = {0};
+    seen s = {0, 0};
+    int fds[2], posts = 0, fd;
+    tsrv_loop *loop = new_loop();
+    fd = tsrv_loop_fd(loop);
+    if (t_backend == TSRV_BACKEND_POLL) {
+        CHECK_INT(fd, TSRV_ENOTSUP);
+        free_loop(loop);
+        return;
+    }
+    CHECK(fd >= 0);
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], TSRV_READABLE, see, &s), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_loop_timeout_ms(loop), TSRV_NEVER);
+    CHECK(!is_readable(fd));
+    CHECK(write(fds[1], "x", 1) == 1);
+    CHECK(is_readable(fd));
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(s.calls, 1);
+    tsrv_watch_stop(&watch);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK(!is_readable(fd));
+    CHECK_INT(tsrv_loop_post(loop, count_call, &posts), TSRV_OK);
+    CHECK(is_readable(fd) || tsrv_loop_timeout_ms(loop) == 0);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(posts, 1);
+    CHECK(!is_readable(fd));
+    free_loop(loop);
+    t_close(fds[0]);
+    t_close(fds[1]);
+}
+
+static int echo_slowly(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK_INT(tsrv_sleep(1), TSRV_OK);
+        CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+    }
+    return rc;
+}
+
+static void *echo_client(void *context)
+{
+    int fd = t_connect(*(int *)context);
+    for (int i = 0; i < 50; i++) {
+        t_sends(fd, "hello\nworld\n");
+        t_expect(fd, "hello\nworld\n");
+    }
+    t_shut(fd);
+    t_expect_eof(fd);
+    t_close(fd);
+    return NULL;
+}
+
+TEST_LOOP(server_runs_inside_an_outer_loop)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    tsrv_address address;
+    tsrv_stats stats;
+    pthread_t thread;
+    int port;
+    tsrv_loop *loop = new_loop();
+    if (t_backend == TSRV_BACKEND_POLL) {
+        free_loop(loop); /* has no descriptor, see above */
+        return;
+    }
+    options.handle_stream = echo_slowly;
+    options.loop = loop;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    port = tsrv_address_port(&address);
+    CHECK_INT(pthread_create(&thread, NULL, echo_client, &port), 0);
+    do {
+        struct pollfd p = {tsrv_loop_fd(loop), POLLIN, 0};
+        CHECK(poll(&p, 1, tsrv_loop_timeout_ms(loop)) >= 0);
+        CHECK(tsrv_loop_run_once(loop, 0) > 0);
+        tsrv_server_stats(server, &stats);
+    } while (stats.closed < 1);
+    CHECK_INT(pthread_join(thread, NULL), 0);
+    tsrv_server_free(server);
+    free_loop(loop);
+}
+
+/* The host closed what was not its own: an error, and no endless loop. */
+TEST_LOOP(closed_backend_is_an_error)
+{
+    idle_watch idle;
+    int fd, copy;
+    tsrv_loop *loop = new_loop();
+    start_idle(loop, &idle);
+    fd = tsrv_loop_fd(loop);
+    if (fd >= 0) {
+        copy = dup(fd);
+        CHECK(copy >= 0);
+        t_close(fd);
+        CHECK_INT(tsrv_loop_run(loop), -EBADF);
+        CHECK_INT(tsrv_loop_run_once(loop, 0), -EBADF);
+        CHECK(dup2(copy, fd) == fd);
+        t_close(copy);
+    } else {
+        CHECK_INT(fd, TSRV_ENOTSUP);
+    }
+    stop_idle(&idle);
+    free_loop(loop);
+}
+
+/* ---- forks --------------------------------------------------------------------------------*/
+
+typedef struct fork_case {
+    tsrv_loop *loop;
+    tsrv_watch watch;
+    tsrv_timer timer;
+    int fds[2];
+    seen watch_seen;
+    int timer_calls;
+    int posts;
+} fork_case;
+
+static int no_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    T_FAIL("a handler was called");
+}
+
+static void no_log(int level, const char *message, void *context)
+{
+    (void)level, (void)message, (void)context;
+}
+
+static void use_inherited_loop(fork_case *c)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    tsrv_watch watch = {0};
+    tsrv_timer timer = {0};
+    tsrv_signal signal_watch = {0};
+    int calls = 0;
+    tsrv_set_log(no_log, NULL);
+    CHECK_INT(tsrv_loop_run(c->loop), TSRV_EINVAL);
+    CHECK_INT(tsrv_loop_run_once(c->loop, 0), TSRV_EINVAL);
+    CHECK_INT(tsrv_loop_post(c->loop, count_call, &calls), TSRV_EINVAL);
+    CHECK_INT(tsrv_timer_start(c->loop, &timer, 0, count_call, &calls), TSRV_EINVAL);
+    CHECK_INT(tsrv_watch_start(c->loop, &watch, c->fds[1], TSRV_WRITABLE, count_event, &calls),
+              TSRV_EINVAL);
+    CHECK_INT(tsrv_signal_start(c->loop, &signal_watch, SIGUSR1, count_call, &calls), TSRV_EINVAL);
+    CHECK_INT(tsrv_spawn(c->loop, count_call, &calls), TSRV_EINVAL);
+    CHECK(tsrv_loop_current() == NULL);
+    CHECK_INT(tsrv_timer_start(NULL, &timer, 0, count_call, &calls), TSRV_EINVAL);
+
+    options.handle_stream = no_handler;
+    options.loop = c->loop;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_EINVAL);
+    tsrv_server_free(server);
+
+    /* The epoll set is shared with the parent: stopping must not reach it. */
+    tsrv_watch_stop(&c->watch);
+    tsrv_timer_stop(&c->timer);
+    CHECK_INT(calls, 0);
+}
+
+static void use_a_new_loop(void)
+{
+    tsrv_timer timer = {0};
+    int calls = 0;
+    tsrv_loop *loop = new_loop();
+    CHECK_INT(tsrv_timer_start(loop, &timer, 1, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(calls, 2);
+    free_loop(loop);
+}
+
+static void fork_and_use(void *context)
+{
+    int status;
+    pid_t pid;
+    fflush(NULL);
+    pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        use_inherited_loop((fork_case *)context);
+        use_a_new_loop();
+        _exit(0);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+/* First with the loop at rest, then from a callback. */
+TEST_LOOP(forked_child_cannot_use_the_loop_and_does_no_harm)
+{
+    for (int inside = 0; inside < 2; inside++) {
+        fork_case c;
+        memset(&c, 0, sizeof c);
+        CHECK(tsrv_loop_current() != NULL);
+        c.loop = new_loop();
+        CHECK(pipe(c.fds) == 0);
+        CHECK_INT(tsrv_watch_start(c.loop, &c.watch, c.fds[0], TSRV_READABLE, see, &c.watch_seen),
+                  TSRV_OK);
+        CHECK_INT(tsrv_timer_start(c.loop, &c.timer, 1, count_call, &c.timer_calls), TSRV_OK);
+        if (inside) {
+            CHECK_INT(tsrv_loop_post(c.loop, fork_and_use, &c), TSRV_OK);
+            CHECK(tsrv_loop_run_once(c.loop, TSRV_NEVER) > 0);
+        } else {
+            fork_and_use(&c);
+        }
+        turn_until(c.loop, &c.timer_calls, 1);
+        CHECK_INT(c.watch_seen.calls, 0);
+        CHECK(write(c.fds[1], "x", 1) == 1);
+        turn_until(c.loop, &c.watch_seen.calls, 1);
+        CHECK_INT(tsrv_loop_post(c.loop, count_call, &c.posts), TSRV_OK);
+        turn_until(c.loop, &c.posts, 1);
+        CHECK_INT(c.timer_calls, 1);
+        tsrv_watch_stop(&c.watch);
+        free_loop(c.loop);
+        CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+        t_close(c.fds[0]);
+        t_close(c.fds[1]);
+    }
+}

@@ -1,0 +1,678 @@
+/* Making listening sockets, and addresses. Its core is what Tornado's netutil_test.py checks. */
+#include "test.h"
+
+#include <arpa/inet.h>
+#include <limits.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+enum { CAPACITY = 16 };
+
+static int socket_option(int fd, int level, int name)
+{
+    int value = -1;
+    socklen_t size = sizeof value;
+    CHECK(getsockopt(fd, level, name, &value, &size) == 0);
+    return value;
+}
+
+/* The address of a socket, as the library keeps it. */
+static tsrv_address name_of(int fd)
+{
+    struct sockaddr_storage storage;
+    socklen_t size = sizeof storage;
+    tsrv_address address;
+    memset(&address, 0, sizeof address);
+    CHECK(getsockname(fd, (struct sockaddr *)&storage, &size) == 0);
+    CHECK(size <= sizeof address.storage);
+    memcpy(address.storage, &storage, size);
+    address.size = size;
+    return address;
+}
+
+static int port_of(int fd)
+{
+    tsrv_address address = name_of(fd);
+    return tsrv_address_port(&address);
+}
+
+static int family_of(int fd)
+{
+    tsrv_address address = name_of(fd);
+    return tsrv_address_family(&address);
+}
+
+static void close_all(const int *fds, int count)
+{
+    for (int i = 0; i < count; i++) {
+        t_close(fds[i]);
+    }
+}
+
+static bool has_ipv6(void)
+{
+    struct sockaddr_in6 address;
+    int fd = socket(AF_INET6, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin6_family = AF_INET6;
+    address.sin6_addr.s6_addr[15] = 1;
+    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
+    if (fd >= 0) {
+        t_close(fd);
+    }
+    return has;
+}
+
+/* ---- TCP ----------------------------------------------------------------------------------*/
+
+/* Tornado's TestPortAllocation.test_same_port_allocation. */
+TEST_ONCE(sockets_of_one_call_share_the_port)
+{
+    static const char *const addresses[] = {"localhost", NULL, ""};
+    for (int i = 0; i < 3; i++) {
+        int fds[CAPACITY], count = tsrv_bind_sockets(0, addresses[i], NULL, fds, CAPACITY);
+        CHECK(count >= 1);
+        CHECK(port_of(fds[0]) > 0);
+        for (int k = 1; k < count; k++) {
+            CHECK_INT(port_of(fds[k]), port_of(fds[0]));
+        }
+        close_all(fds, count);
+    }
+}
+
+/* Tornado's TestPortAllocation.test_reuse_port. Every binder has to ask for it. */
+TEST_ONCE(port_is_shared_when_all_ask_for_it)
+{
+    tsrv_bind_options reuse = {0};
+    int first, second, third;
+    reuse.reuse_port = true;
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", &reuse, &first, 1), 1);
+    CHECK_INT(tsrv_bind_sockets(port_of(first), "127.0.0.1", &reuse, &second, 1), 1);
+    CHECK_INT(port_of(second), port_of(first));
+    CHECK_INT(tsrv_bind_sockets(port_of(first), "127.0.0.1", NULL, &third, 1), -EADDRINUSE);
+    t_close(second);
+    t_close(first);
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &first, 1), 1);
+    CHECK_INT(tsrv_bind_sockets(port_of(first), "127.0.0.1", &reuse, &second, 1), -EADDRINUSE);
+    CHECK_INT(tsrv_bind_sockets(port_of(first), "127.0.0.1", NULL, &second, 1), -EADDRINUSE);
+    t_close(first);
+}
+
+/* A connection that the server has closed first is remembered by the kernel for a minute. */
+TEST_ONCE(port_can_be_bound_again_at_once)
+{
+    int listener, again;
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &listener, 1), 1);
+    int port = port_of(listener), client = t_connect(port);
+    int accepted = accept(listener, NULL, NULL);
+    CHECK(accepted >= 0);
+    t_close(accepted);
+    t_expect_eof(client);
+    t_close(client);
+    t_close(listener);
+    CHECK_INT(tsrv_bind_sockets(port, "127.0.0.1", NULL, &again, 1), 1);
+    t_close(again);
+}
+
+TEST_ONCE(families_come_in_order_and_can_be_chosen)
+{
+    static const struct {
+        const char *address;
+        int family;
+        bool v4, v6;
+    } rows[] = {
+        {NULL, 0, true, true},          {"", 0, true, true},
+        {NULL, AF_INET, true, false},   {NULL, AF_INET6, false, true},
+        {"127.0.0.1", 0, true, false},  {"0.0.0.0", 0, true, false},
+        {"::1", 0, false, true},        {"::", 0, false, true},
+        {"localhost", AF_INET, true, false},
+    };
+    bool v6 = has_ipv6();
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_bind_options options = {0};
+        int fds[CAPACITY], at = 0;
+        options.family = rows[i].family;
+        if (!v6 && !rows[i].v4) {
+            continue;
+        }
+        int count = tsrv_bind_sockets(0, rows[i].address, &options, fds, CAPACITY);
+        CHECK_INT(count, (rows[i].v4 ? 1 : 0) + (rows[i].v6 && v6 ? 1 : 0));
+        if (rows[i].v4) {
+            CHECK_INT(family_of(fds[at++]), AF_INET);
+        }
+        if (at < count) {
+            CHECK_INT(family_of(fds[at]), AF_INET6);
+        }
+        close_all(fds, count);
+    }
+}
+
+TEST_ONCE(sockets_listen_and_are_set_up)
+{
+    int fds[CAPACITY], count = tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY);
+    CHECK(count >= 1);
+    for (int i = 0; i < count; i++) {
+        CHECK((fcntl(fds[i], F_GETFL) & O_NONBLOCK) != 0);
+        CHECK((fcntl(fds[i], F_GETFD) & FD_CLOEXEC) != 0);
+        CHECK(socket_option(fds[i], SOL_SOCKET, SO_REUSEADDR) != 0);
+        CHECK_INT(socket_option(fds[i], SOL_SOCKET, SO_TYPE), SOCK_STREAM);
+#ifdef SO_ACCEPTCONN
+        CHECK(socket_option(fds[i], SOL_SOCKET, SO_ACCEPTCONN) != 0);
+#endif
+        if (family_of(fds[i]) == AF_INET6) {
+            CHECK(socket_option(fds[i], IPPROTO_IPV6, IPV6_V6ONLY) != 0);
+        }
+    }
+    t_close(t_connect(port_of(fds[0])));
+    close_all(fds, count);
+}
+
+/* The kernel's queue, told by how many may connect while nobody accepts. */
+static int queue_length(int backlog)
+{
+    enum { MOST = 200 };
+    static int clients[MOST];
+    tsrv_bind_options options = {0};
+    struct sockaddr_in to;
+    socklen_t size = sizeof to;
+    int listener, connected = 0, count = 0;
+    options.backlog = backlog;
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", &options, &listener, 1), 1);
+    CHECK(getsockname(listener, (struct sockaddr *)&to, &size) == 0);
+    for (; count < MOST; count++) {
+        clients[count] = socket(AF_INET, SOCK_STREAM, 0);
+        CHECK(clients[count] >= 0);
+        CHECK(fcntl(clients[count], F_SETFL, O_NONBLOCK) == 0);
+        if (connect(clients[count], (struct sockaddr *)&to, sizeof to) != 0) {
+            struct pollfd p = {clients[count], POLLOUT, 0};
+            if (errno != EINPROGRESS || poll(&p, 1, 100) != 1 || (p.revents & POLLERR)) {
+                count++;
+                break;
+            }
+        }
+        connected++;
+    }
+    close_all(clients, count);
+    t_close(listener);
+    return connected;
+}
+
+TEST_ONCE(backlog_is_handed_to_the_kernel)
+{
+    int small = queue_length(5), usual = queue_length(0);
+    CHECK(small >= 5 && small <= 20); /* systems add a few */
+    CHECK(usual >= 128);
+}
+
+TEST_ONCE(bad_arguments_leave_nothing_open)
+{
+    static const struct {
+        int port, capacity, rc;
+        const char *address;
+    } rows[] = {
+        {-1, CAPACITY, TSRV_EINVAL, NULL},
+        {65536, CAPACITY, TSRV_EINVAL, NULL},
+        {INT_MAX, CAPACITY, TSRV_EINVAL, "127.0.0.1"},
+        {INT_MIN, CAPACITY, TSRV_EINVAL, "127.0.0.1"},
+        {0, 0, TSRV_EINVAL, "127.0.0.1"},
+        {0, -1, TSRV_EINVAL, "127.0.0.1"},
+        {0, 0, TSRV_EINVAL, NULL},
+        /* Names that no resolver is asked for. */
+        {0, CAPACITY, TSRV_ERESOLVE, "two..dots"},
+        {0, CAPACITY, TSRV_ERESOLVE, "a-label-of-more-than-sixty-three-characters-is-longer-than-"
+                                     "the-domain-name-system-allows"},
+        {0, CAPACITY, -EADDRNOTAVAIL, "192.0.2.1"},
+    };
+    int before = t_open_fds();
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        int fds[CAPACITY];
+        CHECK_INT(tsrv_bind_sockets(rows[i].port, rows[i].address, NULL, fds, rows[i].capacity),
+                  rows[i].rc);
+        CHECK_INT(t_open_fds(), before);
+    }
+}
+
+TEST_ONCE(too_small_a_capacity_leaves_nothing_open)
+{
+    int before = t_open_fds(), fd = -1;
+    if (!has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, &fd, 1), TSRV_EINVAL);
+    CHECK_INT(t_open_fds(), before);
+}
+
+/* The second of two sockets fails: the first must not stay behind. */
+TEST_ONCE(partial_failure_leaves_nothing_open)
+{
+    tsrv_bind_options v6_only = {0};
+    int taken, fds[CAPACITY];
+    v6_only.family = AF_INET6;
+    if (!has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    CHECK_INT(tsrv_bind_sockets(0, NULL, &v6_only, &taken, 1), 1);
+    int before = t_open_fds();
+    CHECK_INT(tsrv_bind_sockets(port_of(taken), NULL, NULL, fds, CAPACITY), -EADDRINUSE);
+    CHECK_INT(t_open_fds(), before);
+    t_close(taken);
+}
+
+/* Tornado #1860: the port that the kernel chose for IPv4 may be taken for IPv6. With hundreds of
+ * them taken that is bound to happen here; another port has to be tried. */
+TEST_ONCE(chosen_port_that_is_taken_in_the_other_family_is_not_the_end)
+{
+    enum { TAKEN = 800, TRIES = 300 };
+    static int taken[TAKEN];
+    tsrv_bind_options v6_only = {0};
+    struct rlimit limit;
+    int count = 0;
+    v6_only.family = AF_INET6;
+    if (!has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    while (count < TAKEN && (rlim_t)count + 50 < limit.rlim_cur) {
+        CHECK_INT(tsrv_bind_sockets(0, NULL, &v6_only, &taken[count], 1), 1);
+        count++;
+    }
+    for (int i = 0; i < TRIES; i++) {
+        int fds[CAPACITY];
+        CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY), 2);
+        CHECK_INT(port_of(fds[1]), port_of(fds[0]));
+        close_all(fds, 2);
+    }
+    close_all(taken, count);
+}
+
+/* ---- unix sockets -------------------------------------------------------------------------*/
+
+/* A directory of its own, below build/ where there is one. */
+static const char *make_directory(void)
+{
+    static char name[64];
+    snprintf(name, sizeof name, "%s/tsrv-XXXXXX", access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(name) != NULL);
+    return name;
+}
+
+static const char *path_in(const char *directory, const char *name)
+{
+    static char paths[4][100];
+    static int next;
+    char *path = paths[next++ % 4];
+    snprintf(path, sizeof paths[0], "%s/%s", directory, name);
+    return path;
+}
+
+static struct sockaddr_un unix_name(const char *path)
+{
+    struct sockaddr_un name;
+    memset(&name, 0, sizeof name);
+    name.sun_family = AF_UNIX;
+    CHECK(strlen(path) < sizeof name.sun_path);
+    memcpy(name.sun_path, path, strlen(path) + 1);
+    return name;
+}
+
+/* 0, or what connect failed with. */
+static int try_to_connect(const char *path)
+{
+    struct sockaddr_un name = unix_name(path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    int error = connect(fd, (struct sockaddr *)&name, sizeof name) == 0 ? 0 : errno;
+    t_close(fd);
+    return error;
+}
+
+/* A socket file that nobody listens on any more. */
+static void make_stale(const char *path)
+{
+    struct sockaddr_un name = unix_name(path);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    CHECK(bind(fd, (struct sockaddr *)&name, sizeof name) == 0);
+    CHECK(listen(fd, 1) == 0);
+    t_close(fd);
+    CHECK_INT(try_to_connect(path), ECONNREFUSED);
+}
+
+static void make_file(const char *path, const char *text)
+{
+    FILE *file = fopen(path, "w");
+    CHECK(file != NULL);
+    CHECK(fputs(text, file) >= 0);
+    CHECK(fclose(file) == 0);
+}
+
+static void check_file(const char *path, const char *expected)
+{
+    char text[100];
+    FILE *file = fopen(path, "r");
+    CHECK(file != NULL);
+    size_t size = fread(text, 1, sizeof text, file);
+    CHECK_MEM(text, size, expected, strlen(expected));
+    CHECK(fclose(file) == 0);
+}
+
+/* Tornado deletes the path of a live server; here it is the second who fails. */
+TEST_ONCE(live_servers_path_is_not_stolen)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "live");
+    int fd, second = -1;
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    CHECK((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0);
+    CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0);
+    int before = t_open_fds();
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(tsrv_bind_unix_socket(path, NULL, &second), -EADDRINUSE);
+        CHECK_INT(t_open_fds(), before);
+        CHECK_INT(try_to_connect(path), 0);
+    }
+    t_close(fd);
+    CHECK(access(path, F_OK) == 0); /* it stays when the socket is closed */
+    CHECK_INT(try_to_connect(path), ECONNREFUSED);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    CHECK_INT(try_to_connect(path), 0);
+    t_close(fd);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* A server whose queue is full is alive, although it takes nobody at the moment. */
+TEST_ONCE(busy_servers_path_is_not_stolen)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "busy");
+    struct sockaddr_un name = unix_name(path);
+    int listener = socket(AF_UNIX, SOCK_STREAM, 0), clients[20], count = 0, fd;
+    CHECK(bind(listener, (struct sockaddr *)&name, sizeof name) == 0);
+    CHECK(listen(listener, 1) == 0);
+    bool full = false;
+    while (!full && count < 20) {
+        clients[count] = socket(AF_UNIX, SOCK_STREAM, 0);
+        CHECK(clients[count] >= 0);
+        CHECK(fcntl(clients[count], F_SETFL, O_NONBLOCK) == 0);
+        full = connect(clients[count++], (struct sockaddr *)&name, sizeof name) != 0;
+    }
+    CHECK(full);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), -EADDRINUSE);
+    int accepted = accept(listener, NULL, NULL); /* still in business */
+    CHECK(accepted >= 0);
+    t_close(accepted);
+    close_all(clients, count);
+    t_close(listener);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+TEST_ONCE(stale_socket_file_is_replaced)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "stale");
+    int fd;
+    make_stale(path);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    CHECK_INT(try_to_connect(path), 0);
+    t_close(fd);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+TEST_ONCE(other_files_are_left_alone)
+{
+    const char *directory = make_directory(), *file = path_in(directory, "file");
+    const char *inner = path_in(directory, "directory"), *fifo = path_in(directory, "fifo");
+    int before = t_open_fds(), fd;
+    make_file(file, "precious");
+    CHECK(mkdir(inner, 0700) == 0);
+    CHECK(mkfifo(fifo, 0600) == 0);
+    CHECK_INT(tsrv_bind_unix_socket(file, NULL, &fd), -EEXIST);
+    CHECK_INT(tsrv_bind_unix_socket(inner, NULL, &fd), -EEXIST);
+    CHECK_INT(tsrv_bind_unix_socket(fifo, NULL, &fd), -EEXIST);
+    CHECK_INT(tsrv_bind_unix_socket(path_in(directory, "none/socket"), NULL, &fd), -ENOENT);
+    CHECK_INT(t_open_fds(), before);
+    check_file(file, "precious");
+    CHECK(unlink(file) == 0);
+    CHECK(unlink(fifo) == 0);
+    CHECK(rmdir(inner) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* A link is no socket file: neither it nor what it points to may go. */
+TEST_ONCE(symbolic_links_are_left_alone)
+{
+    static const char *const targets[] = {"live", "stale", "file", "missing"};
+    const char *directory = make_directory();
+    int live, fd;
+    CHECK_INT(tsrv_bind_unix_socket(path_in(directory, "live"), NULL, &live), TSRV_OK);
+    make_stale(path_in(directory, "stale"));
+    make_file(path_in(directory, "file"), "precious");
+    int before = t_open_fds();
+    for (int i = 0; i < 4; i++) {
+        const char *link = path_in(directory, "link"), *target = path_in(directory, targets[i]);
+        struct stat status;
+        CHECK(symlink(targets[i], link) == 0);
+        int rc = tsrv_bind_unix_socket(link, NULL, &fd);
+        CHECK(rc == -EEXIST || (i == 0 && rc == -EADDRINUSE));
+        CHECK(lstat(link, &status) == 0 && S_ISLNK(status.st_mode));
+        CHECK_INT(lstat(target, &status), i == 3 ? -1 : 0);
+        CHECK(unlink(link) == 0);
+        CHECK_INT(t_open_fds(), before);
+    }
+    CHECK_INT(try_to_connect(path_in(directory, "live")), 0);
+    check_file(path_in(directory, "file"), "precious");
+    t_close(live);
+    for (int i = 0; i < 3; i++) {
+        CHECK(unlink(path_in(directory, targets[i])) == 0);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+TEST_ONCE(too_long_a_path_is_an_error)
+{
+    struct sockaddr_un name;
+    char path[300];
+    const char *directory = make_directory();
+    int before = t_open_fds(), fd;
+    size_t used = strlen(directory);
+    memset(path, 'x', sizeof path);
+    memcpy(path, directory, used);
+    path[used] = '/';
+    for (size_t size = sizeof name.sun_path + 1; size < sizeof path; size += 50) {
+        char cut = path[size];
+        path[size] = 0;
+        CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), -ENAMETOOLONG);
+        CHECK_INT(t_open_fds(), before);
+        path[size] = cut;
+    }
+    path[sizeof name.sun_path - 1] = 0; /* the longest */
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    CHECK_INT(try_to_connect(path), 0);
+    t_close(fd);
+    CHECK(tsrv_bind_unix_socket("", NULL, &fd) < 0);
+    CHECK_INT(t_open_fds(), before);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0); /* the others left nothing */
+}
+
+TEST_ONCE(unix_mode_is_exact)
+{
+    static const unsigned modes[][2] = {{0, 0600}, {0600, 0600}, {0666, 0666}, {0660, 0660},
+                                        {0777, 0777}};
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    umask(027); /* must not matter */
+    for (int i = 0; i < 5; i++) {
+        tsrv_bind_options options = {0};
+        struct stat status;
+        int fd;
+        options.unix_mode = modes[i][0];
+        CHECK_INT(tsrv_bind_unix_socket(path, &options, &fd), TSRV_OK);
+        CHECK(stat(path, &status) == 0);
+        CHECK_INT(status.st_mode & 07777, modes[i][1]);
+        t_close(fd);
+        CHECK(unlink(path) == 0);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+TEST_ONCE(unix_path_goes_where_an_address_goes)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    char address[120], text[TSRV_ADDRESS_SIZE];
+    int fds[2], count;
+    snprintf(address, sizeof address, "unix:%s", path);
+    count = tsrv_bind_sockets(0, address, NULL, fds, 1);
+    CHECK_INT(count, 1);
+    tsrv_address name = name_of(fds[0]);
+    CHECK_STR(tsrv_address_format(&name, text, sizeof text), address);
+    CHECK_INT(try_to_connect(path), 0);
+    int before = t_open_fds();
+    CHECK_INT(tsrv_bind_sockets(0, address, NULL, &fds[1], 1), -EADDRINUSE);
+    CHECK_INT(tsrv_bind_sockets(0, address, NULL, &fds[1], 0), TSRV_EINVAL);
+    CHECK(tsrv_bind_sockets(0, "unix:", NULL, &fds[1], 1) < 0);
+    CHECK_INT(t_open_fds(), before);
+    CHECK_INT(try_to_connect(path), 0);
+    t_close(fds[0]);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+#ifdef __linux__
+TEST_ONCE(abstract_names_have_no_file)
+{
+    char name[64], address[80], text[TSRV_ADDRESS_SIZE];
+    int fd, second;
+    snprintf(name, sizeof name, "@tsrv-test-%d", (int)getpid());
+    snprintf(address, sizeof address, "unix:%s", name);
+    CHECK_INT(tsrv_bind_unix_socket(name, NULL, &fd), TSRV_OK);
+    tsrv_address bound = name_of(fd);
+    CHECK_INT(bound.size, offsetof(struct sockaddr_un, sun_path) + strlen(name));
+    CHECK_STR(tsrv_address_format(&bound, text, sizeof text), address);
+    CHECK(access(name, F_OK) != 0);
+    int client = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(connect(client, (struct sockaddr *)bound.storage, bound.size) == 0);
+    CHECK_INT(tsrv_bind_unix_socket(name, NULL, &second), -EADDRINUSE);
+    CHECK_INT(tsrv_bind_sockets(0, address, NULL, &second, 1), -EADDRINUSE);
+    t_close(client);
+    t_close(fd);
+    CHECK_INT(tsrv_bind_sockets(0, address, NULL, &fd, 1), 1); /* gone with its socket */
+    t_close(fd);
+}
+#endif
+
+/* ---- addresses ----------------------------------------------------------------------------*/
+
+static tsrv_address make_address(const void *data, size_t size)
+{
+    tsrv_address address;
+    memset(&address, 0, sizeof address);
+    memcpy(address.storage, data, size);
+    address.size = (uint32_t)size;
+    return address;
+}
+
+static tsrv_address make_ip(const char *number, int port)
+{
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+    memset(&v4, 0, sizeof v4);
+    memset(&v6, 0, sizeof v6);
+    if (inet_pton(AF_INET, number, &v4.sin_addr) == 1) {
+        v4.sin_family = AF_INET;
+        v4.sin_port = htons((uint16_t)port);
+        return make_address(&v4, sizeof v4);
+    }
+    CHECK(inet_pton(AF_INET6, number, &v6.sin6_addr) == 1);
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons((uint16_t)port);
+    return make_address(&v6, sizeof v6);
+}
+
+/* Formats with every size of buffer: the text is cut, ended, and nothing behind it is touched. */
+static void check_format(const tsrv_address *address, const char *expected)
+{
+    char buffer[TSRV_ADDRESS_SIZE + 1];
+    size_t length = strlen(expected);
+    CHECK(length < TSRV_ADDRESS_SIZE);
+    for (size_t size = 0; size <= TSRV_ADDRESS_SIZE; size++) {
+        memset(buffer, '#', sizeof buffer);
+        CHECK(tsrv_address_format(address, buffer, size) == buffer);
+        CHECK(buffer[size] == '#');
+        if (size > 0) {
+            size_t shown = length < size ? length : size - 1;
+            CHECK_MEM(buffer, strlen(buffer), expected, shown);
+        }
+    }
+}
+
+TEST_ONCE(internet_addresses_as_text)
+{
+    static const struct {
+        const char *number;
+        int port;
+        const char *text;
+        int family;
+    } rows[] = {
+        {"127.0.0.1", 80, "127.0.0.1:80", AF_INET},
+        {"0.0.0.0", 0, "0.0.0.0:0", AF_INET},
+        {"255.255.255.255", 65535, "255.255.255.255:65535", AF_INET},
+        {"::1", 80, "[::1]:80", AF_INET6},
+        {"::", 0, "[::]:0", AF_INET6},
+        {"2001:db8::ff00:42:8329", 443, "[2001:db8::ff00:42:8329]:443", AF_INET6},
+        {"1111:2222:3333:4444:5555:6666:7777:8888", 65535,
+         "[1111:2222:3333:4444:5555:6666:7777:8888]:65535", AF_INET6},
+        {"::ffff:192.0.2.1", 8888, "[::ffff:192.0.2.1]:8888", AF_INET6},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_address address = make_ip(rows[i].number, rows[i].port);
+        check_format(&address, rows[i].text);
+        CHECK_INT(tsrv_address_port(&address), rows[i].port);
+        CHECK_INT(tsrv_address_family(&address), rows[i].family);
+    }
+}
+
+TEST_ONCE(unix_addresses_as_text)
+{
+    enum { START = offsetof(struct sockaddr_un, sun_path) };
+    struct sockaddr_un name = unix_name("/run/x");
+    char longest[TSRV_ADDRESS_SIZE];
+    /* With its final 0, without it, and with the whole structure. */
+    static const size_t sizes[] = {START + 7, START + 6, sizeof name};
+    for (int i = 0; i < 3; i++) {
+        tsrv_address address = make_address(&name, sizes[i]);
+        check_format(&address, "unix:/run/x");
+        CHECK_INT(tsrv_address_port(&address), 0);
+        CHECK_INT(tsrv_address_family(&address), AF_UNIX);
+    }
+    /* A peer's path may fill all of its room and have no final 0. */
+    memset(name.sun_path, 'p', sizeof name.sun_path);
+    tsrv_address full = make_address(&name, sizeof name);
+    size_t used = (size_t)snprintf(longest, sizeof longest, "unix:");
+    memset(longest + used, 'p', sizeof name.sun_path);
+    longest[used + sizeof name.sun_path] = 0;
+    check_format(&full, longest);
+    /* A socket that was never bound has the family alone, or all zeros behind it. */
+    memset(name.sun_path, 0, sizeof name.sun_path);
+    tsrv_address unnamed = make_address(&name, START);
+    check_format(&unnamed, "unix:");
+    CHECK_INT(tsrv_address_family(&unnamed), AF_UNIX);
+#ifdef __linux__
+    memcpy(name.sun_path, "\0abstract", 9);
+    tsrv_address abstract_name = make_address(&name, START + 9);
+    check_format(&abstract_name, "unix:@abstract");
+    CHECK_INT(tsrv_address_port(&abstract_name), 0);
+#endif
+}
+
+TEST_ONCE(unknown_address_is_harmless)
+{
+    char buffer[TSRV_ADDRESS_SIZE];
+    tsrv_address address;
+    memset(&address, 0, sizeof address);
+    CHECK_INT(tsrv_address_port(&address), 0);
+    CHECK_INT(tsrv_address_family(&address), 0);
+    memset(buffer, '#', sizeof buffer);
+    CHECK(tsrv_address_format(&address, buffer, sizeof buffer) == buffer);
+    CHECK(strlen(buffer) < sizeof buffer - 1);
+}

@@ -1,0 +1,154 @@
+/* The seams of tcpserver.h as the tests use them: every system call and every allocation can be made to fail, receives
+ * and sends can be cut short, and allocations are counted. Included before the header. */
+#ifndef SEAM_H
+#define SEAM_H
+
+#include <errno.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Hard mode: sends are cut to 1..t_clip_size bytes, in turn. Receives are cut by read_chunk_size. */
+static int t_clip;
+static unsigned t_clip_turn;
+static const size_t t_clip_size = 7;
+
+static long t_live_allocations; /* atomic */
+
+/* The fault to inject: the t_fault_at-th call from now on, counted over all calls or over those named t_fault_name. */
+static long t_fault_calls;       /* calls counted so far; atomic */
+static long t_fault_at;          /* 0 = none fails */
+static bool t_fault_sticky;      /* all later ones fail too */
+static const char *t_fault_name; /* NULL = every call */
+static int t_fault_errno;        /* 0 = each call's usual one */
+static long t_fault_hits;
+static const char *t_fault_last; /* the name of the last call that was made to fail */
+
+/* What a call usually fails with. */
+static inline int t_usual_errno(const char *name)
+{
+    static const struct {
+        const char *name;
+        int code;
+    } usual[] = {
+        {"accept4", ECONNABORTED}, {"recv", ECONNRESET},   {"send", EPIPE},         {"sendmsg", ECONNRESET},
+        {"sendfile", EIO},         {"socket", EMFILE},     {"bind", EADDRINUSE},    {"listen", EADDRINUSE},
+        {"epoll_wait", EINTR},     {"poll", EINTR},        {"kevent", EINTR},       {"epoll_create1", EMFILE},
+        {"eventfd", EMFILE},       {"close", EINTR},       {"setsockopt", ENOBUFS}, {"getpeername", ENOTCONN},
+        {"read", EAGAIN},          {"write", EAGAIN},      {"shutdown", ENOTCONN},  {"fcntl", EBADF},
+        {"sigaction", EINVAL},     {"connect", ECONNREFUSED},
+    };
+    for (size_t i = 0; i < sizeof(usual) / sizeof(usual[0]); i++) {
+        if (strcmp(usual[i].name, name) == 0) {
+            return usual[i].code;
+        }
+    }
+    return ENOMEM;
+}
+
+/* Count a call; true = it has to fail, and errno is set. */
+static inline bool t_fault(const char *name)
+{
+    long call;
+    if (t_fault_name != NULL && strcmp(t_fault_name, name) != 0) {
+        return false;
+    }
+    call = __atomic_add_fetch(&t_fault_calls, 1, __ATOMIC_RELAXED);
+    if (t_fault_at == 0 || call < t_fault_at || (call > t_fault_at && !t_fault_sticky)) {
+        return false;
+    }
+    t_fault_hits++;
+    t_fault_last = name;
+    errno = t_fault_errno != 0 ? t_fault_errno : t_usual_errno(name);
+    return true;
+}
+
+static inline size_t t_clipped(size_t size)
+{
+    size_t most = t_clip ? 1 + t_clip_turn++ % t_clip_size : size;
+    return size < most ? size : most;
+}
+
+static inline void *t_malloc(size_t size)
+{
+    void *memory = t_fault("malloc") ? NULL : malloc(size);
+    if (memory != NULL) {
+        memset(memory, 0xA5, size); /* nothing may count on zeros */
+        __atomic_add_fetch(&t_live_allocations, 1, __ATOMIC_RELAXED);
+    }
+    return memory;
+}
+
+static inline void *t_realloc(void *old, size_t size)
+{
+    void *memory = t_fault("realloc") ? NULL : realloc(old, size);
+    if (old == NULL && memory != NULL) {
+        __atomic_add_fetch(&t_live_allocations, 1, __ATOMIC_RELAXED);
+    }
+    return memory;
+}
+
+static inline void t_free(void *memory)
+{
+    if (memory != NULL) {
+        __atomic_sub_fetch(&t_live_allocations, 1, __ATOMIC_RELAXED);
+    }
+    free(memory);
+}
+
+#define TSRV_MALLOC(size) t_malloc(size)
+#define TSRV_REALLOC(pointer, size) t_realloc(pointer, size)
+#define TSRV_FREE(pointer) t_free(pointer)
+#define TSRV_SYS(name, arguments) t_sys_##name arguments
+
+#define t_sys_accept(...) (t_fault("accept") ? -1 : accept(__VA_ARGS__))
+#define t_sys_accept4(...) (t_fault("accept4") ? -1 : accept4(__VA_ARGS__))
+#define t_sys_bind(...) (t_fault("bind") ? -1 : bind(__VA_ARGS__))
+#define t_sys_chmod(...) (t_fault("chmod") ? -1 : chmod(__VA_ARGS__))
+#define t_sys_clock_gettime(...) clock_gettime(__VA_ARGS__)
+#define t_sys_close(...) (close(__VA_ARGS__) < 0 || t_fault("close") ? -1 : 0)
+#define t_sys_connect(...) (t_fault("connect") ? -1 : connect(__VA_ARGS__))
+#define t_sys_dup2(...) (t_fault("dup2") ? -1 : dup2(__VA_ARGS__))
+#define t_sys_epoll_create1(...) (t_fault("epoll_create1") ? -1 : epoll_create1(__VA_ARGS__))
+#define t_sys_epoll_ctl(...) (t_fault("epoll_ctl") ? -1 : epoll_ctl(__VA_ARGS__))
+#define t_sys_epoll_wait(...) (t_fault("epoll_wait") ? -1 : epoll_wait(__VA_ARGS__))
+#define t_sys_eventfd(...) (t_fault("eventfd") ? -1 : eventfd(__VA_ARGS__))
+#define t_sys_fcntl(...) (t_fault("fcntl") ? -1 : fcntl(__VA_ARGS__))
+#define t_sys_freeaddrinfo(...) freeaddrinfo(__VA_ARGS__)
+#define t_sys_fstat(...) (t_fault("fstat") ? -1 : fstat(__VA_ARGS__))
+#define t_sys_getaddrinfo(...) (t_fault("getaddrinfo") ? EAI_MEMORY : getaddrinfo(__VA_ARGS__))
+#define t_sys_getcontext(...) getcontext(__VA_ARGS__)
+#define t_sys_getpeername(...) (t_fault("getpeername") ? -1 : getpeername(__VA_ARGS__))
+#define t_sys_getpid() getpid()
+#define t_sys_getsockname(...) (t_fault("getsockname") ? -1 : getsockname(__VA_ARGS__))
+#define t_sys_getsockopt(...) (t_fault("getsockopt") ? -1 : getsockopt(__VA_ARGS__))
+#define t_sys_inet_ntop(...) inet_ntop(__VA_ARGS__)
+#define t_sys_kevent(...) (t_fault("kevent") ? -1 : kevent(__VA_ARGS__))
+#define t_sys_kqueue() (t_fault("kqueue") ? -1 : kqueue())
+#define t_sys_listen(...) (t_fault("listen") ? -1 : listen(__VA_ARGS__))
+#define t_sys_lstat(...) (t_fault("lstat") ? -1 : lstat(__VA_ARGS__))
+#define t_sys_madvise(...) (t_fault("madvise") ? -1 : madvise(__VA_ARGS__))
+#define t_sys_mmap(...) (t_fault("mmap") ? MAP_FAILED : mmap(__VA_ARGS__))
+#define t_sys_mprotect(...) (t_fault("mprotect") ? -1 : mprotect(__VA_ARGS__))
+#define t_sys_munmap(...) munmap(__VA_ARGS__)
+#define t_sys_pipe(...) (t_fault("pipe") ? -1 : pipe(__VA_ARGS__))
+#define t_sys_poll(...) (t_fault("poll") ? -1 : poll(__VA_ARGS__))
+#define t_sys_pread(...) (t_fault("pread") ? -1 : pread(__VA_ARGS__))
+#define t_sys_read(...) (t_fault("read") ? -1 : read(__VA_ARGS__))
+#define t_sys_recv(...) (t_fault("recv") ? -1 : recv(__VA_ARGS__))
+#define t_sys_send(fd, data, size, flags) (t_fault("send") ? -1 : send(fd, data, t_clipped(size), flags))
+#define t_sys_sendfile(out, in, offset, size) \
+    (t_fault("sendfile") ? -1 : sendfile(out, in, offset, t_clipped(size)))
+#define t_sys_sendmsg(...) (t_fault("sendmsg") ? -1 : sendmsg(__VA_ARGS__))
+#define t_sys_setsockopt(...) (t_fault("setsockopt") ? -1 : setsockopt(__VA_ARGS__))
+#define t_sys_shutdown(...) (t_fault("shutdown") ? -1 : shutdown(__VA_ARGS__))
+#define t_sys_sigaction(...) (t_fault("sigaction") ? -1 : sigaction(__VA_ARGS__))
+#define t_sys_sigfillset(...) sigfillset(__VA_ARGS__)
+#define t_sys_socket(...) (t_fault("socket") ? -1 : socket(__VA_ARGS__))
+#define t_sys_swapcontext(...) swapcontext(__VA_ARGS__)
+#define t_sys_sysconf(...) sysconf(__VA_ARGS__)
+#define t_sys_unlink(...) (t_fault("unlink") ? -1 : unlink(__VA_ARGS__))
+#define t_sys_write(...) (t_fault("write") ? -1 : write(__VA_ARGS__))
+
+#endif

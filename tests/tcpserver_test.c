@@ -1,0 +1,1758 @@
+/* Listening, accepting and the lives of streams. Its core is what Tornado's tcpserver_test.py
+ * checks, except what needs worker processes. */
+#include "test.h"
+
+#include <sys/resource.h>
+#include <sys/un.h>
+
+/* A loop and a server for tests that run them themselves, with raw clients in the same thread. */
+typedef struct site {
+    tsrv_loop *loop;
+    tsrv_server *server;
+} site;
+
+static site open_site(tsrv_server_options options)
+{
+    tsrv_loop_options loop_options = {t_backend};
+    site s = {NULL, NULL};
+    CHECK_INT(tsrv_loop_new(&s.loop, &loop_options), TSRV_OK);
+    options.loop = s.loop;
+    options.mode = t_mode;
+    options.read_chunk_size = t_hard ? 1 : 0;
+    CHECK_INT(tsrv_server_new(&s.server, &options), TSRV_OK);
+    return s;
+}
+
+static void close_site(site *s)
+{
+    tsrv_server_free(s->server);
+    CHECK_INT(tsrv_loop_free(s->loop), TSRV_OK);
+}
+
+/* The port of the index-th listener. */
+static int port_of(tsrv_server *server, int index)
+{
+    tsrv_address address;
+    CHECK_INT(tsrv_server_address(server, index, &address), TSRV_OK);
+    return tsrv_address_port(&address);
+}
+
+static int listen_locally(tsrv_server *server)
+{
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    return port_of(server, 0);
+}
+
+/* Runs turns until *counter has reached value. */
+static void turn_until(tsrv_loop *loop, const int *counter, int value)
+{
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    while (*counter < value) {
+        CHECK(tsrv_loop_run_once(loop, 10) >= 0);
+        CHECK(t_now_ms() < end);
+    }
+}
+
+static void stop_loop(void *context)
+{
+    tsrv_loop_stop((tsrv_loop *)context);
+}
+
+static void run_for(tsrv_loop *loop, int duration_ms)
+{
+    tsrv_timer timer = {0};
+    CHECK_INT(tsrv_timer_start(loop, &timer, duration_ms, stop_loop, loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+}
+
+typedef struct log_seen {
+    int lines;
+    char last[512];
+} log_seen;
+
+static void see_log(int level, const char *message, void *context)
+{
+    log_seen *seen = (log_seen *)context;
+    (void)level;
+    seen->lines++;
+    snprintf(seen->last, sizeof seen->last, "%s", message);
+}
+
+static bool is_open(int fd)
+{
+    return fcntl(fd, F_GETFD) != -1;
+}
+
+/* Reads until the end, be it a FIN or a reset. */
+static void drain_and_close(int fd)
+{
+    char buffer[4096];
+    ssize_t n;
+    while ((n = recv(fd, buffer, sizeof buffer, 0)) > 0) {
+    }
+    CHECK(n == 0 || errno == ECONNRESET);
+    t_close(fd);
+}
+
+static int raw_socket(int type, bool listening, int *port)
+{
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    int fd = socket(AF_INET, type, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(fd >= 0);
+    CHECK(bind(fd, (struct sockaddr *)&address, sizeof address) == 0);
+    CHECK(!listening || listen(fd, 16) == 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    if (port != NULL) {
+        *port = ntohs(address.sin_port);
+    }
+    return fd;
+}
+
+static bool is_refused(int port)
+{
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(fd >= 0);
+    bool refused = connect(fd, (struct sockaddr *)&address, sizeof address) != 0 &&
+                   errno == ECONNREFUSED;
+    t_close(fd);
+    return refused;
+}
+
+static bool has_ipv6(void)
+{
+    struct sockaddr_in6 address;
+    int fd = socket(AF_INET6, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin6_family = AF_INET6;
+    address.sin6_addr.s6_addr[15] = 1;
+    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
+    if (fd >= 0) {
+        t_close(fd);
+    }
+    return has;
+}
+
+/* Echoes lines until the peer's end; *context counts the handlers that were entered. */
+static int echo_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *entered = (int *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    if (*entered == 0) {
+        *entered = 1;
+        ++*(int *)context;
+    }
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
+           (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
+    }
+    return rc;
+}
+
+static tsrv_server_options echo_options(int *entered)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = echo_lines;
+    options.data_size = sizeof(int);
+    options.context = entered;
+    return options;
+}
+
+/* ---- what a handler returns ---------------------------------------------------------------*/
+
+typedef struct return_case {
+    int value;
+    int lines; /* of log that it costs */
+} return_case;
+
+static const return_case returns[] = {
+    {-EIO, 1}, {0, 0}, {TSRV_EINVAL, 1}, {7, 0}, {TSRV_EOF, 0}, {TSRV_ECLOSED, 0},
+    {TSRV_ETIMEOUT, 0}, {TSRV_ETOOLONG, 1}, {TSRV_EPROXY, 1}, {2147483647, 0},
+};
+enum { RETURNS = sizeof returns / sizeof returns[0] };
+
+static log_seen return_log;
+static char return_peer[TSRV_ADDRESS_SIZE];
+static int return_at, return_closed;
+
+static int return_a_value(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)context;
+    tsrv_address_format(address, return_peer, sizeof return_peer);
+    return_log.lines = 0;
+    return returns[return_at++].value;
+}
+
+static void check_return(tsrv_stream *stream, int reason, void *context)
+{
+    const return_case *row = &returns[return_closed++];
+    (void)stream, (void)context;
+    CHECK_INT(reason, row->value);
+    CHECK_INT(return_log.lines, row->lines);
+    if (row->lines > 0 && strstr(return_log.last, return_peer) == NULL) {
+        T_FAIL("\"%s\" does not name the peer %s", return_log.last, return_peer);
+    }
+    t_record(reason);
+}
+
+static void connect_for_each_return(int port, void *context)
+{
+    (void)context;
+    for (int i = 0; i < RETURNS; i++) {
+        int fd = t_connect(port);
+        t_expect_eof(fd);
+        t_close(fd);
+        t_wait_records(i + 1);
+    }
+}
+
+/* Tornado's test_handle_stream_coroutine_logging: a failure is logged once, the server lives on. */
+TEST_STREAM(handler_failure_is_logged_once_and_the_server_lives)
+{
+    t_case c = {0};
+    tsrv_set_log(see_log, &return_log);
+    c.handler = return_a_value;
+    c.on_close = check_return;
+    c.client = connect_for_each_return;
+    t_run(&c);
+    CHECK_INT(return_closed, RETURNS);
+}
+
+static int read_to_the_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_some(stream, 0, &slice)) == TSRV_OK) {
+        t_record((int)slice.size);
+    }
+    return rc;
+}
+
+static void record_reason(tsrv_stream *stream, int reason, void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_fd(stream), -1);
+    t_record(reason);
+}
+
+static void connect_and_reset(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    t_sends(fd, "x");
+    t_wait_records(1);
+    t_reset(fd);
+    t_wait_records(2);
+}
+
+TEST_STREAM(reset_by_the_peer_is_no_failure)
+{
+    log_seen seen = {0};
+    t_case c = {0};
+    tsrv_set_log(see_log, &seen);
+    c.handler = read_to_the_end;
+    c.on_close = record_reason;
+    c.client = connect_and_reset;
+    t_run(&c);
+    CHECK_INT(t_record_count(), 2);
+    CHECK_INT(t_recorded(0), 1);
+    CHECK_INT(t_recorded(1), -ECONNRESET);
+    CHECK_INT(seen.lines, 0);
+}
+
+static int write_then_close(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address;
+    CHECK_INT(tsrv_write(stream, "data", 4), TSRV_OK);
+    if (*(bool *)context) {
+        CHECK_INT(tsrv_close(stream), TSRV_OK);
+        CHECK_INT(tsrv_close(stream), TSRV_OK);
+        CHECK_INT(tsrv_write(stream, "more", 4), TSRV_ECLOSED);
+        CHECK(tsrv_server_next(tsrv_stream_server(stream), NULL) == NULL);
+    }
+    return 3;
+}
+
+static void expect_data(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    t_expect(fd, "data");
+    t_expect_eof(fd);
+    t_close(fd);
+}
+
+/* Tornado's test_handle_stream_native_coroutine. */
+TEST_STREAM(handler_may_write_and_close_at_once)
+{
+    for (int i = 0; i < 2; i++) {
+        bool close_too = i == 1;
+        t_case c = {0};
+        c.handler = write_then_close;
+        c.on_close = record_reason;
+        c.client = expect_data;
+        c.context = &close_too;
+        t_run(&c);
+        CHECK_INT(t_record_count(), i + 1);
+        CHECK_INT(t_recorded(i), 3);
+    }
+}
+
+/* ---- listening and stopping ---------------------------------------------------------------*/
+
+TEST_STREAM(stop_twice_and_listen_again)
+{
+    int entered = 0;
+    site s = open_site(echo_options(&entered));
+    tsrv_address address;
+    tsrv_server_stop(s.server);
+    int port = listen_locally(s.server);
+    int fd = t_connect(port);
+    turn_until(s.loop, &entered, 1);
+    tsrv_server_stop(s.server);
+    tsrv_server_stop(s.server);
+    CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
+    CHECK(is_refused(port));
+
+    /* What was accepted goes on, and the loop ends with it. */
+    t_sends(fd, "still here\n");
+    t_shut(fd);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    t_expect(fd, "still here\n");
+    t_expect_eof(fd);
+    t_close(fd);
+
+    fd = t_connect(listen_locally(s.server));
+    t_sends(fd, "again\n");
+    turn_until(s.loop, &entered, 2);
+    tsrv_server_stop(s.server);
+    t_shut(fd);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    t_expect(fd, "again\n");
+    t_expect_eof(fd);
+    t_close(fd);
+    close_site(&s);
+}
+
+static int stop_the_server(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address;
+    ++*(int *)context;
+    tsrv_server_stop(tsrv_stream_server(stream));
+    return 0;
+}
+
+/* Tornado's test_stop_in_callback: the rest of the batch is let go without an error. */
+TEST_STREAM(stop_in_a_handler_while_many_connect)
+{
+    enum { CLIENTS = 40 };
+    tsrv_server_options options = {0};
+    log_seen seen = {0};
+    int fds[CLIENTS], entered = 0;
+    tsrv_set_log(see_log, &seen);
+    options.handle_stream = stop_the_server;
+    options.context = &entered;
+    options.close_timeout_ms = 20; /* the clients hold still */
+    site s = open_site(options);
+    int port = listen_locally(s.server);
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = t_connect(port);
+    }
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    CHECK(entered >= 1 && entered <= CLIENTS);
+    CHECK(is_refused(port));
+    for (int i = 0; i < CLIENTS; i++) {
+        drain_and_close(fds[i]);
+    }
+    CHECK_INT(seen.lines, 0);
+    close_site(&s);
+}
+
+/* Tornado's test_listen_single: one process that listens, runs and ends has nothing to say. */
+TEST_LOOP(listening_in_one_process_is_silent)
+{
+    int fds[2], status;
+    char text[512];
+    CHECK(pipe(fds) == 0);
+    fflush(NULL);
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        int entered = 0;
+        CHECK(dup2(fds[1], 1) == 1 && dup2(fds[1], 2) == 2);
+        t_close(fds[0]);
+        t_close(fds[1]);
+        site s = open_site(echo_options(&entered));
+        int fd = t_connect(listen_locally(s.server));
+        turn_until(s.loop, &entered, 1);
+        run_for(s.loop, 1);
+        t_close(fd);
+        close_site(&s);
+        _exit(0);
+    }
+    t_close(fds[1]);
+    ssize_t n = read(fds[0], text, sizeof text);
+    CHECK(n >= 0);
+    CHECK_MEM(text, (size_t)n, "", 0);
+    t_close(fds[0]);
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+TEST_STREAM(one_server_listens_on_several_ports)
+{
+    enum { PORTS = 3 };
+    int entered = 0, fds[PORTS], ports[PORTS];
+    site s = open_site(echo_options(&entered));
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE], expected[32];
+    CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
+    for (int i = 0; i < PORTS; i++) {
+        CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
+        CHECK_INT(tsrv_server_address(s.server, i, &address), TSRV_OK);
+        CHECK_INT(tsrv_address_family(&address), AF_INET);
+        ports[i] = tsrv_address_port(&address);
+        CHECK(ports[i] > 0 && (i == 0 || ports[i] != ports[i - 1]));
+        snprintf(expected, sizeof expected, "127.0.0.1:%d", ports[i]);
+        CHECK_STR(tsrv_address_format(&address, text, sizeof text), expected);
+    }
+    CHECK_INT(tsrv_server_address(s.server, PORTS, &address), TSRV_EINVAL);
+    CHECK_INT(tsrv_server_address(s.server, -1, &address), TSRV_EINVAL);
+    for (int i = 0; i < PORTS; i++) {
+        fds[i] = t_connect(ports[i]);
+        t_sends(fds[i], "hello\n");
+        t_shut(fds[i]);
+    }
+    turn_until(s.loop, &entered, PORTS);
+    tsrv_server_stop(s.server);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    for (int i = 0; i < PORTS; i++) {
+        CHECK(is_refused(ports[i]));
+        t_expect(fds[i], "hello\n");
+        t_expect_eof(fds[i]);
+        t_close(fds[i]);
+    }
+    close_site(&s);
+}
+
+TEST_LOOP(failing_listen_is_logged_and_leaves_nothing)
+{
+    int entered = 0, port, fd = raw_socket(SOCK_STREAM, true, &port);
+    char text[16];
+    log_seen seen = {0};
+    tsrv_address address;
+    site s = open_site(echo_options(&entered));
+    tsrv_set_log(see_log, &seen);
+    CHECK_INT(tsrv_server_listen(s.server, port, "127.0.0.1", NULL), -EADDRINUSE);
+    CHECK_INT(seen.lines, 1);
+    snprintf(text, sizeof text, "%d", port);
+    CHECK(strstr(seen.last, text) != NULL);
+    CHECK(strstr(seen.last, "127.0.0.1") != NULL);
+    CHECK_INT(tsrv_server_listen(s.server, -1, "127.0.0.1", NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_server_listen(s.server, 65536, "127.0.0.1", NULL), TSRV_EINVAL);
+    CHECK_INT(seen.lines, 3);
+    CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left */
+    t_close(fd);
+    CHECK(listen_locally(s.server) > 0);
+    close_site(&s);
+}
+
+TEST_ONCE(server_refuses_bad_options_and_needs_no_loop)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server = (tsrv_server *)&options; /* to see it cleared */
+    tsrv_server_free(NULL);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    CHECK(server == NULL);
+    options.handle_stream = echo_lines;
+    options.mode = 2;
+    server = (tsrv_server *)&options;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    CHECK(server == NULL);
+    options.mode = TSRV_CALLBACK;
+    int fds = t_open_fds();
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(t_open_fds(), fds);
+    tsrv_server_stop(server);
+    tsrv_server_free(server);
+}
+
+/* The default loop is that of the thread that listens first. */
+TEST_ONCE(server_without_a_loop_takes_the_threads)
+{
+    int entered = 0;
+    tsrv_server_options options = echo_options(&entered);
+    tsrv_server *server;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    options.handle_stream = NULL; /* it was copied */
+    options.data_size = 0;
+    int fd = t_connect(listen_locally(server));
+    t_sends(fd, "hello\n");
+    turn_until(tsrv_loop_current(), &entered, 1);
+    tsrv_server_stop(server);
+    t_shut(fd);
+    CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+    t_expect(fd, "hello\n");
+    t_close(fd);
+    tsrv_server_free(server);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+}
+
+typedef struct start_case {
+    tsrv_timer timer;
+    tsrv_loop *loop;
+    int starts, entered, timers;
+} start_case;
+
+static void count_timer(void *context)
+{
+    ((start_case *)context)->timers++;
+}
+
+static void note_start(tsrv_server *server, void *context)
+{
+    start_case *c = (start_case *)context;
+    CHECK_INT(c->entered, 0);
+    CHECK(port_of(server, 0) > 0);
+    CHECK(port_of(server, 1) > 0);
+    CHECK(tsrv_loop_current() == c->loop);
+    CHECK_INT(tsrv_timer_start(c->loop, &c->timer, 1, count_timer, c), TSRV_OK);
+    c->starts++;
+}
+
+static int count_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address;
+    ((start_case *)context)->entered++;
+    return 0;
+}
+
+TEST_STREAM(on_start_is_called_once_before_the_first_connection)
+{
+    static start_case c;
+    tsrv_server_options options = {0};
+    options.handle_stream = count_handler;
+    options.on_start = note_start;
+    options.context = &c;
+    options.close_timeout_ms = 10;
+    site s = open_site(options);
+    c.loop = s.loop;
+    listen_locally(s.server);
+    CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
+    int first = t_connect(port_of(s.server, 0)), second = t_connect(port_of(s.server, 1));
+    CHECK_INT(c.starts, 0);
+    turn_until(s.loop, &c.entered, 2);
+    turn_until(s.loop, &c.timers, 1);
+    tsrv_server_stop(s.server);
+    int third = t_connect(listen_locally(s.server));
+    turn_until(s.loop, &c.entered, 3);
+    CHECK_INT(c.starts, 1);
+    close_site(&s);
+    t_close(first);
+    t_close(second);
+    t_close(third);
+}
+
+static void free_at_start(tsrv_server *server, void *context)
+{
+    ((start_case *)context)->starts++;
+    tsrv_server_free(server);
+}
+
+TEST_STREAM(server_may_be_freed_in_on_start)
+{
+    static start_case c;
+    tsrv_server_options options = {0};
+    options.handle_stream = count_handler;
+    options.on_start = free_at_start;
+    options.context = &c;
+    site s = open_site(options);
+    int fd = t_connect(listen_locally(s.server));
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    CHECK_INT(c.starts, 1);
+    CHECK_INT(c.entered, 0);
+    CHECK_INT(tsrv_loop_free(s.loop), TSRV_OK);
+    drain_and_close(fd);
+}
+
+/* ---- addresses ----------------------------------------------------------------------------*/
+
+/* Writes the peer's address as the handler sees it, and as the stream tells it. */
+static int tell_address(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    char given[TSRV_ADDRESS_SIZE], kept[TSRV_ADDRESS_SIZE], local[TSRV_ADDRESS_SIZE];
+    tsrv_address peer, ours;
+    ++*(int *)context;
+    CHECK_INT(tsrv_peer_address(stream, &peer), TSRV_OK);
+    CHECK_INT(tsrv_local_address(stream, &ours), TSRV_OK);
+    CHECK(tsrv_address_format(address, given, sizeof given) == given);
+    CHECK_STR(tsrv_address_format(&peer, kept, sizeof kept), given);
+    CHECK_INT(tsrv_address_family(&ours), tsrv_address_family(address));
+    CHECK_INT(tsrv_printf(stream, "%s|%s", given,
+                          tsrv_address_format(&ours, local, sizeof local)), TSRV_OK);
+    return 0;
+}
+
+/* Connects to a listener's address, or to the loopback one where that is the wildcard. */
+static int connect_to(const tsrv_address *listener)
+{
+    struct sockaddr_storage to;
+    int fd = socket(tsrv_address_family(listener), SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    t_prepare(fd);
+    memset(&to, 0, sizeof to);
+    memcpy(&to, listener->storage, listener->size);
+    if (to.ss_family == AF_INET) {
+        ((struct sockaddr_in *)&to)->sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    } else if (to.ss_family == AF_INET6) {
+        ((struct sockaddr_in6 *)&to)->sin6_addr.s6_addr[15] = 1;
+    }
+    CHECK(connect(fd, (struct sockaddr *)&to, listener->size) == 0);
+    return fd;
+}
+
+/* One connection to the index-th listener; the server must name the peer and itself as expected,
+ * where %d stands for the port of each. */
+static void check_addresses(site *s, int *entered, int index, const char *peer, const char *local)
+{
+    union {
+        struct sockaddr any;
+        struct sockaddr_in v4;
+        struct sockaddr_in6 v6;
+        struct sockaddr_storage storage;
+    } name;
+    socklen_t size = sizeof name;
+    char text[600], expected[600];
+    tsrv_address listener;
+    int before = *entered;
+    CHECK_INT(tsrv_server_address(s->server, index, &listener), TSRV_OK);
+    int fd = connect_to(&listener);
+    CHECK(getsockname(fd, &name.any, &size) == 0);
+    int port = name.any.sa_family == AF_INET ? ntohs(name.v4.sin_port) :
+               name.any.sa_family == AF_INET6 ? ntohs(name.v6.sin6_port) : 0;
+    turn_until(s->loop, entered, before + 1);
+    run_for(s->loop, 1);
+    size_t received = t_recv_all(fd, text, sizeof text - 1);
+    text[received] = 0;
+    if (port > 0) {
+        snprintf(expected, sizeof expected, "%s:%d|%s:%d", peer, port, local,
+                 tsrv_address_port(&listener));
+    } else {
+        snprintf(expected, sizeof expected, "%s|%s", peer, local);
+    }
+    CHECK_STR(text, expected);
+    t_close(fd);
+}
+
+static tsrv_server_options tell_options(int *entered)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = tell_address;
+    options.context = entered;
+    options.close_timeout_ms = 10;
+    return options;
+}
+
+TEST_STREAM(handler_gets_the_peers_address)
+{
+    int entered = 0;
+    site s = open_site(tell_options(&entered));
+    CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
+    check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
+    if (has_ipv6()) {
+        CHECK_INT(tsrv_server_listen(s.server, 0, "::1", NULL), TSRV_OK);
+        check_addresses(&s, &entered, 1, "[::1]", "[::1]");
+    }
+    close_site(&s);
+}
+
+TEST_STREAM(default_address_is_both_families_on_one_port)
+{
+    int entered = 0;
+    tsrv_address v4, v6, none;
+    if (!has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    site s = open_site(tell_options(&entered));
+    CHECK_INT(tsrv_server_listen(s.server, 0, NULL, NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(s.server, 0, &v4), TSRV_OK);
+    CHECK_INT(tsrv_server_address(s.server, 1, &v6), TSRV_OK);
+    CHECK_INT(tsrv_server_address(s.server, 2, &none), TSRV_EINVAL);
+    CHECK_INT(tsrv_address_family(&v4), AF_INET);
+    CHECK_INT(tsrv_address_family(&v6), AF_INET6);
+    CHECK(tsrv_address_port(&v4) > 0);
+    CHECK_INT(tsrv_address_port(&v6), tsrv_address_port(&v4));
+    check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
+    check_addresses(&s, &entered, 1, "[::1]", "[::1]");
+    close_site(&s);
+}
+
+/* A directory of its own, below build/ where there is one. */
+static char *make_directory(void)
+{
+    static char name[64];
+    snprintf(name, sizeof name, "%s/tsrv-XXXXXX", access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(name) != NULL);
+    return name;
+}
+
+TEST_STREAM(unix_clients_have_addresses_too)
+{
+    int entered = 0;
+    char path[100], address[120], client_path[100], text[600], expected[600];
+    struct sockaddr_un name;
+    tsrv_address listener;
+    const char *directory = make_directory();
+    site s = open_site(tell_options(&entered));
+    snprintf(path, sizeof path, "%s/s", directory);
+    snprintf(client_path, sizeof client_path, "%s/c", directory);
+    snprintf(address, sizeof address, "unix:%s", path);
+    CHECK_INT(tsrv_server_listen(s.server, 0, address, NULL), TSRV_OK);
+    check_addresses(&s, &entered, 0, "unix:", address);
+
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    t_prepare(fd);
+    memset(&name, 0, sizeof name);
+    name.sun_family = AF_UNIX;
+    memcpy(name.sun_path, client_path, strlen(client_path) + 1);
+    CHECK(bind(fd, (struct sockaddr *)&name, sizeof name) == 0);
+    CHECK_INT(tsrv_server_address(s.server, 0, &listener), TSRV_OK);
+    CHECK(connect(fd, (struct sockaddr *)listener.storage, listener.size) == 0);
+    turn_until(s.loop, &entered, 2);
+    run_for(s.loop, 1);
+    text[t_recv_all(fd, text, sizeof text - 1)] = 0;
+    snprintf(expected, sizeof expected, "unix:%s|%s", client_path, address);
+    CHECK_STR(text, expected);
+    t_close(fd);
+#ifdef __linux__
+    snprintf(address, sizeof address, "unix:@tsrv-test-%d", (int)getpid());
+    CHECK_INT(tsrv_server_listen(s.server, 0, address, NULL), TSRV_OK);
+    check_addresses(&s, &entered, 1, "unix:", address);
+#endif
+    close_site(&s);
+    CHECK(unlink(path) == 0); /* the file stays, as in Tornado */
+    CHECK(unlink(client_path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* ---- sockets from elsewhere ---------------------------------------------------------------*/
+
+TEST_STREAM(add_sockets_takes_over_listeners)
+{
+    int entered = 0, sockets[9], port;
+    tsrv_address address;
+    site s = open_site(tell_options(&entered));
+    int count = tsrv_bind_sockets(0, "127.0.0.1", NULL, sockets, 8);
+    CHECK_INT(count, 1);
+    /* A blocking one must not hold up the loop when there is nobody to accept. */
+    sockets[1] = raw_socket(SOCK_STREAM, true, &port);
+    CHECK((fcntl(sockets[1], F_GETFL) & O_NONBLOCK) == 0);
+    CHECK_INT(tsrv_server_add_sockets(s.server, sockets, 2), TSRV_OK);
+    CHECK((fcntl(sockets[1], F_GETFL) & O_NONBLOCK) != 0);
+    CHECK_INT(tsrv_server_address(s.server, 1, &address), TSRV_OK);
+    CHECK_INT(tsrv_address_port(&address), port);
+    run_for(s.loop, 10);
+    check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
+    check_addresses(&s, &entered, 1, "127.0.0.1", "127.0.0.1");
+    check_addresses(&s, &entered, 1, "127.0.0.1", "127.0.0.1");
+    tsrv_server_stop(s.server);
+    CHECK(!is_open(sockets[0]) && !is_open(sockets[1]));
+    close_site(&s);
+}
+
+TEST_LOOP(add_sockets_refuses_what_does_not_listen_and_closes_all)
+{
+    static const int expected[] = {TSRV_EINVAL, TSRV_EINVAL, TSRV_EINVAL, -EBADF};
+    log_seen seen = {0};
+    tsrv_set_log(see_log, &seen);
+    for (int kind = 0; kind < 4; kind++) {
+        int entered = 0, fds[3], other[2] = {-1, -1};
+        tsrv_address address;
+        site s = open_site(tell_options(&entered));
+        fds[0] = raw_socket(SOCK_STREAM, true, NULL);
+        fds[2] = raw_socket(SOCK_STREAM, true, NULL);
+        switch (kind) {
+        case 0: fds[1] = raw_socket(SOCK_STREAM, false, NULL); break;
+        case 1: fds[1] = raw_socket(SOCK_DGRAM, false, NULL); break;
+        case 2:
+            CHECK(pipe(other) == 0);
+            fds[1] = other[0];
+            break;
+        default:
+            fds[1] = dup(fds[0]);
+            t_close(fds[1]);
+        }
+        CHECK_INT(tsrv_server_add_sockets(s.server, fds, 3), expected[kind]);
+        for (int i = 0; i < 3; i++) {
+            CHECK(!is_open(fds[i]));
+        }
+        CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
+        CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+        if (kind == 2) {
+            t_close(other[1]);
+        }
+        close_site(&s);
+    }
+}
+
+TEST_STREAM(add_stream_serves_a_socket_pair)
+{
+    int entered = 0, fds[2];
+    tsrv_stats stats;
+    site s = open_site(echo_options(&entered));
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+    t_prepare(fds[1]);
+    t_sends(fds[1], "over a pair\n");
+    CHECK_INT(tsrv_server_add_stream(s.server, fds[0]), TSRV_OK);
+    CHECK_INT(entered, 0);
+    turn_until(s.loop, &entered, 1);
+    CHECK((fcntl(fds[0], F_GETFL) & O_NONBLOCK) != 0);
+    t_shut(fds[1]);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left when it has ended */
+    t_expect(fds[1], "over a pair\n");
+    t_expect_eof(fds[1]);
+    tsrv_server_stats(s.server, &stats);
+    CHECK_INT(stats.accepted, 1);
+    CHECK_INT(stats.closed, 1);
+    CHECK(!is_open(fds[0]));
+    t_close(fds[1]);
+    close_site(&s);
+}
+
+/* As under inetd. */
+TEST_STREAM(add_stream_knows_the_peers_address)
+{
+    int entered = 0, port;
+    char text[300], peer[64];
+    struct sockaddr_in name;
+    socklen_t size = sizeof name;
+    site s = open_site(tell_options(&entered));
+    int listener = raw_socket(SOCK_STREAM, true, &port), fd = t_connect(port);
+    CHECK_INT(tsrv_server_add_stream(s.server, accept(listener, NULL, NULL)), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    CHECK_INT(entered, 1);
+    text[t_recv_all(fd, text, sizeof text - 1)] = 0;
+    CHECK(getsockname(fd, (struct sockaddr *)&name, &size) == 0);
+    snprintf(peer, sizeof peer, "127.0.0.1:%d|127.0.0.1:%d", ntohs(name.sin_port), port);
+    CHECK_STR(text, peer);
+    t_close(fd);
+    t_close(listener);
+    close_site(&s);
+}
+
+TEST_LOOP(add_stream_refuses_other_descriptors_and_closes_them)
+{
+    int entered = 0, pipe_fds[2];
+    log_seen seen = {0};
+    site s = open_site(echo_options(&entered));
+    tsrv_set_log(see_log, &seen);
+    CHECK(pipe(pipe_fds) == 0);
+    CHECK_INT(tsrv_server_add_stream(s.server, pipe_fds[0]), TSRV_EINVAL);
+    CHECK(!is_open(pipe_fds[0]));
+    CHECK_INT(tsrv_server_add_stream(s.server, pipe_fds[0]), -EBADF);
+    CHECK_INT(tsrv_server_add_stream(s.server, -1), -EBADF);
+    int fd = raw_socket(SOCK_DGRAM, false, NULL);
+    CHECK_INT(tsrv_server_add_stream(s.server, fd), TSRV_EINVAL);
+    CHECK(!is_open(fd));
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    CHECK_INT(entered, 0);
+    t_close(pipe_fds[1]);
+    close_site(&s);
+}
+
+static void count_close(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)reason;
+    ++*(int *)context;
+}
+
+/* on_close belongs to the handler's entry. */
+TEST_STREAM(stream_that_was_never_entered_has_no_on_close)
+{
+    int calls = 0, fds[2];
+    tsrv_server_options options = {0};
+    options.handle_stream = echo_lines;
+    options.on_close = count_close;
+    options.context = &calls;
+    site s = open_site(options);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+    CHECK_INT(tsrv_server_add_stream(s.server, fds[0]), TSRV_OK);
+    close_site(&s);
+    CHECK_INT(calls, 0);
+    CHECK(!is_open(fds[0]));
+    t_close(fds[1]);
+}
+
+/* ---- sockets of streams -------------------------------------------------------------------*/
+
+static int socket_option(int fd, int level, int name)
+{
+    int value = -1;
+    socklen_t size = sizeof value;
+    CHECK(getsockopt(fd, level, name, &value, &size) == 0);
+    return value;
+}
+
+static int check_socket(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    const tsrv_server_options *options = (const tsrv_server_options *)context;
+    int fd = tsrv_fd(stream);
+    (void)address;
+    CHECK(fd >= 0);
+    CHECK((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0);
+    CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0);
+    CHECK_INT(socket_option(fd, IPPROTO_TCP, TCP_NODELAY) != 0, !options->nagle);
+    CHECK_INT(socket_option(fd, SOL_SOCKET, SO_KEEPALIVE) != 0, options->keep_alive);
+    CHECK_INT(tsrv_set_nodelay(stream, options->nagle), TSRV_OK);
+    CHECK_INT(socket_option(fd, IPPROTO_TCP, TCP_NODELAY) != 0, options->nagle);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    return tsrv_write(stream, "", 0);
+}
+
+static void connect_twice(int port, void *context)
+{
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        int fd = t_connect(port);
+        t_expect_eof(fd);
+        t_close(fd);
+    }
+}
+
+TEST_STREAM(accepted_sockets_are_set_up)
+{
+    for (int i = 0; i < 4; i++) {
+        t_case c = {0};
+        c.options.nagle = (i & 1) != 0;
+        c.options.keep_alive = (i & 2) != 0;
+        c.handler = check_socket;
+        c.on_close = record_reason;
+        c.client = connect_twice;
+        c.context = &c.options;
+        t_run(&c);
+        CHECK_INT(t_record_count(), 2 * (i + 1));
+        CHECK_INT(t_recorded(2 * i), TSRV_ECLOSED);
+    }
+}
+
+/* ---- a stream's own bytes and handler -----------------------------------------------------*/
+
+typedef union any_type {
+    long double number;
+    long long integer;
+    void *pointer;
+    void (*function)(void);
+} any_type;
+
+static bool is_filled(const unsigned char *data, size_t size, unsigned char byte)
+{
+    for (size_t i = 0; i < size; i++) {
+        if (data[i] != byte) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static int keep_data(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    CHECK_INT(tsrv_address_family(address), AF_INET);
+    CHECK(is_filled((unsigned char *)tsrv_data(stream), *(size_t *)context, 0x5A));
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+    }
+    return rc;
+}
+
+static int fill_data(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    size_t size = *(size_t *)context;
+    unsigned char *data = (unsigned char *)tsrv_data(stream);
+    (void)address;
+    if (size == 0) {
+        CHECK(data == NULL);
+    } else {
+        CHECK(data != NULL);
+        CHECK((uintptr_t)data % __alignof__(any_type) == 0);
+        CHECK(is_filled(data, size, 0));
+        memset(data, 0x5A, size);
+    }
+    tsrv_set_handler(stream, keep_data);
+    return TSRV_EAGAIN;
+}
+
+static void check_data(tsrv_stream *stream, int reason, void *context)
+{
+    CHECK_INT(reason, TSRV_EOF);
+    CHECK(is_filled((unsigned char *)tsrv_data(stream), *(size_t *)context, 0x5A));
+    t_record(1);
+}
+
+static void echo_on_eight(int port, void *context)
+{
+    (void)context;
+    for (int i = 0; i < 8; i++) {
+        int fd = t_connect(port);
+        t_sends(fd, "one\ntwo\n");
+        t_expect(fd, "one\ntwo\n");
+        t_sends(fd, "three\n");
+        t_expect(fd, "three\n");
+        t_shut(fd);
+        t_expect_eof(fd);
+        t_close(fd);
+    }
+}
+
+TEST_STREAM(data_is_zeroed_aligned_and_kept)
+{
+    static size_t sizes[] = {0, 1, 7, 64, 5000};
+    for (int i = 0; i < 5; i++) {
+        t_case c = {0};
+        c.handler = fill_data;
+        c.on_close = check_data;
+        c.client = echo_on_eight;
+        c.context = &sizes[i];
+        c.options.data_size = sizes[i];
+        t_run(&c);
+        CHECK_INT(t_record_count(), 8 * (i + 1));
+    }
+}
+
+static int second_protocol(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, ";", 0, &line);
+    if (rc != TSRV_OK) {
+        return rc;
+    }
+    CHECK_INT(tsrv_printf(stream, "2%s", line.data), TSRV_OK);
+    return TSRV_EAGAIN;
+}
+
+static int first_protocol(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc != TSRV_OK) {
+        return rc;
+    }
+    if (strcmp(line.data, "switch\n") == 0) {
+        tsrv_set_handler(stream, second_protocol);
+    }
+    CHECK_INT(tsrv_printf(stream, "1%s", line.data), TSRV_OK);
+    return TSRV_EAGAIN;
+}
+
+static void switch_protocols(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    t_sends(fd, "hello\nswitch\nhello;again;");
+    t_expect(fd, "1hello\n1switch\n2hello;2again;");
+    t_sends(fd, "\n;");
+    t_expect(fd, "2\n;");
+    t_shut(fd);
+    t_expect_eof(fd);
+    t_close(fd);
+}
+
+TEST_STREAM(handler_can_be_exchanged)
+{
+    t_case c = {0};
+    c.handler = first_protocol;
+    c.on_close = record_reason;
+    c.client = switch_protocols;
+    t_run(&c);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(t_recorded(0), TSRV_EOF);
+}
+
+/* ---- counting and walking -----------------------------------------------------------------*/
+
+static void copy_stats(void *context)
+{
+    tsrv_server_stats(t_server, (tsrv_stats *)context);
+}
+
+static bool two_are_left(void *context)
+{
+    tsrv_stats *stats = (tsrv_stats *)context;
+    t_on_loop(copy_stats, stats);
+    return stats->open == 2;
+}
+
+static void count_things(int port, void *context)
+{
+    tsrv_stats stats;
+    int fds[3];
+    (void)context;
+    t_on_loop(copy_stats, &stats);
+    CHECK_INT(stats.accepted + stats.open + stats.closed + stats.bytes_in + stats.bytes_out, 0);
+    for (int i = 0; i < 3; i++) {
+        fds[i] = t_connect(port);
+        t_sends(fds[i], "hello\n");
+        t_expect(fds[i], "hello\n");
+    }
+    t_on_loop(copy_stats, &stats);
+    CHECK_INT(stats.accepted, 3);
+    CHECK_INT(stats.open, 3);
+    CHECK_INT(stats.closed, 0);
+    CHECK_INT(stats.bytes_in, 18);
+    CHECK_INT(stats.bytes_out, 18);
+    CHECK_INT(stats.accept_pauses, 0);
+    CHECK_INT(stats.accept_errors, 0);
+    t_close(fds[0]);
+    CHECK(t_wait_until(two_are_left, &stats));
+    CHECK_INT(stats.accepted, 3);
+    CHECK_INT(stats.closed, 1);
+    t_close(fds[1]);
+    t_close(fds[2]);
+}
+
+TEST_STREAM(server_keeps_counters)
+{
+    int entered = 0;
+    t_case c = {0};
+    c.handler = echo_lines;
+    c.client = count_things;
+    c.context = &entered;
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+    CHECK_INT(entered, 3);
+}
+
+enum { WALKED = 6 };
+
+static int count_walk(void)
+{
+    int count = 0;
+    for (tsrv_stream *s = tsrv_server_next(t_server, NULL); s != NULL;
+         s = tsrv_server_next(t_server, s)) {
+        CHECK(tsrv_stream_server(s) == t_server);
+        CHECK(tsrv_stream_loop(s) == t_loop);
+        CHECK(count++ < WALKED);
+    }
+    return count;
+}
+
+/* Closes and aborts while it walks; what is being closed is left out at once. */
+static void walk_and_close(void *context)
+{
+    int at = 0;
+    (void)context;
+    CHECK_INT(count_walk(), WALKED);
+    for (tsrv_stream *s = tsrv_server_next(t_server, NULL); s != NULL;
+         s = tsrv_server_next(t_server, s)) {
+        switch (at++ % 3) {
+        case 0: CHECK_INT(tsrv_close(s), TSRV_OK); break;
+        case 1: CHECK_INT(tsrv_abort(s), TSRV_OK); break;
+        default: CHECK_INT(tsrv_write(s, "survivor", 8), TSRV_OK);
+        }
+    }
+    CHECK_INT(at, WALKED);
+    CHECK_INT(count_walk(), WALKED / 3);
+    for (tsrv_stream *s = tsrv_server_next(t_server, NULL); s != NULL;
+         s = tsrv_server_next(t_server, s)) {
+        CHECK_INT(tsrv_close(s), TSRV_OK);
+    }
+    CHECK_INT(count_walk(), 0);
+}
+
+static int enter_and_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *entered = (int *)tsrv_data(stream);
+    (void)address, (void)context;
+    if (*entered == 0) {
+        *entered = 1;
+        t_record(1);
+    }
+    return tsrv_read_until(stream, "\n", 0, NULL);
+}
+
+static void be_walked(int port, void *context)
+{
+    int fds[WALKED], survivors = 0, ends = 0;
+    (void)context;
+    for (int i = 0; i < WALKED; i++) {
+        fds[i] = t_connect(port);
+    }
+    t_wait_records(WALKED);
+    t_on_loop(walk_and_close, NULL);
+    for (int i = 0; i < WALKED; i++) {
+        char text[16];
+        ssize_t n = recv(fds[i], text, sizeof text, MSG_WAITALL);
+        survivors += n == 8;
+        ends += n == 0;
+        CHECK(n >= 0 || errno == ECONNRESET);
+        t_close(fds[i]);
+    }
+    CHECK_INT(survivors, WALKED / 3);
+    CHECK_INT(ends, WALKED / 3);
+    t_wait_records(2 * WALKED);
+}
+
+TEST_STREAM(walk_over_open_streams)
+{
+    t_case c = {0};
+    c.handler = enter_and_read;
+    c.on_close = record_reason;
+    c.client = be_walked;
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+    for (int i = 0; i < WALKED; i++) {
+        CHECK_INT(t_recorded(WALKED + i), TSRV_ECLOSED);
+    }
+}
+
+/* ---- limits -------------------------------------------------------------------------------*/
+
+static void others_are_served(int port, void *context)
+{
+    int silent = t_connect(port), fds[5];
+    (void)context;
+    t_sends(silent, "no end of line");
+    for (int i = 0; i < 5; i++) {
+        fds[i] = t_connect(port);
+        t_sends(fds[i], "line\n");
+        t_expect(fds[i], "line\n");
+    }
+    t_sends(silent, "\n");
+    t_expect(silent, "no end of line\n");
+    for (int i = 0; i < 5; i++) {
+        t_close(fds[i]);
+    }
+    t_close(silent);
+}
+
+TEST_STREAM(waiting_handler_does_not_hold_up_accepting)
+{
+    int entered = 0;
+    t_case c = {0};
+    c.handler = echo_lines;
+    c.client = others_are_served;
+    c.context = &entered;
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+    CHECK_INT(entered, 6);
+}
+
+enum { LIMIT = 2, CROWD = 7 };
+
+static int echo_within_limit(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_stats stats;
+    int before = *(int *)context;
+    tsrv_server_stats(tsrv_stream_server(stream), &stats);
+    CHECK(stats.open <= LIMIT);
+    int rc = echo_lines(stream, address, context);
+    if (*(int *)context > before) {
+        t_record(1);
+    }
+    return rc;
+}
+
+static void crowd(int port, void *context)
+{
+    tsrv_stats stats;
+    int fds[CROWD];
+    (void)context;
+    for (int i = 0; i < CROWD; i++) {
+        fds[i] = t_connect(port);
+        t_sends(fds[i], "hi\n");
+    }
+    for (int i = 0; i < CROWD; i++) {
+        t_expect(fds[i], "hi\n"); /* in the order of their connects */
+        for (int turn = 0; turn < 3; turn++) {
+            t_on_loop(copy_stats, &stats);
+            CHECK(stats.open <= LIMIT);
+        }
+        CHECK(stats.accepted <= (uint64_t)(i > LIMIT ? i : LIMIT) + 1);
+        if (i >= LIMIT - 1) {
+            CHECK_INT(stats.open, LIMIT);
+            CHECK_INT(stats.accepted, i + 1);
+            t_close(fds[i + 1 - LIMIT]);
+        }
+    }
+    CHECK(stats.accept_pauses >= 1);
+    for (int i = CROWD + 1 - LIMIT; i < CROWD; i++) {
+        t_close(fds[i]);
+    }
+}
+
+TEST_STREAM(max_connections_pauses_and_resumes)
+{
+    int entered = 0;
+    t_case c = {0};
+    c.handler = echo_within_limit;
+    c.client = crowd;
+    c.context = &entered;
+    c.options.max_connections = LIMIT;
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+    CHECK_INT(entered, CROWD);
+}
+
+static int64_t cpu_ms(void)
+{
+    struct timespec used;
+    CHECK(clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used) == 0);
+    return (int64_t)used.tv_sec * 1000 + used.tv_nsec / 1000000;
+}
+
+/* Takes all descriptors but spare. Copies of fd fill the rest; returns how many. */
+static int fill_descriptors(int fd, int highest, int *fillers, int spare)
+{
+    struct rlimit low;
+    int filled = 0;
+    CHECK(getrlimit(RLIMIT_NOFILE, &low) == 0);
+    low.rlim_cur = (rlim_t)highest + 20;
+    CHECK(setrlimit(RLIMIT_NOFILE, &low) == 0);
+    while ((fillers[filled] = dup(fd)) >= 0) {
+        CHECK(++filled < T_MAX_FD);
+    }
+    CHECK(errno == EMFILE && filled > spare);
+    while (spare-- > 0) {
+        t_close(fillers[--filled]);
+    }
+    return filled;
+}
+
+/* Tornado spins at the descriptor limit: 13,505 log records and 0.99 s of CPU in one second. */
+TEST_LOOP(running_out_of_descriptors_pauses_accepting)
+{
+    enum { CLIENTS = 10, SPARE = 3, MILLISECONDS = 1500 };
+    static int fillers[T_MAX_FD];
+    int entered = 0, fds[CLIENTS];
+    log_seen seen = {0};
+    tsrv_stats stats;
+    struct rlimit limit;
+    site s = open_site(echo_options(&entered));
+    int port = listen_locally(s.server);
+    tsrv_set_log(see_log, &seen);
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = t_connect(port);
+    }
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    int filled = fill_descriptors(fds[0], fds[CLIENTS - 1], fillers, SPARE);
+
+    int64_t start = t_now_ms(), cpu = cpu_ms();
+    run_for(s.loop, MILLISECONDS);
+    CHECK_INT(entered, SPARE);
+    CHECK_NEAR_MS(cpu_ms() - cpu, 0, MILLISECONDS * 5 / 100);
+    CHECK(seen.lines >= 1);
+    CHECK(seen.lines <= 1 + (t_now_ms() - start) / 1000);
+    tsrv_server_stats(s.server, &stats);
+    CHECK(stats.accept_pauses >= 1);
+    CHECK_INT(stats.open, SPARE);
+
+    /* Open connections are served on. */
+    t_sends(fds[1], "hello\n");
+    run_for(s.loop, 50);
+    t_expect(fds[1], "hello\n");
+
+    /* One that ends makes room for the next, without waiting for the end of the pause. Its
+     * descriptor here is copied by the fillers, so that its end has to be told. */
+    t_shut(fds[0]);
+    start = t_now_ms();
+    turn_until(s.loop, &entered, SPARE + 1);
+    CHECK_NEAR_MS(t_now_ms() - start, 0, 400);
+
+    /* A descriptor that somebody else closed is found after a while. */
+    while (filled > 0) {
+        t_close(fillers[--filled]);
+    }
+    turn_until(s.loop, &entered, CLIENTS);
+    for (int i = 1; i < CLIENTS; i++) {
+        t_sends(fds[i], "all served\n");
+    }
+    run_for(s.loop, 50);
+    for (int i = 1; i < CLIENTS; i++) {
+        t_expect(fds[i], "all served\n");
+        t_close(fds[i]);
+    }
+    t_close(fds[0]);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    close_site(&s);
+}
+
+/* ---- ends from everywhere -----------------------------------------------------------------*/
+
+enum { OWN_HANDLER, OTHER_HANDLER, TIMER, WATCH, POST, SIGNAL, COROUTINE, PLACES };
+enum { CLOSE, ABORT, FREE_SERVER, ACTIONS };
+
+typedef struct end_case {
+    site s;
+    int place, action;
+    int target;              /* index of the stream that is closed or aborted */
+    tsrv_stream *streams[2]; /* in the order of their handlers' first calls */
+    int reasons[2];
+    int opened, closed;
+    tsrv_timer timer;
+    tsrv_watch watch;
+    tsrv_signal signal_watch;
+    int fds[2];
+} end_case;
+
+/* Memory of the program's own, which it frees in on_close. */
+typedef struct end_data {
+    int index;
+    char *memory;
+} end_data;
+
+static void act(void *context)
+{
+    end_case *e = (end_case *)context;
+    switch (e->action) {
+    case CLOSE: CHECK_INT(tsrv_close(e->streams[e->target]), TSRV_OK); break;
+    case ABORT: CHECK_INT(tsrv_abort(e->streams[e->target]), TSRV_OK); break;
+    default: tsrv_server_free(e->s.server);
+    }
+    t_record(e->place);
+}
+
+static void act_in_watch(int events, void *context)
+{
+    CHECK_INT(events, TSRV_READABLE);
+    tsrv_watch_stop(&((end_case *)context)->watch);
+    act(context);
+}
+
+static void start_acting(end_case *e)
+{
+    tsrv_loop *loop = e->s.loop;
+    switch (e->place) {
+    case TIMER: CHECK_INT(tsrv_timer_start(loop, &e->timer, 0, act, e), TSRV_OK); break;
+    case WATCH:
+        CHECK_INT(tsrv_watch_start(loop, &e->watch, e->fds[0], TSRV_READABLE, act_in_watch, e),
+                  TSRV_OK);
+        break;
+    case POST: CHECK_INT(tsrv_loop_post(loop, act, e), TSRV_OK); break;
+    case SIGNAL: CHECK(raise(SIGUSR1) == 0); break;
+    case COROUTINE: CHECK_INT(tsrv_spawn(loop, act, e), TSRV_OK); break;
+    default: break; /* the second client's line does it */
+    }
+}
+
+static int wait_for_the_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    end_case *e = (end_case *)context;
+    end_data *data = (end_data *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    if (data->memory == NULL) {
+        data->memory = (char *)calloc(1, 100);
+        CHECK(data->memory != NULL && e->opened < 2);
+        data->index = e->opened++;
+        e->streams[data->index] = stream;
+        if (e->opened == 2) {
+            start_acting(e);
+        }
+    }
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK_STR(line.data, "go\n");
+        act(e);
+    }
+    data->memory[0] = rc != TSRV_EAGAIN;
+    return rc;
+}
+
+static void note_the_end(tsrv_stream *stream, int reason, void *context)
+{
+    end_case *e = (end_case *)context;
+    end_data *data = (end_data *)tsrv_data(stream);
+    tsrv_address peer;
+    CHECK_INT(data->memory[0], 1); /* its handler has returned */
+    CHECK_INT(tsrv_fd(stream), -1);
+    CHECK_INT(tsrv_peer_address(stream, &peer), TSRV_OK);
+    CHECK_INT(tsrv_address_family(&peer), AF_INET);
+    CHECK_INT(tsrv_error(stream), TSRV_OK);
+    free(data->memory);
+    e->reasons[data->index] = reason;
+    e->closed++;
+}
+
+static void end_from(int place, int action)
+{
+    static end_case e;
+    tsrv_server_options options = {0};
+    int clients[2], rc;
+    memset(&e, 0, sizeof e);
+    e.place = place;
+    e.action = action;
+    e.target = place == OWN_HANDLER;
+    options.handle_stream = wait_for_the_end;
+    options.on_close = note_the_end;
+    options.context = &e;
+    options.data_size = sizeof(end_data);
+    options.close_timeout_ms = 10; /* the clients hold still */
+    e.s = open_site(options);
+    int port = listen_locally(e.s.server);
+    CHECK(pipe(e.fds) == 0 && write(e.fds[1], "x", 1) == 1);
+    CHECK_INT(tsrv_signal_start(e.s.loop, &e.signal_watch, SIGUSR1, act, &e), TSRV_OK);
+    for (int i = 0; i < 2; i++) {
+        clients[i] = t_connect(port);
+    }
+    if (place == OWN_HANDLER || place == OTHER_HANDLER) {
+        t_sends(clients[1], "go\n");
+    }
+    turn_until(e.s.loop, &e.closed, action == FREE_SERVER ? 2 : 1);
+    CHECK_INT(e.opened, 2);
+    CHECK_INT(e.reasons[e.target], TSRV_ECLOSED);
+    if (action == FREE_SERVER) {
+        CHECK_INT(e.reasons[1 - e.target], TSRV_ECLOSED);
+        t_expect_reset(clients[0]);
+        t_expect_reset(clients[1]);
+        while ((rc = tsrv_loop_run_once(e.s.loop, TSRV_NEVER)) > 0) {
+        }
+        CHECK_INT(rc, 0);
+    } else {
+        if (action == CLOSE) {
+            t_expect_eof(clients[e.target]);
+        } else {
+            t_expect_reset(clients[e.target]);
+        }
+        /* The other one has not noticed. */
+        CHECK_INT(e.closed, 1);
+        t_shut(clients[1 - e.target]);
+        turn_until(e.s.loop, &e.closed, 2);
+        CHECK_INT(e.reasons[1 - e.target], TSRV_EOF);
+        tsrv_server_free(e.s.server);
+    }
+    tsrv_signal_stop(&e.signal_watch);
+    CHECK_INT(tsrv_loop_free(e.s.loop), TSRV_OK);
+    for (int i = 0; i < 2; i++) {
+        t_close(clients[i]);
+        t_close(e.fds[i]);
+    }
+}
+
+TEST_STREAM(close_from_every_callback)
+{
+    for (int place = 0; place < PLACES; place++) {
+        end_from(place, CLOSE);
+        CHECK_INT(t_recorded(place), place);
+    }
+    CHECK_INT(t_record_count(), PLACES);
+}
+
+TEST_STREAM(abort_from_every_callback)
+{
+    for (int place = 0; place < PLACES; place++) {
+        end_from(place, ABORT);
+        CHECK_INT(t_recorded(place), place);
+    }
+    CHECK_INT(t_record_count(), PLACES);
+}
+
+TEST_STREAM(free_the_server_from_every_callback)
+{
+    for (int place = 0; place < PLACES; place++) {
+        end_from(place, FREE_SERVER);
+        CHECK_INT(t_recorded(place), place);
+    }
+    CHECK_INT(t_record_count(), PLACES);
+}
+
+TEST_STREAM(freeing_outside_the_loop_returns_after_the_last_on_close)
+{
+    enum { CLIENTS = 5 };
+    tsrv_server_options options = {0};
+    int fds[CLIENTS];
+    options.handle_stream = enter_and_read;
+    options.on_close = record_reason;
+    options.data_size = sizeof(int);
+    site s = open_site(options);
+    int port = listen_locally(s.server);
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = t_connect(port);
+    }
+    while (t_record_count() < CLIENTS) {
+        CHECK(tsrv_loop_run_once(s.loop, 10) > 0);
+    }
+    tsrv_server_free(s.server);
+    CHECK_INT(t_record_count(), 2 * CLIENTS);
+    for (int i = 0; i < CLIENTS; i++) {
+        CHECK_INT(t_recorded(CLIENTS + i), TSRV_ECLOSED);
+        t_expect_reset(fds[i]);
+        t_close(fds[i]);
+    }
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left */
+    CHECK_INT(tsrv_loop_free(s.loop), TSRV_OK);
+}
+
+static int sleep_in_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address;
+    ++*(int *)context;
+    int rc = tsrv_sleep(60);
+    CHECK(rc == TSRV_OK || rc == TSRV_ECLOSED);
+    t_record(1);
+    return 0;
+}
+
+/* The handler waits for something else than its stream: the server outlives it all the same. */
+TEST_COROUTINE(freeing_the_server_waits_for_a_sleeping_handler)
+{
+    tsrv_server_options options = {0};
+    int entered = 0;
+    options.handle_stream = sleep_in_handler;
+    options.on_close = record_reason;
+    options.context = &entered;
+    site s = open_site(options);
+    int fd = t_connect(listen_locally(s.server));
+    turn_until(s.loop, &entered, 1);
+    tsrv_server_free(s.server);
+    CHECK_INT(t_record_count(), 2);
+    CHECK_INT(t_recorded(0), 1);
+    CHECK_INT(tsrv_loop_free(s.loop), TSRV_OK);
+    drain_and_close(fd);
+}
+
+/* ---- stale events -------------------------------------------------------------------------
+ *
+ * The client does all of a round while the loop is held, so that one batch has ends, resets, new
+ * connections and data in it, and descriptors are used again within it. Each connection has a
+ * number; everything on it starts with that number, and comes back on it alone. */
+
+enum { STALE_CLIENTS = 60, STALE_ROUNDS = 20 };
+
+typedef struct gate {
+    int held[2], release[2];
+} gate;
+
+static void hold_loop(void *context)
+{
+    gate *g = (gate *)context;
+    char byte;
+    CHECK(write(g->held[1], "", 1) == 1);
+    CHECK(read(g->release[0], &byte, 1) == 1);
+}
+
+static int echo_own_number(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *own = (int *)tsrv_data(stream), number, rc;
+    tsrv_slice line;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK(sscanf(line.data, "%d ", &number) == 1);
+        *own = *own == 0 ? number : *own;
+        CHECK_INT(number, *own);
+        if ((rc = tsrv_write(stream, line.data, line.size)) != TSRV_OK) {
+            break;
+        }
+    }
+    return rc;
+}
+
+typedef struct stale_client {
+    int fd, number;
+    bool sent; /* a line in this round, while the loop was held */
+} stale_client;
+
+static void connect_stale(stale_client *client, int port)
+{
+    static int last;
+    client->fd = t_connect(port);
+    client->number = ++last;
+}
+
+static void send_stale(const stale_client *client, const char *what)
+{
+    char line[64];
+    snprintf(line, sizeof line, "%d %s\n", client->number, what);
+    t_sends(client->fd, line);
+}
+
+static void expect_stale(const stale_client *client, const char *what)
+{
+    char line[64];
+    snprintf(line, sizeof line, "%d %s\n", client->number, what);
+    t_expect(client->fd, line);
+}
+
+/* Leaves with a last line, without one or by a reset, and comes back as another; or stays. */
+static void change_stale(stale_client *client, unsigned kind, int port)
+{
+    if (kind == 0) {
+        send_stale(client, "leaving");
+    }
+    if (kind < 2) {
+        t_close(client->fd);
+    } else if (kind == 2) {
+        t_reset(client->fd);
+    }
+    if (kind < 3) {
+        connect_stale(client, port);
+    }
+    client->sent = kind < 4;
+    if (client->sent) {
+        send_stale(client, "held");
+    }
+}
+
+static void change_clients(int port, void *context)
+{
+    static stale_client clients[STALE_CLIENTS];
+    int count = t_hard ? 15 : STALE_CLIENTS;
+    unsigned seed = 1;
+    char byte;
+    gate g;
+    (void)context;
+    CHECK(pipe(g.held) == 0 && pipe(g.release) == 0);
+    for (int i = 0; i < count; i++) {
+        connect_stale(&clients[i], port);
+    }
+    for (int round = 0; round < STALE_ROUNDS; round++) {
+        CHECK_INT(tsrv_loop_post(t_loop, hold_loop, &g), TSRV_OK);
+        CHECK(read(g.held[0], &byte, 1) == 1);
+        for (int i = 0; i < count; i++) {
+            seed = seed * 1664525u + 1013904223u;
+            change_stale(&clients[i], (seed >> 16) % 5, port);
+        }
+        CHECK(write(g.release[1], "", 1) == 1);
+        for (int i = 0; i < count; i++) {
+            send_stale(&clients[i], "released");
+        }
+        for (int i = 0; i < count; i++) {
+            if (clients[i].sent) {
+                expect_stale(&clients[i], "held");
+            }
+            expect_stale(&clients[i], "released");
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        t_shut(clients[i].fd);
+        t_expect_eof(clients[i].fd);
+        t_close(clients[i].fd);
+    }
+    for (int i = 0; i < 2; i++) {
+        t_close(g.held[i]);
+        t_close(g.release[i]);
+    }
+}
+
+TEST_STREAM(descriptors_reused_in_a_batch_keep_connections_apart)
+{
+    t_case c = {0};
+    c.handler = echo_own_number;
+    c.client = change_clients;
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+}
