@@ -6,6 +6,7 @@ STD     = c99
 OPT     = -O2
 SAN     =
 BACKEND =
+QEMU    =
 PREFIX  = /usr/local
 BUILD   = build
 TESTS   = $(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c))
@@ -30,7 +31,7 @@ SAN_FLAGS = $(SAN_FLAGS_$(SAN))
 KQUEUE_FLAGS = $(if $(KQUEUE),-Itests/kqueue)
 
 RUN_valgrind = valgrind -q --error-exitcode=99 --leak-check=full --track-fds=no
-RUN = $(RUN_$(SAN))
+RUN = $(QEMU) $(RUN_$(SAN))
 export TSAN_OPTIONS = atexit_sleep_ms=0
 export TEST_TIMEOUT_SCALE ?= $(if $(SAN),10,1)
 
@@ -56,7 +57,7 @@ run: $(DIR)/echo
 examples: $(EXAMPLES)
 
 test: $(EXAMPLES) $(PROGRAMS)
-	@CC='$(CC)' EXAMPLES='$(DIR)' sh tests/run.sh '$(RUN)' '$(BACKEND)' $(PROGRAMS)
+	@EXAMPLES='$(DIR)' sh tests/run.sh '$(strip $(RUN))' '$(BACKEND)' $(PROGRAMS)
 
 check:
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/check_header.sh

@@ -1201,9 +1201,11 @@ static size_t tsrvi_chunk_size(const tsrvi_chunk *chunk)
 
 static void tsrvi_chunk_reset(tsrvi_chunk *chunk)
 {
-    size_t capacity = chunk->capacity;
-    memset(chunk, 0, sizeof(*chunk));
-    chunk->capacity = capacity;
+    chunk->begin = 0;
+    chunk->end = 0;
+    chunk->scanned = 0;
+    chunk->need = 0;
+    chunk->held = false;
 }
 
 /* Hand out the first `size` unread bytes, terminated. They count as read. */
@@ -1277,8 +1279,7 @@ static size_t tsrvi_search(const char *data, size_t size, const char *delimiter,
             return 0;
         }
         offset = (size_t)(last - data) + 1;
-        if (delimiter_size == 1 ||
-            memcmp(data + offset - delimiter_size, delimiter, delimiter_size) == 0) {
+        if (memcmp(data + offset - delimiter_size, delimiter, delimiter_size) == 0) {
             return offset;
         }
     }
@@ -1294,7 +1295,12 @@ static size_t tsrvi_chunk_find(tsrvi_chunk *chunk, const char *delimiter, size_t
     if (chunk->scanned != 0 && chunk->delimiter == tsrvi_hash(delimiter, delimiter_size)) {
         start = chunk->scanned;
     }
-    found = tsrvi_search(data + start, size - start, delimiter, delimiter_size);
+    if (delimiter_size == 1) {
+        const char *last = (const char *)memchr(data + start, delimiter[0], size - start);
+        found = last == NULL ? 0 : (size_t)(last - data) + 1 - start;
+    } else {
+        found = tsrvi_search(data + start, size - start, delimiter, delimiter_size);
+    }
     if (found != 0) {
         return start + found;
     }
@@ -1320,7 +1326,9 @@ static size_t tsrvi_chunk_find(tsrvi_chunk *chunk, const char *delimiter, size_t
 typedef struct tsrvi_block {
     struct tsrvi_block *next;
     size_t capacity; /* of the bytes behind this header */
-    size_t begin;    /* bytes begin..end are unsent */
+    size_t limit; /* up to which small writes may fill it: capacity, or less where the high water is
+                     nearer */
+    size_t begin; /* bytes begin..end are unsent */
     size_t end;
     int file;       /* descriptor of a file range, else -1 */
     int64_t offset; /* of its next byte */
@@ -1360,6 +1368,7 @@ static tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t size)
         block->capacity = capacity;
     }
     block->next = NULL;
+    block->limit = 0;
     block->begin = 0;
     block->end = 0;
     block->file = -1;
@@ -2180,10 +2189,10 @@ struct tsrv_loop {
 
     tsrvi_io wake; /* readable when another thread posted or a signal came */
     int wake_write;
-    tsrvi_post *posts;                 /* atomic; the newest first */
-    volatile sig_atomic_t signal_seen; /* a handler ran */
-    tsrv_signal *signals;              /* watches */
-    tsrv_signal *signal_cursor;        /* the next to be looked at, while they are being called */
+    tsrvi_post *posts;          /* atomic; the newest first */
+    int signal_seen;            /* atomic; a handler ran */
+    tsrv_signal *signals;       /* watches */
+    tsrv_signal *signal_cursor; /* the next to be looked at, while they are being called */
 
     struct tsrvi_co *co;   /* the coroutine that is running; NULL = none */
     tsrv_stream *handling; /* the stream whose callback-mode handler is running; NULL = none */
@@ -2536,7 +2545,7 @@ static void tsrvi_loop_run_posts(tsrv_loop *loop)
  */
 static struct {
     tsrv_loop *loop; /* atomic; NULL = not watched */
-    volatile sig_atomic_t pending;
+    int pending;     /* atomic */
     struct sigaction before;
 } tsrvi_signals[TSRVI_SIGNALS];
 
@@ -2545,8 +2554,8 @@ static void tsrvi_signal_handler(int signo)
 {
     tsrv_loop *loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE);
     if (loop != NULL) {
-        tsrvi_signals[signo].pending = 1;
-        loop->signal_seen = 1;
+        __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->wake_write);
     }
 }
@@ -2563,7 +2572,7 @@ static int tsrvi_signal_install(tsrv_loop *loop, int signo)
     action.sa_handler = tsrvi_signal_handler;
     action.sa_flags = SA_RESTART;
     TSRV_SYS(sigfillset, (&action.sa_mask));
-    tsrvi_signals[signo].pending = 0;
+    __atomic_store_n(&tsrvi_signals[signo].pending, 0, __ATOMIC_RELEASE);
     if (TSRV_SYS(sigaction, (signo, &action, &tsrvi_signals[signo].before)) < 0) {
         int rc = tsrvi_error();
         __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
@@ -2626,13 +2635,12 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
 
 static void tsrvi_loop_run_signals(tsrv_loop *loop)
 {
-    loop->signal_seen = 0;
+    __atomic_store_n(&loop->signal_seen, 0, __ATOMIC_RELAXED);
     for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
         if (__atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE) != loop ||
-            !tsrvi_signals[signo].pending) {
+            __atomic_exchange_n(&tsrvi_signals[signo].pending, 0, __ATOMIC_ACQ_REL) == 0) {
             continue;
         }
-        tsrvi_signals[signo].pending = 0;
         for (loop->signal_cursor = loop->signals; loop->signal_cursor != NULL;) {
             tsrv_signal *signal = loop->signal_cursor;
             loop->signal_cursor = signal->next;
@@ -2648,7 +2656,7 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
 
 static bool tsrvi_loop_has_work(tsrv_loop *loop)
 {
-    return loop->ready.first != NULL || loop->signal_seen ||
+    return loop->ready.first != NULL || __atomic_load_n(&loop->signal_seen, __ATOMIC_RELAXED) ||
            __atomic_load_n(&loop->posts, __ATOMIC_RELAXED) != NULL;
 }
 
@@ -2698,7 +2706,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
         tsrvi_poller_dispatch(&loop->poller, &loop->poller.fired[i]);
         tsrvi_loop_settle(loop);
     }
-    if (TSRVI_UNLIKELY(loop->signal_seen)) {
+    if (TSRVI_UNLIKELY(__atomic_load_n(&loop->signal_seen, __ATOMIC_RELAXED))) {
         tsrvi_loop_run_signals(loop);
     }
     if (TSRVI_UNLIKELY(__atomic_load_n(&loop->posts, __ATOMIC_RELAXED) != NULL)) {
@@ -3621,6 +3629,9 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 #define TSRVI_LOCKED 0x200000u    /* a write that is taken in pieces is under way */
 #define TSRVI_FILES 0x400000u     /* the queue may hold file ranges */
 #define TSRVI_FULL_READ 0x800000u /* the last recv filled its room: there is more */
+#define TSRVI_ODD_OUTPUT \
+    (TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT) /* a write must take the long way */
+#define TSRVI_FLUSHING 0x1000000u             /* somebody waits for an empty queue */
 
 struct tsrv_server {
     tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
@@ -3927,7 +3938,7 @@ static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read
 static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
 {
     uint64_t due = TSRVI_FOREVER;
-    if ((stream->flags & TSRVI_WAIT_READ) != 0) {
+    if ((stream->flags & TSRVI_WAIT_READ) != 0 && (stream->flags & TSRVI_IN_READ) != 0) {
         due = tsrvi_stream_read_limit(stream, stream->read_due);
     }
     if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
@@ -4140,12 +4151,18 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 /* Bring the stream to rest after something happened to it: ends, interest, timer. */
 static void tsrvi_stream_rest(tsrv_stream *stream)
 {
-    if ((stream->flags & (TSRVI_SHUT | TSRVI_CLOSING)) != 0) {
-        tsrvi_stream_ending(stream);
+    const uint32_t odd = TSRVI_SHUT | TSRVI_CLOSING | TSRVI_LINGER | TSRVI_BLOCKED |
+                         TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH;
+    if ((stream->flags & (odd | TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) == 0 &&
+        (stream->io.interest & TSRV_WRITABLE) == 0) {
+        return; /* a coroutine's waits have seen to everything */
     }
-    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS | TSRVI_LINGER)) != 0 ||
-        (stream->io.interest & TSRV_WRITABLE) != 0) {
-        tsrvi_stream_interest(stream, false, false);
+    if ((stream->flags & odd) == 0 && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP)) {
+        return; /* the handler waits for input, as before */
+    }
+    tsrvi_stream_ending(stream);
+    tsrvi_stream_interest(stream, false, false);
+    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS)) != 0) {
         tsrvi_stream_arm(stream);
     }
 }
@@ -4270,6 +4287,7 @@ static void tsrvi_stream_drained(tsrv_stream *stream, bool was_above)
                                TSRV_OK);
     }
     if (stream->unsent == 0) {
+        stream->flags &= ~TSRVI_FLUSHING;
         tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH);
     }
 }
@@ -4357,7 +4375,9 @@ static void tsrvi_stream_flush(tsrv_stream *stream)
         if (!tsrvi_stream_flush_small(stream)) {
             tsrvi_stream_push(stream, "", 0);
         }
-        tsrvi_stream_drained(stream, was_above);
+        if (was_above || (stream->flags & TSRVI_FLUSHING) != 0) {
+            tsrvi_stream_drained(stream, was_above);
+        }
     }
 }
 
@@ -4524,12 +4544,6 @@ static int tsrvi_attempt_close(tsrv_stream *stream, tsrvi_read *read)
 
 static int tsrvi_attempt_bytes(tsrv_stream *stream, tsrvi_read *read)
 {
-    if (read->size > read->max) {
-        return TSRV_ETOOLONG;
-    }
-    if (read->size == 0) {
-        return TSRV_OK;
-    }
     if (tsrvi_chunk_size(stream->in) < read->size) {
         read->need = read->size;
         return TSRV_EAGAIN;
@@ -4658,10 +4672,22 @@ static uint64_t tsrvi_stream_read_due(const tsrv_stream *stream)
     return tsrvi_after(tsrvi_loop_of(stream)->now, limit_ms);
 }
 
+/* Does no time limit apply to reads? Then nobody need look at the clock. */
+static bool tsrvi_stream_untimed(const tsrv_stream *stream)
+{
+    const tsrv_server_options *options = &stream->server->options;
+    return stream->read_ms <= 0 && (stream->read_ms < 0 || options->read_timeout_ms < 0) &&
+           options->idle_timeout_ms < 0 && stream->deadline == TSRVI_FOREVER;
+}
+
 /* Wait in a coroutine until the read is answered. */
 static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
 {
-    uint64_t read_due = tsrvi_stream_read_due(stream);
+    uint64_t read_due;
+    if (tsrvi_stream_untimed(stream)) {
+        return tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, TSRVI_FOREVER);
+    }
+    read_due = tsrvi_stream_read_due(stream);
     tsrvi_stream_touch(stream);
     for (;;) {
         uint64_t due = tsrvi_stream_read_limit(stream, read_due);
@@ -4678,13 +4704,19 @@ static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
 /* In a callback-mode handler: note that it waits for a read, or that the wait is over. */
 static int tsrvi_read_noted(tsrv_stream *stream, tsrvi_read *read)
 {
-    if ((stream->flags & TSRVI_IN_READ) == 0) {
-        stream->flags |= TSRVI_IN_READ;
-        stream->read_due = tsrvi_stream_read_due(stream);
-        tsrvi_stream_touch(stream);
-    }
-    if (tsrvi_stream_read_limit(stream, stream->read_due) <= tsrvi_loop_of(stream)->now) {
-        return TSRV_ETIMEOUT;
+    if (!tsrvi_stream_untimed(stream)) {
+        uint64_t limit;
+        if ((stream->flags & TSRVI_IN_READ) == 0) {
+            stream->flags |= TSRVI_IN_READ;
+            stream->read_due = tsrvi_stream_read_due(stream);
+            tsrvi_stream_touch(stream);
+        }
+        limit = tsrvi_stream_read_limit(stream, stream->read_due);
+        if (limit <= tsrvi_loop_of(stream)->now) {
+            return TSRV_ETIMEOUT;
+        }
+        stream->flags |= TSRVI_WAIT_READ;
+        tsrvi_stream_arm(stream);
     }
     stream->flags |= TSRVI_WAIT_READ;
     if (stream->in != NULL) {
@@ -4737,7 +4769,14 @@ static int tsrvi_partial_save(tsrv_stream *stream, tsrvi_read *read, int rc)
 /* A read by the stream's callback-mode handler. */
 static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
 {
-    int rc = tsrvi_partial_load(stream, read);
+    int rc;
+    if (stream->in == NULL && stream->u.partial == NULL && stream->in_end == 0 &&
+        stream->killed == 0 && tsrvi_stream_untimed(stream) &&
+        read->attempt != tsrvi_attempt_into) {
+        stream->flags |= TSRVI_WAIT_READ; /* nothing there: the commonest answer */
+        return TSRV_EAGAIN;
+    }
+    rc = tsrvi_partial_load(stream, read);
     if (rc < 0) {
         return rc;
     }
@@ -4763,7 +4802,9 @@ static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
             tsrvi_read_undo(stream, read);
         }
     }
-    return tsrvi_partial_save(stream, read, rc);
+    return stream->u.partial != NULL || read->attempt == tsrvi_attempt_into
+               ? tsrvi_partial_save(stream, read, rc)
+               : rc;
 }
 
 /* A read where nothing can wait: what is there, and what one recv brings. */
@@ -4789,15 +4830,28 @@ static int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
     if (loop->budget-- <= 0 && (rc = tsrvi_co_yield(loop->co)) < 0) {
         return rc;
     }
-    rc = tsrvi_read_attempt(stream, read);
+    rc = stream->in == NULL && stream->in_end == 0 && stream->killed == 0
+             ? TSRV_EAGAIN
+             : tsrvi_read_attempt(stream, read);
     if (rc == TSRV_EAGAIN) {
-        tsrvi_stream_release(stream);
+        if (stream->in != NULL) {
+            tsrvi_stream_release(stream);
+        }
         rc = tsrvi_read_suspended(stream, read);
     }
     if (rc != TSRV_OK && read->done != 0) {
         tsrvi_read_undo(stream, read);
     }
     return rc;
+}
+
+/* Let the next reads be quick ones; the stream holds unread bytes or a slice, and nothing is wrong
+ * with it. */
+static void tsrvi_read_prime(tsrv_stream *stream)
+{
+    if (tsrvi_chunk_size(stream->in) <= stream->server->options.max_buffer_size) {
+        tsrvi_loop_of(stream)->quick = stream;
+    }
 }
 
 /* A read that is to be run. */
@@ -4829,14 +4883,14 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     }
     read->max = max_bytes - 1 < limit ? max_bytes : limit; /* 0 wraps to more than any limit */
     if (stream->in != NULL) {
-        tsrvi_chunk_release(stream->in);
+        tsrvi_stream_release(stream);
     }
     if (loop->co == NULL && !handling) {
         return tsrvi_read_now(stream, read);
     }
     rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read) : tsrvi_read_handler(stream, read);
     if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
-        loop->quick = stream;
+        tsrvi_read_prime(stream);
     }
     return rc;
 }
@@ -4854,38 +4908,34 @@ static TSRVI_APART int tsrvi_read_until_any(tsrv_stream *stream, const char *del
     return tsrvi_read_run(stream, &read, max_bytes);
 }
 
-/* The common case of a pipeline: the program has read from this stream, has not let go since, and
- * reads again from what is there, up to one byte. All that could forbid it has been checked by the
- * read before. */
+/* The common case of a pipeline: the program reads from this stream, has not let go since the last
+ * read, and what it wants is there, up to a delimiter of one byte. Whatever could forbid it has
+ * been checked when loop->quick was set. */
 static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delimiter,
                                                  size_t max_bytes, tsrv_slice *slice)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrvi_chunk *chunk = stream->in;
-    char *data, *last;
-    size_t size;
-    if (loop->quick != stream || loop->budget <= 0 || slice == NULL ||
-        tsrvi_stream_above_mark(stream)) {
+    char *last;
+    if (loop->quick != stream || chunk->begin == chunk->end || slice == NULL ||
+        --loop->budget < 0) {
         return false;
     }
-    data = tsrvi_chunk_data(chunk) + chunk->begin;
-    *data = chunk->saved; /* as tsrvi_chunk_release; that it may be done again does no harm */
-    last = (char *)memchr(data, delimiter, chunk->end - chunk->begin);
-    if (last == NULL) {
+    tsrvi_chunk_data(chunk)[chunk->begin] =
+        chunk->saved; /* as tsrvi_chunk_release; twice does no harm */
+    last = (char *)memchr(tsrvi_chunk_data(chunk) + chunk->begin, delimiter,
+                          chunk->end - chunk->begin);
+    if (last == NULL || (size_t)(last - tsrvi_chunk_data(chunk)) - chunk->begin >
+                            max_bytes - 1) { /* 0 wraps to no limit */
         return false;
     }
-    size = (size_t)(last - data) + 1;
-    if (size - 1 > max_bytes - 1 ||
-        size > stream->server->options.max_buffer_size) { /* 0 wraps to no limit */
-        return false;
-    }
-    loop->budget--;
-    slice->data =
-        data; /* as tsrvi_chunk_take; a chunk of which a slice is held has nothing else to reset */
-    slice->size = size;
-    chunk->begin += size;
-    chunk->saved = last[1];
-    last[1] = 0;
+    slice->data = tsrvi_chunk_data(chunk) +
+                  chunk->begin; /* as tsrvi_chunk_take; nothing else is to be reset */
+    slice->size = (size_t)(++last - slice->data);
+    chunk->begin += slice->size;
+    chunk->saved = *last;
+    *last = 0;
+    stream->flags |= TSRVI_CONSUMED;
     return true;
 }
 
@@ -4906,7 +4956,9 @@ TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t 
         tsrvi_read_quick(stream, delimiter[0], max_bytes, slice)) {
         return TSRV_OK;
     }
-    return tsrvi_read_until_any(stream, delimiter, strlen(delimiter), max_bytes, slice);
+    return tsrvi_read_until_any(stream, delimiter,
+                                delimiter[0] != 0 && delimiter[1] == 0 ? 1 : strlen(delimiter),
+                                max_bytes, slice);
 }
 
 TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
@@ -4918,11 +4970,26 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
     return match == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, max_bytes);
 }
 
+/* A read of 0 bytes: empty at once, also after the end of the input. The last slice dies as with
+ * every read. */
+static int tsrvi_read_nothing(tsrv_stream *stream)
+{
+    tsrvi_loop_of(stream)->quick = NULL;
+    if (stream->in != NULL) {
+        tsrvi_chunk_release(stream->in);
+    }
+    return stream->killed;
+}
+
 TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slice)
 {
     tsrvi_read read =
         tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice);
     read.size = count;
+    if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
+        int rc = tsrvi_read_nothing(stream);
+        return rc == TSRV_OK && count != 0 ? TSRV_ETOOLONG : rc;
+    }
     return tsrvi_read_run(stream, &read, 0);
 }
 
@@ -4937,7 +5004,10 @@ TSRV_API int tsrv_read_into(tsrv_stream *stream, void *buffer, size_t size)
     tsrvi_read read = tsrvi_read_make(tsrvi_attempt_into, NULL);
     read.into = (char *)buffer;
     read.size = size;
-    return buffer == NULL && size != 0 ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0);
+    if (size == 0) {
+        return tsrvi_read_nothing(stream);
+    }
+    return buffer == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0);
 }
 
 TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice)
@@ -5107,18 +5177,11 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
     if (TSRVI_UNLIKELY(rc != 0) || size == 0) {
         return rc;
     }
-    if (stream->out == NULL && size < TSRVI_DIRECT &&
-        size <= stream->server->options.write_high_water) {
-        if ((rc = tsrvi_queue_copy(stream, data, size)) == TSRV_OK) {
-            tsrvi_stream_soon(stream);
-            return TSRV_OK;
-        }
-        return tsrvi_write_refuse(stream, rc);
-    }
     if (TSRVI_UNLIKELY((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size))) {
         return waits ? tsrvi_write_pieces(stream, data, size)
                      : tsrvi_write_refuse(stream, TSRV_EFULL);
     }
+    tsrvi_loop_of(stream)->quick = NULL; /* a read may have to wait for the output now */
     rc = tsrvi_write_take(stream, data, size);
     if (TSRVI_UNLIKELY(rc == -ENOMEM)) {
         return tsrvi_write_refuse(stream, rc);
@@ -5128,26 +5191,50 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
                : rc;
 }
 
-/* The common case first: one more small write behind others, to a stream that is in order and far
- * from its limits. */
+/* The first small write since the output was sent. */
+static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, size_t size)
+{
+    tsrvi_block *block;
+    if ((stream->flags & TSRVI_ODD_OUTPUT) != 0 || (stream->killed | stream->out_end) != 0 ||
+        size == 0 || size >= TSRVI_DIRECT / 2 || size > stream->server->options.write_high_water) {
+        return tsrvi_write_any(stream, data, size);
+    }
+    block = tsrvi_block_new(&tsrvi_loop_of(stream)->pool, size);
+    if (block == NULL) {
+        return tsrvi_write_refuse(stream, -ENOMEM);
+    }
+    memcpy(tsrvi_block_data(block), data, size);
+    block->end = size;
+    block->limit = tsrvi_min(block->capacity, stream->server->options.write_high_water);
+    stream->unsent = size;
+    stream->out = block;
+    stream->out_last = block;
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+/* The common case first: one more small write, to a stream that is in order and far from its
+ * limits. */
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
 {
-    const uint32_t odd = TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT;
     tsrvi_block *last = stream->out_last; /* NULL after every error */
-    if (last == NULL || size > last->capacity - last->end ||
-        (stream->flags & (TSRVI_DIRTY | odd)) != TSRVI_DIRTY ||
-        stream->unsent + size > stream->server->options.write_high_water) {
+    if (last == NULL) {
+        return tsrvi_write_first(stream, (const char *)data, size);
+    }
+    if (last->end + size > last->limit || size > last->limit ||
+        (stream->flags & (TSRVI_DIRTY | TSRVI_ODD_OUTPUT)) != TSRVI_DIRTY) {
         return tsrvi_write_any(stream, (const char *)data, size);
     }
-    memcpy(tsrvi_block_data(last) + last->end, data, size);
-    last->end += size;
     stream->unsent += size;
+    last->end += size;
+    memcpy(tsrvi_block_data(last) + last->end - size, data, size);
     return TSRV_OK;
 }
 
 TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
 {
     int rc = tsrvi_write_state(stream);
+    tsrvi_loop_of(stream)->quick = NULL;
     if (rc != 0 || size == 0) {
         return rc;
     }
@@ -5260,6 +5347,7 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     bool waits = tsrvi_loop_of(stream)->co != NULL, locked = (stream->flags & TSRVI_LOCKED) != 0;
     struct stat info;
     int rc = tsrvi_write_state(stream);
+    tsrvi_loop_of(stream)->quick = NULL;
     if (rc != 0 || size == 0) {
         return rc;
     }
@@ -5288,6 +5376,7 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
     int rc;
     tsrvi_stream_flush(stream);
     while (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
+        stream->flags |= TSRVI_FLUSHING;
         if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_FLUSH, stream->deadline)) < 0) {
             return rc;
         }
@@ -5297,7 +5386,7 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
             if (stream->deadline <= loop->now) {
                 return TSRV_ETIMEOUT;
             }
-            stream->flags |= TSRVI_WAIT_FLUSH;
+            stream->flags |= TSRVI_WAIT_FLUSH | TSRVI_FLUSHING;
         }
         return TSRV_EAGAIN;
     }
@@ -5415,28 +5504,36 @@ TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
     stream->deadline = delay_ms <= 0 ? TSRVI_FOREVER : tsrvi_after(tsrvi_clock(), delay_ms);
 }
 
+/* Only the first address->size bytes are written: this is done before every call of a callback-mode
+ * handler. */
 static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
 {
-    tsrvi_sockaddr inside;
-    size_t size = 0;
-    memset(&inside, 0, sizeof(inside));
-    inside.any.sa_family = peer->family;
     if (peer->family == AF_INET) {
-        inside.four.sin_port = peer->port;
-        memcpy(&inside.four.sin_addr, peer->u.ip, 4);
-        size = sizeof(inside.four);
+        struct sockaddr_in four;
+        memset(&four, 0, sizeof(four));
+        four.sin_family = AF_INET;
+        four.sin_port = peer->port;
+        memcpy(&four.sin_addr, peer->u.ip, 4);
+        memcpy(address->storage, &four, sizeof(four));
+        address->size = sizeof(four);
     } else if (peer->family == AF_INET6) {
-        inside.six.sin6_port = peer->port;
-        inside.six.sin6_scope_id = peer->scope;
-        memcpy(&inside.six.sin6_addr, peer->u.ip, 16);
-        size = sizeof(inside.six);
+        struct sockaddr_in6 six;
+        memset(&six, 0, sizeof(six));
+        six.sin6_family = AF_INET6;
+        six.sin6_port = peer->port;
+        six.sin6_scope_id = peer->scope;
+        memcpy(&six.sin6_addr, peer->u.ip, 16);
+        memcpy(address->storage, &six, sizeof(six));
+        address->size = sizeof(six);
     } else if (peer->family == AF_UNIX && peer->u.whole != NULL) {
         *address = *peer->u.whole;
-        return;
-    } else if (peer->family == AF_UNIX) {
-        size = offsetof(struct sockaddr_un, sun_path);
+    } else {
+        tsrvi_sockaddr unnamed;
+        memset(&unnamed, 0, sizeof(unnamed));
+        unnamed.any.sa_family = AF_UNIX;
+        tsrvi_address_store(address, &unnamed,
+                            peer->family == AF_UNIX ? offsetof(struct sockaddr_un, sun_path) : 0);
     }
-    tsrvi_address_store(address, &inside, size);
 }
 
 static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
@@ -5463,6 +5560,7 @@ static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
 
 TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address)
 {
+    memset(address, 0, sizeof(*address));
     tsrvi_peer_load(&stream->peer, address);
     return TSRV_OK;
 }
@@ -5595,6 +5693,22 @@ static void tsrvi_stream_main(void *context)
     tsrvi_stream_returned(stream, rc);
 }
 
+/* A callback-mode handler is about to be called: its first read may be a quick one too, if nothing
+ * is pending. For that the byte at hand is put where a slice's terminator would have saved it. */
+static void tsrvi_stream_prime(tsrv_stream *stream)
+{
+    tsrvi_chunk *chunk = stream->in;
+    tsrvi_loop_of(stream)->quick = NULL;
+    if (chunk != NULL && stream->u.partial == NULL && stream->waiters == NULL &&
+        stream->killed == 0 && (stream->flags & TSRVI_IN_READ) == 0 &&
+        !tsrvi_stream_above_mark(stream)) {
+        tsrvi_chunk_release(chunk);
+        chunk->saved = tsrvi_chunk_data(chunk)[chunk->begin];
+        chunk->held = true;
+        tsrvi_read_prime(stream);
+    }
+}
+
 /* Call the handler; from the loop only. */
 static void tsrvi_stream_call(tsrv_stream *stream)
 {
@@ -5610,8 +5724,8 @@ static void tsrvi_stream_call(tsrv_stream *stream)
         stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
         tsrvi_peer_load(&stream->peer, &loop->address);
         loop->handling = stream;
-        loop->quick = NULL;
         loop->budget = TSRVI_BUDGET;
+        tsrvi_stream_prime(stream);
         rc = stream->handler(stream, &loop->address, options->context);
         loop->handling = NULL;
         tsrvi_stream_returned(stream, rc);

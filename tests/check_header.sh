@@ -376,7 +376,7 @@ awk '
     FNR == 1 {
         for (name in declared)
             if (!(name in forward))
-                print "line " declared[name] ": " name " is declared first, without a /* forward: */"
+                print "line " declared[name] ": " name " lacks a /* forward: */"
         for (name in forward)
             if (!(name in home)) print "line " forward[name] ": forward: names no function: " name
     }
@@ -397,7 +397,7 @@ awk '
         return 0
     }' "$work/sections" "$work/forward" "$work/functions" "$work/code" >"$work/bad"
 count=$(wc -l <"$work/forward" | tr -d ' ')
-verdict "layers: no function of a later section is named; $count listed forward declarations" "$work/bad"
+verdict "layers: no name of a later section; $count listed forward declarations" "$work/bad"
 
 # ---- text --------------------------------------------------------------------------------------
 

@@ -156,10 +156,15 @@ TEST_LOOP(timer_never_fires_early)
     free_loop(loop);
 }
 
+static int turns_after;
+
 static void dawdle_then_start(void *context)
 {
+    timed *t = (timed *)context;
     poll(NULL, 0, 25);
-    start_timed((timed *)context, 10);
+    start_timed(t, 10);
+    /* The next turn comes at once, and has read the clock anew. */
+    CHECK_INT(tsrv_loop_post(t->loop, count_call, &turns_after), TSRV_OK);
 }
 
 /* The clock is read once a turn: a callback that took long must not shorten what it starts. */
@@ -169,6 +174,7 @@ TEST_LOOP(timer_started_late_in_a_turn_is_not_early)
     timed second = new_timed();
     CHECK_INT(tsrv_timer_start(second.loop, &first, 0, dawdle_then_start, &second), TSRV_OK);
     CHECK_INT(tsrv_loop_run(second.loop), TSRV_OK);
+    CHECK_INT(turns_after, 1);
     CHECK_NEAR_MS(second.elapsed, 10, 1000);
     free_loop(second.loop);
 }

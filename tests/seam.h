@@ -25,6 +25,8 @@ static int t_fault_errno;        /* 0 = each call's usual one */
 static long t_fault_hits;
 static const char *t_fault_last; /* the name of the last call that was made to fail */
 
+static void (*t_seen)(const char *name); /* told of every call, when set */
+
 /* What a call usually fails with. */
 static inline int t_usual_errno(const char *name)
 {
@@ -51,6 +53,9 @@ static inline int t_usual_errno(const char *name)
 static inline bool t_fault(const char *name)
 {
     long call;
+    if (t_seen != NULL) {
+        t_seen(name);
+    }
     if (t_fault_name != NULL && strcmp(t_fault_name, name) != 0) {
         return false;
     }
@@ -120,7 +125,7 @@ static inline void t_free(void *memory)
 #define t_sys_getaddrinfo(...) (t_fault("getaddrinfo") ? EAI_MEMORY : getaddrinfo(__VA_ARGS__))
 #define t_sys_getcontext(...) getcontext(__VA_ARGS__)
 #define t_sys_getpeername(...) (t_fault("getpeername") ? -1 : getpeername(__VA_ARGS__))
-#define t_sys_getpid() getpid()
+#define t_sys_getpid() (t_seen != NULL ? t_seen("getpid") : (void)0, getpid())
 #define t_sys_getsockname(...) (t_fault("getsockname") ? -1 : getsockname(__VA_ARGS__))
 #define t_sys_getsockopt(...) (t_fault("getsockopt") ? -1 : getsockopt(__VA_ARGS__))
 #define t_sys_inet_ntop(...) inet_ntop(__VA_ARGS__)
@@ -131,7 +136,7 @@ static inline void t_free(void *memory)
 #define t_sys_madvise(...) (t_fault("madvise") ? -1 : madvise(__VA_ARGS__))
 #define t_sys_mmap(...) (t_fault("mmap") ? MAP_FAILED : mmap(__VA_ARGS__))
 #define t_sys_mprotect(...) (t_fault("mprotect") ? -1 : mprotect(__VA_ARGS__))
-#define t_sys_munmap(...) munmap(__VA_ARGS__)
+#define t_sys_munmap(...) (t_seen != NULL ? t_seen("munmap") : (void)0, munmap(__VA_ARGS__))
 #define t_sys_pipe(...) (t_fault("pipe") ? -1 : pipe(__VA_ARGS__))
 #define t_sys_poll(...) (t_fault("poll") ? -1 : poll(__VA_ARGS__))
 #define t_sys_pread(...) (t_fault("pread") ? -1 : pread(__VA_ARGS__))

@@ -775,7 +775,7 @@ TEST_STREAM(add_sockets_takes_over_listeners)
 TEST_LOOP(add_sockets_refuses_what_does_not_listen_and_closes_all)
 {
     static const int expected[] = {TSRV_EINVAL, TSRV_EINVAL, TSRV_EINVAL, -EBADF};
-    log_seen seen = {0};
+    static log_seen seen;
     tsrv_set_log(see_log, &seen);
     for (int kind = 0; kind < 4; kind++) {
         int entered = 0, fds[3], other[2] = {-1, -1};
