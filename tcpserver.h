@@ -1756,7 +1756,8 @@ static const tsrvi_backend tsrvi_epoll = {
 /* ============================================================================
  * >>kqueue  macOS and the BSDs
  *
- * Reading and writing are two filters of a descriptor, reported one by one.
+ * Reading and writing are two filters of a descriptor, reported one by one; a
+ * slot's mark is where the first is in `fired`, so that they become one event.
  * The generation travels in udata. Closing a descriptor removes its filters.
  * EVFILT_TIMER is not used: the heap and the timeout of kevent do.
  * ==========================================================================*/
@@ -1806,6 +1807,24 @@ static int tsrvi_kqueue_set(tsrvi_poller *poller, int fd, int old_interest, int 
     return TSRV_OK;
 }
 
+static void tsrvi_kqueue_fire(tsrvi_poller *poller, const struct kevent *event)
+{
+    int fd = (int)event->ident,
+        fired = event->filter == EVFILT_WRITE ? TSRV_WRITABLE : TSRV_READABLE;
+    uint32_t generation = (uint32_t)(uintptr_t)event->udata;
+    tsrvi_slot *slot = tsrvi_poller_slot(poller, fd);
+    if ((event->flags & EV_ERROR) != 0 || ((event->flags & EV_EOF) != 0 && event->fflags != 0)) {
+        fired = TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+    }
+    if (slot->mark < (uint32_t)poller->fired_count && poller->fired[slot->mark].fd == fd &&
+        poller->fired[slot->mark].generation == generation) {
+        poller->fired[slot->mark].events |= fired;
+    } else {
+        slot->mark = (uint32_t)poller->fired_count;
+        tsrvi_poller_fire(poller, fd, generation, fired);
+    }
+}
+
 static int tsrvi_kqueue_wait(tsrvi_poller *poller, int timeout_ms)
 {
     struct kevent *events = (struct kevent *)poller->memory;
@@ -1819,13 +1838,7 @@ static int tsrvi_kqueue_wait(tsrvi_poller *poller, int timeout_ms)
         return errno == EINTR ? TSRV_OK : tsrvi_error();
     }
     for (int i = 0; i < count; i++) {
-        int fired = events[i].filter == EVFILT_WRITE ? TSRV_WRITABLE : TSRV_READABLE;
-        if ((events[i].flags & EV_ERROR) != 0 ||
-            ((events[i].flags & EV_EOF) != 0 && events[i].fflags != 0)) {
-            fired = TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
-        }
-        tsrvi_poller_fire(poller, (int)events[i].ident, (uint32_t)(uintptr_t)events[i].udata,
-                          fired);
+        tsrvi_kqueue_fire(poller, &events[i]);
     }
     return TSRV_OK;
 }
@@ -2695,6 +2708,9 @@ static void tsrvi_loop_run_ready(tsrv_loop *loop)
 static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
 {
     int timeout_ms = tsrvi_loop_sleep_ms(loop, loop->now), rc;
+    if (timeout_ms > 0) {
+        timeout_ms = tsrvi_loop_sleep_ms(loop, tsrvi_clock()); /* the turn may have taken long */
+    }
     if (timeout_ms < 0 || (limit_ms >= 0 && limit_ms < timeout_ms)) {
         timeout_ms = limit_ms;
     }
@@ -2887,6 +2903,7 @@ static void tsrvi_co_resume(tsrvi_co *co)
     loop->budget = TSRVI_BUDGET;
     tsrvi_fiber_switch(&loop->main, &co->fiber, false);
     loop->co = NULL;
+    loop->quick = NULL;
     if (co->over) {
         tsrvi_co_free(co);
     }
@@ -3631,7 +3648,10 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 #define TSRVI_FULL_READ 0x800000u /* the last recv filled its room: there is more */
 #define TSRVI_ODD_OUTPUT \
     (TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT) /* a write must take the long way */
-#define TSRVI_FLUSHING 0x1000000u             /* somebody waits for an empty queue */
+#define TSRVI_LOOKED                                                                               \
+    0x2000000u /* there is input that nobody wants: do not ask for readability just to hear of the \
+                  end */
+#define TSRVI_FLUSHING 0x1000000u /* somebody waits for an empty queue */
 
 struct tsrv_server {
     tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
@@ -3817,12 +3837,12 @@ static void tsrvi_waiter_remove(tsrvi_waiter *waiter)
 
 TSRV_API void tsrv_wake(tsrv_stream *stream)
 {
-    if (tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL) {
-        tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE, TSRV_OK);
-        return;
+    bool coroutine = tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL;
+    tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE, TSRV_OK);
+    if (!coroutine || (stream->flags & TSRVI_WAIT_WAKE) != 0) {
+        stream->flags |= TSRVI_WOKEN;
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
     }
-    stream->flags |= TSRVI_WOKEN;
-    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
 }
 
 /* ---- the shared chunk ------------------------------------------------------*/
@@ -4020,6 +4040,8 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
     tsrvi_loop_of(stream)->quick = NULL;
     if (first) {
         stream->killed = (int16_t)code;
+    } else if (code != TSRV_ECLOSED && (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
+        stream->out_end = (int16_t)code; /* what was queued when it was closed did not get out */
     }
     if (stream->io.fd < 0) {
         return;
@@ -4037,6 +4059,9 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
 /* The input has ended, or a transport error has. */
 static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
 {
+    if ((stream->flags & TSRVI_LINGER) != 0) {
+        code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
+    }
     if (code == TSRV_EOF && stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
         code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
     }
@@ -4049,14 +4074,16 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
         if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
             tsrv_wake(stream);
         }
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_INPUT);
         return;
     }
-    if (stream->out_end == 0) {
+    if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
         stream->out_end = (int16_t)code;
     }
     tsrvi_stream_drop_output(stream);
     tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
     tsrv_wake(stream);
+    tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
 }
 
 /* A send failed: no more output; what the peer sent before can still be read. */
@@ -4067,7 +4094,7 @@ static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
     }
     tsrvi_stream_drop_output(stream);
     tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
-    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH);
+    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT);
     tsrv_wake(stream);
 }
 
@@ -4075,7 +4102,7 @@ static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
 static void tsrvi_stream_ending(tsrv_stream *stream)
 {
     if (stream->io.fd < 0 || (stream->flags & (TSRVI_SHUT | TSRVI_CLOSING)) == 0 ||
-        stream->unsent != 0) {
+        stream->unsent != 0 || (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == TSRVI_LOCKED) {
         return;
     }
     if ((stream->flags & TSRVI_CLOSING) != 0 &&
@@ -4125,7 +4152,8 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
         return;
     }
     if (tsrvi_stream_wants_input(stream) ||
-        (!exact && stream->in_end == 0 && tsrvi_chunk_size(stream->in) == 0 &&
+        (!exact && stream->in_end == 0 && (stream->flags & TSRVI_LOOKED) == 0 &&
+         tsrvi_chunk_size(stream->in) == 0 &&
          ((stream->flags & TSRVI_WAIT_WAKE) != 0 ||
           tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL))) {
         wanted |= TSRV_READABLE;
@@ -4169,13 +4197,38 @@ static void tsrvi_stream_rest(tsrv_stream *stream)
 
 /* ---- sending ---------------------------------------------------------------*/
 
+#if TSRVI_HAS_SENDFILE
+/* sendfile(2) has no MSG_NOSIGNAL: block SIGPIPE in this thread meanwhile, and take away the one
+ * that it raised. */
+static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
+{
+    struct timespec now = {0, 0};
+    sigset_t pipe, before, pending;
+    off_t from = (off_t)offset;
+    ssize_t sent;
+    int saved;
+    TSRV_SYS(sigemptyset, (&pipe));
+    TSRV_SYS(sigaddset, (&pipe, SIGPIPE));
+    TSRV_SYS(sigemptyset, (&pending));
+    TSRV_SYS(sigpending, (&pending));
+    TSRV_SYS(sigprocmask, (SIG_BLOCK, &pipe, &before));
+    sent = TSRV_SYS(sendfile, (fd, file, &from, size));
+    saved = errno;
+    if (sent < 0 && saved == EPIPE && TSRV_SYS(sigismember, (&pending, SIGPIPE)) == 0) {
+        TSRV_SYS(sigtimedwait, (&pipe, NULL, &now));
+    }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &before, NULL));
+    errno = saved;
+    return sent;
+}
+#endif
+
 /* Send a part of a file. */
 static ssize_t tsrvi_stream_send_file(tsrv_stream *stream, tsrvi_block *block, size_t *tried)
 {
     size_t size = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
 #if TSRVI_HAS_SENDFILE
-    off_t offset = (off_t)block->offset;
-    ssize_t sent = TSRV_SYS(sendfile, (stream->io.fd, block->file, &offset, size));
+    ssize_t sent = tsrvi_sendfile(stream->io.fd, block->file, block->offset, size);
 #else
     char buffer[8192];
     ssize_t sent = TSRV_SYS(pread, (block->file, buffer, tsrvi_min(size, sizeof(buffer)),
@@ -4444,8 +4497,8 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         if (chunk != NULL) {
             chunk->end += (size_t)got;
         }
-        stream->flags = (size_t)got == size ? stream->flags | TSRVI_FULL_READ
-                                            : stream->flags & ~TSRVI_FULL_READ;
+        stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED);
+        stream->flags |= (size_t)got == size ? TSRVI_FULL_READ : 0u;
         stream->server->stats.bytes_in += (uint64_t)got;
         tsrvi_stream_touch(stream);
         return (size_t)got;
@@ -4472,7 +4525,11 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
     } while (got < 0 && errno == EINTR);
     if (got == 0 || (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
         tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
-    } else if (hangup && stream->out_end == 0) {
+    } else if (got > 0) {
+        stream->flags |= TSRVI_LOOKED;
+    }
+    if (hangup && stream->in_end == 0 &&
+        (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
         tsrvi_stream_end_output(
             stream, -ECONNRESET); /* unread bytes are left, but the connection is gone */
     }
@@ -4481,9 +4538,9 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 /* Drop what arrives after we have closed. */
 static void tsrvi_stream_linger(tsrv_stream *stream)
 {
-    tsrvi_stream_drop_input(stream);
-    tsrvi_stream_receive(stream, NULL, 0);
-    tsrvi_stream_drop_input(stream);
+    char dropped[16384]; /* not the stream's chunk: a handler that closed may still hold a slice of
+                            it */
+    tsrvi_stream_receive(stream, dropped, sizeof(dropped));
     tsrvi_stream_ending(stream);
 }
 
@@ -4644,8 +4701,13 @@ static void tsrvi_read_receive(tsrv_stream *stream, tsrvi_read *read)
 static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind, uint64_t due)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc, killed = stream->killed;
     tsrvi_waiter waiter, **last;
-    int rc;
+    if (due <= loop->now) {
+        rc = tsrvi_co_yield(
+            loop->co); /* a loop around a wait that is over must not stop the others */
+        return rc < 0 ? rc : (int)TSRV_ETIMEOUT;
+    }
     waiter.next = NULL;
     waiter.stream = stream;
     waiter.co = loop->co;
@@ -4657,8 +4719,9 @@ static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind,
     if (kind != TSRVI_FOR_READ || (stream->io.interest & TSRV_READABLE) == 0) {
         tsrvi_stream_interest(stream, false, false);
     }
-    if (stream->killed != 0 && kind != TSRVI_FOR_WAKE) {
-        rc = stream->killed; /* the backend refused the descriptor */
+    if (stream->killed != killed) { /* the backend has refused the descriptor */
+        stream->flags &= ~TSRVI_WOKEN;
+        rc = kind == TSRVI_FOR_WAKE ? (int)TSRV_OK : stream->killed;
     } else {
         rc = tsrvi_co_wait(waiter.co, due);
     }
@@ -4825,14 +4888,8 @@ static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
 /* A read by a coroutine. */
 static int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    int rc;
-    if (loop->budget-- <= 0 && (rc = tsrvi_co_yield(loop->co)) < 0) {
-        return rc;
-    }
-    rc = stream->in == NULL && stream->in_end == 0 && stream->killed == 0
-             ? TSRV_EAGAIN
-             : tsrvi_read_attempt(stream, read);
+    bool nothing = stream->in == NULL && stream->in_end == 0 && stream->killed == 0;
+    int rc = nothing ? (int)TSRV_EAGAIN : tsrvi_read_attempt(stream, read);
     if (rc == TSRV_EAGAIN) {
         if (stream->in != NULL) {
             tsrvi_stream_release(stream);
@@ -4875,6 +4932,9 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     size_t limit = stream->server->options.max_buffer_size;
     bool handling = loop->handling == stream;
     int rc;
+    if (loop->co != NULL && loop->budget-- <= 0 && (rc = tsrvi_co_yield(loop->co)) < 0) {
+        return rc;
+    }
     loop->quick = NULL;
     if (TSRVI_UNLIKELY(stream->waiters != NULL &&
                        tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL) ||
@@ -5027,6 +5087,13 @@ static int tsrvi_write_state(const tsrv_stream *stream)
     return stream->out_end;
 }
 
+/* The same for a write that was begun before tsrv_shutdown. */
+static int tsrvi_write_broken(const tsrv_stream *stream)
+{
+    int rc = tsrvi_write_state(stream);
+    return rc == TSRV_ECLOSED && stream->killed == 0 ? (int)TSRV_OK : rc;
+}
+
 /* Unsent bytes that are in memory: file ranges do not count against the limit. */
 static size_t tsrvi_stream_queued(const tsrv_stream *stream)
 {
@@ -5070,11 +5137,13 @@ static int tsrvi_queue_copy(tsrv_stream *stream, const char *data, size_t size)
         }
         memcpy(tsrvi_block_data(block), data + head, size - head);
         block->end = size - head;
+        block->limit = block->end;
         tsrvi_queue_append(stream, block);
     }
     if (head != 0) {
         memcpy(tsrvi_block_data(last) + last->end, data, head);
         last->end += head;
+        last->limit = last->limit < last->end ? last->end : last->limit;
     }
     stream->unsent += size;
     return TSRV_OK;
@@ -5089,8 +5158,8 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
         bool was_above = tsrvi_stream_above_mark(stream);
         taken = tsrvi_stream_push(stream, data, size);
         tsrvi_stream_drained(stream, was_above);
-        if (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
-            return stream->out_end;
+        if ((rc = tsrvi_write_broken(stream)) != 0) {
+            return rc;
         }
     }
     if (taken < size && (rc = tsrvi_queue_copy(stream, data + taken, size - taken)) < 0) {
@@ -5120,7 +5189,7 @@ static int tsrvi_write_pause(tsrv_stream *stream)
             return rc;
         }
     }
-    return stream->killed != 0 ? stream->killed : TSRV_OK;
+    return stream->killed;
 }
 
 /* Wait for the turn of this write, while another one is being taken in pieces. */
@@ -5143,30 +5212,32 @@ static void tsrvi_write_unlock(tsrv_stream *stream)
         }
     }
     stream->flags &= ~TSRVI_LOCKED;
+    tsrvi_stream_soon(stream); /* tsrv_shutdown may have waited for this */
 }
 
-/* A coroutine's write for which there is no room at once: it is taken as room comes. */
+/* A coroutine's write for which there is no room at once: it is taken as room comes. tsrv_shutdown
+ * meanwhile comes after it, as in the order of the calls. */
 static int tsrvi_write_pieces(tsrv_stream *stream, const char *data, size_t size)
 {
-    size_t piece = stream->server->options.write_high_water, taken = 0;
+    const tsrv_server_options *options = &stream->server->options;
+    size_t piece =
+               options->write_high_water < TSRVI_DIRECT ? TSRVI_DIRECT : options->write_high_water,
+           taken = 0;
     int rc = tsrvi_write_lock(stream);
     if (rc < 0) {
         return rc;
     }
+    piece = tsrvi_min(piece, options->max_write_buffer_size);
     while (rc == TSRV_OK && taken < size) {
-        size_t part = tsrvi_min(size - taken, piece < TSRVI_DIRECT ? TSRVI_DIRECT : piece);
+        size_t part = tsrvi_min(size - taken, piece);
         if ((rc = tsrvi_write_pause(stream)) == TSRV_OK &&
-            (rc = tsrvi_write_state(stream)) == TSRV_OK) {
-            part = tsrvi_min(part, stream->server->options.max_write_buffer_size);
+            (rc = tsrvi_write_broken(stream)) == TSRV_OK) {
             rc = tsrvi_write_take(stream, data + taken, part);
             taken += part;
         }
     }
     tsrvi_write_unlock(stream);
-    if (rc == -ENOMEM || (rc < 0 && taken != 0 && taken < size && stream->out_end == 0)) {
-        return tsrvi_write_refuse(stream, rc);
-    }
-    return rc;
+    return rc < 0 && tsrvi_write_broken(stream) == TSRV_OK ? tsrvi_write_refuse(stream, rc) : rc;
 }
 
 /* Any write. */
@@ -5221,7 +5292,7 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
     if (last == NULL) {
         return tsrvi_write_first(stream, (const char *)data, size);
     }
-    if (last->end + size > last->limit || size > last->limit ||
+    if (size - 1 >= last->limit - last->end || /* 0 wraps: it takes the long way too */
         (stream->flags & (TSRVI_DIRTY | TSRVI_ODD_OUTPUT)) != TSRVI_DIRTY) {
         return tsrvi_write_any(stream, (const char *)data, size);
     }
@@ -5250,10 +5321,11 @@ TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
     if ((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size)) {
         return TSRV_EFULL;
     }
-    if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) == TSRV_OK) {
-        tsrvi_stream_soon(stream);
+    if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) < 0) {
+        return tsrvi_write_refuse(stream, rc);
     }
-    return rc;
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
 }
 
 /* A block that the pieces are gathered in, so that they are one write in every respect. */
@@ -5357,13 +5429,17 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (!S_ISREG(info.st_mode) || offset < 0 || size > SIZE_MAX - stream->unsent) {
         return TSRV_EINVAL;
     }
-    if (locked) {
-        rc = waits ? tsrvi_write_lock(stream) : tsrvi_write_refuse(stream, TSRV_EFULL);
+    if (locked && !waits) {
+        return tsrvi_write_refuse(stream, TSRV_EFULL);
     }
-    if (rc == TSRV_OK && (rc = tsrvi_queue_file(stream, fd, offset, size)) < 0) {
+    if (locked && (rc = tsrvi_write_lock(stream)) < 0) {
+        return rc;
+    }
+    if ((rc = tsrvi_write_broken(stream)) == TSRV_OK &&
+        (rc = tsrvi_queue_file(stream, fd, offset, size)) < 0) {
         tsrvi_write_refuse(stream, rc);
     }
-    if (locked && waits) {
+    if (locked) {
         tsrvi_write_unlock(stream);
     }
     return rc == TSRV_OK && waits && tsrvi_stream_above_mark(stream) ? tsrvi_write_pause(stream)
@@ -5645,22 +5721,40 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     }
 }
 
+/* How the stream has ended for a handler that waits for more input; 0 = it has not. After a reset
+ * no more is received into a buffer that is full. */
+static int tsrvi_stream_ended(const tsrv_stream *stream)
+{
+    if (stream->killed != 0) {
+        return stream->killed;
+    }
+    if (stream->in_end == 0 && stream->out_end != TSRV_ECLOSED &&
+        tsrvi_chunk_size(stream->in) >= stream->server->options.max_buffer_size) {
+        return stream->out_end;
+    }
+    return stream->in_end;
+}
+
 /* The handler returned TSRV_EAGAIN: what will call it again? TSRV_EAGAIN = something will; else
  * what it counts as. */
 static int tsrvi_stream_keep(tsrv_stream *stream)
 {
+    int ended = tsrvi_stream_ended(stream);
     if ((stream->flags & TSRVI_WAITS) != 0) {
         return TSRV_EAGAIN;
     }
     if (stream->killed == 0 && (stream->flags & TSRVI_CONSUMED) != 0 &&
         tsrvi_chunk_size(stream->in) != 0) {
         tsrvi_stream_later(stream, TSRVI_CALL);
-    } else if (stream->killed == 0 && stream->in_end == 0) {
+    } else if (ended == 0) {
         stream->flags |= TSRVI_WAIT_INPUT;
+        if (stream->in != NULL) {
+            stream->in->need = 0; /* of a read that is not being repeated */
+        }
     } else if ((stream->flags & TSRVI_TOLD) == 0) {
         tsrvi_stream_later(stream, TSRVI_CALL);
     } else {
-        return stream->killed != 0 ? stream->killed : stream->in_end;
+        return ended;
     }
     return TSRV_EAGAIN;
 }
@@ -5719,7 +5813,7 @@ static void tsrvi_stream_call(tsrv_stream *stream)
         return;
     }
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS | TSRVI_CONSUMED);
-    stream->flags |= stream->killed != 0 || stream->in_end != 0 ? TSRVI_TOLD : 0u;
+    stream->flags |= tsrvi_stream_ended(stream) != 0 ? TSRVI_TOLD : 0u;
     if (options->mode == TSRV_CALLBACK) {
         stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
         tsrvi_peer_load(&stream->peer, &loop->address);
@@ -5728,6 +5822,7 @@ static void tsrvi_stream_call(tsrv_stream *stream)
         tsrvi_stream_prime(stream);
         rc = stream->handler(stream, &loop->address, options->context);
         loop->handling = NULL;
+        loop->quick = NULL;
         tsrvi_stream_returned(stream, rc);
     } else if ((rc = tsrvi_co_new(loop, options->stack_size, tsrvi_stream_main, stream,
                                   &stream->u.co)) < 0) {
@@ -5853,6 +5948,9 @@ static void tsrvi_stream_run(tsrvi_task *task)
         stream->flags &= ~TSRVI_DIRTY;
         tsrvi_stream_flush(stream);
         tsrvi_stream_rest(stream);
+    }
+    if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) != 0) {
+        return; /* that has queued it again */
     }
     if (soon) {
         if ((stream->flags & TSRVI_CALL) != 0 || tsrvi_stream_finished(stream)) {

@@ -1126,12 +1126,7 @@ TEST_ONCE(backends_are_chosen_by_number)
         int backend;
         bool here;
     } rows[] = {
-#ifdef __linux__
-        {TSRV_BACKEND_EPOLL, true}, {TSRV_BACKEND_KQUEUE, false},
-#endif
-#ifdef __APPLE__
-        {TSRV_BACKEND_EPOLL, false}, {TSRV_BACKEND_KQUEUE, true},
-#endif
+        {TSRV_BACKEND_EPOLL, TSRVI_HAS_EPOLL}, {TSRV_BACKEND_KQUEUE, TSRVI_HAS_KQUEUE},
         {TSRV_BACKEND_POLL, true}, {99, false}, {-1, false}};
     tsrv_loop_options best = {TSRV_BACKEND_BEST};
     tsrv_loop *loop, *by_default;

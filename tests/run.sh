@@ -1,30 +1,33 @@
 #!/bin/sh
-# Runs test programs and adds up what they say.
+# Runs test programs, all at once, and adds up what they say: most of their time is spent waiting.
 #   tests/run.sh 'command in front, or empty' 'backend, or empty' program...
 front=$1 backend=$2
 shift 2
+logs=$(mktemp -d) || exit 1
+trap 'rm -rf "$logs"' EXIT
+for program in "$@"; do
+    (
+        # shellcheck disable=SC2086
+        $front "$program" ${backend:+--backend "$backend"} >"$logs/$(basename "$program")" 2>&1
+        echo $? >"$logs/$(basename "$program").status"
+    ) &
+done
+wait
 passed=0 failed=0 skipped=0
 for program in "$@"; do
-    printf '%s: ' "$(basename "$program")"
-    # shellcheck disable=SC2086
-    output=$($front "$program" ${backend:+--backend "$backend"} 2>&1)
-    status=$?
-    last=$(printf '%s\n' "$output" | tail -n 1)
-    case $last in
-    *' passed, '*' failed, '*' skipped')
-        counts=$(echo "$last" | tr -cd "0-9 ")
-        passed=$((passed + $(echo "$counts" | awk '{ print $1 }')))
-        failed=$((failed + $(echo "$counts" | awk '{ print $2 }')))
-        skipped=$((skipped + $(echo "$counts" | awk '{ print $3 }')))
-        [ $status -eq 0 ] || [ "$(echo "$counts" | awk '{ print $2 }')" -ne 0 ] || failed=$((failed + 1))
-        ;;
-    *)
+    name=$(basename "$program")
+    status=$(cat "$logs/$name.status")
+    last=$(tail -n 1 "$logs/$name")
+    if echo "$last" | grep -qE '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$'; then
+        eval "$(echo "$last" | sed 's/\([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) .*/p=\1 f=\2 s=\3/')"
+        passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+        [ "$status" -eq 0 ] || [ "$f" -ne 0 ] || failed=$((failed + 1))
+    else
         last="ended with status $status and no summary"
         failed=$((failed + 1))
-        ;;
-    esac
-    echo "$last"
-    [ $status -eq 0 ] || printf '%s\n' "$output" | sed '$d'
+    fi
+    echo "$name: $last"
+    [ "$status" -eq 0 ] || sed '$d' "$logs/$name"
 done
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]
