@@ -5030,13 +5030,23 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
     return match == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, max_bytes);
 }
 
-/* A read of 0 bytes: empty at once, also after the end of the input. The last slice dies as with
- * every read. */
+/* A read of 0 bytes: empty at once, also after the end of the input. Like every read it ends the
+ * last slice, and costs one of the calls that may complete at once. */
 static int tsrvi_read_nothing(tsrv_stream *stream)
 {
-    tsrvi_loop_of(stream)->quick = NULL;
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    loop->quick = NULL;
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
+    }
+    if (--loop->budget < 0 && loop->co != NULL) {
+        int rc = tsrvi_co_yield(loop->co);
+        return rc < 0 ? rc : stream->killed;
+    }
+    if (loop->budget < 0 && loop->handling == stream && stream->killed == 0) {
+        stream->flags |= TSRVI_WAIT_READ;
+        tsrvi_stream_later(stream, TSRVI_CALL);
+        return TSRV_EAGAIN;
     }
     return stream->killed;
 }
@@ -5794,9 +5804,10 @@ static void tsrvi_stream_prime(tsrv_stream *stream)
     tsrvi_chunk *chunk = stream->in;
     tsrvi_loop_of(stream)->quick = NULL;
     if (chunk != NULL && stream->u.partial == NULL && stream->waiters == NULL &&
-        stream->killed == 0 && (stream->flags & TSRVI_IN_READ) == 0 &&
+        stream->killed == 0 && chunk->scanned == 0 && (stream->flags & TSRVI_IN_READ) == 0 &&
         !tsrvi_stream_above_mark(stream)) {
         tsrvi_chunk_release(chunk);
+        chunk->need = 0;
         chunk->saved = tsrvi_chunk_data(chunk)[chunk->begin];
         chunk->held = true;
         tsrvi_read_prime(stream);
@@ -6591,8 +6602,10 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         return;
     }
     while (!tsrvi_list_empty(&server->streams) || server->queued) {
-        if (tsrvi_loop_turns(loop, true, TSRV_NEVER) < 0) {
-            break;
+        if (tsrvi_loop_turns(loop, true, TSRV_NEVER) < 0 && loop->ready.first == NULL) {
+            server->freed =
+                true; /* the backend is broken, and a handler still waits: tsrv_loop_free ends it */
+            return;
         }
     }
     tsrvi_server_destroy(server);
@@ -6645,7 +6658,11 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     while (!tsrvi_list_empty(&loop->servers)) {
         tsrv_server *server = TSRVI_CONTAINER(loop->servers.next, tsrv_server, link);
         tsrvi_server_drop_streams(server);
-        tsrvi_server_detach(server);
+        if (server->freed) {
+            tsrvi_server_destroy(server);
+        } else {
+            tsrvi_server_detach(server);
+        }
     }
     tsrvi_loop_orphan(loop);
     if (tsrvi_own_loop == loop) {

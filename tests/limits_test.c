@@ -1,0 +1,625 @@
+/* Figures that the library promises, checked: system calls and allocations per message, linear work,
+ * memory per connection, bounded memory, fairness. The figures are printed; failing tests show them. */
+#include "test.h"
+
+#include <sys/resource.h>
+
+/* ---- counters -----------------------------------------------------------------------------*/
+
+static long c_calls, c_control, c_memory;
+static const char *c_names[64]; /* of the calls, on the loop's thread only */
+static long c_counts[64];
+
+static void c_seen(const char *name)
+{
+    bool memory = strcmp(name, "malloc") == 0 || strcmp(name, "realloc") == 0;
+    int i = 0;
+    if (strcmp(name, "getpid") == 0) {
+        return; /* one a tsrv_loop_run_once, which t_run uses; none a turn of tsrv_loop_run */
+    }
+    __atomic_add_fetch(memory ? &c_memory : &c_calls, 1, __ATOMIC_RELAXED);
+    c_control += strcmp(name, "epoll_ctl") == 0;
+    while (i < 63 && c_names[i] != NULL && strcmp(c_names[i], name) != 0) {
+        i++;
+    }
+    c_names[i] = name;
+    c_counts[i]++;
+}
+
+static void c_print(void)
+{
+    for (int i = 0; i < 64 && c_names[i] != NULL; i++) {
+        printf("    %s %ld\n", c_names[i], c_counts[i]);
+    }
+}
+
+static int handle_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
+           (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
+    }
+    return rc;
+}
+
+static void count_close(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream;
+    (void)context;
+    t_record(reason);
+}
+
+/* A line of 64 bytes, echoed. */
+static void round_trip(int fd)
+{
+    static const char line[] = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde\n";
+    t_sends(fd, line);
+    t_expect(fd, line);
+}
+
+/* All but the hard variants, whose figures would be others. */
+#define SOFT_ONLY()                                                                                \
+    do {                                                                                           \
+        if (t_hard) {                                                                              \
+            return;                                                                                \
+        }                                                                                          \
+    } while (0)
+
+/* ---- (a) system calls ---------------------------------------------------------------------*/
+
+static void client_calls(int port, void *context)
+{
+    enum { ROUNDS = 2000 };
+    int fd = t_connect(port);
+    (void)context;
+    round_trip(fd);
+    long calls = __atomic_load_n(&c_calls, __ATOMIC_RELAXED), control = c_control;
+    for (int i = 0; i < ROUNDS; i++) {
+        round_trip(fd);
+    }
+    double each = (double)(__atomic_load_n(&c_calls, __ATOMIC_RELAXED) - calls) / ROUNDS;
+    printf("%.3f system calls an echo\n", each);
+    c_print();
+    CHECK(each <= 3.05);
+    CHECK(each > 1.9); /* else it is not counted */
+    CHECK_INT(c_control - control, 0);
+    t_close(fd);
+}
+
+TEST_STREAM(calls_per_echo)
+{
+    t_case c = {.handler = handle_echo, .client = client_calls};
+    SOFT_ONLY();
+    t_seen = c_seen;
+    t_run(&c);
+}
+
+enum { CHURN = 800, AT_ONCE = 8 };
+
+/* Turns until the server has received so many bytes in all, and so many connections are open. */
+static void turns_until(uint64_t bytes, uint64_t open)
+{
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    tsrv_stats stats;
+    do {
+        CHECK(tsrv_loop_run_once(t_loop, 1000) > 0);
+        tsrv_server_stats(t_server, &stats);
+        CHECK(t_now_ms() < end);
+    } while (stats.bytes_in < bytes || stats.bytes_out < bytes || stats.open != open);
+}
+
+/* Connect, a line, its echo, a reset; eight at once. One thread does both sides, so that the turns
+ * do not depend on who is faster. */
+TEST_STREAM(calls_per_connection)
+{
+    tsrv_loop_options loop_options = {t_backend};
+    tsrv_server_options options;
+    tsrv_address address;
+    int fds[AT_ONCE];
+    long calls = 0;
+    SOFT_ONLY();
+    memset(&options, 0, sizeof options);
+    t_seen = c_seen;
+    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
+    options.mode = t_mode;
+    options.handle_stream = handle_echo;
+    options.loop = t_loop;
+    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
+    for (int i = 0; i <= CHURN / AT_ONCE; i++) {
+        calls = i == 1 ? c_calls : calls; /* the first ones fill the pools */
+        for (int k = 0; k < AT_ONCE; k++) {
+            fds[k] = t_connect(tsrv_address_port(&address));
+            t_sends(fds[k], "hello\n");
+        }
+        turns_until((uint64_t)(i + 1) * AT_ONCE * 6, AT_ONCE);
+        for (int k = 0; k < AT_ONCE; k++) {
+            t_expect(fds[k], "hello\n");
+            t_reset(fds[k]);
+        }
+        turns_until((uint64_t)(i + 1) * AT_ONCE * 6, 0);
+    }
+    double each = (double)(c_calls - calls) / CHURN;
+    printf("%.2f system calls a connection\n", each);
+    c_print();
+    CHECK(each > 4);
+    CHECK(each <= 6.5 || t_backend != TSRV_BACKEND_EPOLL);
+    tsrv_server_free(t_server);
+    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
+}
+
+/* ---- (b) linear work ----------------------------------------------------------------------*/
+
+static double cpu_seconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+}
+
+static size_t long_got; /* size of the line, once it is there */
+
+static int handle_long(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = tsrv_read_until(stream, "\r\n", 0, &line);
+    (void)address;
+    (void)context;
+    if (rc == TSRV_OK) {
+        long_got = line.size;
+    }
+    return rc;
+}
+
+/* CPU seconds of the loop for a line of that size, received byte by byte. The bytes are sent at
+ * once: what costs is the receive of each, and what is done with the bytes before it. */
+static double long_line(size_t size)
+{
+    tsrv_loop_options loop_options = {t_backend};
+    tsrv_server_options options;
+    tsrv_stats stats;
+    int pair[2];
+    double before;
+    char *data = (char *)malloc(size);
+    CHECK(data != NULL);
+    memset(data, '\r', size);
+    data[size - 1] = '\n';
+    memset(&options, 0, sizeof options);
+    options.mode = t_mode;
+    options.handle_stream = handle_long;
+    options.read_chunk_size = 1;
+    options.close_timeout_ms = 1;
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK(fcntl(pair[0], F_SETFL, O_NONBLOCK) == 0);
+    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
+    options.loop = t_loop;
+    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_add_stream(t_server, pair[1]), TSRV_OK);
+    long_got = 0;
+    before = cpu_seconds();
+    for (size_t sent = 0; long_got == 0;) {
+        size_t piece = size - sent < 4096 ? size - sent : 4096;
+        ssize_t n = piece == 0 ? 0 : send(pair[0], data + sent, piece, T_NOSIGNAL);
+        sent += n > 0 ? (size_t)n : 0;
+        for (int i = 0; i < 1024 && long_got == 0; i++) {
+            CHECK(tsrv_loop_run_once(t_loop, 0) > 0);
+        }
+    }
+    double used = cpu_seconds() - before;
+    CHECK_INT(long_got, size);
+    t_close(pair[0]);
+    do {
+        CHECK(tsrv_loop_run_once(t_loop, 10) >= 0);
+        tsrv_server_stats(t_server, &stats);
+    } while (stats.open > 0);
+    tsrv_server_free(t_server);
+    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
+    t_server = NULL;
+    t_loop = NULL;
+    free(data);
+    return used;
+}
+
+TEST_STREAM(a_line_byte_by_byte_costs_linear_work)
+{
+    double ratio = 0;
+    SOFT_ONLY();
+    for (int attempt = 0; attempt < 3; attempt++) {
+        double half = long_line(512 * 1024), full = long_line(1024 * 1024);
+        ratio = full / half;
+        printf("512 KiB %.3f s, 1 MiB %.3f s, ratio %.2f\n", half, full, ratio);
+        if (ratio < 2.6) {
+            return;
+        }
+    }
+    T_FAIL("the work is not linear: ratio %.2f", ratio);
+}
+
+/* ---- (c) memory of idle connections ---------------------------------------------------------*/
+
+TEST_ONCE(a_stream_is_small)
+{
+    printf("%zu bytes\n", sizeof(tsrv_stream));
+    CHECK(sizeof(void *) > 8 || sizeof(tsrv_stream) <= 216);
+}
+
+/* Resident bytes of this process; -1 where they cannot be read. */
+static long resident(void)
+{
+    long pages = -1;
+    FILE *file = fopen("/proc/self/statm", "r");
+    if (file != NULL) {
+        if (fscanf(file, "%*d %ld", &pages) != 1) {
+            pages = -1;
+        }
+        fclose(file);
+    }
+    return pages < 0 ? -1 : pages * sysconf(_SC_PAGESIZE);
+}
+
+/* In a process of its own, which has descriptors of its own: opens count connections, then does what
+ * the letters say: e = one echo on each, q = end. Answers each with a byte. */
+static void idle_clients(int port, int count, int control)
+{
+    int *fds = (int *)malloc((size_t)count * sizeof *fds);
+    char letter;
+    CHECK(fds != NULL);
+    for (int i = 0; i < count; i++) {
+        fds[i] = t_connect(port);
+    }
+    CHECK(write(control, "c", 1) == 1);
+    while (read(control, &letter, 1) == 1 && letter == 'e') {
+        for (int i = 0; i < count; i++) {
+            round_trip(fds[i]);
+        }
+        CHECK(write(control, "e", 1) == 1);
+    }
+    _exit(0);
+}
+
+typedef struct idle {
+    int control;
+    bool told;
+} idle;
+
+static void idle_told(int events, void *context)
+{
+    char letter;
+    idle *i = (idle *)context;
+    (void)events;
+    if (read(i->control, &letter, 1) != 1) {
+        T_FAIL("the clients are gone");
+    }
+    i->told = true;
+}
+
+static void idle_turns(idle *i, int open)
+{
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    tsrv_stats stats;
+    do {
+        CHECK(tsrv_loop_run_once(t_loop, 100) > 0);
+        tsrv_server_stats(t_server, &stats);
+        if (t_now_ms() > end) {
+            T_FAIL("only %llu of %d are open", (unsigned long long)stats.open, open);
+        }
+    } while (!i->told || stats.open != (uint64_t)open);
+    i->told = false;
+}
+
+TEST_STREAM(memory_of_idle_connections)
+{
+    struct rlimit limit;
+    int count = 10000, pair[2];
+    tsrv_loop_options loop_options = {t_backend};
+    tsrv_server_options options;
+    tsrv_address address;
+    tsrv_watch watch;
+    idle state;
+    SOFT_ONLY();
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    limit.rlim_cur = limit.rlim_max;
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    if (limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < (rlim_t)count + 100) {
+        count = (int)limit.rlim_cur - 100;
+        printf("only %d connections: the limit of descriptors is low\n", count);
+    }
+    bool measured = !TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && getenv("TEST_TIMEOUT_SCALE") == NULL &&
+                    resident() > 0;
+    if (!measured || t_backend == TSRV_BACKEND_POLL) {
+        count = count < 1000 ? count : 1000; /* poll looks at all of them in each turn */
+    }
+    memset(&options, 0, sizeof options);
+    memset(&watch, 0, sizeof watch);
+    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
+    options.mode = t_mode;
+    options.handle_stream = handle_echo;
+    options.loop = t_loop;
+    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    fflush(NULL);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        close(pair[0]);
+        idle_clients(tsrv_address_port(&address), count, pair[1]);
+    }
+    close(pair[1]);
+    state.control = pair[0];
+    state.told = false;
+    CHECK_INT(tsrv_watch_start(t_loop, &watch, pair[0], TSRV_READABLE, idle_told, &state), TSRV_OK);
+
+    long most = t_mode == TSRV_CALLBACK ? 256 : 2 * sysconf(_SC_PAGESIZE) + 256;
+    long before = resident();
+    idle_turns(&state, count);
+    long idle_bytes = (resident() - before) / count;
+    CHECK(write(pair[0], "e", 1) == 1);
+    idle_turns(&state, count);
+    long used_bytes = (resident() - before) / count;
+    printf("%d connections: %ld bytes each, %ld after an echo; limit %ld\n", count, idle_bytes,
+           used_bytes, most);
+    if (measured && count > 5000) {
+        CHECK(idle_bytes > 100);
+        CHECK(idle_bytes <= most);
+        CHECK(used_bytes <= most);
+    }
+    CHECK(write(pair[0], "q", 1) == 1);
+    tsrv_watch_stop(&watch);
+    state.told = true;
+    idle_turns(&state, 0);
+    CHECK(waitpid(child, NULL, 0) == child);
+    close(pair[0]);
+    tsrv_server_free(t_server);
+    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
+}
+
+/* ---- (d) fairness -------------------------------------------------------------------------*/
+
+static volatile bool flood_over;
+
+static void *flood_send(void *context)
+{
+    static char lines[65536];
+    int fd = *(int *)context;
+    memset(lines, '\n', sizeof lines);
+    while (!flood_over) {
+        if (send(fd, lines, sizeof lines, T_NOSIGNAL) < 0) {
+            break;
+        }
+    }
+    shutdown(fd, SHUT_RDWR);
+    return NULL;
+}
+
+static void *flood_receive(void *context)
+{
+    static char buffer[65536];
+    while (recv(*(int *)context, buffer, sizeof buffer, 0) > 0) {
+    }
+    return NULL;
+}
+
+static void client_fair(int port, void *context)
+{
+    pthread_t sender, receiver;
+    int flood = t_connect(port), fd = t_connect(port);
+    int64_t longest = 0, begin = t_now_ms();
+    int rounds = 0;
+    (void)context;
+    CHECK(pthread_create(&sender, NULL, flood_send, &flood) == 0);
+    CHECK(pthread_create(&receiver, NULL, flood_receive, &flood) == 0);
+    while (t_now_ms() - begin < 300) {
+        int64_t start = t_now_ms();
+        round_trip(fd);
+        int64_t took = t_now_ms() - start;
+        longest = took > longest ? took : longest;
+        rounds++;
+    }
+    flood_over = true;
+    CHECK(pthread_join(sender, NULL) == 0);
+    CHECK(pthread_join(receiver, NULL) == 0);
+    printf("%d round trips beside a flood, the longest %lld ms\n", rounds, (long long)longest);
+    CHECK(rounds >= 5);
+    CHECK_NEAR_MS(longest, 0, 250);
+    t_close(flood);
+    t_close(fd);
+}
+
+TEST_STREAM(a_flood_does_not_starve_others)
+{
+    t_case c = {.handler = handle_echo, .client = client_fair};
+    SOFT_ONLY();
+    flood_over = false;
+    t_run(&c);
+}
+
+static volatile bool timer_fired;
+
+static void on_timer(void *context)
+{
+    (void)context;
+    timer_fired = true;
+}
+
+static void start_timer(tsrv_server *server, void *context)
+{
+    static tsrv_timer timer;
+    (void)server;
+    (void)context;
+    CHECK_INT(tsrv_timer_start(t_loop, &timer, 50, on_timer, NULL), TSRV_OK);
+}
+
+/* The peer floods, so that the reads always find something: only the loop's budget lets the timer
+ * fire. */
+static int handle_greedy(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = TSRV_OK;
+    (void)address;
+    (void)context;
+    while (!timer_fired && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+    }
+    return rc;
+}
+
+static void client_greedy(int port, void *context)
+{
+    pthread_t sender;
+    int fd = t_connect(port);
+    int64_t begin = t_now_ms();
+    (void)context;
+    CHECK(pthread_create(&sender, NULL, flood_send, &fd) == 0);
+    while (!timer_fired && t_now_ms() - begin < 5000 * t_scale()) {
+        poll(NULL, 0, 1);
+    }
+    flood_over = true;
+    CHECK(pthread_join(sender, NULL) == 0);
+    CHECK(timer_fired);
+    CHECK_NEAR_MS(t_now_ms() - begin, 0, 500);
+    t_reset(fd);
+}
+
+TEST_STREAM(a_flooded_handler_does_not_starve_a_timer)
+{
+    t_case c = {.handler = handle_greedy, .client = client_greedy};
+    SOFT_ONLY();
+    timer_fired = false;
+    flood_over = false;
+    c.options.on_start = start_timer;
+    t_run(&c);
+}
+
+/* Its calls complete at once, for ever, without any input. */
+static int handle_empty(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    (void)context;
+    for (long reads = 0; reads < 50000000; reads++) {
+        if (timer_fired) {
+            return TSRV_OK;
+        }
+        rc = tsrv_read_bytes(stream, 0, &line);
+        if (rc != TSRV_OK) {
+            return rc;
+        }
+    }
+    T_FAIL("the timer was starved");
+}
+
+static void client_empty(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    t_sends(fd, "go\n");
+    t_shut(fd);
+    t_expect_eof(fd);
+    t_close(fd);
+}
+
+TEST_STREAM(empty_reads_do_not_starve_a_timer)
+{
+    t_case c = {.handler = handle_empty, .client = client_empty};
+    SOFT_ONLY();
+    timer_fired = false;
+    c.options.on_start = start_timer;
+    t_run(&c);
+    CHECK(timer_fired);
+}
+
+/* ---- (e) bounded memory ---------------------------------------------------------------------*/
+
+static long most_resident, first_resident;
+
+static void look_resident(void *context)
+{
+    long now = resident();
+    (void)context;
+    most_resident = now > most_resident ? now : most_resident;
+}
+
+/* It sends as long as the server takes it: blocked for 200 ms is the end, as is all of 64 MiB. */
+static void client_never_reads(int port, void *context)
+{
+    static char lines[1 << 20];
+    struct timeval patience = {0, 200000};
+    size_t sent = 0;
+    int fd = t_connect(port);
+    (void)context;
+    memset(lines, 'x', sizeof lines);
+    for (size_t i = 63; i < sizeof lines; i += 64) {
+        lines[i] = '\n';
+    }
+    t_on_loop(look_resident, NULL);
+    first_resident = resident();
+    CHECK(setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) == 0);
+    while (sent < 64u << 20) {
+        ssize_t n = send(fd, lines, sizeof lines, T_NOSIGNAL);
+        if (n <= 0) {
+            break;
+        }
+        sent += (size_t)n;
+        t_on_loop(look_resident, NULL);
+    }
+    printf("sent %zu KiB, grown by %ld KiB\n", sent >> 10, (most_resident - first_resident) >> 10);
+    CHECK(sent < 64u << 20);
+    t_reset(fd);
+}
+
+TEST_STREAM(a_peer_that_never_reads_costs_bounded_memory)
+{
+    t_case c = {.handler = handle_echo, .on_close = count_close, .client = client_never_reads};
+    SOFT_ONLY();
+    most_resident = 0;
+    t_run(&c);
+    if (!TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && first_resident > 0) {
+        CHECK(most_resident - first_resident < 4l << 20);
+    }
+}
+
+/* ---- (f) no allocation in the steady state ----------------------------------------------------*/
+
+static void client_steady(int port, void *context)
+{
+    static char lines[64 * 20], back[64 * 20];
+    int fd = t_connect(port);
+    (void)context;
+    memset(lines, 'y', sizeof lines);
+    for (size_t i = 63; i < sizeof lines; i += 64) {
+        lines[i] = '\n';
+    }
+    for (int phase = 0; phase < 2; phase++) {
+        long before = 0;
+        for (int i = 0; i < 1100; i++) {
+            if (i == 100) {
+                before = __atomic_load_n(&c_memory, __ATOMIC_RELAXED);
+            }
+            if (phase == 0) {
+                round_trip(fd);
+            } else {
+                t_send(fd, lines, sizeof lines);
+                CHECK_INT(t_recv(fd, back, sizeof back), sizeof back);
+                CHECK(memcmp(lines, back, sizeof back) == 0);
+            }
+        }
+        CHECK_INT(__atomic_load_n(&c_memory, __ATOMIC_RELAXED) - before, 0);
+    }
+    t_close(fd);
+}
+
+TEST_STREAM(no_allocation_in_the_steady_state)
+{
+    t_case c = {.handler = handle_echo, .client = client_steady};
+    SOFT_ONLY();
+    t_seen = c_seen;
+    t_run(&c);
+    CHECK(c_memory > 0);
+}
