@@ -6016,7 +6016,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
  * A listener is level-triggered. Each readiness accepts one connection: the
  * accept that fails because the queue is empty costs more than the turn that it
  * saves. Only when the listener is ready again in the very next turn, so that
- * connections come faster than turns, does the burst grow.
+ * connections come faster than turns, does the burst double; an accept that
+ * finds nothing halves it.
  *
  * When the system has run out of descriptors or memory, all listeners of the
  * server pause: a level-triggered listener would spin. They go on when one of
@@ -6035,7 +6036,7 @@ typedef struct tsrvi_listener {
     tsrv_server *server;
     int burst;
     int hold;
-    uint32_t turn; /* the last in which the whole burst was accepted */
+    uint32_t turn; /* the last in which it was ready */
     bool tcp;
 } tsrvi_listener;
 
@@ -6233,7 +6234,8 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
 #if EAGAIN != EWOULDBLOCK
     case EWOULDBLOCK:
 #endif
-        listener->burst = 0;
+        listener->burst = (listener->burst + 1) / 2;
+        listener->hold = TSRVI_BURST_HOLD;
         return false;
     case EMFILE:
     case ENFILE:
@@ -6270,17 +6272,16 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     tsrvi_listener *listener = TSRVI_CONTAINER(io, tsrvi_listener, io);
     tsrv_server *server = listener->server;
     tsrv_loop *loop = server->loop;
-    int count = 0;
+    int burst;
     (void)events;
     tsrvi_server_begin(server);
-    if (listener->turn + 1 != loop->turns) {
-        listener->burst = 1;
-    } else if (listener->hold == 0 && listener->burst < TSRVI_BURST) {
+    if (listener->turn + 1 == loop->turns && listener->hold == 0 && listener->burst < TSRVI_BURST) {
         listener->burst *= 2;
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
-    while (count < listener->burst && listener->io.interest != 0 && !server->freed) {
+    for (burst = listener->burst; burst > 0 && listener->io.interest != 0 && !server->freed;
+         burst--) {
         if (tsrvi_server_is_full(server)) {
             tsrvi_server_pause(server);
             break;
@@ -6289,11 +6290,6 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
             break;
         }
         tsrvi_loop_settle(loop);
-        count++;
-    }
-    if (listener->burst == 0) { /* it found the queue empty */
-        listener->burst = count > 0 ? count : 1;
-        listener->hold = TSRVI_BURST_HOLD;
     }
 }
 
