@@ -4976,23 +4976,25 @@ static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delim
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrvi_chunk *chunk = stream->in;
-    char *last;
-    if (loop->quick != stream || chunk->begin == chunk->end || slice == NULL ||
-        --loop->budget < 0) {
+    char *data, *last;
+    size_t size;
+    if (loop->quick != stream || slice == NULL) {
         return false;
     }
-    tsrvi_chunk_data(chunk)[chunk->begin] =
-        chunk->saved; /* as tsrvi_chunk_release; twice does no harm */
-    last = (char *)memchr(tsrvi_chunk_data(chunk) + chunk->begin, delimiter,
-                          chunk->end - chunk->begin);
-    if (last == NULL || (size_t)(last - tsrvi_chunk_data(chunk)) - chunk->begin >
-                            max_bytes - 1) { /* 0 wraps to no limit */
+    size = chunk->end - chunk->begin;
+    if (size == 0 || --loop->budget < 0) {
         return false;
     }
-    slice->data = tsrvi_chunk_data(chunk) +
-                  chunk->begin; /* as tsrvi_chunk_take; nothing else is to be reset */
+    size = max_bytes - 1 < size ? max_bytes : size; /* 0 wraps to no limit */
+    data = tsrvi_chunk_data(chunk) + chunk->begin;
+    *data = chunk->saved; /* as tsrvi_chunk_release; twice does no harm */
+    last = (char *)memchr(data, delimiter, size);
+    if (last == NULL) {
+        return false;
+    }
+    slice->data = tsrvi_chunk_data(chunk) + chunk->begin;
     slice->size = (size_t)(++last - slice->data);
-    chunk->begin += slice->size;
+    chunk->begin += slice->size; /* as tsrvi_chunk_take; nothing else is to be reset */
     chunk->saved = *last;
     *last = 0;
     stream->flags |= TSRVI_CONSUMED;
@@ -5749,10 +5751,11 @@ static int tsrvi_stream_ended(const tsrv_stream *stream)
  * what it counts as. */
 static int tsrvi_stream_keep(tsrv_stream *stream)
 {
-    int ended = tsrvi_stream_ended(stream);
+    int ended;
     if ((stream->flags & TSRVI_WAITS) != 0) {
         return TSRV_EAGAIN;
     }
+    ended = tsrvi_stream_ended(stream);
     if (stream->killed == 0 && (stream->flags & TSRVI_CONSUMED) != 0 &&
         tsrvi_chunk_size(stream->in) != 0) {
         tsrvi_stream_later(stream, TSRVI_CALL);
@@ -5824,7 +5827,10 @@ static void tsrvi_stream_call(tsrv_stream *stream)
         return;
     }
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS | TSRVI_CONSUMED);
-    stream->flags |= tsrvi_stream_ended(stream) != 0 ? TSRVI_TOLD : 0u;
+    if ((stream->killed | stream->in_end | stream->out_end) != 0 &&
+        tsrvi_stream_ended(stream) != 0) {
+        stream->flags |= TSRVI_TOLD;
+    }
     if (options->mode == TSRV_CALLBACK) {
         stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
         tsrvi_peer_load(&stream->peer, &loop->address);
