@@ -176,8 +176,8 @@
 #define TSRV_VERSION_NUM \
     (TSRV_VERSION_MAJOR * 10000 + TSRV_VERSION_MINOR * 100 + TSRV_VERSION_PATCH)
 
-/* How the public functions are linked: `static` with TSRV_STATIC (in the implementing file), else
- * what TSRV_API says, for example a visibility attribute. */
+/* How the public functions are linked: `static` with TSRV_STATIC (in the implementing file),
+ * else what TSRV_API says, for example a visibility attribute. */
 #ifndef TSRV_API
 #ifdef TSRV_STATIC
 #define TSRV_API static __attribute__((unused))
@@ -266,9 +266,9 @@ typedef struct tsrv_server tsrv_server; /* listeners and the streams they accept
 typedef struct tsrv_stream tsrv_stream; /* one connection with its buffers (IOStream) */
 
 /* Bytes that a read hands out: borrowed, never freed by the caller. data[size] is 0 and not
- * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream is
- * called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not touch it.
- * After a read that failed it is "" with size 0. */
+ * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream
+ * is called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not
+ * touch it. After a read that failed it is "" with size 0. */
 typedef struct tsrv_slice {
     const char *data; /* never NULL after a read */
     size_t size;      /* bytes */
@@ -284,11 +284,13 @@ typedef struct tsrv_address {
 #define TSRV_ADDRESS_SIZE 128
 
 /* A connection's program: called when it has been accepted, in coroutine mode once, in callback
- * mode again whenever what it waits for is ready. Source: TCPServer.handle_stream. address  the
- * peer; valid during this call, copy it to keep it context  tsrv_server_options.context What it
- * returns decides: TSRV_EAGAIN = keep the connection and call me again; everything else = over:
- * queued output is flushed, the connection is closed, on_close gets the value. A negative value is
- * logged, unless it is TSRV_EOF, TSRV_ECLOSED, TSRV_ETIMEOUT or the peer's reset. */
+ * mode again whenever what it waits for is ready. Source: TCPServer.handle_stream.
+ *   address  the peer; valid during this call, copy it to keep it
+ *   context  tsrv_server_options.context
+ * What it returns decides: TSRV_EAGAIN = keep the connection and call me again; everything else
+ * = over: queued output is flushed, the connection is closed, on_close gets the value. A
+ * negative value is logged, unless it is TSRV_EOF, TSRV_ECLOSED, TSRV_ETIMEOUT or the peer's
+ * reset. */
 typedef int (*tsrv_handler)(tsrv_stream *stream, const tsrv_address *address, void *context);
 
 /* Called by the loop, never from inside the call that registered it. */
@@ -317,8 +319,8 @@ TSRV_API const char *tsrv_strerror(int code);
 /* The version of the implementation, to compare with TSRV_VERSION. Any thread. */
 TSRV_API const char *tsrv_version(void);
 
-/* Send log messages elsewhere; by default errors and warnings go to stderr. For the whole process:
- * call it before the first loop runs.
+/* Send log messages elsewhere; by default errors and warnings go to stderr. For the whole
+ * process: call it before the first loop runs.
  *   function  NULL = the default again
  *   context   handed to it */
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context);
@@ -330,27 +332,29 @@ typedef struct tsrv_loop_options {
 } tsrv_loop_options;
 
 /* The loop that runs on this thread, else the thread's own, which is made on first use and lives
- * until tsrv_loop_free. NULL when it cannot be made (out of memory or of descriptors), or when this
- * process is a fork of the one that made it. Any thread. Source: IOLoop.current. */
+ * until tsrv_loop_free. NULL when it cannot be made (out of memory or of descriptors), or when
+ * this process is a fork of the one that made it. Any thread. Source: IOLoop.current. */
 TSRV_API tsrv_loop *tsrv_loop_current(void);
 
 /* Make a loop. A NULL loop argument elsewhere means tsrv_loop_current(), so most programs never
- * call this. options  NULL = all defaults Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that
- * backend), -ENOMEM, -EMFILE and the like; then *loop is NULL. Any thread; the loop belongs to the
- * thread that runs it. */
+ * call this.
+ *   options  NULL = all defaults
+ * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), -ENOMEM, -EMFILE and the like;
+ * then *loop is NULL. Any thread; the loop belongs to the thread that runs it. */
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 
-/* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are aborted,
- * and the loop turns until nothing can run; what still waits then is dropped where it stands, and
- * logged. Servers on this loop stop and are freed by the caller, before or after. loop  NULL = this
- * thread's own, if there is one Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
+/* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are
+ * aborted, and the loop turns until nothing can run; what still waits then is dropped where it
+ * stands, and logged. Servers on this loop stop and are freed by the caller, before or after.
+ *   loop  NULL = this thread's own, if there is one
+ * Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
 TSRV_API int tsrv_loop_free(tsrv_loop *loop);
 
 /* Run until tsrv_loop_stop, or until nothing is left but signal watches: no listener, stream,
  * timer, watch, coroutine or posted callback. A stop that came before makes it return at once.
- * Source: IOLoop.start. Returns TSRV_OK; TSRV_EBUSY when it runs already; TSRV_EINVAL in a fork of
- * the process that made the loop; -errno when the backend fails (-EBADF: somebody closed its
- * descriptor). */
+ * Source: IOLoop.start.
+ * Returns TSRV_OK; TSRV_EBUSY when it runs already; TSRV_EINVAL in a fork of the process that
+ * made the loop; -errno when the backend fails (-EBADF: somebody closed its descriptor). */
 TSRV_API int tsrv_loop_run(tsrv_loop *loop);
 
 /* Run one turn: wait for events, at most timeout_ms, and handle them.
@@ -359,16 +363,17 @@ TSRV_API int tsrv_loop_run(tsrv_loop *loop);
  * tsrv_loop_run. */
 TSRV_API int tsrv_loop_run_once(tsrv_loop *loop, int timeout_ms);
 
-/* Make tsrv_loop_run return after the current turn; before a run, the next one. Loop's thread: from
- * another one post a callback that calls it. */
+/* Make tsrv_loop_run return after the current turn; before a run, the next one. Loop's thread:
+ * from another one post a callback that calls it. */
 TSRV_API void tsrv_loop_stop(tsrv_loop *loop);
 
-/* To embed the loop in another one: a descriptor that is readable when tsrv_loop_run_once(loop, 0)
- * has events to handle. Timers are not in it: see tsrv_loop_timeout_ms. The loop owns it. Returns
- * it, or TSRV_ENOTSUP with the poll backend. */
+/* To embed the loop in another one: a descriptor that is readable when tsrv_loop_run_once(loop,
+ * 0) has events to handle. Timers are not in it: see tsrv_loop_timeout_ms. The loop owns it.
+ * Returns it, or TSRV_ENOTSUP with the poll backend. */
 TSRV_API int tsrv_loop_fd(tsrv_loop *loop);
 
-/* How long the outer loop may sleep before it calls tsrv_loop_run_once; ask last before sleeping.
+/* How long the outer loop may sleep before it calls tsrv_loop_run_once; ask last before
+ * sleeping.
  * Returns milliseconds, rounded up; 0 = there is work now; -1 = no limit. */
 TSRV_API int tsrv_loop_timeout_ms(tsrv_loop *loop);
 
@@ -379,10 +384,10 @@ TSRV_API int64_t tsrv_loop_now_ms(tsrv_loop *loop);
 TSRV_API int tsrv_loop_backend(tsrv_loop *loop);
 
 /* Have the loop call callback(context), after those posted before; wakes it when it sleeps. From
- * any thread, as long as the loop exists; not from a signal handler: see tsrv_signal_start. A loop
- * freed before drops it. Source: IOLoop.add_callback. loop  from another thread than the loop's
- * never NULL Returns TSRV_OK, -ENOMEM, or TSRV_EINVAL in a fork of the process that made the loop.
- */
+ * any thread, as long as the loop exists; not from a signal handler: see tsrv_signal_start. A
+ * loop freed before drops it. Source: IOLoop.add_callback.
+ *   loop  from another thread than the loop's never NULL
+ * Returns TSRV_OK, -ENOMEM, or TSRV_EINVAL in a fork of the process that made the loop. */
 TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *context);
 
 /* Private to the library, here because tsrv_timer contains it. */
@@ -402,13 +407,16 @@ typedef struct tsrv_timer {
 } tsrv_timer;
 
 /* Call callback(context) once, delay_ms from now and never earlier; timers due at the same time
- * fire in the order of their start. Starting an armed timer changes it; to repeat, start it again
- * in the callback. Source: IOLoop.call_later. delay_ms  0 = in the next turn Returns TSRV_OK,
- * -ENOMEM, TSRV_EINVAL (negative delay, or a forked child). */
+ * fire in the order of their start. Starting an armed timer changes it; to repeat, start it
+ * again in the callback.
+ * Source: IOLoop.call_later.
+ *   delay_ms  0 = in the next turn
+ * Returns TSRV_OK, -ENOMEM, TSRV_EINVAL (negative delay, or a forked child). */
 TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
                               tsrv_callback callback, void *context);
 
-/* Disarm a timer: it will not fire, also when it is due in this turn. Not armed: nothing happens.
+/* Disarm a timer: it will not fire, also when it is due in this turn. Not armed: nothing
+ * happens.
  * Source: IOLoop.remove_timeout. */
 TSRV_API void tsrv_timer_stop(tsrv_timer *timer);
 
@@ -419,8 +427,8 @@ typedef struct tsrvi_io {
     void (*on_event)(struct tsrvi_io *, int events);
 } tsrvi_io;
 
-/* A watch on a descriptor; the caller's memory, {0} at first, stopped before it or the descriptor
- * goes. All fields private. */
+/* A watch on a descriptor; the caller's memory, {0} at first, stopped before it or the
+ * descriptor goes. All fields private. */
 typedef struct tsrv_watch {
     tsrvi_io io;
     tsrv_loop *loop;
@@ -428,9 +436,10 @@ typedef struct tsrv_watch {
     void *context;
 } tsrv_watch;
 
-/* Call callback(events, context) in every turn in which fd is ready (level-triggered). Starting an
- * active watch changes it. Errors and hang-ups are reported as the events asked for. Source:
- * IOLoop.add_handler. fd      any descriptor that the backend can wait for; stays the caller's
+/* Call callback(events, context) in every turn in which fd is ready (level-triggered). Starting
+ * an active watch changes it. Errors and hang-ups are reported as the events asked for. Source:
+ * IOLoop.add_handler.
+ *   fd      any descriptor that the backend can wait for; stays the caller's
  *   events  TSRV_READABLE, TSRV_WRITABLE or both
  * Returns TSRV_OK, TSRV_EBUSY (something else in this loop waits for fd), TSRV_EINVAL (bad
  * arguments, or a forked child), -ENOMEM, -EBADF, -EPERM (a regular file with epoll). */
@@ -451,10 +460,11 @@ typedef struct tsrv_signal {
 } tsrv_signal;
 
 /* Call callback(context) from the loop after the process has received signo; several receptions
- * before the loop looks are one call. The process's own handler is put back when the last watch on
- * signo stops. A signal belongs to one loop; in that loop it may have many watches. It does not
- * keep the loop running. Returns TSRV_OK, TSRV_EBUSY (another loop watches signo), TSRV_EINVAL (no
- * such signal, or a forked child), -errno of sigaction (SIGKILL, SIGSTOP). */
+ * before the loop looks are one call. The process's own handler is put back when the last watch
+ * on signo stops. A signal belongs to one loop; in that loop it may have many watches. It does
+ * not keep the loop running.
+ * Returns TSRV_OK, TSRV_EBUSY (another loop watches signo), TSRV_EINVAL (no such signal, or a
+ * forked child), -errno of sigaction (SIGKILL, SIGSTOP). */
 TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
                                tsrv_callback callback, void *context);
 
@@ -463,14 +473,14 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal);
 
 /* Run a function as a coroutine, from the loop's next turn on. It may use every call that waits.
  * Source: IOLoop.spawn_callback.
- * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (compiled with TSRV_NO_COROUTINES), TSRV_EINVAL (a forked
- * child). */
+ * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (compiled with TSRV_NO_COROUTINES), TSRV_EINVAL (a
+ * forked child). */
 TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context);
 
 /* Wait; other coroutines run meanwhile. In a coroutine only. Source: gen.sleep.
  *   delay_ms  0 = let the others go first, once
- * Returns TSRV_OK; TSRV_ECLOSED when the loop is being freed; TSRV_EINVAL outside a coroutine, or
- * for a negative delay. */
+ * Returns TSRV_OK; TSRV_ECLOSED when the loop is being freed; TSRV_EINVAL outside a coroutine,
+ * or for a negative delay. */
 TSRV_API int tsrv_sleep(int delay_ms);
 
 /* Wait until a descriptor is ready: how a database or DNS client joins in. In a coroutine only.
@@ -478,25 +488,27 @@ TSRV_API int tsrv_sleep(int delay_ms);
  *   events      TSRV_READABLE, TSRV_WRITABLE or both: any of them
  *   timeout_ms  0 = only look; TSRV_NEVER
  * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EBUSY (something else in this loop waits for fd),
- * TSRV_ECLOSED (the loop is being freed), TSRV_EINVAL outside a coroutine, or as tsrv_watch_start.
- */
+ * TSRV_ECLOSED (the loop is being freed), TSRV_EINVAL outside a coroutine, or as
+ * tsrv_watch_start. */
 TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms);
 
 /* ---- sockets (netutil) -----------------------------------------------------*/
 
 typedef struct tsrv_bind_options {
-    int family;      /* AF_INET, AF_INET6; 0 = both */
-    int backlog;     /* connections the kernel queues; 0 = 128 */
-    bool reuse_port; /* SO_REUSEPORT: several processes bind the same port, each with its own queue
-                      */
+    int family;         /* AF_INET, AF_INET6; 0 = both */
+    int backlog;        /* connections the kernel queues; 0 = 128 */
+    bool reuse_port;    /* SO_REUSEPORT: several processes bind the port, each with its own queue */
     unsigned unix_mode; /* permissions of a unix socket; 0 = 0600 */
 } tsrv_bind_options;
 
-/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only, IPv4
- * first. With port 0 the kernel chooses one port, the same for all of them. Source:
- * netutil.bind_sockets. port      0 to 65535; not used for unix paths address   a name or number;
- * "localhost"; "unix:/path", "unix:@abstract"; NULL or "" = every interface options   NULL = all
- * defaults fds       receives them; the caller closes them or hands them to tsrv_server_add_sockets
+/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only,
+ * IPv4 first. With port 0 the kernel chooses one port, the same for all of them. Source:
+ * netutil.bind_sockets.
+ *   port      0 to 65535; not used for unix paths
+ *   address   a name or number; "localhost"; "unix:/path", "unix:@abstract"; NULL or "" = every
+ *             interface
+ *   options   NULL = all defaults
+ *   fds       receives them; the caller closes them or hands them to tsrv_server_add_sockets
  *   capacity  how many fit: 2 suffice but for names with many addresses
  * Returns how many, at least 1; TSRV_ERESOLVE; TSRV_EINVAL (bad port, or more than capacity);
  * -EADDRINUSE, -EACCES and the like; after an error none is open. A name that is not a number is
@@ -506,13 +518,16 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 
 /* Make one listening unix socket. A socket file that nobody serves is replaced; a live one is
  * -EADDRINUSE and any other file -EEXIST. The file is not removed when the socket is closed.
- * Source: netutil.bind_unix_socket. path  of the file; "@name" = Linux's abstract name space fd
- * receives it Returns TSRV_OK, -ENAMETOOLONG, or as above. */
+ * Source: netutil.bind_unix_socket.
+ *   path  of the file; "@name" = Linux's abstract name space
+ *   fd    receives it
+ * Returns TSRV_OK, -ENAMETOOLONG, or as above. */
 TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd);
 
 /* Write an address as text: "127.0.0.1:80", "[::1]:80", "unix:/run/x", "unix:@name", "unix:"
- * (unnamed). size  of buffer; TSRV_ADDRESS_SIZE always suffices, less cuts the text Returns buffer.
- * Any thread. */
+ * (unnamed).
+ *   size  of buffer; TSRV_ADDRESS_SIZE always suffices, less cuts the text
+ * Returns buffer. Any thread. */
 TSRV_API char *tsrv_address_format(const tsrv_address *address, char *buffer, size_t size);
 
 /* The port in host byte order, or 0 when the address has none. Any thread. */
@@ -566,8 +581,8 @@ typedef struct tsrv_stats {
 
 /* Make a server. No loop and no descriptor is touched, so it may be made before a fork.
  *   options  copied; handle_stream is required
- * Returns TSRV_OK, TSRV_EINVAL, -ENOMEM, TSRV_ENOTSUP (coroutine mode, compiled without); *server
- * is then NULL. */
+ * Returns TSRV_OK, TSRV_EINVAL, -ENOMEM, TSRV_ENOTSUP (coroutine mode, compiled without);
+ * *server is then NULL. */
 TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options);
 
 /* Stop listening, abort what is open, free. Outside the loop it returns after the last on_close;
@@ -576,24 +591,28 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
 TSRV_API void tsrv_server_free(tsrv_server *server);
 
 /* Bind, listen and accept, at once; may be called many times. A failure is logged. Source:
- * TCPServer.listen. Arguments and codes as tsrv_bind_sockets, and -ENOMEM; after an error nothing
- * of this call listens. options  NULL = all defaults */
+ * TCPServer.listen. Arguments and codes as tsrv_bind_sockets, and -ENOMEM; after an error
+ * nothing of this call listens.
+ *   options  NULL = all defaults */
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options);
 
-/* Accept on sockets that listen already: from tsrv_bind_sockets, from a parent, from systemd. Takes
- * them over (they are made non-blocking, and closed by tsrv_server_stop), also when it fails, then
- * closing them. Source: TCPServer.add_sockets. Returns TSRV_OK, TSRV_EINVAL (not a listening stream
- * socket), -EBADF, -ENOMEM. */
+/* Accept on sockets that listen already: from tsrv_bind_sockets, from a parent, from systemd.
+ * Takes them over (they are made non-blocking, and closed by tsrv_server_stop), also when it
+ * fails, then closing them.
+ * Source: TCPServer.add_sockets.
+ * Returns TSRV_OK, TSRV_EINVAL (not a listening stream socket), -EBADF, -ENOMEM. */
 TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count);
 
-/* Serve a connected stream socket as if it had been accepted: inetd, descriptor passing, socketpair
- * in tests. The handler is called from the loop. Takes fd over, also when it fails. Source:
- * IOStream(socket). Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
+/* Serve a connected stream socket as if it had been accepted: inetd, descriptor passing,
+ * socketpair in tests. The handler is called from the loop. Takes fd over, also when it fails.
+ * Source: IOStream(socket).
+ * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
-/* Stop listening: the listeners are closed, streams go on. Again: nothing happens; a later listen
- * works. Source: TCPServer.stop. */
+/* Stop listening: the listeners are closed, streams go on. Again: nothing happens; a later
+ * listen works.
+ * Source: TCPServer.stop. */
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
 /* What was bound: listen(0)'s port.
@@ -602,7 +621,8 @@ TSRV_API void tsrv_server_stop(tsrv_server *server);
 TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address);
 
 /* Walk the open streams: for (s = tsrv_server_next(v, NULL); s != NULL; s = tsrv_server_next(v,
- * s)). Streams that are being closed are left out; closing s is fine; do not wait inside the walk.
+ * s)). Streams that are being closed are left out; closing s is fine; do not wait inside the
+ * walk.
  *   stream  NULL = the first
  * Returns the next, or NULL. */
 TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream);
@@ -624,8 +644,9 @@ TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
  * read at a time. */
 
 /* Read until a delimiter; the slice ends with it. TSRV_ETOOLONG when it ends behind max_bytes, or
- * when more than max_bytes are there without it; they can still be read, or dropped. Source:
- * IOStream.read_until. delimiter  a C string, not empty */
+ * when more than max_bytes are there without it; they can still be read, or dropped.
+ * Source: IOStream.read_until.
+ *   delimiter  a C string, not empty */
 TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
                              tsrv_slice *slice);
 
@@ -642,7 +663,7 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
 
 /* Read exactly count bytes. Source: IOStream.read_bytes.
  *   count  0 = an empty slice at once; more than max_buffer_size: TSRV_ETOOLONG, unless slice is
- * NULL */
+ *          NULL */
 TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slice);
 
 /* Read what is there, at least 1 byte. Source: IOStream.read_bytes(partial=True). */
@@ -669,14 +690,14 @@ TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_s
  * SIGPIPE is never raised. */
 
 /* Write bytes; afterwards data is the caller's again. Source: IOStream.write.
- *   size  0 = nothing happens, but the stream's state is returned; more than max_write_buffer_size:
- * a coroutine has it taken in pieces, with no other write between them, and must leave data alone
- * until the call returns */
+ *   size  0 = nothing happens, but the stream's state is returned; more than
+ *         max_write_buffer_size: a coroutine has it taken in pieces, with no other write between
+ *         them, and must leave data alone until the call returns */
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
-/* Write if there is room, and never wait: for broadcasts. What was queued before is sent first, if
- * the peer takes it. Returns as above, but TSRV_EFULL leaves the stream as it was, with nothing of
- * data in it. */
+/* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
+ * if the peer takes it.
+ * Returns as above, but TSRV_EFULL leaves the stream as it was, with nothing of data in it. */
 TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write several pieces as one. */
@@ -686,10 +707,12 @@ TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int coun
 TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...) TSRVI_PRINTF(2, 3);
 
 /* Write a part of a file; it does not count against max_write_buffer_size. A file that turns out
- * shorter ends the stream with -EIO. In a coroutine it waits like any write, in callback mode the
- * next read does. fd      a regular file; a duplicate is kept while needed, so it may be closed at
- * once offset  of the first byte size    bytes; 0 = nothing happens Returns as tsrv_write,
- * TSRV_EINVAL, -EBADF, -EMFILE. */
+ * shorter ends the stream with -EIO. In a coroutine it waits like any write, in callback mode
+ * the next read does.
+ *   fd      a regular file; a duplicate is kept while needed, so it may be closed at once
+ *   offset  of the first byte
+ *   size    bytes; 0 = nothing happens
+ * Returns as tsrv_write, TSRV_EINVAL, -EBADF, -EMFILE. */
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size);
 
 /* Wait until the kernel has taken all that was written. Source: awaiting IOStream.write.
@@ -699,13 +722,15 @@ TSRV_API int tsrv_flush(tsrv_stream *stream);
 /* ---- stream: ends ----------------------------------------------------------*/
 
 /* End our output: FIN follows what is queued. Does not wait; later writes return TSRV_ECLOSED;
- * reading goes on. Returns TSRV_OK, again too; or the error that ended the output before. */
+ * reading goes on.
+ * Returns TSRV_OK, again too; or the error that ended the output before. */
 TSRV_API int tsrv_shutdown(tsrv_stream *stream);
 
-/* Close: every call on the stream, also one that waits, returns TSRV_ECLOSED at once; queued output
- * is sent in the background, then FIN, then input is dropped until the peer's end or
- * close_timeout_ms, so that the answer is not turned into a reset. The stream stays valid until its
- * handler and on_close have returned. Source: IOStream.close. Returns TSRV_OK, again too. */
+/* Close: every call on the stream, also one that waits, returns TSRV_ECLOSED at once; queued
+ * output is sent in the background, then FIN, then input is dropped until the peer's end or
+ * close_timeout_ms, so that the answer is not turned into a reset. The stream stays valid until
+ * its handler and on_close have returned. Source: IOStream.close.
+ * Returns TSRV_OK, again too. */
 TSRV_API int tsrv_close(tsrv_stream *stream);
 
 /* Close with a reset, at once; unsent output is dropped. Else as tsrv_close. */
@@ -713,9 +738,10 @@ TSRV_API int tsrv_abort(tsrv_stream *stream);
 
 /* ---- stream: waiting for something else ------------------------------------*/
 
-/* Wait for tsrv_wake(stream), in both modes: the end of a helper coroutine, a thread's result, or
- * simply time. The stream's end wakes too, once: check the condition in a loop. timeout_ms  0 =
- * only look; TSRV_NEVER Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
+/* Wait for tsrv_wake(stream), in both modes: the end of a helper coroutine, a thread's result,
+ * or simply time. The stream's end wakes too, once: check the condition in a loop.
+ *   timeout_ms  0 = only look; TSRV_NEVER
+ * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
 TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
 
 /* End every tsrv_wait on the stream; with none, the next one. Loop's thread: from others by
@@ -728,8 +754,8 @@ TSRV_API void tsrv_wake(tsrv_stream *stream);
  * data_size is 0. Freed after on_close. */
 TSRV_API void *tsrv_data(tsrv_stream *stream);
 
-/* Have another handler called from the next call on: a state machine in callback mode, a protocol
- * switch. */
+/* Have another handler called from the next call on: a state machine in callback mode, a
+ * protocol switch. */
 TSRV_API void tsrv_set_handler(tsrv_stream *stream, tsrv_handler handler);
 
 /* TCP_NODELAY on or off; no effect on unix sockets. Source: IOStream.set_nodelay.
@@ -738,12 +764,15 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on);
 
 /* Limit calls that begin from now on.
  *   read_ms   a whole read; one byte a second does not extend it; then TSRV_ETIMEOUT, and the
- * stream goes on write_ms  unsent output of which no byte is taken for so long; then the stream
- * ends with TSRV_ETIMEOUT 0 = the server's; TSRV_NEVER. */
+ *             stream goes on
+ *   write_ms  unsent output of which no byte is taken for so long; then the stream ends with
+ *             TSRV_ETIMEOUT
+ * 0 = the server's; TSRV_NEVER. */
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms);
 
 /* Limit all reads and waits from now on together: they return TSRV_ETIMEOUT once it has passed,
- * until it is set again. delay_ms  from now; 0 or TSRV_NEVER = no deadline */
+ * until it is set again.
+ *   delay_ms  from now; 0 or TSRV_NEVER = no deadline */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms);
 
 /* The peer's address, kept from accept. Returns TSRV_OK. */
@@ -755,8 +784,8 @@ TSRV_API int tsrv_local_address(tsrv_stream *stream, tsrv_address *address);
 /* The descriptor, for socket options only; -1 when closed. */
 TSRV_API int tsrv_fd(tsrv_stream *stream);
 
-/* The error that ended the stream: -errno, TSRV_ETIMEOUT, TSRV_EFULL; TSRV_OK while it is open or
- * has ended in good order (the peer's end, our close). Source: IOStream.error. */
+/* The error that ended the stream: -errno, TSRV_ETIMEOUT, TSRV_EFULL; TSRV_OK while it is open
+ * or has ended in good order (the peer's end, our close). Source: IOStream.error. */
 TSRV_API int tsrv_error(tsrv_stream *stream);
 
 /* Bytes received and not yet read. */
@@ -970,8 +999,9 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 
 #define TSRVI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 #define TSRVI_INLINE __attribute__((always_inline))
-#define TSRVI_APART                                                                                \
-    __attribute__((noinline)) /* so that a short common case does not pay for the registers of the \
+#define TSRVI_APART \
+    __attribute__(( \
+        noinline)) /* so that a short common case does not pay for the registers of the \
                                  long way */
 
 /* The object that contains a member, from a pointer to the member. */
@@ -3648,7 +3678,7 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 #define TSRVI_FULL_READ 0x800000u /* the last recv filled its room: there is more */
 #define TSRVI_ODD_OUTPUT \
     (TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT) /* a write must take the long way */
-#define TSRVI_LOOKED                                                                               \
+#define TSRVI_LOOKED \
     0x2000000u /* there is input that nobody wants: do not ask for readability just to hear of the \
                   end */
 #define TSRVI_FLUSHING 0x1000000u /* somebody waits for an empty queue */
