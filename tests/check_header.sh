@@ -583,6 +583,17 @@ elif [ ! -f "$doc/readme_1.block" ]; then
 fi
 [ -f "$doc/manual_1.block" ] || fail "doc: the manual has no program marked [compiles]"
 
+# ---- README's first code block is the example that `make run` runs, whole
+
+sed -n '/^```c$/,/^```$/p' README.md | sed '1d; /^```$/,$d' >"$work/readme_block"
+sed -n '/^#define TCPSERVER_IMPLEMENTATION/,$p' examples/echo.c |
+    sed 's|"../tcpserver.h"|"tcpserver.h"|' >"$work/echo_block"
+if diff "$work/readme_block" "$work/echo_block" >"$work/readme_diff"; then
+    ok "doc: README's first block is examples/echo.c"
+else
+    fail "doc: README's first block is examples/echo.c" "$work/readme_diff"
+fi
+
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "${CI:-}" = true ] && failed=$((failed + skipped))
 [ "$failed" -eq 0 ]
