@@ -1831,7 +1831,9 @@ static int tsrvi_kqueue_set(tsrvi_poller *poller, int fd, int old_interest, int 
                (new_interest & TSRV_WRITABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
         count++;
     }
-    if (count != 0 && TSRV_SYS(kevent, (poller->fd, changes, count, NULL, 0, NULL)) < 0) {
+    /* After EINTR the changes have been made, says kevent(2). */
+    if (count != 0 && TSRV_SYS(kevent, (poller->fd, changes, count, NULL, 0, NULL)) < 0 &&
+        errno != EINTR) {
         return tsrvi_error();
     }
     return TSRV_OK;

@@ -85,7 +85,9 @@ static int v_kevent(int fd, const struct kevent *changes, int count, struct keve
 }
 
 #undef t_sys_kevent
-#define t_sys_kevent(...) (t_fault("kevent") ? v_waits++, -1 : v_kevent(__VA_ARGS__))
+#define t_sys_kevent(kq, changes, count, ...)                                                      \
+    (t_fault((count) > 0 ? "kevent_set" : "kevent") ? v_waits++, -1                                \
+                                                    : v_kevent(kq, changes, count, __VA_ARGS__))
 #endif
 #endif
 
@@ -119,7 +121,8 @@ static const struct {
     {"connect", {ECONNREFUSED, EINTR, EACCES}},
     {"epoll_wait", {EINTR, EBADF}},
     {"poll", {EINTR, ENOMEM}},
-    {"kevent", {ENOMEM, EBADF}},
+    {"kevent", {EINTR, EBADF}},
+    {"kevent_set", {ENOMEM, EBADF}},
     {"kqueue", {EMFILE, ENOMEM}},
     {"epoll_create1", {EMFILE, ENFILE, ENOMEM}},
     {"epoll_ctl", {ENOMEM, ENOSPC, EBADF, ENOENT, EPERM}},
@@ -202,7 +205,7 @@ static void f_sigpipe(int signo)
     f_pipes = 1;
 }
 
-static void f_crashed(int signo)
+__attribute__((unused)) static void f_crashed(int signo)
 {
     char text[512];
     int size = snprintf(text, sizeof text, "FAULT=\"%s\": signal %d; last failed call: %s\n", f_label,
