@@ -2637,6 +2637,11 @@ TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
         return rc;
     }
+    if (signal->signo == signo && signal->loop == loop) {
+        signal->callback = callback; /* a change; what has been received already is not lost */
+        signal->context = context;
+        return TSRV_OK;
+    }
     tsrv_signal_stop(signal);
     if ((rc = tsrvi_signal_install(loop, signo)) < 0) {
         return rc;
@@ -3390,14 +3395,19 @@ static int tsrvi_backlog(const tsrv_bind_options *options)
     return options == NULL || options->backlog <= 0 ? 128 : options->backlog;
 }
 
-/* Is somebody listening on this unix socket? Then its file must not be taken away. */
-static bool tsrvi_unix_alive(const tsrvi_sockaddr *inside, socklen_t size)
+/* TSRV_OK when nobody serves this unix socket, so that its file may be taken away; -EADDRINUSE when
+ * somebody does; or why that cannot be told. */
+static int tsrvi_unix_unserved(const tsrvi_sockaddr *inside, socklen_t size)
 {
-    int fd = tsrvi_socket(AF_UNIX);
-    bool alive =
-        fd >= 0 && (TSRV_SYS(connect, (fd, &inside->any, size)) == 0 || errno != ECONNREFUSED);
+    int fd = tsrvi_socket(AF_UNIX), rc = TSRV_OK;
+    if (fd < 0) {
+        return fd;
+    }
+    if (TSRV_SYS(connect, (fd, &inside->any, size)) == 0 || errno != ECONNREFUSED) {
+        rc = -EADDRINUSE;
+    }
     tsrvi_close_fd(fd);
-    return alive;
+    return rc;
 }
 
 /* Make room for a unix socket's file: only a socket that nobody serves is removed. lstat: a link is
@@ -3405,14 +3415,16 @@ static bool tsrvi_unix_alive(const tsrvi_sockaddr *inside, socklen_t size)
 static int tsrvi_unix_clear(const tsrvi_sockaddr *inside, socklen_t size)
 {
     struct stat info;
+    int rc;
     if (TSRV_SYS(lstat, (inside->local.sun_path, &info)) < 0) {
         return errno == ENOENT ? TSRV_OK : tsrvi_error();
     }
     if (!S_ISSOCK(info.st_mode)) {
         return -EEXIST;
     }
-    if (tsrvi_unix_alive(inside, size)) {
-        return -EADDRINUSE;
+    rc = tsrvi_unix_unserved(inside, size);
+    if (rc < 0) {
+        return rc;
     }
     return TSRV_SYS(unlink, (inside->local.sun_path)) < 0 && errno != ENOENT ? tsrvi_error()
                                                                              : TSRV_OK;
@@ -6604,6 +6616,8 @@ static void tsrvi_server_drop_streams(tsrv_server *server)
             tsrvi_stream_over(stream, TSRV_ECLOSED);
         }
         tsrvi_stream_close_fd(stream);
+        server->loop->soon.first = NULL; /* nobody will run what that has queued */
+        server->loop->ready.first = NULL;
         tsrvi_stream_finish(stream);
     }
 }
@@ -6655,6 +6669,7 @@ static void tsrvi_loop_orphan(tsrv_loop *loop)
     for (uint32_t i = 0; i < loop->heap.count; i++) {
         loop->heap.items[i]->position = 0;
     }
+    loop->heap.count = 0;
     for (int fd = 0; fd < loop->poller.page_count * TSRVI_PAGE; fd++) {
         tsrvi_io *io = tsrvi_poller_find(&loop->poller, fd);
         if (io != NULL) {
@@ -6684,6 +6699,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     while (loop->ready.first != NULL || loop->soon.first != NULL) {
         tsrvi_loop_turns(loop, true, 0);
     }
+    tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */
     dropped = tsrvi_co_drop_all(loop);
     if (dropped != 0) {
         tsrvi_log(TSRV_LOG_WARNING, "tsrv_loop_free: %lu coroutines still waited and were dropped",
@@ -6698,7 +6714,6 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
             tsrvi_server_detach(server);
         }
     }
-    tsrvi_loop_orphan(loop);
     if (tsrvi_own_loop == loop) {
         tsrvi_own_loop = NULL;
     }

@@ -1107,3 +1107,84 @@ TEST_COROUTINE(handler_that_returns_eagain_is_called_again)
     CHECK_INT(reason, TSRV_EOF);
     CHECK(t_record_count() >= 5); /* four lines and the end */
 }
+
+/* ---- dropped where they stand -------------------------------------------------------------*/
+
+static void wait_for_ever(void *context)
+{
+    const int *fds = (const int *)context;
+    for (;;) {
+        t_record(tsrv_wait_fd(fds[0], TSRV_READABLE, TSRV_NEVER)); /* takes no notice of the end */
+    }
+}
+
+static void no_log_at_all(int level, const char *message, void *context)
+{
+    (void)level;
+    (void)message;
+    (void)context;
+}
+
+/* What it waits with lies on its stack, which goes before the loop does. */
+TEST_LOOP(loop_free_drops_a_coroutine_that_waits_for_a_descriptor_again)
+{
+    tsrv_loop_options options = {t_backend};
+    tsrv_loop *loop;
+    int fds[2];
+    tsrv_set_log(no_log_at_all, NULL);
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, wait_for_ever, fds), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(t_recorded(0), TSRV_ECLOSED);
+    t_close(fds[0]);
+    t_close(fds[1]);
+}
+
+static int never_return(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream;
+    (void)address;
+    while (context == NULL) {
+        tsrv_sleep(1000);
+    }
+    return 0;
+}
+
+static void record_reason(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream;
+    (void)context;
+    t_record(reason);
+}
+
+TEST_LOOP(loop_free_drops_handlers_that_never_return)
+{
+    enum { STREAMS = 3 };
+    tsrv_loop_options options = {t_backend};
+    tsrv_server_options server_options;
+    tsrv_loop *loop;
+    tsrv_server *server;
+    int pairs[STREAMS][2];
+    memset(&server_options, 0, sizeof server_options);
+    tsrv_set_log(no_log_at_all, NULL);
+    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    server_options.loop = loop;
+    server_options.handle_stream = never_return;
+    server_options.on_close = record_reason;
+    CHECK_INT(tsrv_server_new(&server, &server_options), TSRV_OK);
+    for (int i = 0; i < STREAMS; i++) {
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pairs[i]) == 0);
+        CHECK_INT(tsrv_server_add_stream(server, pairs[i][0]), TSRV_OK);
+    }
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), STREAMS); /* on_close, once for each */
+    for (int i = 0; i < STREAMS; i++) {
+        CHECK_INT(t_recorded(i), TSRV_ECLOSED);
+        t_close(pairs[i][1]);
+    }
+    tsrv_server_free(server);
+}

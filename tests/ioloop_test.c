@@ -1647,3 +1647,27 @@ TEST_LOOP(forked_child_cannot_use_the_loop_and_does_no_harm)
         t_close(c.fds[1]);
     }
 }
+
+static void restart_signal(void *context)
+{
+    tsrv_signal *watch = (tsrv_signal *)context;
+    t_record(1);
+    CHECK(t_record_count() < 10);
+    CHECK_INT(tsrv_signal_start(watch->loop, watch, SIGUSR2, restart_signal, watch), TSRV_OK);
+}
+
+/* Starting an active watch again changes it: it neither loses a signal nor repeats one. */
+TEST_LOOP(signal_watch_started_again)
+{
+    tsrv_signal watch = {0};
+    tsrv_loop *loop = new_loop();
+    int lost = 0;
+    CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR2, count_call, &lost), TSRV_OK);
+    CHECK(raise(SIGUSR2) == 0);
+    CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR2, restart_signal, &watch), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 1000) >= 0);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(lost, 0);
+    tsrv_signal_stop(&watch);
+    free_loop(loop);
+}

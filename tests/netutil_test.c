@@ -676,3 +676,26 @@ TEST_ONCE(unknown_address_is_harmless)
     CHECK(tsrv_address_format(&address, buffer, sizeof buffer) == buffer);
     CHECK(strlen(buffer) < sizeof buffer - 1);
 }
+
+/* Whether a path is served cannot be told without a descriptor: then its file has to stay. */
+TEST_ONCE(test_unix_path_stays_when_descriptors_are_out)
+{
+    char directory[] = "/tmp/tsrv-test-XXXXXX", path[64];
+    int served, second = -1, spare;
+    struct rlimit limit, low;
+    CHECK(mkdtemp(directory) != NULL);
+    snprintf(path, sizeof path, "%s/s", directory);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &served), TSRV_OK);
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    spare = dup(0);
+    CHECK(spare >= 0);
+    low = limit;
+    low.rlim_cur = (rlim_t)spare;
+    CHECK(close(spare) == 0 && setrlimit(RLIMIT_NOFILE, &low) == 0);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &second), -EMFILE);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK_INT(second, -1);
+    CHECK(access(path, F_OK) == 0);
+    t_close(served);
+    CHECK(unlink(path) == 0 && rmdir(directory) == 0);
+}
