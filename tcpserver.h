@@ -3712,7 +3712,6 @@ struct tsrv_server {
     bool paused;    /* no accepting for now */
     bool exhausted; /* because the system was out of something */
     bool freed;     /* by the program: goes with the last stream */
-    bool has_timer; /* its place in the heap is reserved */
     bool queued;    /* the task is in loop->ready */
 };
 
@@ -6128,6 +6127,7 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     tsrv_server *made;
     *server = NULL;
     if (options == NULL || options->handle_stream == NULL || options->max_connections < 0 ||
+        options->data_size > SIZE_MAX / 2 || options->stack_size > SIZE_MAX / 2 ||
         (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
         return TSRV_EINVAL;
     }
