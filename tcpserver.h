@@ -553,7 +553,7 @@ typedef struct tsrv_server_options {
     tsrv_loop *loop;              /* NULL = the thread's, at the first listen or add_sockets */
     size_t data_size;             /* zeroed bytes for each stream: tsrv_data; 0 = none */
     size_t max_buffer_size;       /* unread input of a stream; 0 = 1 MiB */
-    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; at most half of the above */
+    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; about half of the above at most */
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
     size_t write_high_water; /* unsent output above which a writer waits; 0 = 256 KiB; at most the
                                 above */
@@ -824,6 +824,7 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -998,11 +999,10 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #endif
 
 #define TSRVI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+/* For what every request goes through: measured, a call of these costs as much as what they do. */
 #define TSRVI_INLINE __attribute__((always_inline))
-#define TSRVI_APART \
-    __attribute__(( \
-        noinline)) /* so that a short common case does not pay for the registers of the \
-                                 long way */
+/* So that a short common case does not pay for the registers of the long way. */
+#define TSRVI_APART __attribute__((noinline))
 
 /* The object that contains a member, from a pointer to the member. */
 #define TSRVI_CONTAINER(pointer, type, member) \
@@ -1376,7 +1376,7 @@ static char *tsrvi_block_data(tsrvi_block *block)
 }
 
 /* A block for at least `size` bytes, or NULL. */
-static tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t size)
+static inline TSRVI_INLINE tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t size)
 {
     size_t capacity = TSRVI_BLOCK_SIZE - sizeof(tsrvi_block);
     tsrvi_block *block;
@@ -1405,7 +1405,7 @@ static tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t size)
     return block;
 }
 
-static void tsrvi_block_free(tsrvi_pool *pool, tsrvi_block *block)
+static inline TSRVI_INLINE void tsrvi_block_free(tsrvi_pool *pool, tsrvi_block *block)
 {
     if (block->file >= 0) {
         tsrvi_close_fd(block->file);
@@ -1564,9 +1564,10 @@ typedef struct tsrvi_event {
 typedef struct tsrvi_poller {
     const struct tsrvi_backend *backend;
     pid_t pid; /* of its process: in a fork's child the kernel's part still belongs to the parent */
-    int fd;    /* of epoll or kqueue; -1 with poll */
+    int fd;    /* of epoll or kqueue; -1 with poll, and while epoll's cannot be made anew */
+    bool embedded;      /* another loop waits for fd, so it must stay what it is */
     void *memory;       /* the backend's arrays */
-    uint32_t used;      /* the backend's: entries in use */
+    uint32_t used;      /* the backend's: poll's entries in use; epoll's last turn with a new set */
     uint32_t size;      /* the backend's: entries allocated */
     uint32_t turn;      /* the backend's: epoll counts waits, poll remembers where to look first */
     tsrvi_slot **pages; /* the slots by descriptor, TSRVI_PAGE of them in each; NULL = none of these
@@ -1587,7 +1588,7 @@ typedef struct tsrvi_backend {
     /* Wait, at most timeout_ms (-1 = no limit), and fill `fired`. EINTR is not an error. */
     int (*wait)(tsrvi_poller *poller, int timeout_ms);
     /* Events come for a registration that outlived its descriptor; NULL where this cannot be. */
-    int (*leaked)(tsrvi_poller *poller);
+    void (*leaked)(tsrvi_poller *poller);
 } tsrvi_backend;
 
 static int tsrvi_poller_fire(tsrvi_poller *poller, int fd, uint32_t generation, int events)
@@ -1664,12 +1665,13 @@ static int tsrvi_poller_set(tsrvi_poller *poller, tsrvi_io *io, int interest)
 }
 
 /* Forget io because its descriptor is about to be closed: then epoll and kqueue forget it by
- * themselves. */
+ * themselves, but for epoll's leaks, which an embedded set cannot afford. */
 static void tsrvi_poller_forget(tsrvi_poller *poller, tsrvi_io *io)
 {
     if (io->interest != 0) {
         tsrvi_slot *slot = tsrvi_poller_slot(poller, io->fd);
-        poller->backend->set(poller, io->fd, io->interest, 0, true);
+        bool quiet = !poller->embedded || poller->pid != TSRV_SYS(getpid, ());
+        poller->backend->set(poller, io->fd, io->interest, 0, quiet);
         slot->io = NULL;
         slot->generation++;
         io->interest = 0;
@@ -1696,8 +1698,11 @@ static void tsrvi_poller_dispatch(tsrvi_poller *poller, const tsrvi_event *event
  * descriptor does not end it, EPOLL_CTL_DEL can no longer name it, and its
  * events would come for ever. A DEL before every close would cost a call per
  * connection; instead such an event is recognised by its old generation, and
- * the epoll set is built anew (as libev does).
+ * the epoll set is built anew (as libev does). Only while another loop waits for
+ * the set itself, and would lose the new one, every close pays for its DEL.
  * ==========================================================================*/
+
+#define TSRVI_EPOLL_RETRY_MS 50 /* when no new set can be made */
 
 static int tsrvi_epoll_open(tsrvi_poller *poller)
 {
@@ -1730,16 +1735,58 @@ static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int n
     if (new_interest == 0) {
         slot->mark = poller->turn;
     }
-    if (quiet) {
-        return TSRV_OK;
+    if (quiet || poller->fd < 0) {
+        return TSRV_OK; /* without a set, the new one will be told */
     }
     return TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+static int tsrvi_epoll_add_all(tsrvi_poller *poller)
+{
+    for (int fd = 0; fd < poller->page_count * TSRVI_PAGE; fd++) {
+        tsrvi_io *io = tsrvi_poller_find(poller, fd);
+        int rc = io == NULL ? TSRV_OK : tsrvi_epoll_set(poller, fd, 0, io->interest, false);
+        if (rc == -ENOMEM || rc == -ENOSPC) {
+            return rc; /* other errors mean that the program has closed fd under its watch */
+        }
+    }
+    return TSRV_OK;
+}
+
+/* Build the set anew, without what should no longer be in it; the old one goes first, so that this
+ * works also when no descriptor is free. What fails now is tried again by the next wait. */
+static void tsrvi_epoll_renew(tsrvi_poller *poller)
+{
+    tsrvi_close_fd(poller->fd);
+    poller->fd = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    if (poller->fd >= 0 && tsrvi_epoll_add_all(poller) < 0) {
+        tsrvi_close_fd(poller->fd);
+        poller->fd = -1;
+    }
+}
+
+/* The rest of the batch may hold more such events: one new set a turn. */
+static void tsrvi_epoll_leaked(tsrvi_poller *poller)
+{
+    if (poller->used != poller->turn) {
+        poller->used = poller->turn;
+        tsrvi_epoll_renew(poller);
+    }
 }
 
 static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
 {
     struct epoll_event *events = (struct epoll_event *)poller->memory;
-    int count = TSRV_SYS(epoll_wait, (poller->fd, events, TSRVI_BATCH, timeout_ms));
+    int count;
+    if (TSRVI_UNLIKELY(poller->fd < 0)) {
+        tsrvi_epoll_renew(poller);
+        timeout_ms = 0;
+    }
+    if (TSRVI_UNLIKELY(poller->fd < 0)) {
+        TSRV_SYS(poll, (NULL, 0, TSRVI_EPOLL_RETRY_MS));
+        return TSRV_OK;
+    }
+    count = TSRV_SYS(epoll_wait, (poller->fd, events, TSRVI_BATCH, timeout_ms));
     poller->turn++;
     if (count < 0) {
         return errno == EINTR ? TSRV_OK : tsrvi_error();
@@ -1753,25 +1800,6 @@ static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
         }
         tsrvi_poller_fire(poller, (int)(uint32_t)events[i].data.u64,
                           (uint32_t)(events[i].data.u64 >> 32), fired);
-    }
-    return TSRV_OK;
-}
-
-/* Build the set anew under the same descriptor number, without what should no longer be in it. */
-static int tsrvi_epoll_leaked(tsrvi_poller *poller)
-{
-    int fresh = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
-    int rc = fresh < 0 || TSRV_SYS(dup2, (fresh, poller->fd)) < 0 ? tsrvi_error() : TSRV_OK;
-    tsrvi_close_fd(fresh);
-    if (rc < 0) {
-        return rc; /* the old set still works: try again at the next such event */
-    }
-    TSRV_SYS(fcntl, (poller->fd, F_SETFD, FD_CLOEXEC));
-    for (int fd = 0; fd < poller->page_count * TSRVI_PAGE; fd++) {
-        tsrvi_io *io = tsrvi_poller_find(poller, fd);
-        if (io != NULL && tsrvi_epoll_set(poller, fd, 0, io->interest, false) < 0) {
-            io->on_event(io, TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP);
-        }
     }
     return TSRV_OK;
 }
@@ -2235,6 +2263,7 @@ struct tsrv_loop {
     tsrvi_io wake; /* readable when another thread posted or a signal came */
     int wake_write;
     tsrvi_post *posts;          /* atomic; the newest first */
+    int posting;                /* atomic; calls of tsrv_loop_post that still use the loop */
     int signal_seen;            /* atomic; a handler ran */
     tsrv_signal *signals;       /* watches */
     tsrv_signal *signal_cursor; /* the next to be looked at, while they are being called */
@@ -2371,8 +2400,21 @@ static const tsrvi_backend *tsrvi_backend_find(int id)
     return NULL;
 }
 
+/* Signal handlers that are running, on any thread; atomic. */
+static int tsrvi_signal_handlers;
+
+/* Nobody knows the loop any more, but another thread may be about to wake it. */
+static void tsrvi_loop_quiesce(tsrv_loop *loop)
+{
+    while (__atomic_load_n(&loop->posting, __ATOMIC_ACQUIRE) != 0 ||
+           __atomic_load_n(&tsrvi_signal_handlers, __ATOMIC_SEQ_CST) != 0) {
+        TSRV_SYS(sched_yield, ());
+    }
+}
+
 static void tsrvi_loop_destroy(tsrv_loop *loop)
 {
+    tsrvi_loop_quiesce(loop);
     tsrvi_wake_close(loop);
     loop->poller.backend->close(&loop->poller);
     tsrvi_pool_free(&loop->pool);
@@ -2545,6 +2587,8 @@ TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *conte
     }
     post->callback = callback;
     post->context = context;
+    /* As soon as it is in the list, the callback may run and free the loop: that waits for us. */
+    __atomic_fetch_add(&loop->posting, 1, __ATOMIC_ACQUIRE);
     newest = __atomic_load_n(&loop->posts, __ATOMIC_RELAXED);
     do {
         post->next = newest;
@@ -2555,6 +2599,7 @@ TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *conte
     if (newest == NULL && tsrvi_running_loop != loop) {
         tsrvi_wake_write(loop->wake_write);
     }
+    __atomic_fetch_sub(&loop->posting, 1, __ATOMIC_RELEASE);
     return TSRV_OK;
 }
 
@@ -2597,12 +2642,15 @@ static struct {
 /* Async-signal-safe: flags and write(2) only. */
 static void tsrvi_signal_handler(int signo)
 {
-    tsrv_loop *loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE);
+    tsrv_loop *loop;
+    __atomic_fetch_add(&tsrvi_signal_handlers, 1, __ATOMIC_SEQ_CST);
+    loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_SEQ_CST);
     if (loop != NULL) {
         __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
         __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->wake_write);
     }
+    __atomic_fetch_sub(&tsrvi_signal_handlers, 1, __ATOMIC_SEQ_CST);
 }
 
 static int tsrvi_signal_install(tsrv_loop *loop, int signo)
@@ -2679,7 +2727,7 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
     signal->signo = 0;
     if (others == 0) {
         TSRV_SYS(sigaction, (signo, &tsrvi_signals[signo].before, NULL));
-        __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
     }
 }
 
@@ -2822,7 +2870,11 @@ TSRV_API void tsrv_loop_stop(tsrv_loop *loop)
 TSRV_API int tsrv_loop_fd(tsrv_loop *loop)
 {
     int rc = tsrvi_loop_use(&loop);
-    return rc < 0 ? rc : loop->poller.fd < 0 ? TSRV_ENOTSUP : loop->poller.fd;
+    if (rc < 0) {
+        return rc;
+    }
+    loop->poller.embedded = true;
+    return loop->poller.fd < 0 ? TSRV_ENOTSUP : loop->poller.fd;
 }
 
 TSRV_API int tsrv_loop_timeout_ms(tsrv_loop *loop)
@@ -2985,7 +3037,7 @@ static void tsrvi_co_timer_fire(tsrvi_timer *timer)
 
 /* Suspend the running coroutine until it is woken or `due` has come: TSRV_ETIMEOUT, else what it
  * was woken with. */
-static int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
+static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
 {
     tsrv_loop *loop = co->loop;
     if (TSRVI_UNLIKELY(loop->closing) && !co->cancelled) {
@@ -3608,12 +3660,15 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
     struct addrinfo hints, *all = NULL;
     bool shared = false;
     int rc, tries = 0;
-    if (capacity < 1 || port < 0 || port > 65535) {
+    if (capacity < 1) {
         return TSRV_EINVAL;
     }
     if (address != NULL && strncmp(address, "unix:", 5) == 0) {
         rc = tsrv_bind_unix_socket(address + 5, options, &fds[0]);
         return rc < 0 ? rc : 1;
+    }
+    if (port < 0 || port > 65535) {
+        return TSRV_EINVAL;
     }
     memset(&hints, 0, sizeof(hints));
     hints.ai_family = options == NULL ? 0 : options->family;
@@ -3955,7 +4010,7 @@ static void tsrvi_stream_drop_input(tsrv_stream *stream)
 }
 
 /* The slice that was handed out last dies; a buffer without unread bytes goes too. */
-static void tsrvi_stream_release(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_stream_release(tsrv_stream *stream)
 {
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
@@ -4220,7 +4275,7 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 }
 
 /* Bring the stream to rest after something happened to it: ends, interest, timer. */
-static void tsrvi_stream_rest(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
 {
     const uint32_t odd = TSRVI_SHUT | TSRVI_CLOSING | TSRVI_LINGER | TSRVI_BLOCKED |
                          TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH;
@@ -6187,8 +6242,9 @@ static void tsrvi_server_exhausted(tsrv_server *server, int code)
 
 static void tsrvi_server_resume(tsrv_server *server)
 {
-    if (!server->paused || tsrvi_server_is_full(server)) {
-        return;
+    if (!server->paused || tsrvi_server_is_full(server) ||
+        server->loop->poller.pid != TSRV_SYS(getpid, ())) {
+        return; /* in a fork's child it would change what the parent waits for */
     }
     server->paused = false;
     server->exhausted = false;
@@ -6360,11 +6416,16 @@ static int tsrvi_server_attach(tsrv_server *server)
     server->retry.fire = tsrvi_server_retry;
     loop->fd_closed = tsrvi_loop_fd_closed;
     tsrvi_list_append(&loop->servers, &server->link);
-    if (server->starting) {
-        server->queued = true;
-        tsrvi_tasks_push(&loop->ready, &server->task);
-    }
     return TSRV_OK;
+}
+
+/* It accepts from now on: on_start is due. */
+static void tsrvi_server_started(tsrv_server *server)
+{
+    if (server->starting && !server->queued) {
+        server->queued = true;
+        tsrvi_tasks_push(&server->loop->ready, &server->task);
+    }
 }
 
 /* Is fd a listening stream socket? */
@@ -6449,6 +6510,26 @@ static void tsrvi_listener_close(tsrvi_listener *listener)
     }
 }
 
+/* Close all of fds, the first `added` of which are listeners by now; none twice. */
+static void tsrvi_server_take_back(tsrv_server *server, const int *fds, int added, int count)
+{
+    for (int i = 0; i < count; i++) {
+        tsrvi_listener *listener = i < added ? server->listeners : NULL;
+        int first = 0;
+        while (fds[first] != fds[i]) {
+            first++;
+        }
+        while (listener != NULL && listener->io.fd != fds[i]) {
+            listener = listener->next;
+        }
+        if (listener != NULL) {
+            tsrvi_listener_close(listener);
+        } else if (first == i) {
+            tsrvi_close_fd(fds[i]);
+        }
+    }
+}
+
 TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count)
 {
     int rc = count < 0 ? TSRV_EINVAL : tsrvi_server_attach(server), added = 0;
@@ -6457,16 +6538,9 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
         added += rc == TSRV_OK;
     }
     if (rc < 0) {
-        tsrvi_close_fds(fds + added, count - added);
-        for (tsrvi_listener *listener = server->listeners; listener != NULL;
-             listener = listener->next) {
-            for (int i = 0; i < added; i++) {
-                if (listener->io.fd == fds[i]) {
-                    tsrvi_listener_close(listener);
-                    break;
-                }
-            }
-        }
+        tsrvi_server_take_back(server, fds, added, count);
+    } else if (count > 0) {
+        tsrvi_server_started(server);
     }
     return rc;
 }
@@ -6510,6 +6584,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
     }
     tsrvi_server_dress(server, fd, tsrv_address_family(&peer) != AF_UNIX, false);
     tsrvi_stream_later(stream, TSRVI_CALL);
+    tsrvi_server_started(server);
     return TSRV_OK;
 }
 
@@ -6673,6 +6748,7 @@ static void tsrvi_loop_orphan(tsrv_loop *loop)
     for (int fd = 0; fd < loop->poller.page_count * TSRVI_PAGE; fd++) {
         tsrvi_io *io = tsrvi_poller_find(&loop->poller, fd);
         if (io != NULL) {
+            tsrvi_poller_slot(&loop->poller, fd)->io = NULL;
             io->interest = 0;
         }
     }
@@ -6705,6 +6781,8 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
         tsrvi_log(TSRV_LOG_WARNING, "tsrv_loop_free: %lu coroutines still waited and were dropped",
                   (unsigned long)dropped);
     }
+    loop->running =
+        true; /* on_close is called as from the loop: a server that it frees goes here */
     while (!tsrvi_list_empty(&loop->servers)) {
         tsrv_server *server = TSRVI_CONTAINER(loop->servers.next, tsrv_server, link);
         tsrvi_server_drop_streams(server);
@@ -6714,6 +6792,8 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
             tsrvi_server_detach(server);
         }
     }
+    tsrvi_co_drop_all(loop); /* what on_close has started comes too late */
+    tsrvi_loop_orphan(loop);
     if (tsrvi_own_loop == loop) {
         tsrvi_own_loop = NULL;
     }
