@@ -148,7 +148,8 @@
  *     >>socket      addresses, listening sockets
  *     >>stream      one connection
  *     >>server      listeners, accepting
- *     >>ends        freeing servers and loops
+ *     >>client      connecting
+ *     >>ends        draining servers, freeing servers and loops
  *     >>history     what changed
  *     >>license     MIT
  */
@@ -563,6 +564,7 @@ typedef struct tsrv_server_options {
     int read_timeout_ms;     /* a whole read; 0 = off */
     int write_timeout_ms;    /* unsent output and no byte of it taken for so long; 0 = 60 s */
     int close_timeout_ms;    /* after the last byte and FIN, to wait for the peer's; 0 = 5 s */
+    int grace_ms;            /* that a drain leaves to what is under way; 0 = 30 s */
     bool nagle;              /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
     bool keep_alive;         /* SO_KEEPALIVE */
 } tsrv_server_options;
@@ -615,6 +617,23 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
  * Source: TCPServer.stop. */
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
+/* Stop listening, let what is under way come to its end, and close every stream. A stream that is
+ * idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still write its good-bye; tsrv_wait
+ * is woken at once. Idle means: it waits in a read of which nothing has arrived, with nothing
+ * unread and nothing unsent, and its last act was a write, or nothing was received, and it was not
+ * accepted, within the last second. So a request or an upload under way is finished, and a client
+ * whose first request is in flight is served. When the grace is over, what is left is aborted,
+ * every other wait of the handlers ends once with TSRV_ECLOSED, and a warning is logged. Called
+ * again, it goes on with the same drain, and can only shorten its grace. Source:
+ * HTTPServer.close_all_connections.
+ *   grace_ms  0 = the server's grace_ms; TSRV_NEVER
+ * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
+ * and in one of this server's own handlers, it starts the drain and returns.
+ * Returns TSRV_OK when nothing is open any more; TSRV_ETIMEOUT when that took an abort; TSRV_EAGAIN
+ * while it goes on; TSRV_ECLOSED when the server or its loop was freed meanwhile; TSRV_EINVAL in a
+ * forked child. */
+TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms);
+
 /* What was bound: listen(0)'s port.
  *   index  0 for the first listener, and so on
  * Returns TSRV_OK; TSRV_EINVAL when there is no such listener; -errno of getsockname. */
@@ -629,6 +648,28 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
 
 /* Copy the counters. */
 TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
+
+/* ---- client (TCPClient) ----------------------------------------------------*/
+
+typedef struct tsrv_connect_options {
+    int timeout_ms; /* for all addresses together; 0 = 10 s, TSRV_NEVER */
+} tsrv_connect_options;
+
+/* Connect, in a coroutine. Each address of a name is tried in turn, with an equal share of the time
+ * that is left. The stream is the caller's: tsrv_close gives it back and is the last thing done
+ * with it (what is queued is still sent); tsrv_abort cuts it, may be called by anybody, and frees
+ * nothing. It has the limits of tsrv_server_options' defaults, no data and no on_close. Source:
+ * TCPClient.connect.
+ *   host     a name, a number or "unix:/path", "unix:@abstract"; a name that is not a number is
+ *            looked up by getaddrinfo, which blocks the loop meanwhile
+ *   port     1 to 65535; not used for unix paths
+ *   options  NULL = all defaults
+ *   stream   receives it; NULL after an error
+ * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being freed, or the
+ * grace of a drain is over), TSRV_EINVAL (not in a coroutine, bad port), -ENOMEM, or -errno of the
+ * last address: -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
+TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
+                          tsrv_stream **stream);
 
 /* ---- stream: reads (IOStream) ----------------------------------------------
  *
@@ -739,7 +780,8 @@ TSRV_API int tsrv_abort(tsrv_stream *stream);
 /* ---- stream: waiting for something else ------------------------------------*/
 
 /* Wait for tsrv_wake(stream), in both modes: the end of a helper coroutine, a thread's result,
- * or simply time. The stream's end wakes too, once: check the condition in a loop.
+ * or simply time. The stream's end and the start of a drain wake too, once: check the condition in
+ * a loop.
  *   timeout_ms  0 = only look; TSRV_NEVER
  * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
 TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
@@ -788,13 +830,17 @@ TSRV_API int tsrv_fd(tsrv_stream *stream);
  * or has ended in good order (the peer's end, our close). Source: IOStream.error. */
 TSRV_API int tsrv_error(tsrv_stream *stream);
 
+/* Has a drain of the stream's server begun? Then a TSRV_EOF may be the drain's, and is the moment
+ * to say good-bye. */
+TSRV_API bool tsrv_stopping(tsrv_stream *stream);
+
 /* Bytes received and not yet read. */
 TSRV_API size_t tsrv_unread_size(tsrv_stream *stream);
 
 /* Bytes written and not yet taken by the kernel, those of files included. */
 TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream);
 
-/* The server that accepted the stream. */
+/* The server that accepted the stream; NULL for one that tsrv_connect made. */
 TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream);
 
 /* The loop that it belongs to. */
@@ -2282,6 +2328,7 @@ struct tsrv_loop {
 #endif
 
     tsrvi_link servers;                 /* that have used this loop */
+    tsrv_server *clients;               /* what tsrv_connect's streams belong to */
     void (*fd_closed)(tsrv_loop *loop); /* the server layer's: a descriptor is free again */
     struct tsrvi_chunk *chunk;          /* the buffer that all streams receive into */
     tsrv_stream *chunk_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
@@ -3654,10 +3701,28 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
     return count > 0 ? count : last;
 }
 
+/* The addresses of a host; NULL with AI_PASSIVE = every interface. A number is not looked up. */
+static int tsrvi_resolve(const char *host, int port, int family, int flags, struct addrinfo **all)
+{
+    struct addrinfo hints;
+    char service[16];
+    int rc;
+    memset(&hints, 0, sizeof(hints));
+    hints.ai_family = family;
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = flags | AI_NUMERICSERV;
+    snprintf(service, sizeof(service), "%d", port);
+    rc = TSRV_SYS(getaddrinfo, (host, service, &hints, all));
+    if (rc == 0) {
+        return TSRV_OK;
+    }
+    return rc == EAI_MEMORY ? -ENOMEM : rc == EAI_SYSTEM ? tsrvi_error() : TSRV_ERESOLVE;
+}
+
 TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
                                int *fds, int capacity)
 {
-    struct addrinfo hints, *all = NULL;
+    struct addrinfo *all = NULL;
     bool shared = false;
     int rc, tries = 0;
     if (capacity < 1) {
@@ -3670,14 +3735,10 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
     if (port < 0 || port > 65535) {
         return TSRV_EINVAL;
     }
-    memset(&hints, 0, sizeof(hints));
-    hints.ai_family = options == NULL ? 0 : options->family;
-    hints.ai_socktype = SOCK_STREAM;
-    hints.ai_flags = AI_PASSIVE;
-    rc = TSRV_SYS(getaddrinfo,
-                  (address == NULL || address[0] == 0 ? NULL : address, "0", &hints, &all));
-    if (rc != 0) {
-        return rc == EAI_MEMORY ? -ENOMEM : rc == EAI_SYSTEM ? tsrvi_error() : TSRV_ERESOLVE;
+    rc = tsrvi_resolve(address == NULL || address[0] == 0 ? NULL : address, 0,
+                       options == NULL ? 0 : options->family, AI_PASSIVE, &all);
+    if (rc < 0) {
+        return rc;
     }
     /* The port that the kernel chose for the first socket may be taken in the other family: choose
      * anew. */
@@ -3718,6 +3779,7 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 #define TSRVI_SEND_LIMIT ((size_t)1024 * 1024) /* bytes sent for a stream in one go */
 #define TSRVI_SEND_PIECES 64                   /* of one sendmsg */
 #define TSRVI_SMALL_CHUNK ((size_t)1024)       /* least room for unread bytes of a stream's own */
+#define TSRVI_FRESH 16                         /* ticks: a second at least */
 
 /* tsrv_stream.flags */
 #define TSRVI_ENTERED 0x1u                     /* the handler has been called */
@@ -3750,7 +3812,12 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 #define TSRVI_LOOKED \
     0x2000000u /* there is input that nobody wants: do not ask for readability just to hear of the \
                   end */
-#define TSRVI_FLUSHING 0x1000000u /* somebody waits for an empty queue */
+#define TSRVI_FLUSHING 0x1000000u  /* somebody waits for an empty queue */
+#define TSRVI_WROTE 0x4000000u     /* something has been written */
+#define TSRVI_ASKED 0x8000000u     /* something has been read since the last write */
+#define TSRVI_PART 0x10000000u     /* the pending read has dropped some bytes already */
+#define TSRVI_DRAINING 0x20000000u /* its server is being drained */
+#define TSRVI_STOPPED 0x40000000u  /* in_end is the drain's doing, not the peer's */
 
 struct tsrv_server {
     tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
@@ -3759,9 +3826,15 @@ struct tsrv_server {
     tsrvi_link streams;
     struct tsrvi_listener *listeners;
     tsrv_stats stats;
-    tsrvi_task task;   /* on_start, later the end */
-    tsrvi_timer retry; /* when paused listeners try again */
-    uint64_t logged;   /* when accept's failures were last logged */
+    tsrvi_task task;        /* on_start, the end of a drain, the end */
+    tsrvi_timer retry;      /* when paused listeners try again */
+    uint64_t logged;        /* when accept's failures were last logged */
+    tsrvi_timer drain;      /* when streams are looked at again */
+    uint64_t drain_due;     /* when the grace is over */
+    tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
+    int drain_code;         /* of the last drain, until it is asked for: TSRV_OK or TSRV_ETIMEOUT */
+    bool draining;
+    bool forced; /* the grace is over: what was left has been aborted */
     int backoff_ms;
     bool starting;  /* task calls on_start */
     bool paused;    /* no accepting for now */
@@ -3851,6 +3924,7 @@ struct tsrv_stream {
     int16_t in_end;  /* how the input ended: TSRV_EOF or an error; 0 = not yet */
     int16_t out_end; /* how the output ended: TSRV_ECLOSED after tsrv_shutdown, or an error */
     int16_t killed;  /* how both ended at once */
+    uint16_t fresh;  /* when bytes last came, or it was accepted: see tsrvi_tick; wraps */
     tsrvi_peer peer;
 };
 
@@ -3867,10 +3941,19 @@ static bool tsrvi_stream_handling(const tsrv_stream *stream)
 
 /* ---- tasks -----------------------------------------------------------------*/
 
+/* Run the server's task in the next turn. */
+static void tsrvi_server_later(tsrv_server *server)
+{
+    if (!server->queued) {
+        server->queued = true;
+        tsrvi_tasks_push(&server->loop->ready, &server->task);
+    }
+}
+
 /* Flush when the user code that is running gives control back. */
 static void tsrvi_stream_soon(tsrv_stream *stream)
 {
-    stream->flags |= TSRVI_DIRTY;
+    stream->flags |= TSRVI_DIRTY | TSRVI_WROTE;
     if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
         stream->flags |= TSRVI_SOON;
         tsrvi_tasks_push(&tsrvi_loop_of(stream)->soon, &stream->task);
@@ -4035,6 +4118,12 @@ static void tsrvi_stream_touch(tsrv_stream *stream)
     }
 }
 
+/* A clock for what came within the last second: 2^26 ns are 67 ms, so two bytes suffice. */
+static uint16_t tsrvi_tick(const tsrv_loop *loop)
+{
+    return (uint16_t)(loop->now >> 26);
+}
+
 static uint64_t tsrvi_stream_idle_due(const tsrv_stream *stream)
 {
     int idle_ms = stream->server->options.idle_timeout_ms;
@@ -4164,6 +4253,7 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
         code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
     }
     stream->in_end = (int16_t)code;
+    stream->flags &= ~TSRVI_STOPPED;
     if (stream->killed != 0) {
         return; /* the end that came first has woken everybody */
     }
@@ -4204,7 +4294,8 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         return;
     }
     if ((stream->flags & TSRVI_CLOSING) != 0 &&
-        (stream->in_end != 0 || (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED))) {
+        ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) ||
+         (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED))) {
         tsrvi_stream_close_fd(stream); /* the peer has finished too, or is gone: close sends what
                                           FIN there is to send */
         return;
@@ -4274,11 +4365,59 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
     }
 }
 
+/* ---- drain -----------------------------------------------------------------*/
+
+/* What recv would return now; the bytes stay where they are. */
+static ssize_t tsrvi_stream_peek(const tsrv_stream *stream)
+{
+    char byte;
+    ssize_t got;
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
+    } while (got < 0 && errno == EINTR);
+    return got;
+}
+
+/* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
+ * nothing unread and nothing unsent? */
+static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
+{
+    tsrvi_waiter *waiter = tsrvi_stream_waiter(stream, TSRVI_FOR_READ);
+    bool begun = (stream->flags & TSRVI_PART) != 0 || (waiter != NULL && waiter->read->done != 0);
+    if (stream->server->options.mode == TSRV_CALLBACK && (stream->flags & TSRVI_OVER) == 0 &&
+        stream->u.partial != NULL && stream->u.partial->done != 0) {
+        begun = true;
+    }
+    return (waiter != NULL || (stream->flags & (TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) != 0) &&
+           !begun && tsrvi_chunk_size(stream->in) == 0 && stream->unsent == 0 &&
+           (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == 0 && stream->io.fd >= 0 &&
+           (stream->killed | stream->in_end) == 0;
+}
+
+/* The server is being drained: an idle stream reads TSRV_EOF. Not idle is a request that was read
+ * and not answered, and a peer that sent something, or was accepted, within the last second: more
+ * of its message may be on its way. */
+static void tsrvi_stream_drain(tsrv_stream *stream)
+{
+    uint16_t age = (uint16_t)(tsrvi_tick(tsrvi_loop_of(stream)) - stream->fresh);
+    bool answered = (stream->flags & (TSRVI_WROTE | TSRVI_ASKED)) == TSRVI_WROTE;
+    if (!tsrvi_stream_waits_empty(stream) || (!answered && age < TSRVI_FRESH)) {
+        return;
+    }
+    if (tsrvi_stream_peek(stream) >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) {
+        return; /* an event will tell the handler */
+    }
+    stream->flags |= TSRVI_STOPPED;
+    stream->in_end = TSRV_EOF;
+    tsrvi_stream_wake_kind(stream, TSRVI_FOR_READ, TSRV_EOF);
+    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_READ | TSRVI_WAIT_INPUT);
+}
+
 /* Bring the stream to rest after something happened to it: ends, interest, timer. */
 static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
 {
     const uint32_t odd = TSRVI_SHUT | TSRVI_CLOSING | TSRVI_LINGER | TSRVI_BLOCKED |
-                         TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH;
+                         TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_DRAINING;
     if ((stream->flags & (odd | TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) == 0 &&
         (stream->io.interest & TSRV_WRITABLE) == 0) {
         return; /* a coroutine's waits have seen to everything */
@@ -4290,6 +4429,9 @@ static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
     tsrvi_stream_interest(stream, false, false);
     if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS)) != 0) {
         tsrvi_stream_arm(stream);
+    }
+    if ((stream->flags & TSRVI_DRAINING) != 0) {
+        tsrvi_stream_drain(stream);
     }
 }
 
@@ -4597,6 +4739,7 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         }
         stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED);
         stream->flags |= (size_t)got == size ? TSRVI_FULL_READ : 0u;
+        stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
         stream->server->stats.bytes_in += (uint64_t)got;
         tsrvi_stream_touch(stream);
         return (size_t)got;
@@ -4613,20 +4756,17 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
 /* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
 static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 {
-    char byte;
     ssize_t got;
-    if (stream->in_end != 0 || stream->io.fd < 0) {
+    if ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) || stream->io.fd < 0) {
         return;
     }
-    do {
-        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
-    } while (got < 0 && errno == EINTR);
+    got = tsrvi_stream_peek(stream);
     if (got == 0 || (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
         tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
     } else if (got > 0) {
         stream->flags |= TSRVI_LOOKED;
     }
-    if (hangup && stream->in_end == 0 &&
+    if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
         (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
         tsrvi_stream_end_output(
             stream, -ECONNRESET); /* unread bytes are left, but the connection is gone */
@@ -4646,7 +4786,7 @@ static void tsrvi_stream_linger(tsrv_stream *stream)
 
 static void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
 {
-    stream->flags |= TSRVI_CONSUMED;
+    stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
     if (read->slice != NULL) {
         tsrvi_chunk_take(stream->in, size, read->slice);
     } else {
@@ -4669,6 +4809,7 @@ static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
         /* Drop all that cannot be the beginning of the delimiter. */
         size_t keep = tsrvi_min(size, read->size - 1);
         tsrvi_chunk_drop(stream->in, size - keep);
+        stream->flags |= TSRVI_PART;
         return TSRV_EAGAIN;
     }
     read->need = size + 1;
@@ -4688,13 +4829,15 @@ static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
 static int tsrvi_attempt_close(tsrv_stream *stream, tsrvi_read *read)
 {
     size_t size = tsrvi_chunk_size(stream->in);
+    bool ended = stream->in_end == TSRV_EOF && (stream->flags & TSRVI_STOPPED) == 0;
     if (read->slice != NULL && size > read->max) {
         return TSRV_ETOOLONG;
     }
-    if (size != 0 && (read->slice == NULL || stream->in_end == TSRV_EOF)) {
+    if (size != 0 && (read->slice == NULL || ended)) {
         tsrvi_read_take(stream, read, size);
+        stream->flags |= TSRVI_PART;
     }
-    return stream->in_end == TSRV_EOF ? TSRV_OK : TSRV_EAGAIN;
+    return ended ? TSRV_OK : TSRV_EAGAIN;
 }
 
 static int tsrvi_attempt_bytes(tsrv_stream *stream, tsrvi_read *read)
@@ -4720,7 +4863,7 @@ static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
         read->done += size;
     }
     if (read->done != 0) {
-        stream->flags |= TSRVI_CONSUMED;
+        stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
     }
     return read->done == read->size ? TSRV_OK : TSRV_EAGAIN;
 }
@@ -5050,6 +5193,9 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
         tsrvi_read_prime(stream);
     }
+    if (read->slice == NULL && rc != TSRV_EAGAIN) {
+        stream->flags &= ~TSRVI_PART;
+    }
     return rc;
 }
 
@@ -5095,7 +5241,7 @@ static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delim
     chunk->begin += slice->size; /* as tsrvi_chunk_take; nothing else is to be reset */
     chunk->saved = *last;
     *last = 0;
-    stream->flags |= TSRVI_CONSUMED;
+    stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
     return true;
 }
 
@@ -5264,6 +5410,7 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
 {
     size_t taken = 0;
     int rc;
+    stream->flags = (stream->flags | TSRVI_WROTE) & ~TSRVI_ASKED;
     if (size >= TSRVI_DIRECT && (stream->flags & TSRVI_BLOCKED) == 0) {
         bool was_above = tsrvi_stream_above_mark(stream);
         taken = tsrvi_stream_push(stream, data, size);
@@ -5387,6 +5534,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     memcpy(tsrvi_block_data(block), data, size);
     block->end = size;
     block->limit = tsrvi_min(block->capacity, stream->server->options.write_high_water);
+    stream->flags &= ~TSRVI_ASKED;
     stream->unsent = size;
     stream->out = block;
     stream->out_last = block;
@@ -5406,6 +5554,7 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
         (stream->flags & (TSRVI_DIRTY | TSRVI_ODD_OUTPUT)) != TSRVI_DIRTY) {
         return tsrvi_write_any(stream, (const char *)data, size);
     }
+    stream->flags &= ~TSRVI_ASKED;
     stream->unsent += size;
     last->end += size;
     memcpy(tsrvi_block_data(last) + last->end - size, data, size);
@@ -5434,6 +5583,7 @@ TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
     if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) < 0) {
         return tsrvi_write_refuse(stream, rc);
     }
+    stream->flags &= ~TSRVI_ASKED;
     tsrvi_stream_soon(stream);
     return TSRV_OK;
 }
@@ -5518,7 +5668,7 @@ static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t 
     block->offset = offset;
     block->left = size;
     stream->unsent += size;
-    stream->flags |= TSRVI_FILES;
+    stream->flags = (stream->flags | TSRVI_FILES) & ~TSRVI_ASKED;
     tsrvi_queue_append(stream, block);
     tsrvi_stream_soon(stream);
     return TSRV_OK;
@@ -5616,6 +5766,12 @@ TSRV_API int tsrv_close(tsrv_stream *stream)
         tsrvi_loop_of(stream)->quick = NULL;
         tsrvi_stream_close(stream);
         tsrvi_stream_wake_all(stream, TSRV_ECLOSED);
+    }
+    if (stream->server == tsrvi_loop_of(stream)->clients) {
+        stream->flags = (stream->flags | TSRVI_OVER) & ~TSRVI_RUNNING; /* it was the program's */
+        if (tsrvi_stream_finished(stream)) {
+            tsrvi_stream_later(stream, 0);
+        }
     }
     return TSRV_OK;
 }
@@ -5788,7 +5944,12 @@ TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream)
 
 TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream)
 {
-    return stream->server;
+    return stream->server == tsrvi_loop_of(stream)->clients ? NULL : stream->server;
+}
+
+TSRV_API bool tsrv_stopping(tsrv_stream *stream)
+{
+    return (stream->flags & TSRVI_DRAINING) != 0;
 }
 
 TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream)
@@ -6046,9 +6207,8 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     }
     tsrvi_list_remove(&stream->link);
     TSRV_FREE(stream);
-    if (server->freed && tsrvi_list_empty(&server->streams) && !server->queued) {
-        server->queued = true;
-        tsrvi_tasks_push(&loop->ready, &server->task);
+    if (tsrvi_list_empty(&server->streams) && (server->freed || server->draining)) {
+        tsrvi_server_later(server);
     }
 }
 
@@ -6106,6 +6266,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->server = server;
     stream->handler = server->options.handle_stream;
     stream->deadline = TSRVI_FOREVER;
+    stream->fresh = tsrvi_tick(loop);
+    stream->flags = server->draining ? TSRVI_DRAINING : 0;
     tsrvi_list_append(&server->streams, &stream->link);
     server->stats.accepted++;
     server->stats.open++;
@@ -6171,6 +6333,7 @@ static void tsrvi_server_defaults(tsrv_server_options *options)
     options->read_timeout_ms = tsrvi_default_ms(options->read_timeout_ms, TSRV_NEVER);
     options->write_timeout_ms = tsrvi_default_ms(options->write_timeout_ms, 60000);
     options->close_timeout_ms = tsrvi_default_ms(options->close_timeout_ms, 5000);
+    options->grace_ms = tsrvi_default_ms(options->grace_ms, 30000);
 }
 
 static void tsrvi_server_run(tsrvi_task *task);
@@ -6200,6 +6363,7 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     tsrvi_server_defaults(&made->options);
     tsrvi_list_init(&made->link);
     tsrvi_list_init(&made->streams);
+    tsrvi_list_init(&made->drain_waits);
     made->task.run = tsrvi_server_run;
     made->starting = options->on_start != NULL;
     *server = made;
@@ -6412,6 +6576,10 @@ static int tsrvi_server_attach(tsrv_server *server)
     if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
         return rc;
     }
+    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+        loop->heap.reserved--;
+        return rc;
+    }
     server->loop = loop;
     server->retry.fire = tsrvi_server_retry;
     loop->fd_closed = tsrvi_loop_fd_closed;
@@ -6422,9 +6590,8 @@ static int tsrvi_server_attach(tsrv_server *server)
 /* It accepts from now on: on_start is due. */
 static void tsrvi_server_started(tsrv_server *server)
 {
-    if (server->starting && !server->queued) {
-        server->queued = true;
-        tsrvi_tasks_push(&server->loop->ready, &server->task);
+    if (server->starting) {
+        tsrvi_server_later(server);
     }
 }
 
@@ -6626,8 +6793,198 @@ TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats)
 }
 
 /* ============================================================================
- * >>ends  Freeing servers and loops
+ * >>client  Connecting
+ *
+ * The streams of tsrv_connect are streams like any other. They belong to a
+ * server of the loop's that nobody sees, which listens on nothing; in place of a
+ * handler the program holds them, until it calls tsrv_close.
  * ==========================================================================*/
+
+#define TSRVI_CONNECT_MS 10000   /* default limit */
+#define TSRVI_CONNECT_RETRY_MS 5 /* while a unix socket's queue is full */
+
+static int tsrvi_client_unused(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream;
+    (void)address;
+    (void)context;
+    return TSRV_EINVAL;
+}
+
+/* The server that client streams belong to, made on first use. */
+static int tsrvi_client_server(tsrv_loop *loop)
+{
+    tsrv_server_options options;
+    int rc;
+    if (loop->clients != NULL) {
+        return TSRV_OK;
+    }
+    memset(&options, 0, sizeof(options));
+    options.handle_stream = tsrvi_client_unused;
+    options.loop = loop;
+    rc = tsrv_server_new(&loop->clients, &options);
+    if (rc == TSRV_OK && (rc = tsrvi_server_attach(loop->clients)) < 0) {
+        TSRV_FREE(loop->clients);
+        loop->clients = NULL;
+    }
+    return rc;
+}
+
+/* Milliseconds until `due`, at least 1; TSRV_NEVER. */
+static int tsrvi_client_left_ms(uint64_t due)
+{
+    uint64_t now = tsrvi_clock(), left = due > now ? (due - now) / TSRVI_MS + 1 : 1;
+    return due == TSRVI_FOREVER ? TSRV_NEVER : left > INT_MAX ? INT_MAX : (int)left;
+}
+
+/* Wait for the end of a connect(2) that goes on by itself. */
+static int tsrvi_client_wait(int fd, uint64_t due)
+{
+    int error = 0, rc = tsrv_wait_fd(fd, TSRV_WRITABLE, tsrvi_client_left_ms(due));
+    socklen_t size = sizeof(error);
+    if (rc < 0) {
+        return rc;
+    }
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
+        return tsrvi_error();
+    }
+    return -error;
+}
+
+/* A port of this host that nobody listens on may be given to the connecting socket itself, which
+ * then meets itself (RFC 9293, simultaneous open). */
+static bool tsrvi_client_met_itself(int fd)
+{
+    tsrv_address here, there;
+    return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
+           tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
+           tsrv_address_family(&here) != AF_UNIX && here.size == there.size &&
+           memcmp(here.storage, there.storage, here.size) == 0;
+}
+
+static int tsrvi_client_connect(int fd, const struct sockaddr *address, socklen_t size,
+                                uint64_t due)
+{
+    int rc = TSRV_OK;
+    while (TSRV_SYS(connect, (fd, address, size)) < 0) {
+        if (errno == EAGAIN && address->sa_family == AF_UNIX) {
+            /* Linux: the listener's queue is full, and nothing tells when it is not. */
+            if (tsrvi_clock() >= due) {
+                return TSRV_ETIMEOUT;
+            }
+            if ((rc = tsrv_sleep(TSRVI_CONNECT_RETRY_MS)) < 0) {
+                return rc;
+            }
+            continue;
+        }
+        if (errno != EINPROGRESS && errno != EINTR) { /* after EINTR it goes on too: POSIX */
+            return tsrvi_error();
+        }
+        rc = tsrvi_client_wait(fd, due);
+        break;
+    }
+    return rc == TSRV_OK && tsrvi_client_met_itself(fd) ? -ECONNREFUSED : rc;
+}
+
+/* A stream connected to one address. */
+static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, socklen_t size,
+                            uint64_t due, tsrv_stream **stream)
+{
+    tsrv_address peer;
+    tsrvi_sockaddr inside;
+    int fd = tsrvi_socket(address->sa_family), rc;
+    if (fd < 0) {
+        return fd;
+    }
+    memset(&inside, 0, sizeof(inside));
+    memcpy(&inside, address, tsrvi_min(size, sizeof(inside)));
+    tsrvi_address_store(&peer, &inside, size);
+    if ((rc = tsrvi_client_connect(fd, address, size, due)) < 0 ||
+        (rc = tsrvi_stream_new(loop->clients, fd, &peer, stream)) < 0) {
+        tsrvi_close_fd(fd);
+        return rc;
+    }
+    tsrvi_server_dress(loop->clients, fd, address->sa_family != AF_UNIX, false);
+    (*stream)->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
+    return TSRV_OK;
+}
+
+/* Each address in turn, with an equal share of the time that is left. */
+static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uint64_t due,
+                                tsrv_stream **stream)
+{
+    int rc = TSRV_ERESOLVE;
+    uint64_t count = 0;
+    for (const struct addrinfo *info = all; info != NULL; info = info->ai_next) {
+        count++;
+    }
+    for (const struct addrinfo *info = all; info != NULL; info = info->ai_next, count--) {
+        uint64_t now = tsrvi_clock(), share = due;
+        if (due != TSRVI_FOREVER) {
+            share = due > now ? now + (due - now) / count : now;
+        }
+        rc = tsrvi_client_try(loop, info->ai_addr, info->ai_addrlen, share, stream);
+        if (rc == TSRV_OK || rc == TSRV_ECLOSED || due <= tsrvi_clock()) {
+            break;
+        }
+    }
+    return rc;
+}
+
+TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
+                          tsrv_stream **stream)
+{
+    tsrv_loop *loop = tsrvi_running_loop;
+    int limit_ms = tsrvi_default_ms(options == NULL ? 0 : options->timeout_ms, TSRVI_CONNECT_MS);
+    uint64_t due = tsrvi_after(tsrvi_clock(), limit_ms);
+    struct addrinfo *all = NULL;
+    tsrvi_sockaddr inside;
+    socklen_t size = 0;
+    int rc;
+    *stream = NULL;
+    if (!TSRVI_HAS_COROUTINES) {
+        return TSRV_ENOTSUP;
+    }
+    if (loop == NULL || loop->co == NULL || host == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_client_server(loop)) < 0) {
+        return rc;
+    }
+    if (strncmp(host, "unix:", 5) == 0) {
+        rc = tsrvi_unix_address(host + 5, &inside, &size);
+        return rc < 0 ? rc : tsrvi_client_try(loop, &inside.any, size, due, stream);
+    }
+    if (port <= 0 || port > 65535) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_resolve(host, port, 0, 0, &all)) < 0) {
+        return rc;
+    }
+    rc = tsrvi_client_try_all(loop, all, due, stream);
+    TSRV_SYS(freeaddrinfo, (all));
+    return rc;
+}
+
+/* ============================================================================
+ * >>ends  Draining servers, freeing servers and loops
+ *
+ * A drain gives each stream the end of its input at a moment when nothing is
+ * under way: handlers that treat TSRV_EOF rightly drain rightly. Streams are
+ * asked when they come to rest, and all of them every TSRVI_DRAIN_LOOK, since
+ * time too makes them idle.
+ * ==========================================================================*/
+
+#define TSRVI_DRAIN_LOOK ((uint64_t)1 << 26) /* one tick: see tsrvi_tick */
+#define TSRVI_DRAIN_LAST_MS 1000             /* for handlers to return after the grace */
+
+/* The coroutine that the stream's handler runs in; NULL = none. */
+static tsrvi_co *tsrvi_stream_coroutine(const tsrv_stream *stream)
+{
+    return stream->server->options.mode == TSRV_COROUTINE && (stream->flags & TSRVI_RUNNING) != 0
+               ? stream->u.co
+               : NULL;
+}
 
 /* Abort the server's streams. A handler that waits for something else than its stream is woken too,
  * once. */
@@ -6637,7 +6994,7 @@ static void tsrvi_server_abort(tsrv_server *server)
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
         tsrv_abort(stream);
-        if (server->options.mode == TSRV_COROUTINE && (stream->flags & TSRVI_RUNNING) != 0) {
+        if (tsrvi_stream_coroutine(stream) != NULL) {
             tsrvi_co_wake(stream->u.co, TSRV_ECLOSED);
         }
         if ((stream->flags & (TSRVI_ENTERED | TSRVI_OVER)) == 0) {
@@ -6646,12 +7003,145 @@ static void tsrvi_server_abort(tsrv_server *server)
     }
 }
 
+/* ---- drain -----------------------------------------------------------------*/
+
+/* A coroutine in tsrv_server_drain. */
+typedef struct tsrvi_drain_wait {
+    tsrvi_link link; /* in server->drain_waits; in no list once it is woken */
+    tsrvi_co *co;
+} tsrvi_drain_wait;
+
+/* Returns whether there were any. */
+static bool tsrvi_server_wake_drains(tsrv_server *server, int code)
+{
+    bool any = !tsrvi_list_empty(&server->drain_waits);
+    while (!tsrvi_list_empty(&server->drain_waits)) {
+        tsrvi_link *link = server->drain_waits.next;
+        tsrvi_list_remove(link);
+        tsrvi_co_wake(TSRVI_CONTAINER(link, tsrvi_drain_wait, link)->co, code);
+    }
+    return any;
+}
+
+/* The drain is over. Who waits learns how; else the next tsrv_server_drain does. */
+static void tsrvi_server_drained(tsrv_server *server)
+{
+    int code = server->forced ? (int)TSRV_ETIMEOUT : (int)TSRV_OK;
+    tsrvi_heap_remove(&server->loop->heap, &server->drain);
+    server->draining = false;
+    server->drain_code = tsrvi_server_wake_drains(server, code) ? (int)TSRV_OK : code;
+}
+
+/* The grace is over: abort what is left. */
+static void tsrvi_server_force(tsrv_server *server)
+{
+    unsigned long left = 0;
+    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
+        left++;
+    }
+    tsrvi_log(TSRV_LOG_WARNING, "drain: the grace is over, %lu connections are aborted", left);
+    server->forced = true;
+    server->drain_due = tsrvi_after(server->loop->now, TSRVI_DRAIN_LAST_MS);
+    tsrvi_server_abort(server);
+}
+
+/* Look at every stream: time makes them idle too. */
+static void tsrvi_server_look(tsrv_server *server)
+{
+    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
+        tsrvi_stream_drain(TSRVI_CONTAINER(link, tsrv_stream, link));
+    }
+    tsrvi_heap_set(&server->loop->heap, &server->drain,
+                   tsrvi_earlier(server->loop->now + TSRVI_DRAIN_LOOK, server->drain_due));
+}
+
+static void tsrvi_server_drain_timer(tsrvi_timer *timer)
+{
+    tsrv_server *server = TSRVI_CONTAINER(timer, tsrv_server, drain);
+    bool due = server->drain_due <= server->loop->now;
+    if (due && server->forced) {
+        tsrvi_log(TSRV_LOG_WARNING, "drain: handlers still run, and are not waited for");
+        tsrvi_server_drained(server);
+        return;
+    }
+    if (due) {
+        tsrvi_server_force(server);
+    }
+    tsrvi_server_look(server);
+}
+
+/* Stop, tell every stream, and see which are idle already. */
+static void tsrvi_server_drain_start(tsrv_server *server)
+{
+    server->draining = true;
+    server->forced = false;
+    server->drain.fire = tsrvi_server_drain_timer;
+    server->drain_due = TSRVI_FOREVER;
+    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
+        tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+        stream->flags |= TSRVI_DRAINING;
+        tsrv_wake(stream);
+    }
+}
+
+/* May the caller wait until the last stream has gone? Not where nothing waits, and not in one of
+ * the handlers that are waited for. */
+static bool tsrvi_server_drain_waits(const tsrv_server *server)
+{
+    if (server->loop->co == NULL) {
+        return false;
+    }
+    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
+        if (tsrvi_stream_coroutine(TSRVI_CONTAINER(link, tsrv_stream, link)) == server->loop->co) {
+            return false;
+        }
+    }
+    return true;
+}
+
+TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
+{
+    tsrv_loop *loop = server->loop;
+    tsrvi_drain_wait wait;
+    int rc = server->drain_code;
+    server->drain_code = TSRV_OK;
+    if (loop == NULL || rc != TSRV_OK) {
+        return rc;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0) {
+        return rc;
+    }
+    tsrv_server_stop(server);
+    if (tsrvi_list_empty(&server->streams)) {
+        return TSRV_OK;
+    }
+    if (!server->draining) {
+        tsrvi_server_drain_start(server);
+    }
+    if (!server->forced) {
+        grace_ms = grace_ms == 0 ? server->options.grace_ms : grace_ms;
+        server->drain_due = tsrvi_earlier(server->drain_due, tsrvi_after(tsrvi_clock(), grace_ms));
+        tsrvi_server_look(server);
+    }
+    if (!tsrvi_server_drain_waits(server)) {
+        return TSRV_EAGAIN;
+    }
+    wait.co = loop->co;
+    tsrvi_list_append(&server->drain_waits, &wait.link);
+    rc = tsrvi_co_wait(wait.co, TSRVI_FOREVER);
+    tsrvi_list_remove(&wait.link);
+    return rc;
+}
+
+/* ---- free ------------------------------------------------------------------*/
+
 /* Untie the server from its loop. */
 static void tsrvi_server_detach(tsrv_server *server)
 {
     if (server->loop != NULL) {
         tsrvi_heap_remove(&server->loop->heap, &server->retry);
-        server->loop->heap.reserved--;
+        tsrvi_heap_remove(&server->loop->heap, &server->drain);
+        server->loop->heap.reserved -= 2;
         tsrvi_list_remove(&server->link);
         server->loop = NULL;
     }
@@ -6659,6 +7149,7 @@ static void tsrvi_server_detach(tsrv_server *server)
 
 static void tsrvi_server_destroy(tsrv_server *server)
 {
+    tsrvi_server_wake_drains(server, TSRV_ECLOSED);
     tsrvi_server_detach(server);
     while (server->listeners != NULL) {
         tsrvi_listener *listener = server->listeners;
@@ -6668,15 +7159,19 @@ static void tsrvi_server_destroy(tsrv_server *server)
     TSRV_FREE(server);
 }
 
-/* The server's task: on_start, or its end. */
+/* The server's task: on_start, the end of a drain, or its own. */
 static void tsrvi_server_run(tsrvi_task *task)
 {
     tsrv_server *server = TSRVI_CONTAINER(task, tsrv_server, task);
+    bool empty = tsrvi_list_empty(&server->streams);
     server->queued = false;
-    if (!server->freed) {
-        tsrvi_server_begin(server);
-    } else if (tsrvi_list_empty(&server->streams)) {
+    if (server->draining && empty) {
+        tsrvi_server_drained(server);
+    }
+    if (server->freed && empty) {
         tsrvi_server_destroy(server);
+    } else if (!server->freed) {
+        tsrvi_server_begin(server);
     }
 }
 
@@ -6685,9 +7180,9 @@ static void tsrvi_server_drop_streams(tsrv_server *server)
 {
     while (!tsrvi_list_empty(&server->streams)) {
         tsrv_stream *stream = TSRVI_CONTAINER(server->streams.next, tsrv_stream, link);
+        stream->waiters = NULL; /* they were on the stacks that are gone */
         if ((stream->flags & TSRVI_OVER) == 0) {
             stream->flags &= ~TSRVI_RUNNING;
-            stream->waiters = NULL; /* they were on the stacks that are gone */
             tsrvi_stream_over(stream, TSRV_ECLOSED);
         }
         tsrvi_stream_close_fd(stream);
@@ -6718,10 +7213,7 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
     tsrvi_server_abort(server);
     if (loop->running) {
         server->freed = true;
-        if (!server->queued) {
-            server->queued = true;
-            tsrvi_tasks_push(&loop->ready, &server->task);
-        }
+        tsrvi_server_later(server);
         return;
     }
     while (!tsrvi_list_empty(&server->streams) || server->queued) {
@@ -6740,6 +7232,9 @@ static void tsrvi_loop_orphan(tsrv_loop *loop)
 {
     while (loop->signals != NULL) {
         tsrv_signal_stop(loop->signals);
+    }
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrvi_list_init(&TSRVI_CONTAINER(link, tsrv_server, link)->drain_waits);
     }
     for (uint32_t i = 0; i < loop->heap.count; i++) {
         loop->heap.items[i]->position = 0;
@@ -6786,7 +7281,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     while (!tsrvi_list_empty(&loop->servers)) {
         tsrv_server *server = TSRVI_CONTAINER(loop->servers.next, tsrv_server, link);
         tsrvi_server_drop_streams(server);
-        if (server->freed) {
+        if (server->freed || server == loop->clients) {
             tsrvi_server_destroy(server);
         } else {
             tsrvi_server_detach(server);
