@@ -80,7 +80,7 @@
  *   - Where a call is made decides. A coroutine (a handler in coroutine mode, or what tsrv_spawn
  *     runs) waits on any stream. A callback-mode handler waits on its own stream only. Everywhere
  *     else (timers, posts, signals, another stream's callback) nothing waits: TSRV_EAGAIN there
- *     means "not now". tsrv_sleep and tsrv_wait_fd need a coroutine.
+ *     means "not now". tsrv_connect, tsrv_sleep and tsrv_wait_fd need a coroutine.
  *   - Reads wait; writes are taken: sent or copied as a whole, in the order of the calls. A
  *     coroutine then pauses in the write while more than write_high_water is unsent; a
  *     callback-mode handler pays in its next read.
@@ -2329,7 +2329,7 @@ struct tsrv_loop {
 
     tsrvi_link servers;                 /* that have used this loop */
     tsrv_server *clients;               /* what tsrv_connect's streams belong to */
-    void (*fd_closed)(tsrv_loop *loop); /* the server layer's: a descriptor is free again */
+    void (*fd_closed)(tsrv_loop *loop); /* the server layer's; NULL before the first server */
     struct tsrvi_chunk *chunk;          /* the buffer that all streams receive into */
     tsrv_stream *chunk_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
     tsrvi_pool pool;                    /* output blocks */
@@ -2356,6 +2356,15 @@ static tsrvi_task *tsrvi_tasks_pop(tsrvi_tasks *tasks)
     tsrvi_task *task = tasks->first;
     tasks->first = task->next;
     return task;
+}
+
+/* Close a descriptor, and tell the servers that ran out of them. */
+static void tsrvi_loop_close_fd(tsrv_loop *loop, int fd)
+{
+    tsrvi_close_fd(fd);
+    if (fd >= 0 && loop->fd_closed != NULL) {
+        loop->fd_closed(loop);
+    }
 }
 
 /* Run what the last piece of user code left to be done at its end. */
@@ -4197,14 +4206,13 @@ static void tsrvi_stream_close_fd(tsrv_stream *stream)
     if (stream->io.fd < 0) {
         return;
     }
+    tsrvi_stream_drop_output(stream);
     tsrvi_poller_forget(&loop->poller, &stream->io);
-    tsrvi_close_fd(stream->io.fd);
-    stream->io.fd = -1;
     stream->flags &= ~TSRVI_LINGER;
     stream->server->stats.open--;
     stream->server->stats.closed++;
-    tsrvi_stream_drop_output(stream);
-    loop->fd_closed(loop);
+    tsrvi_loop_close_fd(loop, stream->io.fd);
+    stream->io.fd = -1;
     if (tsrvi_stream_finished(stream)) {
         tsrvi_stream_later(stream, 0);
     }
@@ -4554,6 +4562,10 @@ static size_t tsrvi_stream_sent(tsrv_stream *stream, size_t sent)
             break;
         }
         stream->out = block->next;
+        if (block->file >= 0) {
+            tsrvi_loop_close_fd(tsrvi_loop_of(stream), block->file);
+            block->file = -1;
+        }
         tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
     }
     if (stream->out == NULL) {
@@ -6527,7 +6539,7 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     }
     server->backoff_ms = 0;
     if ((rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
-        tsrvi_close_fd(fd);
+        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
         server->stats.accept_errors++;
         tsrvi_server_exhausted(server, rc);
         return false;
@@ -6590,6 +6602,7 @@ static int tsrvi_server_attach(tsrv_server *server)
 /* It accepts from now on: on_start is due. */
 static void tsrvi_server_started(tsrv_server *server)
 {
+    server->drain_code = TSRV_OK; /* that drain is history */
     if (server->starting) {
         tsrvi_server_later(server);
     }
@@ -6669,11 +6682,12 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
 static void tsrvi_listener_close(tsrvi_listener *listener)
 {
     tsrv_loop *loop = listener->server->loop;
-    if (listener->io.fd >= 0) {
+    int fd = listener->io.fd;
+    if (fd >= 0) {
         tsrvi_poller_set(&loop->poller, &listener->io, 0);
-        tsrvi_close_fd(listener->io.fd);
         listener->io.fd = -1;
         loop->active--;
+        tsrvi_loop_close_fd(loop, fd);
     }
 }
 
@@ -6901,7 +6915,7 @@ static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, soc
     tsrvi_address_store(&peer, &inside, size);
     if ((rc = tsrvi_client_connect(fd, address, size, due)) < 0 ||
         (rc = tsrvi_stream_new(loop->clients, fd, &peer, stream)) < 0) {
-        tsrvi_close_fd(fd);
+        tsrvi_loop_close_fd(loop, fd);
         return rc;
     }
     tsrvi_server_dress(loop->clients, fd, address->sa_family != AF_UNIX, false);
