@@ -3796,37 +3796,40 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 #define TSRVI_RUNNING 0x4u                     /* the handler is running, or suspended */
 #define TSRVI_SOON 0x8u                        /* the task is in loop->soon */
 #define TSRVI_READY 0x10u                      /* the task is in loop->ready */
-#define TSRVI_DIRTY 0x20u        /* there is output to send when the user code gives control back */
-#define TSRVI_CALL 0x40u         /* the handler is to be called */
-#define TSRVI_BLOCKED 0x80u      /* the kernel did not take all: wait until it is writable */
-#define TSRVI_SHUT 0x100u        /* FIN follows the output */
-#define TSRVI_FIN 0x200u         /* FIN is sent */
-#define TSRVI_CLOSING 0x400u     /* the descriptor will be closed */
-#define TSRVI_LINGER 0x800u      /* waiting for the peer's FIN, dropping input */
-#define TSRVI_WOKEN 0x1000u      /* tsrv_wake came, and nobody waited */
-#define TSRVI_WAIT_READ 0x2000u  /* what the callback-mode handler waits for: a read, */
-#define TSRVI_WAIT_WAKE 0x4000u  /* tsrv_wake, */
-#define TSRVI_WAIT_FLUSH 0x8000u /* an empty queue, */
-#define TSRVI_WAIT_INPUT 0x10000u /* or, in both modes, just more input */
-#define TSRVI_WAITS (TSRVI_WAIT_READ | TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT)
-#define TSRVI_IN_READ 0x20000u    /* read_due belongs to a read that is repeated */
-#define TSRVI_IN_WAKE 0x40000u    /* wake_due belongs to a tsrv_wait that is repeated */
-#define TSRVI_TOLD 0x80000u       /* the handler has been called after the end of the input */
-#define TSRVI_CONSUMED 0x100000u  /* the handler has read something in this call */
-#define TSRVI_LOCKED 0x200000u    /* a write that is taken in pieces is under way */
-#define TSRVI_FILES 0x400000u     /* the queue may hold file ranges */
-#define TSRVI_FULL_READ 0x800000u /* the last recv filled its room: there is more */
-#define TSRVI_ODD_OUTPUT \
-    (TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT) /* a write must take the long way */
-#define TSRVI_LOOKED \
-    0x2000000u /* there is input that nobody wants: do not ask for readability just to hear of the \
-                  end */
-#define TSRVI_FLUSHING 0x1000000u  /* somebody waits for an empty queue */
-#define TSRVI_WROTE 0x4000000u     /* something has been written */
-#define TSRVI_ASKED 0x8000000u     /* something has been read since the last write */
-#define TSRVI_PART 0x10000000u     /* the pending read has dropped some bytes already */
+#define TSRVI_DIRTY 0x20u       /* there is output to send when the user code gives control back */
+#define TSRVI_CALL 0x40u        /* the handler is to be called */
+#define TSRVI_TOLD 0x80u        /* the handler has been called after the end of the input */
+#define TSRVI_CONSUMED 0x100u   /* the handler has read something in this call */
+/* output */
+#define TSRVI_BLOCKED 0x200u    /* the kernel did not take all: wait until it is writable */
+#define TSRVI_SHUT 0x400u       /* FIN follows the output */
+#define TSRVI_FIN 0x800u        /* FIN is sent */
+#define TSRVI_CLOSING 0x1000u   /* the descriptor will be closed */
+#define TSRVI_LINGER 0x2000u    /* waiting for the peer's FIN, dropping input */
+#define TSRVI_LOCKED 0x4000u    /* a write that is taken in pieces is under way */
+#define TSRVI_FILES 0x8000u     /* the queue may hold file ranges */
+#define TSRVI_FLUSHING 0x10000u /* somebody waits for an empty queue */
+/* what the callback-mode handler waits for, and in both modes just more input */
+#define TSRVI_WAIT_READ 0x20000u
+#define TSRVI_WAIT_WAKE 0x40000u
+#define TSRVI_WAIT_FLUSH 0x80000u
+#define TSRVI_WAIT_INPUT 0x100000u
+#define TSRVI_IN_READ 0x200000u    /* read_due belongs to a read that is repeated */
+#define TSRVI_IN_WAKE 0x400000u    /* wake_due belongs to a tsrv_wait that is repeated */
+#define TSRVI_WOKEN 0x800000u      /* tsrv_wake came, and nobody waited */
+/* input */
+#define TSRVI_FULL_READ 0x1000000u /* the last recv filled its room: there is more */
+#define TSRVI_LOOKED 0x2000000u    /* there is input that nobody wants: do not ask for it again */
+#define TSRVI_PART 0x4000000u      /* the pending read has dropped some bytes already */
+/* drain */
+#define TSRVI_WROTE 0x8000000u     /* something has been written */
+#define TSRVI_ASKED 0x10000000u    /* something has been read since the last write */
 #define TSRVI_DRAINING 0x20000000u /* its server is being drained */
 #define TSRVI_STOPPED 0x40000000u  /* in_end is the drain's doing, not the peer's */
+
+#define TSRVI_WAITS (TSRVI_WAIT_READ | TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT)
+/* A write must take the long way. */
+#define TSRVI_ODD_OUTPUT (TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT)
 
 struct tsrv_server {
     tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
