@@ -60,16 +60,6 @@ static void stop_loop(void *context)
     tsrv_loop_stop((tsrv_loop *)context);
 }
 
-/* Runs turns until *counter has reached value. */
-static void turn_until(tsrv_loop *loop, const int *counter, int value)
-{
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
-    while (*counter < value) {
-        CHECK(tsrv_loop_run_once(loop, 10) >= 0);
-        CHECK(t_now_ms() < end);
-    }
-}
-
 /* ---- timers -------------------------------------------------------------------------------*/
 
 TEST_LOOP(equal_timers_fire_in_the_order_of_their_start)
@@ -907,6 +897,69 @@ TEST_LOOP(posts_of_many_threads_keep_the_order_of_each)
     free_loop(loop);
 }
 
+/* The post of a thread ends the loop, and the loop's thread frees it at once, while the call of the
+ * thread is still about to wake it. */
+typedef struct last_post {
+    tsrv_loop *loop;
+    bool hold;     /* keep the poster between its post and its wake-up */
+    bool called;   /* the loop's thread only */
+    int freeing;   /* atomic; tsrv_loop_free waits for the poster, or did not */
+    int freed;     /* atomic */
+} last_post;
+
+static last_post *last;
+static __thread bool is_poster;
+
+static void hold_the_poster(const char *name)
+{
+    if (strcmp(name, "sched_yield") == 0) {
+        __atomic_store_n(&last->freeing, 1, __ATOMIC_RELEASE);
+    } else if (is_poster && last->hold && strcmp(name, "write") == 0) {
+        while (__atomic_load_n(&last->freeing, __ATOMIC_ACQUIRE) == 0) {
+            poll(NULL, 0, 0);
+        }
+        CHECK_INT(__atomic_load_n(&last->freed, __ATOMIC_ACQUIRE), 0);
+    }
+}
+
+static void note_call(void *context)
+{
+    ((last_post *)context)->called = true;
+}
+
+static void *post_the_last(void *context)
+{
+    last_post *p = (last_post *)context;
+    is_poster = true;
+    CHECK_INT(tsrv_loop_post(p->loop, note_call, p), TSRV_OK);
+    return NULL;
+}
+
+TEST_LOOP(loop_freed_by_the_last_post_waits_for_its_poster)
+{
+    enum { REPETITIONS = 1000 };
+    t_seen = hold_the_poster;
+    for (int i = 0; i < REPETITIONS; i++) {
+        last_post p = {0};
+        pthread_t thread;
+        idle_watch idle;
+        last = &p;
+        p.hold = i % 2 == 0; /* else the threads race */
+        p.loop = new_loop();
+        start_idle(p.loop, &idle);
+        CHECK_INT(pthread_create(&thread, NULL, post_the_last, &p), 0);
+        while (!p.called) {
+            CHECK(tsrv_loop_run_once(p.loop, 0) > 0); /* it finds the post without its wake-up */
+        }
+        free_loop(p.loop);
+        __atomic_store_n(&p.freed, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&p.freeing, 1, __ATOMIC_RELEASE);
+        CHECK_INT(pthread_join(thread, NULL), 0);
+        stop_idle(&idle);
+    }
+    t_seen = NULL;
+}
+
 TEST_LOOP(freeing_a_loop_drops_its_posts)
 {
     int calls = 0;
@@ -970,7 +1023,7 @@ TEST_LOOP(run_once_tells_whether_something_is_left)
     CHECK_INT(tsrv_spawn(loop, sleep_5, &calls), TSRV_OK);
     CHECK(tsrv_loop_run_once(loop, TSRV_NEVER) > 0);
     CHECK_INT(calls, 3);
-    turn_until(loop, &calls, 4);
+    t_turn_until(loop, &calls, 4);
     CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
 
     start_idle(loop, &idle);
@@ -1187,7 +1240,7 @@ TEST_LOOP(signal_reaches_all_its_watches_once)
                                     &calls[i]), TSRV_OK);
     }
     CHECK_INT(tsrv_loop_post(loop, raise_five_times, NULL), TSRV_OK);
-    turn_until(loop, &calls[2], 1);
+    t_turn_until(loop, &calls[2], 1);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     for (int i = 0; i < 3; i++) {
@@ -1197,8 +1250,8 @@ TEST_LOOP(signal_reaches_all_its_watches_once)
     tsrv_signal_stop(&watches[1]);
     CHECK(raise(SIGUSR1) == 0);
     CHECK(raise(SIGUSR2) == 0);
-    turn_until(loop, &calls[3], 1);
-    turn_until(loop, &calls[0], 2);
+    t_turn_until(loop, &calls[3], 1);
+    t_turn_until(loop, &calls[0], 2);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(calls[0], 2);
     CHECK_INT(calls[1], 1);
@@ -1234,7 +1287,7 @@ TEST_LOOP(signal_watches_may_be_stopped_in_a_callback)
                   TSRV_OK);
     }
     CHECK(raise(SIGUSR1) == 0);
-    turn_until(loop, &calls, 1);
+    t_turn_until(loop, &calls, 1);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(calls, 1);
     CHECK(sigaction(SIGUSR1, NULL, &after) == 0);
@@ -1299,7 +1352,7 @@ TEST_LOOP(starting_an_active_signal_watch_changes_it)
     CHECK(sigaction(SIGUSR1, NULL, &action) == 0);
     CHECK(action.sa_handler == SIG_DFL);
     CHECK(raise(SIGUSR2) == 0);
-    turn_until(loop, &second, 1);
+    t_turn_until(loop, &second, 1);
     CHECK_INT(first, 0);
     tsrv_signal_stop(&watch);
     free_loop(loop);
@@ -1315,11 +1368,11 @@ TEST_LOOP(signal_belongs_to_one_loop)
     CHECK_INT(tsrv_signal_start(other, &unrelated, SIGUSR2, count_call, &calls), TSRV_OK);
     tsrv_signal_stop(&second); /* not active: the first stays */
     CHECK(raise(SIGUSR1) == 0);
-    turn_until(loop, &calls, 1);
+    t_turn_until(loop, &calls, 1);
     tsrv_signal_stop(&first);
     CHECK_INT(tsrv_signal_start(other, &second, SIGUSR1, count_call, &calls), TSRV_OK);
     CHECK(raise(SIGUSR1) == 0);
-    turn_until(other, &calls, 2);
+    t_turn_until(other, &calls, 2);
     tsrv_signal_stop(&second);
     tsrv_signal_stop(&unrelated);
     free_loop(loop);
@@ -1532,6 +1585,269 @@ TEST_LOOP(closed_backend_is_an_error)
     free_loop(loop);
 }
 
+/* ---- descriptors that live on elsewhere ----------------------------------------------------
+ *
+ * A stream's descriptor that was duplicated, as by a forked child, keeps its registration in an
+ * epoll set when the stream closes its own. What then comes for it must neither make the loop spin
+ * nor cost it other events. */
+
+enum { LEAKS = 5 };
+
+typedef struct leak_case {
+    tsrv_loop *loop;
+    tsrv_server *server;
+    int port;
+    tsrv_stream *streams[LEAKS];
+    int copies[LEAKS];  /* of the streams' descriptors */
+    int clients[LEAKS];
+    int entered, closed, outer_calls;
+    bool copying;
+} leak_case;
+
+static int echo_and_leak(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    leak_case *c = (leak_case *)context;
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    if (c->copying) {
+        CHECK(c->entered < LEAKS);
+        c->streams[c->entered] = stream;
+        c->copies[c->entered] = dup(tsrv_fd(stream));
+        CHECK(c->copies[c->entered] >= 0);
+    }
+    c->entered++;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+    }
+    return rc;
+}
+
+static void count_leak(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)reason;
+    ((leak_case *)context)->closed++;
+}
+
+static void open_leaks(leak_case *c)
+{
+    tsrv_server_options options = {0};
+    tsrv_address address;
+    memset(c, 0, sizeof *c);
+    c->loop = new_loop();
+    options.handle_stream = echo_and_leak;
+    options.on_close = count_leak;
+    options.context = c;
+    options.loop = c->loop;
+    CHECK_INT(tsrv_server_new(&c->server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(c->server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(c->server, 0, &address), TSRV_OK);
+    c->port = tsrv_address_port(&address);
+}
+
+/* Connects LEAKS clients; their streams' descriptors are duplicated. */
+static void connect_leaks(leak_case *c, tsrv_loop *turning)
+{
+    c->copying = true;
+    for (int i = 0; i < LEAKS; i++) {
+        c->clients[i] = t_connect(c->port);
+    }
+    t_turn_until(turning, &c->entered, LEAKS);
+    c->copying = false;
+}
+
+/* Aborts them; then their clients, which cannot notice, send. */
+static void abort_leaks(leak_case *c, tsrv_loop *turning)
+{
+    for (int i = 0; i < LEAKS; i++) {
+        CHECK_INT(tsrv_abort(c->streams[i]), TSRV_OK);
+    }
+    t_turn_until(turning, &c->closed, c->closed + LEAKS);
+    for (int i = 0; i < LEAKS; i++) {
+        struct pollfd arrived = {c->copies[i], POLLIN, 0};
+        t_sends(c->clients[i], "nobody reads this\n");
+        CHECK_INT(poll(&arrived, 1, T_PATIENCE * 1000 * t_scale()), 1);
+    }
+}
+
+static void close_leaks(leak_case *c)
+{
+    for (int i = 0; i < LEAKS; i++) {
+        t_close(c->clients[i]);
+        t_close(c->copies[i]);
+    }
+}
+
+/* A line there and back on a client's connection. */
+static void echo_by_turns(tsrv_loop *turning, int fd)
+{
+    t_sends(fd, "hello\n");
+    t_turn_until_text(turning, fd, "hello\n");
+}
+
+static void turn_inner(int events, void *context)
+{
+    leak_case *c = (leak_case *)context;
+    CHECK_INT(events, TSRV_READABLE);
+    c->outer_calls++;
+    do {
+        CHECK(tsrv_loop_run_once(c->loop, 0) > 0);
+    } while (tsrv_loop_timeout_ms(c->loop) == 0);
+}
+
+/* An outer loop waits for the descriptor that it was given once, so that this must stay the same
+ * set, and may not be readable for what nobody waits for any more. */
+TEST_LOOP(leaked_descriptors_do_not_disturb_an_outer_loop)
+{
+    leak_case c;
+    tsrv_watch watch = {0};
+    tsrv_loop *outer = new_loop();
+    open_leaks(&c);
+    int fd = tsrv_loop_fd(c.loop);
+    if (t_backend == TSRV_BACKEND_POLL) {
+        CHECK_INT(fd, TSRV_ENOTSUP);
+    } else {
+        CHECK_INT(tsrv_watch_start(outer, &watch, fd, TSRV_READABLE, turn_inner, &c), TSRV_OK);
+        for (int round = 0; round < 3; round++) {
+            c.entered = 0;
+            connect_leaks(&c, outer);
+            abort_leaks(&c, c.loop);
+            int calls = c.outer_calls;
+            for (int i = 0; i < 20; i++) {
+                CHECK(tsrv_loop_run_once(outer, 0) > 0);
+            }
+            CHECK_INT(c.outer_calls - calls, 0);
+            CHECK(!is_readable(fd));
+            CHECK_INT(tsrv_loop_fd(c.loop), fd);
+            int client = t_connect(c.port);
+            echo_by_turns(outer, client);
+            int closed = c.closed;
+            t_close(client);
+            t_turn_until(outer, &c.closed, closed + 1);
+            close_leaks(&c);
+        }
+        tsrv_watch_stop(&watch);
+    }
+    tsrv_server_free(c.server);
+    free_loop(c.loop);
+    free_loop(outer);
+}
+
+static int waits;                 /* of the loop's thread, attempts to make a set included */
+static int asleep[2] = {-1, -1};  /* a pipe; written when the loop is about to wait */
+
+static void count_waits(const char *name)
+{
+    if (strcmp(name, "epoll_wait") == 0 || strcmp(name, "poll") == 0 ||
+        strcmp(name, "kevent") == 0) {
+        waits++;
+        if (asleep[1] >= 0) {
+            CHECK(write(asleep[1], "", 1) == 1);
+        }
+    }
+    waits += strcmp(name, "epoll_create1") == 0;
+}
+
+static void *post_when_asleep(void *context)
+{
+    leak_case *c = (leak_case *)context;
+    char byte;
+    CHECK(read(asleep[0], &byte, 1) == 1);
+    CHECK_INT(tsrv_loop_post(c->loop, stop_loop, c->loop), TSRV_OK);
+    return NULL;
+}
+
+/* Is the loop's own descriptor still waited for? */
+static void check_wake_up(leak_case *c)
+{
+    pthread_t thread;
+    CHECK(pipe(asleep) == 0);
+    CHECK_INT(pthread_create(&thread, NULL, post_when_asleep, c), 0);
+    CHECK_INT(tsrv_loop_run(c->loop), TSRV_OK);
+    CHECK_INT(pthread_join(thread, NULL), 0);
+    t_close(asleep[0]);
+    t_close(asleep[1]);
+    asleep[0] = asleep[1] = -1;
+}
+
+/* What fails while the epoll set is built anew. */
+static const struct {
+    const char *name;
+    int code;
+    bool lasts; /* until the loop has run for a while */
+} renewals[] = {
+    {NULL, 0, false},
+    {"epoll_create1", EMFILE, false},
+    {"epoll_create1", ENOMEM, true},
+    {"epoll_ctl", ENOMEM, false},
+    {"epoll_ctl", ENOMEM, true},
+};
+
+static void fail_renewal(int row)
+{
+    t_fault_name = renewals[row].name;
+    t_fault_errno = renewals[row].code;
+    t_fault_sticky = renewals[row].lasts;
+    t_fault_calls = t_fault_hits = 0;
+    t_fault_at = renewals[row].name != NULL;
+}
+
+/* The loop comes to its rest, or goes on trying, and takes its time over both. */
+static void run_without_spinning(leak_case *c)
+{
+    enum { MILLISECONDS = 300, WAITS = 40 };
+    tsrv_timer timer = {0};
+    waits = 0;
+    CHECK_INT(tsrv_timer_start(c->loop, &timer, MILLISECONDS, stop_loop, c->loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(c->loop), TSRV_OK);
+    CHECK(waits >= 1 && waits <= WAITS);
+}
+
+TEST_LOOP(leaked_descriptors_are_left_without_spinning_or_losing_events)
+{
+    int rows = t_backend == TSRV_BACKEND_EPOLL ? (int)(sizeof renewals / sizeof renewals[0]) : 1;
+    t_seen = count_waits;
+    for (int row = 0; row < rows; row++) {
+        leak_case c;
+        tsrv_watch watch = {0};
+        seen s = {0, 0};
+        int fds[2];
+        open_leaks(&c);
+        CHECK(pipe(fds) == 0);
+        CHECK_INT(tsrv_watch_start(c.loop, &watch, fds[0], TSRV_READABLE, see, &s), TSRV_OK);
+        connect_leaks(&c, c.loop);
+        int before = t_connect(c.port);
+        echo_by_turns(c.loop, before);
+        abort_leaks(&c, c.loop);
+        fail_renewal(row);
+        run_without_spinning(&c);
+        CHECK(row == 0 || t_fault_hits > 0);
+
+        /* This comes while there may be no set. */
+        int during = t_connect(c.port);
+        t_sends(during, "during\n");
+        t_sends(before, "during\n");
+        CHECK(write(fds[1], "x", 1) == 1);
+        t_fault_at = 0;
+        t_turn_until(c.loop, &s.calls, 1);
+        tsrv_watch_stop(&watch);
+        t_turn_until(c.loop, &c.entered, LEAKS + 2);
+        t_turn_until_text(c.loop, during, "during\n");
+        t_turn_until_text(c.loop, before, "during\n");
+        run_without_spinning(&c);
+        check_wake_up(&c);
+        close_leaks(&c);
+        t_close(before);
+        t_close(during);
+        t_close(fds[0]);
+        t_close(fds[1]);
+        t_turn_until(c.loop, &c.closed, LEAKS + 2);
+        tsrv_server_free(c.server);
+        free_loop(c.loop);
+    }
+    t_seen = NULL;
+}
+
 /* ---- forks --------------------------------------------------------------------------------*/
 
 typedef struct fork_case {
@@ -1633,12 +1949,12 @@ TEST_LOOP(forked_child_cannot_use_the_loop_and_does_no_harm)
         } else {
             fork_and_use(&c);
         }
-        turn_until(c.loop, &c.timer_calls, 1);
+        t_turn_until(c.loop, &c.timer_calls, 1);
         CHECK_INT(c.watch_seen.calls, 0);
         CHECK(write(c.fds[1], "x", 1) == 1);
-        turn_until(c.loop, &c.watch_seen.calls, 1);
+        t_turn_until(c.loop, &c.watch_seen.calls, 1);
         CHECK_INT(tsrv_loop_post(c.loop, count_call, &c.posts), TSRV_OK);
-        turn_until(c.loop, &c.posts, 1);
+        t_turn_until(c.loop, &c.posts, 1);
         CHECK_INT(c.timer_calls, 1);
         tsrv_watch_stop(&c.watch);
         free_loop(c.loop);

@@ -142,7 +142,7 @@ static inline void t_free(void *memory)
 #define t_sys_pread(...) (t_fault("pread") ? -1 : pread(__VA_ARGS__))
 #define t_sys_read(...) (t_fault("read") ? -1 : read(__VA_ARGS__))
 #define t_sys_recv(...) (t_fault("recv") ? -1 : recv(__VA_ARGS__))
-#define t_sys_sched_yield() sched_yield()
+#define t_sys_sched_yield() (t_seen != NULL ? t_seen("sched_yield") : (void)0, sched_yield())
 #define t_sys_send(fd, data, size, flags) (t_fault("send") ? -1 : send(fd, data, t_clipped(size), flags))
 #define t_sys_sendfile(out, in, offset, size) \
     (t_fault("sendfile") ? -1 : sendfile(out, in, offset, t_clipped(size)))

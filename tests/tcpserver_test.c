@@ -43,16 +43,6 @@ static int listen_locally(tsrv_server *server)
     return port_of(server, 0);
 }
 
-/* Runs turns until *counter has reached value. */
-static void turn_until(tsrv_loop *loop, const int *counter, int value)
-{
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
-    while (*counter < value) {
-        CHECK(tsrv_loop_run_once(loop, 10) >= 0);
-        CHECK(t_now_ms() < end);
-    }
-}
-
 static void stop_loop(void *context)
 {
     tsrv_loop_stop((tsrv_loop *)context);
@@ -318,7 +308,7 @@ TEST_STREAM(stop_twice_and_listen_again)
     tsrv_server_stop(s.server);
     int port = listen_locally(s.server);
     int fd = t_connect(port);
-    turn_until(s.loop, &entered, 1);
+    t_turn_until(s.loop, &entered, 1);
     tsrv_server_stop(s.server);
     tsrv_server_stop(s.server);
     CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
@@ -334,7 +324,7 @@ TEST_STREAM(stop_twice_and_listen_again)
 
     fd = t_connect(listen_locally(s.server));
     t_sends(fd, "again\n");
-    turn_until(s.loop, &entered, 2);
+    t_turn_until(s.loop, &entered, 2);
     tsrv_server_stop(s.server);
     t_shut(fd);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
@@ -394,7 +384,7 @@ TEST_LOOP(listening_in_one_process_is_silent)
         t_close(fds[1]);
         site s = open_site(echo_options(&entered));
         int fd = t_connect(listen_locally(s.server));
-        turn_until(s.loop, &entered, 1);
+        t_turn_until(s.loop, &entered, 1);
         run_for(s.loop, 1);
         t_close(fd);
         close_site(&s);
@@ -433,7 +423,7 @@ TEST_STREAM(one_server_listens_on_several_ports)
         t_sends(fds[i], "hello\n");
         t_shut(fds[i]);
     }
-    turn_until(s.loop, &entered, PORTS);
+    t_turn_until(s.loop, &entered, PORTS);
     tsrv_server_stop(s.server);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     for (int i = 0; i < PORTS; i++) {
@@ -499,7 +489,7 @@ TEST_ONCE(server_without_a_loop_takes_the_threads)
     options.data_size = 0;
     int fd = t_connect(listen_locally(server));
     t_sends(fd, "hello\n");
-    turn_until(tsrv_loop_current(), &entered, 1);
+    t_turn_until(tsrv_loop_current(), &entered, 1);
     tsrv_server_stop(server);
     t_shut(fd);
     CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
@@ -552,11 +542,11 @@ TEST_STREAM(on_start_is_called_once_before_the_first_connection)
     CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
     int first = t_connect(port_of(s.server, 0)), second = t_connect(port_of(s.server, 1));
     CHECK_INT(c.starts, 0);
-    turn_until(s.loop, &c.entered, 2);
-    turn_until(s.loop, &c.timers, 1);
+    t_turn_until(s.loop, &c.entered, 2);
+    t_turn_until(s.loop, &c.timers, 1);
     tsrv_server_stop(s.server);
     int third = t_connect(listen_locally(s.server));
-    turn_until(s.loop, &c.entered, 3);
+    t_turn_until(s.loop, &c.entered, 3);
     CHECK_INT(c.starts, 1);
     close_site(&s);
     t_close(first);
@@ -659,7 +649,7 @@ static void check_addresses(site *s, int *entered, int index, const char *peer, 
     CHECK(getsockname(fd, &name.any, &size) == 0);
     int port = name.any.sa_family == AF_INET ? ntohs(name.v4.sin_port) :
                name.any.sa_family == AF_INET6 ? ntohs(name.v6.sin6_port) : 0;
-    turn_until(s->loop, entered, before + 1);
+    t_turn_until(s->loop, entered, before + 1);
     turn_until_eof(s->loop, fd, text, sizeof text);
     if (port > 0) {
         snprintf(expected, sizeof expected, "%s:%d|%s:%d", peer, port, local,
@@ -746,7 +736,7 @@ TEST_STREAM(unix_clients_have_addresses_too)
     CHECK(bind(fd, (struct sockaddr *)&name, sizeof name) == 0);
     CHECK_INT(tsrv_server_address(s.server, 0, &listener), TSRV_OK);
     CHECK(connect(fd, (struct sockaddr *)listener.storage, listener.size) == 0);
-    turn_until(s.loop, &entered, 2);
+    t_turn_until(s.loop, &entered, 2);
     turn_until_eof(s.loop, fd, text, sizeof text);
     snprintf(expected, sizeof expected, "unix:%s|%s", client_path, address);
     CHECK_STR(text, expected);
@@ -832,7 +822,7 @@ TEST_STREAM(add_stream_serves_a_socket_pair)
     t_sends(fds[1], "over a pair\n");
     CHECK_INT(tsrv_server_add_stream(s.server, fds[0]), TSRV_OK);
     CHECK_INT(entered, 0);
-    turn_until(s.loop, &entered, 1);
+    t_turn_until(s.loop, &entered, 1);
     CHECK((fcntl(fds[0], F_GETFL) & O_NONBLOCK) != 0);
     t_shut(fds[1]);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left when it has ended */
@@ -1429,12 +1419,12 @@ TEST_LOOP(running_out_of_descriptors_pauses_accepting)
      * descriptor here is copied by the fillers, so that its end has to be told. */
     t_shut(fds[0]);
     start = t_now_ms();
-    turn_until(s.loop, &entered, SPARE + 1);
+    t_turn_until(s.loop, &entered, SPARE + 1);
     CHECK_NEAR_MS(t_now_ms() - start, 0, 400);
 
     /* A descriptor that somebody else closed is found after a while. */
     end_shortage(&few);
-    turn_until(s.loop, &entered, CLIENTS);
+    t_turn_until(s.loop, &entered, CLIENTS);
     for (int i = 1; i < CLIENTS; i++) {
         t_sends(fds[i], "all served\n");
     }
@@ -1568,7 +1558,7 @@ static void end_from(int place, int action)
     if (place == OWN_HANDLER || place == OTHER_HANDLER) {
         t_sends(clients[1], "go\n");
     }
-    turn_until(e.s.loop, &e.closed, action == FREE_SERVER ? 2 : 1);
+    t_turn_until(e.s.loop, &e.closed, action == FREE_SERVER ? 2 : 1);
     CHECK_INT(e.opened, 2);
     CHECK_INT(e.reasons[e.target], TSRV_ECLOSED);
     if (action == FREE_SERVER) {
@@ -1587,7 +1577,7 @@ static void end_from(int place, int action)
         /* The other one has not noticed. */
         CHECK_INT(e.closed, 1);
         t_shut(clients[1 - e.target]);
-        turn_until(e.s.loop, &e.closed, 2);
+        t_turn_until(e.s.loop, &e.closed, 2);
         CHECK_INT(e.reasons[1 - e.target], TSRV_EOF);
         tsrv_server_free(e.s.server);
     }
@@ -1673,7 +1663,7 @@ TEST_COROUTINE(freeing_the_server_waits_for_a_sleeping_handler)
     options.context = &entered;
     site s = open_site(options);
     int fd = t_connect(listen_locally(s.server));
-    turn_until(s.loop, &entered, 1);
+    t_turn_until(s.loop, &entered, 1);
     tsrv_server_free(s.server);
     CHECK_INT(t_record_count(), 2);
     CHECK_INT(t_recorded(0), 1);

@@ -421,6 +421,35 @@ static inline void t_reset(int fd)
     t_close(fd);
 }
 
+/* ---- turns: for tests whose clients live in the loop's own thread --------------------------*/
+
+/* Turns until *counter has reached value. */
+static inline void t_turn_until(tsrv_loop *loop, const int *counter, int value)
+{
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    while (*counter < value) {
+        CHECK(tsrv_loop_run_once(loop, 10) >= 0);
+        CHECK(t_now_ms() < end);
+    }
+}
+
+/* Turns until the client fd has received text. */
+static inline void t_turn_until_text(tsrv_loop *loop, int fd, const char *text)
+{
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    size_t size = strlen(text), received = 0;
+    char buffer[256];
+    CHECK(size <= sizeof buffer);
+    while (received < size) {
+        ssize_t n = recv(fd, buffer + received, size - received, MSG_DONTWAIT);
+        CHECK(n > 0 || (n < 0 && errno == EAGAIN));
+        received += n > 0 ? (size_t)n : 0;
+        CHECK(n > 0 || tsrv_loop_run_once(loop, 10) >= 0);
+        CHECK(t_now_ms() < end);
+    }
+    CHECK_MEM(buffer, received, text, size);
+}
+
 /* ---- the fixture --------------------------------------------------------------------------*/
 
 typedef struct t_case {
