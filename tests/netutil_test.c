@@ -534,6 +534,12 @@ TEST_ONCE(unix_path_goes_where_an_address_goes)
     CHECK_INT(t_open_fds(), before);
     CHECK_INT(try_to_connect(path), 0);
     t_close(fds[0]);
+    /* It has no port, so that any will do. */
+    for (int port = -1; port <= 65536; port += 65537) {
+        CHECK_INT(tsrv_bind_sockets(port, address, NULL, fds, 1), 1);
+        CHECK_INT(try_to_connect(path), 0);
+        t_close(fds[0]);
+    }
     CHECK(unlink(path) == 0);
     CHECK(rmdir(directory) == 0);
 }

@@ -379,14 +379,18 @@ TEST_LOOP(listening_in_one_process_is_silent)
     CHECK(pid >= 0);
     if (pid == 0) {
         int entered = 0;
+        tsrv_stats stats;
         CHECK(dup2(fds[1], 1) == 1 && dup2(fds[1], 2) == 2);
         t_close(fds[0]);
         t_close(fds[1]);
         site s = open_site(echo_options(&entered));
         int fd = t_connect(listen_locally(s.server));
         t_turn_until(s.loop, &entered, 1);
-        run_for(s.loop, 1);
         t_close(fd);
+        do {
+            CHECK(tsrv_loop_run_once(s.loop, TSRV_NEVER) > 0);
+            tsrv_server_stats(s.server, &stats);
+        } while (stats.closed < 1);
         close_site(&s);
         _exit(0);
     }
@@ -552,6 +556,48 @@ TEST_STREAM(on_start_is_called_once_before_the_first_connection)
     t_close(first);
     t_close(second);
     t_close(third);
+}
+
+static void count_start(tsrv_server *server, void *context)
+{
+    (void)server;
+    ((start_case *)context)->starts++;
+}
+
+/* A listener that could not be had is no start; the first that can is. */
+TEST_STREAM(failed_listen_does_not_start_the_server)
+{
+    static start_case c;
+    tsrv_server_options options = {0};
+    int port, taken = raw_socket(SOCK_STREAM, true, &port), fds[2];
+    log_seen seen = {0};
+    tsrv_set_log(see_log, &seen);
+    options.handle_stream = count_handler;
+    options.on_start = count_start;
+    options.context = &c;
+    options.close_timeout_ms = 10;
+    site s = open_site(options);
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(tsrv_server_listen(s.server, port, "127.0.0.1", NULL), -EADDRINUSE);
+        CHECK(pipe(fds) == 0);
+        CHECK_INT(tsrv_server_add_sockets(s.server, fds, 2), TSRV_EINVAL);
+        CHECK_INT(tsrv_server_add_sockets(s.server, fds, 0), TSRV_OK);
+        CHECK_INT(tsrv_server_add_stream(s.server, -1), -EBADF);
+        CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left to be called */
+    }
+    CHECK_INT(c.starts, 0);
+    int first = t_connect(listen_locally(s.server));
+    CHECK_INT(tsrv_server_listen(s.server, port, "127.0.0.1", NULL), -EADDRINUSE);
+    CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
+    int second = t_connect(port_of(s.server, 1));
+    t_turn_until(s.loop, &c.entered, 2);
+    tsrv_server_stop(s.server);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    CHECK_INT(c.starts, 1);
+    close_site(&s);
+    t_close(first);
+    t_close(second);
+    t_close(taken);
 }
 
 static void free_at_start(tsrv_server *server, void *context)
@@ -724,7 +770,7 @@ TEST_STREAM(unix_clients_have_addresses_too)
     snprintf(path, sizeof path, "%s/s", directory);
     snprintf(client_path, sizeof client_path, "%s/c", directory);
     snprintf(address, sizeof address, "unix:%s", path);
-    CHECK_INT(tsrv_server_listen(s.server, 0, address, NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(s.server, -1, address, NULL), TSRV_OK); /* it has no port */
     check_addresses(&s, &entered, 0, "unix:", address);
 
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
@@ -768,7 +814,7 @@ TEST_STREAM(add_sockets_takes_over_listeners)
     CHECK((fcntl(sockets[1], F_GETFL) & O_NONBLOCK) != 0);
     CHECK_INT(tsrv_server_address(s.server, 1, &address), TSRV_OK);
     CHECK_INT(tsrv_address_port(&address), port);
-    run_for(s.loop, 10);
+    CHECK(tsrv_loop_run_once(s.loop, 0) > 0);
     check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
     check_addresses(&s, &entered, 1, "127.0.0.1", "127.0.0.1");
     check_addresses(&s, &entered, 1, "127.0.0.1", "127.0.0.1");
@@ -808,6 +854,50 @@ TEST_LOOP(add_sockets_refuses_what_does_not_listen_and_closes_all)
         if (kind == 2) {
             t_close(other[1]);
         }
+        close_site(&s);
+    }
+}
+
+/* Whatever the library closes is opened again at once, so that a second close would hit that. */
+static int given[3], given_count, given_closes;
+
+static void reopen_closed(const char *name)
+{
+    if (strcmp(name, "close") != 0) {
+        return;
+    }
+    given_closes++;
+    for (int i = 0; i < given_count; i++) {
+        if (!is_open(given[i])) {
+            CHECK_INT(fcntl(2, F_DUPFD, given[i]), given[i]);
+        }
+    }
+}
+
+TEST_LOOP(add_sockets_refuses_the_same_one_twice_and_closes_it_once)
+{
+    static const int orders[][3] = {{0, 0, -1}, {0, 0, 0}, {0, 1, 0}, {0, 1, 1}, {0, 0, 1}};
+    for (int row = 0; row < 5; row++) {
+        int entered = 0, sockets[2];
+        tsrv_address address;
+        site s = open_site(tell_options(&entered));
+        for (int i = 0; i < 2; i++) {
+            sockets[i] = raw_socket(SOCK_STREAM, true, NULL);
+        }
+        for (given_count = 0; given_count < 3 && orders[row][given_count] >= 0; given_count++) {
+            given[given_count] = sockets[orders[row][given_count]];
+        }
+        given_closes = 0;
+        t_seen = reopen_closed;
+        CHECK_INT(tsrv_server_add_sockets(s.server, given, given_count), TSRV_EBUSY);
+        t_seen = NULL;
+        CHECK_INT(given_closes, row < 2 ? 1 : 2);
+        CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
+        for (int i = 0; i < 2; i++) {
+            t_close(sockets[i]);
+        }
+        CHECK(listen_locally(s.server) > 0);
+        check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
         close_site(&s);
     }
 }
@@ -1412,8 +1502,7 @@ TEST_LOOP(running_out_of_descriptors_pauses_accepting)
 
     /* Open connections are served on. */
     t_sends(fds[1], "hello\n");
-    run_for(s.loop, 50);
-    t_expect(fds[1], "hello\n");
+    t_turn_until_text(s.loop, fds[1], "hello\n");
 
     /* One that ends makes room for the next, without waiting for the end of the pause. Its
      * descriptor here is copied by the fillers, so that its end has to be told. */
@@ -1428,9 +1517,8 @@ TEST_LOOP(running_out_of_descriptors_pauses_accepting)
     for (int i = 1; i < CLIENTS; i++) {
         t_sends(fds[i], "all served\n");
     }
-    run_for(s.loop, 50);
     for (int i = 1; i < CLIENTS; i++) {
-        t_expect(fds[i], "all served\n");
+        t_turn_until_text(s.loop, fds[i], "all served\n");
         t_close(fds[i]);
     }
     t_close(fds[0]);
