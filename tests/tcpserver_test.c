@@ -1759,6 +1759,301 @@ TEST_COROUTINE(freeing_the_server_waits_for_a_sleeping_handler)
     drain_and_close(fd);
 }
 
+/* ---- ends from on_close -------------------------------------------------------------------
+ *
+ * Two servers in one loop, with two streams each. The first on_close of all acts, while its stream
+ * ends alone, while the loop is freed (with handlers that return, or with such as never do), or
+ * while its server is freed outside the loop. Every stream must get its on_close, and nothing may
+ * be freed twice or not at all. */
+
+enum { PEER_ENDS, LOOP_FREED, LOOP_FREED_STUBBORN, SERVER_FREED, OCCASIONS };
+enum { FREE_OWN, FREE_OTHER, CLOSE_OTHERS, ABORT_OTHERS, START_AND_STOP, DEEDS };
+
+typedef struct deed_case {
+    tsrv_loop *loop;
+    tsrv_server *servers[2]; /* NULL = freed */
+    int clients[4], fds[2];
+    int occasion, deed;
+    int entered, closed;
+    bool done;
+    tsrv_timer armed, late;
+    tsrv_watch watch;
+    tsrv_signal signal_watch;
+} deed_case;
+
+static void not_called(void *context)
+{
+    (void)context;
+    T_FAIL("a stopped timer fired");
+}
+
+static void ignore_call(void *context)
+{
+    (void)context;
+}
+
+static void ignore_event(int events, void *context)
+{
+    (void)events, (void)context;
+}
+
+static void sleep_long(void *context)
+{
+    (void)context;
+    tsrv_sleep(3600000);
+}
+
+/* All that on_close can leave behind in the loop. */
+static void start_and_stop(deed_case *c)
+{
+    tsrv_timer_stop(&c->armed);
+    CHECK_INT(tsrv_timer_start(c->loop, &c->late, 0, ignore_call, c), TSRV_OK);
+    CHECK_INT(tsrv_watch_start(c->loop, &c->watch, c->fds[0], TSRV_READABLE, ignore_event, c),
+              TSRV_OK);
+    CHECK_INT(tsrv_signal_start(c->loop, &c->signal_watch, SIGUSR1, ignore_call, c), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(c->loop, ignore_call, c), TSRV_OK);
+    CHECK_INT(tsrv_spawn(c->loop, sleep_long, c), TSRV_OK);
+    CHECK_INT(tsrv_spawn(c->loop, ignore_call, c), TSRV_OK);
+}
+
+static void end_others(deed_case *c)
+{
+    for (int i = 0; i < 2; i++) {
+        for (tsrv_stream *s = tsrv_server_next(c->servers[i], NULL); s != NULL;
+             s = tsrv_server_next(c->servers[i], s)) {
+            CHECK_INT(c->deed == CLOSE_OTHERS ? tsrv_close(s) : tsrv_abort(s), TSRV_OK);
+        }
+    }
+}
+
+static void act_in_close(tsrv_stream *stream, int reason, void *context)
+{
+    deed_case *c = (deed_case *)context;
+    int own = tsrv_stream_server(stream) == c->servers[1];
+    int freed = c->deed == FREE_OWN ? own : !own;
+    (void)reason;
+    c->closed++;
+    if (c->done) {
+        return;
+    }
+    c->done = true;
+    switch (c->deed) {
+    case FREE_OWN:
+    case FREE_OTHER:
+        tsrv_server_free(c->servers[freed]);
+        c->servers[freed] = NULL;
+        break;
+    case START_AND_STOP: start_and_stop(c); break;
+    default: end_others(c);
+    }
+}
+
+static int read_or_never_return(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    deed_case *c = (deed_case *)context;
+    int *entered = (int *)tsrv_data(stream);
+    (void)address;
+    if (*entered == 0) {
+        *entered = 1;
+        c->entered++;
+    }
+    while (c->occasion == LOOP_FREED_STUBBORN) {
+        tsrv_sleep(1000);
+    }
+    return tsrv_read_until(stream, "\n", 0, NULL);
+}
+
+static void open_deed(deed_case *c)
+{
+    tsrv_loop_options loop_options = {t_backend};
+    tsrv_server_options options = {0};
+    int pair[2];
+    CHECK_INT(tsrv_loop_new(&c->loop, &loop_options), TSRV_OK);
+    options.mode = t_mode;
+    options.handle_stream = read_or_never_return;
+    options.on_close = act_in_close;
+    options.context = c;
+    options.loop = c->loop;
+    options.data_size = sizeof(int);
+    options.close_timeout_ms = 10; /* the clients hold still */
+    for (int i = 0; i < 4; i++) {
+        if (i % 2 == 0) {
+            CHECK_INT(tsrv_server_new(&c->servers[i / 2], &options), TSRV_OK);
+            listen_locally(c->servers[i / 2]);
+        }
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        c->clients[i] = pair[0];
+        CHECK_INT(tsrv_server_add_stream(c->servers[i / 2], pair[1]), TSRV_OK);
+    }
+    CHECK(pipe(c->fds) == 0);
+    CHECK_INT(tsrv_timer_start(c->loop, &c->armed, 3600000, not_called, c), TSRV_OK);
+    t_turn_until(c->loop, &c->entered, 4);
+}
+
+static void let_one_end(deed_case *c)
+{
+    static const int closed[DEEDS] = {2, 3, 4, 4, 1};
+    t_shut(c->clients[0]);
+    t_turn_until(c->loop, &c->closed, closed[c->deed]);
+    CHECK_INT(tsrv_loop_run_once(c->loop, 0) > 0, 1);
+    CHECK_INT(c->closed, closed[c->deed]);
+}
+
+static int mappings; /* stacks that are there */
+
+static void count_mappings(const char *name)
+{
+    mappings += (strcmp(name, "mmap") == 0) - (strcmp(name, "munmap") == 0);
+}
+
+static void do_in_close(int occasion, int deed)
+{
+    static deed_case c;
+    memset(&c, 0, sizeof c);
+    t_seen = count_mappings;
+    c.occasion = occasion;
+    c.deed = deed;
+    open_deed(&c);
+    if (occasion == PEER_ENDS) {
+        let_one_end(&c);
+    } else if (occasion == SERVER_FREED) {
+        tsrv_server *server = c.servers[1];
+        tsrv_server_free(server);
+        CHECK(c.closed >= 2);
+        c.servers[1] = NULL;
+    }
+    CHECK_INT(tsrv_loop_free(c.loop), TSRV_OK);
+    CHECK(c.done);
+    for (int i = 0; i < 2; i++) {
+        tsrv_server_free(c.servers[i]); /* none is left in the loop, and this calls nobody */
+    }
+    CHECK_INT(c.closed, 4);
+    CHECK_INT(mappings, 0);
+    tsrv_timer_stop(&c.armed);
+    tsrv_timer_stop(&c.late);
+    tsrv_watch_stop(&c.watch);
+    tsrv_signal_stop(&c.signal_watch);
+    for (int i = 0; i < 4; i++) {
+        t_close(c.clients[i]);
+    }
+    t_close(c.fds[0]);
+    t_close(c.fds[1]);
+}
+
+static void ignore_log(int level, const char *message, void *context)
+{
+    (void)level, (void)message, (void)context;
+}
+
+/* But a callback-mode handler always returns. */
+static void do_on_every_occasion_but(int deed, int left_out)
+{
+    tsrv_set_log(ignore_log, NULL); /* of coroutines that are dropped */
+    for (int occasion = 0; occasion < OCCASIONS; occasion++) {
+        if ((occasion != LOOP_FREED_STUBBORN || t_mode == TSRV_COROUTINE) &&
+            (left_out & 1 << occasion) == 0) {
+            do_in_close(occasion, deed);
+        }
+    }
+}
+
+static void do_on_every_occasion(int deed)
+{
+    do_on_every_occasion_but(deed, 0);
+}
+
+TEST_STREAM(on_close_may_free_its_server)
+{
+    /* These two crash the library for now. */
+    do_on_every_occasion_but(FREE_OWN, 1 << LOOP_FREED_STUBBORN | 1 << SERVER_FREED);
+}
+
+TEST_STREAM(on_close_may_free_another_server)
+{
+    /* This crashes the library for now. */
+    do_on_every_occasion_but(FREE_OTHER, 1 << LOOP_FREED_STUBBORN);
+}
+
+TEST_STREAM(on_close_may_close_other_streams)
+{
+    do_on_every_occasion(CLOSE_OTHERS);
+}
+
+TEST_STREAM(on_close_may_abort_other_streams)
+{
+    do_on_every_occasion(ABORT_OTHERS);
+}
+
+TEST_STREAM(on_close_may_start_and_stop_what_the_loop_has)
+{
+    do_on_every_occasion(START_AND_STOP);
+}
+
+/* ---- forks --------------------------------------------------------------------------------*/
+
+static int turn_waits, new_sets;
+
+static void count_turn_waits(const char *name)
+{
+    turn_waits += strcmp(name, "epoll_wait") == 0 || strcmp(name, "poll") == 0 ||
+                  strcmp(name, "kevent") == 0;
+    new_sets += strcmp(name, "epoll_create1") == 0;
+}
+
+/* The set that the kernel keeps is the parent's: the child's copy of the server, which has room
+ * again once the child has dropped its connections, must not accept in it. */
+TEST_STREAM(child_that_frees_a_paused_server_leaves_the_parents_alone)
+{
+    int entered = 0, status;
+    log_seen seen = {0};
+    tsrv_stats stats;
+    tsrv_server_options options = echo_options(&entered);
+    options.max_connections = 1;
+    site s = open_site(options);
+    tsrv_set_log(see_log, &seen);
+    int port = listen_locally(s.server), first = t_connect(port), second = t_connect(port);
+    do {
+        CHECK(tsrv_loop_run_once(s.loop, 10) > 0);
+        tsrv_server_stats(s.server, &stats);
+    } while (stats.accept_pauses < 1);
+    CHECK_INT(entered, 1);
+    fflush(NULL);
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        tsrv_server_free(s.server);
+        _exit(0);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+
+    /* The second still waits in the backlog, and the loop in its wait. */
+    t_seen = count_turn_waits;
+    run_for(s.loop, 50);
+    t_seen = NULL;
+    CHECK(turn_waits <= 5);
+    CHECK_INT(new_sets, 0); /* it would repair what the child has done */
+    CHECK_INT(entered, 1);
+    t_sends(first, "first\n");
+    t_turn_until_text(s.loop, first, "first\n");
+    t_sends(second, "second\n");
+    t_shut(first);
+    t_turn_until_text(s.loop, second, "second\n");
+    t_shut(second);
+    int third = t_connect(port);
+    t_sends(third, "third\n");
+    t_turn_until_text(s.loop, third, "third\n");
+    tsrv_server_stats(s.server, &stats);
+    CHECK_INT(entered, 3);
+    CHECK_INT(stats.accepted, 3);
+    CHECK_INT(stats.accept_errors, 0);
+    CHECK_INT(seen.lines, 0);
+    t_close(first);
+    t_close(second);
+    t_close(third);
+    close_site(&s);
+}
+
 /* ---- stale events -------------------------------------------------------------------------
  *
  * The client does all of a round while the loop is held, so that one batch has ends, resets, new
