@@ -53,6 +53,35 @@ static void count_close(tsrv_stream *stream, int reason, void *context)
     t_record(reason);
 }
 
+/* For tests that turn the loop themselves. Returns the port.
+ *   more  other options than the handler; NULL = none */
+static int open_server(tsrv_handler handler, const tsrv_server_options *more)
+{
+    tsrv_loop_options loop_options = {t_backend};
+    tsrv_server_options options = {0};
+    tsrv_bind_options bind_options = {.backlog = 4096};
+    tsrv_address address;
+    if (more != NULL) {
+        options = *more;
+    }
+    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
+    options.mode = t_mode;
+    options.handle_stream = handler;
+    options.loop = t_loop;
+    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", &bind_options), TSRV_OK);
+    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
+    return tsrv_address_port(&address);
+}
+
+static void close_server(void)
+{
+    tsrv_server_free(t_server);
+    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
+    t_server = NULL;
+    t_loop = NULL;
+}
+
 /* A line of 64 bytes, echoed. */
 static void round_trip(int fd)
 {
@@ -60,14 +89,6 @@ static void round_trip(int fd)
     t_sends(fd, line);
     t_expect(fd, line);
 }
-
-/* All but the hard variants, whose figures would be others. */
-#define SOFT_ONLY()                                                                                \
-    do {                                                                                           \
-        if (t_hard) {                                                                              \
-            return;                                                                                \
-        }                                                                                          \
-    } while (0)
 
 /* ---- (a) system calls ---------------------------------------------------------------------*/
 
@@ -90,10 +111,9 @@ static void client_calls(int port, void *context)
     t_close(fd);
 }
 
-TEST_STREAM(calls_per_echo)
+TEST_SOFT(calls_per_echo)
 {
     t_case c = {.handler = handle_echo, .client = client_calls};
-    SOFT_ONLY();
     t_seen = c_seen;
     t_run(&c);
 }
@@ -114,28 +134,17 @@ static void turns_until(uint64_t bytes, uint64_t open)
 
 /* Connect, a line, its echo, a reset; eight at once. One thread does both sides, so that the turns
  * do not depend on who is faster. */
-TEST_STREAM(calls_per_connection)
+TEST_SOFT(calls_per_connection)
 {
-    tsrv_loop_options loop_options = {t_backend};
-    tsrv_server_options options;
-    tsrv_address address;
     int fds[AT_ONCE];
     long calls = 0, waits = 0;
-    SOFT_ONLY();
-    memset(&options, 0, sizeof options);
     t_seen = c_seen;
-    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
-    options.mode = t_mode;
-    options.handle_stream = handle_echo;
-    options.loop = t_loop;
-    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
-    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", &(tsrv_bind_options){.backlog = 4096}), TSRV_OK);
-    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
+    int port = open_server(handle_echo, NULL);
     for (int i = 0; i <= CHURN / AT_ONCE; i++) {
         calls = i == 1 ? c_calls : calls; /* the first ones fill the pools */
         waits = i == 1 ? c_waits : waits;
         for (int k = 0; k < AT_ONCE; k++) {
-            fds[k] = t_connect(tsrv_address_port(&address));
+            fds[k] = t_connect(port);
             t_sends(fds[k], "hello\n");
         }
         turns_until((uint64_t)(i + 1) * AT_ONCE * 6, AT_ONCE);
@@ -153,8 +162,7 @@ TEST_STREAM(calls_per_connection)
         CHECK(each <= 6.1); /* accept4, epoll_ctl, recv, send, recv, close */
         CHECK(wait <= 0.6);
     }
-    tsrv_server_free(t_server);
-    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
+    close_server();
 }
 
 /* ---- (b) linear work ----------------------------------------------------------------------*/
@@ -184,8 +192,7 @@ static int handle_long(tsrv_stream *stream, const tsrv_address *address, void *c
  * once: what costs is the receive of each, and what is done with the bytes before it. */
 static double long_line(size_t size)
 {
-    tsrv_loop_options loop_options = {t_backend};
-    tsrv_server_options options;
+    tsrv_server_options options = {.read_chunk_size = 1, .close_timeout_ms = 1};
     tsrv_stats stats;
     int pair[2];
     double before;
@@ -193,16 +200,9 @@ static double long_line(size_t size)
     CHECK(data != NULL);
     memset(data, '\r', size);
     data[size - 1] = '\n';
-    memset(&options, 0, sizeof options);
-    options.mode = t_mode;
-    options.handle_stream = handle_long;
-    options.read_chunk_size = 1;
-    options.close_timeout_ms = 1;
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     CHECK(fcntl(pair[0], F_SETFL, O_NONBLOCK) == 0);
-    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
-    options.loop = t_loop;
-    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
+    open_server(handle_long, &options);
     CHECK_INT(tsrv_server_add_stream(t_server, pair[1]), TSRV_OK);
     long_got = 0;
     before = cpu_seconds();
@@ -221,18 +221,14 @@ static double long_line(size_t size)
         CHECK(tsrv_loop_run_once(t_loop, 10) >= 0);
         tsrv_server_stats(t_server, &stats);
     } while (stats.open > 0);
-    tsrv_server_free(t_server);
-    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
-    t_server = NULL;
-    t_loop = NULL;
+    close_server();
     free(data);
     return used;
 }
 
-TEST_STREAM(a_line_byte_by_byte_costs_linear_work)
+TEST_SOFT(a_line_byte_by_byte_costs_linear_work)
 {
     double ratio = 0;
-    SOFT_ONLY();
     for (int attempt = 0; attempt < 3; attempt++) {
         double half = long_line(512 * 1024), full = long_line(1024 * 1024);
         ratio = full / half;
@@ -318,16 +314,12 @@ static void idle_turns(idle *i, int open)
     i->told = false;
 }
 
-TEST_STREAM(memory_of_idle_connections)
+TEST_SOFT(memory_of_idle_connections)
 {
     struct rlimit limit;
     int count = 10000, pair[2];
-    tsrv_loop_options loop_options = {t_backend};
-    tsrv_server_options options;
-    tsrv_address address;
     tsrv_watch watch;
     idle state;
-    SOFT_ONLY();
     CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
     limit.rlim_cur = limit.rlim_max;
     CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
@@ -340,22 +332,15 @@ TEST_STREAM(memory_of_idle_connections)
     if (!measured || t_backend == TSRV_BACKEND_POLL) {
         count = count < 1000 ? count : 1000; /* poll looks at all of them in each turn */
     }
-    memset(&options, 0, sizeof options);
     memset(&watch, 0, sizeof watch);
-    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
-    options.mode = t_mode;
-    options.handle_stream = handle_echo;
-    options.loop = t_loop;
-    CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
-    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", &(tsrv_bind_options){.backlog = 4096}), TSRV_OK);
-    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
+    int port = open_server(handle_echo, NULL);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     fflush(NULL);
     pid_t child = fork();
     CHECK(child >= 0);
     if (child == 0) {
         close(pair[0]);
-        idle_clients(tsrv_address_port(&address), count, pair[1]);
+        idle_clients(port, count, pair[1]);
     }
     close(pair[1]);
     state.control = pair[0];
@@ -382,8 +367,7 @@ TEST_STREAM(memory_of_idle_connections)
     idle_turns(&state, 0);
     CHECK(waitpid(child, NULL, 0) == child);
     close(pair[0]);
-    tsrv_server_free(t_server);
-    CHECK_INT(tsrv_loop_free(t_loop), TSRV_OK);
+    close_server();
 }
 
 /* ---- (d) fairness -------------------------------------------------------------------------*/
@@ -438,10 +422,9 @@ static void client_fair(int port, void *context)
     t_close(fd);
 }
 
-TEST_STREAM(a_flood_does_not_starve_others)
+TEST_SOFT(a_flood_does_not_starve_others)
 {
     t_case c = {.handler = handle_echo, .client = client_fair};
-    SOFT_ONLY();
     flood_over = false;
     t_run(&c);
 }
@@ -492,10 +475,9 @@ static void client_greedy(int port, void *context)
     t_reset(fd);
 }
 
-TEST_STREAM(a_flooded_handler_does_not_starve_a_timer)
+TEST_SOFT(a_flooded_handler_does_not_starve_a_timer)
 {
     t_case c = {.handler = handle_greedy, .client = client_greedy};
-    SOFT_ONLY();
     timer_fired = false;
     flood_over = false;
     c.options.on_start = start_timer;
@@ -531,10 +513,9 @@ static void client_empty(int port, void *context)
     t_close(fd);
 }
 
-TEST_STREAM(empty_reads_do_not_starve_a_timer)
+TEST_SOFT(empty_reads_do_not_starve_a_timer)
 {
     t_case c = {.handler = handle_empty, .client = client_empty};
-    SOFT_ONLY();
     timer_fired = false;
     c.options.on_start = start_timer;
     t_run(&c);
@@ -580,10 +561,9 @@ static void client_never_reads(int port, void *context)
     t_reset(fd);
 }
 
-TEST_STREAM(a_peer_that_never_reads_costs_bounded_memory)
+TEST_SOFT(a_peer_that_never_reads_costs_bounded_memory)
 {
     t_case c = {.handler = handle_echo, .on_close = count_close, .client = client_never_reads};
-    SOFT_ONLY();
     most_resident = 0;
     t_run(&c);
     if (!TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && first_resident > 0) {
@@ -621,10 +601,9 @@ static void client_steady(int port, void *context)
     t_close(fd);
 }
 
-TEST_STREAM(no_allocation_in_the_steady_state)
+TEST_SOFT(no_allocation_in_the_steady_state)
 {
     t_case c = {.handler = handle_echo, .client = client_steady};
-    SOFT_ONLY();
     t_seen = c_seen;
     t_run(&c);
     CHECK(c_memory > 0);

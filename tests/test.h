@@ -77,6 +77,8 @@ static inline void t_register(t_test *test)
 #define TEST_ONCE(name) T_TEST(name, 0)
 #define TEST_LOOP(name) T_TEST(name, T_PER_BACKEND)
 #define TEST_STREAM(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES | T_CALLBACKS)
+/* For figures that the hard mode would change: without it. */
+#define TEST_SOFT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES | T_CALLBACKS)
 #define TEST_COROUTINE(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES)
 #define TEST_CALLBACK(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_CALLBACKS)
 
@@ -644,15 +646,19 @@ static inline void t_run_test(const t_test *test, const t_choice *choice, const 
     char label[256];
     for (int i = 0; i < ((test->kind & T_PER_BACKEND) ? count : 1); i++) {
         for (int variant = 0; variant < 4; variant++) {
-            bool callback = variant & 1, hard = variant & 2, streams = test->kind & T_PER_HARDNESS;
-            if (streams ? !(test->kind & (callback ? T_CALLBACKS : T_COROUTINES)) : variant > 0) {
+            bool callback = variant & 1, hard = variant & 2;
+            int modes = test->kind & (T_COROUTINES | T_CALLBACKS);
+            if (modes ? !(modes & (callback ? T_CALLBACKS : T_COROUTINES)) : callback) {
+                continue;
+            }
+            if (hard && !(test->kind & T_PER_HARDNESS)) {
                 continue;
             }
             t_backend = (test->kind & T_PER_BACKEND) ? backends[i] : TSRV_BACKEND_BEST;
             t_mode = callback ? TSRV_CALLBACK : TSRV_COROUTINE;
             t_hard = hard;
             snprintf(label, sizeof label, "%s/%s%s%s", test->name, t_backend_names[t_backend],
-                     !streams ? "" : callback ? "/callback" : "/coroutine", hard ? "/hard" : "");
+                     modes == 0 ? "" : callback ? "/callback" : "/coroutine", hard ? "/hard" : "");
             if (choice->filter != NULL && strstr(label, choice->filter) == NULL) {
                 continue;
             }
