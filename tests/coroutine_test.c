@@ -3,14 +3,6 @@
 
 #include <sys/resource.h>
 
-static tsrv_loop *new_loop(void)
-{
-    tsrv_loop_options options = {t_backend};
-    tsrv_loop *loop = NULL;
-    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
-    return loop;
-}
-
 static void run_and_free(tsrv_loop *loop)
 {
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
@@ -44,7 +36,7 @@ TEST_LOOP(spawned_functions_run_from_the_loop_in_order)
 {
     static const int expected[] = {0, 100, 1, 2};
     int ids[] = {0, 1, 2};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_spawn(loop, record_call, &ids[0]), TSRV_OK);
     CHECK_INT(tsrv_spawn(loop, spawn_two, &ids[1]), TSRV_OK);
     CHECK_INT(t_record_count(), 0);
@@ -57,7 +49,7 @@ TEST_LOOP(callbacks_may_spawn)
     static const int expected[] = {100, 1, 2, 100, 1, 2};
     int ids[] = {1, 2};
     tsrv_timer timer = {0};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_loop_post(loop, spawn_two, ids), TSRV_OK);
     CHECK_INT(tsrv_timer_start(loop, &timer, 10, spawn_two, ids), TSRV_OK);
     run_and_free(loop);
@@ -77,7 +69,7 @@ TEST_LOOP(sleeping_0_lets_each_other_go_once)
 {
     static const int expected[] = {1, 2, 3, 11, 12, 13, 21, 22, 23};
     int ids[] = {1, 2, 3};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 3; i++) {
         CHECK_INT(tsrv_spawn(loop, yield_thrice, &ids[i]), TSRV_OK);
     }
@@ -98,7 +90,7 @@ TEST_LOOP(sleepers_wake_in_order_and_never_early)
 {
     static const int expected[] = {1, 30, 60, 90};
     int delays[] = {60, 30, 90, 1};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 4; i++) {
         CHECK_INT(tsrv_spawn(loop, sleep_and_record, &delays[i]), TSRV_OK);
     }
@@ -126,7 +118,7 @@ TEST_LOOP(waiting_needs_a_coroutine)
 {
     tsrv_timer timer = {0};
     int fds[2];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK(pipe(fds) == 0);
     try_to_wait(&fds[0]);
     CHECK_INT(tsrv_loop_post(loop, try_to_wait, &fds[0]), TSRV_OK);
@@ -202,7 +194,7 @@ static void wait_for_pipe(void *context)
 TEST_LOOP(wait_fd_waits_for_a_pipe)
 {
     fd_case c = {0};
-    c.loop = new_loop();
+    c.loop = t_new_loop();
     CHECK(pipe(c.fds) == 0);
     CHECK_INT(tsrv_spawn(c.loop, wait_for_pipe, &c), TSRV_OK);
     run_and_free(c.loop);
@@ -242,7 +234,7 @@ static void wait_in_vain(void *context)
 TEST_LOOP(wait_fd_refuses_a_second_waiter_and_bad_arguments)
 {
     fd_case c = {0};
-    c.loop = new_loop();
+    c.loop = t_new_loop();
     CHECK(pipe(c.fds) == 0);
     CHECK_INT(tsrv_spawn(c.loop, wait_long, &c), TSRV_OK);
     CHECK_INT(tsrv_spawn(c.loop, wait_in_vain, &c), TSRV_OK);
@@ -273,7 +265,7 @@ static void sleep_with_a_mark(void *context)
 TEST_LOOP(ten_thousand_coroutines_sleep_at_once)
 {
     static char marks[SLEEPERS];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < SLEEPERS; i++) {
         CHECK_INT(tsrv_spawn(loop, sleep_with_a_mark, &marks[i]), TSRV_OK);
     }
@@ -316,7 +308,7 @@ TEST_LOOP(locals_survive_switches)
 {
     enum { COUNT = 50 };
     static double bases[COUNT];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
         bases[i] = 1024.0 * (i + 1);
         CHECK_INT(tsrv_spawn(loop, keep_values, &bases[i]), TSRV_OK);
@@ -392,7 +384,7 @@ TEST_LOOP(stack_overflow_ends_in_the_guard_page)
         setrlimit(RLIMIT_CORE, &no_core);
         signal(SIGSEGV, SIG_DFL); /* a sanitizer would catch it */
         signal(SIGBUS, SIG_DFL);
-        tsrv_loop *loop = new_loop();
+        tsrv_loop *loop = t_new_loop();
         CHECK_INT(tsrv_spawn(loop, dig_too_deep, &depth), TSRV_OK);
         tsrv_loop_run(loop);
         _exit(1);
@@ -428,7 +420,7 @@ TEST_LOOP(freeing_the_loop_ends_every_wait_once)
 {
     fd_case c = {0};
     int slept = 0, logged = 0;
-    c.loop = new_loop();
+    c.loop = t_new_loop();
     tsrv_set_log(quiet_log, &logged);
     CHECK(pipe(c.fds) == 0);
     CHECK_INT(tsrv_spawn(c.loop, sleep_until_the_end, &slept), TSRV_OK);
@@ -463,7 +455,7 @@ TEST_LOOP(coroutine_that_ignores_the_end_is_dropped_and_logged)
 {
     stubborn s = {0, 0, 0};
     int logged = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     tsrv_set_log(quiet_log, &logged);
     CHECK_INT(tsrv_spawn(loop, sleep_for_ever, &s), TSRV_OK);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
@@ -512,7 +504,7 @@ TEST_LOOP(freeing_the_loop_ends_reads_and_aborts_streams)
     options.handle_stream = read_until_the_end;
     options.on_close = note_reason;
     options.context = &e;
-    options.loop = new_loop();
+    options.loop = t_new_loop();
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
     CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
     CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
@@ -1118,22 +1110,14 @@ static void wait_for_ever(void *context)
     }
 }
 
-static void no_log_at_all(int level, const char *message, void *context)
-{
-    (void)level;
-    (void)message;
-    (void)context;
-}
-
 /* What it waits with lies on its stack, which goes before the loop does. */
 TEST_LOOP(loop_free_drops_a_coroutine_that_waits_for_a_descriptor_again)
 {
-    tsrv_loop_options options = {t_backend};
     tsrv_loop *loop;
     int fds[2];
-    tsrv_set_log(no_log_at_all, NULL);
+    tsrv_set_log(t_no_log, NULL);
     CHECK(pipe(fds) == 0);
-    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    loop = t_new_loop();
     CHECK_INT(tsrv_spawn(loop, wait_for_ever, fds), TSRV_OK);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
@@ -1153,27 +1137,19 @@ static int never_return(tsrv_stream *stream, const tsrv_address *address, void *
     return 0;
 }
 
-static void record_reason(tsrv_stream *stream, int reason, void *context)
-{
-    (void)stream;
-    (void)context;
-    t_record(reason);
-}
-
 TEST_LOOP(loop_free_drops_handlers_that_never_return)
 {
     enum { STREAMS = 3 };
-    tsrv_loop_options options = {t_backend};
     tsrv_server_options server_options;
     tsrv_loop *loop;
     tsrv_server *server;
     int pairs[STREAMS][2];
     memset(&server_options, 0, sizeof server_options);
-    tsrv_set_log(no_log_at_all, NULL);
-    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    tsrv_set_log(t_no_log, NULL);
+    loop = t_new_loop();
     server_options.loop = loop;
     server_options.handle_stream = never_return;
-    server_options.on_close = record_reason;
+    server_options.on_close = t_record_reason;
     CHECK_INT(tsrv_server_new(&server, &server_options), TSRV_OK);
     for (int i = 0; i < STREAMS; i++) {
         CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pairs[i]) == 0);

@@ -19,21 +19,6 @@ typedef struct program {
 } program;
 
 /* A port that nobody listens on right now. */
-static int free_port(void)
-{
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    CHECK(fd >= 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(bind(fd, (struct sockaddr *)&address, sizeof address) == 0);
-    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    t_close(fd);
-    return ntohs(address.sin_port);
-}
-
 static int end_of(program *p)
 {
     int status = 0;
@@ -109,7 +94,7 @@ static program start(const char *name)
     program p = {name, 0, 0, -1};
     for (int i = 0; i < ATTEMPTS; i++) {
         int status = 0;
-        p.port = free_port();
+        p.port = t_free_port();
         if (try_start(&p, &status)) {
             return p;
         }

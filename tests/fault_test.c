@@ -237,13 +237,6 @@ static void f_watchdog(int signo)
     _exit(2);
 }
 
-static void f_no_log(int level, const char *message, void *context)
-{
-    (void)level;
-    (void)message;
-    (void)context;
-}
-
 static int f_open_fds(void)
 {
     int count = 0;
@@ -349,21 +342,6 @@ static int s_unix_address(struct sockaddr_un *address)
     return (int)sizeof *address;
 }
 
-/* A port that is free now; asked for behind the back of the faults. */
-static int free_port(void)
-{
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
-    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    CHECK(close(fd) == 0);
-    return ntohs(address.sin_port);
-}
-
 /* One port for all runs of a test: thousands of listeners in a row would leave connections in
  * TIME_WAIT on thousands of ports, until the system has none left to give for port 0. */
 static int start_tcp(void)
@@ -371,7 +349,7 @@ static int start_tcp(void)
     static int port;
     for (int tries = 0;; tries++) {
         long hits = t_fault_hits;
-        port = port == 0 ? free_port() : port;
+        port = port == 0 ? t_free_port() : port;
         int rc = tsrv_server_listen(s_server, port, "127.0.0.1", NULL);
         if (rc != -EADDRINUSE || t_fault_hits != hits || tries == 8) {
             return rc;
@@ -806,7 +784,7 @@ static void s_prepare(const scenario *s)
     signal(SIGSEGV, f_crashed);
     signal(SIGABRT, f_crashed);
 #endif
-    tsrv_set_log(f_no_log, NULL);
+    tsrv_set_log(t_no_log, NULL);
     snprintf(s_folder, sizeof s_folder, "/tmp/tsrv-fault-XXXXXX");
     CHECK(mkdtemp(s_folder) != NULL);
     snprintf(s_path, sizeof s_path, "%s/socket", s_folder);

@@ -4,15 +4,6 @@
 
 #include <sys/resource.h>
 
-static tsrv_loop *new_loop(void)
-{
-    tsrv_loop_options options = {t_backend};
-    tsrv_loop *loop = NULL;
-    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
-    CHECK(loop != NULL);
-    return loop;
-}
-
 static void free_loop(tsrv_loop *loop)
 {
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
@@ -55,11 +46,6 @@ static void record_call(void *context)
     t_record(*(int *)context);
 }
 
-static void stop_loop(void *context)
-{
-    tsrv_loop_stop((tsrv_loop *)context);
-}
-
 /* ---- timers -------------------------------------------------------------------------------*/
 
 TEST_LOOP(equal_timers_fire_in_the_order_of_their_start)
@@ -68,7 +54,7 @@ TEST_LOOP(equal_timers_fire_in_the_order_of_their_start)
     static const int delays[] = {0, 4};
     static tsrv_timer timers[COUNT];
     static int ids[COUNT];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int d = 0; d < 2; d++) {
         int before = t_record_count();
         for (int i = 0; i < COUNT; i++) {
@@ -88,7 +74,7 @@ TEST_LOOP(restarted_timer_goes_behind_its_equals)
 {
     tsrv_timer timers[3] = {0};
     int ids[3] = {0, 1, 2};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 3; i++) {
         CHECK_INT(tsrv_timer_start(loop, &timers[i], 0, record_call, &ids[i]), TSRV_OK);
     }
@@ -111,7 +97,7 @@ typedef struct timed {
 static timed new_timed(void)
 {
     timed t = {0};
-    t.loop = new_loop();
+    t.loop = t_new_loop();
     t.elapsed = -1;
     return t;
 }
@@ -134,7 +120,7 @@ TEST_LOOP(timer_never_fires_early)
     static const int delays[] = {0, 1, 2, 3, 7, 15, 33, 60};
     enum { COUNT = sizeof delays / sizeof delays[0] };
     static timed timers[COUNT];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
         timers[i].loop = loop;
         start_timed(&timers[i], delays[i]);
@@ -190,7 +176,7 @@ TEST_LOOP(two_thousand_timers_come_and_go)
     tsrv_timer last = {0};
     int calls = 0, last_calls = 0;
     int64_t start = t_now_ms();
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
         CHECK_INT(tsrv_timer_start(loop, &timers[i], 3600000 + i % 7, count_call, &calls), TSRV_OK);
     }
@@ -271,7 +257,7 @@ static void oracle_fire(void *context)
 
 TEST_LOOP(random_timers_agree_with_the_oracle)
 {
-    oracle_loop = new_loop();
+    oracle_loop = t_new_loop();
     for (int i = 0; i < ORACLE_TIMERS; i++) {
         oracle_start(&oracle_timers[i]);
     }
@@ -299,7 +285,7 @@ static void stop_both(void *context)
 TEST_LOOP(timer_stopped_by_another_of_its_turn_does_not_fire)
 {
     static const int delays[][2] = {{0, 0}, {1, 1}, {1, 2}, {2, 1}};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 4; i++) {
         timer_pair pair = {0};
         for (int k = 0; k < 2; k++) {
@@ -401,7 +387,7 @@ static void free_itself(void *context)
 /* The library is done with a timer before it calls it. */
 TEST_LOOP(timer_may_be_freed_in_its_callback)
 {
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 50; i++) {
         tsrv_timer *timer = (tsrv_timer *)calloc(1, sizeof *timer);
         CHECK(timer != NULL);
@@ -416,7 +402,7 @@ TEST_LOOP(timer_limits)
 {
     tsrv_timer timer = {0}, never_started = {0};
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     tsrv_timer_stop(&never_started);
     CHECK_INT(tsrv_timer_start(loop, &timer, -1, count_call, &calls), TSRV_EINVAL);
     CHECK_INT(tsrv_timer_start(loop, &timer, INT32_MIN, count_call, &calls), TSRV_EINVAL);
@@ -460,7 +446,7 @@ TEST_LOOP(watch_reports_what_was_asked_for_in_every_turn)
         {TSRV_READABLE | TSRV_WRITABLE, false, TSRV_WRITABLE},
         {TSRV_READABLE | TSRV_WRITABLE, true, TSRV_READABLE | TSRV_WRITABLE},
     };
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         tsrv_watch watch = {0};
         seen s = {0, 0};
@@ -490,7 +476,7 @@ TEST_LOOP(starting_an_active_watch_changes_it)
     tsrv_watch watch = {0};
     seen first = {0, 0}, second = {0, 0}, third = {0, 0};
     int pair[2], other[2];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, other) == 0);
     t_sends(other[1], "x");
@@ -525,7 +511,7 @@ TEST_LOOP(second_watch_on_a_descriptor_is_refused)
     tsrv_watch first = {0}, second = {0};
     seen s = {0, 0}, refused = {0, 0};
     int fds[2];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK(pipe(fds) == 0);
     CHECK_INT(tsrv_watch_start(loop, &first, fds[1], TSRV_WRITABLE, see, &s), TSRV_OK);
     CHECK_INT(tsrv_watch_start(loop, &second, fds[1], TSRV_WRITABLE, see, &refused), TSRV_EBUSY);
@@ -550,7 +536,7 @@ TEST_LOOP(watch_refuses_bad_arguments)
     seen s = {0, 0};
     int fds[2];
     FILE *file = tmpfile();
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK(file != NULL);
     CHECK(pipe(fds) == 0);
     tsrv_watch_stop(&watch);
@@ -579,7 +565,7 @@ TEST_LOOP(hang_up_is_reported_as_what_was_asked_for)
         int interest;
     } rows[] = {{false, 0, TSRV_READABLE}, {false, 1, TSRV_WRITABLE}, {true, 0, TSRV_READABLE},
                 {true, 0, TSRV_WRITABLE}, {true, 0, TSRV_READABLE | TSRV_WRITABLE}};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         tsrv_watch watch = {0};
         seen s = {0, 0};
@@ -622,7 +608,7 @@ TEST_LOOP(watch_stopped_by_another_of_its_batch_is_not_called)
 {
     static batch_member all[BATCH];
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < BATCH; i++) {
         all[i].all = all;
         CHECK(pipe(all[i].fds) == 0);
@@ -690,7 +676,7 @@ TEST_LOOP(descriptor_reused_within_a_batch_gets_no_stale_event)
     for (int variant = 0; variant < 2; variant++) {
         static reuse_case c;
         memset(&c, 0, sizeof c);
-        c.loop = new_loop();
+        c.loop = t_new_loop();
         c.same_structure = variant == 1;
         for (int i = 0; i < 2; i++) {
             CHECK(pipe(c.pipes[i]) == 0);
@@ -729,7 +715,7 @@ static void close_itself(int events, void *context)
 TEST_LOOP(watch_may_end_itself_and_its_descriptor)
 {
     batch_member me = {0};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int round = 1; round <= 3; round++) {
         CHECK(pipe(me.fds) == 0);
         CHECK(write(me.fds[1], "x", 1) == 1);
@@ -746,7 +732,7 @@ TEST_LOOP(hundreds_of_watches_are_all_served)
 {
     enum { COUNT = 120 };
     static batch_member all[COUNT];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
         CHECK(pipe(all[i].fds) == 0);
         CHECK(write(all[i].fds[1], "x", 1) == 1);
@@ -767,7 +753,7 @@ TEST_LOOP(posts_are_called_in_order_and_not_inside_the_call)
 {
     enum { COUNT = 1000 };
     static int ids[COUNT];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
         ids[i] = i;
         CHECK_INT(tsrv_loop_post(loop, record_call, &ids[i]), TSRV_OK);
@@ -798,7 +784,7 @@ TEST_LOOP(post_from_a_post_waits_for_the_next_turn)
         CHECK_INT(r.left, turn);
     }
     /* Nor does it keep timers from firing. */
-    CHECK_INT(tsrv_timer_start(r.t.loop, &timer, 5, stop_loop, r.t.loop), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(r.t.loop, &timer, 5, t_stop_loop, r.t.loop), TSRV_OK);
     CHECK_INT(tsrv_loop_run(r.t.loop), TSRV_OK);
     free_loop(r.t.loop);
 }
@@ -821,7 +807,7 @@ static void *ping_thread(void *context)
         CHECK_INT(tsrv_loop_post(c->loop, ping_answer, c), TSRV_OK);
         CHECK(read(c->fds[0], &byte, 1) == 1);
     }
-    CHECK_INT(tsrv_loop_post(c->loop, stop_loop, c->loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(c->loop, t_stop_loop, c->loop), TSRV_OK);
     return NULL;
 }
 
@@ -829,7 +815,7 @@ static void *ping_thread(void *context)
  * wake-up and the test hangs. */
 TEST_LOOP(post_from_another_thread_wakes_the_loop)
 {
-    ping_case c = {new_loop(), {0, 0}};
+    ping_case c = {t_new_loop(), {0, 0}};
     idle_watch idle;
     pthread_t thread;
     start_idle(c.loop, &idle);
@@ -881,7 +867,7 @@ TEST_LOOP(posts_of_many_threads_keep_the_order_of_each)
     pthread_t threads[POSTERS];
     idle_watch idle;
     int finished = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     start_idle(loop, &idle);
     for (int i = 0; i < POSTERS; i++) {
         posters[i].loop = loop;
@@ -945,7 +931,7 @@ TEST_LOOP(loop_freed_by_the_last_post_waits_for_its_poster)
         idle_watch idle;
         last = &p;
         p.hold = i % 2 == 0; /* else the threads race */
-        p.loop = new_loop();
+        p.loop = t_new_loop();
         start_idle(p.loop, &idle);
         CHECK_INT(pthread_create(&thread, NULL, post_the_last, &p), 0);
         while (!p.called) {
@@ -963,7 +949,7 @@ TEST_LOOP(loop_freed_by_the_last_post_waits_for_its_poster)
 TEST_LOOP(freeing_a_loop_drops_its_posts)
 {
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 10; i++) {
         CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
     }
@@ -978,7 +964,7 @@ TEST_LOOP(run_returns_when_nothing_is_left_but_signal_watches)
     tsrv_signal signal_watch = {0};
     tsrv_timer timer = {0};
     int calls = 0, signals = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(tsrv_signal_start(loop, &signal_watch, SIGUSR1, count_call, &signals), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
@@ -1005,7 +991,7 @@ TEST_LOOP(run_once_tells_whether_something_is_left)
     idle_watch idle;
     int calls = 0;
     int64_t start;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
     CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
 
@@ -1058,7 +1044,7 @@ TEST_LOOP(loop_cannot_be_run_or_freed_from_inside)
     tsrv_watch watch = {0};
     tsrv_signal signal_watch = {0};
     int fds[2];
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_loop_post(loop, try_nested, loop), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(tsrv_timer_start(loop, &timer, 0, try_nested, loop), TSRV_OK);
@@ -1089,12 +1075,12 @@ TEST_LOOP(stop_before_run_holds_once)
     tsrv_timer timer = {0};
     idle_watch idle;
     int64_t start;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     start_idle(loop, &idle);
     tsrv_loop_stop(loop);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     start = t_now_ms();
-    CHECK_INT(tsrv_timer_start(loop, &timer, 20, stop_loop, loop), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(loop, &timer, 20, t_stop_loop, loop), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_NEAR_MS(t_now_ms() - start, 20, 1000);
     stop_idle(&idle);
@@ -1105,10 +1091,10 @@ TEST_LOOP(stop_lets_the_turn_finish)
 {
     idle_watch idle;
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     start_idle(loop, &idle);
     for (int round = 1; round <= 2; round++) {
-        CHECK_INT(tsrv_loop_post(loop, stop_loop, loop), TSRV_OK);
+        CHECK_INT(tsrv_loop_post(loop, t_stop_loop, loop), TSRV_OK);
         CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
         CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
         CHECK_INT(calls, round);
@@ -1163,7 +1149,7 @@ TEST_LOOP(now_follows_the_clock)
 {
     tsrv_timer timer = {0};
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     int64_t first, start = t_now_ms();
     CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
     first = tsrv_loop_now_ms(loop);
@@ -1233,7 +1219,7 @@ TEST_LOOP(signal_reaches_all_its_watches_once)
     tsrv_signal watches[4] = {0};
     int calls[4] = {0};
     idle_watch idle;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     start_idle(loop, &idle);
     for (int i = 0; i < 4; i++) {
         CHECK_INT(tsrv_signal_start(loop, &watches[i], i < 3 ? SIGUSR1 : SIGUSR2, count_call,
@@ -1280,7 +1266,7 @@ TEST_LOOP(signal_watches_may_be_stopped_in_a_callback)
     struct sigaction after;
     idle_watch idle;
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     start_idle(loop, &idle);
     for (int i = 0; i < 3; i++) {
         CHECK_INT(tsrv_signal_start(loop, &stoppers[i], SIGUSR1, stop_all_watches, &calls),
@@ -1316,7 +1302,7 @@ static void check_same_action(const struct sigaction *a, const struct sigaction 
 TEST_LOOP(last_signal_watch_puts_the_old_handler_back)
 {
     void (*const handlers[])(int) = {own_handler, SIG_IGN, SIG_DFL};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 3; i++) {
         struct sigaction own, before, during, after;
         tsrv_signal first = {0}, second = {0};
@@ -1346,7 +1332,7 @@ TEST_LOOP(starting_an_active_signal_watch_changes_it)
     tsrv_signal watch = {0};
     struct sigaction action;
     int first = 0, second = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR1, count_call, &first), TSRV_OK);
     CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR2, count_call, &second), TSRV_OK);
     CHECK(sigaction(SIGUSR1, NULL, &action) == 0);
@@ -1362,7 +1348,7 @@ TEST_LOOP(signal_belongs_to_one_loop)
 {
     tsrv_signal first = {0}, second = {0}, unrelated = {0};
     int calls = 0;
-    tsrv_loop *loop = new_loop(), *other = new_loop();
+    tsrv_loop *loop = t_new_loop(), *other = t_new_loop();
     CHECK_INT(tsrv_signal_start(loop, &first, SIGUSR1, count_call, &calls), TSRV_OK);
     CHECK_INT(tsrv_signal_start(other, &second, SIGUSR1, count_call, &calls), TSRV_EBUSY);
     CHECK_INT(tsrv_signal_start(other, &unrelated, SIGUSR2, count_call, &calls), TSRV_OK);
@@ -1387,7 +1373,7 @@ TEST_LOOP(signals_that_cannot_be_watched)
                 {SIGSTOP, -EINVAL}};
     tsrv_signal watch = {0};
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         CHECK_INT(tsrv_signal_start(loop, &watch, rows[i].signo, count_call, &calls), rows[i].rc);
         tsrv_signal_stop(&watch);
@@ -1427,7 +1413,7 @@ static void *storm_thread(void *context)
 /* Signals may be merged, but the last one never lost: the loop would sleep for ever. */
 TEST_LOOP(signal_storm_loses_no_last_signal)
 {
-    storm_case c = {new_loop(), 0, 0, 0};
+    storm_case c = {t_new_loop(), 0, 0, 0};
     tsrv_signal watch = {0};
     idle_watch idle;
     pthread_t thread;
@@ -1476,7 +1462,7 @@ TEST_LOOP(descriptor_for_an_outer_loop)
     tsrv_watch watch = {0};
     seen s = {0, 0};
     int fds[2], posts = 0, fd;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     fd = tsrv_loop_fd(loop);
     if (t_backend == TSRV_BACKEND_POLL) {
         CHECK_INT(fd, TSRV_ENOTSUP);
@@ -1539,7 +1525,7 @@ TEST_LOOP(server_runs_inside_an_outer_loop)
     tsrv_stats stats;
     pthread_t thread;
     int port;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     if (t_backend == TSRV_BACKEND_POLL) {
         free_loop(loop); /* has no descriptor, see above */
         return;
@@ -1567,7 +1553,7 @@ TEST_LOOP(closed_backend_is_an_error)
 {
     idle_watch idle;
     int fd, copy;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     start_idle(loop, &idle);
     fd = tsrv_loop_fd(loop);
     if (fd >= 0) {
@@ -1634,7 +1620,7 @@ static void open_leaks(leak_case *c)
     tsrv_server_options options = {0};
     tsrv_address address;
     memset(c, 0, sizeof *c);
-    c->loop = new_loop();
+    c->loop = t_new_loop();
     options.handle_stream = echo_and_leak;
     options.on_close = count_leak;
     options.context = c;
@@ -1701,7 +1687,7 @@ TEST_LOOP(leaked_descriptors_do_not_disturb_an_outer_loop)
 {
     leak_case c;
     tsrv_watch watch = {0};
-    tsrv_loop *outer = new_loop();
+    tsrv_loop *outer = t_new_loop();
     open_leaks(&c);
     int fd = tsrv_loop_fd(c.loop);
     if (t_backend == TSRV_BACKEND_POLL) {
@@ -1753,7 +1739,7 @@ static void *post_when_asleep(void *context)
     leak_case *c = (leak_case *)context;
     char byte;
     CHECK(read(asleep[0], &byte, 1) == 1);
-    CHECK_INT(tsrv_loop_post(c->loop, stop_loop, c->loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(c->loop, t_stop_loop, c->loop), TSRV_OK);
     return NULL;
 }
 
@@ -1798,7 +1784,7 @@ static void run_without_spinning(leak_case *c)
     enum { MILLISECONDS = 300, WAITS = 40 };
     tsrv_timer timer = {0};
     waits = 0;
-    CHECK_INT(tsrv_timer_start(c->loop, &timer, MILLISECONDS, stop_loop, c->loop), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(c->loop, &timer, MILLISECONDS, t_stop_loop, c->loop), TSRV_OK);
     CHECK_INT(tsrv_loop_run(c->loop), TSRV_OK);
     CHECK(waits >= 1 && waits <= WAITS);
 }
@@ -1866,11 +1852,6 @@ static int no_handler(tsrv_stream *stream, const tsrv_address *address, void *co
     T_FAIL("a handler was called");
 }
 
-static void no_log(int level, const char *message, void *context)
-{
-    (void)level, (void)message, (void)context;
-}
-
 static void use_inherited_loop(fork_case *c)
 {
     tsrv_server_options options = {0};
@@ -1879,7 +1860,7 @@ static void use_inherited_loop(fork_case *c)
     tsrv_timer timer = {0};
     tsrv_signal signal_watch = {0};
     int calls = 0;
-    tsrv_set_log(no_log, NULL);
+    tsrv_set_log(t_no_log, NULL);
     CHECK_INT(tsrv_loop_run(c->loop), TSRV_EINVAL);
     CHECK_INT(tsrv_loop_run_once(c->loop, 0), TSRV_EINVAL);
     CHECK_INT(tsrv_loop_post(c->loop, count_call, &calls), TSRV_EINVAL);
@@ -1907,7 +1888,7 @@ static void use_a_new_loop(void)
 {
     tsrv_timer timer = {0};
     int calls = 0;
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_timer_start(loop, &timer, 1, count_call, &calls), TSRV_OK);
     CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
@@ -1938,7 +1919,7 @@ TEST_LOOP(forked_child_cannot_use_the_loop_and_does_no_harm)
         fork_case c;
         memset(&c, 0, sizeof c);
         CHECK(tsrv_loop_current() != NULL);
-        c.loop = new_loop();
+        c.loop = t_new_loop();
         CHECK(pipe(c.fds) == 0);
         CHECK_INT(tsrv_watch_start(c.loop, &c.watch, c.fds[0], TSRV_READABLE, see, &c.watch_seen),
                   TSRV_OK);
@@ -1976,7 +1957,7 @@ static void restart_signal(void *context)
 TEST_LOOP(signal_watch_started_again)
 {
     tsrv_signal watch = {0};
-    tsrv_loop *loop = new_loop();
+    tsrv_loop *loop = t_new_loop();
     int lost = 0;
     CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR2, count_call, &lost), TSRV_OK);
     CHECK(raise(SIGUSR2) == 0);

@@ -157,13 +157,6 @@ static int play_handler(tsrv_stream *stream, const tsrv_address *address, void *
 }
 
 /* on_close of most tests: one record, the reason, when all is over. */
-static void record_reason(tsrv_stream *stream, int reason, void *context)
-{
-    (void)context;
-    CHECK_INT(tsrv_fd(stream), -1);
-    t_record(reason);
-}
-
 static void load_received(void *context)
 {
     tsrv_stats stats;
@@ -254,7 +247,7 @@ static void play_run(const call *steps, const tsrv_server_options *options,
                      const char *const *moves)
 {
     play p = {steps, moves};
-    t_case c = {.handler = play_handler, .on_close = record_reason, .client = play_client,
+    t_case c = {.handler = play_handler, .on_close = t_record_reason, .client = play_client,
                 .context = &p};
     if (options != NULL) {
         c.options = *options;
@@ -507,7 +500,7 @@ static void close_idle_client(int port, void *context)
 
 TEST_STREAM(test_future_close_callback)
 {
-    t_case c = {.handler = one_byte_handler, .on_close = record_reason,
+    t_case c = {.handler = one_byte_handler, .on_close = t_record_reason,
                 .client = close_idle_client};
     t_run(&c);
     CHECK_INT(t_record_count(), 2);
@@ -1449,7 +1442,7 @@ static void half_close_client(int port, void *context)
 TEST_STREAM(test_half_close)
 {
     size_t size = bulk(32 << 20, 128 << 10);
-    t_case c = {.handler = echo_handler, .on_close = record_reason, .client = half_close_client,
+    t_case c = {.handler = echo_handler, .on_close = t_record_reason, .client = half_close_client,
                 .context = &size};
     t_run(&c);
     CHECK_INT(t_recorded(0), TSRV_EOF);
@@ -1548,7 +1541,7 @@ static void drained_client(int port, void *context)
 
 TEST_CALLBACK(test_write_too_much)
 {
-    t_case c = {.handler = too_much_handler, .on_close = record_reason, .client = drained_client,
+    t_case c = {.handler = too_much_handler, .on_close = t_record_reason, .client = drained_client,
                 .options = {.max_write_buffer_size = WRITE_LIMIT}};
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
@@ -1764,7 +1757,7 @@ static int short_file_handler(tsrv_stream *stream, const tsrv_address *address, 
 
 TEST_STREAM(test_sendfile_of_a_short_file)
 {
-    t_case c = {.handler = short_file_handler, .on_close = record_reason,
+    t_case c = {.handler = short_file_handler, .on_close = t_record_reason,
                 .client = drained_client, .options = {.data_size = sizeof(bool)}};
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
@@ -1783,7 +1776,7 @@ TEST_STREAM(test_sendfile_of_no_file)
 {
     int fds[2], none = -1;
     CHECK(pipe(fds) == 0);
-    t_case c = {.handler = no_file_handler, .on_close = record_reason, .client = drained_client,
+    t_case c = {.handler = no_file_handler, .on_close = t_record_reason, .client = drained_client,
                 .context = &fds[0]};
     t_run(&c);
     c.context = &none;
@@ -1886,7 +1879,7 @@ static void broken_client(int port, void *context)
 /* Writing to a peer that is gone is a code, not a signal. */
 TEST_STREAM(test_write_error)
 {
-    t_case c = {.handler = broken_handler, .on_close = record_reason, .client = broken_client,
+    t_case c = {.handler = broken_handler, .on_close = t_record_reason, .client = broken_client,
                 .options = {.data_size = sizeof(broken_state)}};
     t_run(&c);
     CHECK_INT(t_record_count(), 2);
@@ -1951,7 +1944,7 @@ static void linger_client(int port, void *context)
 TEST_STREAM(test_close_lingers)
 {
     linger_case context = {bulk(2 << 20, 256 << 10), bulk(128 << 10, 16 << 10), false};
-    t_case c = {.handler = linger_handler, .on_close = record_reason, .client = linger_client,
+    t_case c = {.handler = linger_handler, .on_close = t_record_reason, .client = linger_client,
                 .context = &context};
     t_run(&c);
     context.close = true;
@@ -1991,7 +1984,7 @@ static void abort_client(int port, void *context)
 
 TEST_STREAM(test_abort)
 {
-    t_case c = {.handler = abort_handler, .on_close = record_reason, .client = abort_client};
+    t_case c = {.handler = abort_handler, .on_close = t_record_reason, .client = abort_client};
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
     CHECK_INT(t_recorded(0), TSRV_ECLOSED);
@@ -2114,7 +2107,7 @@ static void reset_client(int port, void *context)
 
 TEST_STREAM(test_on_close_gets_the_error)
 {
-    t_case c = {.handler = ignore_error_handler, .on_close = record_reason,
+    t_case c = {.handler = ignore_error_handler, .on_close = t_record_reason,
                 .client = reset_client};
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
@@ -2150,7 +2143,7 @@ static void unwilling_client(int port, void *context)
 /* Called for the connection, for the input, for its end: no busy loop, and no zombie. */
 TEST_STREAM(test_handler_that_never_reads)
 {
-    t_case c = {.handler = unwilling_handler, .on_close = record_reason,
+    t_case c = {.handler = unwilling_handler, .on_close = t_record_reason,
                 .client = unwilling_client};
     t_run(&c);
     CHECK_INT(t_record_count(), 4);
@@ -2179,7 +2172,7 @@ static void one_byte_client(int port, void *context)
 /* Called again while input is left, before and after the end. */
 TEST_STREAM(test_handler_that_reads_a_byte_a_call)
 {
-    t_case c = {.handler = one_byte_handler, .on_close = record_reason, .client = one_byte_client};
+    t_case c = {.handler = one_byte_handler, .on_close = t_record_reason, .client = one_byte_client};
     t_run(&c);
     CHECK_INT(t_record_count(), 7);
     for (int i = 0; i < 6; i++) {
@@ -2262,7 +2255,7 @@ static void stall_client(int port, void *context)
 TEST_STREAM(test_write_timeout)
 {
     size_t size = 1 << 20;
-    t_case c = {.handler = stall_handler, .on_close = record_reason, .client = stall_client,
+    t_case c = {.handler = stall_handler, .on_close = t_record_reason, .client = stall_client,
                 .context = &size,
                 .options = {.data_size = sizeof(bool), .write_high_water = HIGH_WATER}};
     t_run(&c);
@@ -2373,7 +2366,7 @@ TEST_STREAM(test_idle_timeout)
     static const call steps[] = {UNTIL("\n", 0, TSRV_ETIMEOUT, ""), WRITE("T", TSRV_OK),
                                  UNTIL("\n", 0, TSRV_OK, "xxxxxx\n"), RETURN(0)};
     play p = {steps, NULL};
-    t_case c = {.handler = play_handler, .on_close = record_reason, .client = idle_client,
+    t_case c = {.handler = play_handler, .on_close = t_record_reason, .client = idle_client,
                 .context = &p, .options = {.data_size = sizeof(play_state)}};
     c.options.idle_timeout_ms = 300 * t_scale();
     t_run(&c);

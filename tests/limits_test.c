@@ -46,25 +46,17 @@ static int handle_echo(tsrv_stream *stream, const tsrv_address *address, void *c
     return rc;
 }
 
-static void count_close(tsrv_stream *stream, int reason, void *context)
-{
-    (void)stream;
-    (void)context;
-    t_record(reason);
-}
-
 /* For tests that turn the loop themselves. Returns the port.
  *   more  other options than the handler; NULL = none */
 static int open_server(tsrv_handler handler, const tsrv_server_options *more)
 {
-    tsrv_loop_options loop_options = {t_backend};
     tsrv_server_options options = {0};
     tsrv_bind_options bind_options = {.backlog = 4096};
     tsrv_address address;
     if (more != NULL) {
         options = *more;
     }
-    CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
+    t_loop = t_new_loop();
     options.mode = t_mode;
     options.handle_stream = handler;
     options.loop = t_loop;
@@ -563,7 +555,7 @@ static void client_never_reads(int port, void *context)
 
 TEST_SOFT(a_peer_that_never_reads_costs_bounded_memory)
 {
-    t_case c = {.handler = handle_echo, .on_close = count_close, .client = client_never_reads};
+    t_case c = {.handler = handle_echo, .on_close = t_record_reason, .client = client_never_reads};
     most_resident = 0;
     t_run(&c);
     if (!TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && first_resident > 0) {

@@ -9,14 +9,6 @@
 
 enum { CAPACITY = 16 };
 
-static int socket_option(int fd, int level, int name)
-{
-    int value = -1;
-    socklen_t size = sizeof value;
-    CHECK(getsockopt(fd, level, name, &value, &size) == 0);
-    return value;
-}
-
 /* The address of a socket, as the library keeps it. */
 static tsrv_address name_of(int fd)
 {
@@ -155,13 +147,13 @@ TEST_ONCE(sockets_listen_and_are_set_up)
     for (int i = 0; i < count; i++) {
         CHECK((fcntl(fds[i], F_GETFL) & O_NONBLOCK) != 0);
         CHECK((fcntl(fds[i], F_GETFD) & FD_CLOEXEC) != 0);
-        CHECK(socket_option(fds[i], SOL_SOCKET, SO_REUSEADDR) != 0);
-        CHECK_INT(socket_option(fds[i], SOL_SOCKET, SO_TYPE), SOCK_STREAM);
+        CHECK(t_socket_option(fds[i], SOL_SOCKET, SO_REUSEADDR) != 0);
+        CHECK_INT(t_socket_option(fds[i], SOL_SOCKET, SO_TYPE), SOCK_STREAM);
 #ifdef SO_ACCEPTCONN
-        CHECK(socket_option(fds[i], SOL_SOCKET, SO_ACCEPTCONN) != 0);
+        CHECK(t_socket_option(fds[i], SOL_SOCKET, SO_ACCEPTCONN) != 0);
 #endif
         if (family_of(fds[i]) == AF_INET6) {
-            CHECK(socket_option(fds[i], IPPROTO_IPV6, IPV6_V6ONLY) != 0);
+            CHECK(t_socket_option(fds[i], IPPROTO_IPV6, IPV6_V6ONLY) != 0);
         }
     }
     t_close(t_connect(port_of(fds[0])));

@@ -13,9 +13,8 @@ typedef struct site {
 
 static site open_site(tsrv_server_options options)
 {
-    tsrv_loop_options loop_options = {t_backend};
     site s = {NULL, NULL};
-    CHECK_INT(tsrv_loop_new(&s.loop, &loop_options), TSRV_OK);
+    s.loop = t_new_loop();
     options.loop = s.loop;
     options.mode = t_mode;
     options.read_chunk_size = t_hard ? 1 : 0;
@@ -43,15 +42,10 @@ static int listen_locally(tsrv_server *server)
     return port_of(server, 0);
 }
 
-static void stop_loop(void *context)
-{
-    tsrv_loop_stop((tsrv_loop *)context);
-}
-
 static void run_for(tsrv_loop *loop, int duration_ms)
 {
     tsrv_timer timer = {0};
-    CHECK_INT(tsrv_timer_start(loop, &timer, duration_ms, stop_loop, loop), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(loop, &timer, duration_ms, t_stop_loop, loop), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
 }
 
@@ -228,13 +222,6 @@ static int read_to_the_end(tsrv_stream *stream, const tsrv_address *address, voi
     return rc;
 }
 
-static void record_reason(tsrv_stream *stream, int reason, void *context)
-{
-    (void)context;
-    CHECK_INT(tsrv_fd(stream), -1);
-    t_record(reason);
-}
-
 static void connect_and_reset(int port, void *context)
 {
     int fd = t_connect(port);
@@ -251,7 +238,7 @@ TEST_STREAM(reset_by_the_peer_is_no_failure)
     t_case c = {0};
     tsrv_set_log(see_log, &seen);
     c.handler = read_to_the_end;
-    c.on_close = record_reason;
+    c.on_close = t_record_reason;
     c.client = connect_and_reset;
     t_run(&c);
     CHECK_INT(t_record_count(), 2);
@@ -289,7 +276,7 @@ TEST_STREAM(handler_may_write_and_close_at_once)
         bool close_too = i == 1;
         t_case c = {0};
         c.handler = write_then_close;
-        c.on_close = record_reason;
+        c.on_close = t_record_reason;
         c.client = expect_data;
         c.context = &close_too;
         t_run(&c);
@@ -992,14 +979,6 @@ TEST_STREAM(stream_that_was_never_entered_has_no_on_close)
 
 /* ---- sockets of streams -------------------------------------------------------------------*/
 
-static int socket_option(int fd, int level, int name)
-{
-    int value = -1;
-    socklen_t size = sizeof value;
-    CHECK(getsockopt(fd, level, name, &value, &size) == 0);
-    return value;
-}
-
 static int check_socket(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     const tsrv_server_options *options = (const tsrv_server_options *)context;
@@ -1008,10 +987,10 @@ static int check_socket(tsrv_stream *stream, const tsrv_address *address, void *
     CHECK(fd >= 0);
     CHECK((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0);
     CHECK((fcntl(fd, F_GETFD) & FD_CLOEXEC) != 0);
-    CHECK_INT(socket_option(fd, IPPROTO_TCP, TCP_NODELAY) != 0, !options->nagle);
-    CHECK_INT(socket_option(fd, SOL_SOCKET, SO_KEEPALIVE) != 0, options->keep_alive);
+    CHECK_INT(t_socket_option(fd, IPPROTO_TCP, TCP_NODELAY) != 0, !options->nagle);
+    CHECK_INT(t_socket_option(fd, SOL_SOCKET, SO_KEEPALIVE) != 0, options->keep_alive);
     CHECK_INT(tsrv_set_nodelay(stream, options->nagle), TSRV_OK);
-    CHECK_INT(socket_option(fd, IPPROTO_TCP, TCP_NODELAY) != 0, options->nagle);
+    CHECK_INT(t_socket_option(fd, IPPROTO_TCP, TCP_NODELAY) != 0, options->nagle);
     CHECK_INT(tsrv_close(stream), TSRV_OK);
     return tsrv_write(stream, "", 0);
 }
@@ -1033,7 +1012,7 @@ TEST_STREAM(accepted_sockets_are_set_up)
         c.options.nagle = (i & 1) != 0;
         c.options.keep_alive = (i & 2) != 0;
         c.handler = check_socket;
-        c.on_close = record_reason;
+        c.on_close = t_record_reason;
         c.client = connect_twice;
         c.context = &c.options;
         t_run(&c);
@@ -1171,7 +1150,7 @@ TEST_STREAM(handler_can_be_exchanged)
 {
     t_case c = {0};
     c.handler = first_protocol;
-    c.on_close = record_reason;
+    c.on_close = t_record_reason;
     c.client = switch_protocols;
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
@@ -1306,7 +1285,7 @@ TEST_STREAM(walk_over_open_streams)
 {
     t_case c = {0};
     c.handler = enter_and_read;
-    c.on_close = record_reason;
+    c.on_close = t_record_reason;
     c.client = be_walked;
     c.options.data_size = sizeof(int);
     t_run(&c);
@@ -1710,7 +1689,7 @@ TEST_STREAM(freeing_outside_the_loop_returns_after_the_last_on_close)
     tsrv_server_options options = {0};
     int fds[CLIENTS];
     options.handle_stream = enter_and_read;
-    options.on_close = record_reason;
+    options.on_close = t_record_reason;
     options.data_size = sizeof(int);
     site s = open_site(options);
     int port = listen_locally(s.server);
@@ -1747,7 +1726,7 @@ TEST_COROUTINE(freeing_the_server_waits_for_a_sleeping_handler)
     tsrv_server_options options = {0};
     int entered = 0;
     options.handle_stream = sleep_in_handler;
-    options.on_close = record_reason;
+    options.on_close = t_record_reason;
     options.context = &entered;
     site s = open_site(options);
     int fd = t_connect(listen_locally(s.server));
@@ -1865,10 +1844,9 @@ static int read_or_never_return(tsrv_stream *stream, const tsrv_address *address
 
 static void open_deed(deed_case *c)
 {
-    tsrv_loop_options loop_options = {t_backend};
     tsrv_server_options options = {0};
     int pair[2];
-    CHECK_INT(tsrv_loop_new(&c->loop, &loop_options), TSRV_OK);
+    c->loop = t_new_loop();
     options.mode = t_mode;
     options.handle_stream = read_or_never_return;
     options.on_close = act_in_close;
@@ -1940,15 +1918,10 @@ static void do_in_close(int occasion, int deed)
     t_close(c.fds[1]);
 }
 
-static void ignore_log(int level, const char *message, void *context)
-{
-    (void)level, (void)message, (void)context;
-}
-
 /* But a callback-mode handler always returns. */
 static void do_on_every_occasion_but(int deed, int left_out)
 {
-    tsrv_set_log(ignore_log, NULL); /* of coroutines that are dropped */
+    tsrv_set_log(t_no_log, NULL); /* of coroutines that are dropped */
     for (int occasion = 0; occasion < OCCASIONS; occasion++) {
         if ((occasion != LOOP_FREED_STUBBORN || t_mode == TSRV_COROUTINE) &&
             (left_out & 1 << occasion) == 0) {

@@ -423,7 +423,60 @@ static inline void t_reset(int fd)
     t_close(fd);
 }
 
+/* A port of 127.0.0.1 that is free now; asked for behind the back of the library's seams. */
+static inline int t_free_port(void)
+{
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    t_close(fd);
+    return ntohs(address.sin_port);
+}
+
+static inline int t_socket_option(int fd, int level, int name)
+{
+    int value = -1;
+    socklen_t size = sizeof value;
+    CHECK(getsockopt(fd, level, name, &value, &size) == 0);
+    return value;
+}
+
+/* ---- callbacks that many tests need --------------------------------------------------------*/
+
+/* An on_close. */
+static inline void t_record_reason(tsrv_stream *stream, int reason, void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_fd(stream), -1);
+    t_record(reason);
+}
+
+static inline void t_no_log(int level, const char *message, void *context)
+{
+    (void)level, (void)message, (void)context;
+}
+
+/* A tsrv_callback; its context is the loop. */
+static inline void t_stop_loop(void *context)
+{
+    tsrv_loop_stop((tsrv_loop *)context);
+}
+
 /* ---- turns: for tests whose clients live in the loop's own thread --------------------------*/
+
+static inline tsrv_loop *t_new_loop(void)
+{
+    tsrv_loop_options options = {t_backend};
+    tsrv_loop *loop = NULL;
+    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    CHECK(loop != NULL);
+    return loop;
+}
 
 /* Turns until *counter has reached value. */
 static inline void t_turn_until(tsrv_loop *loop, const int *counter, int value)
