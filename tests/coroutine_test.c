@@ -51,7 +51,8 @@ TEST_LOOP(callbacks_may_spawn)
     tsrv_timer timer = {0};
     tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_loop_post(loop, spawn_two, ids), TSRV_OK);
-    CHECK_INT(tsrv_timer_start(loop, &timer, 10, spawn_two, ids), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(loop, &timer, 0, spawn_two, ids), TSRV_OK);
     run_and_free(loop);
     check_records(expected, 6);
 }
