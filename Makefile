@@ -73,7 +73,7 @@ clean:
 $(DIR)/%: examples/%.c tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $<
 
-$(DIR)/%_test: tests/%_test.c tests/test.h tests/seam.h tcpserver.h | $(DIR)
+$(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)
 	$(CC) $(T_CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< -lpthread
 
 $(DIR):

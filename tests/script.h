@@ -1,0 +1,293 @@
+/* For tests that are scripts: server, clients and test share one thread, and time is virtual. It passes only while the
+ * loop has nothing to do, so that a test says exactly when something happens and never sleeps for it: a real
+ * millisecond without an event counts as up to V_STEP_MS. Included first, in place of test.h. */
+#ifndef SCRIPT_H
+#define SCRIPT_H
+
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include "seam.h"
+
+#include <poll.h>
+#include <stdint.h>
+#include <time.h>
+#ifdef __linux__
+#include <sys/epoll.h>
+#endif
+
+#define V_STEP_MS 50
+
+static uint64_t v_now = 1000000000000u; /* the loop's clock, in nanoseconds; moves on a little whenever it is read */
+
+static inline int v_clock(clockid_t id, struct timespec *now)
+{
+    (void)id;
+    v_now += 1000;
+    now->tv_sec = (time_t)(v_now / 1000000000);
+    now->tv_nsec = (long)(v_now % 1000000000);
+    return 0;
+}
+
+/* How long a wait lasts in truth. */
+static inline int v_real(int timeout_ms)
+{
+    return timeout_ms == 0 ? 0 : 1;
+}
+
+/* A wait has found count events: none of them, and time passes. */
+static inline int v_waited(int count, int timeout_ms)
+{
+    if (count == 0 && timeout_ms > 0) {
+        v_now += (uint64_t)(timeout_ms < V_STEP_MS ? timeout_ms : V_STEP_MS) * 1000000;
+    }
+    return count;
+}
+
+static inline int v_poll(struct pollfd *entries, nfds_t count, int timeout_ms)
+{
+    return v_waited(poll(entries, count, v_real(timeout_ms)), timeout_ms);
+}
+
+#undef t_sys_clock_gettime
+#undef t_sys_poll
+#define t_sys_clock_gettime(...) v_clock(__VA_ARGS__)
+#define t_sys_poll(...) (t_fault("poll") ? -1 : v_poll(__VA_ARGS__))
+
+#ifdef __linux__
+static inline int v_epoll_wait(int fd, struct epoll_event *events, int size, int timeout_ms)
+{
+    return v_waited(epoll_wait(fd, events, size, v_real(timeout_ms)), timeout_ms);
+}
+
+#undef t_sys_epoll_wait
+#define t_sys_epoll_wait(...) (t_fault("epoll_wait") ? -1 : v_epoll_wait(__VA_ARGS__))
+#endif
+
+#if defined(__has_include) && !defined(TSRV_NO_KQUEUE)
+#if __has_include(<sys/event.h>)
+#include <sys/event.h>
+
+static inline int v_kevent(int fd, const struct kevent *changes, int count, struct kevent *events, int size,
+                           const struct timespec *limit)
+{
+    struct timespec real = {0, 0};
+    int timeout_ms = limit == NULL ? -1 : (int)(limit->tv_sec * 1000 + limit->tv_nsec / 1000000);
+    if (size == 0) {
+        return kevent(fd, changes, count, events, size, limit);
+    }
+    real.tv_nsec = v_real(timeout_ms) * 1000000L;
+    return v_waited(kevent(fd, changes, count, events, size, &real), timeout_ms);
+}
+
+#undef t_sys_kevent
+#define t_sys_kevent(kq, changes, count, ...)                                                      \
+    (t_fault((count) > 0 ? "kevent_set" : "kevent") ? -1 : v_kevent(kq, changes, count, __VA_ARGS__))
+#endif
+#endif
+
+#include "test.h"
+
+static inline int64_t v_ms(void)
+{
+    return (int64_t)(v_now / 1000000);
+}
+
+/* ---- a loop, a server, and the log --------------------------------------------------------*/
+
+static tsrv_loop *s_loop;
+static tsrv_server *s_server;
+static int s_port;
+static int s_log_lines; /* since site_open */
+static char s_log[512]; /* the last line */
+
+static inline void s_see_log(int level, const char *message, void *context)
+{
+    (void)level;
+    (void)context;
+    s_log_lines++;
+    snprintf(s_log, sizeof s_log, "%s", message);
+}
+
+static inline int s_listen(tsrv_server *server)
+{
+    tsrv_address address;
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    return tsrv_address_port(&address);
+}
+
+static inline void s_open_loop(void)
+{
+    tsrv_loop_options options = {t_backend};
+    CHECK_INT(tsrv_loop_new(&s_loop, &options), TSRV_OK);
+    s_log_lines = 0;
+    s_log[0] = 0;
+    tsrv_set_log(s_see_log, NULL);
+}
+
+static inline tsrv_server *s_new_server(tsrv_server_options options)
+{
+    tsrv_server *server;
+    options.loop = s_loop;
+    options.mode = t_mode;
+    if (t_hard && options.read_chunk_size == 0) {
+        options.read_chunk_size = 1;
+    }
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    return server;
+}
+
+static inline void s_open(tsrv_server_options options)
+{
+    s_open_loop();
+    s_server = s_new_server(options);
+    s_port = s_listen(s_server);
+}
+
+static inline void s_close(void)
+{
+    tsrv_server_free(s_server);
+    s_server = NULL;
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    s_loop = NULL;
+}
+
+/* ---- turns --------------------------------------------------------------------------------*/
+
+/* One turn of at most so many virtual milliseconds. Time passes too when the loop has nothing left. */
+static inline void s_turn_ms(int limit_ms)
+{
+    int rc = tsrv_loop_run_once(s_loop, limit_ms);
+    CHECK(rc >= 0);
+    if (rc == 0) {
+        v_waited(0, limit_ms);
+    }
+}
+
+static inline void s_turn(void)
+{
+    s_turn_ms(V_STEP_MS);
+}
+
+/* For loops of turns that must come to an end: real time. */
+static inline int64_t s_patience(void)
+{
+    return t_now_ms() + T_PATIENCE * 1000 * t_scale();
+}
+
+static inline void s_run_ms(int duration_ms)
+{
+    int64_t end = v_ms() + duration_ms, limit = s_patience();
+    while (v_ms() < end) {
+        s_turn_ms(end - v_ms() < V_STEP_MS ? (int)(end - v_ms()) : V_STEP_MS);
+        CHECK(t_now_ms() < limit);
+    }
+}
+
+/* Turns until *counter has reached value. */
+static inline void s_until(const int *counter, int value)
+{
+    int64_t limit = s_patience();
+    while (*counter < value) {
+        s_turn();
+        if (t_now_ms() > limit) {
+            T_FAIL("a counter stays at %d, not %d", *counter, value);
+        }
+    }
+}
+
+/* Turns until nothing happens any more: input that is on its way has been handled. */
+static inline void s_settle(void)
+{
+    for (int i = 0; i < 20; i++) {
+        int rc = tsrv_loop_run_once(s_loop, 0);
+        CHECK(rc >= 0);
+    }
+}
+
+/* ---- clients ------------------------------------------------------------------------------*/
+
+/* Receives up to size bytes, turning the loop meanwhile. Returns how many came until the end; *code is 0 or the errno
+ * that ended it. */
+static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
+{
+    size_t got = 0;
+    int64_t limit = s_patience();
+    *code = 0;
+    while (got < size) {
+        ssize_t n = recv(fd, (char *)buffer + got, size - got, MSG_DONTWAIT);
+        if (n > 0) {
+            got += (size_t)n;
+        } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
+            *code = n == 0 ? 0 : errno;
+            break;
+        } else if (t_now_ms() > limit) {
+            t_print_bytes("got", (const char *)buffer, got);
+            T_FAIL("client: %zu of %zu bytes came", got, size);
+        } else {
+            s_turn();
+        }
+    }
+    return got;
+}
+
+static inline void s_expect(int fd, const char *text)
+{
+    size_t size = strlen(text);
+    char *buffer = (char *)malloc(size + 1);
+    int code;
+    CHECK(buffer != NULL);
+    size_t got = s_recv(fd, buffer, size, &code);
+    CHECK_MEM(buffer, got, text, size);
+    CHECK_INT(code, 0);
+    free(buffer);
+}
+
+static inline void s_expect_eof(int fd)
+{
+    char byte;
+    int code;
+    CHECK_MEM(&byte, s_recv(fd, &byte, 1, &code), "", 0);
+    CHECK_INT(code, 0);
+}
+
+/* Drops what comes before it. */
+static inline void s_expect_reset(int fd)
+{
+    char buffer[4096];
+    int code = 0;
+    while (s_recv(fd, buffer, sizeof buffer, &code) == sizeof buffer) {
+    }
+    CHECK_INT(code, ECONNRESET);
+}
+
+/* Nothing has come, and no end. */
+static inline void s_expect_silence(int fd)
+{
+    char byte;
+    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
+    if (n >= 0 || errno != EAGAIN) {
+        T_FAIL("client: %s", n > 0 ? "a byte came" : n == 0 ? "the end came" : strerror(errno));
+    }
+}
+
+/* Sends all, turning the loop meanwhile. */
+static inline void s_send(int fd, const void *data, size_t size)
+{
+    size_t sent = 0;
+    int64_t limit = s_patience();
+    while (sent < size) {
+        ssize_t n = send(fd, (const char *)data + sent, size - sent, MSG_DONTWAIT | T_NOSIGNAL);
+        if (n < 0 && errno != EAGAIN) {
+            T_FAIL("client: send after %zu of %zu bytes: %s", sent, size, strerror(errno));
+        }
+        sent += n > 0 ? (size_t)n : 0;
+        if (n < 0) {
+            CHECK(t_now_ms() < limit);
+            s_turn();
+        }
+    }
+}
+
+#endif
