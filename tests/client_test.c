@@ -1,0 +1,948 @@
+/* tsrv_connect and the streams that it makes. Names are looked up in a table of this file, so that
+ * nothing is asked of a name server. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include "seam.h"
+
+#include <netdb.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+static int fake_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
+                            struct addrinfo **all);
+static void fake_freeaddrinfo(struct addrinfo *all);
+static int seen_connect(int fd, const struct sockaddr *address, socklen_t size);
+
+#undef t_sys_getaddrinfo
+#undef t_sys_freeaddrinfo
+#undef t_sys_connect
+#define t_sys_getaddrinfo(...) (t_fault("getaddrinfo") ? EAI_MEMORY : fake_getaddrinfo(__VA_ARGS__))
+#define t_sys_freeaddrinfo(...) fake_freeaddrinfo(__VA_ARGS__)
+#define t_sys_connect(...) (t_fault("connect") ? -1 : seen_connect(__VA_ARGS__))
+
+#include "script.h"
+
+#include <arpa/inet.h>
+#include <sys/un.h>
+
+/* ---- names --------------------------------------------------------------------------------*/
+
+static const struct {
+    const char *name;
+    const char *addresses[3];
+} names[] = {
+    {"localhost", {"127.0.0.1", NULL, NULL}},
+    {"both.test", {"::1", "127.0.0.1", NULL}},
+    {"two.test", {"127.0.0.2", "127.0.0.1", NULL}},
+    {"three.test", {"127.0.0.3", "127.0.0.2", "127.0.0.1"}},
+};
+
+static int lookups_open; /* results that have not been freed */
+
+static int fake_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
+                            struct addrinfo **all)
+{
+    struct addrinfo number = *hints, **end = all;
+    const char *const none[3] = {host, NULL, NULL};
+    const char *const *addresses = none;
+    number.ai_flags |= AI_NUMERICHOST;
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        addresses = host != NULL && strcmp(names[i].name, host) == 0 ? names[i].addresses : addresses;
+    }
+    *all = NULL;
+    for (int i = 0; i < 3 && addresses[i] != NULL; i++) {
+        int rc = getaddrinfo(addresses[i], service, &number, end);
+        if (rc != 0) {
+            return rc; /* of the first: all others are good numbers */
+        }
+        lookups_open++;
+        end = &(*end)->ai_next;
+    }
+    return *all == NULL ? EAI_NONAME : 0;
+}
+
+static void fake_freeaddrinfo(struct addrinfo *all)
+{
+    while (all != NULL) {
+        struct addrinfo *next = all->ai_next;
+        all->ai_next = NULL;
+        freeaddrinfo(all);
+        lookups_open--;
+        all = next;
+    }
+}
+
+static void (*before_connect)(int fd, const struct sockaddr *address, socklen_t size);
+static int connects;
+static bool interrupt_connect; /* the next one is begun, and then says that a signal came */
+
+static int seen_connect(int fd, const struct sockaddr *address, socklen_t size)
+{
+    connects++;
+    if (before_connect != NULL) {
+        before_connect(fd, address, size);
+    }
+    int rc = connect(fd, address, size);
+    if (interrupt_connect) {
+        interrupt_connect = false;
+        errno = EINTR;
+        rc = -1;
+    }
+    return rc;
+}
+
+/* ---- a coroutine that is the test ---------------------------------------------------------*/
+
+typedef struct script {
+    void (*function)(void);
+    int done;
+} script;
+
+static void run_script(void *context)
+{
+    script *s = (script *)context;
+    s->function();
+    s->done = 1;
+}
+
+/* Calls function as a coroutine of s_loop, and waits until it has returned. */
+static void in_coroutine(void (*function)(void))
+{
+    script s = {function, 0};
+    CHECK_INT(tsrv_spawn(s_loop, run_script, &s), TSRV_OK);
+    s_until(&s.done, 1);
+}
+
+/* A loop without a server for one such script; then everything is given back. */
+static void alone(void (*function)(void))
+{
+    s_open_loop();
+    in_coroutine(function);
+    s_settle();
+    CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* nothing is left */
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(lookups_open, 0);
+}
+
+static int connect_rc(const char *host, int port, int timeout_ms)
+{
+    tsrv_connect_options options = {timeout_ms};
+    tsrv_stream *stream = (tsrv_stream *)&options;
+    int rc = tsrv_connect(host, port, &options, &stream);
+    CHECK((rc == TSRV_OK) == (stream != NULL));
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_close(stream), TSRV_OK);
+    }
+    return rc;
+}
+
+static tsrv_stream *connected(const char *host, int port)
+{
+    tsrv_stream *stream;
+    CHECK_INT(tsrv_connect(host, port, NULL, &stream), TSRV_OK);
+    CHECK(stream != NULL);
+    return stream;
+}
+
+static int listener_at(const char *address, int *port, int backlog)
+{
+    struct sockaddr_in where;
+    socklen_t size = sizeof where;
+    int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
+    memset(&where, 0, sizeof where);
+    where.sin_family = AF_INET;
+    where.sin_port = htons((uint16_t)*port);
+    CHECK(inet_pton(AF_INET, address, &where.sin_addr) == 1);
+    CHECK(fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on) == 0);
+    CHECK(bind(fd, (struct sockaddr *)&where, sizeof where) == 0);
+    CHECK(backlog < 0 || listen(fd, backlog) == 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&where, &size) == 0);
+    *port = ntohs(where.sin_port);
+    return fd;
+}
+
+static int accepted(int listener)
+{
+    int fd = accept(listener, NULL, NULL);
+    CHECK(fd >= 0);
+    t_prepare(fd);
+    return fd;
+}
+
+static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
+        tsrv_write(stream, some.data, some.size);
+    }
+    return rc;
+}
+
+static void open_echo(void)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = echo;
+    s_open(options);
+}
+
+/* Gives the server time to see its clients go. */
+static void close_echo(void)
+{
+    s_settle();
+    s_close();
+    CHECK_INT(lookups_open, 0);
+}
+
+/* ---- where to -----------------------------------------------------------------------------*/
+
+static void talk(const char *host, int port, const char *peer)
+{
+    tsrv_stream *stream = connected(host, port);
+    tsrv_slice line;
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE];
+    CHECK_INT(tsrv_write(stream, "hello\n", 6), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK_MEM(line.data, line.size, "hello\n", 6);
+    CHECK_INT(tsrv_peer_address(stream, &address), TSRV_OK);
+    CHECK_STR(tsrv_address_format(&address, text, sizeof text), peer);
+    CHECK(tsrv_stream_server(stream) == NULL);
+    CHECK(tsrv_stream_loop(stream) == s_loop);
+    CHECK(tsrv_data(stream) == NULL);
+    CHECK_INT(tsrv_stopping(stream), false);
+    CHECK_INT(tsrv_error(stream), TSRV_OK);
+    CHECK(fcntl(tsrv_fd(stream), F_GETFL) & O_NONBLOCK);
+    CHECK_INT(fcntl(tsrv_fd(stream), F_GETFD), FD_CLOEXEC);
+    if (tsrv_address_family(&address) != AF_UNIX) {
+        CHECK(t_socket_option(tsrv_fd(stream), IPPROTO_TCP, TCP_NODELAY) != 0);
+    }
+    CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_EOF);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+}
+
+static void talk_by_number(void)
+{
+    char peer[64];
+    snprintf(peer, sizeof peer, "127.0.0.1:%d", s_port);
+    talk("127.0.0.1", s_port, peer);
+    talk("localhost", s_port, peer);
+    talk("both.test", s_port, peer); /* nobody listens on ::1 */
+}
+
+TEST_COROUTINE(connects_by_number_and_by_name)
+{
+    open_echo();
+    in_coroutine(talk_by_number);
+    close_echo();
+}
+
+static void talk_over_6(void)
+{
+    char peer[64];
+    snprintf(peer, sizeof peer, "[::1]:%d", s_port);
+    talk("::1", s_port, peer);
+    talk("both.test", s_port, peer); /* nobody listens on 127.0.0.1 */
+}
+
+TEST_COROUTINE(connects_over_ipv6)
+{
+    tsrv_server_options options = {0};
+    tsrv_address address;
+    options.handle_stream = echo;
+    s_open_loop();
+    s_server = s_new_server(options);
+    int rc = tsrv_server_listen(s_server, 0, "::1", NULL);
+    if (rc == -EADDRNOTAVAIL || rc == -EAFNOSUPPORT) {
+        fprintf(stderr, "%s\n", s_log);
+        SKIP("IPv6");
+    }
+    CHECK_INT(rc, TSRV_OK);
+    CHECK_INT(tsrv_server_address(s_server, 0, &address), TSRV_OK);
+    s_port = tsrv_address_port(&address);
+    in_coroutine(talk_over_6);
+    close_echo();
+}
+
+static char unix_name[96];
+
+static void talk_over_unix(void)
+{
+    talk(unix_name, 0, unix_name);
+    talk(unix_name, -5, unix_name); /* the port does not matter */
+}
+
+static void serve_unix(const char *name)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = echo;
+    s_open_loop();
+    s_server = s_new_server(options);
+    snprintf(unix_name, sizeof unix_name, "%s", name);
+    CHECK_INT(tsrv_server_listen(s_server, 0, unix_name, NULL), TSRV_OK);
+    in_coroutine(talk_over_unix);
+    close_echo();
+}
+
+TEST_COROUTINE(connects_to_unix_sockets)
+{
+    char folder[] = "/tmp/client_test.XXXXXX", name[96];
+    CHECK(mkdtemp(folder) != NULL);
+    snprintf(name, sizeof name, "unix:%s/socket", folder);
+    serve_unix(name);
+    CHECK(unlink(name + 5) == 0 && rmdir(folder) == 0);
+#ifdef __linux__
+    snprintf(name, sizeof name, "unix:@client_test.%ld", (long)getpid());
+    serve_unix(name);
+#endif
+}
+
+/* ---- where to not -------------------------------------------------------------------------*/
+
+static void connect_in_vain(void)
+{
+    char name[200];
+    int port = t_free_port();
+    CHECK_INT(connect_rc("127.0.0.1", port, 0), -ECONNREFUSED);
+    CHECK_INT(connect_rc("two.test", port, 0), -ECONNREFUSED);
+    CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 0), -ENOENT);
+    snprintf(name, sizeof name, "unix:/%0150d", 0);
+    CHECK_INT(connect_rc(name, 0, 0), -ENAMETOOLONG);
+    CHECK_INT(connect_rc("127.0.0.1", 0, 0), TSRV_EINVAL);
+    CHECK_INT(connect_rc("127.0.0.1", -1, 0), TSRV_EINVAL);
+    CHECK_INT(connect_rc("127.0.0.1", 65536, 0), TSRV_EINVAL);
+    CHECK_INT(connect_rc(NULL, port, 0), TSRV_EINVAL);
+    CHECK_INT(connect_rc("", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("no.such.name", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("300.1.1.1", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(s_log_lines, 0);
+}
+
+TEST_LOOP(connecting_in_vain_is_a_code)
+{
+    alone(connect_in_vain);
+}
+
+static int timer_rc;
+
+static void connect_in_a_timer(void *context)
+{
+    (void)context;
+    timer_rc = connect_rc("127.0.0.1", s_port, 0);
+}
+
+static int connect_in_a_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    return connect_rc("127.0.0.1", s_port, 0) == TSRV_EINVAL ? 7 : 8;
+}
+
+TEST_CALLBACK(connecting_needs_a_coroutine)
+{
+    tsrv_server_options options = {0};
+    tsrv_timer timer = {0};
+    options.handle_stream = connect_in_a_handler;
+    options.on_close = t_record_reason;
+    s_open(options);
+    CHECK_INT(connect_rc("127.0.0.1", s_port, 0), TSRV_EINVAL); /* outside the loop */
+    CHECK_INT(tsrv_timer_start(s_loop, &timer, 0, connect_in_a_timer, NULL), TSRV_OK);
+    int fd = t_connect(s_port);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_settle();
+    CHECK_INT(timer_rc, TSRV_EINVAL);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(t_recorded(0), 7);
+    s_close();
+}
+
+/* ---- time ---------------------------------------------------------------------------------*/
+
+/* A listener on loopback whose queue is full: Linux drops what is sent to it then. */
+enum { FILLERS = 3 };
+
+typedef struct deaf {
+    int listener, port, fillers[FILLERS];
+} deaf;
+
+static deaf open_deaf(const char *address, int port)
+{
+    deaf d = {-1, port, {0}};
+    struct sockaddr_in where;
+    d.listener = listener_at(address, &d.port, 0);
+    memset(&where, 0, sizeof where);
+    where.sin_family = AF_INET;
+    where.sin_port = htons((uint16_t)d.port);
+    CHECK(inet_pton(AF_INET, address, &where.sin_addr) == 1);
+    for (int i = 0; i < FILLERS; i++) {
+        d.fillers[i] = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        CHECK(d.fillers[i] >= 0);
+        CHECK(connect(d.fillers[i], (struct sockaddr *)&where, sizeof where) != 0);
+        CHECK_INT(errno, EINPROGRESS);
+    }
+    return d;
+}
+
+static void close_deaf(deaf *d)
+{
+    for (int i = 0; i < FILLERS; i++) {
+        t_close(d->fillers[i]);
+    }
+    t_close(d->listener);
+}
+
+static void expect_timeout(const char *host, int port, int timeout_ms, int expected_ms)
+{
+    int64_t start = v_ms();
+    CHECK_INT(connect_rc(host, port, timeout_ms), TSRV_ETIMEOUT);
+    if (v_ms() - start < expected_ms || v_ms() - start > expected_ms + 60) {
+        T_FAIL("%d ms became %lld", expected_ms, (long long)(v_ms() - start));
+    }
+}
+
+static void time_out(void)
+{
+    deaf d = open_deaf("127.0.0.1", 0);
+    expect_timeout("127.0.0.1", d.port, 500, 500);
+    expect_timeout("localhost", d.port, 1, 1);
+    expect_timeout("127.0.0.1", d.port, 0, 10000);
+    close_deaf(&d);
+}
+
+#ifdef __linux__
+TEST_LOOP(connecting_has_a_time_limit)
+{
+    alone(time_out);
+}
+
+/* The first address says nothing; each gets an equal share of what is left. */
+static void share_time(void)
+{
+    deaf third = open_deaf("127.0.0.3", 0);
+    int listener = listener_at("127.0.0.1", &third.port, 16);
+    int64_t start = v_ms();
+    CHECK_INT(connect_rc("three.test", third.port, 3000), TSRV_OK); /* .3 deaf, .2 refuses */
+    CHECK(v_ms() - start >= 1000 && v_ms() - start < 1100);
+    t_close(listener);
+
+    deaf second = open_deaf("127.0.0.2", third.port);
+    deaf first = open_deaf("127.0.0.1", third.port);
+    expect_timeout("three.test", third.port, 3000, 3000);
+    close_deaf(&first);
+    close_deaf(&second);
+    close_deaf(&third);
+}
+
+TEST_LOOP(addresses_share_the_time)
+{
+    alone(share_time);
+}
+
+/* ---- a unix listener with a full queue ----------------------------------------------------*/
+
+typedef struct unix_queue {
+    struct sockaddr_un address;
+    socklen_t size;
+    char host[64];
+    int listener, filler;
+} unix_queue;
+
+static unix_queue queue;
+
+static void open_queue(void)
+{
+    snprintf(queue.host, sizeof queue.host, "unix:@client_test.full.%ld", (long)getpid());
+    memset(&queue.address, 0, sizeof queue.address);
+    queue.address.sun_family = AF_UNIX;
+    memcpy(queue.address.sun_path + 1, queue.host + 6, strlen(queue.host + 6));
+    queue.size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + strlen(queue.host + 6));
+    queue.listener = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(bind(queue.listener, (struct sockaddr *)&queue.address, queue.size) == 0);
+    CHECK(listen(queue.listener, 0) == 0);
+    queue.filler = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(connect(queue.filler, (struct sockaddr *)&queue.address, queue.size) == 0);
+}
+
+static void close_queue(void)
+{
+    t_close(queue.filler);
+    t_close(queue.listener);
+}
+
+static int queue_rc = 1;
+
+static void connect_to_queue(void *context)
+{
+    tsrv_connect_options options = {*(int *)context};
+    tsrv_stream *stream;
+    queue_rc = tsrv_connect(queue.host, 0, &options, &stream);
+    if (queue_rc == TSRV_OK) {
+        CHECK_INT(tsrv_write(stream, "made it", 7), TSRV_OK);
+        CHECK_INT(tsrv_close(stream), TSRV_OK);
+    }
+    t_record(queue_rc);
+}
+
+TEST_LOOP(full_unix_queue_is_waited_for)
+{
+    int never = TSRV_NEVER;
+    s_open_loop();
+    open_queue();
+    CHECK_INT(tsrv_spawn(s_loop, connect_to_queue, &never), TSRV_OK);
+    s_run_ms(20000);
+    CHECK_INT(t_record_count(), 0);
+    CHECK(connects > 100 && connects < 20000); /* tries again, and does not spin */
+    int first = accepted(queue.listener); /* makes room */
+    s_run_ms(100);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(queue_rc, TSRV_OK);
+    int second = accepted(queue.listener);
+    s_expect(second, "made it");
+    s_expect_eof(second);
+    t_close(first);
+    t_close(second);
+    close_queue();
+    s_settle();
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+}
+
+static void time_out_in_queue(void)
+{
+    open_queue();
+    expect_timeout(queue.host, 0, 300, 300);
+    expect_timeout(queue.host, 0, 0, 10000);
+    close_queue();
+}
+
+TEST_LOOP(full_unix_queue_has_a_time_limit)
+{
+    alone(time_out_in_queue);
+}
+#endif
+
+/* ---- faults -------------------------------------------------------------------------------*/
+
+static void fail_next(const char *name, int code, long at)
+{
+    t_fault_calls = 0;
+    t_fault_hits = 0;
+    t_fault_name = name;
+    t_fault_errno = code;
+    t_fault_at = at;
+}
+
+static int port_of_faults, listener_of_faults;
+
+static void connect_under_faults(void)
+{
+    static const struct {
+        const char *call;
+        int code, rc;
+    } rows[] = {
+        {"socket", EMFILE, -EMFILE},           {"socket", ENFILE, -ENFILE},
+        {"connect", ENETUNREACH, -ENETUNREACH}, {"connect", EACCES, -EACCES},
+        {"getaddrinfo", 0, -ENOMEM},           {"getsockopt", ENOBUFS, -ENOBUFS},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        fail_next(rows[i].call, rows[i].code, 1);
+        int rc = connect_rc("127.0.0.1", port_of_faults, 500);
+        long hits = t_fault_hits;
+        fail_next(NULL, 0, 0);
+        CHECK_INT(hits, 1);
+        CHECK_INT(rc, rows[i].rc);
+    }
+    /* Of two addresses the first one fails, the second one is good. */
+    fail_next("connect", ENETUNREACH, 1);
+    CHECK_INT(connect_rc("two.test", port_of_faults, 0), TSRV_OK);
+    fail_next(NULL, 0, 0);
+}
+
+TEST_LOOP(failing_calls_are_codes)
+{
+    listener_of_faults = listener_at("127.0.0.1", &port_of_faults, 16);
+    alone(connect_under_faults);
+    t_close(listener_of_faults);
+}
+
+/* A connect that a signal interrupts goes on in the kernel. */
+static void connect_interrupted(void)
+{
+    interrupt_connect = true;
+    CHECK_INT(connect_rc("127.0.0.1", port_of_faults, 500), TSRV_OK);
+    CHECK_INT(interrupt_connect, false);
+    CHECK_INT(connects, 1);
+    interrupt_connect = true;
+    CHECK_INT(connect_rc("127.0.0.1", t_free_port(), 500), -ECONNREFUSED);
+}
+
+TEST_LOOP(interrupted_connect_is_waited_for)
+{
+    listener_of_faults = listener_at("127.0.0.1", &port_of_faults, 16);
+    alone(connect_interrupted);
+    t_close(listener_of_faults);
+}
+
+/* Every call in turn fails once; whatever it was, nothing is left of the attempt. */
+static const char *fault_host;
+
+static int connect_and_echo(void)
+{
+    tsrv_connect_options options = {2000};
+    tsrv_stream *stream;
+    tsrv_slice line;
+    int rc = tsrv_connect(fault_host, s_port, &options, &stream);
+    if (rc != TSRV_OK) {
+        CHECK(stream == NULL);
+        return rc;
+    }
+    CHECK(stream != NULL);
+    if ((rc = tsrv_write(stream, "hello\n", 6)) == TSRV_OK) {
+        tsrv_set_timeout(stream, 2000, 2000);
+        rc = tsrv_read_until(stream, "\n", 0, &line);
+        if (rc == TSRV_OK) {
+            CHECK_MEM(line.data, line.size, "hello\n", 6);
+        }
+    }
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    return rc;
+}
+
+static long fault_total, fault_at;
+static int fault_rc;
+
+static void fault_script(void)
+{
+    fail_next(NULL, 0, fault_at);
+    fault_rc = connect_and_echo();
+    fault_total = t_fault_calls;
+    fail_next(NULL, 0, 0);
+}
+
+static void one_fault(long at)
+{
+    long live = t_live_allocations;
+    int fds = t_open_fds(), rc;
+    const char *last;
+    fault_at = at;
+    open_echo();
+    tsrv_set_log(t_no_log, NULL);
+    in_coroutine(fault_script);
+    last = t_fault_last != NULL ? t_fault_last : "nothing";
+    rc = fault_rc;
+    if (rc != TSRV_OK && !(rc <= TSRV_EAGAIN && rc >= TSRV_EPARENT) && !(rc < 0 && rc > -134)) {
+        T_FAIL("call %ld (%s) became %d", at, last, rc);
+    }
+    fault_at = 0;
+    in_coroutine(fault_script); /* the next one is served */
+    if (fault_rc != TSRV_OK) {
+        T_FAIL("after call %ld (%s): %s", at, last, tsrv_strerror(fault_rc));
+    }
+    close_echo();
+    if (t_open_fds() != fds || t_live_allocations != live) {
+        T_FAIL("call %ld (%s) leaves %d descriptors and %ld allocations", at, last,
+               t_open_fds() - fds, t_live_allocations - live);
+    }
+}
+
+static void all_faults(const char *host)
+{
+    long total;
+    fault_host = host;
+    t_fault_last = NULL;
+    one_fault(0);
+    CHECK_INT(fault_rc, TSRV_OK);
+    total = fault_total;
+    CHECK(total >= 10);
+    for (long at = 1; at <= total + 5; at++) {
+        one_fault(at);
+    }
+}
+
+TEST_STREAM(every_call_may_fail)
+{
+    all_faults("127.0.0.1");
+    all_faults("two.test");
+}
+
+/* ---- meeting itself -----------------------------------------------------------------------*/
+
+/* What the kernel may choose by itself: the port that is asked for. */
+static void bind_to_target(int fd, const struct sockaddr *address, socklen_t size)
+{
+    CHECK(bind(fd, address, size) == 0);
+}
+
+static void connect_to_itself(void)
+{
+    before_connect = bind_to_target;
+    CHECK_INT(connect_rc("127.0.0.1", t_free_port(), 500), -ECONNREFUSED);
+    before_connect = NULL;
+}
+
+TEST_LOOP(socket_that_meets_itself_is_refused)
+{
+    alone(connect_to_itself);
+}
+
+/* ---- ends ---------------------------------------------------------------------------------*/
+
+enum { LARGE = 3 << 20 };
+static char large[LARGE];
+
+static void fill_large(void)
+{
+    for (int i = 0; i < LARGE; i++) {
+        large[i] = (char)('A' + i % 41);
+    }
+}
+
+static size_t large_size(void)
+{
+    return t_hard ? 150000 : LARGE;
+}
+
+static int end_listener, end_port;
+
+/* tsrv_close is the last thing done with the stream; what is queued goes on its way. */
+static void write_and_close(void)
+{
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    tsrv_set_timeout(stream, 0, TSRV_NEVER);
+    CHECK_INT(tsrv_try_write(stream, large, large_size()), TSRV_OK);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+}
+
+TEST_COROUTINE(closing_sends_what_is_queued)
+{
+    char *got = (char *)malloc(LARGE);
+    int code;
+    fill_large();
+    s_open_loop();
+    end_listener = listener_at("127.0.0.1", &end_port, 16);
+    in_coroutine(write_and_close);
+    int fd = accepted(end_listener);
+    CHECK_MEM(got, s_recv(fd, got, large_size(), &code), large, large_size());
+    s_expect_eof(fd);
+    t_close(fd);
+    t_close(end_listener);
+    s_settle();
+    CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    free(got);
+}
+
+static void abort_it(void *context)
+{
+    CHECK_INT(tsrv_abort((tsrv_stream *)context), TSRV_OK);
+    CHECK_INT(tsrv_abort((tsrv_stream *)context), TSRV_OK);
+    t_record(1);
+}
+
+static void be_aborted(void)
+{
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    tsrv_slice line;
+    CHECK_INT(tsrv_spawn(s_loop, abort_it, stream), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_ECLOSED);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(tsrv_sleep(50), TSRV_OK); /* it is still the caller's */
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_ECLOSED);
+    CHECK_INT(tsrv_write(stream, "x", 1), TSRV_ECLOSED);
+    CHECK_INT(tsrv_fd(stream), -1);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+}
+
+TEST_LOOP(abort_by_somebody_else_ends_waits_and_frees_nothing)
+{
+    end_listener = listener_at("127.0.0.1", &end_port, 16);
+    alone(be_aborted);
+    int fd = accepted(end_listener);
+    t_expect_reset(fd);
+    t_close(fd);
+    t_close(end_listener);
+}
+
+static void be_reset(void)
+{
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    tsrv_slice line;
+    int fd = accepted(end_listener);
+    t_sends(fd, "last words\n");
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK_STR(line.data, "last words\n");
+    t_sends(fd, "half");
+    CHECK_INT(tsrv_sleep(50), TSRV_OK);
+    t_reset(fd);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), -ECONNRESET);
+    CHECK_INT(tsrv_error(stream), -ECONNRESET);
+    int rc = tsrv_write(stream, "x", 1);
+    CHECK(rc == -ECONNRESET || rc == -EPIPE);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+}
+
+TEST_LOOP(reset_by_the_server_is_a_code)
+{
+    end_listener = listener_at("127.0.0.1", &end_port, 16);
+    alone(be_reset);
+    t_close(end_listener);
+}
+
+static void time_out_reads(void)
+{
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    tsrv_slice line;
+    int fd = accepted(end_listener);
+    int64_t start = v_ms();
+    tsrv_set_timeout(stream, 300, 400);
+    t_sends(fd, "half");
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_ETIMEOUT);
+    CHECK(v_ms() - start >= 300 && v_ms() - start < 400);
+    t_sends(fd, " and whole\n"); /* the stream goes on */
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK_STR(line.data, "half and whole\n");
+    tsrv_set_deadline(stream, 200);
+    CHECK_INT(tsrv_read_bytes(stream, 1, &line), TSRV_ETIMEOUT);
+    tsrv_set_deadline(stream, TSRV_NEVER);
+
+    /* Nobody takes what is written: that ends it. */
+    start = v_ms();
+    int rc = TSRV_OK;
+    for (int i = 0; i < 20 && rc == TSRV_OK; i++) {
+        rc = tsrv_write(stream, large, LARGE);
+    }
+    CHECK_INT(rc, TSRV_ETIMEOUT);
+    CHECK(v_ms() - start >= 400);
+    CHECK_INT(tsrv_read_bytes(stream, 1, &line), TSRV_ETIMEOUT);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    t_expect_reset(fd);
+    t_close(fd);
+}
+
+TEST_LOOP(clients_have_time_limits)
+{
+    end_listener = listener_at("127.0.0.1", &end_port, 16);
+    alone(time_out_reads);
+    t_close(end_listener);
+}
+
+/* ---- freeing the loop ---------------------------------------------------------------------*/
+
+static int ended[3];
+
+static void read_for_ever(void *context)
+{
+    tsrv_slice line;
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    (void)context;
+    t_record(0);
+    ended[0] = tsrv_read_until(stream, "\n", 0, &line);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+}
+
+static void write_for_ever(void *context)
+{
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    (void)context;
+    t_record(1);
+    while ((ended[1] = tsrv_write(stream, large, LARGE)) == TSRV_OK) {
+    }
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+}
+
+static void connect_for_ever(void *context)
+{
+    deaf *d = (deaf *)context;
+    t_record(2);
+    ended[2] = connect_rc("127.0.0.1", d->port, TSRV_NEVER);
+}
+
+/* Leaves its stream open and forgets it. */
+static void forget(void *context)
+{
+    (void)context;
+    connected("127.0.0.1", end_port);
+    t_record(3);
+}
+
+TEST_LOOP(freeing_the_loop_ends_clients)
+{
+    deaf d = {-1, 0, {0}};
+    int fds[3];
+    end_listener = listener_at("127.0.0.1", &end_port, 16);
+#ifdef __linux__
+    d = open_deaf("127.0.0.1", 0);
+#endif
+    s_open_loop();
+    CHECK_INT(tsrv_spawn(s_loop, read_for_ever, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(s_loop, write_for_ever, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(s_loop, forget, NULL), TSRV_OK);
+    if (d.listener >= 0) {
+        CHECK_INT(tsrv_spawn(s_loop, connect_for_ever, &d), TSRV_OK);
+    }
+    s_run_ms(100);
+    CHECK_INT(t_record_count(), d.listener >= 0 ? 4 : 3);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(ended[0], TSRV_ECLOSED);
+    CHECK_INT(ended[1], TSRV_ECLOSED);
+    CHECK_INT(ended[2], d.listener >= 0 ? TSRV_ECLOSED : 0);
+    CHECK_INT(s_log_lines, 0); /* none was dropped */
+    for (int i = 0; i < 3; i++) {
+        fds[i] = accepted(end_listener);
+        t_expect_reset(fds[i]);
+        t_close(fds[i]);
+    }
+    if (d.listener >= 0) {
+        close_deaf(&d);
+    }
+    t_close(end_listener);
+}
+
+/* ---- much in both directions --------------------------------------------------------------*/
+
+typedef struct mover {
+    tsrv_stream *stream;
+    bool done;
+} mover;
+
+static void write_large(void *context)
+{
+    mover *m = (mover *)context;
+    size_t size = large_size(), sent = 0;
+    while (sent < size) {
+        size_t piece = size - sent < 70001 ? size - sent : 70001;
+        CHECK_INT(tsrv_write(m->stream, large + sent, piece), TSRV_OK);
+        sent += piece;
+    }
+    CHECK_INT(tsrv_shutdown(m->stream), TSRV_OK);
+    m->done = true;
+    tsrv_wake(m->stream);
+}
+
+static void move_large(void)
+{
+    mover m = {connected("127.0.0.1", s_port), false};
+    char *got = (char *)malloc(LARGE);
+    tsrv_slice rest;
+    CHECK_INT(tsrv_sleep(20), TSRV_OK);
+    CHECK_INT(tsrv_spawn(s_loop, write_large, &m), TSRV_OK);
+    CHECK_INT(tsrv_sleep(500), TSRV_OK); /* both directions fill up */
+    CHECK_INT(tsrv_read_into(m.stream, got, large_size()), TSRV_OK);
+    CHECK_MEM(got, large_size(), large, large_size());
+    CHECK_INT(tsrv_read_some(m.stream, 0, &rest), TSRV_EOF);
+    while (!m.done) {
+        CHECK_INT(tsrv_wait(m.stream, TSRV_NEVER), TSRV_OK);
+    }
+    CHECK_INT(tsrv_close(m.stream), TSRV_OK);
+    free(got);
+}
+
+TEST_STREAM(much_goes_both_ways)
+{
+    fill_large();
+    open_echo();
+    in_coroutine(move_large);
+    close_echo();
+}
