@@ -7220,6 +7220,7 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         return;
     }
     server->starting = false;
+    tsrvi_heap_remove(&loop->heap, &server->drain);
     if (loop->poller.pid != TSRV_SYS(getpid, ())) {
         tsrvi_server_drop_streams(
             server); /* a fork's copy: the connections are the parent's, and go on there */
@@ -7227,6 +7228,8 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         tsrvi_server_destroy(server);
         return;
     }
+    server->draining = false;
+    tsrvi_server_wake_drains(server, TSRV_ECLOSED);
     tsrvi_server_abort(server);
     if (loop->running) {
         server->freed = true;
