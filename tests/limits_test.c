@@ -240,14 +240,17 @@ TEST_ONCE(a_stream_is_small)
     CHECK(sizeof(void *) > 8 || sizeof(tsrv_stream) <= 216);
 }
 
-/* Resident bytes of this process; -1 where they cannot be read. */
+/* Resident bytes of this process, without those of files: pages of the program that are run for the
+ * first time are not what a connection costs. -1 where they cannot be read. */
 static long resident(void)
 {
-    long pages = -1;
+    long pages = -1, files;
     FILE *file = fopen("/proc/self/statm", "r");
     if (file != NULL) {
-        if (fscanf(file, "%*d %ld", &pages) != 1) {
+        if (fscanf(file, "%*d %ld %ld", &pages, &files) != 2) {
             pages = -1;
+        } else {
+            pages -= files;
         }
         fclose(file);
     }
@@ -320,7 +323,9 @@ TEST_SOFT(memory_of_idle_connections)
         count = (int)limit.rlim_cur - 100;
         printf("only %d connections: the limit of descriptors is low\n", count);
     }
-    bool measured = !TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && t_scale() == 1 && resident() > 0;
+    /* Where epoll is, kqueue is tests/kqueue, whose own table would be counted. */
+    bool emulated = TSRVI_HAS_EPOLL && t_backend == TSRV_BACKEND_KQUEUE;
+    bool measured = !TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && !emulated && t_scale() == 1 && resident() > 0;
     if (!measured || t_backend == TSRV_BACKEND_POLL) {
         count = count < 1000 ? count : 1000; /* poll looks at all of them in each turn */
     }
