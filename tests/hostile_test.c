@@ -710,7 +710,7 @@ static void never_reads(int port, void *context)
             break;
         }
         sent += (size_t)n;
-        last = t_now_ms();
+        last = n == sizeof data ? t_now_ms() : last; /* less: the end came meanwhile */
     }
     t_wait_records(1);
     int64_t now = t_now_ms();
@@ -1171,9 +1171,9 @@ TEST_STREAM(pings_beside_a_flood_of_connects)
 
 TEST_STREAM(pings_beside_huge_writes)
 {
+    SOFT_ONLY();
     char *data = new_pattern(HUGE);
     t_case c = {.handler = choose, .client = flood_client, .context = data};
-    SOFT_ONLY();
     memcpy(data, "huge", 5);
     t_run(&c);
     free(data);
@@ -1191,7 +1191,7 @@ typedef struct pipeline {
     int requests;
     int fd;
     int over;            /* the last answer has come */
-    uintptr_t handler;   /* a local of the handler */
+    uintptr_t handler;   /* its frame */
     depth here, outside; /* on its stack, and elsewhere */
 } pipeline;
 
@@ -1204,8 +1204,8 @@ static void note_depth(depth *d, uintptr_t at)
 static size_t match_request(const char *data, size_t size, void *context)
 {
     pipeline *p = (pipeline *)context;
-    char here;
-    uintptr_t at = (uintptr_t)&here, far = at > p->handler ? at - p->handler : p->handler - at;
+    uintptr_t at = (uintptr_t)__builtin_frame_address(0);
+    uintptr_t far = at > p->handler ? at - p->handler : p->handler - at;
     const char *end = (const char *)memchr(data, '\n', size);
     note_depth(far < 1 << 20 ? &p->here : &p->outside, at);
     return end != NULL ? (size_t)(end - data) + 1 : 0;
@@ -1215,10 +1215,9 @@ static int answer_requests(tsrv_stream *stream, const tsrv_address *address, voi
 {
     pipeline *p = (pipeline *)context;
     tsrv_slice request;
-    char here;
     int rc;
     (void)address;
-    p->handler = (uintptr_t)&here;
+    p->handler = (uintptr_t)__builtin_frame_address(0);
     while ((rc = tsrv_read_until_match(stream, match_request, p, 0, &request)) == TSRV_OK &&
            (rc = tsrv_write(stream, request.data, request.size)) == TSRV_OK) {
     }
