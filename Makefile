@@ -71,7 +71,7 @@ clean:
 	rm -rf '$(BUILD)'
 
 $(DIR)/%: examples/%.c tcpserver.h | $(DIR)
-	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $<
+	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< -lpthread
 
 $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)
 	$(CC) $(T_CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< -lpthread
