@@ -1862,6 +1862,8 @@ static const tsrvi_backend tsrvi_epoll = {
  *
  * Reading and writing are two filters of a descriptor, reported one by one; a
  * slot's mark is where the first is in `fired`, so that they become one event.
+ * TSRVI_HANGUP alone is a filter for writing with EV_CLEAR: it reports once that
+ * the descriptor is writable, which nobody asked for, and then a reset (EV_EOF).
  * The generation travels in udata. Closing a descriptor removes its filters.
  * EVFILT_TIMER is not used: the heap and the timeout of kevent do.
  * ==========================================================================*/
@@ -1885,24 +1887,38 @@ static void tsrvi_kqueue_close(tsrvi_poller *poller)
     TSRV_FREE(poller->memory);
 }
 
+/* How an interest asks for EVFILT_WRITE: the flags to add it with; 0 = not at all. */
+static int tsrvi_kqueue_write_flags(int interest)
+{
+    if ((interest & TSRV_WRITABLE) != 0) {
+        return EV_ADD;
+    }
+    return interest == TSRVI_HANGUP ? EV_ADD | EV_CLEAR : 0;
+}
+
 static int tsrvi_kqueue_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
                             bool quiet)
 {
     void *udata = (void *)(uintptr_t)tsrvi_poller_slot(poller, fd)->generation;
-    int changed = old_interest ^ new_interest;
-    struct kevent changes[2];
+    int before = tsrvi_kqueue_write_flags(old_interest);
+    int after = tsrvi_kqueue_write_flags(new_interest);
+    struct kevent changes[3];
     int count = 0;
     if (quiet) {
         return TSRV_OK;
     }
-    if ((changed & TSRV_READABLE) != 0) {
+    /* EV_ADD does not change the flags of a filter that exists. */
+    if (before != after && before != 0) {
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, EV_DELETE, 0, 0, udata);
+        count++;
+    }
+    if (((old_interest ^ new_interest) & TSRV_READABLE) != 0) {
         EV_SET(&changes[count], (uintptr_t)fd, EVFILT_READ,
                (new_interest & TSRV_READABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
         count++;
     }
-    if ((changed & TSRV_WRITABLE) != 0) {
-        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE,
-               (new_interest & TSRV_WRITABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
+    if (before != after && after != 0) {
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, (unsigned short)after, 0, 0, udata);
         count++;
     }
     /* After EINTR the changes have been made, says kevent(2). */
@@ -1919,8 +1935,11 @@ static void tsrvi_kqueue_fire(tsrvi_poller *poller, const struct kevent *event)
         fired = event->filter == EVFILT_WRITE ? TSRV_WRITABLE : TSRV_READABLE;
     uint32_t generation = (uint32_t)(uintptr_t)event->udata;
     tsrvi_slot *slot = tsrvi_poller_slot(poller, fd);
-    if ((event->flags & EV_ERROR) != 0 || ((event->flags & EV_EOF) != 0 && event->fflags != 0)) {
+    if ((event->flags & EV_ERROR) != 0 ||
+        ((event->flags & EV_EOF) != 0 && (event->fflags != 0 || fired == TSRV_WRITABLE))) {
         fired = TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+    } else if (fired == TSRV_WRITABLE && slot->io != NULL && slot->io->interest == TSRVI_HANGUP) {
+        return;
     }
     if (slot->mark < (uint32_t)poller->fired_count && poller->fired[slot->mark].fd == fd &&
         poller->fired[slot->mark].generation == generation) {

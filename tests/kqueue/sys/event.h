@@ -1,7 +1,8 @@
 /* A user-space kqueue for Linux: with this folder in the include path the library's kqueue backend
  * compiles and runs here. For tests only. A kqueue is an epoll descriptor and a table that tells
  * which of its two filters each descriptor has; epoll's one registration waits for their union.
- *   - Level-triggered; EV_CLEAR is refused with EINVAL. Regular files are refused with EPERM.
+ *   - Level-triggered. EV_CLEAR works for a descriptor's only filter, EVFILT_WRITE; anything else
+ *     with it is refused with EINVAL. Regular files are refused with EPERM.
  *   - A closed descriptor loses its filters, as in the kernel. epoll only forgets it when the last
  *     duplicate is closed, so every event and every change first asks epoll whether a registration
  *     is still about the file behind its number. One that cannot be removed any more, because the
@@ -55,7 +56,7 @@ struct kevent {
 struct kqshim_slot {
     void *udata[2];
     uint32_t generation; /* of the registration, to recognise an older one */
-    unsigned char present, enabled, oneshot, last; /* bits: 1 << filter; the one reported last */
+    unsigned char present, enabled, oneshot, clear, last; /* bits: 1 << filter; the one reported last */
 };
 
 #define KQSHIM_UNUSED __attribute__((unused))
@@ -82,6 +83,7 @@ static int kqshim_control(int kq, int op, int fd, const struct kqshim_slot *slot
     if (slot->enabled & 2u) event.events |= (uint32_t)EPOLLOUT;
     /* Hang-ups cannot be masked; where all filters are disabled they are told only once. */
     if (slot->enabled == 0) event.events = (uint32_t)EPOLLET;
+    if (slot->enabled & slot->clear) event.events |= (uint32_t)EPOLLET;
     event.data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd;
     return epoll_ctl(kq, op, fd, &event) == 0 ? 0 : errno;
 }
@@ -114,10 +116,13 @@ static int kqshim_change(int kq, const struct kevent *change)
     int fd = (int)change->ident, which = change->filter == EVFILT_WRITE, error;
     struct kqshim_slot *slot = &kqshim_queues[kq].slots[fd & (KQSHIM_SLOTS - 1)];
     unsigned bit = 1u << which, flags = change->flags, enabled;
-    if ((change->filter != EVFILT_READ && !which) || flags & EV_CLEAR) return EINVAL;
+    if (change->filter != EVFILT_READ && !which) return EINVAL;
     if (change->ident >= KQSHIM_SLOTS) return EBADF;
     if (!kqshim_probe(kq, fd) && fcntl(fd, F_GETFD) < 0) return EBADF;
     if (!(slot->present & bit) && (flags & (EV_ADD | EV_DELETE)) != EV_ADD) return ENOENT;
+    if (flags & EV_ADD && slot->present && (flags & EV_CLEAR || slot->clear)) return EINVAL;
+    if (flags & EV_CLEAR && !which) return EINVAL;
+    if (!slot->present) slot->clear = flags & EV_CLEAR ? (unsigned char)bit : 0;
     if (flags & EV_DELETE) return kqshim_update(kq, fd, slot->present & ~bit, slot->enabled);
     enabled = slot->enabled | (flags & (EV_ADD | EV_ENABLE) ? bit : 0u);
     if (flags & EV_DISABLE) enabled &= ~bit;
