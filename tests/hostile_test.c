@@ -1322,8 +1322,8 @@ TEST_STREAM(a_pipeline_of_a_million_needs_no_stack)
     c.options.stack_size = frames ? 64 << 10 : 16 << 10;
     t_run(&c);
     CHECK((p.here.high | p.outside.high) != 0);
-    CHECK(p.here.high - p.here.low < (frames ? 16384 : 2048));
-    CHECK(p.outside.high - p.outside.low < (frames ? 16384 : 2048));
+    CHECK(p.here.high - p.here.low < (frames ? 32768 : 2048));
+    CHECK(p.outside.high - p.outside.low < (frames ? 32768 : 2048));
 }
 
 /* ---- (8) a line without an end --------------------------------------------------------------*/
