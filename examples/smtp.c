@@ -49,11 +49,12 @@ static int command(tsrv_stream *stream, const tsrv_slice *line, int step)
 /* The line "." ends the mail; of another one's first dot the client has made two. */
 static int mail(tsrv_stream *stream, const tsrv_slice *line, int step)
 {
+    size_t dot = line->data[0] == '.';
     if (strcmp(line->data, ".\r\n") == 0) {
         tsrv_printf(stream, step == DATA ? "250 thank you\r\n" : "500 line too long\r\n");
         return START;
     }
-    fputs(line->data + (line->data[0] == '.'), stdout);
+    fwrite(line->data + dot, 1, line->size - dot, stdout);
     return line->size == 0 ? LOST : step;
 }
 
@@ -80,7 +81,6 @@ static void on_signal(void *context)
 
 int main(int argc, char **argv)
 {
-    int port = argc > 1 ? atoi(argv[1]) : 8888;
     tsrv_server_options options = {0};
     tsrv_signal terminated = {0};
     tsrv_server *server;
@@ -90,7 +90,7 @@ int main(int argc, char **argv)
     options.read_timeout_ms = argc > 2 ? 1000 * atoi(argv[2]) : 300000;
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_signal_start(NULL, &terminated, SIGTERM, on_signal, server) != TSRV_OK ||
-        tsrv_server_listen(server, port, "127.0.0.1", NULL) != TSRV_OK ||
+        tsrv_server_listen(server, argc > 1 ? atoi(argv[1]) : 8888, "127.0.0.1", NULL) != TSRV_OK ||
         tsrv_server_address(server, 0, &bound) != TSRV_OK) {
         return 1;
     }

@@ -45,6 +45,7 @@ static void *run(void *context)
     if (tsrv_server_new(&w->server, &options) != TSRV_OK ||
         tsrv_server_add_sockets(w->server, &w->fd, 1) != TSRV_OK ||
         tsrv_loop_run(w->loop) != TSRV_OK) {
+        fprintf(stderr, "threads: thread %d cannot serve\n", (int)(w - workers));
         exit(1);
     }
     tsrv_server_free(w->server);

@@ -15,7 +15,7 @@
 /* The kernel knows who called connect: nobody can lie about it. */
 static void greet(tsrv_stream *stream)
 {
-#ifdef SO_PEERCRED
+#ifdef __linux__
     struct ucred peer;
     socklen_t size = sizeof(peer);
     if (getsockopt(tsrv_fd(stream), SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0) {
