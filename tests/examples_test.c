@@ -2,6 +2,9 @@
  * stopped by a signal. EXAMPLES names the directory of the built programs. */
 #include "test.h"
 
+#include <sys/stat.h>
+#include <sys/un.h>
+
 #define ATTEMPTS 10             /* ports to try: another process may take a free one first */
 #define CANNOT_RUN 126          /* what a child that cannot become the program ends with */
 #define MAX_ECHO (1024 * 1024)  /* the longest line of the echo servers, its newline included */
@@ -18,7 +21,7 @@ typedef struct program {
     int output; /* where its stdout comes out */
 } program;
 
-/* A port that nobody listens on right now. */
+/* Waits until the program has ended. Returns its wait status. */
 static int end_of(program *p)
 {
     int status = 0;
@@ -115,6 +118,91 @@ static void stop(program *p)
     int status = end_of(p);
     CHECK(WIFSIGNALED(status));
     CHECK_INT(WTERMSIG(status), SIGTERM);
+}
+
+/* Where the built examples are; tests may make files there. */
+static const char *examples(void)
+{
+    const char *directory = getenv("EXAMPLES");
+    return directory != NULL ? directory : "build/cc-c99";
+}
+
+/* Starts a program with up to three arguments and its stdin, -1 for ours. Returns it, and in line
+ * what it says it listens on. */
+static program launch(const char *name, const char *const *arguments, int input, char *line,
+                      size_t capacity)
+{
+    program p = {name, 0, 0, -1};
+    char path[4096], text[512];
+    int fds[2], status;
+    size_t prefix = strlen(name) + strlen(": listening on ");
+    snprintf(path, sizeof path, "%s/%s", examples(), name);
+    if (access(path, X_OK) != 0) {
+        SKIP("the built examples (make examples, and EXAMPLES=directory)");
+    }
+    CHECK(pipe(fds) == 0);
+    p.pid = fork();
+    CHECK(p.pid >= 0);
+    if (p.pid == 0) {
+        dup2(fds[1], 1);
+        close(fds[0]);
+        close(fds[1]);
+        if (input >= 0) {
+            dup2(input, 0);
+            close(input);
+        }
+        execl(path, path, arguments[0], arguments[1], arguments[2], (char *)NULL);
+        _exit(CANNOT_RUN);
+    }
+    close(fds[1]);
+    p.output = fds[0];
+    if (!read_output(&p, text, sizeof text)) {
+        status = end_of(&p);
+        if (WIFEXITED(status) && WEXITSTATUS(status) == CANNOT_RUN) {
+            SKIP("a kernel that runs the built examples (binfmt_misc)");
+        }
+        T_FAIL("%s ended with status %#x", name, (unsigned)status);
+    }
+    CHECK(strlen(text) > prefix);
+    snprintf(line, capacity, "%s", text + prefix);
+    text[prefix] = 0;
+    CHECK(strncmp(text, name, strlen(name)) == 0);
+    CHECK_STR(text + strlen(name), ": listening on ");
+    return p;
+}
+
+/* Starts a program on a port of the kernel's choice. */
+static program start_with(const char *name, const char *second, const char *third)
+{
+    const char *arguments[3] = {"0", second, third};
+    char line[512];
+    program p = launch(name, arguments, -1, line, sizeof line);
+    CHECK_INT(sscanf(line, "port %d", &p.port), 1);
+    CHECK(p.port > 0);
+    return p;
+}
+
+static void send_signal(program *p, int signo)
+{
+    CHECK(kill(p->pid, signo) == 0);
+}
+
+/* The program must end by itself, in good order, and say nothing more. */
+static void expect_end(program *p)
+{
+    char more[256];
+    CHECK(!read_output(p, more, sizeof more));
+    CHECK_STR(more, "");
+    int status = end_of(p);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+}
+
+static void expect_output(program *p, const char *expected)
+{
+    char line[2048];
+    CHECK(read_output(p, line, sizeof line));
+    CHECK_STR(line, expected);
 }
 
 /* ---- clients ------------------------------------------------------------------------------*/
@@ -592,4 +680,882 @@ TEST_ONCE(chat_throws_out_who_never_reads)
         t_close(listeners[i].fd);
     }
     stop(&p);
+}
+
+/* ---- proxy --------------------------------------------------------------------------------*/
+
+/* A proxy, what it leads to, and a connection through it: the client's end and the target's. */
+typedef struct route {
+    program proxy;
+    int listener, client, target;
+} route;
+
+static void through(route *r)
+{
+    r->client = t_connect(r->proxy.port);
+    struct pollfd ready = {r->listener, POLLIN, 0};
+    CHECK_INT(poll(&ready, 1, T_PATIENCE * 1000 * t_scale()), 1);
+    r->target = accept(r->listener, NULL, NULL);
+    CHECK(r->target >= 0);
+    t_prepare(r->target);
+}
+
+static route start_proxy(void)
+{
+    route r;
+    char port[16];
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    r.listener = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(r.listener >= 0 && fcntl(r.listener, F_SETFD, FD_CLOEXEC) == 0); /* not the proxy's */
+    CHECK(bind(r.listener, (struct sockaddr *)&address, size) == 0);
+    CHECK(listen(r.listener, 16) == 0);
+    CHECK(getsockname(r.listener, (struct sockaddr *)&address, &size) == 0);
+    snprintf(port, sizeof port, "%d", ntohs(address.sin_port));
+    r.proxy = start_with("proxy", "127.0.0.1", port);
+    through(&r);
+    return r;
+}
+
+static void stop_proxy(route *r)
+{
+    t_close(r->listener);
+    stop(&r->proxy);
+}
+
+/* A stream of bytes that does not repeat in step with any buffer. */
+enum { PATTERN = 65521 };
+static char pattern[2 * PATTERN];
+
+static void make_pattern(void)
+{
+    unsigned seed = 1;
+    for (int i = 0; i < PATTERN; i++) {
+        seed = seed * 1103515245 + 12345;
+        pattern[i] = pattern[i + PATTERN] = (char)(seed >> 16);
+    }
+}
+
+/* Sends what the socket takes of the pattern's first total bytes. Returns how many are sent. */
+static size_t push(int fd, size_t sent, size_t total)
+{
+    size_t size = total - sent < PATTERN ? total - sent : PATTERN;
+    ssize_t n = send(fd, pattern + sent % PATTERN, size, T_NOSIGNAL | MSG_DONTWAIT);
+    CHECK(n >= 0 || errno == EAGAIN || errno == EINTR);
+    return sent + (n > 0 ? (size_t)n : 0);
+}
+
+/* Receives what is there, which has to go on with the pattern. */
+static size_t pull(int fd, size_t received)
+{
+    static char buffer[PATTERN];
+    ssize_t n = recv(fd, buffer, sizeof buffer, MSG_DONTWAIT);
+    CHECK(n > 0 || (n < 0 && (errno == EAGAIN || errno == EINTR)));
+    if (n > 0) {
+        CHECK_MEM(buffer, (size_t)n, pattern + received % PATTERN, (size_t)n);
+    }
+    return received + (n > 0 ? (size_t)n : 0);
+}
+
+/* Sends total bytes each way at once, of which sent have gone from a to b already. */
+static void push_and_pull(int a, int b, size_t sent, size_t total)
+{
+    size_t sent_a = sent, sent_b = 0, received_a = 0, received_b = 0;
+    while (received_a < total || received_b < total) {
+        struct pollfd fds[2] = {{a, POLLIN, 0}, {b, POLLIN, 0}};
+        fds[0].events = sent_a < total ? POLLIN | POLLOUT : POLLIN;
+        fds[1].events = sent_b < total ? POLLIN | POLLOUT : POLLIN;
+        if (poll(fds, 2, T_PATIENCE * 1000 * t_scale()) < 1) {
+            T_FAIL("stuck: %zu of %zu, and %zu of %zu came", received_b, sent_a, received_a,
+                   sent_b);
+        }
+        sent_a = fds[0].revents & POLLOUT ? push(a, sent_a, total) : sent_a;
+        sent_b = fds[1].revents & POLLOUT ? push(b, sent_b, total) : sent_b;
+        received_a = fds[0].revents & POLLIN ? pull(a, received_a) : received_a;
+        received_b = fds[1].revents & POLLIN ? pull(b, received_b) : received_b;
+    }
+}
+
+/* The kernel's buffers on the way hold some 20 MiB. When a sender waits although its receiver is
+ * only slow to be scheduled, the test is weaker, but does not fail. */
+TEST_ONCE(proxy_slows_the_sender_down_and_loses_nothing)
+{
+    enum { TOTAL = 64 * 1024 * 1024, HELD = 48 * 1024 * 1024, WAIT = 300 };
+    route r = start_proxy();
+    struct pollfd room = {r.client, POLLOUT, 0};
+    size_t sent = 0;
+    make_pattern();
+    while (sent < TOTAL && poll(&room, 1, WAIT) == 1) {
+        sent = push(r.client, sent, TOTAL);
+    }
+    if (sent > HELD) {
+        T_FAIL("the proxy took %zu bytes for a target that reads nothing", sent);
+    }
+    /* The other direction is not held up by this one. */
+    t_sends(r.target, "meanwhile");
+    t_expect(r.client, "meanwhile");
+    push_and_pull(r.client, r.target, sent, TOTAL);
+    t_shut(r.client);
+    t_expect_eof(r.target);
+    t_close(r.target);
+    t_expect_eof(r.client);
+    t_close(r.client);
+    stop_proxy(&r);
+}
+
+TEST_ONCE(proxy_passes_each_end_on)
+{
+    route r = start_proxy();
+    t_sends(r.client, "question");
+    t_shut(r.client);
+    t_expect(r.target, "question");
+    t_expect_eof(r.target);
+    t_sends(r.target, "answer");
+    t_expect(r.client, "answer");
+    t_sends(r.target, "more");
+    t_close(r.target);
+    t_expect(r.client, "more");
+    t_expect_eof(r.client);
+    t_close(r.client);
+
+    through(&r);
+    t_sends(r.target, "greeting");
+    t_shut(r.target);
+    t_expect(r.client, "greeting");
+    t_expect_eof(r.client);
+    t_sends(r.client, "late");
+    t_expect(r.target, "late");
+    t_sends(r.client, "later");
+    t_close(r.client);
+    t_expect(r.target, "later");
+    t_expect_eof(r.target);
+    t_close(r.target);
+    stop_proxy(&r);
+}
+
+TEST_ONCE(proxy_passes_a_reset_on)
+{
+    route r = start_proxy();
+    t_sends(r.client, "x");
+    t_expect(r.target, "x");
+    t_reset(r.client);
+    t_expect_reset(r.target);
+    t_close(r.target);
+
+    through(&r);
+    t_sends(r.target, "y");
+    t_expect(r.client, "y");
+    t_reset(r.target);
+    t_expect_reset(r.client);
+    t_close(r.client);
+
+    /* Also after one direction has ended. */
+    through(&r);
+    t_shut(r.client);
+    t_expect_eof(r.target);
+    t_reset(r.target);
+    t_expect_reset(r.client);
+    t_close(r.client);
+    stop_proxy(&r);
+}
+
+TEST_ONCE(proxy_without_a_target_resets)
+{
+    route r = start_proxy();
+    t_close(r.listener);
+    for (int i = 0; i < 3; i++) {
+        int fd = t_connect(r.proxy.port);
+        t_expect_reset(fd);
+        t_close(fd);
+    }
+    /* The tunnel that was there goes on. */
+    t_sends(r.client, "still here");
+    t_expect(r.target, "still here");
+    t_close(r.client);
+    t_expect_eof(r.target);
+    t_close(r.target);
+    stop(&r.proxy);
+}
+
+/* ---- smtp ---------------------------------------------------------------------------------*/
+
+/* What is sent, and what comes back for it. */
+typedef struct exchange_step {
+    const char *send, *expect;
+} exchange_step;
+
+static void play(int fd, const exchange_step *steps, size_t count)
+{
+    for (size_t i = 0; i < count; i++) {
+        t_sends(fd, steps[i].send);
+        t_expect(fd, steps[i].expect);
+    }
+}
+
+#define PLAY(fd, steps) play((fd), (steps), sizeof(steps) / sizeof((steps)[0]))
+
+TEST_ONCE(smtp_takes_a_mail)
+{
+    static const exchange_step steps[] = {
+        {"", "220 ready\r\n"},
+        {"what is this\r\n", "500 what?\r\n"},
+        {"DATA\r\n", "503 not now\r\n"},
+        {"RCPT TO:<b@example.org>\r\n", "503 not now\r\n"},
+        {"ehlo client\r\n", "250 hello\r\n"},
+        {"MAIL FROM:<x@example.org>\r\n", "250 ok\r\n"},
+        {"RSET\r\n", "250 ok\r\n"},
+        {"RCPT TO:<b@example.org>\r\n", "503 not now\r\n"},
+        {"mail from:<a@example.org>\r\n", "250 ok\r\n"},
+        {"NOOP\r\n", "250 ok\r\n"},
+        {"DATA\r\n", "503 not now\r\n"},
+        {"RCPT TO:<b@example.org>\r\n", "250 ok\r\n"},
+        {"DATA\r\n", "354 go on\r\n"},
+        {"Subject: dots\r\n\r\nQUIT\r\n..one\r\n...two\r\n..\r\nthe. end\r\n.\r\n",
+         "250 thank you\r\n"},
+        /* Another one in one piece. */
+        {"MAIL FROM:<a>\r\nRCPT TO:<b>\r\nRCPT TO:<c>\r\nDATA\r\nagain\r\n.\r\nQUIT\r\n",
+         "250 ok\r\n250 ok\r\n250 ok\r\n354 go on\r\n250 thank you\r\n221 bye\r\n"},
+    };
+    static const char *const printed[] = {"Subject: dots\r", "\r",         "QUIT\r",  ".one\r",
+                                          "..two\r",         ".\r",        "the. end\r",
+                                          "again\r"};
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port);
+    PLAY(fd, steps);
+    t_expect_eof(fd);
+    t_close(fd);
+    for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
+        expect_output(&p, printed[i]);
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+TEST_ONCE(smtp_too_long_a_line)
+{
+    enum { MOST = 1000, FAR = 3 * 1024 * 1024 }; /* with CRLF; far behind every buffer */
+    static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
+                                            {"RCPT TO:<b>\r\n", "250 ok\r\n"},
+                                            {"DATA\r\n", "354 go on\r\n"}};
+    char *line = allocate(FAR + 1);
+    char text[MOST];
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port);
+    memset(line, 'x', FAR);
+    t_expect(fd, "220 ready\r\n");
+    t_send(fd, line, MOST - 2);
+    t_sends(fd, "\r\n");
+    t_expect(fd, "500 what?\r\n");
+    t_send(fd, line, MOST - 1);
+    t_sends(fd, "\r\n");
+    t_expect(fd, "500 line too long\r\n");
+    t_send(fd, line, FAR);
+    t_sends(fd, "\r\nNOOP\r\n");
+    t_expect(fd, "500 line too long\r\n250 ok\r\n");
+
+    /* Within a mail it spoils the mail, of which the end is still found. */
+    PLAY(fd, to_data);
+    t_send(fd, line, MOST - 1);
+    t_sends(fd, "\r\nrest\r\n.\r\n");
+    t_expect(fd, "500 line too long\r\n");
+    expect_output(&p, "rest\r");
+    PLAY(fd, to_data);
+    t_send(fd, line, MOST - 2);
+    t_sends(fd, "\r\n.\r\nQUIT\r\n");
+    t_expect(fd, "250 thank you\r\n221 bye\r\n");
+    t_expect_eof(fd);
+    snprintf(text, sizeof text, "%.*s\r", MOST - 2, line);
+    expect_output(&p, text);
+    t_close(fd);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+    free(line);
+}
+
+/* Half a line is as good as none, and what comes in time is answered. */
+TEST_ONCE(smtp_times_out)
+{
+    program p = start_with("smtp", "1", NULL);
+    int silent = t_connect(p.port), half = t_connect(p.port);
+    t_expect(silent, "220 ready\r\n");
+    t_expect(half, "220 ready\r\n");
+    t_sends(half, "NOOP\r\nNO");
+    int64_t begin = t_now_ms();
+    t_expect(half, "250 ok\r\n421 good bye\r\n");
+    t_expect_eof(half);
+    CHECK_NEAR_MS(t_now_ms() - begin, 900, 5000);
+    t_expect(silent, "421 good bye\r\n");
+    t_expect_eof(silent);
+    t_close(half);
+    t_close(silent);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+TEST_ONCE(smtp_says_good_bye_when_it_stops)
+{
+    static const exchange_step to_data[] = {{"", "220 ready\r\n"},
+                                            {"MAIL FROM:<a>\r\n", "250 ok\r\n"},
+                                            {"RCPT TO:<b>\r\n", "250 ok\r\n"},
+                                            {"DATA\r\n", "354 go on\r\n"}};
+    program p = start_with("smtp", NULL, NULL);
+    int idle = t_connect(p.port), busy = t_connect(p.port);
+    t_expect(idle, "220 ready\r\n");
+    PLAY(busy, to_data);
+    t_sends(busy, "first\r\nsec");
+    expect_output(&p, "first\r");
+    send_signal(&p, SIGTERM);
+    t_expect(idle, "421 good bye\r\n");
+    t_expect_eof(idle);
+    t_close(idle);
+    /* A line that has begun is under way. */
+    t_sends(busy, "ond\r\n.\r\n");
+    t_expect(busy, "250 thank you\r\n421 good bye\r\n");
+    t_expect_eof(busy);
+    t_close(busy);
+    expect_output(&p, "second\r");
+    expect_end(&p);
+}
+
+/* ---- http ---------------------------------------------------------------------------------*/
+
+enum { BIG = 1024 * 1024 };
+
+typedef struct site {
+    program http;
+    char directory[512], big_name[600], small_name[600];
+    char *big; /* the contents */
+} site;
+
+static void make_file(char *name, size_t capacity, const char *directory, const char *base,
+                      const char *data, size_t size)
+{
+    snprintf(name, capacity, "%s/%s", directory, base);
+    int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, 0600);
+    CHECK(fd >= 0);
+    CHECK_INT(write(fd, data, size), size);
+    t_close(fd);
+}
+
+static site start_http(void)
+{
+    site s;
+    snprintf(s.directory, sizeof s.directory, "%s/http.XXXXXX", examples());
+    CHECK(mkdtemp(s.directory) != NULL);
+    make_pattern();
+    s.big = allocate(BIG);
+    for (size_t i = 0; i < BIG; i++) {
+        s.big[i] = pattern[i % PATTERN];
+    }
+    make_file(s.big_name, sizeof s.big_name, s.directory, "big", s.big, BIG);
+    make_file(s.small_name, sizeof s.small_name, s.directory, "small.txt", "small\n", 6);
+    s.http = start_with("http", s.directory, NULL);
+    return s;
+}
+
+static void stop_http(site *s)
+{
+    CHECK(unlink(s->big_name) == 0);
+    CHECK(unlink(s->small_name) == 0);
+    CHECK(rmdir(s->directory) == 0);
+    free(s->big);
+    stop(&s->http);
+}
+
+#define REPLY(status, size) "HTTP/1.1 " status "\r\nContent-Length: " size "\r\n\r\n"
+#define LAST(status, size) \
+    "HTTP/1.1 " status "\r\nContent-Length: " size "\r\nConnection: close\r\n\r\n"
+#define NOT_ALLOWED "405 Not Allowed\r\nAllow: GET, HEAD"
+
+TEST_ONCE(http_keeps_the_connection)
+{
+    static const char requests[] = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+                                   "GET /small.txt?query HTTP/1.1\r\n\r\n"
+                                   "HEAD /small.txt HTTP/1.1\r\n\r\n"
+                                   "HEAD / HTTP/1.1\r\n\r\n"
+                                   "GET /none HTTP/1.1\r\n\r\n"
+                                   "POST / HTTP/1.1\r\n\r\n"
+                                   "GET / HTTP/1.1\r\n\r\n";
+    static const char replies[] = REPLY("200 OK", "10") "It works.\n"
+                                  REPLY("200 OK", "6") "small\n"
+                                  REPLY("200 OK", "6")
+                                  REPLY("200 OK", "10")
+                                  REPLY("404 Not Found", "0")
+                                  REPLY(NOT_ALLOWED, "0")
+                                  REPLY("200 OK", "10") "It works.\n";
+    site s = start_http();
+    int fd = t_connect(s.http.port), other = t_connect(s.http.port);
+    t_sends(fd, requests);
+    t_expect(fd, replies);
+    /* The other connection's round trip makes the halves arrive one by one. */
+    for (size_t at = 1; at < sizeof requests - 1; at += 7) {
+        t_send(fd, requests, at);
+        t_sends(other, "HEAD / HTTP/1.1\r\n\r\n");
+        t_expect(other, REPLY("200 OK", "10"));
+        t_sends(fd, requests + at);
+        t_expect(fd, replies);
+    }
+    t_sends(fd, "GET / HTTP/1.1\r\nconnection: close\r\n\r\nGET / HTTP/1.1\r\n\r\n");
+    t_expect(fd, LAST("200 OK", "10") "It works.\n");
+    t_expect_eof(fd);
+    t_close(fd);
+    leave(other);
+    stop_http(&s);
+}
+
+TEST_ONCE(http_sends_a_file_intact)
+{
+    site s = start_http();
+    char *in = allocate(BIG);
+    int fd = t_connect(s.http.port);
+    t_sends(fd, "HEAD /big HTTP/1.1\r\n\r\nGET /big HTTP/1.1\r\n\r\nGET /big HTTP/1.1\r\n\r\n"
+                "GET /small.txt HTTP/1.0\r\n\r\n");
+    t_expect(fd, REPLY("200 OK", "1048576"));
+    for (int i = 0; i < 2; i++) {
+        t_expect(fd, REPLY("200 OK", "1048576"));
+        size_t received = t_recv(fd, in, BIG);
+        CHECK_MEM(in, received, s.big, BIG);
+    }
+    t_expect(fd, LAST("200 OK", "6") "small\n");
+    t_expect_eof(fd);
+    t_close(fd);
+    free(in);
+    stop_http(&s);
+}
+
+/* Sends one request, ends the output, and compares all that comes. */
+static void expect_reply(const site *s, const char *request, size_t size, const char *expected)
+{
+    char reply[1024];
+    int fd = t_connect(s->http.port);
+    t_send(fd, request, size);
+    t_shut(fd);
+    size_t received = t_recv_all(fd, reply, sizeof reply);
+    CHECK_MEM(reply, received, expected, strlen(expected));
+    t_close(fd);
+}
+
+/* "../http" and "../echo" exist: they are the built examples. */
+TEST_ONCE(http_does_not_leave_its_directory)
+{
+    static const char *const targets[] = {"/../http",       "/../echo",        "/x/../../echo",
+                                          "/./small.txt",   "//../echo",       "/..",
+                                          "/small.txt/..",  "/%2e%2e/echo",    "/..%2fecho",
+                                          "/small.txt/../../echo", "//", "/small.txt/"};
+    site s = start_http();
+    char request[256];
+    for (size_t i = 0; i < sizeof targets / sizeof targets[0]; i++) {
+        int size = snprintf(request, sizeof request, "GET %s HTTP/1.1\r\n\r\n", targets[i]);
+        expect_reply(&s, request, (size_t)size, REPLY("404 Not Found", "0"));
+    }
+    stop_http(&s);
+}
+
+TEST_ONCE(http_refuses_what_it_does_not_understand)
+{
+    static const char *const requests[] = {
+        "nonsense\r\n\r\n",
+        "\r\n\r\n",
+        "get / HTTP/1.1\r\n\r\n",
+        "TOOLONGAMETHOD / HTTP/1.1\r\n\r\n",
+        "GET / HTTP/2.0\r\n\r\n",
+        "GET / HTTP/1.12\r\n\r\n",
+        "GET /\r\n\r\n",
+        "GET http://127.0.0.1/ HTTP/1.1\r\n\r\n",
+        "GET ../echo HTTP/1.1\r\n\r\n",
+        "GET * HTTP/1.1\r\n\r\n",
+    };
+    static const char zero[] = "GET / HTTP/1.1\r\n\0Content-Length: 5\r\n\r\n";
+    site s = start_http();
+    char *head = allocate(BIG);
+    for (size_t i = 0; i < sizeof requests / sizeof requests[0]; i++) {
+        expect_reply(&s, requests[i], strlen(requests[i]), LAST("400 Bad Request", "0"));
+    }
+    expect_reply(&s, zero, sizeof zero - 1, LAST("400 Bad Request", "0"));
+
+    /* A target of 254 bytes is the longest there can be. */
+    memset(head, 'x', BIG);
+    memcpy(head, "GET /", 5);
+    memcpy(head + 4 + 254, " HTTP/1.1\r\n\r\n", 13);
+    expect_reply(&s, head, 4 + 254 + 13, REPLY("404 Not Found", "0"));
+    memset(head + 4 + 254, 'x', 13);
+    memcpy(head + 4 + 255, " HTTP/1.1\r\n\r\n", 13);
+    expect_reply(&s, head, 4 + 255 + 13, LAST("400 Bad Request", "0"));
+
+    /* So is a head of 8192; the rest does not turn the answer into a reset. */
+    memset(head, 'x', BIG);
+    memcpy(head, "GET / HTTP/1.1\r\nX: ", 19);
+    memcpy(head + 8188, "\r\n\r\n", 4);
+    expect_reply(&s, head, 8192, REPLY("200 OK", "10") "It works.\n");
+    memset(head + 8188, 'x', 4);
+    expect_reply(&s, head, BIG,
+                 "HTTP/1.1 431 Request Header Fields Too Large\r\n"
+                 "Connection: close\r\nContent-Length: 0\r\n\r\n");
+    free(head);
+    stop_http(&s);
+}
+
+/* Whatever its length is said to be, nothing of a body is taken for a request. */
+TEST_ONCE(http_drops_bodies)
+{
+    static const char *const fields[] = {"Content-Length: 40", "content-length:0",
+                                         "Content-Length: 99999999999999999999999",
+                                         "Content-Length: -1", "Content-Length: 1 2",
+                                         "Transfer-Encoding: chunked"};
+    site s = start_http();
+    char request[256];
+    for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
+        int size = snprintf(request, sizeof request,
+                            "GET /small.txt HTTP/1.1\r\n%s\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+                            fields[i]);
+        expect_reply(&s, request, (size_t)size, LAST("200 OK", "6") "small\n");
+        size = snprintf(request, sizeof request,
+                        "PUT /small.txt HTTP/1.1\r\n%s\r\n\r\nGET / HTTP/1.1\r\n\r\n", fields[i]);
+        expect_reply(&s, request, (size_t)size, LAST(NOT_ALLOWED, "0"));
+    }
+    stop_http(&s);
+}
+
+/* ---- redis --------------------------------------------------------------------------------*/
+
+#define NOT_INTEGER "-ERR value is not an integer or out of range\r\n"
+#define UNKNOWN "-ERR unknown command, or wrong number of arguments\r\n"
+#define MALFORMED "-ERR Protocol error: malformed or too long\r\n"
+
+/* Each leaves the keys as it found them: absent. */
+static const exchange_step redis_steps[] = {
+    {"*1\r\n$4\r\nPING\r\n", "+PONG\r\n"},
+    {"*2\r\n$4\r\nping\r\n$2\r\nhi\r\n", "$2\r\nhi\r\n"},
+    {"*2\r\n$4\r\nECHO\r\n$5\r\na\r\nb\n\r\n", "$5\r\na\r\nb\n\r\n"},
+    {"*2\r\n$4\r\nECHO\r\n$0\r\n\r\n", "$0\r\n\r\n"},
+    {"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", "$-1\r\n"},
+    {"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nvalue\r\n", "+OK\r\n"},
+    {"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", "$5\r\nvalue\r\n"},
+    {"*3\r\n$3\r\nset\r\n$1\r\nk\r\n$0\r\n\r\n", "+OK\r\n"},
+    {"*2\r\n$3\r\nget\r\n$1\r\nk\r\n", "$0\r\n\r\n"},
+    {"*2\r\n$4\r\nINCR\r\n$1\r\nk\r\n", NOT_INTEGER},
+    {"*2\r\n$3\r\nDEL\r\n$1\r\nk\r\n", ":1\r\n"},
+    {"*2\r\n$3\r\nDEL\r\n$1\r\nk\r\n", ":0\r\n"},
+    {"*0\r\n*1\r\n$4\r\nPING\r\n", "+PONG\r\n"},
+    {"\r\n\nPING\r\n", "+PONG\r\n"},
+    {"  echo   typed  \r\n", "$5\r\ntyped\r\n"},
+    {"INCR n\nINCR n\nGET n\n", ":1\r\n:2\r\n$1\r\n2\r\n"},
+    {"SET n -1\nINCR n\nSET n 01\nINCR n\n", "+OK\r\n:0\r\n+OK\r\n" NOT_INTEGER},
+    {"SET n 9223372036854775806\nINCR n\nINCR n\nGET n\n",
+     "+OK\r\n:9223372036854775807\r\n" NOT_INTEGER "$19\r\n9223372036854775807\r\n"},
+    {"SET n 9223372036854775808\nINCR n\nSET n 1x\nINCR n\nDEL n\n",
+     "+OK\r\n" NOT_INTEGER "+OK\r\n" NOT_INTEGER ":1\r\n"},
+    {"*3\r\n$3\r\nSET\r\n$1\r\nn\r\n$2\r\n 1\r\nINCR n\nDEL n\n",
+     "+OK\r\n" NOT_INTEGER ":1\r\n"},
+    {"COMMAND\nCONFIG GET save\n", "*0\r\n*0\r\n"},
+    {"nonsense\nGET\nGET a b\nSET a\nSETX a b\nQUIT now\n",
+     UNKNOWN UNKNOWN UNKNOWN UNKNOWN UNKNOWN UNKNOWN},
+};
+
+enum { REDIS_STEPS = sizeof redis_steps / sizeof redis_steps[0] };
+
+TEST_ONCE(redis_answers_each_command)
+{
+    program p = start_with("redis", NULL, NULL);
+    int fd = t_connect(p.port);
+    PLAY(fd, redis_steps);
+    t_sends(fd, "QUIT\r\nPING\r\n");
+    t_expect(fd, "+OK\r\n");
+    t_expect_eof(fd);
+    t_close(fd);
+    stop(&p);
+}
+
+/* The other connection's round trip makes the halves arrive one by one. */
+TEST_ONCE(redis_pipelines_split_at_every_byte)
+{
+    char script[4096] = "", replies[4096] = "";
+    for (size_t i = 0; i < REDIS_STEPS; i++) {
+        strcat(script, redis_steps[i].send);
+        strcat(replies, redis_steps[i].expect);
+    }
+    program p = start_with("redis", NULL, NULL);
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    for (size_t at = 0; script[at] != 0; at++) {
+        t_send(fd, script, at);
+        t_sends(other, "PING\n");
+        t_expect(other, "+PONG\r\n");
+        t_sends(fd, script + at);
+        t_expect(fd, replies);
+    }
+    leave(fd);
+    leave(other);
+    stop(&p);
+}
+
+/* Keys and values of any bytes, many of them, and one that takes nearly all of the buffer. */
+TEST_ONCE(redis_keeps_what_it_is_given)
+{
+    enum { KEYS = 2000, LARGE = 1000000 };
+    static const char binary[] = "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xff\r\n$3\r\n\0\0\n\r\n"
+                                 "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xfe\r\n$1\r\n2\r\n"
+                                 "*2\r\n$3\r\nGET\r\n$4\r\n\0\r\n\xff\r\n";
+    static const char reply[] = "+OK\r\n+OK\r\n$3\r\n\0\0\n\r\n";
+    program p = start_with("redis", NULL, NULL);
+    char *large = allocate(LARGE + 64), text[128];
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    t_send(fd, binary, sizeof binary - 1);
+    size_t received = t_recv(fd, text, sizeof reply - 1);
+    CHECK_MEM(text, received, reply, sizeof reply - 1);
+
+    for (int i = 0; i < KEYS; i++) {
+        snprintf(text, sizeof text, "SET key%d value%d\n", i, i * 7);
+        t_sends(fd, text);
+        t_expect(fd, "+OK\r\n");
+    }
+    for (int i = 0; i < KEYS; i++) {
+        char value[32];
+        int size = snprintf(value, sizeof value, "value%d", i * 7);
+        snprintf(text, sizeof text, "GET key%d\n", i);
+        t_sends(other, text);
+        snprintf(text, sizeof text, "$%d\r\n%s\r\n", size, value);
+        t_expect(other, text);
+    }
+
+    int size = snprintf(large, 64, "*3\r\n$3\r\nSET\r\n$1\r\nx\r\n$%d\r\n", LARGE);
+    memset(large + size, 'v', LARGE);
+    memcpy(large + size + LARGE, "\r\n", 3);
+    t_sends(fd, large);
+    t_sends(fd, "GET x\n");
+    size = snprintf(text, sizeof text, "+OK\r\n$%d\r\n", LARGE);
+    t_expect(fd, text);
+    memset(large, 'v', LARGE);
+    large[LARGE] = 0;
+    t_expect(fd, large);
+    t_expect(fd, "\r\n");
+    leave(fd);
+    leave(other);
+    free(large);
+    stop(&p);
+}
+
+TEST_ONCE(redis_ends_after_a_protocol_error)
+{
+    static const char *const errors[] = {
+        "*1\r\n$-1\r\n",        "*-1\r\n",
+        "*99999999999999999999\r\n", "*17\r\n",
+        "*x\r\n",               "*1x\r\n",
+        "*1\n$4\r\nPING\r\n",   "*1\r\n+PING\r\n",
+        "*1\r\n:4\r\nPING\r\n", "*1\r\n$2000000\r\n",
+        "*1\r\n$4x\r\nPING\r\n", "*1\r\n$18446744073709551615\r\nPING\r\n",
+        "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\r\n",
+    };
+    program p = start_with("redis", NULL, NULL);
+    char *line = allocate(2 * 1024 * 1024);
+    for (size_t i = 0; i < sizeof errors / sizeof errors[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, "PING\n");
+        t_sends(fd, errors[i]);
+        t_sends(fd, "PING\n");
+        t_expect(fd, "+PONG\r\n" MALFORMED);
+        t_expect_eof(fd);
+        t_close(fd);
+    }
+    /* A typed line without an end; the rest of it does not turn the answer into a reset. */
+    memset(line, 'x', 2 * 1024 * 1024);
+    int fd = t_connect(p.port);
+    t_send(fd, line, 2 * 1024 * 1024);
+    t_expect(fd, MALFORMED);
+    t_expect_eof(fd);
+    t_close(fd);
+    free(line);
+    stop(&p);
+}
+
+/* ---- unix_socket --------------------------------------------------------------------------*/
+
+static int connect_unix(const char *path)
+{
+    struct sockaddr_un address;
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    t_prepare(fd);
+    memset(&address, 0, sizeof address);
+    address.sun_family = AF_UNIX;
+    CHECK(strlen(path) < sizeof address.sun_path);
+    memcpy(address.sun_path, path, strlen(path));
+    CHECK(connect(fd, (struct sockaddr *)&address, sizeof address) == 0);
+    return fd;
+}
+
+static program start_unix_socket(char *path, size_t capacity)
+{
+    const char *arguments[3] = {path, NULL, NULL};
+    char line[512];
+    snprintf(path, capacity, "%s/unix_socket.%ld", examples(), (long)getpid());
+    program p = launch("unix_socket", arguments, -1, line, sizeof line);
+    CHECK_STR(line, path);
+    return p;
+}
+
+TEST_ONCE(unix_socket_greets_and_cleans_up)
+{
+    char path[256], greeting[128];
+    struct stat file;
+    program p = start_unix_socket(path, sizeof path);
+    CHECK(lstat(path, &file) == 0);
+    CHECK(S_ISSOCK(file.st_mode));
+    CHECK_INT(file.st_mode & 07777, 0660);
+#ifdef __linux__
+    snprintf(greeting, sizeof greeting, "hello, user %ld in process %ld\n", (long)getuid(),
+             (long)getpid());
+#else
+    snprintf(greeting, sizeof greeting, "hello, whoever you are\n");
+#endif
+    for (int i = 0; i < 2; i++) {
+        int fd = connect_unix(path);
+        t_expect(fd, greeting);
+        t_sends(fd, "a line\nanother\n");
+        t_expect(fd, "a line\nanother\n");
+        leave(fd);
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+    CHECK(lstat(path, &file) != 0);
+    CHECK_INT(errno, ENOENT);
+}
+
+/* The file of a server that was killed is replaced. */
+TEST_ONCE(unix_socket_starts_again_after_a_kill)
+{
+    char path[256], byte[1];
+    program p = start_unix_socket(path, sizeof path);
+    send_signal(&p, SIGKILL);
+    int status = end_of(&p);
+    CHECK(WIFSIGNALED(status));
+    CHECK(access(path, F_OK) == 0);
+    p = start_unix_socket(path, sizeof path);
+    int fd = connect_unix(path);
+    CHECK_INT(t_recv(fd, byte, 1), 1);
+    CHECK_MEM(byte, 1, "h", 1);
+    send_signal(&p, SIGINT);
+    expect_end(&p);
+    CHECK(access(path, F_OK) != 0);
+    t_close(fd);
+}
+
+/* ---- embed_loop ---------------------------------------------------------------------------*/
+
+TEST_ONCE(embed_loop_joins_stdin_and_clients)
+{
+    const char *arguments[3] = {"0", NULL, NULL};
+    char line[512];
+    int input[2];
+    CHECK(pipe(input) == 0);
+    CHECK(fcntl(input[1], F_SETFD, FD_CLOEXEC) == 0);
+    program p = launch("embed_loop", arguments, input[0], line, sizeof line);
+    CHECK_INT(sscanf(line, "port %d", &p.port), 1);
+    t_close(input[0]);
+    int ann = t_connect(p.port), bob = t_connect(p.port);
+    t_sends(ann, "from ann\n");
+    expect_output(&p, "from ann");
+    t_sends(bob, "from bob\nand again\n");
+    expect_output(&p, "from bob");
+    expect_output(&p, "and again");
+    for (int i = 0; i < 3; i++) {
+        snprintf(line, sizeof line, "to all, %d\n", i);
+        CHECK_INT(write(input[1], line, strlen(line)), strlen(line));
+        t_expect(ann, line);
+        t_expect(bob, line);
+    }
+    t_sends(ann, "still ann\n");
+    expect_output(&p, "still ann");
+    leave(ann);
+    CHECK_INT(write(input[1], "bob?\n", 5), 5);
+    t_expect(bob, "bob?\n");
+    t_close(input[1]);
+    t_expect_eof(bob);
+    t_close(bob);
+    expect_end(&p);
+}
+
+/* ---- threads ------------------------------------------------------------------------------*/
+
+TEST_ONCE(threads_share_the_connections)
+{
+    enum { COUNT = 48 };
+    int fds[COUNT], seen[4] = {0, 0, 0, 0}, different = 0;
+    char greeting[16];
+    program p = start_with("threads", NULL, NULL);
+    for (int i = 0; i < COUNT; i++) {
+        fds[i] = t_connect(p.port);
+        size_t size = t_recv(fds[i], greeting, 9);
+        CHECK_MEM(greeting, size - 2, "thread ", 7);
+        CHECK(greeting[7] >= '0' && greeting[7] <= '3' && greeting[8] == '\n');
+        different += seen[greeting[7] - '0']++ == 0;
+    }
+#ifdef __linux__
+    CHECK(different > 1); /* by chance all of them on one: 4 to the power of -47 */
+#endif
+    for (int i = 0; i < COUNT; i++) {
+        t_sends(fds[i], "hello\n");
+    }
+    for (int i = 0; i < COUNT; i++) {
+        t_expect(fds[i], "hello\n");
+    }
+    send_signal(&p, SIGTERM);
+    for (int i = 0; i < COUNT; i++) {
+        t_expect_eof(fds[i]);
+        t_close(fds[i]);
+    }
+    expect_end(&p);
+}
+
+/* ---- graceful_stop ------------------------------------------------------------------------*/
+
+/* One client that is idle, and one whose line has begun. */
+static program begin_graceful(int *idle, int *busy)
+{
+    program p = start_with("graceful_stop", NULL, NULL);
+    *idle = t_connect(p.port);
+    *busy = t_connect(p.port);
+    t_sends(*busy, "hello\nha");
+    t_expect(*busy, "hello\n");
+    t_sends(*idle, "idle\n");
+    t_expect(*idle, "idle\n");
+    return p;
+}
+
+TEST_ONCE(graceful_stop_finishes_what_is_under_way)
+{
+    static const int signals[] = {SIGTERM, SIGINT};
+    for (int i = 0; i < 2; i++) {
+        int idle, busy;
+        program p = begin_graceful(&idle, &busy);
+        send_signal(&p, signals[i]);
+        t_expect(idle, "good bye\n");
+        t_expect_eof(idle);
+        t_close(idle);
+        t_sends(busy, "lf\n");
+        t_expect(busy, "half\ngood bye\n");
+        t_expect_eof(busy);
+        t_close(busy);
+        expect_output(&p, "graceful_stop: all clients are served");
+        expect_end(&p);
+    }
+}
+
+TEST_ONCE(graceful_stop_second_signal_cuts_off)
+{
+    int idle, busy;
+    program p = begin_graceful(&idle, &busy);
+    int64_t begin = t_now_ms();
+    send_signal(&p, SIGINT);
+    t_expect(idle, "good bye\n"); /* the first one has been seen */
+    t_expect_eof(idle);
+    t_close(idle);
+    send_signal(&p, SIGTERM);
+    t_expect_reset(busy);
+    t_close(busy);
+    expect_output(&p, "graceful_stop: some were cut off");
+    expect_end(&p);
+    CHECK_NEAR_MS(t_now_ms() - begin, 0, 5000); /* of a grace of 10 s */
 }
