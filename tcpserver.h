@@ -4800,10 +4800,12 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
     } else if (got > 0) {
         stream->flags |= TSRVI_LOOKED;
     }
+    /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
+     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): then recv will tell. */
     if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
+        (stream->flags & TSRVI_FIN) == 0 &&
         (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
-        tsrvi_stream_end_output(
-            stream, -ECONNRESET); /* unread bytes are left, but the connection is gone */
+        tsrvi_stream_end_output(stream, -ECONNRESET);
     }
 }
 

@@ -790,6 +790,35 @@ TEST_LOOP(reset_by_the_server_is_a_code)
     t_close(end_listener);
 }
 
+/* Both ends have said that they are done: poll calls that a hang-up, and what arrived before it is
+ * read by whoever comes late. */
+static void be_late(void)
+{
+    tsrv_stream *stream = connected("127.0.0.1", end_port);
+    tsrv_slice rest;
+    int fd = accepted(end_listener);
+    t_sends(fd, "first\n");
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &rest), TSRV_OK);
+    CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+    CHECK_INT(tsrv_sleep(50), TSRV_OK);
+    t_sends(fd, "rest");
+    CHECK_INT(tsrv_sleep(50), TSRV_OK);
+    CHECK_INT(shutdown(fd, SHUT_WR), 0);
+    CHECK_INT(tsrv_sleep(50), TSRV_OK);
+    CHECK_INT(tsrv_error(stream), TSRV_OK);
+    CHECK_INT(tsrv_read_until_close(stream, 0, &rest), TSRV_OK);
+    CHECK_STR(rest.data, "rest");
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    t_close(fd);
+}
+
+TEST_LOOP(end_of_both_directions_is_no_reset)
+{
+    end_listener = listener_at("127.0.0.1", &end_port, 16);
+    alone(be_late);
+    t_close(end_listener);
+}
+
 static void time_out_reads(void)
 {
     tsrv_stream *stream = connected("127.0.0.1", end_port);
