@@ -1068,6 +1068,9 @@ static void stop_http(site *s)
 #define REPLY(status, size) "HTTP/1.1 " status "\r\nContent-Length: " size "\r\n\r\n"
 #define LAST(status, size) \
     "HTTP/1.1 " status "\r\nContent-Length: " size "\r\nConnection: close\r\n\r\n"
+#define TOO_LARGE                                        \
+    "HTTP/1.1 431 Request Header Fields Too Large\r\n" \
+    "Connection: close\r\nContent-Length: 0\r\n\r\n"
 #define NOT_ALLOWED "405 Not Allowed\r\nAllow: GET, HEAD"
 
 TEST_ONCE(http_keeps_the_connection)
@@ -1190,10 +1193,10 @@ TEST_ONCE(http_refuses_what_it_does_not_understand)
     memcpy(head, "GET / HTTP/1.1\r\nX: ", 19);
     memcpy(head + 8188, "\r\n\r\n", 4);
     expect_reply(&s, head, 8192, REPLY("200 OK", "10") "It works.\n");
-    memset(head + 8188, 'x', 4);
-    expect_reply(&s, head, BIG,
-                 "HTTP/1.1 431 Request Header Fields Too Large\r\n"
-                 "Connection: close\r\nContent-Length: 0\r\n\r\n");
+    memcpy(head + 8188, "x\r\n\r\n", 5);
+    expect_reply(&s, head, 8193, TOO_LARGE);
+    memset(head + 8188, 'x', 5);
+    expect_reply(&s, head, BIG, TOO_LARGE);
     free(head);
     stop_http(&s);
 }
@@ -1250,6 +1253,10 @@ static const exchange_step redis_steps[] = {
      "+OK\r\n" NOT_INTEGER "+OK\r\n" NOT_INTEGER ":1\r\n"},
     {"*3\r\n$3\r\nSET\r\n$1\r\nn\r\n$2\r\n 1\r\nINCR n\nDEL n\n",
      "+OK\r\n" NOT_INTEGER ":1\r\n"},
+    /* Two keys of one chain, whatever its number is: 'a' * 33 + 'b' is 'b' * 33 + 'A'. */
+    {"SET ab one\nSET bA two\nGET ab\nGET bA\n", "+OK\r\n+OK\r\n$3\r\none\r\n$3\r\ntwo\r\n"},
+    {"DEL ab\nGET ab\nGET bA\nSET ab 1\nDEL bA\nGET ab\nDEL ab\n",
+     ":1\r\n$-1\r\n$3\r\ntwo\r\n+OK\r\n:1\r\n$1\r\n1\r\n:1\r\n"},
     {"COMMAND\nCONFIG GET save\n", "*0\r\n*0\r\n"},
     {"nonsense\nGET\nGET a b\nSET a\nSETX a b\nQUIT now\n",
      UNKNOWN UNKNOWN UNKNOWN UNKNOWN UNKNOWN UNKNOWN},
@@ -1297,8 +1304,9 @@ TEST_ONCE(redis_keeps_what_it_is_given)
     enum { KEYS = 2000, LARGE = 1000000 };
     static const char binary[] = "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xff\r\n$3\r\n\0\0\n\r\n"
                                  "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xfe\r\n$1\r\n2\r\n"
-                                 "*2\r\n$3\r\nGET\r\n$4\r\n\0\r\n\xff\r\n";
-    static const char reply[] = "+OK\r\n+OK\r\n$3\r\n\0\0\n\r\n";
+                                 "*2\r\n$3\r\nGET\r\n$4\r\n\0\r\n\xff\r\n"
+                                 "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$2\r\n1\0\r\nINCR k\n";
+    static const char reply[] = "+OK\r\n+OK\r\n$3\r\n\0\0\n\r\n+OK\r\n" NOT_INTEGER;
     program p = start_with("redis", NULL, NULL);
     char *large = allocate(LARGE + 64), text[128];
     int fd = t_connect(p.port), other = t_connect(p.port);
@@ -1345,7 +1353,8 @@ TEST_ONCE(redis_ends_after_a_protocol_error)
         "*x\r\n",               "*1x\r\n",
         "*1\n$4\r\nPING\r\n",   "*1\r\n+PING\r\n",
         "*1\r\n:4\r\nPING\r\n", "*1\r\n$2000000\r\n",
-        "*1\r\n$4x\r\nPING\r\n", "*1\r\n$18446744073709551615\r\nPING\r\n",
+        "*1\r\n$4x\r\nPING\r\n", "*1x\n",
+        "*1\r\n$4x\nPING\r\n", "*1\r\n$18446744073709551615\r\nPING\r\n",
         "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\r\n",
     };
     program p = start_with("redis", NULL, NULL);
@@ -1534,6 +1543,7 @@ TEST_ONCE(graceful_stop_finishes_what_is_under_way)
         t_expect(idle, "good bye\n");
         t_expect_eof(idle);
         t_close(idle);
+        poll(NULL, 0, 100); /* much less than the grace: the client may take its time */
         t_sends(busy, "lf\n");
         t_expect(busy, "half\ngood bye\n");
         t_expect_eof(busy);
