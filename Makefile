@@ -70,7 +70,7 @@ install:
 clean:
 	rm -rf '$(BUILD)'
 
-$(DIR)/%: examples/%.c tcpserver.h | $(DIR)
+$(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< -lpthread
 
 $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)

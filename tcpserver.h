@@ -308,7 +308,8 @@ typedef void (*tsrv_log_function)(int level, const char *message, void *context)
  *   size     bytes in data, at least 1
  * Returns the size of the first message when all of it is there; 0 when it cannot tell yet; more
  * than `size` to be asked again when that many bytes are there; SIZE_MAX when the input is
- * malformed. */
+ * malformed. What the call that found the end was given is where the read's slice is: pointers
+ * into it, kept in the context, are valid as long as the slice. */
 typedef size_t (*tsrv_match)(const char *data, size_t size, void *context);
 
 /* ---- codes, version, log ---------------------------------------------------*/

@@ -1224,16 +1224,13 @@ TEST_ONCE(http_drops_bodies)
 
 /* ---- redis --------------------------------------------------------------------------------*/
 
-#define NOT_INTEGER "-ERR value is not an integer or out of range\r\n"
-#define UNKNOWN "-ERR unknown command, or wrong number of arguments\r\n"
-#define MALFORMED "-ERR Protocol error: malformed or too long\r\n"
+#define NOT_INTEGER "-ERR value is not an integer\r\n"
+#define UNKNOWN "-ERR unknown command\r\n"
+#define MALFORMED "-ERR Protocol error\r\n"
 
 /* Each leaves the keys as it found them: absent. */
 static const exchange_step redis_steps[] = {
     {"*1\r\n$4\r\nPING\r\n", "+PONG\r\n"},
-    {"*2\r\n$4\r\nping\r\n$2\r\nhi\r\n", "$2\r\nhi\r\n"},
-    {"*2\r\n$4\r\nECHO\r\n$5\r\na\r\nb\n\r\n", "$5\r\na\r\nb\n\r\n"},
-    {"*2\r\n$4\r\nECHO\r\n$0\r\n\r\n", "$0\r\n\r\n"},
     {"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", "$-1\r\n"},
     {"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$5\r\nvalue\r\n", "+OK\r\n"},
     {"*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", "$5\r\nvalue\r\n"},
@@ -1244,35 +1241,68 @@ static const exchange_step redis_steps[] = {
     {"*2\r\n$3\r\nDEL\r\n$1\r\nk\r\n", ":0\r\n"},
     {"*0\r\n*1\r\n$4\r\nPING\r\n", "+PONG\r\n"},
     {"\r\n\nPING\r\n", "+PONG\r\n"},
-    {"  echo   typed  \r\n", "$5\r\ntyped\r\n"},
     {"INCR n\nINCR n\nGET n\n", ":1\r\n:2\r\n$1\r\n2\r\n"},
     {"SET n -1\nINCR n\nSET n 01\nINCR n\n", "+OK\r\n:0\r\n+OK\r\n" NOT_INTEGER},
     {"SET n 9223372036854775806\nINCR n\nINCR n\nGET n\n",
      "+OK\r\n:9223372036854775807\r\n" NOT_INTEGER "$19\r\n9223372036854775807\r\n"},
     {"SET n 9223372036854775808\nINCR n\nSET n 1x\nINCR n\nDEL n\n",
      "+OK\r\n" NOT_INTEGER "+OK\r\n" NOT_INTEGER ":1\r\n"},
-    {"*3\r\n$3\r\nSET\r\n$1\r\nn\r\n$2\r\n 1\r\nINCR n\nDEL n\n",
-     "+OK\r\n" NOT_INTEGER ":1\r\n"},
+    {"*3\r\n$3\r\nSET\r\n$1\r\nn\r\n$2\r\n 1\r\n*2\r\n$4\r\nINCR\r\n$1\r\nn\r\n",
+     "+OK\r\n" NOT_INTEGER},
+    {"DEL n\n", ":1\r\n"},
     /* Two keys of one chain, whatever its number is: 'a' * 33 + 'b' is 'b' * 33 + 'A'. */
     {"SET ab one\nSET bA two\nGET ab\nGET bA\n", "+OK\r\n+OK\r\n$3\r\none\r\n$3\r\ntwo\r\n"},
     {"DEL ab\nGET ab\nGET bA\nSET ab 1\nDEL bA\nGET ab\nDEL ab\n",
      ":1\r\n$-1\r\n$3\r\ntwo\r\n+OK\r\n:1\r\n$1\r\n1\r\n:1\r\n"},
-    {"COMMAND\nCONFIG GET save\n", "*0\r\n*0\r\n"},
-    {"nonsense\nGET\nGET a b\nSET a\nSETX a b\nQUIT now\n",
+    {"nonsense\nGET\nGET a b\nSET a\nSETX a b\nCONFIG GET save\n",
      UNKNOWN UNKNOWN UNKNOWN UNKNOWN UNKNOWN UNKNOWN},
 };
 
 enum { REDIS_STEPS = sizeof redis_steps / sizeof redis_steps[0] };
 
+/* Adds a command, its words between blanks, as client libraries send it. */
+static void add_command(char *to, const char *command, size_t size)
+{
+    const char *end = command + size;
+    int words = 1;
+    for (size_t i = 0; i < size; i++) {
+        words += command[i] == ' ';
+    }
+    to += sprintf(to, "*%d\r\n", words);
+    for (; words > 0; words--) {
+        const char *space = (const char *)memchr(command, ' ', (size_t)(end - command));
+        int word = (int)((space != NULL ? space : end) - command);
+        to += sprintf(to, "$%d\r\n%.*s\r\n", word, word, command);
+        command += word + 1;
+    }
+}
+
+/* What a step sends: it is written as it goes, or as commands, one a line. */
+static const char *redis_text(const char *send)
+{
+    static char text[4096];
+    text[0] = 0;
+    if (*send == '*' || *send == '\r') {
+        return send;
+    }
+    for (size_t size; *send != 0; send += size + 1) {
+        size = strcspn(send, "\n");
+        add_command(text + strlen(text), send, size);
+    }
+    return text;
+}
+
 TEST_ONCE(redis_answers_each_command)
 {
     program p = start_with("redis", NULL, NULL);
     int fd = t_connect(p.port);
-    PLAY(fd, redis_steps);
-    t_sends(fd, "QUIT\r\nPING\r\n");
-    t_expect(fd, "+OK\r\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    for (size_t i = 0; i < REDIS_STEPS; i++) {
+        t_sends(fd, redis_text(redis_steps[i].send));
+        t_expect(fd, redis_steps[i].expect);
+    }
+    t_sends(fd, "QUIT\r\nPING extra\r\n");
+    t_expect(fd, UNKNOWN UNKNOWN);
+    leave(fd);
     stop(&p);
 }
 
@@ -1281,7 +1311,7 @@ TEST_ONCE(redis_pipelines_split_at_every_byte)
 {
     char script[4096] = "", replies[4096] = "";
     for (size_t i = 0; i < REDIS_STEPS; i++) {
-        strcat(script, redis_steps[i].send);
+        strcat(script, redis_text(redis_steps[i].send));
         strcat(replies, redis_steps[i].expect);
     }
     program p = start_with("redis", NULL, NULL);
@@ -1305,7 +1335,7 @@ TEST_ONCE(redis_keeps_what_it_is_given)
     static const char binary[] = "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xff\r\n$3\r\n\0\0\n\r\n"
                                  "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xfe\r\n$1\r\n2\r\n"
                                  "*2\r\n$3\r\nGET\r\n$4\r\n\0\r\n\xff\r\n"
-                                 "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$2\r\n1\0\r\nINCR k\n";
+                                 "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$2\r\n1\0\r\n*2\r\n$4\r\nINCR\r\n$1\r\nk\r\n";
     static const char reply[] = "+OK\r\n+OK\r\n$3\r\n\0\0\n\r\n+OK\r\n" NOT_INTEGER;
     program p = start_with("redis", NULL, NULL);
     char *large = allocate(LARGE + 64), text[128];
@@ -1316,14 +1346,14 @@ TEST_ONCE(redis_keeps_what_it_is_given)
 
     for (int i = 0; i < KEYS; i++) {
         snprintf(text, sizeof text, "SET key%d value%d\n", i, i * 7);
-        t_sends(fd, text);
+        t_sends(fd, redis_text(text));
         t_expect(fd, "+OK\r\n");
     }
     for (int i = 0; i < KEYS; i++) {
         char value[32];
         int size = snprintf(value, sizeof value, "value%d", i * 7);
         snprintf(text, sizeof text, "GET key%d\n", i);
-        t_sends(other, text);
+        t_sends(other, redis_text(text));
         snprintf(text, sizeof text, "$%d\r\n%s\r\n", size, value);
         t_expect(other, text);
     }
@@ -1332,7 +1362,7 @@ TEST_ONCE(redis_keeps_what_it_is_given)
     memset(large + size, 'v', LARGE);
     memcpy(large + size + LARGE, "\r\n", 3);
     t_sends(fd, large);
-    t_sends(fd, "GET x\n");
+    t_sends(fd, redis_text("GET x\n"));
     size = snprintf(text, sizeof text, "+OK\r\n$%d\r\n", LARGE);
     t_expect(fd, text);
     memset(large, 'v', LARGE);
@@ -1349,13 +1379,12 @@ TEST_ONCE(redis_ends_after_a_protocol_error)
 {
     static const char *const errors[] = {
         "*1\r\n$-1\r\n",        "*-1\r\n",
-        "*99999999999999999999\r\n", "*17\r\n",
+        "*99999999999999999999\r\n", "*16\r\n",
         "*x\r\n",               "*1x\r\n",
         "*1\n$4\r\nPING\r\n",   "*1\r\n+PING\r\n",
         "*1\r\n:4\r\nPING\r\n", "*1\r\n$2000000\r\n",
         "*1\r\n$4x\r\nPING\r\n", "*1x\n",
         "*1\r\n$4x\nPING\r\n", "*1\r\n$18446744073709551615\r\nPING\r\n",
-        "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17\r\n",
     };
     program p = start_with("redis", NULL, NULL);
     char *line = allocate(2 * 1024 * 1024);
