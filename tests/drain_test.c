@@ -570,7 +570,7 @@ static void drain_with_unsent_output(size_t high_water)
     tsrv_server_options options = defaults;
     options.write_high_water = high_water;
     open_server(answer_big, options);
-    make_big(200000);
+    make_big(600000); /* twice what the kernel takes */
     drainer d = spawn_drain(TSRV_NEVER);
     int fd = join_slowly();
     await_unsent(1);

@@ -363,7 +363,7 @@ static void crowd_line(int index, char line[16])
     snprintf(line, 16, "client %d\n", index);
 }
 
-/* The next one that is answered within time. They are served in the order of their connects. */
+/* The next one that is answered within time. */
 static int crowd_answered(const int *fds, bool *served, int timeout_ms)
 {
     struct pollfd ready[CROWD];
@@ -400,7 +400,7 @@ static void crowd_wait(const int *fds, bool *served, const crowd_order *order, c
     }
 }
 
-/* One after the other ends, and one that waits takes its place at once. */
+/* One after the other ends, and the one that has waited longest takes its place at once. */
 static void crowd_replace(const int *fds, bool *served, const crowd_order *order,
                           crowd_report *report)
 {
@@ -436,8 +436,9 @@ __attribute__((noreturn)) static void crowd_process(int control)
         crowd_line(i, line);
         t_sends(fds[i], line);
     }
-    for (; report.served < order.open; report.served++) {
-        CHECK_INT(crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale()), report.served);
+    for (; report.served < order.open; report.served++) { /* the first ones, in any order */
+        int first = crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale());
+        CHECK(first >= 0 && first < order.open);
     }
     CHECK(write(control, "s", 1) == 1);
     crowd_wait(fds, served, &order, &report);
@@ -727,7 +728,8 @@ static void never_reads(int port, void *context)
     CHECK(sent < all);
     CHECK(h_grown_since(before) <= MARK + MOST_INPUT + 3 * CHUNK);
     CHECK_NEAR_MS(now - start, STALL_MS, 10000);
-    CHECK_NEAR_MS(now - last, 0, STALL_MS + 1000);
+    /* Read in small pieces, what the kernel had taken lasts longer. */
+    CHECK_NEAR_MS(now - last, 0, t_hard ? 10000 : STALL_MS + 1000);
     t_close(fd);
 }
 
