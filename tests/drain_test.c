@@ -109,11 +109,16 @@ static void open_server(tsrv_handler handler, tsrv_server_options options)
 static const tsrv_server_options defaults;
 
 /* A client whose handler has been entered. */
-static int join(void)
+static int join_with_room(int receive_room)
 {
-    int fd = t_connect(s_port);
+    int fd = t_connect_with_room(s_port, receive_room);
     s_until(&entered, entered + 1);
     return fd;
+}
+
+static int join(void)
+{
+    return join_with_room(0);
 }
 
 /* A client that has had an answer. */
@@ -536,7 +541,7 @@ static void expect_big(int fd)
 /* A client that has asked for it and reads nothing yet. The kernel takes little of it. */
 static int join_slowly(void)
 {
-    int fd = join(), room = 65536;
+    int room = 16384, fd = join_with_room(room);
     for (tsrv_stream *s = tsrv_server_next(s_server, NULL); s != NULL;
          s = tsrv_server_next(s_server, s)) {
         CHECK(setsockopt(tsrv_fd(s), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
@@ -570,7 +575,7 @@ static void drain_with_unsent_output(size_t high_water)
     tsrv_server_options options = defaults;
     options.write_high_water = high_water;
     open_server(answer_big, options);
-    make_big(600000); /* twice what the kernel takes */
+    make_big(100000); /* twice what the kernel takes */
     drainer d = spawn_drain(TSRV_NEVER);
     int fd = join_slowly();
     await_unsent(1);

@@ -1443,7 +1443,7 @@ TEST_LOOP(timeout_for_an_outer_loop)
     timed t = new_timed();
     int turns = 0;
     start_timed(&t, 15);
-    CHECK_NEAR_MS(tsrv_loop_timeout_ms(t.loop), 1, 16);
+    CHECK_NEAR_MS(tsrv_loop_timeout_ms(t.loop), 0, 16); /* 0: a slow machine, and it is due */
     while (t.elapsed < 0) {
         poll(NULL, 0, tsrv_loop_timeout_ms(t.loop));
         CHECK(tsrv_loop_run_once(t.loop, 0) >= 0);

@@ -208,8 +208,9 @@ static inline void s_settle(void)
 
 /* ---- clients ------------------------------------------------------------------------------*/
 
-/* Receives up to size bytes, turning the loop meanwhile. Returns how many came until the end; *code is 0 or the errno
- * that ended it. */
+/* Receives up to size bytes, turning the loop meanwhile. Returns how many came until the end;
+ * *code is 0 or the errno that ended it. Patience counts from the last byte: how long the whole
+ * takes depends on the machine, and is limited by the time of the test. */
 static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
 {
     size_t got = 0;
@@ -219,6 +220,7 @@ static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
         ssize_t n = recv(fd, (char *)buffer + got, size - got, MSG_DONTWAIT);
         if (n > 0) {
             got += (size_t)n;
+            limit = s_patience();
         } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
             *code = n == 0 ? 0 : errno;
             break;

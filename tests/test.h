@@ -305,14 +305,18 @@ static inline void t_prepare(int fd)
 #define T_NOSIGNAL 0
 #endif
 
-/* Connects to 127.0.0.1. Nagle is off, so that pieces sent apart can arrive apart. */
-static inline int t_connect(int port)
+/* Connects to 127.0.0.1. Nagle is off, so that pieces sent apart can arrive apart. receive_room
+ * is the socket's SO_RCVBUF in bytes, which counts only before the connection; 0: the system's. */
+static inline int t_connect_with_room(int port, int receive_room)
 {
     struct sockaddr_in address;
     int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
     struct pollfd connected = {fd, POLLOUT, 0};
     CHECK(fd >= 0);
     t_prepare(fd);
+    if (receive_room > 0) {
+        CHECK(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_room, sizeof receive_room) == 0);
+    }
     memset(&address, 0, sizeof address);
     address.sin_family = AF_INET;
     address.sin_port = htons((uint16_t)port);
@@ -329,6 +333,11 @@ static inline int t_connect(int port)
     CHECK(fcntl(fd, F_SETFL, 0) == 0);
     CHECK(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0);
     return fd;
+}
+
+static inline int t_connect(int port)
+{
+    return t_connect_with_room(port, 0);
 }
 
 static inline void t_send(int fd, const void *data, size_t size)
