@@ -538,10 +538,12 @@ static void expect_big(int fd)
     free(got);
 }
 
-/* A client that has asked for it and reads nothing yet. The kernel takes little of it. */
-static int join_slowly(void)
+/* A client that has asked for it and reads nothing yet. The kernel takes little of it, the less
+ * the smaller receive_room is; but small pieces fill a small room so soon that it drops some, and
+ * they come again only after 200 ms. */
+static int join_slowly(int receive_room)
 {
-    int room = 16384, fd = join_with_room(room);
+    int fd = join_with_room(receive_room), room = 65536;
     for (tsrv_stream *s = tsrv_server_next(s_server, NULL); s != NULL;
          s = tsrv_server_next(s_server, s)) {
         CHECK(setsockopt(tsrv_fd(s), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
@@ -575,9 +577,9 @@ static void drain_with_unsent_output(size_t high_water)
     tsrv_server_options options = defaults;
     options.write_high_water = high_water;
     open_server(answer_big, options);
-    make_big(100000); /* twice what the kernel takes */
+    make_big(200000); /* twice what the kernel takes */
     drainer d = spawn_drain(TSRV_NEVER);
-    int fd = join_slowly();
+    int fd = join_slowly(16384);
     await_unsent(1);
     s_run_ms(1500);
     begin(&d);
@@ -1209,7 +1211,7 @@ TEST_STREAM(sigterm_in_the_middle_of_twenty_replies)
     make_big(50000);
     CHECK_INT(tsrv_signal_start(s_loop, &signal_watch, SIGTERM, on_sigterm, s_server), TSRV_OK);
     for (int i = 0; i < CLIENTS; i++) {
-        fds[i] = join_slowly();
+        fds[i] = join_slowly(0);
     }
     await_unsent(CLIENTS);
     CHECK(raise(SIGTERM) == 0);
