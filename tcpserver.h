@@ -146,10 +146,13 @@
  *     >>loop        turns, tasks, timers, watches, posts, signals
  *     >>coroutine   functions that can wait
  *     >>socket      addresses, listening sockets
+ *     >>shared      counters of all workers
  *     >>stream      one connection
  *     >>server      listeners, accepting
  *     >>client      connecting
  *     >>ends        draining servers, freeing servers and loops
+ *     >>process     workers, and the supervisor that keeps them
+ *     >>serve       a whole server in one call
  *     >>history     what changed
  *     >>license     MIT
  */
@@ -499,9 +502,16 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms);
 typedef struct tsrv_bind_options {
     int family;         /* AF_INET, AF_INET6; 0 = both */
     int backlog;        /* connections the kernel queues; 0 = 128 */
-    bool reuse_port;    /* SO_REUSEPORT: several processes bind the port, each with its own queue */
+    bool reuse_port;    /* SO_REUSEPORT: see below */
     unsigned unix_mode; /* permissions of a unix socket; 0 = 0600 */
 } tsrv_bind_options;
+
+/* reuse_port: several sockets listen on one port, each with a queue of its own. On Linux, and with
+ * FreeBSD's SO_REUSEPORT_LB, which this library does not set, the kernel spreads connections over
+ * them; macOS and the other BSDs give them to one of the sockets. What is queued in a socket is reset
+ * when its last descriptor is closed. tsrv_server_bind with tsrv_server_start makes one socket for each
+ * worker and keeps them all in the parent, so that a worker's death loses nothing; a program that
+ * binds in each of its processes loses the queue of one that dies. */
 
 /* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only,
  * IPv4 first. With port 0 the kernel chooses one port, the same for all of them. Source:
@@ -526,6 +536,24 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
  * Returns TSRV_OK, -ENAMETOOLONG, or as above. */
 TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd);
 
+/* The listening sockets that systemd (socket activation), or the program that this one replaces in
+ * an upgrade, has handed over: the LISTEN_FDS, if LISTEN_PID is this process. Only listening stream
+ * sockets are given out; all are made close-on-exec, these non-blocking too. tsrv_bind_sockets and
+ * what builds on it take one that is bound to just the address they are asked for by themselves, so
+ * most programs need not call this. The first call of either reads the variables and removes them:
+ * before a fork, and before other threads use the environment.
+ *   fds       receives those that nothing has taken yet; hand them to tsrv_server_add_sockets, and
+ *             never shutdown(2) them: the service manager holds them too
+ *   capacity  how many fit
+ * Returns how many; 0 = none; TSRV_EINVAL (malformed, or more than capacity: then none is taken). */
+TSRV_API int tsrv_listen_fds(int *fds, int capacity);
+
+/* The name that the service manager gave a descriptor of tsrv_listen_fds (FileDescriptorName=, in
+ * LISTEN_FDNAMES): the order of several sockets is not defined, their names are.
+ *   size  of buffer; names have at most 255 bytes, less cuts them
+ * Returns buffer; "" = it has none. */
+TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size);
+
 /* Write an address as text: "127.0.0.1:80", "[::1]:80", "unix:/run/x", "unix:@name", "unix:"
  * (unnamed).
  *   size  of buffer; TSRV_ADDRESS_SIZE always suffices, less cuts the text
@@ -537,6 +565,64 @@ TSRV_API int tsrv_address_port(const tsrv_address *address);
 
 /* AF_INET, AF_INET6 or AF_UNIX; 0 = unknown. Any thread. */
 TSRV_API int tsrv_address_family(const tsrv_address *address);
+
+/* ---- processes (process) ---------------------------------------------------*/
+
+typedef struct tsrv_fork_options {
+    int max_restarts; /* bad ends of workers, less than a minute apart, that are made good before the
+                         supervisor gives up; 0 = 100; TSRV_NEVER = it never does */
+    int grace_ms; /* for a worker to end after it was told to; 5 s later it is killed; 0 = 30 s, in
+                         tsrv_server_start the server's grace_ms; TSRV_NEVER */
+    /* Called in the parent after a worker's process has ended; NULL = not wanted. status: as from
+     * waitpid. It must not fork, and make no loop. */
+    void (*on_exit)(int task_id, int pid, int status, void *context);
+    void *context;    /* handed to it */
+    int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
+                         replaced; 0 = off */
+    char *const *upgrade_argv; /* on SIGUSR2 start this program, which takes over; see tsrv_serve;
+                                  NULL = SIGUSR2 is left alone */
+    const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
+    int fd_count;
+} tsrv_fork_options;
+
+/* Fork workers, and look after them. Each worker is a copy of this process, in which the call returns
+ * its task id; the parent stays inside until all have ended. A worker that exits with status 0 has
+ * finished; any other end is a failure: it is forked again with the same task id, after 100 ms,
+ * doubling to 30 s, reset when it has lived for a minute. The parent acts on
+ *   SIGTERM, SIGINT, SIGQUIT   forwarded; in a worker tsrv_loop_run answers by draining its servers,
+ *                              and then returns (an own tsrv_signal_start for it replaces that). What
+ *                              has not ended 5 s after the grace is killed
+ *   SIGHUP                     a rolling restart: for one worker after the other a new one is forked,
+ *                              and when it accepts the old one is told to end. If it ends before, the
+ *                              old ones stay
+ *   SIGUSR2                    an upgrade: see upgrade_argv
+ * and puts the handlers and the mask back that it found. Workers end with the parent, also when that is
+ * killed, within a second. Only its own children are waited for, but process 1 buries every orphan.
+ * Call it before anything else makes a loop or a thread. What follows the call runs in the parent
+ * too: check the result. Source: process.fork_processes.
+ *   num_processes  0 = one for each processor (tsrv_cpu_count)
+ *   options        NULL = all defaults; used until the call returns
+ * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
+ * TSRV_ERESTARTS (gave up; the others have been stopped), TSRV_ETIMEOUT (some had to be killed at the
+ * end), TSRV_EINVAL (this process has a loop, or is a worker itself), -ENOMEM, -EMFILE and the like. */
+TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options);
+
+/* Which worker this process is, from 0; the same again after a restart; -1 when it is none. Any
+ * thread. Source: process.task_id. */
+TSRV_API int tsrv_task_id(void);
+
+/* The processors that this process may use, at least 1: its affinity and its control group's quota,
+ * rounded up, are respected. Any thread. Source: process.cpu_count. */
+TSRV_API int tsrv_cpu_count(void);
+
+/* Tell the service manager (systemd) how this process is: "READY=1", "RELOADING=1" (the time that goes
+ * with it is added), "STOPPING=1", "STATUS=text", "WATCHDOG=1", "MAINPID=n", or several of them, in
+ * lines. tsrv_fork_processes, tsrv_server_start and tsrv_serve say when they are ready, reload, stop,
+ * and are alive, by themselves. "READY=1" at the beginning also tells the program that this one
+ * replaces in an upgrade. Any thread.
+ * Returns 1 when it was told, 0 when there is no service manager, TSRV_ETOOLONG above 1,000 bytes, or
+ * -errno. */
+TSRV_API int tsrv_notify(const char *state);
 
 /* ---- server (TCPServer) ----------------------------------------------------*/
 
@@ -568,6 +654,7 @@ typedef struct tsrv_server_options {
     int grace_ms;            /* that a drain leaves to what is under way; 0 = 30 s */
     bool nagle;              /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
     bool keep_alive;         /* SO_KEEPALIVE */
+    const tsrv_fork_options *fork; /* for tsrv_serve; NULL = all defaults */
 } tsrv_server_options;
 
 /* Counters of one server. */
@@ -580,6 +667,14 @@ typedef struct tsrv_stats {
     uint64_t accept_pauses; /* times the listeners paused: max_connections, or the system was out of
                                something */
     uint64_t accept_errors; /* connections lost between the peer's connect and our accept */
+    uint64_t ended_well;    /* streams by the reason of their end: their handler's, or the peer's */
+    uint64_t ended_reset;   /* the peer has reset it */
+    uint64_t ended_timeout; /* TSRV_ETIMEOUT */
+    uint64_t ended_here;    /* tsrv_close, tsrv_abort, the end of a drain: TSRV_ECLOSED */
+    uint64_t ended_error;   /* every other code, and the connections of a worker that died */
+    uint64_t restarts;      /* of workers after a bad end; counted with the first server */
+    uint64_t lag_ms;     /* how late the loop was when last measured; in workers and tsrv_serve */
+    uint64_t lag_max_ms; /* the most it ever was */
 } tsrv_stats;
 
 /* Make a server. No loop and no descriptor is touched, so it may be made before a fork.
@@ -599,6 +694,21 @@ TSRV_API void tsrv_server_free(tsrv_server *server);
  *   options  NULL = all defaults */
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options);
+
+/* Bind and listen now, accept from tsrv_server_start on; may be called many times, and touches no loop.
+ * After tsrv_server_start it is tsrv_server_listen. A failure is logged. Source: TCPServer.bind.
+ * Arguments and codes as tsrv_server_listen. */
+TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address,
+                              const tsrv_bind_options *options);
+
+/* Accept on all that tsrv_server_bind has bound, in this process or in workers: as tsrv_fork_processes,
+ * which it calls. Once for each server. A failure is logged. Source: TCPServer.start.
+ *   num_processes  1 = here, without a fork; 0 = one for each processor, or so many
+ *   options        NULL = all defaults; without a fork not used
+ * Returns TSRV_OK where the server runs: run the loop; in the parent what tsrv_fork_processes returns
+ * there; TSRV_EINVAL when nothing is bound, or at the second call. */
+TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
+                               const tsrv_fork_options *options);
 
 /* Accept on sockets that listen already: from tsrv_bind_sockets, from a parent, from systemd.
  * Takes them over (they are made non-blocking, and closed by tsrv_server_stop), also when it
@@ -647,8 +757,28 @@ TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *a
  * Returns the next, or NULL. */
 TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream);
 
-/* Copy the counters. */
+/* Copy the counters: this process's; in a worker what all processes of its task id have counted, in
+ * the parent of workers what all of them have. Never waits for anybody. */
 TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
+
+/* The counters of another worker, or the sum of all, as seen from the parent or from any worker: of
+ * the server that was made there as the how-manieth this one was made here, the first 8 of a process.
+ *   task_id  -1 = the sum
+ * Returns TSRV_OK, or TSRV_EINVAL when there is no such worker. */
+TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats);
+
+/* A whole server: make, bind, start, run, and clean up. SIGTERM and SIGINT drain it, in a single process
+ * and in workers; under a service manager it tells READY=1 and the like. To upgrade the program without
+ * closing the port, set options->fork->upgrade_argv (main's argv, with a path in argv[0]), run workers, and
+ * send SIGUSR2: the program is started anew, gets the listening sockets, and when it accepts, this one
+ * is drained and ends.
+ *   port, address  as tsrv_server_bind
+ *   num_processes  as tsrv_server_start: 1 = this process, 0 = one worker for each processor, or so many
+ *   options        as tsrv_server_new; with loop NULL the thread's own loop is freed at the end
+ * Returns, in the parent and in each worker, TSRV_OK after a drain, also if some connections had to be
+ * aborted; else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or tsrv_loop_run say. */
+TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
+                        const tsrv_server_options *options);
 
 /* ---- client (TCPClient) ----------------------------------------------------*/
 
@@ -883,6 +1013,7 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -912,11 +1043,28 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #if defined(__linux__)
 #define TSRVI_HAS_EVENTFD 1
 #define TSRVI_HAS_SENDFILE 1
+#define TSRVI_HAS_PDEATHSIG 1
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
 #include <sys/sendfile.h>
 #else
 #define TSRVI_HAS_EVENTFD 0
 #define TSRVI_HAS_SENDFILE 0
+#define TSRVI_HAS_PDEATHSIG 0
+#endif
+
+/* Which processors this process may use; glibc shows it with _GNU_SOURCE only. */
+#if defined(__linux__) && defined(CPU_ISSET)
+#define TSRVI_HAS_AFFINITY 1
+#else
+#define TSRVI_HAS_AFFINITY 0
+#endif
+
+/* Linux 4.5: of the processes that wait for one listener, wake one. */
+#if TSRVI_HAS_EPOLL && defined(EPOLLEXCLUSIVE)
+#define TSRVI_EPOLLEXCLUSIVE ((uint32_t)EPOLLEXCLUSIVE)
+#else
+#define TSRVI_EPOLLEXCLUSIVE 0u
 #endif
 
 /* accept4 and SOCK_CLOEXEC save two system calls a connection. glibc shows accept4 with _GNU_SOURCE
@@ -1159,6 +1307,23 @@ static uint64_t tsrvi_earlier(uint64_t a, uint64_t b)
 static size_t tsrvi_min(size_t a, size_t b)
 {
     return a < b ? a : b;
+}
+
+/* A decimal number from 0 to INT_MAX, and nothing else; -1 = it is none. */
+static int tsrvi_decimal(const char *text)
+{
+    int value = 0;
+    if (text == NULL || *text == 0) {
+        return -1;
+    }
+    for (; *text != 0; text++) {
+        int digit = *text - '0';
+        if (digit < 0 || digit > 9 || value > (INT_MAX - digit) / 10) {
+            return -1;
+        }
+        value = value * 10 + digit;
+    }
+    return value;
 }
 
 /* Zeroed memory, or NULL. */
@@ -1593,6 +1758,8 @@ static uint64_t tsrvi_heap_next(const tsrvi_heap *heap)
 
 #define TSRVI_HANGUP \
     4 /* with TSRV_READABLE and TSRV_WRITABLE: an error, or both directions are over */
+#define TSRVI_EXCLUSIVE \
+    8 /* with TSRV_READABLE: other processes wait for the descriptor too, and one is enough */
 #define TSRVI_BATCH 256 /* events of one turn; the rest waits for the next */
 #define TSRVI_PAGE 256  /* slots of a page: 4 KiB */
 
@@ -1777,7 +1944,8 @@ static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int n
                                         : EPOLL_CTL_MOD;
     memset(&event, 0, sizeof(event));
     event.events = ((new_interest & TSRV_READABLE) != 0 ? (uint32_t)EPOLLIN : 0u) |
-                   ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u);
+                   ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u) |
+                   ((new_interest & TSRVI_EXCLUSIVE) != 0 ? TSRVI_EPOLLEXCLUSIVE : 0u);
     event.data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd;
     if (new_interest == 0) {
         slot->mark = poller->turn;
@@ -2323,6 +2491,7 @@ struct tsrv_loop {
         active; /* what keeps the loop running: timers, watches, listeners, streams, coroutines */
     bool running;
     bool stopping;
+    bool leaving; /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
     bool closing; /* being freed */
     uint32_t turns;
 
@@ -2359,6 +2528,15 @@ struct tsrv_loop {
 /* This thread's own loop, and the one that is running on it. */
 static __thread tsrv_loop *tsrvi_own_loop;
 static __thread tsrv_loop *tsrvi_running_loop;
+
+/* The loops of this process, on all threads; atomic. Those that a fork copied do not count. */
+static int tsrvi_loops;
+static pid_t tsrvi_loops_pid;
+
+/* In a worker, set by the process layer: */
+static int tsrvi_worker_id = -1;                /* its task id */
+static pid_t tsrvi_parent;                      /* who must not die before it; 0 = nobody */
+static void (*tsrvi_loop_entered)(tsrv_loop *); /* told when tsrv_loop_run begins; NULL = nobody */
 
 static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
 {
@@ -2488,9 +2666,20 @@ static void tsrvi_loop_quiesce(tsrv_loop *loop)
     }
 }
 
+/* Count the loops that are alive in this process; a fork's child begins at 0. */
+static int tsrvi_loops_add(int change)
+{
+    pid_t pid = TSRV_SYS(getpid, ());
+    if (__atomic_exchange_n(&tsrvi_loops_pid, pid, __ATOMIC_ACQ_REL) != pid) {
+        __atomic_store_n(&tsrvi_loops, 0, __ATOMIC_RELEASE);
+    }
+    return __atomic_add_fetch(&tsrvi_loops, change, __ATOMIC_ACQ_REL);
+}
+
 static void tsrvi_loop_destroy(tsrv_loop *loop)
 {
     tsrvi_loop_quiesce(loop);
+    tsrvi_loops_add(-1);
     tsrvi_wake_close(loop);
     loop->poller.backend->close(&loop->poller);
     tsrvi_pool_free(&loop->pool);
@@ -2522,6 +2711,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     if (made == NULL) {
         return -ENOMEM;
     }
+    tsrvi_loops_add(1);
     made->poller.pid = TSRV_SYS(getpid, ());
     made->now = tsrvi_clock();
     made->poller.backend = backend;
@@ -2726,6 +2916,9 @@ static void tsrvi_signal_handler(int signo)
         __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->wake_write);
     }
+    if (tsrvi_parent != 0 && TSRV_SYS(getppid, ()) != tsrvi_parent) {
+        TSRV_SYS(alarm, (1)); /* nobody is left to end this worker if it hangs */
+    }
     __atomic_fetch_sub(&tsrvi_signal_handlers, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -2920,6 +3113,9 @@ static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
 TSRV_API int tsrv_loop_run(tsrv_loop *loop)
 {
     int rc = tsrvi_loop_use(&loop);
+    if (rc == TSRV_OK && tsrvi_loop_entered != NULL) {
+        tsrvi_loop_entered(loop);
+    }
     if (rc < 0 || (rc = tsrvi_loop_turns(loop, false, TSRV_NEVER)) == TSRV_EBUSY) {
         return rc;
     }
@@ -3493,14 +3689,14 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
     return TSRV_OK;
 }
 
-/* A non-blocking, close-on-exec stream socket, or a code. */
-static int tsrvi_socket(int family)
+/* A non-blocking, close-on-exec socket, or a code. */
+static int tsrvi_socket(int family, int type)
 {
 #if TSRVI_HAS_ACCEPT4
-    int fd = TSRV_SYS(socket, (family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    int fd = TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
     return fd < 0 ? tsrvi_error() : fd;
 #else
-    int fd = TSRV_SYS(socket, (family, SOCK_STREAM, 0)), rc;
+    int fd = TSRV_SYS(socket, (family, type, 0)), rc;
     if (fd < 0) {
         return tsrvi_error();
     }
@@ -3518,6 +3714,166 @@ static int tsrvi_option(int fd, int level, int name, int value)
                                                                               : TSRV_OK;
 }
 
+/* Is fd a listening stream socket? */
+static int tsrvi_listening(int fd)
+{
+    int value = 0;
+    socklen_t size = sizeof(value);
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &value, &size)) < 0) {
+        return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
+    }
+    if (value != SOCK_STREAM) {
+        return TSRV_EINVAL;
+    }
+#ifdef SO_ACCEPTCONN
+    size = sizeof(value);
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
+        return TSRV_EINVAL;
+    }
+#endif
+    return tsrvi_set_flags(fd);
+}
+
+/* ---- sockets that were handed over -----------------------------------------*/
+
+/* Listening sockets from systemd, or from the program that this one replaces: descriptors from 3 on,
+ * as the environment says. See sd_listen_fds(3). */
+#define TSRVI_LISTEN_FIRST 3
+#define TSRVI_LISTEN_MAX 64
+#define TSRVI_READY_VARIABLE "TSRV_READY_FD" /* whom to tell, in an upgrade, that we accept */
+
+static struct {
+    bool looked;
+    int code; /* what was wrong with the variables */
+    int count;
+    int fds[TSRVI_LISTEN_MAX]; /* -1 = taken, or none of ours */
+    int ready;                 /* a pipe's end; -1 = nobody waits */
+} tsrvi_handed;
+
+/* The variables are read once, and removed: they are not meant for our children. */
+static void tsrvi_handed_look(void)
+{
+    const char *pid, *fds;
+    int count, ready;
+    if (tsrvi_handed.looked) {
+        return;
+    }
+    tsrvi_handed.looked = true;
+    pid = TSRV_SYS(getenv, ("LISTEN_PID"));
+    fds = TSRV_SYS(getenv, ("LISTEN_FDS"));
+    count = tsrvi_decimal(fds);
+    ready = tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)));
+    tsrvi_handed.ready = ready > 2 && tsrvi_set_flags(ready) == TSRV_OK ? ready : -1;
+    TSRV_SYS(unsetenv, (TSRVI_READY_VARIABLE));
+    if (pid == NULL || tsrvi_decimal(pid) != (int)TSRV_SYS(getpid, ())) {
+        return; /* meant for another process */
+    }
+    if (count < 0 || count > TSRVI_LISTEN_MAX) {
+        tsrvi_log(TSRV_LOG_ERROR, "LISTEN_FDS is \"%s\": expected 0 to %d", fds == NULL ? "" : fds,
+                  TSRVI_LISTEN_MAX);
+        tsrvi_handed.code = TSRV_EINVAL;
+        count = 0;
+    }
+    TSRV_SYS(unsetenv, ("LISTEN_PID"));
+    TSRV_SYS(unsetenv, ("LISTEN_FDS"));
+    for (int i = 0; i < count; i++) {
+        int fd = TSRVI_LISTEN_FIRST + i, rc = tsrvi_listening(fd);
+        tsrvi_handed.fds[i] = rc < 0 ? -1 : fd;
+        if (rc < 0) {
+            TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC));
+            tsrvi_log(TSRV_LOG_WARNING, "LISTEN_FDS: descriptor %d is no listening stream socket",
+                      fd);
+        }
+    }
+    tsrvi_handed.count = count;
+}
+
+/* A socket that was handed over, is bound to this address and has not been taken; -1 = none. */
+static int tsrvi_handed_take(const tsrvi_sockaddr *inside, size_t size)
+{
+    tsrv_address wanted, has;
+    tsrvi_handed_look();
+    tsrvi_address_store(&wanted, inside, size);
+    for (int i = 0; i < tsrvi_handed.count; i++) {
+        int fd = tsrvi_handed.fds[i];
+        if (fd >= 0 && tsrvi_address_get(fd, tsrvi_getsockname, &has) == TSRV_OK &&
+            has.size == wanted.size && memcmp(has.storage, wanted.storage, has.size) == 0) {
+            tsrvi_handed.fds[i] = -1;
+            return fd;
+        }
+    }
+    return -1;
+}
+
+/* Was an IPv6 socket handed over that takes this port of IPv4 too, as systemd's do by default? */
+static bool tsrvi_handed_covers(in_port_t port)
+{
+    static const unsigned char everywhere[16] = {0};
+    tsrvi_handed_look();
+    for (int i = 0; i < tsrvi_handed.count; i++) {
+        tsrv_address has;
+        tsrvi_sockaddr inside;
+        int only = 1;
+        socklen_t size = sizeof(only);
+        if (tsrvi_handed.fds[i] < 0 ||
+            tsrvi_address_get(tsrvi_handed.fds[i], tsrvi_getsockname, &has) < 0) {
+            continue;
+        }
+        tsrvi_address_load(&has, &inside);
+        if (inside.any.sa_family == AF_INET6 && inside.six.sin6_port == port &&
+            memcmp(&inside.six.sin6_addr, everywhere, sizeof(everywhere)) == 0 &&
+            TSRV_SYS(getsockopt, (tsrvi_handed.fds[i], IPPROTO_IPV6, IPV6_V6ONLY, &only, &size)) ==
+                0 &&
+            only == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+TSRV_API int tsrv_listen_fds(int *fds, int capacity)
+{
+    int count = 0, taken = 0;
+    tsrvi_handed_look();
+    if (tsrvi_handed.code < 0) {
+        return tsrvi_handed.code;
+    }
+    for (int i = 0; i < tsrvi_handed.count; i++) {
+        count += tsrvi_handed.fds[i] >= 0;
+    }
+    if (count > capacity) {
+        return TSRV_EINVAL;
+    }
+    for (int i = 0; i < tsrvi_handed.count; i++) {
+        if (tsrvi_handed.fds[i] >= 0) {
+            fds[taken++] = tsrvi_handed.fds[i];
+            tsrvi_handed.fds[i] = -1;
+        }
+    }
+    return count;
+}
+
+TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
+{
+    const char *names = TSRV_SYS(getenv, ("LISTEN_FDNAMES"));
+    size_t length = 0;
+    for (int i = TSRVI_LISTEN_FIRST; names != NULL && i < fd; i++) {
+        names = strchr(names, ':');
+        names += names != NULL;
+    }
+    if (size == 0 || fd < TSRVI_LISTEN_FIRST) {
+        return "";
+    }
+    while (names != NULL && names[length] != 0 && names[length] != ':' && length < size - 1) {
+        buffer[length] = names[length];
+        length++;
+    }
+    buffer[length] = 0;
+    return buffer;
+}
+
+/* ---- binding ---------------------------------------------------------------*/
+
 static int tsrvi_backlog(const tsrv_bind_options *options)
 {
     return options == NULL || options->backlog <= 0 ? 128 : options->backlog;
@@ -3527,7 +3883,7 @@ static int tsrvi_backlog(const tsrv_bind_options *options)
  * somebody does; or why that cannot be told. */
 static int tsrvi_unix_unserved(const tsrvi_sockaddr *inside, socklen_t size)
 {
-    int fd = tsrvi_socket(AF_UNIX), rc = TSRV_OK;
+    int fd = tsrvi_socket(AF_UNIX, SOCK_STREAM), rc = TSRV_OK;
     if (fd < 0) {
         return fd;
     }
@@ -3589,10 +3945,13 @@ TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *op
     socklen_t size = 0;
     int made, rc = tsrvi_unix_address(path, &inside, &size);
     *fd = -1;
+    if (rc == TSRV_OK && (*fd = tsrvi_handed_take(&inside, size)) >= 0) {
+        return TSRV_OK;
+    }
     if (rc < 0 || (!abstract && (rc = tsrvi_unix_clear(&inside, size)) < 0)) {
         return rc;
     }
-    if ((made = tsrvi_socket(AF_UNIX)) < 0) {
+    if ((made = tsrvi_socket(AF_UNIX, SOCK_STREAM)) < 0) {
         return made;
     }
     if (TSRV_SYS(bind, (made, &inside.any, size)) < 0) {
@@ -3639,24 +3998,16 @@ static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *optio
     return rc;
 }
 
-/* One listening socket for one result of getaddrinfo; port is in network order. */
-static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
+/* A new listening socket. */
+static int tsrvi_bind_new(const tsrvi_sockaddr *inside, socklen_t size,
                           const tsrv_bind_options *options)
 {
-    tsrvi_sockaddr inside;
-    int fd = tsrvi_socket(info->ai_family), rc;
+    int fd = tsrvi_socket(inside->any.sa_family, SOCK_STREAM), rc;
     if (fd < 0) {
         return fd;
     }
-    memset(&inside, 0, sizeof(inside));
-    memcpy(&inside, info->ai_addr, tsrvi_min(info->ai_addrlen, sizeof(inside)));
-    if (info->ai_family == AF_INET6) {
-        inside.six.sin6_port = port;
-    } else {
-        inside.four.sin_port = port;
-    }
-    rc = tsrvi_bind_prepare(fd, info->ai_family, options);
-    if (rc == TSRV_OK && (TSRV_SYS(bind, (fd, &inside.any, info->ai_addrlen)) < 0 ||
+    rc = tsrvi_bind_prepare(fd, inside->any.sa_family, options);
+    if (rc == TSRV_OK && (TSRV_SYS(bind, (fd, &inside->any, size)) < 0 ||
                           TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0)) {
         rc = tsrvi_error();
     }
@@ -3665,6 +4016,26 @@ static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
         return rc;
     }
     return fd;
+}
+
+/* One listening socket for one result of getaddrinfo; port is in network order. */
+static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
+                          const tsrv_bind_options *options)
+{
+    tsrvi_sockaddr inside;
+    int fd;
+    memset(&inside, 0, sizeof(inside));
+    memcpy(&inside, info->ai_addr, tsrvi_min(info->ai_addrlen, sizeof(inside)));
+    if (info->ai_family == AF_INET6) {
+        inside.six.sin6_port = port;
+    } else {
+        inside.four.sin_port = port;
+        if (inside.four.sin_addr.s_addr == htonl(INADDR_ANY) && tsrvi_handed_covers(port)) {
+            return -EAFNOSUPPORT; /* not needed */
+        }
+    }
+    fd = tsrvi_handed_take(&inside, info->ai_addrlen);
+    return fd >= 0 ? fd : tsrvi_bind_new(&inside, info->ai_addrlen, options);
 }
 
 /* Results that are not meant for us: a repeated one, and macOS's link-local "localhost". */
@@ -3779,6 +4150,76 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 }
 
 /* ============================================================================
+ * >>shared  Counters of all workers
+ *
+ * A memory that the parent and all workers share. Each process of a worker has a
+ * place in it that it alone writes, so there are no locks: the others only read.
+ * A worker has two places, since its next process may begin before the last has
+ * ended; what a place has counted stays there for the process that gets it next.
+ * Servers are told apart by their number, which counts them in the order in
+ * which they were made: the same in every worker, as all run the same program.
+ * ==========================================================================*/
+
+#define TSRVI_SHARED_SERVERS 8 /* more servers than that count for themselves only */
+
+typedef struct tsrvi_place {
+    int ready;     /* atomic; its first server accepts */
+    uint64_t beat; /* atomic; when its loop last turned; 0 = not yet */
+    tsrv_stats stats[TSRVI_SHARED_SERVERS];
+} tsrvi_place;
+
+static tsrvi_place *tsrvi_places; /* two for each worker; NULL = this process has no workers */
+static int tsrvi_place_count;
+static tsrvi_place *tsrvi_place_own;  /* in a worker */
+static unsigned tsrvi_server_numbers; /* atomic; bits: the numbers in use */
+static void (*tsrvi_on_ready)(void); /* told when a server of this process accepts; NULL = nobody */
+
+/* The lowest number that no server has; -1 = there is none. */
+static int tsrvi_server_number(void)
+{
+    for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
+        unsigned bit = 1u << number;
+        if ((__atomic_fetch_or(&tsrvi_server_numbers, bit, __ATOMIC_ACQ_REL) & bit) == 0) {
+            return number;
+        }
+    }
+    return -1;
+}
+
+static void tsrvi_server_number_free(int number)
+{
+    if (number >= 0) {
+        __atomic_fetch_and(&tsrvi_server_numbers, ~(1u << number), __ATOMIC_ACQ_REL);
+    }
+}
+
+/* Add counters that their owner may be changing: times are not added, the longest counts. */
+static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
+{
+    uint64_t to[sizeof(tsrv_stats) / sizeof(uint64_t)], lag = sum->lag_ms,
+                                                        lag_max = sum->lag_max_ms;
+    const uint64_t *from = (const uint64_t *)(const void *)stats;
+    memcpy(to, sum, sizeof(to));
+    for (size_t i = 0; i < sizeof(to) / sizeof(to[0]); i++) {
+        to[i] += __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+    }
+    memcpy(sum, to, sizeof(to));
+    sum->lag_ms = sum->lag_ms - lag > lag ? sum->lag_ms - lag : lag;
+    sum->lag_max_ms = sum->lag_max_ms - lag_max > lag_max ? sum->lag_max_ms - lag_max : lag_max;
+}
+
+/* Add what the workers' processes have counted for the server with that number.
+ *   task_id  -1 = all */
+static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
+{
+    for (int place = 0; number >= 0 && place < tsrvi_place_count; place++) {
+        if (task_id < 0 || place / 2 == task_id) {
+            tsrvi_stats_add(sum, &tsrvi_places[place].stats[number]);
+        }
+    }
+}
+
+/* ============================================================================
  * >>stream  One connection
  *
  * A stream records what its handler and its coroutines wait for; events, timers
@@ -3857,7 +4298,13 @@ struct tsrv_server {
     tsrvi_link link;             /* in loop->servers */
     tsrvi_link streams;
     struct tsrvi_listener *listeners;
-    tsrv_stats stats;
+    tsrv_stats own;            /* its counters, */
+    tsrv_stats *stats;         /* or this process's place among those of all workers */
+    int number;                /* see >>shared; -1 = none */
+    uint64_t open;             /* streams whose descriptor is open */
+    struct tsrvi_bound *bound; /* what tsrv_server_bind has bound for tsrv_server_start */
+    int bound_count;
+    bool started;           /* tsrv_server_start has been called */
     tsrvi_task task;        /* on_start, the end of a drain, the end */
     tsrvi_timer retry;      /* when paused listeners try again */
     uint64_t logged;        /* when accept's failures were last logged */
@@ -4232,8 +4679,9 @@ static void tsrvi_stream_close_fd(tsrv_stream *stream)
     tsrvi_stream_drop_output(stream);
     tsrvi_poller_forget(&loop->poller, &stream->io);
     stream->flags &= ~TSRVI_LINGER;
-    stream->server->stats.open--;
-    stream->server->stats.closed++;
+    stream->server->open--;
+    stream->server->stats->open--;
+    stream->server->stats->closed++;
     tsrvi_loop_close_fd(loop, stream->io.fd);
     stream->io.fd = -1;
     if (tsrvi_stream_finished(stream)) {
@@ -4651,7 +5099,7 @@ static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t si
         if (sent > 0) {
             total += (size_t)sent;
             taken += tsrvi_stream_sent(stream, (size_t)sent);
-            stream->server->stats.bytes_out += (uint64_t)sent;
+            stream->server->stats->bytes_out += (uint64_t)sent;
             tsrvi_stream_touch(stream);
         }
         if (sent < 0 || (size_t)sent < tried) {
@@ -4682,7 +5130,7 @@ static bool tsrvi_stream_flush_small(tsrv_stream *stream)
     if (sent <= 0) {
         return false; /* whatever it is, it will be met again */
     }
-    stream->server->stats.bytes_out += (uint64_t)sent;
+    stream->server->stats->bytes_out += (uint64_t)sent;
     tsrvi_stream_touch(stream);
     if ((size_t)sent < stream->unsent) {
         tsrvi_stream_sent(stream, (size_t)sent);
@@ -4775,7 +5223,7 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED);
         stream->flags |= (size_t)got == size ? TSRVI_FULL_READ : 0u;
         stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
-        stream->server->stats.bytes_in += (uint64_t)got;
+        stream->server->stats->bytes_in += (uint64_t)got;
         tsrvi_stream_touch(stream);
         return (size_t)got;
     }
@@ -6221,6 +6669,22 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
     }
 }
 
+/* Count an end under its reason. */
+static void tsrvi_stream_count_end(tsrv_stats *stats, int reason)
+{
+    if (reason >= 0 || reason == TSRV_EOF) {
+        stats->ended_well++;
+    } else if (reason == -ECONNRESET || reason == -EPIPE) {
+        stats->ended_reset++;
+    } else if (reason == TSRV_ETIMEOUT) {
+        stats->ended_timeout++;
+    } else if (reason == TSRV_ECLOSED) {
+        stats->ended_here++;
+    } else {
+        stats->ended_error++;
+    }
+}
+
 /* The stream's descriptor is closed and its handler has returned: tell on_close, and free it. */
 static void tsrvi_stream_finish(tsrv_stream *stream)
 {
@@ -6232,6 +6696,7 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
         tsrvi_co_wake(waiter->co, TSRV_ECLOSED);
     }
     stream->waiters = NULL;
+    tsrvi_stream_count_end(server->stats, reason);
     tsrvi_heap_remove(&loop->heap, &stream->timer);
     loop->heap.reserved--;
     loop->active--;
@@ -6306,8 +6771,9 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->fresh = tsrvi_tick(loop);
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
     tsrvi_list_append(&server->streams, &stream->link);
-    server->stats.accepted++;
-    server->stats.open++;
+    server->stats->accepted++;
+    server->stats->open++;
+    server->open++;
     loop->active++;
     *made = stream;
     return TSRV_OK;
@@ -6326,10 +6792,17 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
  * server pause: a level-triggered listener would spin. They go on when one of
  * our descriptors is closed, and try again by themselves after 50 ms, doubling
  * to a second.
+ *
+ * In a worker the listener is shared with other processes. EPOLLEXCLUSIVE has
+ * the kernel wake one of them, but always the one that came last: so each goes
+ * to the end of that queue after TSRVI_SHARE accepts. A wake-up that a process
+ * has got and does not follow (it stops, or dies) is lost for that connection
+ * until somebody looks again, which every beat of a worker does.
  * ==========================================================================*/
 
 #define TSRVI_BURST 64         /* most accepts of one turn */
 #define TSRVI_BURST_HOLD 16    /* turns without growth after an accept that found nothing */
+#define TSRVI_SHARE 16         /* accepts before another worker's turn */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
 
@@ -6340,8 +6813,15 @@ typedef struct tsrvi_listener {
     int burst;
     int hold;
     uint32_t turn; /* the last in which it was ready */
+    int taken;     /* connections since it was last put behind the other processes */
     bool tcp;
 } tsrvi_listener;
+
+/* What tsrv_server_bind leaves to tsrv_server_start. */
+typedef struct tsrvi_bound {
+    int fd;
+    int backlog;
+} tsrvi_bound;
 
 static int tsrvi_default_ms(int value, int fallback)
 {
@@ -6402,9 +6882,30 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     tsrvi_list_init(&made->streams);
     tsrvi_list_init(&made->drain_waits);
     made->task.run = tsrvi_server_run;
-    made->starting = options->on_start != NULL;
+    made->starting = true;
+    made->stats = &made->own;
+    made->number = tsrvi_server_number();
     *server = made;
     return TSRV_OK;
+}
+
+/* Have the backend wait for a listener. */
+static int tsrvi_listener_watch(tsrvi_listener *listener)
+{
+    listener->taken = 0;
+    return tsrvi_poller_set(&listener->server->loop->poller, &listener->io,
+                            tsrvi_worker_id < 0 ? TSRV_READABLE : TSRV_READABLE | TSRVI_EXCLUSIVE);
+}
+
+/* Go behind the other processes that wait for a listener, and look whether it is ready. */
+static void tsrvi_listener_requeue(tsrvi_listener *listener)
+{
+    if (listener->io.interest != 0 && listener->server->loop->poller.fd >= 0) {
+        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
+        if (tsrvi_listener_watch(listener) < 0) {
+            listener->server->paused = true; /* the next descriptor that is closed ends that */
+        }
+    }
 }
 
 /* ---- pausing ---------------------------------------------------------------*/
@@ -6412,13 +6913,13 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
 static bool tsrvi_server_is_full(const tsrv_server *server)
 {
     return server->options.max_connections != 0 &&
-           server->stats.open >= (uint64_t)server->options.max_connections;
+           server->open >= (uint64_t)server->options.max_connections;
 }
 
 static void tsrvi_server_pause(tsrv_server *server)
 {
     server->paused = true;
-    server->stats.accept_pauses++;
+    server->stats->accept_pauses++;
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
         tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
@@ -6437,7 +6938,7 @@ static void tsrvi_server_exhausted(tsrv_server *server, int code)
     if (server->logged == 0 || loop->now - server->logged >= 1000 * TSRVI_MS) {
         server->logged = loop->now;
         tsrvi_log(TSRV_LOG_WARNING, "cannot accept, pausing: %s (%llu connections open)",
-                  tsrv_strerror(code), (unsigned long long)server->stats.open);
+                  tsrv_strerror(code), (unsigned long long)server->open);
     }
 }
 
@@ -6452,9 +6953,7 @@ static void tsrvi_server_resume(tsrv_server *server)
     tsrvi_heap_remove(&server->loop->heap, &server->retry);
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
-        int rc = listener->io.fd < 0
-                     ? TSRV_OK
-                     : tsrvi_poller_set(&server->loop->poller, &listener->io, TSRV_READABLE);
+        int rc = listener->io.fd < 0 ? TSRV_OK : tsrvi_listener_watch(listener);
         if (rc < 0) {
             tsrvi_server_exhausted(server, rc);
             return;
@@ -6523,7 +7022,12 @@ static void tsrvi_server_begin(tsrv_server *server)
 {
     if (server->starting) {
         server->starting = false;
-        server->options.on_start(server, server->options.context);
+        if (server->options.on_start != NULL) {
+            server->options.on_start(server, server->options.context);
+        }
+        if (tsrvi_on_ready != NULL) {
+            tsrvi_on_ready();
+        }
     }
 }
 
@@ -6558,18 +7062,21 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
         tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
         return false;
     default:
-        server->stats.accept_errors++; /* accept(2): errors of the network that belong to this
+        server->stats->accept_errors++; /* accept(2): errors of the network that belong to this
                                           connection only */
         return true;
     }
     server->backoff_ms = 0;
     if ((rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
         tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
-        server->stats.accept_errors++;
+        server->stats->accept_errors++;
         tsrvi_server_exhausted(server, rc);
         return false;
     }
     tsrvi_server_dress(server, fd, listener->tcp, true);
+    if (++listener->taken >= TSRVI_SHARE && tsrvi_worker_id >= 0) {
+        tsrvi_listener_requeue(listener);
+    }
     tsrvi_stream_call(stream);
     return true;
 }
@@ -6618,6 +7125,9 @@ static int tsrvi_server_attach(tsrv_server *server)
         return rc;
     }
     server->loop = loop;
+    if (tsrvi_place_own != NULL && server->number >= 0) {
+        server->stats = &tsrvi_place_own->stats[server->number];
+    }
     server->retry.fire = tsrvi_server_retry;
     loop->fd_closed = tsrvi_loop_fd_closed;
     tsrvi_list_append(&loop->servers, &server->link);
@@ -6631,26 +7141,6 @@ static void tsrvi_server_started(tsrv_server *server)
     if (server->starting) {
         tsrvi_server_later(server);
     }
-}
-
-/* Is fd a listening stream socket? */
-static int tsrvi_listener_check(int fd)
-{
-    int value = 0;
-    socklen_t size = sizeof(value);
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &value, &size)) < 0) {
-        return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
-    }
-    if (value != SOCK_STREAM) {
-        return TSRV_EINVAL;
-    }
-#ifdef SO_ACCEPTCONN
-    size = sizeof(value);
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
-        return TSRV_EINVAL;
-    }
-#endif
-    return tsrvi_set_flags(fd);
 }
 
 /* A listener for fd at the end of the list, so that tsrv_server_address counts in order. One that
@@ -6676,7 +7166,7 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
 {
     tsrvi_listener *listener;
     tsrv_address address;
-    int rc = tsrvi_listener_check(fd);
+    int rc = tsrvi_listening(fd);
     if (rc < 0) {
         return rc;
     }
@@ -6693,8 +7183,7 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
                        false); /* accepted sockets inherit these options */
     listener->io.on_event = tsrvi_listener_event;
     listener->io.fd = fd;
-    if (!server->paused &&
-        (rc = tsrvi_poller_set(&server->loop->poller, &listener->io, TSRV_READABLE)) < 0) {
+    if (!server->paused && (rc = tsrvi_listener_watch(listener)) < 0) {
         listener->io.fd = -1;
         return rc;
     }
@@ -6751,20 +7240,25 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
     return rc;
 }
 
+static void tsrvi_server_log_failure(const char *what, int port, const char *address, int code)
+{
+    tsrvi_log(TSRV_LOG_ERROR, "cannot %s on %s port %d: %s", what,
+              address == NULL || address[0] == 0 ? "*" : address, port, tsrv_strerror(code));
+}
+
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options)
 {
-    int fds[16];
+    int fds[TSRVI_LISTEN_MAX];
     int rc = tsrvi_server_attach(server);
     if (rc == TSRV_OK) {
-        rc = tsrv_bind_sockets(port, address, options, fds, 16);
+        rc = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
     }
     if (rc > 0) {
         rc = tsrv_server_add_sockets(server, fds, rc);
     }
     if (rc < 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "cannot listen on %s port %d: %s",
-                  address == NULL || address[0] == 0 ? "*" : address, port, tsrv_strerror(rc));
+        tsrvi_server_log_failure("listen", port, address, rc);
     }
     return rc;
 }
@@ -6794,8 +7288,47 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
     return TSRV_OK;
 }
 
+static void tsrvi_server_unbind(tsrv_server *server)
+{
+    for (int i = 0; i < server->bound_count; i++) {
+        tsrvi_close_fd(server->bound[i].fd);
+    }
+    server->bound_count = 0;
+}
+
+TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address,
+                              const tsrv_bind_options *options)
+{
+    tsrvi_bound *bound;
+    int fds[TSRVI_LISTEN_MAX], count;
+    if (server->started) {
+        return tsrv_server_listen(server, port, address, options);
+    }
+    count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
+    if (count > 0) {
+        bound = (tsrvi_bound *)TSRV_REALLOC(server->bound,
+                                            (size_t)(server->bound_count + count) * sizeof(*bound));
+        if (bound == NULL) {
+            tsrvi_close_fds(fds, count);
+            count = -ENOMEM;
+        } else {
+            server->bound = bound;
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        server->bound[server->bound_count].fd = fds[i];
+        server->bound[server->bound_count++].backlog = tsrvi_backlog(options);
+    }
+    if (count < 0) {
+        tsrvi_server_log_failure("bind", port, address, count);
+        return count;
+    }
+    return TSRV_OK;
+}
+
 TSRV_API void tsrv_server_stop(tsrv_server *server)
 {
+    tsrvi_server_unbind(server);
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
         tsrvi_listener_close(listener);
@@ -6805,6 +7338,9 @@ TSRV_API void tsrv_server_stop(tsrv_server *server)
 TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address)
 {
     memset(address, 0, sizeof(*address));
+    if (index >= 0 && index < server->bound_count) {
+        return tsrvi_address_get(server->bound[index].fd, tsrvi_getsockname, address);
+    }
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
         if (listener->io.fd >= 0 && index-- == 0) {
@@ -6828,7 +7364,18 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
 
 TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats)
 {
-    *stats = server->stats;
+    *stats = server->own;
+    tsrvi_stats_gather(stats, server->number, tsrvi_worker_id);
+}
+
+TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats)
+{
+    memset(stats, 0, sizeof(*stats));
+    if (task_id < -1 || task_id >= tsrvi_place_count / 2) {
+        return TSRV_EINVAL;
+    }
+    tsrvi_stats_gather(stats, server->number, task_id);
+    return TSRV_OK;
 }
 
 /* ============================================================================
@@ -6862,6 +7409,11 @@ static int tsrvi_client_server(tsrv_loop *loop)
     options.handle_stream = tsrvi_client_unused;
     options.loop = loop;
     rc = tsrv_server_new(&loop->clients, &options);
+    if (rc == TSRV_OK) {
+        tsrvi_server_number_free(loop->clients->number); /* nobody asks for its counters */
+        loop->clients->number = -1;
+        loop->clients->starting = false;
+    }
     if (rc == TSRV_OK && (rc = tsrvi_server_attach(loop->clients)) < 0) {
         TSRV_FREE(loop->clients);
         loop->clients = NULL;
@@ -6931,7 +7483,7 @@ static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, soc
 {
     tsrv_address peer;
     tsrvi_sockaddr inside;
-    int fd = tsrvi_socket(address->sa_family), rc;
+    int fd = tsrvi_socket(address->sa_family, SOCK_STREAM), rc;
     if (fd < 0) {
         return fd;
     }
@@ -7062,6 +7614,20 @@ static bool tsrvi_server_wake_drains(tsrv_server *server, int code)
     return any;
 }
 
+/* The loop stops when the last of its servers has been drained. */
+static void tsrvi_loop_left(tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        if (TSRVI_CONTAINER(link, tsrv_server, link)->draining) {
+            return;
+        }
+    }
+    if (loop->leaving) {
+        loop->leaving = false;
+        loop->stopping = true;
+    }
+}
+
 /* The drain is over. Who waits learns how; else the next tsrv_server_drain does. */
 static void tsrvi_server_drained(tsrv_server *server)
 {
@@ -7069,6 +7635,7 @@ static void tsrvi_server_drained(tsrv_server *server)
     tsrvi_heap_remove(&server->loop->heap, &server->drain);
     server->draining = false;
     server->drain_code = tsrvi_server_wake_drains(server, code) ? (int)TSRV_OK : code;
+    tsrvi_loop_left(server->loop);
 }
 
 /* The grace is over: abort what is left. */
@@ -7172,6 +7739,21 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
     return rc;
 }
 
+/* Drain every server of the loop, which then stops.
+ *   grace_ms  0 = each server's own */
+static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
+{
+    loop->leaving = true;
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+        if (server != loop->clients && !server->freed) {
+            server->drain_code = TSRV_OK;
+            tsrv_server_drain(server, grace_ms);
+        }
+    }
+    tsrvi_loop_left(loop);
+}
+
 /* ---- free ------------------------------------------------------------------*/
 
 /* Untie the server from its loop. */
@@ -7188,8 +7770,15 @@ static void tsrvi_server_detach(tsrv_server *server)
 
 static void tsrvi_server_destroy(tsrv_server *server)
 {
+    tsrv_loop *loop = server->loop;
     tsrvi_server_wake_drains(server, TSRV_ECLOSED);
     tsrvi_server_detach(server);
+    if (loop != NULL) {
+        tsrvi_loop_left(loop);
+    }
+    tsrvi_server_number_free(server->number);
+    tsrvi_server_unbind(server);
+    TSRV_FREE(server->bound);
     while (server->listeners != NULL) {
         tsrvi_listener *listener = server->listeners;
         server->listeners = listener->next;
@@ -7336,6 +7925,1154 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     }
     tsrvi_loop_destroy(loop);
     return TSRV_OK;
+}
+
+/* ============================================================================
+ * >>process  Workers, and the supervisor that keeps them
+ *
+ * The parent forks the workers and then only looks after them: it has no loop,
+ * and sleeps in poll until a signal, a worker or a time needs it. Each process of
+ * a worker has a place (see >>shared), a worker has two, and all that can happen
+ * to a process is a change of its place's state:
+ *
+ *     VACANT -> DUE        to be forked at `due` (at once, or after a back-off)
+ *     DUE -> ALIVE         forked
+ *     ALIVE -> DUE         it has ended badly, and is forked again
+ *     ALIVE -> LEAVING     told to end; killed at `due`
+ *     ALIVE, LEAVING -> VACANT   it has ended
+ *
+ * A rolling restart goes from worker to worker: the vacant place is filled, and
+ * when that process accepts, the old one leaves. An upgrade does the same with
+ * the whole program: the new one gets the listening sockets as systemd would hand
+ * them over, and when it is ready, everything here leaves.
+ *
+ * A worker learns of its parent's death from a pipe that only the parent can
+ * write to, and on Linux also by a signal.
+ * ==========================================================================*/
+
+#define TSRVI_WORKERS_MAX 4096
+#define TSRVI_RESTARTS 100         /* default of max_restarts */
+#define TSRVI_RESTART_MS 100       /* first back-off */
+#define TSRVI_RESTART_MAX_MS 30000 /* longest */
+#define TSRVI_STABLE_MS 60000      /* a process that lived so long begins anew */
+#define TSRVI_KILL_MS 5000         /* after the grace */
+#define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
+#define TSRVI_START_MS 30000       /* a replacement that is silent for so long counts as ready */
+#define TSRVI_BEAT_MS 500   /* between two beats of a worker, or a quarter of the heartbeat */
+#define TSRVI_ORPHAN_MS 400 /* that a worker has left when its parent is dead */
+
+TSRV_API int tsrv_task_id(void)
+{
+    return tsrvi_worker_id;
+}
+
+/* ---- processors ------------------------------------------------------------*/
+
+/* Read a small text file. Returns its size, or -1. */
+static int tsrvi_file_read(const char *path, char *buffer, size_t size)
+{
+    int fd = TSRV_SYS(open, (path, O_RDONLY | O_CLOEXEC)), got;
+    if (fd < 0) {
+        return -1;
+    }
+    got = (int)TSRV_SYS(read, (fd, buffer, size - 1));
+    tsrvi_close_fd(fd);
+    buffer[got < 0 ? 0 : got] = 0;
+    return got;
+}
+
+/* The number that text begins with; -1 = none, "max" for one. */
+static long tsrvi_leading_number(const char *text)
+{
+    long value = -1;
+    for (; *text >= '0' && *text <= '9' && value < LONG_MAX / 100; text++) {
+        value = (value < 0 ? 0 : value) * 10 + (*text - '0');
+    }
+    return value;
+}
+
+/* Processors, rounded up, that a control group of version 2 grants: cpu.max is "quota period" in
+ * microseconds. No limit: INT_MAX. */
+static int tsrvi_cgroup_cpus(const char *group)
+{
+    char path[1024], text[64];
+    const char *blank;
+    long quota, period;
+    snprintf(path, sizeof(path), "/sys/fs/cgroup%s/cpu.max", group);
+    if (tsrvi_file_read(path, text, sizeof(text)) <= 0 || (blank = strchr(text, ' ')) == NULL) {
+        return INT_MAX;
+    }
+    quota = tsrvi_leading_number(text);
+    period = tsrvi_leading_number(blank + 1);
+    return quota <= 0 || period <= 0 ? INT_MAX : (int)((quota - 1) / period + 1);
+}
+
+/* The same for version 1, where a container sees its own group as the root. */
+static int tsrvi_cgroup_old_cpus(void)
+{
+    char text[64];
+    long quota = -1, period = -1;
+    if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", text, sizeof(text)) > 0) {
+        quota = tsrvi_leading_number(text);
+    }
+    if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", text, sizeof(text)) > 0) {
+        period = tsrvi_leading_number(text);
+    }
+    return quota <= 0 || period <= 0 ? INT_MAX : (int)((quota - 1) / period + 1);
+}
+
+/* A group's quota holds for all groups below it: the least on the way to the root counts. */
+static int tsrvi_quota_cpus(void)
+{
+    char text[1024], *group, *end;
+    int least = tsrvi_cgroup_old_cpus(), cpus;
+    if (tsrvi_file_read("/proc/self/cgroup", text, sizeof(text)) <= 0) {
+        return least;
+    }
+    group = strncmp(text, "0::", 3) == 0 ? text + 3 : strstr(text, "\n0::");
+    if (group == NULL) {
+        return least;
+    }
+    group += *group == '\n' ? 4 : 0;
+    end = strchr(group, '\n');
+    end = end == NULL ? group + strlen(group) : end;
+    for (;;) {
+        *end = 0;
+        cpus = tsrvi_cgroup_cpus(group);
+        least = cpus < least ? cpus : least;
+        if (end == group) {
+            return least;
+        }
+        for (end--; end > group && *end != '/'; end--) {
+        }
+    }
+}
+
+TSRV_API int tsrv_cpu_count(void)
+{
+    int count = 0, quota = tsrvi_quota_cpus();
+#if TSRVI_HAS_AFFINITY
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    if (TSRV_SYS(sched_getaffinity, (0, sizeof(set), &set)) == 0) {
+        for (size_t cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+            count += CPU_ISSET(cpu, &set) != 0;
+        }
+    }
+#endif
+    if (count == 0) {
+        count = (int)TSRV_SYS(sysconf, (_SC_NPROCESSORS_ONLN));
+    }
+    count = count < quota ? count : quota;
+    return count < 1 ? 1 : count;
+}
+
+/* ---- telling the service manager -------------------------------------------*/
+
+/* In an upgrade the program that this one replaces waits for this. */
+static void tsrvi_tell_predecessor(void)
+{
+    if (tsrvi_handed.looked && tsrvi_handed.ready >= 0) {
+        ssize_t written = TSRV_SYS(write, (tsrvi_handed.ready, "", 1));
+        (void)written; /* it may have died */
+        tsrvi_close_fd(tsrvi_handed.ready);
+        tsrvi_handed.ready = -1;
+    }
+}
+
+TSRV_API int tsrv_notify(const char *state)
+{
+    const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
+    char text[1024], stamp[64] = "";
+    tsrvi_sockaddr inside;
+    socklen_t size = 0;
+    int fd, rc, length;
+    if (strncmp(state, "READY=1", 7) == 0) {
+        tsrvi_tell_predecessor();
+    }
+    if (path == NULL || *path == 0) {
+        return 0;
+    }
+    if ((rc = tsrvi_unix_address(path, &inside, &size)) < 0) {
+        return rc;
+    }
+    if (strstr(state, "RELOADING=1") != NULL) { /* Type=notify-reload asks for the time too */
+        snprintf(stamp, sizeof(stamp), "\nMONOTONIC_USEC=%llu",
+                 (unsigned long long)(tsrvi_clock() / 1000));
+    }
+    length = snprintf(text, sizeof(text), "%s%s", state, stamp);
+    if (length < 0 || (size_t)length >= sizeof(text)) {
+        return TSRV_ETOOLONG;
+    }
+    fd = tsrvi_socket(AF_UNIX, SOCK_DGRAM);
+    if (fd < 0) {
+        return fd;
+    }
+    rc = TSRV_SYS(sendto, (fd, text, (size_t)length, TSRVI_SEND_FLAGS, &inside.any, size)) < 0
+             ? tsrvi_error()
+             : 1;
+    tsrvi_close_fd(fd);
+    return rc;
+}
+
+/* How often the service manager wants to hear from this process; TSRVI_FOREVER = never. See
+ * sd_watchdog_enabled(3); half of the time is what it advises. */
+static uint64_t tsrvi_watchdog_interval(void)
+{
+    const char *pid = TSRV_SYS(getenv, ("WATCHDOG_PID")),
+               *usec = TSRV_SYS(getenv, ("WATCHDOG_USEC"));
+    int limit = tsrvi_decimal(usec);
+    if (limit <= 0 || (pid != NULL && tsrvi_decimal(pid) != (int)TSRV_SYS(getpid, ()))) {
+        return TSRVI_FOREVER;
+    }
+    return (uint64_t)limit * 500;
+}
+
+/* ---- in a worker -----------------------------------------------------------*/
+
+/* What a worker, and tsrv_serve in a single process, have in the loop that runs. */
+static struct {
+    int wake;          /* the parent's pipe; -1 = no worker */
+    int grace_ms;      /* of the drain; 0 = each server's own */
+    uint64_t interval; /* between two beats */
+    uint64_t watchdog; /* TSRVI_FOREVER = nobody waits for it */
+    tsrv_loop *loop;
+    tsrvi_io lifeline; /* readable when the parent is dead */
+    tsrvi_timer beat;
+    tsrv_signal signals[4];
+} tsrvi_worker;
+
+static void tsrvi_worker_lost_parent(tsrvi_io *io, int events)
+{
+    int fd = io->fd;
+    (void)events;
+    tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id);
+    tsrvi_poller_set(&tsrvi_worker.loop->poller, io, 0);
+    tsrvi_close_fd(fd);
+    io->fd = -1;
+    tsrvi_loop_leave(tsrvi_worker.loop, TSRVI_ORPHAN_MS);
+}
+
+/* Somebody else's watch on the same signal takes the place of ours. */
+static void tsrvi_worker_signal(void *context)
+{
+    const tsrv_signal *own = (const tsrv_signal *)context;
+    for (tsrv_signal *other = own->loop->signals; other != NULL; other = other->next) {
+        if (other != own && other->signo == own->signo) {
+            return;
+        }
+    }
+    if (own->signo != SIGHUP) { /* that one is the parent's business */
+        tsrvi_loop_leave(own->loop, tsrvi_worker.grace_ms);
+    }
+}
+
+/* Say that this process is alive, measure how late, and see to connections that a wake-up was lost
+ * for. */
+static void tsrvi_worker_beat(tsrvi_timer *timer)
+{
+    tsrv_loop *loop = tsrvi_worker.loop;
+    uint64_t now = loop->now, lag_ms = (now - timer->due) / TSRVI_MS;
+    if (tsrvi_place_own != NULL) {
+        __atomic_store_n(&tsrvi_place_own->beat, now, __ATOMIC_RELEASE);
+    }
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+        server->stats->lag_ms = lag_ms;
+        server->stats->lag_max_ms =
+            lag_ms > server->stats->lag_max_ms ? lag_ms : server->stats->lag_max_ms;
+        for (tsrvi_listener *listener = server->listeners; listener != NULL && tsrvi_worker_id >= 0;
+             listener = listener->next) {
+            tsrvi_listener_requeue(listener);
+        }
+    }
+    if (tsrvi_worker.watchdog <= now) {
+        tsrvi_worker.watchdog = now + tsrvi_watchdog_interval();
+        tsrv_notify("WATCHDOG=1");
+    }
+    tsrvi_heap_set(&loop->heap, timer, now + tsrvi_worker.interval);
+}
+
+static void tsrvi_worker_watch_signals(tsrv_loop *loop)
+{
+    static const int signals[] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP};
+    int count = tsrvi_worker_id >= 0 ? 4 : 2;
+    for (int i = 0; i < count; i++) {
+        tsrv_signal *own = &tsrvi_worker.signals[i];
+        struct sigaction action;
+        if (own->signo == 0 && TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
+            (action.sa_flags & SA_SIGINFO) == 0 && action.sa_handler == SIG_DFL) {
+            tsrv_signal_start(loop, own, signals[i], tsrvi_worker_signal, own);
+        }
+    }
+}
+
+/* tsrv_loop_run begins, in a worker or in tsrv_serve: the first loop sees to the process. */
+static void tsrvi_worker_entered(tsrv_loop *loop)
+{
+    if (tsrvi_worker.beat.position != 0 || tsrvi_heap_reserve(&loop->heap) < 0) {
+        return; /* seen to already; or without memory, as without workers */
+    }
+    tsrvi_worker.loop = loop;
+    tsrvi_worker.beat.fire = tsrvi_worker_beat;
+    tsrvi_heap_set(&loop->heap, &tsrvi_worker.beat, tsrvi_clock());
+    tsrvi_worker_watch_signals(loop);
+    if (tsrvi_worker.lifeline.fd >= 0) {
+        tsrvi_worker.lifeline.on_event = tsrvi_worker_lost_parent;
+        tsrvi_poller_set(&loop->poller, &tsrvi_worker.lifeline, TSRV_READABLE);
+    }
+}
+
+static void tsrvi_worker_ready(void)
+{
+    __atomic_store_n(&tsrvi_place_own->ready, 1, __ATOMIC_RELEASE);
+    tsrvi_wake_write(tsrvi_worker.wake);
+}
+
+/* ---- the supervisor --------------------------------------------------------*/
+
+enum { TSRVI_VACANT, TSRVI_DUE, TSRVI_ALIVE, TSRVI_LEAVING };
+
+/* A process of a worker. */
+typedef struct tsrvi_child {
+    int state;
+    pid_t pid; /* 0 = none */
+    uint64_t started;
+    uint64_t due;   /* see >>process; ALIVE: when a hung one is killed */
+    int backoff_ms; /* before the last start; 0 = it was the first */
+} tsrvi_child;
+
+/* The signals that the parent acts on while it supervises. The last only if it can be upgraded. */
+static const int tsrvi_supervised[] = {SIGCHLD, SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGUSR2};
+#define TSRVI_SUPERVISED ((int)(sizeof(tsrvi_supervised) / sizeof(tsrvi_supervised[0])))
+static int tsrvi_supervised_got[TSRVI_SUPERVISED]; /* atomic */
+static int tsrvi_supervised_wake = -1;             /* where handlers write to */
+
+typedef struct tsrvi_supervisor {
+    tsrv_fork_options options; /* the defaults filled in */
+    int worker_grace_ms;       /* as it was given; 0 = the server's */
+    int workers;
+    tsrvi_child *children; /* two for each worker */
+    int failures;          /* in a row */
+    uint64_t failed;       /* when the last was */
+    int code;              /* what the parent returns in the end */
+    bool stopping;
+    bool announced; /* READY=1 was sent */
+    int rolling;    /* the worker that is being replaced; -1 = no rolling restart */
+    bool roll_again;
+    int fresh; /* the place of its replacement; -1 = not begun */
+    int lifeline[2];
+    int wake[2];
+    pid_t upgrade;  /* the new program; 0 = none */
+    int upgrade_fd; /* it writes here when it accepts; -1 = none */
+    uint64_t watchdog;
+    sigset_t mask; /* the host's, as its handlers are: */
+    struct sigaction before[TSRVI_SUPERVISED];
+    int installed;
+} tsrvi_supervisor;
+
+static void tsrvi_supervised_handler(int signo)
+{
+    for (int i = 0; i < TSRVI_SUPERVISED; i++) {
+        if (tsrvi_supervised[i] == signo) {
+            __atomic_store_n(&tsrvi_supervised_got[i], 1, __ATOMIC_RELEASE);
+        }
+    }
+    tsrvi_wake_write(tsrvi_supervised_wake);
+}
+
+/* Put the host's handlers and mask back. */
+static void tsrvi_supervisor_restore(tsrvi_supervisor *s)
+{
+    while (s->installed > 0) {
+        s->installed--;
+        TSRV_SYS(sigaction, (tsrvi_supervised[s->installed], &s->before[s->installed], NULL));
+    }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
+}
+
+static int tsrvi_supervisor_install(tsrvi_supervisor *s)
+{
+    struct sigaction action;
+    sigset_t unblocked;
+    int count = s->options.upgrade_argv == NULL ? TSRVI_SUPERVISED - 1 : TSRVI_SUPERVISED;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = tsrvi_supervised_handler;
+    action.sa_flags = SA_RESTART;
+    TSRV_SYS(sigfillset, (&action.sa_mask));
+    TSRV_SYS(sigemptyset, (&unblocked));
+    for (int i = 0; i < count; i++) {
+        __atomic_store_n(&tsrvi_supervised_got[i], 0, __ATOMIC_RELEASE);
+        TSRV_SYS(sigaddset, (&unblocked, tsrvi_supervised[i]));
+        if (TSRV_SYS(sigaction, (tsrvi_supervised[i], &action, &s->before[i])) < 0) {
+            return tsrvi_error();
+        }
+        s->installed++;
+    }
+    return TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+static int tsrvi_pipe(int *fds)
+{
+    int rc;
+    if (TSRV_SYS(pipe, (fds)) < 0) {
+        fds[0] = -1;
+        fds[1] = -1;
+        return tsrvi_error();
+    }
+    rc = tsrvi_set_flags(fds[0]);
+    return rc < 0 ? rc : tsrvi_set_flags(fds[1]);
+}
+
+/* The counters for this many workers, in memory that they will share; those of workers that have
+ * been are gone. */
+static int tsrvi_places_map(int workers)
+{
+    size_t size = (size_t)workers * 2 * sizeof(tsrvi_place);
+    void *memory =
+        TSRV_SYS(mmap, (NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    if (memory == MAP_FAILED) {
+        return -ENOMEM;
+    }
+    if (tsrvi_places != NULL) {
+        TSRV_SYS(munmap, (tsrvi_places, (size_t)tsrvi_place_count * sizeof(tsrvi_place)));
+    }
+    tsrvi_places = (tsrvi_place *)memory;
+    tsrvi_place_count = workers * 2;
+    return TSRV_OK;
+}
+
+/* The end of supervision, in the parent and in each child. */
+static void tsrvi_supervisor_close(tsrvi_supervisor *s)
+{
+    tsrvi_close_fd(s->lifeline[0]);
+    tsrvi_close_fd(s->lifeline[1]);
+    tsrvi_close_fd(s->wake[0]);
+    tsrvi_close_fd(s->wake[1]);
+    tsrvi_close_fd(s->upgrade_fd);
+    TSRV_FREE(s->children);
+}
+
+static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fork_options *options)
+{
+    int rc;
+    memset(s, 0, sizeof(*s));
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, NULL, &s->mask));
+    if (options != NULL) {
+        s->options = *options;
+    }
+    s->worker_grace_ms = s->options.grace_ms;
+    s->options.grace_ms = tsrvi_default_ms(s->options.grace_ms, 30000);
+    s->options.max_restarts =
+        s->options.max_restarts == 0 ? TSRVI_RESTARTS : s->options.max_restarts;
+    s->workers = workers;
+    s->code = TSRV_EPARENT;
+    s->rolling = -1;
+    s->fresh = -1;
+    s->lifeline[0] = s->lifeline[1] = s->wake[0] = s->wake[1] = s->upgrade_fd = -1;
+    s->watchdog = tsrvi_watchdog_interval() == TSRVI_FOREVER ? TSRVI_FOREVER : 0;
+    s->children = (tsrvi_child *)tsrvi_zalloc((size_t)workers * 2 * sizeof(*s->children));
+    if (s->children == NULL) {
+        return -ENOMEM;
+    }
+    if ((rc = tsrvi_places_map(workers)) < 0 || (rc = tsrvi_pipe(s->lifeline)) < 0 ||
+        (rc = tsrvi_pipe(s->wake)) < 0) {
+        return rc;
+    }
+    tsrvi_supervised_wake = s->wake[1];
+    return tsrvi_supervisor_install(s);
+}
+
+/* ---- stopping --------------------------------------------------------------*/
+
+/* Tell a process to end; it is killed when it has not by the end of its grace. */
+static void tsrvi_supervisor_dismiss(const tsrvi_supervisor *s, tsrvi_child *child, int signo,
+                                     uint64_t now)
+{
+    if (child->state == TSRVI_ALIVE) {
+        child->state = TSRVI_LEAVING;
+        child->due = tsrvi_after(now, s->options.grace_ms);
+        child->due =
+            child->due == TSRVI_FOREVER ? child->due : tsrvi_after(child->due, TSRVI_KILL_MS);
+    }
+    if (child->state == TSRVI_LEAVING) {
+        TSRV_SYS(kill, (child->pid, signo));
+    } else {
+        child->state = TSRVI_VACANT;
+    }
+}
+
+/* Everything ends. */
+static void tsrvi_supervisor_stop(tsrvi_supervisor *s, int signo, uint64_t now)
+{
+    if (!s->stopping) {
+        tsrv_notify("STOPPING=1");
+    }
+    s->stopping = true;
+    s->rolling = -1;
+    for (int place = 0; place < 2 * s->workers; place++) {
+        tsrvi_supervisor_dismiss(s, &s->children[place], signo, now);
+    }
+}
+
+/* A process has ended badly, or could not be made: try again later, or give up. */
+static void tsrvi_supervisor_failed(tsrvi_supervisor *s, tsrvi_child *child, uint64_t now)
+{
+    if (now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
+        s->failures = 0;
+    }
+    s->failed = now;
+    s->failures++;
+    if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
+        child->state = TSRVI_VACANT;
+        if (!s->stopping) {
+            tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row",
+                      s->options.max_restarts);
+            s->code = TSRV_ERESTARTS;
+            tsrvi_supervisor_stop(s, SIGTERM, now);
+        }
+        return;
+    }
+    if (child->backoff_ms == 0 || now - child->started >= TSRVI_STABLE_MS * TSRVI_MS) {
+        child->backoff_ms = TSRVI_RESTART_MS;
+    } else {
+        child->backoff_ms *= 2;
+        child->backoff_ms =
+            child->backoff_ms > TSRVI_RESTART_MAX_MS ? TSRVI_RESTART_MAX_MS : child->backoff_ms;
+    }
+    child->state = TSRVI_DUE;
+    child->due = tsrvi_after(now, child->backoff_ms);
+}
+
+/* ---- starting --------------------------------------------------------------*/
+
+/* A fork's child becomes a worker: the signals and descriptors that were the parent's own go. */
+static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int place, pid_t parent)
+{
+    int beat_ms = s->options.heartbeat_ms / 4;
+#if TSRVI_HAS_PDEATHSIG
+    TSRV_SYS(prctl, (PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0));
+#endif
+    if (TSRV_SYS(getppid, ()) != parent) {
+        TSRV_SYS(_exit, (0)); /* it died before it could be asked to tell */
+    }
+    memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
+    beat_ms = beat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
+    tsrvi_worker.interval = (uint64_t)beat_ms * TSRVI_MS;
+    tsrvi_worker.watchdog = TSRVI_FOREVER;
+    tsrvi_worker.grace_ms = s->worker_grace_ms;
+    tsrvi_worker.lifeline.fd = s->lifeline[0];
+    tsrvi_worker.wake = s->wake[1];
+    s->lifeline[0] = -1;
+    s->wake[1] = -1;
+    tsrvi_supervised_wake = -1;
+    tsrvi_close_fd(tsrvi_handed.looked ? tsrvi_handed.ready : -1);
+    tsrvi_handed.ready = -1;
+    tsrvi_parent = parent;
+    tsrvi_worker_id = place / 2;
+    tsrvi_place_own = &tsrvi_places[place];
+    tsrvi_on_ready = tsrvi_worker_ready;
+    tsrvi_loop_entered = tsrvi_worker_entered;
+    tsrvi_supervisor_restore(s);
+}
+
+/* Fork the process of a place. true: this is the child. */
+static bool tsrvi_supervisor_fork(tsrvi_supervisor *s, int place, uint64_t now)
+{
+    tsrvi_child *child = &s->children[place];
+    pid_t parent = TSRV_SYS(getpid, ()), pid;
+    sigset_t all, mask;
+    __atomic_store_n(&tsrvi_places[place].ready, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_places[place].beat, (uint64_t)0, __ATOMIC_RELEASE);
+    TSRV_SYS(fflush, (NULL)); /* else every process prints what is in the buffers */
+    TSRV_SYS(sigfillset, (&all));
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
+    pid = TSRV_SYS(fork, ());
+    if (pid == 0) {
+        tsrvi_supervisor_become_worker(s, place, parent);
+        return true;
+    }
+    if (pid < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "worker %d: fork: %s", place / 2, tsrv_strerror(tsrvi_error()));
+    }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &mask, NULL));
+    child->pid = pid < 0 ? 0 : pid;
+    child->started = now;
+    child->state = TSRVI_ALIVE;
+    child->due = TSRVI_FOREVER;
+    if (pid < 0) {
+        tsrvi_supervisor_failed(s, child, now);
+    }
+    return false;
+}
+
+/* ---- ends of processes -----------------------------------------------------*/
+
+/* Connections that a dead process had are closed, whatever it has counted. */
+static void tsrvi_supervisor_settle(int place)
+{
+    for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
+        tsrv_stats *stats = &tsrvi_places[place].stats[number];
+        stats->closed += stats->open;
+        stats->ended_error += stats->open;
+        stats->open = 0;
+        stats->lag_ms = 0;
+    }
+}
+
+/* A process has ended. */
+static void tsrvi_supervisor_ended(tsrvi_supervisor *s, int place, int status, uint64_t now)
+{
+    tsrvi_child *child = &s->children[place];
+    const tsrvi_child *other = &s->children[place ^ 1];
+    bool left = child->state == TSRVI_LEAVING, well = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+    int pid = (int)child->pid, level = left || well ? TSRV_LOG_INFO : TSRV_LOG_WARNING;
+    child->pid = 0;
+    child->state = TSRVI_VACANT;
+    tsrvi_supervisor_settle(place);
+    tsrvi_log(level, "worker %d (pid %d) %s %d", place / 2, pid,
+              WIFEXITED(status) ? "exited with status" : "was ended by signal",
+              WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status));
+    if (place == s->fresh) {
+        s->fresh = -1;
+        if (other->state == TSRVI_ALIVE || other->state == TSRVI_DUE) {
+            tsrvi_log(TSRV_LOG_ERROR, "rolling restart: the new worker %d ends, the old ones stay",
+                      place / 2);
+            s->rolling = -1;
+            tsrv_notify("READY=1");
+        }
+    }
+    if (!left && !well && !s->stopping && other->state != TSRVI_ALIVE &&
+        other->state != TSRVI_DUE) {
+        tsrvi_places[place].stats[0].restarts++;
+        tsrvi_supervisor_failed(s, child, now);
+    }
+    if (s->options.on_exit != NULL) {
+        s->options.on_exit(place / 2, pid, status, s->options.context);
+    }
+}
+
+/* Learn which processes have ended. Only our own are asked for; but who is process 1 inherits every
+ * orphan, and has to bury them. */
+static void tsrvi_supervisor_reap(tsrvi_supervisor *s, uint64_t now)
+{
+    int status = 0;
+    for (int place = 0; place < 2 * s->workers; place++) {
+        tsrvi_child *child = &s->children[place];
+        pid_t pid = child->pid == 0 ? 0 : TSRV_SYS(waitpid, (child->pid, &status, WNOHANG));
+        if (pid < 0 && errno == ECHILD) {
+            status = SIGKILL; /* somebody else has taken its status; that it has ended is sure */
+            pid = child->pid;
+        }
+        if (pid > 0) {
+            tsrvi_supervisor_ended(s, place, status, now);
+        }
+    }
+    if (s->upgrade > 0 && TSRV_SYS(waitpid, (s->upgrade, &status, WNOHANG)) == s->upgrade) {
+        s->upgrade = 0; /* what it has said, or not, is in the pipe */
+    }
+    if (TSRV_SYS(getpid, ()) == 1) {
+        siginfo_t info;
+        memset(&info, 0, sizeof(info));
+        while (TSRV_SYS(waitid, (P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT)) == 0 &&
+               info.si_pid > 0) {
+            for (int place = 0; place < 2 * s->workers; place++) {
+                if (s->children[place].pid == info.si_pid) {
+                    tsrvi_wake_write(s->wake[1]); /* it has ended just now: next time */
+                    return;
+                }
+            }
+            TSRV_SYS(waitpid, (info.si_pid, &status, WNOHANG));
+            memset(&info, 0, sizeof(info));
+        }
+    }
+}
+
+/* ---- replacing -------------------------------------------------------------*/
+
+/* One step of a rolling restart. true: this is a new child. */
+static bool tsrvi_supervisor_roll(tsrvi_supervisor *s, uint64_t now)
+{
+    while (s->rolling >= 0 && s->rolling < s->workers) {
+        int first = 2 * s->rolling;
+        int old = s->fresh >= 0                                 ? s->fresh ^ 1
+                  : s->children[first].state == TSRVI_ALIVE     ? first
+                  : s->children[first + 1].state == TSRVI_ALIVE ? first + 1
+                                                                : -1;
+        if (s->fresh < 0 && old >= 0 && s->children[old ^ 1].state != TSRVI_VACANT) {
+            return false; /* the process before it has not ended yet */
+        }
+        if (s->fresh < 0 && old >= 0) {
+            s->fresh = old ^ 1;
+            s->children[s->fresh].backoff_ms = 0;
+            if (tsrvi_supervisor_fork(s, s->fresh, now)) {
+                return true;
+            }
+        }
+        if (s->fresh >= 0 &&
+            __atomic_load_n(&tsrvi_places[s->fresh].ready, __ATOMIC_ACQUIRE) == 0 &&
+            now - s->children[s->fresh].started < TSRVI_START_MS * TSRVI_MS) {
+            return false;
+        }
+        if (s->fresh >= 0) {
+            tsrvi_supervisor_dismiss(s, &s->children[old], SIGTERM, now);
+        }
+        s->fresh = -1;
+        s->rolling++;
+    }
+    if (s->rolling >= 0) {
+        s->rolling = s->roll_again ? 0 : -1;
+        s->roll_again = false;
+        tsrv_notify("READY=1");
+    }
+    return false;
+}
+
+/* Become the new program: it finds the listening sockets as systemd would hand them over, and behind
+ * them the pipe. In the child; does not return. */
+static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready)
+{
+    int count = s->options.fd_count, above = TSRVI_LISTEN_FIRST + count + 1, fd;
+    char number[16];
+    for (int i = 0; i <= count; i++) { /* first out of each other's way */
+        fd = TSRV_SYS(fcntl, (i < count ? s->options.fds[i] : ready, F_DUPFD, above + i));
+        if (fd < 0) {
+            TSRV_SYS(_exit, (127));
+        }
+        above = fd - i;
+        if (TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC)) < 0) {
+            TSRV_SYS(_exit, (127));
+        }
+        snprintf(number, sizeof(number), "%d", fd);
+    }
+    for (int i = 0; i <= count; i++) {
+        TSRV_SYS(dup2, (above + i, TSRVI_LISTEN_FIRST + i));
+    }
+    snprintf(number, sizeof(number), "%d", count);
+    TSRV_SYS(setenv, ("LISTEN_FDS", number, 1));
+    snprintf(number, sizeof(number), "%ld", (long)TSRV_SYS(getpid, ()));
+    TSRV_SYS(setenv, ("LISTEN_PID", number, 1));
+    TSRV_SYS(unsetenv, ("LISTEN_FDNAMES"));
+    if (TSRV_SYS(getenv, ("WATCHDOG_PID")) != NULL) {
+        TSRV_SYS(setenv, ("WATCHDOG_PID", number, 1));
+    }
+    snprintf(number, sizeof(number), "%d", TSRVI_LISTEN_FIRST + count);
+    TSRV_SYS(setenv, (TSRVI_READY_VARIABLE, number, 1));
+    TSRV_SYS(execvp, (s->options.upgrade_argv[0], s->options.upgrade_argv));
+    tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s: %s", s->options.upgrade_argv[0],
+              tsrv_strerror(tsrvi_error()));
+    TSRV_SYS(_exit, (127));
+}
+
+static void tsrvi_upgrade_start(tsrvi_supervisor *s)
+{
+    int fds[2];
+    pid_t pid;
+    if (s->upgrade_fd >= 0 || s->stopping || tsrvi_pipe(fds) < 0) {
+        return; /* one at a time */
+    }
+    if (TSRV_SYS(getpid, ()) == 1) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: process 1 cannot be replaced by another process");
+        tsrvi_close_fds(fds, 2);
+        return;
+    }
+    TSRV_SYS(fflush, (NULL));
+    pid = TSRV_SYS(fork, ());
+    if (pid == 0) {
+        tsrvi_supervisor_restore(s);
+        tsrvi_upgrade_exec(s, fds[1]);
+    }
+    tsrvi_close_fd(fds[1]);
+    s->upgrade_fd = fds[0];
+    s->upgrade = pid < 0 ? 0 : pid;
+}
+
+/* The new program has said that it accepts, or has died without a word. */
+static void tsrvi_upgrade_look(tsrvi_supervisor *s, uint64_t now)
+{
+    char byte;
+    ssize_t got = s->upgrade_fd < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
+    if (got == 1) {
+        char state[64];
+        snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->upgrade);
+        tsrv_notify(state);
+        s->upgrade = 0;
+        tsrvi_supervisor_stop(s, SIGTERM, now);
+    } else if (got == 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: the new program does not start, this one goes on");
+    }
+    if (got >= 0) {
+        tsrvi_close_fd(s->upgrade_fd);
+        s->upgrade_fd = -1;
+    }
+}
+
+/* ---- supervising -----------------------------------------------------------*/
+
+static void tsrvi_supervisor_signals(tsrvi_supervisor *s, uint64_t now)
+{
+    for (int i = 0; i < TSRVI_SUPERVISED; i++) {
+        if (__atomic_exchange_n(&tsrvi_supervised_got[i], 0, __ATOMIC_ACQ_REL) == 0) {
+            continue;
+        }
+        switch (tsrvi_supervised[i]) {
+        case SIGCHLD:
+            break; /* every wake-up looks for them */
+        case SIGHUP:
+            tsrv_notify("RELOADING=1");
+            s->roll_again = s->rolling >= 0;
+            s->rolling = s->stopping ? -1 : s->rolling >= 0 ? s->rolling : 0;
+            break;
+        case SIGUSR2:
+            tsrvi_upgrade_start(s);
+            break;
+        default:
+            tsrvi_supervisor_stop(s, tsrvi_supervised[i], now);
+        }
+    }
+}
+
+/* A worker whose loop does not turn is ended so that it leaves a core, then for good. */
+static void tsrvi_supervisor_check_beat(const tsrvi_supervisor *s, int place, uint64_t now)
+{
+    tsrvi_child *child = &s->children[place];
+    uint64_t beat = __atomic_load_n(&tsrvi_places[place].beat, __ATOMIC_ACQUIRE);
+    if (s->options.heartbeat_ms <= 0 || beat == 0 || child->due != TSRVI_FOREVER || now < beat ||
+        now - beat < (uint64_t)s->options.heartbeat_ms * TSRVI_MS) {
+        return;
+    }
+    tsrvi_log(TSRV_LOG_ERROR, "worker %d (pid %ld) hangs: no beat for %llu ms", place / 2,
+              (long)child->pid, (unsigned long long)((now - beat) / TSRVI_MS));
+    TSRV_SYS(kill, (child->pid, SIGABRT));
+    child->due = tsrvi_after(now, TSRVI_HUNG_MS);
+}
+
+/* Do what is due. true: this is a new child. */
+static bool tsrvi_supervisor_act(tsrvi_supervisor *s, uint64_t now)
+{
+    for (int place = 0; place < 2 * s->workers; place++) {
+        tsrvi_child *child = &s->children[place];
+        if (child->state == TSRVI_DUE && child->due <= now) {
+            if (tsrvi_supervisor_fork(s, place, now)) {
+                return true;
+            }
+        } else if (child->pid != 0 && child->due <= now) {
+            tsrvi_log(TSRV_LOG_WARNING, "worker %d (pid %ld) does not end and is killed", place / 2,
+                      (long)child->pid);
+            TSRV_SYS(kill, (child->pid, SIGKILL));
+            child->due = TSRVI_FOREVER;
+            s->code = s->stopping && s->code == TSRV_EPARENT ? (int)TSRV_ETIMEOUT : s->code;
+        } else if (child->state == TSRVI_ALIVE) {
+            tsrvi_supervisor_check_beat(s, place, now);
+            if (!s->announced && __atomic_load_n(&tsrvi_places[place].ready, __ATOMIC_ACQUIRE)) {
+                s->announced = true;
+                tsrv_notify("READY=1");
+            }
+        }
+    }
+    if (s->watchdog <= now) {
+        s->watchdog = now + tsrvi_watchdog_interval();
+        tsrv_notify("WATCHDOG=1");
+    }
+    return tsrvi_supervisor_roll(s, now);
+}
+
+/* Milliseconds until something is due; -1 = nothing is. */
+static int tsrvi_supervisor_sleep_ms(const tsrvi_supervisor *s, uint64_t now)
+{
+    uint64_t due = s->watchdog;
+    for (int place = 0; place < 2 * s->workers; place++) {
+        const tsrvi_child *child = &s->children[place];
+        if (child->state != TSRVI_VACANT) {
+            due = tsrvi_earlier(due, child->due);
+        }
+        if (child->state == TSRVI_ALIVE && s->options.heartbeat_ms > 0) {
+            due = tsrvi_earlier(due, now + (uint64_t)s->options.heartbeat_ms * TSRVI_MS / 4 + 1);
+        }
+    }
+    if (s->fresh >= 0) {
+        due = tsrvi_earlier(due, s->children[s->fresh].started + TSRVI_START_MS * TSRVI_MS);
+    }
+    return due == TSRVI_FOREVER ? -1 : due <= now ? 0 : (int)((due - now - 1) / TSRVI_MS + 1);
+}
+
+static void tsrvi_supervisor_sleep(const tsrvi_supervisor *s, uint64_t now)
+{
+    struct pollfd entries[2];
+    char buffer[512];
+    int fds[2];
+    fds[0] = s->wake[0];
+    fds[1] = s->upgrade_fd;
+    for (int i = 0; i < 2; i++) {
+        entries[i].fd = fds[i]; /* a negative one is passed over */
+        entries[i].events = POLLIN;
+        entries[i].revents = 0;
+    }
+    TSRV_SYS(poll, (entries, 2, tsrvi_supervisor_sleep_ms(s, now)));
+    while (TSRV_SYS(read, (s->wake[0], buffer, sizeof(buffer))) == (ssize_t)sizeof(buffer)) {
+    }
+}
+
+/* Is there a process, or will there be one? */
+static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
+{
+    for (int place = 0; place < 2 * s->workers; place++) {
+        if (s->children[place].state != TSRVI_VACANT) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Returns the task id in a worker, and in the parent when all is over, its result. */
+static int tsrvi_supervise(tsrvi_supervisor *s)
+{
+    for (int worker = 0; worker < s->workers; worker++) {
+        s->children[2 * worker].state = TSRVI_DUE;
+    }
+    while (tsrvi_supervisor_busy(s)) {
+        uint64_t now = tsrvi_clock();
+        tsrvi_supervisor_reap(s, now);
+        tsrvi_supervisor_signals(s, now);
+        tsrvi_upgrade_look(s, now);
+        if (tsrvi_supervisor_act(s, now)) {
+            return tsrvi_worker_id;
+        }
+        if (tsrvi_supervisor_busy(s)) {
+            tsrvi_supervisor_sleep(s, now);
+        }
+    }
+    return s->code;
+}
+
+TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options)
+{
+    tsrvi_supervisor supervisor;
+    int rc;
+    if (num_processes < 0 || num_processes > TSRVI_WORKERS_MAX || tsrvi_worker_id >= 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot fork %d workers: %s", num_processes,
+                  tsrvi_worker_id >= 0 ? "this is a worker" : "0 to 4096 are possible");
+        return TSRV_EINVAL;
+    }
+    if (tsrvi_loops_add(0) > 0) {
+        tsrvi_log(TSRV_LOG_ERROR,
+                  "cannot fork workers: this process has a loop already, which they "
+                  "would share: fork first");
+        return TSRV_EINVAL;
+    }
+    rc = tsrvi_supervisor_open(&supervisor, num_processes == 0 ? tsrv_cpu_count() : num_processes,
+                               options);
+    if (rc == TSRV_OK) {
+        rc = tsrvi_supervise(&supervisor);
+    }
+    if (tsrvi_worker_id < 0) {
+        tsrvi_supervisor_restore(&supervisor);
+        tsrvi_supervised_wake = -1;
+    }
+    tsrvi_supervisor_close(&supervisor);
+    return rc;
+}
+
+/* ---- servers in workers ----------------------------------------------------*/
+
+/* Another listening socket on the address of one that has SO_REUSEPORT. */
+static int tsrvi_bound_again(const tsrvi_bound *bound)
+{
+    tsrv_bind_options options;
+    tsrv_address address;
+    tsrvi_sockaddr inside;
+    int rc = tsrvi_address_get(bound->fd, tsrvi_getsockname, &address);
+    if (rc < 0) {
+        return rc;
+    }
+    memset(&options, 0, sizeof(options));
+    options.reuse_port = true;
+    options.backlog = bound->backlog;
+    tsrvi_address_load(&address, &inside);
+    return tsrvi_bind_new(&inside, (socklen_t)address.size, &options);
+}
+
+static bool tsrvi_bound_is_shared(const tsrvi_bound *bound)
+{
+#ifdef SO_REUSEPORT
+    int on = 0;
+    socklen_t size = sizeof(on);
+    return TSRV_SYS(getsockopt, (bound->fd, SOL_SOCKET, SO_REUSEPORT, &on, &size)) < 0 || on == 0;
+#else
+    (void)bound;
+    return true;
+#endif
+}
+
+/* The listening sockets of every worker, one row for each: the same ones, but where reuse_port gives
+ * each worker its own. The parent has and keeps all of them, so that what is queued in one survives
+ * the worker. */
+static int tsrvi_bound_spread(const tsrv_server *server, int *fds, int workers)
+{
+    int columns = server->bound_count;
+    for (int i = 0; i < workers * columns; i++) {
+        fds[i] = -1;
+    }
+    for (int i = 0; i < workers * columns; i++) {
+        const tsrvi_bound *bound = &server->bound[i % columns];
+        bool same = i < columns || tsrvi_bound_is_shared(bound);
+        fds[i] = same ? bound->fd : tsrvi_bound_again(bound);
+        if (fds[i] < 0) {
+            return fds[i];
+        }
+    }
+    return TSRV_OK;
+}
+
+/* Close what tsrvi_bound_spread has made, but for the row that is kept; -1 = none. */
+static void tsrvi_bound_gather(const tsrv_server *server, const int *fds, int workers, int kept)
+{
+    int columns = server->bound_count;
+    for (int i = columns; i < workers * columns; i++) {
+        if (fds[i] >= 0 && fds[i] != server->bound[i % columns].fd && i / columns != kept) {
+            tsrvi_close_fd(fds[i]);
+        }
+    }
+}
+
+/* Accept on what is bound, or on a worker's row of it. */
+static int tsrvi_server_open_bound(tsrv_server *server, const int *row)
+{
+    int count = server->bound_count;
+    for (int i = 0; i < count; i++) {
+        if (row != NULL && row[i] != server->bound[i].fd) {
+            tsrvi_close_fd(server->bound[i].fd);
+            server->bound[i].fd = row[i];
+        }
+    }
+    server->bound_count = 0; /* they are listeners from now on, or closed */
+    for (int i = 0; i < count; i++) {
+        int rc = tsrv_server_add_sockets(server, &server->bound[i].fd, 1);
+        if (rc < 0) {
+            for (i++; i < count; i++) {
+                tsrvi_close_fd(server->bound[i].fd);
+            }
+            tsrv_server_stop(server);
+            return rc;
+        }
+    }
+    return TSRV_OK;
+}
+
+static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_options *options)
+{
+    tsrv_fork_options resolved;
+    size_t count = (size_t)workers * (size_t)server->bound_count;
+    int *fds = (int *)TSRV_MALLOC(count * sizeof(*fds)), rc;
+    if (fds == NULL) {
+        return -ENOMEM;
+    }
+    memset(&resolved, 0, sizeof(resolved));
+    if (options != NULL) {
+        resolved = *options;
+    }
+    if (resolved.grace_ms == 0) {
+        resolved.grace_ms = server->options.grace_ms;
+    }
+    resolved.fds = fds;
+    resolved.fd_count = server->bound_count;
+    rc = tsrvi_bound_spread(server, fds, workers);
+    if (rc == TSRV_OK) {
+        rc = tsrv_fork_processes(workers, &resolved);
+    }
+    tsrvi_bound_gather(server, fds, workers, tsrvi_worker_id);
+    if (rc >= 0) {
+        rc = tsrvi_server_open_bound(server, fds + (size_t)rc * (size_t)server->bound_count);
+    } else {
+        tsrvi_server_unbind(server);
+    }
+    TSRV_FREE(fds);
+    return rc;
+}
+
+TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
+                               const tsrv_fork_options *options)
+{
+    char text[TSRV_ADDRESS_SIZE] = "nothing";
+    tsrv_address address;
+    int rc = TSRV_EINVAL;
+    if (tsrv_server_address(server, 0, &address) == TSRV_OK) {
+        tsrv_address_format(&address, text, sizeof(text));
+    }
+    if (!server->started && server->bound_count > 0 && num_processes >= 0 &&
+        num_processes <= TSRVI_WORKERS_MAX) {
+        server->started = true;
+        num_processes = num_processes == 0 ? tsrv_cpu_count() : num_processes;
+        rc = num_processes == 1 ? tsrvi_server_open_bound(server, NULL)
+                                : tsrvi_server_fork(server, num_processes, options);
+    }
+    if (rc < 0 && rc != TSRV_EPARENT) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot start %d processes on %s: %s", num_processes, text,
+                  tsrv_strerror(rc));
+    }
+    return rc;
+}
+
+/* ============================================================================
+ * >>serve  A whole server in one call
+ * ==========================================================================*/
+
+static void tsrvi_serve_ready(void)
+{
+    tsrv_notify("READY=1");
+}
+
+/* A single process does for itself what the supervisor does for workers, but for restarts. */
+static void tsrvi_serve_alone(void)
+{
+    uint64_t watchdog = tsrvi_watchdog_interval();
+    memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
+    tsrvi_worker.interval = tsrvi_earlier(TSRVI_BEAT_MS * TSRVI_MS, watchdog);
+    tsrvi_worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
+    tsrvi_worker.lifeline.fd = -1;
+    tsrvi_worker.wake = -1;
+    tsrvi_on_ready = tsrvi_serve_ready;
+    tsrvi_loop_entered = tsrvi_worker_entered;
+}
+
+static void tsrvi_serve_done(void)
+{
+    for (int i = 0; i < 4; i++) {
+        tsrv_signal_stop(&tsrvi_worker.signals[i]);
+    }
+    if (tsrvi_worker.beat.position != 0) {
+        tsrvi_heap_remove(&tsrvi_worker.loop->heap, &tsrvi_worker.beat);
+        tsrvi_worker.loop->heap.reserved--;
+    }
+    tsrvi_on_ready = NULL;
+    tsrvi_loop_entered = NULL;
+}
+
+TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
+                        const tsrv_server_options *options)
+{
+    tsrv_server *server;
+    bool had_loop = tsrvi_own_loop != NULL, alone = num_processes == 1;
+    int rc = tsrv_server_new(&server, options);
+    if (rc < 0) {
+        return rc;
+    }
+    if (alone) {
+        tsrvi_serve_alone();
+    }
+    if ((rc = tsrv_server_bind(server, port, address, NULL)) == TSRV_OK &&
+        (rc = tsrv_server_start(server, num_processes, options->fork)) == TSRV_OK) {
+        rc = tsrv_loop_run(server->loop);
+    }
+    if (alone) {
+        tsrv_notify("STOPPING=1");
+        tsrvi_serve_done();
+    }
+    tsrv_server_free(server);
+    if (!had_loop) {
+        tsrv_loop_free(NULL);
+    }
+    return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
 
 #endif /* POSIX */

@@ -69,6 +69,20 @@ static inline bool t_fault(const char *name)
     return true;
 }
 
+static const char *t_root = ""; /* stands before the files that the library opens */
+
+static inline const char *t_path(const char *path)
+{
+    static char whole[1024];
+    size_t root = strlen(t_root), size = strlen(path) + 1;
+    if (root + size > sizeof whole) {
+        return path;
+    }
+    memcpy(whole, t_root, root);
+    memcpy(whole + root, path, size);
+    return whole;
+}
+
 static inline size_t t_clipped(size_t size)
 {
     size_t most = t_clip ? 1 + t_clip_turn++ % t_clip_size : size;
@@ -109,25 +123,34 @@ static inline void t_free(void *memory)
 
 #define t_sys_accept(...) (t_fault("accept") ? -1 : accept(__VA_ARGS__))
 #define t_sys_accept4(...) (t_fault("accept4") ? -1 : accept4(__VA_ARGS__))
+#define t_sys_alarm(...) alarm(__VA_ARGS__)
 #define t_sys_bind(...) (t_fault("bind") ? -1 : bind(__VA_ARGS__))
 #define t_sys_chmod(...) (t_fault("chmod") ? -1 : chmod(__VA_ARGS__))
 #define t_sys_clock_gettime(...) clock_gettime(__VA_ARGS__)
 #define t_sys_close(...) (close(__VA_ARGS__) < 0 || t_fault("close") ? -1 : 0)
 #define t_sys_connect(...) (t_fault("connect") ? -1 : connect(__VA_ARGS__))
+#define t_sys_dup2(...) (t_fault("dup2") ? -1 : dup2(__VA_ARGS__))
 #define t_sys_epoll_create1(...) (t_fault("epoll_create1") ? -1 : epoll_create1(__VA_ARGS__))
 #define t_sys_epoll_ctl(...) (t_fault("epoll_ctl") ? -1 : epoll_ctl(__VA_ARGS__))
 #define t_sys_epoll_wait(...) (t_fault("epoll_wait") ? -1 : epoll_wait(__VA_ARGS__))
 #define t_sys_eventfd(...) (t_fault("eventfd") ? -1 : eventfd(__VA_ARGS__))
+#define t_sys_execvp(...) (t_fault("execvp") ? -1 : execvp(__VA_ARGS__))
+#define t_sys__exit(...) _exit(__VA_ARGS__)
 #define t_sys_fcntl(...) (t_fault("fcntl") ? -1 : fcntl(__VA_ARGS__))
+#define t_sys_fflush(...) fflush(__VA_ARGS__)
+#define t_sys_fork() (t_fault("fork") ? -1 : fork())
 #define t_sys_freeaddrinfo(...) freeaddrinfo(__VA_ARGS__)
 #define t_sys_fstat(...) (t_fault("fstat") ? -1 : fstat(__VA_ARGS__))
 #define t_sys_getaddrinfo(...) (t_fault("getaddrinfo") ? EAI_MEMORY : getaddrinfo(__VA_ARGS__))
 #define t_sys_getcontext(...) getcontext(__VA_ARGS__)
+#define t_sys_getenv(...) getenv(__VA_ARGS__)
 #define t_sys_getpeername(...) (t_fault("getpeername") ? -1 : getpeername(__VA_ARGS__))
 #define t_sys_getpid() (t_seen != NULL ? t_seen("getpid") : (void)0, getpid())
+#define t_sys_getppid() getppid()
 #define t_sys_getsockname(...) (t_fault("getsockname") ? -1 : getsockname(__VA_ARGS__))
 #define t_sys_getsockopt(...) (t_fault("getsockopt") ? -1 : getsockopt(__VA_ARGS__))
 #define t_sys_inet_ntop(...) inet_ntop(__VA_ARGS__)
+#define t_sys_kill(...) (t_fault("kill") ? -1 : kill(__VA_ARGS__))
 #define t_sys_kevent(kq, changes, count, ...) \
     (t_fault((count) > 0 ? "kevent_set" : "kevent") ? -1 : kevent(kq, changes, count, __VA_ARGS__))
 #define t_sys_kqueue() (t_fault("kqueue") ? -1 : kqueue())
@@ -137,16 +160,21 @@ static inline void t_free(void *memory)
 #define t_sys_mmap(...) (t_fault("mmap") ? MAP_FAILED : mmap(__VA_ARGS__))
 #define t_sys_mprotect(...) (t_fault("mprotect") ? -1 : mprotect(__VA_ARGS__))
 #define t_sys_munmap(...) (t_seen != NULL ? t_seen("munmap") : (void)0, munmap(__VA_ARGS__))
+#define t_sys_open(path, ...) (t_fault("open") ? -1 : open(t_path(path), __VA_ARGS__))
 #define t_sys_pipe(...) (t_fault("pipe") ? -1 : pipe(__VA_ARGS__))
 #define t_sys_poll(...) (t_fault("poll") ? -1 : poll(__VA_ARGS__))
+#define t_sys_prctl(...) (t_fault("prctl") ? -1 : prctl(__VA_ARGS__))
 #define t_sys_pread(...) (t_fault("pread") ? -1 : pread(__VA_ARGS__))
 #define t_sys_read(...) (t_fault("read") ? -1 : read(__VA_ARGS__))
 #define t_sys_recv(...) (t_fault("recv") ? -1 : recv(__VA_ARGS__))
+#define t_sys_sched_getaffinity(...) (t_fault("sched_getaffinity") ? -1 : sched_getaffinity(__VA_ARGS__))
 #define t_sys_sched_yield() (t_seen != NULL ? t_seen("sched_yield") : (void)0, sched_yield())
 #define t_sys_send(fd, data, size, flags) (t_fault("send") ? -1 : send(fd, data, t_clipped(size), flags))
 #define t_sys_sendfile(out, in, offset, size) \
     (t_fault("sendfile") ? -1 : sendfile(out, in, offset, t_clipped(size)))
 #define t_sys_sendmsg(...) (t_fault("sendmsg") ? -1 : sendmsg(__VA_ARGS__))
+#define t_sys_sendto(...) (t_fault("sendto") ? -1 : sendto(__VA_ARGS__))
+#define t_sys_setenv(...) setenv(__VA_ARGS__)
 #define t_sys_setsockopt(...) (t_fault("setsockopt") ? -1 : setsockopt(__VA_ARGS__))
 #define t_sys_shutdown(...) (t_fault("shutdown") ? -1 : shutdown(__VA_ARGS__))
 #define t_sys_sigaction(...) (t_fault("sigaction") ? -1 : sigaction(__VA_ARGS__))
@@ -161,6 +189,9 @@ static inline void t_free(void *memory)
 #define t_sys_swapcontext(...) swapcontext(__VA_ARGS__)
 #define t_sys_sysconf(...) sysconf(__VA_ARGS__)
 #define t_sys_unlink(...) (t_fault("unlink") ? -1 : unlink(__VA_ARGS__))
+#define t_sys_unsetenv(...) unsetenv(__VA_ARGS__)
+#define t_sys_waitid(...) (t_fault("waitid") ? -1 : waitid(__VA_ARGS__))
+#define t_sys_waitpid(...) (t_fault("waitpid") ? -1 : waitpid(__VA_ARGS__))
 #define t_sys_write(...) (t_fault("write") ? -1 : write(__VA_ARGS__))
 
 #endif
