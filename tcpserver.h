@@ -508,10 +508,10 @@ typedef struct tsrv_bind_options {
 
 /* reuse_port: several sockets listen on one port, each with a queue of its own. On Linux, and with
  * FreeBSD's SO_REUSEPORT_LB, which this library does not set, the kernel spreads connections over
- * them; macOS and the other BSDs give them to one of the sockets. What is queued in a socket is reset
- * when its last descriptor is closed. tsrv_server_bind with tsrv_server_start makes one socket for each
- * worker and keeps them all in the parent, so that a worker's death loses nothing; a program that
- * binds in each of its processes loses the queue of one that dies. */
+ * them; macOS and the other BSDs give them to one of the sockets. What is queued in a socket is
+ * reset when its last descriptor is closed. tsrv_server_bind with tsrv_server_start makes one
+ * socket for each worker and keeps them all in the parent, so that a worker's death loses nothing;
+ * a program that binds in each of its processes loses the queue of one that dies. */
 
 /* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only,
  * IPv4 first. With port 0 the kernel chooses one port, the same for all of them. Source:
@@ -545,7 +545,7 @@ TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *op
  *   fds       receives those that nothing has taken yet; hand them to tsrv_server_add_sockets, and
  *             never shutdown(2) them: the service manager holds them too
  *   capacity  how many fit
- * Returns how many; 0 = none; TSRV_EINVAL (malformed, or more than capacity: then none is taken). */
+ * Returns how many; 0 = none; TSRV_EINVAL (malformed; or more than capacity, then none is taken) */
 TSRV_API int tsrv_listen_fds(int *fds, int capacity);
 
 /* The name that the service manager gave a descriptor of tsrv_listen_fds (FileDescriptorName=, in
@@ -569,10 +569,10 @@ TSRV_API int tsrv_address_family(const tsrv_address *address);
 /* ---- processes (process) ---------------------------------------------------*/
 
 typedef struct tsrv_fork_options {
-    int max_restarts; /* bad ends of workers, less than a minute apart, that are made good before the
-                         supervisor gives up; 0 = 100; TSRV_NEVER = it never does */
-    int grace_ms; /* for a worker to end after it was told to; 5 s later it is killed; 0 = 30 s, in
-                         tsrv_server_start the server's grace_ms; TSRV_NEVER */
+    int max_restarts; /* bad ends of workers, each less than a minute after the last, that are made
+                         good before the supervisor gives up; 0 = 100; TSRV_NEVER = it never does */
+    int grace_ms;     /* for a worker to end after it was told to; 5 s later it is killed; 0 = 30 s,
+                         in tsrv_server_start the server's grace_ms; TSRV_NEVER */
     /* Called in the parent after a worker's process has ended; NULL = not wanted. status: as from
      * waitpid. It must not fork, and make no loop. */
     void (*on_exit)(int task_id, int pid, int status, void *context);
@@ -585,26 +585,27 @@ typedef struct tsrv_fork_options {
     int fd_count;
 } tsrv_fork_options;
 
-/* Fork workers, and look after them. Each worker is a copy of this process, in which the call returns
- * its task id; the parent stays inside until all have ended. A worker that exits with status 0 has
- * finished; any other end is a failure: it is forked again with the same task id, after 100 ms,
- * doubling to 30 s, reset when it has lived for a minute. The parent acts on
- *   SIGTERM, SIGINT, SIGQUIT   forwarded; in a worker tsrv_loop_run answers by draining its servers,
- *                              and then returns (an own tsrv_signal_start for it replaces that). What
- *                              has not ended 5 s after the grace is killed
- *   SIGHUP                     a rolling restart: for one worker after the other a new one is forked,
- *                              and when it accepts the old one is told to end. If it ends before, the
- *                              old ones stay
+/* Fork workers, and look after them. Each worker is a copy of this process, in which the call
+ * returns its task id; the parent stays inside until all have ended. A worker that exits with
+ * status 0 has finished; any other end is a failure: it is forked again with the same task id,
+ * after 100 ms, doubling to 30 s, reset when it has lived for a minute. The parent acts on
+ *   SIGTERM, SIGINT, SIGQUIT   forwarded; in a worker tsrv_loop_run answers by draining its
+ *                              servers, and then returns (an own tsrv_signal_start for it replaces
+ *                              that). What has not ended 5 s after the grace is killed
+ *   SIGHUP                     a rolling restart: for one worker after the other a new one is
+ *                              forked, and when it accepts the old one is told to end. If it ends
+ *                              before, the old ones stay
  *   SIGUSR2                    an upgrade: see upgrade_argv
- * and puts the handlers and the mask back that it found. Workers end with the parent, also when that is
- * killed, within a second. Only its own children are waited for, but process 1 buries every orphan.
- * Call it before anything else makes a loop or a thread. What follows the call runs in the parent
- * too: check the result. Source: process.fork_processes.
+ * and puts the handlers and the mask back that it found. Workers end with the parent, also when
+ * that is killed, within a second. Only its own children are waited for, but process 1 buries
+ * every orphan. Call it before anything else makes a loop or a thread. What follows the call runs
+ * in the parent too: check the result. Source: process.fork_processes.
  *   num_processes  0 = one for each processor (tsrv_cpu_count)
  *   options        NULL = all defaults; used until the call returns
  * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
- * TSRV_ERESTARTS (gave up; the others have been stopped), TSRV_ETIMEOUT (some had to be killed at the
- * end), TSRV_EINVAL (this process has a loop, or is a worker itself), -ENOMEM, -EMFILE and the like. */
+ * TSRV_ERESTARTS (gave up; the others have been stopped), TSRV_ETIMEOUT (some had to be killed at
+ * the end), TSRV_EINVAL (this process has a loop, or is a worker itself), -ENOMEM, -EMFILE and the
+ * like. */
 TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options);
 
 /* Which worker this process is, from 0; the same again after a restart; -1 when it is none. Any
@@ -615,13 +616,13 @@ TSRV_API int tsrv_task_id(void);
  * rounded up, are respected. Any thread. Source: process.cpu_count. */
 TSRV_API int tsrv_cpu_count(void);
 
-/* Tell the service manager (systemd) how this process is: "READY=1", "RELOADING=1" (the time that goes
- * with it is added), "STOPPING=1", "STATUS=text", "WATCHDOG=1", "MAINPID=n", or several of them, in
- * lines. tsrv_fork_processes, tsrv_server_start and tsrv_serve say when they are ready, reload, stop,
- * and are alive, by themselves. "READY=1" at the beginning also tells the program that this one
- * replaces in an upgrade. Any thread.
- * Returns 1 when it was told, 0 when there is no service manager, TSRV_ETOOLONG above 1,000 bytes, or
- * -errno. */
+/* Tell the service manager (systemd) how this process is: "READY=1", "RELOADING=1" (the time that
+ * goes with it is added), "STOPPING=1", "STATUS=text", "WATCHDOG=1", "MAINPID=n", or several of
+ * them, in lines. tsrv_fork_processes, tsrv_server_start and tsrv_serve say when they are ready,
+ * reload, stop, and are alive, by themselves. "READY=1" at the beginning also tells the program
+ * that this one replaces in an upgrade. Any thread.
+ * Returns 1 when it was told, 0 when there is no service manager, TSRV_ETOOLONG above 1,000 bytes,
+ * or -errno. */
 TSRV_API int tsrv_notify(const char *state);
 
 /* ---- server (TCPServer) ----------------------------------------------------*/
@@ -695,18 +696,19 @@ TSRV_API void tsrv_server_free(tsrv_server *server);
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options);
 
-/* Bind and listen now, accept from tsrv_server_start on; may be called many times, and touches no loop.
- * After tsrv_server_start it is tsrv_server_listen. A failure is logged. Source: TCPServer.bind.
- * Arguments and codes as tsrv_server_listen. */
+/* Bind and listen now, accept from tsrv_server_start on; may be called many times, and touches no
+ * loop. After tsrv_server_start it is tsrv_server_listen. A failure is logged. Source:
+ * TCPServer.bind. Arguments and codes as tsrv_server_listen. */
 TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address,
                               const tsrv_bind_options *options);
 
-/* Accept on all that tsrv_server_bind has bound, in this process or in workers: as tsrv_fork_processes,
- * which it calls. Once for each server. A failure is logged. Source: TCPServer.start.
- *   num_processes  1 = here, without a fork; 0 = one for each processor, or so many
+/* Accept on all that tsrv_server_bind has bound, in this process or in workers: as
+ * tsrv_fork_processes, which it calls. Once for each server. A failure is logged. Source:
+ * TCPServer.start.
+ *   num_processes  1 = here, without a fork; 0 = one for each processor; else so many
  *   options        NULL = all defaults; without a fork not used
- * Returns TSRV_OK where the server runs: run the loop; in the parent what tsrv_fork_processes returns
- * there; TSRV_EINVAL when nothing is bound, or at the second call. */
+ * Returns TSRV_OK where the server runs: run the loop; in the parent what tsrv_fork_processes
+ * returns there; TSRV_EINVAL when nothing is bound, or at the second call. */
 TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
                                const tsrv_fork_options *options);
 
@@ -761,22 +763,23 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
  * the parent of workers what all of them have. Never waits for anybody. */
 TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
 
-/* The counters of another worker, or the sum of all, as seen from the parent or from any worker: of
- * the server that was made there as the how-manieth this one was made here, the first 8 of a process.
+/* The counters of any worker, or the sum of all, as seen from the parent and from every worker.
+ * Servers are matched by the order in which each process has made them; the first 8 count.
  *   task_id  -1 = the sum
  * Returns TSRV_OK, or TSRV_EINVAL when there is no such worker. */
 TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats);
 
-/* A whole server: make, bind, start, run, and clean up. SIGTERM and SIGINT drain it, in a single process
- * and in workers; under a service manager it tells READY=1 and the like. To upgrade the program without
- * closing the port, set options->fork->upgrade_argv (main's argv, with a path in argv[0]), run workers, and
- * send SIGUSR2: the program is started anew, gets the listening sockets, and when it accepts, this one
- * is drained and ends.
+/* A whole server: make, bind, start, run, and clean up. SIGTERM and SIGINT drain it, in a single
+ * process and in workers; under a service manager it tells READY=1 and the like. To upgrade the
+ * program without closing the port, set options->fork->upgrade_argv (main's argv, with a path in
+ * argv[0]), run workers, and send SIGUSR2: the program is started anew, gets the listening
+ * sockets, and when it accepts, this one is drained and ends.
  *   port, address  as tsrv_server_bind
- *   num_processes  as tsrv_server_start: 1 = this process, 0 = one worker for each processor, or so many
+ *   num_processes  as tsrv_server_start: 1 = this process; 0 = one worker for each processor
  *   options        as tsrv_server_new; with loop NULL the thread's own loop is freed at the end
- * Returns, in the parent and in each worker, TSRV_OK after a drain, also if some connections had to be
- * aborted; else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or tsrv_loop_run say. */
+ * Returns, in the parent and in each worker, TSRV_OK after a drain, also if some connections had
+ * to be aborted; else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or tsrv_loop_run
+ * say. */
 TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
                         const tsrv_server_options *options);
 
@@ -3736,8 +3739,8 @@ static int tsrvi_listening(int fd)
 
 /* ---- sockets that were handed over -----------------------------------------*/
 
-/* Listening sockets from systemd, or from the program that this one replaces: descriptors from 3 on,
- * as the environment says. See sd_listen_fds(3). */
+/* Listening sockets from systemd, or from the program that this one replaces: descriptors from 3
+ * on, as the environment says. See sd_listen_fds(3). */
 #define TSRVI_LISTEN_FIRST 3
 #define TSRVI_LISTEN_MAX 64
 #define TSRVI_READY_VARIABLE "TSRV_READY_FD" /* whom to tell, in an upgrade, that we accept */
@@ -8628,8 +8631,8 @@ static bool tsrvi_supervisor_roll(tsrvi_supervisor *s, uint64_t now)
     return false;
 }
 
-/* Become the new program: it finds the listening sockets as systemd would hand them over, and behind
- * them the pipe. In the child; does not return. */
+/* Become the new program: it finds the listening sockets as systemd would hand them over, and
+ * behind them the pipe. In the child; does not return. */
 static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready)
 {
     int count = s->options.fd_count, above = TSRVI_LISTEN_FIRST + count + 1, fd;
@@ -8904,9 +8907,9 @@ static bool tsrvi_bound_is_shared(const tsrvi_bound *bound)
 #endif
 }
 
-/* The listening sockets of every worker, one row for each: the same ones, but where reuse_port gives
- * each worker its own. The parent has and keeps all of them, so that what is queued in one survives
- * the worker. */
+/* The listening sockets of every worker, one row for each: the same ones, but where reuse_port
+ * gives each worker its own. The parent has and keeps all of them, so that what is queued in one
+ * survives the worker. */
 static int tsrvi_bound_spread(const tsrv_server *server, int *fds, int workers)
 {
     int columns = server->bound_count;
