@@ -815,8 +815,8 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
  * (another coroutine reads this stream); TSRV_EINVAL; TSRV_ECLOSED (closed on this side);
  * -ECONNRESET and the like, after the bytes before it were read; the error of a write that ended
  * the stream; TSRV_EAGAIN where the call cannot wait: in callback mode the handler returns it, is
- * called again when there is news, and repeats the same call. Failing reads consume nothing. One
- * read at a time. */
+ * called again when there is news, and repeats the same call. Failing reads consume nothing, but
+ * one that drops has dropped what had come. One read at a time. */
 
 /* Read until a delimiter; the slice ends with it. TSRV_ETOOLONG when it ends behind max_bytes, or
  * when more than max_bytes are there without it; they can still be read, or dropped.
@@ -831,7 +831,8 @@ TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, siz
                                  size_t max_bytes, tsrv_slice *slice);
 
 /* Read the first message that match finds: your own framing, with no state between calls.
- *   match    see tsrv_match; more than max_bytes (SIZE_MAX: malformed) is TSRV_ETOOLONG at once
+ *   match    see tsrv_match; more than max_bytes (SIZE_MAX: malformed) is TSRV_ETOOLONG at once.
+ *            While it cannot tell, a slice of NULL drops nothing: max_buffer_size is its limit
  *   context  handed to match */
 TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
                                    size_t max_bytes, tsrv_slice *slice);
@@ -915,7 +916,7 @@ TSRV_API int tsrv_abort(tsrv_stream *stream);
 
 /* Wait for tsrv_wake(stream), in both modes: the end of a helper coroutine, a thread's result,
  * or simply time. The stream's end and the start of a drain wake too, once: check the condition in
- * a loop.
+ * a loop. The end of the input counts when nothing unread is before it, a reset at once.
  *   timeout_ms  0 = only look; TSRV_NEVER
  * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
 TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
@@ -1312,16 +1313,16 @@ static size_t tsrvi_min(size_t a, size_t b)
     return a < b ? a : b;
 }
 
-/* A decimal number from 0 to INT_MAX, and nothing else; -1 = it is none. */
-static int tsrvi_decimal(const char *text)
+/* A decimal number from 0 to `most`, and nothing else; -1 = it is none. */
+static int64_t tsrvi_decimal(const char *text, int64_t most)
 {
-    int value = 0;
+    int64_t value = 0;
     if (text == NULL || *text == 0) {
         return -1;
     }
     for (; *text != 0; text++) {
         int digit = *text - '0';
-        if (digit < 0 || digit > 9 || value > (INT_MAX - digit) / 10) {
+        if (digit < 0 || digit > 9 || value > (most - digit) / 10) {
             return -1;
         }
         value = value * 10 + digit;
@@ -1617,6 +1618,8 @@ static inline TSRVI_INLINE tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t
     block->begin = 0;
     block->end = 0;
     block->file = -1;
+    block->offset = 0;
+    block->left = 0;
     return block;
 }
 
@@ -2481,6 +2484,13 @@ typedef struct tsrvi_post {
 
 struct tsrvi_co;
 
+/* Free stacks of one size; each holds the next one's address at its top. */
+typedef struct tsrvi_stacks {
+    char *first;
+    int count;
+    size_t size;
+} tsrvi_stacks;
+
 #define TSRVI_BUDGET \
     256 /* calls that may complete at once before a handler has to let others run */
 
@@ -2506,14 +2516,13 @@ struct tsrv_loop {
     tsrv_signal *signals;       /* watches */
     tsrv_signal *signal_cursor; /* the next to be looked at, while they are being called */
 
-    struct tsrvi_co *co;   /* the coroutine that is running; NULL = none */
-    tsrv_stream *handling; /* the stream whose callback-mode handler is running; NULL = none */
-    tsrv_stream *quick;    /* see tsrvi_read_quick; forgotten whenever other code may have run */
-    int budget;            /* see TSRVI_BUDGET */
-    tsrvi_link coroutines; /* all that are alive */
-    char *stacks;          /* free ones; each begins with the next one's address at its top */
-    int stack_count;
-    size_t stack_size; /* of the free ones */
+    struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
+    tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
+    tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
+    int budget;             /* see TSRVI_BUDGET */
+    size_t written;         /* bytes that were sent since what is running began */
+    tsrvi_link coroutines;  /* all that are alive */
+    tsrvi_stacks stacks[2]; /* free ones: of the usual size, and of the size last used besides */
     size_t page_size;
 #if TSRVI_HAS_COROUTINES
     tsrvi_fiber main; /* where coroutines switch back to */
@@ -3199,39 +3208,53 @@ typedef struct tsrvi_co {
     int result;     /* of the wait */
     bool waiting;   /* nobody has woken it yet */
     bool cancelled; /* has had its one TSRV_ECLOSED from tsrv_loop_free */
+    bool doomed;    /* is to have one at its next wait, from the end of a drain's grace */
     bool over;      /* its function has returned */
 } tsrvi_co;
 
+static void tsrvi_stacks_free(tsrvi_stacks *stacks)
+{
+    while (stacks->count > 0) {
+        char *stack = stacks->first;
+        memcpy(&stacks->first, stack + stacks->size - sizeof(char *), sizeof(char *));
+        stacks->count--;
+        TSRV_SYS(munmap, (stack, stacks->size));
+    }
+}
+
+/* The pool for stacks of a size. */
+static tsrvi_stacks *tsrvi_stacks_for(tsrv_loop *loop, size_t size)
+{
+    tsrvi_stacks *stacks = &loop->stacks[size == TSRVI_STACK_SIZE ? 0 : 1];
+    if (stacks->size != size) {
+        tsrvi_stacks_free(stacks);
+        stacks->size = size;
+    }
+    return stacks;
+}
+
 static char *tsrvi_stack_take(tsrv_loop *loop, size_t size)
 {
-    char *stack = loop->stacks;
-    if (stack == NULL || loop->stack_size != size) {
+    tsrvi_stacks *stacks = tsrvi_stacks_for(loop, size);
+    char *stack = stacks->first;
+    if (stacks->count == 0) {
         return tsrvi_stack_map(size, loop->page_size);
     }
-    memcpy(&loop->stacks, stack + size - sizeof(char *), sizeof(char *));
-    loop->stack_count--;
+    memcpy(&stacks->first, stack + size - sizeof(char *), sizeof(char *));
+    stacks->count--;
     return stack;
 }
 
 static void tsrvi_stack_give(tsrv_loop *loop, char *stack, size_t size)
 {
-    if (loop->stack_count >= TSRVI_STACK_POOL ||
-        (loop->stack_count != 0 && loop->stack_size != size)) {
+    tsrvi_stacks *stacks = tsrvi_stacks_for(loop, size);
+    if (stacks->count >= TSRVI_STACK_POOL) {
         TSRV_SYS(munmap, (stack, size));
         return;
     }
-    memcpy(stack + size - sizeof(char *), &loop->stacks, sizeof(char *));
-    loop->stacks = stack;
-    loop->stack_size = size;
-    loop->stack_count++;
-}
-
-static void tsrvi_stack_free_all(tsrv_loop *loop)
-{
-    while (loop->stack_count > 0) {
-        char *stack = tsrvi_stack_take(loop, loop->stack_size);
-        TSRV_SYS(munmap, (stack, loop->stack_size));
-    }
+    memcpy(stack + size - sizeof(char *), &stacks->first, sizeof(char *));
+    stacks->first = stack;
+    stacks->count++;
 }
 
 static void tsrvi_co_entry(tsrvi_context *context)
@@ -3265,6 +3288,7 @@ static void tsrvi_co_resume(tsrvi_co *co)
     loop->co = co;
     loop->quick = NULL;
     loop->budget = TSRVI_BUDGET;
+    loop->written = 0;
     tsrvi_fiber_switch(&loop->main, &co->fiber, false);
     loop->co = NULL;
     loop->quick = NULL;
@@ -3288,6 +3312,11 @@ static bool tsrvi_co_wake(tsrvi_co *co, int result)
     co->result = result;
     tsrvi_tasks_push(&co->loop->ready, &co->task);
     return true;
+}
+
+static bool tsrvi_co_waits(const tsrvi_co *co)
+{
+    return co->waiting;
 }
 
 /* The same from the loop itself, where it may run at once. */
@@ -3315,8 +3344,9 @@ static void tsrvi_co_timer_fire(tsrvi_timer *timer)
 static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
 {
     tsrv_loop *loop = co->loop;
-    if (TSRVI_UNLIKELY(loop->closing) && !co->cancelled) {
-        co->cancelled = true;
+    if (TSRVI_UNLIKELY(co->doomed) || (TSRVI_UNLIKELY(loop->closing) && !co->cancelled)) {
+        co->cancelled = loop->closing;
+        co->doomed = false;
         return TSRV_ECLOSED;
     }
     co->due = due;
@@ -3326,6 +3356,17 @@ static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
     co->waiting = true;
     tsrvi_fiber_switch(&co->fiber, &loop->main, false);
     return co->result;
+}
+
+/* A coroutine that waits is to wait no longer than until `due`. */
+static void tsrvi_co_limit(tsrvi_co *co, uint64_t due)
+{
+    if (co->waiting && due < co->due) {
+        co->due = due;
+        if (co->timer.position == 0 || co->timer.due > due) {
+            tsrvi_heap_set(&co->loop->heap, &co->timer, due);
+        }
+    }
 }
 
 /* Let everything else that is ready run first. */
@@ -3399,6 +3440,14 @@ TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
     return TSRV_OK;
 }
 
+/* End the wait of a coroutine, or the next one if it is about to run. */
+static void tsrvi_co_doom(tsrvi_co *co)
+{
+    if (!tsrvi_co_wake(co, TSRV_ECLOSED)) {
+        co->doomed = co != co->loop->co;
+    }
+}
+
 /* The loop is being freed: end every wait, once. */
 static void tsrvi_co_cancel_all(tsrv_loop *loop)
 {
@@ -3418,7 +3467,8 @@ static size_t tsrvi_co_drop_all(tsrv_loop *loop)
         tsrvi_co_free(TSRVI_CONTAINER(loop->coroutines.next, tsrvi_co, link));
         count++;
     }
-    tsrvi_stack_free_all(loop);
+    tsrvi_stacks_free(&loop->stacks[0]);
+    tsrvi_stacks_free(&loop->stacks[1]);
     return count;
 }
 
@@ -3511,10 +3561,22 @@ static int tsrvi_co_yield(tsrvi_co *co)
     return TSRV_ENOTSUP;
 }
 
+static void tsrvi_co_limit(tsrvi_co *co, uint64_t due)
+{
+    (void)co;
+    (void)due;
+}
+
 static bool tsrvi_co_wake(tsrvi_co *co, int result)
 {
     (void)co;
     (void)result;
+    return false;
+}
+
+static bool tsrvi_co_waits(const tsrvi_co *co)
+{
+    (void)co;
     return false;
 }
 
@@ -3549,6 +3611,11 @@ static size_t tsrvi_co_drop_all(tsrv_loop *loop)
 static void tsrvi_co_cancel_all(tsrv_loop *loop)
 {
     (void)loop;
+}
+
+static void tsrvi_co_doom(tsrvi_co *co)
+{
+    (void)co;
 }
 
 TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
@@ -3764,11 +3831,11 @@ static void tsrvi_handed_look(void)
     tsrvi_handed.looked = true;
     pid = TSRV_SYS(getenv, ("LISTEN_PID"));
     fds = TSRV_SYS(getenv, ("LISTEN_FDS"));
-    count = tsrvi_decimal(fds);
-    ready = tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)));
+    count = (int)tsrvi_decimal(fds, INT_MAX);
+    ready = (int)tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)), INT_MAX);
     tsrvi_handed.ready = ready > 2 && tsrvi_set_flags(ready) == TSRV_OK ? ready : -1;
     TSRV_SYS(unsetenv, (TSRVI_READY_VARIABLE));
-    if (pid == NULL || tsrvi_decimal(pid) != (int)TSRV_SYS(getpid, ())) {
+    if (tsrvi_decimal(pid, INT_MAX) != (int64_t)TSRV_SYS(getpid, ())) {
         return; /* meant for another process */
     }
     if (count < 0 || count > TSRVI_LISTEN_MAX) {
@@ -3860,12 +3927,13 @@ TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
 {
     const char *names = TSRV_SYS(getenv, ("LISTEN_FDNAMES"));
     size_t length = 0;
+    if (size == 0) {
+        return "";
+    }
+    names = fd < TSRVI_LISTEN_FIRST ? NULL : names;
     for (int i = TSRVI_LISTEN_FIRST; names != NULL && i < fd; i++) {
         names = strchr(names, ':');
         names += names != NULL;
-    }
-    if (size == 0 || fd < TSRVI_LISTEN_FIRST) {
-        return "";
     }
     while (names != NULL && names[length] != 0 && names[length] != ':' && length < size - 1) {
         buffer[length] = names[length];
@@ -4033,9 +4101,6 @@ static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
         inside.six.sin6_port = port;
     } else {
         inside.four.sin_port = port;
-        if (inside.four.sin_addr.s_addr == htonl(INADDR_ANY) && tsrvi_handed_covers(port)) {
-            return -EAFNOSUPPORT; /* not needed */
-        }
     }
     fd = tsrvi_handed_take(&inside, info->ai_addrlen);
     return fd >= 0 ? fd : tsrvi_bind_new(&inside, info->ai_addrlen, options);
@@ -4075,6 +4140,7 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
     static const int families[] = {AF_INET, AF_INET6};
     bool localhost = address != NULL && strcmp(address, "localhost") == 0;
     bool explicit_address = address != NULL && address[0] != 0 && !localhost;
+    bool both = !explicit_address && !localhost && (options == NULL || options->family == 0);
     in_port_t bound = htons((uint16_t)port);
     int count = 0, last = -EADDRNOTAVAIL;
     *shared = false;
@@ -4084,6 +4150,9 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
             tsrv_address name;
             if (info->ai_family != families[pass] || tsrvi_bind_skips(all, info, localhost)) {
                 continue;
+            }
+            if (pass == 0 && both && tsrvi_handed_covers(bound)) {
+                continue; /* the other one takes IPv4 too */
             }
             fd = count == capacity ? TSRV_EINVAL : tsrvi_bind_one(info, bound, options);
             if (fd < 0 && !tsrvi_bind_forgives(fd, info->ai_family, explicit_address)) {
@@ -4461,10 +4530,15 @@ static bool tsrvi_stream_finished(const tsrv_stream *stream)
 
 /* ---- waiters ---------------------------------------------------------------*/
 
-/* Have the callback-mode handler called, if it waits for this. */
+/* Have the callback-mode handler called, if it waits for this; what comes while it runs, by its own
+ * doing, is seen to when it has returned. */
 static void tsrvi_stream_wake_handler(tsrv_stream *stream, uint32_t waits)
 {
-    if ((stream->flags & waits) != 0 && (stream->flags & TSRVI_RUNNING) == 0) {
+    if ((stream->flags & waits) == 0) {
+        return;
+    }
+    stream->flags |= TSRVI_CALL;
+    if ((stream->flags & TSRVI_RUNNING) == 0) {
         tsrvi_stream_later(stream, TSRVI_CALL);
     }
 }
@@ -4921,7 +4995,7 @@ static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
 
 #if TSRVI_HAS_SENDFILE
 /* sendfile(2) has no MSG_NOSIGNAL: block SIGPIPE in this thread meanwhile, and take away the one
- * that it raised. */
+ * that it raised. Only where the program has it blocked itself may one have been pending before. */
 static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
 {
     struct timespec now = {0, 0};
@@ -4932,8 +5006,11 @@ static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
     TSRV_SYS(sigemptyset, (&pipe));
     TSRV_SYS(sigaddset, (&pipe, SIGPIPE));
     TSRV_SYS(sigemptyset, (&pending));
-    TSRV_SYS(sigpending, (&pending));
+    TSRV_SYS(sigemptyset, (&before));
     TSRV_SYS(sigprocmask, (SIG_BLOCK, &pipe, &before));
+    if (TSRV_SYS(sigismember, (&before, SIGPIPE)) == 1) {
+        TSRV_SYS(sigpending, (&pending));
+    }
     sent = TSRV_SYS(sendfile, (fd, file, &from, size));
     saved = errno;
     if (sent < 0 && saved == EPIPE && TSRV_SYS(sigismember, (&pending, SIGPIPE)) == 0) {
@@ -5109,6 +5186,7 @@ static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t si
             break;
         }
     }
+    tsrvi_loop_of(stream)->written += total;
     if (stream->unsent + (size - taken) != 0 &&
         (total != 0 || (stream->flags & TSRVI_BLOCKED) == 0)) {
         stream->flags |= TSRVI_BLOCKED;
@@ -5134,6 +5212,7 @@ static bool tsrvi_stream_flush_small(tsrv_stream *stream)
         return false; /* whatever it is, it will be met again */
     }
     stream->server->stats->bytes_out += (uint64_t)sent;
+    tsrvi_loop_of(stream)->written += (size_t)sent;
     tsrvi_stream_touch(stream);
     if ((size_t)sent < stream->unsent) {
         tsrvi_stream_sent(stream, (size_t)sent);
@@ -5253,11 +5332,18 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
         stream->flags |= TSRVI_LOOKED;
     }
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
-     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): then recv will tell. */
+     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error. */
     if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
-        (stream->flags & TSRVI_FIN) == 0 &&
         (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
-        tsrvi_stream_end_output(stream, -ECONNRESET);
+        int error = (stream->flags & TSRVI_FIN) == 0 ? ECONNRESET : 0;
+        socklen_t size = sizeof(error);
+        if (error == 0 &&
+            TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
+            error = 0;
+        }
+        if (error != 0) {
+            tsrvi_stream_end_output(stream, -error);
+        }
     }
 }
 
@@ -5358,7 +5444,7 @@ static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
 
 static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
 {
-    size_t size = tsrvi_chunk_size(stream->in), found;
+    size_t size = tsrvi_chunk_size(stream->in), found, limit;
     char *data;
     if (size == 0 || size < read->need) {
         return TSRV_EAGAIN;
@@ -5366,8 +5452,9 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     data = tsrvi_chunk_data(stream->in) + stream->in->begin;
     data[size] = 0; /* there is always a byte more than the capacity */
     found = read->match(data, size, read->context);
+    limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
     if (found == SIZE_MAX || (found > read->max && read->slice != NULL) ||
-        (found == 0 && size >= read->max)) {
+        (found == 0 && size > limit)) {
         return TSRV_ETOOLONG;
     }
     if (found > size && read->slice == NULL) {
@@ -5426,25 +5513,62 @@ static void tsrvi_read_receive(tsrv_stream *stream, tsrvi_read *read)
     }
 }
 
+static void tsrvi_waiter_add(tsrvi_waiter *waiter, tsrv_stream *stream, tsrvi_read *read, int kind)
+{
+    tsrvi_waiter **last = &stream->waiters;
+    while (*last != NULL) {
+        last = &(*last)->next;
+    }
+    waiter->next = NULL;
+    waiter->stream = stream;
+    waiter->co = tsrvi_loop_of(stream)->co;
+    waiter->read = read;
+    waiter->kind = kind;
+    *last = waiter;
+}
+
+/* The stream has gone while a coroutine waited, and must not be touched. */
+#define TSRVI_GONE (-9999)
+
+/* What the program is told of that. */
+static int tsrvi_gone(int rc)
+{
+    return rc == TSRVI_GONE ? (int)TSRV_ECLOSED : rc;
+}
+
+/* Let everything else run first. TSRV_ECLOSED: the loop is being freed; TSRVI_GONE. */
+static int tsrvi_stream_yield(tsrv_stream *stream)
+{
+    tsrvi_waiter waiter; /* of no kind, so nothing wakes it; but it learns when the stream goes */
+    int rc;
+    tsrvi_waiter_add(&waiter, stream, NULL, 0);
+    rc = tsrvi_co_yield(waiter.co);
+    tsrvi_waiter_remove(&waiter);
+    return waiter.stream == NULL ? TSRVI_GONE : rc;
+}
+
+/* A call that may complete at once. When a coroutine has made many, or has sent much, the others run
+ * first; as tsrvi_stream_yield. */
+static int tsrvi_stream_pay(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (loop->co == NULL || (loop->budget-- > 0 && loop->written <= TSRVI_SEND_LIMIT)) {
+        return TSRV_OK;
+    }
+    return tsrvi_stream_yield(stream);
+}
+
 /* Suspend the calling coroutine until the stream wakes it. */
 static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind, uint64_t due)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc, killed = stream->killed;
-    tsrvi_waiter waiter, **last;
-    if (due <= loop->now) {
-        rc = tsrvi_co_yield(
-            loop->co); /* a loop around a wait that is over must not stop the others */
+    tsrvi_waiter waiter;
+    if (due <= loop->now) { /* a loop around a wait that is over must not stop the others */
+        rc = tsrvi_stream_yield(stream);
         return rc < 0 ? rc : (int)TSRV_ETIMEOUT;
     }
-    waiter.next = NULL;
-    waiter.stream = stream;
-    waiter.co = loop->co;
-    waiter.read = read;
-    waiter.kind = kind;
-    for (last = &stream->waiters; *last != NULL; last = &(*last)->next) {
-    }
-    *last = &waiter;
+    tsrvi_waiter_add(&waiter, stream, read, kind);
     if (kind != TSRVI_FOR_READ || (stream->io.interest & TSRV_READABLE) == 0) {
         tsrvi_stream_interest(stream, false, false);
     }
@@ -5455,7 +5579,7 @@ static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind,
         rc = tsrvi_co_wait(waiter.co, due);
     }
     tsrvi_waiter_remove(&waiter);
-    return rc;
+    return waiter.stream == NULL ? TSRVI_GONE : rc;
 }
 
 static uint64_t tsrvi_stream_read_due(const tsrv_stream *stream)
@@ -5576,7 +5700,8 @@ static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
         tsrvi_stream_flush(stream);
     }
     if (stream->killed == 0 &&
-        (tsrvi_stream_above_mark(stream) || tsrvi_loop_of(stream)->budget-- <= 0)) {
+        (tsrvi_stream_above_mark(stream) || tsrvi_loop_of(stream)->budget-- <= 0 ||
+         tsrvi_loop_of(stream)->written > TSRVI_SEND_LIMIT)) {
         /* Output first; or the others first. */
         rc = TSRV_EAGAIN;
         if (!tsrvi_stream_above_mark(stream)) {
@@ -5589,7 +5714,7 @@ static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
         rc = tsrvi_read_noted(stream, read);
     }
     if (rc != TSRV_EAGAIN) {
-        stream->flags &= ~(TSRVI_IN_READ | TSRVI_WAIT_READ);
+        stream->flags &= ~(TSRVI_IN_READ | TSRVI_WAIT_READ | TSRVI_IN_WAKE);
         if (rc != TSRV_OK) {
             tsrvi_read_undo(stream, read);
         }
@@ -5625,7 +5750,7 @@ static int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
         }
         rc = tsrvi_read_suspended(stream, read);
     }
-    if (rc != TSRV_OK && read->done != 0) {
+    if (rc != TSRV_OK && rc != TSRVI_GONE && read->done != 0) {
         tsrvi_read_undo(stream, read);
     }
     return rc;
@@ -5661,8 +5786,8 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     size_t limit = stream->server->options.max_buffer_size;
     bool handling = loop->handling == stream;
     int rc;
-    if (loop->co != NULL && loop->budget-- <= 0 && (rc = tsrvi_co_yield(loop->co)) < 0) {
-        return rc;
+    if ((rc = tsrvi_stream_pay(stream)) < 0) {
+        return tsrvi_gone(rc);
     }
     loop->quick = NULL;
     if (TSRVI_UNLIKELY(stream->waiters != NULL &&
@@ -5678,6 +5803,9 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
         return tsrvi_read_now(stream, read);
     }
     rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read) : tsrvi_read_handler(stream, read);
+    if (rc == TSRVI_GONE) {
+        return TSRV_ECLOSED;
+    }
     if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
         tsrvi_read_prime(stream);
     }
@@ -5769,15 +5897,15 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
 static int tsrvi_read_nothing(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc;
     loop->quick = NULL;
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
     }
-    if (--loop->budget < 0 && loop->co != NULL) {
-        int rc = tsrvi_co_yield(loop->co);
-        return rc < 0 ? rc : stream->killed;
+    if ((rc = tsrvi_stream_pay(stream)) < 0) {
+        return tsrvi_gone(rc);
     }
-    if (loop->budget < 0 && loop->handling == stream && stream->killed == 0) {
+    if (loop->handling == stream && --loop->budget < 0 && stream->killed == 0) {
         stream->flags |= TSRVI_WAIT_READ;
         tsrvi_stream_later(stream, TSRVI_CALL);
         return TSRV_EAGAIN;
@@ -5923,18 +6051,37 @@ static int tsrvi_write_refuse(tsrv_stream *stream, int code)
     return code;
 }
 
+/* Has this coroutine written so much, even if the kernel has taken all of it, that it could have had
+ * to wait? Then the others run first. */
+static bool tsrvi_write_is_long(const tsrv_stream *stream)
+{
+    size_t written = tsrvi_loop_of(stream)->written;
+    return tsrvi_stream_above_mark(stream) ||
+           (written > TSRVI_SEND_LIMIT && written > stream->server->options.write_high_water);
+}
+
 /* Wait until the output is below the high water. The write itself has been taken, so the wait's own
  * end is no error. */
 static int tsrvi_write_pause(tsrv_stream *stream)
 {
+    int rc = TSRV_OK;
     tsrvi_stream_flush(stream);
     while (tsrvi_stream_above_mark(stream) && stream->killed == 0) {
-        int rc;
         if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_ROOM, TSRVI_FOREVER)) < 0) {
             return rc;
         }
     }
+    if (tsrvi_write_is_long(stream) && (rc = tsrvi_stream_yield(stream)) < 0) {
+        return rc;
+    }
     return stream->killed;
+}
+
+/* A write was not taken, or not whole, because its wait has ended: a stream that is in order ends, for
+ * else it would have a gap. */
+static int tsrvi_write_lost(tsrv_stream *stream, int rc)
+{
+    return tsrvi_write_broken(stream) == TSRV_OK ? tsrvi_write_refuse(stream, rc) : rc;
 }
 
 /* Wait for the turn of this write, while another one is being taken in pieces. */
@@ -5970,7 +6117,7 @@ static int tsrvi_write_pieces(tsrv_stream *stream, const char *data, size_t size
            taken = 0;
     int rc = tsrvi_write_lock(stream);
     if (rc < 0) {
-        return rc;
+        return rc == TSRVI_GONE ? rc : tsrvi_write_lost(stream, rc);
     }
     piece = tsrvi_min(piece, options->max_write_buffer_size);
     while (rc == TSRV_OK && taken < size) {
@@ -5981,8 +6128,11 @@ static int tsrvi_write_pieces(tsrv_stream *stream, const char *data, size_t size
             taken += part;
         }
     }
+    if (rc == TSRVI_GONE) {
+        return rc;
+    }
     tsrvi_write_unlock(stream);
-    return rc < 0 && tsrvi_write_broken(stream) == TSRV_OK ? tsrvi_write_refuse(stream, rc) : rc;
+    return rc < 0 ? tsrvi_write_lost(stream, rc) : rc;
 }
 
 /* Any write. */
@@ -5994,7 +6144,7 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
         return rc;
     }
     if (TSRVI_UNLIKELY((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size))) {
-        return waits ? tsrvi_write_pieces(stream, data, size)
+        return waits ? tsrvi_gone(tsrvi_write_pieces(stream, data, size))
                      : tsrvi_write_refuse(stream, TSRV_EFULL);
     }
     tsrvi_loop_of(stream)->quick = NULL; /* a read may have to wait for the output now */
@@ -6002,8 +6152,8 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
     if (TSRVI_UNLIKELY(rc == -ENOMEM)) {
         return tsrvi_write_refuse(stream, rc);
     }
-    return TSRVI_UNLIKELY(tsrvi_stream_above_mark(stream)) && waits && rc == TSRV_OK
-               ? tsrvi_write_pause(stream)
+    return waits && TSRVI_UNLIKELY(tsrvi_write_is_long(stream)) && rc == TSRV_OK
+               ? tsrvi_gone(tsrvi_write_pause(stream))
                : rc;
 }
 
@@ -6076,7 +6226,25 @@ TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
     return TSRV_OK;
 }
 
-/* A block that the pieces are gathered in, so that they are one write in every respect. */
+/* Small pieces that all fit go to the queue one by one, and nothing can come between them. */
+static int tsrvi_writev_queue(tsrv_stream *stream, const tsrv_slice *slices, int count)
+{
+    tsrvi_loop_of(stream)->quick = NULL;
+    for (int i = 0; i < count; i++) {
+        int rc = slices[i].size == 0 ? (int)TSRV_OK
+                                     : tsrvi_queue_copy(stream, slices[i].data, slices[i].size);
+        if (rc < 0) {
+            return tsrvi_write_refuse(stream, rc);
+        }
+    }
+    stream->flags &= ~TSRVI_ASKED;
+    tsrvi_stream_soon(stream);
+    return tsrvi_loop_of(stream)->co != NULL && tsrvi_write_is_long(stream)
+               ? tsrvi_gone(tsrvi_write_pause(stream))
+               : (int)TSRV_OK;
+}
+
+/* Others are gathered in a block, so that they are one write in every respect. */
 TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count)
 {
     size_t total = 0, used = 0;
@@ -6093,6 +6261,10 @@ TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int coun
     }
     if (count == 1 || total == 0) {
         return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
+    }
+    if (total < TSRVI_DIRECT && (stream->flags & TSRVI_ODD_OUTPUT) == 0 &&
+        tsrvi_write_state(stream) == TSRV_OK && tsrvi_stream_fits(stream, total)) {
+        return tsrvi_writev_queue(stream, slices, count);
     }
     whole = (char *)TSRV_MALLOC(total);
     if (whole == NULL) {
@@ -6162,6 +6334,51 @@ static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t 
     return TSRV_OK;
 }
 
+/* A small part of a file is read at once, which costs less than a duplicate and sendfile. It goes
+ * behind what is queued, so that one send takes both. */
+static int tsrvi_queue_file_bytes(tsrv_stream *stream, int fd, int64_t offset, size_t size)
+{
+    tsrvi_block *block = stream->out_last;
+    size_t done = 0;
+    if (block == NULL || block->file >= 0 || block->capacity - block->end < size) {
+        block = tsrvi_block_new(&tsrvi_loop_of(stream)->pool, size);
+        if (block == NULL) {
+            return -ENOMEM;
+        }
+        tsrvi_queue_append(stream, block);
+    }
+    while (done < size) {
+        ssize_t got = TSRV_SYS(pread, (fd, tsrvi_block_data(block) + block->end + done, size - done,
+                                       (off_t)(offset + (int64_t)done)));
+        if (got < 0 && errno == EINTR) {
+            continue;
+        }
+        if (got <= 0) {
+            return got < 0 ? tsrvi_error() : -EIO; /* the file is shorter than was promised */
+        }
+        done += (size_t)got;
+    }
+    block->end += size;
+    block->limit = block->limit < block->end ? block->end : block->limit;
+    stream->unsent += size;
+    stream->flags &= ~TSRVI_ASKED;
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+/* Queue a part of a file, when it is this write's turn. */
+static int tsrvi_sendfile_take(tsrv_stream *stream, int fd, int64_t offset, size_t size)
+{
+    int rc = tsrvi_write_broken(stream);
+    if (rc < 0) {
+        return rc;
+    }
+    rc = size < TSRVI_DIRECT && tsrvi_stream_fits(stream, size)
+             ? tsrvi_queue_file_bytes(stream, fd, offset, size)
+             : tsrvi_queue_file(stream, fd, offset, size);
+    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
+}
+
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
     bool waits = tsrvi_loop_of(stream)->co != NULL, locked = (stream->flags & TSRVI_LOCKED) != 0;
@@ -6181,28 +6398,30 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
         return tsrvi_write_refuse(stream, TSRV_EFULL);
     }
     if (locked && (rc = tsrvi_write_lock(stream)) < 0) {
-        return rc;
+        return rc == TSRVI_GONE ? (int)TSRV_ECLOSED : tsrvi_write_lost(stream, rc);
     }
-    if ((rc = tsrvi_write_broken(stream)) == TSRV_OK &&
-        (rc = tsrvi_queue_file(stream, fd, offset, size)) < 0) {
-        tsrvi_write_refuse(stream, rc);
-    }
+    rc = tsrvi_sendfile_take(stream, fd, offset, size);
     if (locked) {
         tsrvi_write_unlock(stream);
     }
-    return rc == TSRV_OK && waits && tsrvi_stream_above_mark(stream) ? tsrvi_write_pause(stream)
-                                                                     : rc;
+    return rc == TSRV_OK && waits && tsrvi_write_is_long(stream)
+               ? tsrvi_gone(tsrvi_write_pause(stream))
+               : rc;
 }
 
 TSRV_API int tsrv_flush(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    int rc;
+    int rc = tsrvi_stream_pay(stream);
+    if (rc < 0) {
+        return tsrvi_gone(rc);
+    }
+    stream->flags &= ~TSRVI_WAIT_FLUSH;
     tsrvi_stream_flush(stream);
     while (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
         stream->flags |= TSRVI_FLUSHING;
         if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_FLUSH, stream->deadline)) < 0) {
-            return rc;
+            return tsrvi_gone(rc);
         }
     }
     if (stream->killed == 0 && stream->unsent != 0) {
@@ -6275,9 +6494,18 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
     tsrv_loop *loop = tsrvi_loop_of(stream);
     bool handling = tsrvi_stream_handling(stream);
     uint64_t due = tsrvi_earlier(tsrvi_after(tsrvi_clock(), timeout_ms), stream->deadline);
-    int rc;
+    int rc = tsrvi_stream_pay(stream);
+    if (rc < 0) {
+        return TSRV_OK; /* as the end of a stream that is waited for */
+    }
+    stream->flags &= ~TSRVI_WAIT_WAKE;
     if (handling && (stream->flags & TSRVI_IN_WAKE) == 0) {
         stream->wake_due = due;
+    }
+    if (handling && timeout_ms != 0 && --loop->budget < 0) {
+        stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
+        tsrvi_stream_later(stream, TSRVI_CALL);
+        return TSRV_EAGAIN;
     }
     if ((stream->flags & TSRVI_WOKEN) != 0) {
         stream->flags &= ~(TSRVI_WOKEN | TSRVI_IN_WAKE);
@@ -6287,7 +6515,7 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
         if (timeout_ms == 0) {
             return TSRV_ETIMEOUT;
         }
-        rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_WAKE, due);
+        rc = tsrvi_gone(tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_WAKE, due));
         return rc == TSRV_ECLOSED ? TSRV_OK : rc;
     }
     if (timeout_ms == 0 ||
@@ -6329,9 +6557,23 @@ TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
     stream->write_ms = write_ms;
 }
 
+/* Calls that wait already are limited too; those that a later deadline lets go on look again when
+ * the earlier one has come. */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
 {
     stream->deadline = delay_ms <= 0 ? TSRVI_FOREVER : tsrvi_after(tsrvi_clock(), delay_ms);
+    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
+        if ((waiter->kind & (TSRVI_FOR_READ | TSRVI_FOR_WAKE | TSRVI_FOR_FLUSH)) != 0) {
+            tsrvi_co_limit(waiter->co, stream->deadline);
+        }
+    }
+    if ((stream->flags & TSRVI_WAITS) != 0) {
+        if ((stream->flags & TSRVI_WAIT_READ) != 0 && (stream->flags & TSRVI_IN_READ) == 0) {
+            stream->flags |= TSRVI_IN_READ;
+            stream->read_due = tsrvi_stream_read_due(stream);
+        }
+        tsrvi_stream_arm(stream);
+    }
 }
 
 /* Only the first address->size bytes are written: this is done before every call of a callback-mode
@@ -6500,6 +6742,9 @@ static int tsrvi_stream_keep(tsrv_stream *stream)
 {
     int ended;
     if ((stream->flags & TSRVI_WAITS) != 0) {
+        if ((stream->flags & TSRVI_CALL) != 0) {
+            tsrvi_stream_later(stream, TSRVI_CALL);
+        }
         return TSRV_EAGAIN;
     }
     ended = tsrvi_stream_ended(stream);
@@ -6564,14 +6809,15 @@ static void tsrvi_stream_prime(tsrv_stream *stream)
     }
 }
 
-/* Call the handler; from the loop only. */
-static void tsrvi_stream_call(tsrv_stream *stream)
+/* Call the handler; from the loop only. Returns TSRV_OK, or why that was not possible: then the
+ * stream has ended. */
+static int tsrvi_stream_call(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     const tsrv_server_options *options = &stream->server->options;
     int rc;
     if ((stream->flags & (TSRVI_OVER | TSRVI_RUNNING)) != 0) {
-        return;
+        return TSRV_OK;
     }
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS | TSRVI_CONSUMED);
     if ((stream->killed | stream->in_end | stream->out_end) != 0 &&
@@ -6583,6 +6829,7 @@ static void tsrvi_stream_call(tsrv_stream *stream)
         tsrvi_peer_load(&stream->peer, &loop->address);
         loop->handling = stream;
         loop->budget = TSRVI_BUDGET;
+        loop->written = 0;
         tsrvi_stream_prime(stream);
         rc = stream->handler(stream, &loop->address, options->context);
         loop->handling = NULL;
@@ -6591,11 +6838,13 @@ static void tsrvi_stream_call(tsrv_stream *stream)
     } else if ((rc = tsrvi_co_new(loop, options->stack_size, tsrvi_stream_main, stream,
                                   &stream->u.co)) < 0) {
         tsrvi_stream_kill(stream, rc);
-        tsrvi_stream_over(stream, rc);
+        tsrvi_stream_over(stream, TSRV_ECLOSED); /* which is not logged for every one of them */
+        return rc;
     } else {
         stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
         tsrvi_co_resume(stream->u.co);
     }
+    return TSRV_OK;
 }
 
 /* ---- events, timer, task ---------------------------------------------------*/
@@ -6626,12 +6875,14 @@ static void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
     int rc;
     if ((stream->flags & TSRVI_LINGER) != 0) {
         tsrvi_stream_linger(stream);
-    } else if (waiter != NULL) {
+    } else if (waiter != NULL && tsrvi_co_waits(waiter->co)) {
         tsrvi_read_receive(stream, waiter->read);
         rc = tsrvi_read_attempt(stream, waiter->read);
         if (rc != TSRV_EAGAIN) {
             tsrvi_co_wake_now(waiter->co, rc);
         }
+    } else if (waiter != NULL || (stream->flags & TSRVI_CALL) != 0) {
+        return; /* the reader is about to run, and takes what is there first */
     } else if ((stream->flags & (TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) != 0 &&
                tsrvi_stream_wants_input(stream)) {
         tsrvi_stream_feed_handler(stream);
@@ -7080,7 +7331,11 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     if (++listener->taken >= TSRVI_SHARE && tsrvi_worker_id >= 0) {
         tsrvi_listener_requeue(listener);
     }
-    tsrvi_stream_call(stream);
+    if ((rc = tsrvi_stream_call(stream)) < 0) {
+        server->stats->accept_errors++;
+        tsrvi_server_exhausted(server, rc);
+        return false;
+    }
     return true;
 }
 
@@ -7589,7 +7844,7 @@ static void tsrvi_server_abort(tsrv_server *server)
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
         tsrv_abort(stream);
         if (tsrvi_stream_coroutine(stream) != NULL) {
-            tsrvi_co_wake(stream->u.co, TSRV_ECLOSED);
+            tsrvi_co_doom(stream->u.co);
         }
         if ((stream->flags & (TSRVI_ENTERED | TSRVI_OVER)) == 0) {
             tsrvi_stream_over(stream, TSRV_ECLOSED); /* nobody will call its handler any more */
@@ -7988,10 +8243,20 @@ static int tsrvi_file_read(const char *path, char *buffer, size_t size)
 static long tsrvi_leading_number(const char *text)
 {
     long value = -1;
-    for (; *text >= '0' && *text <= '9' && value < LONG_MAX / 100; text++) {
+    for (; *text >= '0' && *text <= '9'; text++) {
+        if (value > LONG_MAX / 100) {
+            return -1;
+        }
         value = (value < 0 ? 0 : value) * 10 + (*text - '0');
     }
     return value;
+}
+
+/* Processors, rounded up; no or a senseless limit: INT_MAX. */
+static int tsrvi_quota_round(long quota, long period)
+{
+    long cpus = quota <= 0 || period <= 0 ? INT_MAX : (quota - 1) / period + 1;
+    return cpus > INT_MAX ? INT_MAX : (int)cpus;
 }
 
 /* Processors, rounded up, that a control group of version 2 grants: cpu.max is "quota period" in
@@ -8007,7 +8272,7 @@ static int tsrvi_cgroup_cpus(const char *group)
     }
     quota = tsrvi_leading_number(text);
     period = tsrvi_leading_number(blank + 1);
-    return quota <= 0 || period <= 0 ? INT_MAX : (int)((quota - 1) / period + 1);
+    return tsrvi_quota_round(quota, period);
 }
 
 /* The same for version 1, where a container sees its own group as the root. */
@@ -8021,7 +8286,7 @@ static int tsrvi_cgroup_old_cpus(void)
     if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", text, sizeof(text)) > 0) {
         period = tsrvi_leading_number(text);
     }
-    return quota <= 0 || period <= 0 ? INT_MAX : (int)((quota - 1) / period + 1);
+    return tsrvi_quota_round(quota, period);
 }
 
 /* A group's quota holds for all groups below it: the least on the way to the root counts. */
@@ -8083,10 +8348,12 @@ static void tsrvi_tell_predecessor(void)
     }
 }
 
+#define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
+
 TSRV_API int tsrv_notify(const char *state)
 {
     const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
-    char text[1024], stamp[64] = "";
+    char text[TSRVI_NOTIFY_SIZE + 64], stamp[64] = "";
     tsrvi_sockaddr inside;
     socklen_t size = 0;
     int fd, rc, length;
@@ -8103,10 +8370,10 @@ TSRV_API int tsrv_notify(const char *state)
         snprintf(stamp, sizeof(stamp), "\nMONOTONIC_USEC=%llu",
                  (unsigned long long)(tsrvi_clock() / 1000));
     }
-    length = snprintf(text, sizeof(text), "%s%s", state, stamp);
-    if (length < 0 || (size_t)length >= sizeof(text)) {
+    if (strlen(state) > TSRVI_NOTIFY_SIZE) {
         return TSRV_ETOOLONG;
     }
+    length = snprintf(text, sizeof(text), "%s%s", state, stamp);
     fd = tsrvi_socket(AF_UNIX, SOCK_DGRAM);
     if (fd < 0) {
         return fd;
@@ -8124,8 +8391,9 @@ static uint64_t tsrvi_watchdog_interval(void)
 {
     const char *pid = TSRV_SYS(getenv, ("WATCHDOG_PID")),
                *usec = TSRV_SYS(getenv, ("WATCHDOG_USEC"));
-    int limit = tsrvi_decimal(usec);
-    if (limit <= 0 || (pid != NULL && tsrvi_decimal(pid) != (int)TSRV_SYS(getpid, ()))) {
+    int64_t limit = tsrvi_decimal(usec, INT64_MAX / 1000);
+    if (limit <= 0 ||
+        (pid != NULL && tsrvi_decimal(pid, INT_MAX) != (int64_t)TSRV_SYS(getpid, ()))) {
         return TSRVI_FOREVER;
     }
     return (uint64_t)limit * 500;
@@ -8145,6 +8413,22 @@ static struct {
     tsrv_signal signals[4];
 } tsrvi_worker;
 
+/* Drain, once. What else comes of the signals that say so (Ctrl-C reaches the worker directly and
+ * through its parent) must not cut what the program does after its loop. */
+static void tsrvi_worker_leave(int grace_ms)
+{
+    for (int i = 0; i < 3; i++) {
+        int signo = tsrvi_worker.signals[i].signo;
+        if (signo != 0 && tsrvi_worker_id >= 0) {
+            tsrvi_signals[signo].before.sa_handler = SIG_IGN;
+        }
+    }
+    if (tsrvi_worker_id < 0 && !tsrvi_worker.loop->leaving) {
+        tsrv_notify("STOPPING=1");
+    }
+    tsrvi_loop_leave(tsrvi_worker.loop, grace_ms);
+}
+
 static void tsrvi_worker_lost_parent(tsrvi_io *io, int events)
 {
     int fd = io->fd;
@@ -8153,7 +8437,7 @@ static void tsrvi_worker_lost_parent(tsrvi_io *io, int events)
     tsrvi_poller_set(&tsrvi_worker.loop->poller, io, 0);
     tsrvi_close_fd(fd);
     io->fd = -1;
-    tsrvi_loop_leave(tsrvi_worker.loop, TSRVI_ORPHAN_MS);
+    tsrvi_worker_leave(TSRVI_ORPHAN_MS);
 }
 
 /* Somebody else's watch on the same signal takes the place of ours. */
@@ -8166,7 +8450,7 @@ static void tsrvi_worker_signal(void *context)
         }
     }
     if (own->signo != SIGHUP) { /* that one is the parent's business */
-        tsrvi_loop_leave(own->loop, tsrvi_worker.grace_ms);
+        tsrvi_worker_leave(tsrvi_worker.grace_ms);
     }
 }
 
@@ -8193,7 +8477,8 @@ static void tsrvi_worker_beat(tsrvi_timer *timer)
         tsrvi_worker.watchdog = now + tsrvi_watchdog_interval();
         tsrv_notify("WATCHDOG=1");
     }
-    tsrvi_heap_set(&loop->heap, timer, now + tsrvi_worker.interval);
+    tsrvi_heap_set(&loop->heap, timer,
+                   tsrvi_earlier(now + tsrvi_worker.interval, tsrvi_worker.watchdog));
 }
 
 static void tsrvi_worker_watch_signals(tsrv_loop *loop)
@@ -8395,12 +8680,11 @@ static void tsrvi_supervisor_dismiss(const tsrvi_supervisor *s, tsrvi_child *chi
     if (child->state == TSRVI_ALIVE) {
         child->state = TSRVI_LEAVING;
         child->due = tsrvi_after(now, s->options.grace_ms);
-        child->due =
-            child->due == TSRVI_FOREVER ? child->due : tsrvi_after(child->due, TSRVI_KILL_MS);
-    }
-    if (child->state == TSRVI_LEAVING) {
+        if (child->due != TSRVI_FOREVER) {
+            child->due = tsrvi_after(child->due, TSRVI_KILL_MS);
+        }
         TSRV_SYS(kill, (child->pid, signo));
-    } else {
+    } else if (child->state == TSRVI_DUE) {
         child->state = TSRVI_VACANT;
     }
 }
@@ -8555,6 +8839,16 @@ static void tsrvi_supervisor_ended(tsrvi_supervisor *s, int place, int status, u
     }
 }
 
+/* Take the status of a child, if it has ended. Returns its pid, 0 or -1. */
+static pid_t tsrvi_wait_for(pid_t child, int *status)
+{
+    pid_t pid;
+    do {
+        pid = TSRV_SYS(waitpid, (child, status, WNOHANG));
+    } while (pid < 0 && errno == EINTR);
+    return pid;
+}
+
 /* Learn which processes have ended. Only our own are asked for; but who is process 1 inherits every
  * orphan, and has to bury them. */
 static void tsrvi_supervisor_reap(tsrvi_supervisor *s, uint64_t now)
@@ -8562,7 +8856,7 @@ static void tsrvi_supervisor_reap(tsrvi_supervisor *s, uint64_t now)
     int status = 0;
     for (int place = 0; place < 2 * s->workers; place++) {
         tsrvi_child *child = &s->children[place];
-        pid_t pid = child->pid == 0 ? 0 : TSRV_SYS(waitpid, (child->pid, &status, WNOHANG));
+        pid_t pid = child->pid == 0 ? 0 : tsrvi_wait_for(child->pid, &status);
         if (pid < 0 && errno == ECHILD) {
             status = SIGKILL; /* somebody else has taken its status; that it has ended is sure */
             pid = child->pid;
@@ -8571,7 +8865,7 @@ static void tsrvi_supervisor_reap(tsrvi_supervisor *s, uint64_t now)
             tsrvi_supervisor_ended(s, place, status, now);
         }
     }
-    if (s->upgrade > 0 && TSRV_SYS(waitpid, (s->upgrade, &status, WNOHANG)) == s->upgrade) {
+    if (s->upgrade > 0 && tsrvi_wait_for(s->upgrade, &status) == s->upgrade) {
         s->upgrade = 0; /* what it has said, or not, is in the pipe */
     }
     if (TSRV_SYS(getpid, ()) == 1) {
@@ -8585,7 +8879,7 @@ static void tsrvi_supervisor_reap(tsrvi_supervisor *s, uint64_t now)
                     return;
                 }
             }
-            TSRV_SYS(waitpid, (info.si_pid, &status, WNOHANG));
+            tsrvi_wait_for(info.si_pid, &status);
             memset(&info, 0, sizeof(info));
         }
     }
@@ -9030,7 +9324,7 @@ static void tsrvi_serve_alone(void)
 {
     uint64_t watchdog = tsrvi_watchdog_interval();
     memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
-    tsrvi_worker.interval = tsrvi_earlier(TSRVI_BEAT_MS * TSRVI_MS, watchdog);
+    tsrvi_worker.interval = TSRVI_BEAT_MS * TSRVI_MS;
     tsrvi_worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
     tsrvi_worker.lifeline.fd = -1;
     tsrvi_worker.wake = -1;
@@ -9068,7 +9362,6 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         rc = tsrv_loop_run(server->loop);
     }
     if (alone) {
-        tsrv_notify("STOPPING=1");
         tsrvi_serve_done();
     }
     tsrv_server_free(server);

@@ -190,7 +190,7 @@ static void take_balance(void *context)
     balance *b = (balance *)context;
     b->allocations = t_live_allocations - t_loop->pool.count - (t_loop->chunk != NULL);
     b->fds = t_open_fds();
-    b->open = t_server->stats.open;
+    b->open = t_server->stats->open;
 }
 
 static void check_balance(const balance *before, const char *name)

@@ -174,7 +174,7 @@ TEST_COROUTINE(row2_directions_of_a_proxy_are_independent)
     int code;
     options.write_timeout_ms = TSRV_NEVER;
     options.write_high_water = t_hard ? 2000 : 100000;
-    make_large(t_hard ? 300000 : 16 << 20);
+    make_large(t_hard ? 120000 : 16 << 20);
     open_proxy(stream_both_ways, options);
     char *got = (char *)malloc(large_size);
     int fd = t_connect(s_port);

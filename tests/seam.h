@@ -39,7 +39,7 @@ static inline int t_usual_errno(const char *name)
         {"epoll_wait", EINTR},     {"poll", EINTR},        {"kevent", EINTR},       {"epoll_create1", EMFILE},
         {"eventfd", EMFILE},       {"close", EINTR},       {"setsockopt", ENOBUFS}, {"getpeername", ENOTCONN},
         {"read", EAGAIN},          {"write", EAGAIN},      {"shutdown", ENOTCONN},  {"fcntl", EBADF},
-        {"sigaction", EINVAL},     {"connect", ECONNREFUSED},
+        {"sigaction", EINVAL},     {"connect", ECONNREFUSED}, {"waitpid", EINTR},
     };
     for (size_t i = 0; i < sizeof(usual) / sizeof(usual[0]); i++) {
         if (strcmp(usual[i].name, name) == 0) {
