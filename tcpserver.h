@@ -1800,6 +1800,7 @@ typedef struct tsrvi_poller {
 typedef struct tsrvi_backend {
     const char *name;
     int id;
+    bool exclusive; /* it knows TSRVI_EXCLUSIVE */
     int (*open)(tsrvi_poller *poller);
     void (*close)(tsrvi_poller *poller);
     /* Change what is waited for, from old_interest to new_interest. quiet: do not tell the kernel,
@@ -2026,8 +2027,8 @@ static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
 }
 
 static const tsrvi_backend tsrvi_epoll = {
-    "epoll",         TSRV_BACKEND_EPOLL, tsrvi_epoll_open,   tsrvi_epoll_close,
-    tsrvi_epoll_set, tsrvi_epoll_wait,   tsrvi_epoll_leaked,
+    "epoll",           TSRV_BACKEND_EPOLL, TSRVI_EPOLLEXCLUSIVE != 0, tsrvi_epoll_open,
+    tsrvi_epoll_close, tsrvi_epoll_set,    tsrvi_epoll_wait,          tsrvi_epoll_leaked,
 };
 #endif
 
@@ -2144,13 +2145,8 @@ static int tsrvi_kqueue_wait(tsrvi_poller *poller, int timeout_ms)
 }
 
 static const tsrvi_backend tsrvi_kqueue = {
-    "kqueue",
-    TSRV_BACKEND_KQUEUE,
-    tsrvi_kqueue_open,
-    tsrvi_kqueue_close,
-    tsrvi_kqueue_set,
-    tsrvi_kqueue_wait,
-    NULL,
+    "kqueue",         TSRV_BACKEND_KQUEUE, false, tsrvi_kqueue_open, tsrvi_kqueue_close,
+    tsrvi_kqueue_set, tsrvi_kqueue_wait,   NULL,
 };
 #endif
 
@@ -2242,8 +2238,8 @@ static int tsrvi_poll_wait(tsrvi_poller *poller, int timeout_ms)
 }
 
 static const tsrvi_backend tsrvi_poll = {
-    "poll", TSRV_BACKEND_POLL, tsrvi_poll_open, tsrvi_poll_close, tsrvi_poll_set, tsrvi_poll_wait,
-    NULL,
+    "poll",           TSRV_BACKEND_POLL, false,           tsrvi_poll_open,
+    tsrvi_poll_close, tsrvi_poll_set,    tsrvi_poll_wait, NULL,
 };
 
 /* Best first. */
@@ -4389,6 +4385,7 @@ struct tsrv_server {
     int backoff_ms;
     bool starting;  /* task calls on_start */
     bool paused;    /* no accepting for now */
+    bool was_away;  /* and it takes the next connection even if it is ahead of other workers */
     bool exhausted; /* because the system was out of something */
     bool freed;     /* by the program: goes with the last stream */
     bool queued;    /* the task is in loop->ready */
@@ -5332,7 +5329,8 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
         stream->flags |= TSRVI_LOOKED;
     }
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
-     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error. */
+     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error.
+     * */
     if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
         (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
         int error = (stream->flags & TSRVI_FIN) == 0 ? ECONNRESET : 0;
@@ -5547,8 +5545,8 @@ static int tsrvi_stream_yield(tsrv_stream *stream)
     return waiter.stream == NULL ? TSRVI_GONE : rc;
 }
 
-/* A call that may complete at once. When a coroutine has made many, or has sent much, the others run
- * first; as tsrvi_stream_yield. */
+/* A call that may complete at once. When a coroutine has made many, or has sent much, the others
+ * run first; as tsrvi_stream_yield. */
 static int tsrvi_stream_pay(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
@@ -6051,8 +6049,8 @@ static int tsrvi_write_refuse(tsrv_stream *stream, int code)
     return code;
 }
 
-/* Has this coroutine written so much, even if the kernel has taken all of it, that it could have had
- * to wait? Then the others run first. */
+/* Has this coroutine written so much, even if the kernel has taken all of it, that it could have
+ * had to wait? Then the others run first. */
 static bool tsrvi_write_is_long(const tsrv_stream *stream)
 {
     size_t written = tsrvi_loop_of(stream)->written;
@@ -6077,8 +6075,8 @@ static int tsrvi_write_pause(tsrv_stream *stream)
     return stream->killed;
 }
 
-/* A write was not taken, or not whole, because its wait has ended: a stream that is in order ends, for
- * else it would have a gap. */
+/* A write was not taken, or not whole, because its wait has ended: a stream that is in order ends,
+ * for else it would have a gap. */
 static int tsrvi_write_lost(tsrv_stream *stream, int rc)
 {
     return tsrvi_write_broken(stream) == TSRV_OK ? tsrvi_write_refuse(stream, rc) : rc;
@@ -7051,12 +7049,16 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
  * the kernel wake one of them, but always the one that came last: so each goes
  * to the end of that queue after TSRVI_SHARE accepts. A wake-up that a process
  * has got and does not follow (it stops, or dies) is lost for that connection
- * until somebody looks again, which every beat of a worker does.
+ * until somebody looks again, which every beat of a worker does. Other backends
+ * wake all processes, and the quickest wins: one that is ahead of the others
+ * stays away for a millisecond before it takes more.
  * ==========================================================================*/
 
-#define TSRVI_BURST 64         /* most accepts of one turn */
+#define TSRVI_BURST 64         /* most accepts of one turn, */
+#define TSRVI_BURST_SHARED 8   /* and where other workers want some of them */
 #define TSRVI_BURST_HOLD 16    /* turns without growth after an accept that found nothing */
 #define TSRVI_SHARE 16         /* accepts before another worker's turn */
+#define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
 
@@ -7339,19 +7341,52 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     return true;
 }
 
+/* Has this worker, where all are woken, accepted more than its share? */
+static bool tsrvi_server_is_ahead(const tsrv_server *server)
+{
+    tsrv_stats own, all;
+    uint64_t workers = (uint64_t)tsrvi_place_count / 2;
+    if (tsrvi_worker_id < 0 || server->number < 0 || server->loop->poller.backend->exclusive) {
+        return false;
+    }
+    memset(&own, 0, sizeof(own));
+    memset(&all, 0, sizeof(all));
+    tsrvi_stats_gather(&own, server->number, tsrvi_worker_id);
+    tsrvi_stats_gather(&all, server->number, -1);
+    return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
+}
+
+/* Leave the connections that wait to other processes for a moment. */
+static void tsrvi_server_stay_away(tsrv_server *server)
+{
+    server->paused = true;
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+    }
+    tsrvi_heap_set(&server->loop->heap, &server->retry,
+                   tsrvi_after(server->loop->now, TSRVI_AWAY_MS));
+    server->was_away = true;
+}
+
 static void tsrvi_listener_event(tsrvi_io *io, int events)
 {
     tsrvi_listener *listener = TSRVI_CONTAINER(io, tsrvi_listener, io);
     tsrv_server *server = listener->server;
     tsrv_loop *loop = server->loop;
-    int burst;
+    int burst, most = tsrvi_worker_id < 0 ? TSRVI_BURST : TSRVI_BURST_SHARED;
     (void)events;
     tsrvi_server_begin(server);
-    if (listener->turn + 1 == loop->turns && listener->hold == 0 && listener->burst < TSRVI_BURST) {
+    if (listener->turn + 1 == loop->turns && listener->hold == 0 && listener->burst < most) {
         listener->burst *= 2;
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
+    if (!server->was_away && tsrvi_server_is_ahead(server)) {
+        tsrvi_server_stay_away(server);
+        return;
+    }
+    server->was_away = false;
     for (burst = listener->burst; burst > 0 && listener->io.interest != 0 && !server->freed;
          burst--) {
         if (tsrvi_server_is_full(server)) {
