@@ -97,7 +97,13 @@
  *   Threads    A loop, its servers and its streams belong to the thread that runs the loop. Only
  *              tsrv_loop_post may be called from another one. One loop per thread scales.
  *   Forks      Fork before the first loop exists. A child that uses its parent's loop is refused.
- *              A child forked inside a callback must exec or _exit.
+ *              A child forked inside a callback must exec or _exit. tsrv_fork_processes,
+ *              tsrv_server_start and tsrv_serve return in the parent too, when its workers have
+ *              ended: check what they return.
+ *   Workers    The parent only supervises. It acts on SIGTERM, SIGINT, SIGQUIT (all end, in good
+ *              order), SIGHUP (workers are replaced one by one) and, if asked to, SIGUSR2 (the
+ *              program is replaced); workers end with it. In a worker tsrv_loop_run drains its
+ *              servers on the first three, and returns.
  *   Ownership  The library owns streams: a server's stream is valid until its handler and on_close
  *              have returned. Timers, watches and signals are the caller's memory; stop them first.
  *              Options are copied. Slices are borrowed until the next read.

@@ -1598,3 +1598,97 @@ TEST_ONCE(graceful_stop_second_signal_cuts_off)
     expect_end(&p);
     CHECK_NEAR_MS(t_now_ms() - begin, 0, 5000); /* of a grace of 10 s */
 }
+
+/* ---- the three ways to start, production --------------------------------------------------*/
+
+/* Starts a program with workers on a free port. */
+static program start_workers(const char *name, const char *processes)
+{
+    char port[16], line[512];
+    program p;
+    int free_port = t_free_port();
+    snprintf(port, sizeof port, "%d", free_port);
+    const char *arguments[3] = {port, processes, NULL};
+    p = launch(name, arguments, -1, line, sizeof line);
+    CHECK_INT(sscanf(line, "port %d", &p.port), 1);
+    CHECK_INT(p.port, free_port);
+    return p;
+}
+
+/* The worker that answers. */
+static int ask_worker(int port)
+{
+    char text[64] = "";
+    int worker = -2, fd = t_connect(port);
+    size_t size = t_recv_all(fd, text, sizeof text - 1);
+    text[size] = 0;
+    CHECK_INT(sscanf(text, "hello from worker %d", &worker), 1);
+    t_close(fd);
+    return worker;
+}
+
+TEST_ONCE(listen_serves_from_one_process)
+{
+    program p = start("listen");
+    CHECK_INT(ask_worker(p.port), -1);
+    stop(&p);
+}
+
+/* All three workers answer, and SIGTERM ends all. */
+static void serve_from_workers(const char *name)
+{
+    int seen = 0;
+    program p = start_workers(name, "3");
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    while (seen != 7) {
+        int worker = ask_worker(p.port);
+        CHECK(worker >= 0 && worker < 3);
+        seen |= 1 << worker;
+        CHECK(t_now_ms() < end);
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+TEST_ONCE(bind_start_serves_from_workers)
+{
+    serve_from_workers("bind_start");
+}
+
+TEST_ONCE(add_sockets_serves_from_workers)
+{
+    serve_from_workers("add_sockets");
+}
+
+/* Echoes, tells its figures, says good bye to an idle client when it is told to end, which a client
+ * whose request is under way does not notice. */
+TEST_ONCE(production_serves_counts_and_ends)
+{
+    unsigned long long accepted = 0, open = 0;
+    char line[256];
+    program p = start_workers("production", "2");
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    t_sends(fd, "hello\n");
+    t_expect(fd, "hello\n");
+    t_sends(other, "hi\n");
+    t_expect(other, "hi\n");
+    t_sends(fd, "stats\n");
+    for (size_t used = 0; used + 1 < sizeof line; used++) {
+        CHECK_INT(t_recv(fd, line + used, 1), 1);
+        line[used + 1] = 0;
+        if (line[used] == '\n') {
+            break;
+        }
+    }
+    CHECK_INT(sscanf(line, "accepted %llu, open %llu,", &accepted, &open), 2);
+    CHECK_INT(accepted, 2);
+    CHECK_INT(open, 2);
+    t_sends(other, "unfinis");
+    send_signal(&p, SIGTERM);
+    t_expect(fd, "bye: ");
+    t_sends(other, "hed\n");
+    t_expect(other, "unfinished\n");
+    t_close(fd);
+    t_close(other);
+    expect_end(&p);
+}
