@@ -302,28 +302,41 @@ TEST_COROUTINE(connects_to_unix_sockets)
 
 /* ---- where to not -------------------------------------------------------------------------*/
 
-static void connect_in_vain(void)
+static void connect_refused(void)
 {
-    char name[200];
     int port = t_free_port();
     CHECK_INT(connect_rc("127.0.0.1", port, 0), -ECONNREFUSED);
     CHECK_INT(connect_rc("two.test", port, 0), -ECONNREFUSED);
     CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 0), -ENOENT);
+    CHECK_INT(s_log_lines, 0);
+}
+
+/* Tornado's test_connection_refused. */
+TEST_LOOP(test_connection_refused)
+{
+    alone(connect_refused);
+}
+
+static void resolve_in_vain(void)
+{
+    char name[200];
+    int port = t_free_port();
+    CHECK_INT(connect_rc("", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("no.such.name", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("300.1.1.1", port, 0), TSRV_ERESOLVE);
     snprintf(name, sizeof name, "unix:/%0150d", 0);
     CHECK_INT(connect_rc(name, 0, 0), -ENAMETOOLONG);
     CHECK_INT(connect_rc("127.0.0.1", 0, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", -1, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", 65536, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc(NULL, port, 0), TSRV_EINVAL);
-    CHECK_INT(connect_rc("", port, 0), TSRV_ERESOLVE);
-    CHECK_INT(connect_rc("no.such.name", port, 0), TSRV_ERESOLVE);
-    CHECK_INT(connect_rc("300.1.1.1", port, 0), TSRV_ERESOLVE);
     CHECK_INT(s_log_lines, 0);
 }
 
-TEST_LOOP(connecting_in_vain_is_a_code)
+/* Tornado's test_gaierror. */
+TEST_LOOP(test_gaierror)
 {
-    alone(connect_in_vain);
+    alone(resolve_in_vain);
 }
 
 static int timer_rc;

@@ -145,17 +145,18 @@ cases() { # cases <language> <standard> <names at every optimisation> <names at 
     for name in $4; do echo "$1 $2 -O0 $name"; done
 }
 
+# The oldest and the newest C and C++ at every optimisation; what is between them at -O0.
 common='two_tus static_twice no_coroutines ucontext second_include'
 {
     strict=
     [ "$(uname -s)" = Linux ] && strict=strict_iso
     cases c c99 "c99 $common" "shadow declarations_only $strict"
-    cases c c11 "c99 $common" "shadow declarations_only $strict"
-    cases c gnu17 "c99 $common late_gnu_source" 'shadow declarations_only'
+    cases c c11 '' "c99 $common shadow declarations_only $strict"
+    cases c gnu17 "c99 two_tus late_gnu_source" "static_twice no_coroutines ucontext second_include shadow declarations_only"
     cases c gnu99 '' late_gnu_source
     if can c++; then
         cases c++ c++11 "cxx11 $common" 'shadow declarations_only c_and_cxx'
-        cases c++ c++20 "cxx11 $common" 'shadow declarations_only c_and_cxx'
+        cases c++ c++20 'cxx11' "$common shadow declarations_only c_and_cxx"
     else
         skip "no C++ compiler ($CXX)"
     fi

@@ -169,7 +169,7 @@ TEST_LOOP(waiting_for_a_timer_takes_few_turns)
     free_loop(t.loop);
 }
 
-TEST_LOOP(two_thousand_timers_come_and_go)
+TEST_LOOP(test_timeout_with_many_adds_and_removes)
 {
     enum { COUNT = 2000 };
     static tsrv_timer timers[COUNT];
@@ -282,7 +282,7 @@ static void stop_both(void *context)
     tsrv_timer_stop(&pair->timers[1]);
 }
 
-TEST_LOOP(timer_stopped_by_another_of_its_turn_does_not_fire)
+TEST_LOOP(test_remove_timeout_from_timeout)
 {
     static const int delays[][2] = {{0, 0}, {1, 1}, {1, 2}, {2, 1}};
     tsrv_loop *loop = t_new_loop();
@@ -432,7 +432,7 @@ static void see(int events, void *context)
 }
 
 /* Also Tornado's test_read_while_writeable: nobody hears of a direction that he did not ask for. */
-TEST_LOOP(watch_reports_what_was_asked_for_in_every_turn)
+TEST_LOOP(test_read_while_writeable)
 {
     static const struct {
         int interest;
@@ -506,7 +506,7 @@ TEST_LOOP(starting_an_active_watch_changes_it)
     }
 }
 
-TEST_LOOP(second_watch_on_a_descriptor_is_refused)
+TEST_LOOP(test_add_handler_twice_is_refused)
 {
     tsrv_watch first = {0}, second = {0};
     seen s = {0, 0}, refused = {0, 0};
@@ -604,7 +604,7 @@ static void stop_the_others(int events, void *context)
     }
 }
 
-TEST_LOOP(watch_stopped_by_another_of_its_batch_is_not_called)
+TEST_LOOP(test_remove_handler_from_handler)
 {
     static batch_member all[BATCH];
     int calls = 0;
@@ -813,7 +813,7 @@ static void *ping_thread(void *context)
 
 /* Each answer is awaited, so that the loop is about to sleep, or asleep, at every post: one lost
  * wake-up and the test hangs. */
-TEST_LOOP(post_from_another_thread_wakes_the_loop)
+TEST_LOOP(test_add_callback_wakeup_other_thread)
 {
     ping_case c = {t_new_loop(), {0, 0}};
     idle_watch idle;
@@ -946,7 +946,7 @@ TEST_LOOP(loop_freed_by_the_last_post_waits_for_its_poster)
     t_seen = NULL;
 }
 
-TEST_LOOP(freeing_a_loop_drops_its_posts)
+TEST_LOOP(test_add_callback_while_closing)
 {
     int calls = 0;
     tsrv_loop *loop = t_new_loop();
@@ -1039,7 +1039,7 @@ static void try_nested_watch(int events, void *context)
     tsrv_loop_stop((tsrv_loop *)context);
 }
 
-TEST_LOOP(loop_cannot_be_run_or_freed_from_inside)
+TEST_LOOP(test_nested_start_is_refused)
 {
     tsrv_timer timer = {0};
     tsrv_watch watch = {0};

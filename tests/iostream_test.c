@@ -539,7 +539,9 @@ TEST_STREAM(test_read_until_max_bytes_ignores_extra)
     PLAY(steps, ">abcdef");
 }
 
-/* Tornado's regular expressions are a match function here. */
+/* Tornado's regular expressions are a match function here; its test_read_into_partial has no
+ * counterpart, since tsrv_read_some is what reads in part, and test_write_while_connecting none, since
+ * tsrv_connect returns when it has connected. */
 static size_t match_def(const char *data, size_t size, void *context)
 {
     const char *found = strstr(data, "def");

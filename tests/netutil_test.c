@@ -59,7 +59,7 @@ static bool has_ipv6(void)
 /* ---- TCP ----------------------------------------------------------------------------------*/
 
 /* Tornado's TestPortAllocation.test_same_port_allocation. */
-TEST_ONCE(sockets_of_one_call_share_the_port)
+TEST_ONCE(test_same_port_allocation)
 {
     static const char *const addresses[] = {"localhost", NULL, ""};
     for (int i = 0; i < 3; i++) {
@@ -74,7 +74,7 @@ TEST_ONCE(sockets_of_one_call_share_the_port)
 }
 
 /* Tornado's TestPortAllocation.test_reuse_port. Every binder has to ask for it. */
-TEST_ONCE(port_is_shared_when_all_ask_for_it)
+TEST_ONCE(test_reuse_port)
 {
     tsrv_bind_options reuse = {0};
     int first, second, third;

@@ -200,7 +200,7 @@ static void connect_for_each_return(int port, void *context)
 }
 
 /* Tornado's test_handle_stream_coroutine_logging: a failure is logged once, the server lives on. */
-TEST_STREAM(handler_failure_is_logged_once_and_the_server_lives)
+TEST_STREAM(test_handle_stream_coroutine_logging)
 {
     t_case c = {0};
     tsrv_set_log(see_log, &return_log);
@@ -270,7 +270,7 @@ static void expect_data(int port, void *context)
 }
 
 /* Tornado's test_handle_stream_native_coroutine. */
-TEST_STREAM(handler_may_write_and_close_at_once)
+TEST_STREAM(test_handle_stream_native_coroutine)
 {
     for (int i = 0; i < 2; i++) {
         bool close_too = i == 1;
@@ -287,7 +287,7 @@ TEST_STREAM(handler_may_write_and_close_at_once)
 
 /* ---- listening and stopping ---------------------------------------------------------------*/
 
-TEST_STREAM(stop_twice_and_listen_again)
+TEST_STREAM(test_stop_twice)
 {
     int entered = 0;
     site s = open_site(echo_options(&entered));
@@ -330,7 +330,7 @@ static int stop_the_server(tsrv_stream *stream, const tsrv_address *address, voi
 }
 
 /* Tornado's test_stop_in_callback: the rest of the batch is let go without an error. */
-TEST_STREAM(stop_in_a_handler_while_many_connect)
+TEST_STREAM(test_stop_in_callback)
 {
     enum { CLIENTS = 40 };
     tsrv_server_options options = {0};
@@ -356,7 +356,7 @@ TEST_STREAM(stop_in_a_handler_while_many_connect)
 }
 
 /* Tornado's test_listen_single: one process that listens, runs and ends has nothing to say. */
-TEST_LOOP(listening_in_one_process_is_silent)
+TEST_LOOP(test_listen_single)
 {
     int fds[2], status;
     char text[512];
