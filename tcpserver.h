@@ -4467,10 +4467,10 @@ struct tsrv_stream {
         int result;             /* what the handler returned, when it is over */
     } u;
     tsrvi_timer timer;
-    uint64_t read_due; /* of the callback-mode handler's read, */
-    uint64_t wake_due; /* and of its tsrv_wait */
+    uint64_t read_due; /* of the callback-mode handler's read */
     uint64_t out_due;  /* of a blocked output, then of lingering */
-    uint64_t deadline;
+    uint32_t wake_ms;  /* when the callback-mode handler's tsrv_wait is over: see tsrvi_ms_due */
+    uint32_t deadline_ms;
     uint32_t flags;
     uint32_t active_ms; /* when a byte last went either way, or a read began; wraps */
     int read_ms;        /* 0 = the server's */
@@ -4693,10 +4693,36 @@ static uint64_t tsrvi_stream_idle_due(const tsrv_stream *stream)
     return (now_ms - ((uint32_t)now_ms - stream->active_ms) + (uint64_t)idle_ms + 1) * TSRVI_MS;
 }
 
+/* Two of a stream's times are kept in milliseconds, in 4 bytes each, which wrap, and hold for 24 days:
+ * 0 is never. They are rounded up, so that nothing is early. */
+static uint32_t tsrvi_due_ms(const tsrv_loop *loop, uint64_t due)
+{
+    uint64_t most = loop->now + (uint64_t)(INT32_MAX - 1) * TSRVI_MS;
+    uint32_t ms = (uint32_t)((tsrvi_earlier(due, most) + TSRVI_MS - 1) / TSRVI_MS);
+    return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
+}
+
+static uint64_t tsrvi_ms_due(const tsrv_loop *loop, uint32_t ms)
+{
+    uint64_t now_ms = loop->now / TSRVI_MS;
+    int32_t left = (int32_t)(ms - (uint32_t)now_ms);
+    if (ms == 0) {
+        return TSRVI_FOREVER;
+    }
+    return left < 0 ? loop->now : (now_ms + (uint64_t)left) * TSRVI_MS;
+}
+
+/* When all reads and waits are over. */
+static uint64_t tsrvi_stream_deadline(const tsrv_stream *stream)
+{
+    return tsrvi_ms_due(tsrvi_loop_of(stream), stream->deadline_ms);
+}
+
 /* When a read that was begun at read_due's making times out, as things stand now. */
 static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read_due)
 {
-    return tsrvi_earlier(tsrvi_earlier(read_due, stream->deadline), tsrvi_stream_idle_due(stream));
+    return tsrvi_earlier(tsrvi_earlier(read_due, tsrvi_stream_deadline(stream)),
+                         tsrvi_stream_idle_due(stream));
 }
 
 /* When something of this stream itself is due: its callback-mode handler's waits, its blocked
@@ -4708,10 +4734,11 @@ static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
         due = tsrvi_stream_read_limit(stream, stream->read_due);
     }
     if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
-        due = tsrvi_earlier(due, tsrvi_earlier(stream->wake_due, stream->deadline));
+        due = tsrvi_earlier(due, tsrvi_stream_deadline(stream));
+        due = tsrvi_earlier(due, tsrvi_ms_due(tsrvi_loop_of(stream), stream->wake_ms));
     }
     if ((stream->flags & TSRVI_WAIT_FLUSH) != 0) {
-        due = tsrvi_earlier(due, stream->deadline);
+        due = tsrvi_earlier(due, tsrvi_stream_deadline(stream));
     }
     if ((stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0) {
         due = tsrvi_earlier(due, stream->out_due);
@@ -5597,7 +5624,7 @@ static bool tsrvi_stream_untimed(const tsrv_stream *stream)
 {
     const tsrv_server_options *options = &stream->server->options;
     return stream->read_ms <= 0 && (stream->read_ms < 0 || options->read_timeout_ms < 0) &&
-           options->idle_timeout_ms < 0 && stream->deadline == TSRVI_FOREVER;
+           options->idle_timeout_ms < 0 && stream->deadline_ms == 0;
 }
 
 /* Wait in a coroutine until the read is answered. */
@@ -6424,13 +6451,14 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
     tsrvi_stream_flush(stream);
     while (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
         stream->flags |= TSRVI_FLUSHING;
-        if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_FLUSH, stream->deadline)) < 0) {
+        if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_FLUSH,
+                                       tsrvi_stream_deadline(stream))) < 0) {
             return tsrvi_gone(rc);
         }
     }
     if (stream->killed == 0 && stream->unsent != 0) {
         if (tsrvi_stream_handling(stream)) {
-            if (stream->deadline <= loop->now) {
+            if (tsrvi_stream_deadline(stream) <= loop->now) {
                 return TSRV_ETIMEOUT;
             }
             stream->flags |= TSRVI_WAIT_FLUSH | TSRVI_FLUSHING;
@@ -6497,14 +6525,15 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     bool handling = tsrvi_stream_handling(stream);
-    uint64_t due = tsrvi_earlier(tsrvi_after(tsrvi_clock(), timeout_ms), stream->deadline);
+    uint64_t due =
+        tsrvi_earlier(tsrvi_after(tsrvi_clock(), timeout_ms), tsrvi_stream_deadline(stream));
     int rc = tsrvi_stream_pay(stream);
     if (rc < 0) {
         return TSRV_OK; /* as the end of a stream that is waited for */
     }
     stream->flags &= ~TSRVI_WAIT_WAKE;
     if (handling && (stream->flags & TSRVI_IN_WAKE) == 0) {
-        stream->wake_due = due;
+        stream->wake_ms = tsrvi_due_ms(loop, due);
     }
     if (handling && timeout_ms != 0 && --loop->budget < 0) {
         stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
@@ -6523,7 +6552,8 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
         return rc == TSRV_ECLOSED ? TSRV_OK : rc;
     }
     if (timeout_ms == 0 ||
-        (handling && tsrvi_earlier(stream->wake_due, stream->deadline) <= loop->now)) {
+        (handling && tsrvi_earlier(tsrvi_ms_due(loop, stream->wake_ms),
+                                   tsrvi_stream_deadline(stream)) <= loop->now)) {
         stream->flags &= ~TSRVI_IN_WAKE;
         return TSRV_ETIMEOUT;
     }
@@ -6565,10 +6595,12 @@ TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
  * the earlier one has come. */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
 {
-    stream->deadline = delay_ms <= 0 ? TSRVI_FOREVER : tsrvi_after(tsrvi_clock(), delay_ms);
+    stream->deadline_ms =
+        delay_ms <= 0 ? 0
+                      : tsrvi_due_ms(tsrvi_loop_of(stream), tsrvi_after(tsrvi_clock(), delay_ms));
     for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
         if ((waiter->kind & (TSRVI_FOR_READ | TSRVI_FOR_WAKE | TSRVI_FOR_FLUSH)) != 0) {
-            tsrvi_co_limit(waiter->co, stream->deadline);
+            tsrvi_co_limit(waiter->co, tsrvi_stream_deadline(stream));
         }
     }
     if ((stream->flags & TSRVI_WAITS) != 0) {
@@ -7025,7 +7057,6 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->timer.fire = tsrvi_stream_timer;
     stream->server = server;
     stream->handler = server->options.handle_stream;
-    stream->deadline = TSRVI_FOREVER;
     stream->fresh = tsrvi_tick(loop);
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
     tsrvi_list_append(&server->streams, &stream->link);
