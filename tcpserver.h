@@ -133,6 +133,7 @@
  *   TSRV_NO_EPOLL, TSRV_NO_KQUEUE leave a backend out
  *   TSRV_NO_COROUTINES            callback mode only; the waiting calls return TSRV_ENOTSUP
  *   TSRV_USE_UCONTEXT             switch stacks by ucontext instead of by hand
+ *   TSRV_TLS_OPENSSL              compile TLS in; link -lssl -lcrypto
  *   TSRV_VALGRIND                 tell Valgrind about stacks (needs valgrind/valgrind.h)
  *
  * CONTENTS, in the order of the layers; search for the tag
@@ -152,6 +153,7 @@
  *     >>loop        turns, tasks, timers, watches, posts, signals
  *     >>coroutine   functions that can wait
  *     >>socket      addresses, listening sockets
+ *     >>tls         contexts and sessions
  *     >>shared      counters of all workers
  *     >>stream      one connection
  *     >>server      listeners, accepting
@@ -274,6 +276,7 @@ enum {
 typedef struct tsrv_loop tsrv_loop;     /* waits for events and runs what waits for them (IOLoop) */
 typedef struct tsrv_server tsrv_server; /* listeners and the streams they accepted (TCPServer) */
 typedef struct tsrv_stream tsrv_stream; /* one connection with its buffers (IOStream) */
+typedef struct tsrv_tls tsrv_tls;       /* certificates and rules of TLS (SSLContext) */
 
 /* Bytes that a read hands out: borrowed, never freed by the caller. data[size] is 0 and not
  * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream
@@ -631,6 +634,62 @@ TSRV_API int tsrv_cpu_count(void);
  * or -errno. */
 TSRV_API int tsrv_notify(const char *state);
 
+/* ---- TLS (SSLIOStream) -----------------------------------------------------
+ *
+ * Compiled in with TSRV_TLS_OPENSSL (OpenSSL 1.1.1 or 3; link -lssl -lcrypto); else the functions
+ * return TSRV_ENOTSUP and log what to define. A stream over TLS is used like any other. */
+
+/* Whether clients must show a certificate (tsrv_tls_options.verify_client). */
+enum {
+    TSRV_TLS_NONE = 0,     /* none is asked for */
+    TSRV_TLS_OPTIONAL = 1, /* one that is shown must be valid */
+    TSRV_TLS_REQUIRED = 2  /* without a valid one the handshake fails */
+};
+
+/* Values of tsrv_tls_options.min_version. */
+enum {
+    TSRV_TLS_1_2 = 0x0303, /* the default */
+    TSRV_TLS_1_3 = 0x0304
+};
+
+/* A certificate for one host of several (SNI). */
+typedef struct tsrv_tls_certificate {
+    const char *server_name; /* "www.example.org", or "*.example.org" for one label */
+    const char *cert_file;   /* as below */
+    const char *key_file;
+} tsrv_tls_certificate;
+
+typedef struct tsrv_tls_options {
+    int verify_client;     /* TSRV_TLS_NONE (0), TSRV_TLS_OPTIONAL or TSRV_TLS_REQUIRED */
+    int min_version;       /* TSRV_TLS_1_2 (0) or TSRV_TLS_1_3 */
+    const char *cert_file; /* PEM: the certificate, then its chain; servers need one */
+    const char *key_file;  /* PEM, without a passphrase; NULL = it is in cert_file */
+    const char *ca_file;   /* PEM: whom to trust; NULL = the system's (as a client) */
+    const char *alpn;      /* protocols, the best first: "h2,http/1.1"; NULL = none */
+    const char *ciphers;   /* of TLS 1.2, as OpenSSL lists them; NULL = forward-secret AEAD only */
+    const tsrv_tls_certificate *certificates; /* for other host names; NULL = none */
+    int certificate_count;
+    void *native_context; /* an SSL_CTX to use as it is, instead of all but alpn; NULL = none */
+} tsrv_tls_options;
+
+/* Read certificates and keys, for servers (tsrv_server_options.tls), for tsrv_start_tls and for
+ * tsrv_connect. A failure is logged with the file and OpenSSL's reason. Made before a fork, it is
+ * shared by all workers, which then resume each other's sessions. Source: ssl_options, SSLContext.
+ *   options  copied, strings included; native_context gets one more reference; NULL = a client that
+ *            trusts whom the system does
+ * Returns TSRV_OK, TSRV_ETLS (a file, or what is in it), TSRV_EINVAL, -ENOMEM, TSRV_ENOTSUP; then
+ * *tls is NULL. */
+TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options);
+
+/* Streams that use it go on. NULL: nothing happens. Free the servers that use it first. */
+TSRV_API void tsrv_tls_free(tsrv_tls *tls);
+
+/* Read the files anew, for streams that begin from now on; the keys of session tickets stay. When
+ * anything fails nothing has changed. tsrv_serve and the parent of tsrv_server_start's workers do
+ * so on SIGHUP. Not while another thread uses tls.
+ * Returns as tsrv_tls_new; TSRV_EINVAL with a native_context. */
+TSRV_API int tsrv_tls_reload(tsrv_tls *tls);
+
 /* ---- server (TCPServer) ----------------------------------------------------*/
 
 /* 0 is the default named behind each; TSRV_NEVER switches a time off, SIZE_MAX a size. */
@@ -646,21 +705,23 @@ typedef struct tsrv_server_options {
     void (*on_start)(tsrv_server *server, void *context);
     void *context;                /* handed to all of them */
     tsrv_loop *loop;              /* NULL = the thread's, at the first listen or add_sockets */
+    tsrv_tls *tls;                /* NULL = plain TCP; must outlive the server */
     size_t data_size;             /* zeroed bytes for each stream: tsrv_data; 0 = none */
     size_t max_buffer_size;       /* unread input of a stream; 0 = 1 MiB */
     size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; about half of the above at most */
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
-    size_t write_high_water; /* unsent output above which a writer waits; 0 = 256 KiB; at most the
+    size_t write_high_water;  /* unsent output above which a writer waits; 0 = 256 KiB; at most the
                                 above */
-    size_t stack_size;       /* of a coroutine, reserved, touched as needed; 0 = 256 KiB */
-    int max_connections;     /* open streams above which the listeners pause; 0 = no limit */
-    int idle_timeout_ms;     /* no byte either way while a handler waits in a read; 0 = off */
-    int read_timeout_ms;     /* a whole read; 0 = off */
-    int write_timeout_ms;    /* unsent output and no byte of it taken for so long; 0 = 60 s */
-    int close_timeout_ms;    /* after the last byte and FIN, to wait for the peer's; 0 = 5 s */
-    int grace_ms;            /* that a drain leaves to what is under way; 0 = 30 s */
-    bool nagle;              /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
-    bool keep_alive;         /* SO_KEEPALIVE */
+    size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB */
+    int max_connections;      /* open streams above which the listeners pause; 0 = no limit */
+    int handshake_timeout_ms; /* of TLS, all of it; 0 = 10 s */
+    int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
+    int read_timeout_ms;      /* a whole read; 0 = off */
+    int write_timeout_ms;     /* unsent output and no byte of it taken for so long; 0 = 60 s */
+    int close_timeout_ms;     /* after the last byte and FIN, to wait for the peer's; 0 = 5 s */
+    int grace_ms;             /* that a drain leaves to what is under way; 0 = 30 s */
+    bool nagle;               /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
+    bool keep_alive;          /* SO_KEEPALIVE */
     const tsrv_fork_options *fork; /* for tsrv_serve; NULL = all defaults */
 } tsrv_server_options;
 
@@ -679,7 +740,8 @@ typedef struct tsrv_stats {
     uint64_t ended_timeout; /* TSRV_ETIMEOUT */
     uint64_t ended_here;    /* tsrv_close, tsrv_abort, the end of a drain: TSRV_ECLOSED */
     uint64_t ended_error;   /* every other code, and the connections of a worker that died */
-    uint64_t restarts;      /* of workers after a bad end; counted with the first server */
+    uint64_t handshakes_failed; /* of TLS: port scans and health checks too */
+    uint64_t restarts;          /* of workers after a bad end; counted with the first server */
     uint64_t lag_ms;     /* how late the loop was when last measured; in workers and tsrv_serve */
     uint64_t lag_max_ms; /* the most it ever was */
 } tsrv_stats;
@@ -792,7 +854,9 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
 /* ---- client (TCPClient) ----------------------------------------------------*/
 
 typedef struct tsrv_connect_options {
-    int timeout_ms; /* for all addresses together; 0 = 10 s, TSRV_NEVER */
+    int timeout_ms; /* for all addresses and the handshake together; 0 = 10 s, TSRV_NEVER */
+    tsrv_tls *tls;  /* NULL = plain TCP */
+    const char *server_name; /* whose certificate it must be; NULL = host */
 } tsrv_connect_options;
 
 /* Connect, in a coroutine. Each address of a name is tried in turn, with an equal share of the time
@@ -805,9 +869,10 @@ typedef struct tsrv_connect_options {
  *   port     1 to 65535; not used for unix paths
  *   options  NULL = all defaults
  *   stream   receives it; NULL after an error
- * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being freed, or the
- * grace of a drain is over), TSRV_EINVAL (not in a coroutine, bad port), -ENOMEM, or -errno of the
- * last address: -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
+ * Returns TSRV_OK, with TLS after the handshake; TSRV_ETLS (it failed, the reason is logged),
+ * TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being freed, or the grace of a drain is
+ * over), TSRV_EINVAL (not in a coroutine, bad port), -ENOMEM, or -errno of the last address:
+ * -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream);
 
@@ -917,6 +982,40 @@ TSRV_API int tsrv_close(tsrv_stream *stream);
 
 /* Close with a reset, at once; unsent output is dropped. Else as tsrv_close. */
 TSRV_API int tsrv_abort(tsrv_stream *stream);
+
+/* ---- stream: TLS -----------------------------------------------------------*/
+
+/* Wait until the handshake is done. A handler is called before it; any read waits for it too, so
+ * this is for those that want to know, or speak first. Source: SSLIOStream.wait_for_handshake.
+ * Returns TSRV_OK, again too; TSRV_ETLS, TSRV_ETIMEOUT, -ECONNRESET and the like when it failed;
+ * TSRV_EAGAIN where the call cannot wait; TSRV_EINVAL for a plain stream. */
+TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream);
+
+/* Go over to TLS (STARTTLS). What was written before is sent as it is, what is written from now on
+ * is not; the handshake begins. Does not wait. Source: IOStream.start_tls.
+ *   server_name  NULL = this is the server, else the client, which accepts a certificate of that
+ *                name or number only
+ * Returns TSRV_OK; TSRV_ETLS when there is unread input, which must not count as having come over
+ * TLS; TSRV_EBUSY (a read or a write waits); TSRV_EINVAL (TLS already; no certificate);
+ * TSRV_ENOTSUP, or the error that ended the stream. */
+TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name);
+
+/* The protocol that ALPN has chosen; "" = none, or not yet. Valid as long as the stream, until the
+ * next call. */
+TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream);
+
+/* The host that the client named (SNI); "" = none. Valid as long as the stream. */
+TSRV_API const char *tsrv_tls_server_name(tsrv_stream *stream);
+
+/* "TLSv1.3"; "" = no TLS, or not yet. A constant. */
+TSRV_API const char *tsrv_tls_version(tsrv_stream *stream);
+
+/* The peer's certificate in DER. Valid as long as the stream, until the next call for it.
+ * Returns TSRV_OK; TSRV_EINVAL when it has shown none; -ENOMEM. */
+TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice);
+
+/* The SSL of the stream, to look at; NULL = no TLS. It must not be read from or written to. */
+TSRV_API void *tsrv_tls_native(tsrv_stream *stream);
 
 /* ---- stream: waiting for something else ------------------------------------*/
 
@@ -1183,6 +1282,18 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #else
 #define TSRVI_STACK_REGISTER(low, high) 0u
 #define TSRVI_STACK_DEREGISTER(id) ((void)(id))
+#endif
+
+#if defined(TSRV_TLS_OPENSSL)
+#define TSRVI_HAS_TLS 1
+#include <openssl/err.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+#if OPENSSL_VERSION_NUMBER < 0x10101000L
+#error "tcpserver.h: TSRV_TLS_OPENSSL needs OpenSSL 1.1.1 or newer"
+#endif
+#else
+#define TSRVI_HAS_TLS 0
 #endif
 
 #ifndef TSRV_SYS
@@ -3935,7 +4046,7 @@ TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
     names = fd < TSRVI_LISTEN_FIRST ? NULL : names;
     for (int i = TSRVI_LISTEN_FIRST; names != NULL && i < fd; i++) {
         names = strchr(names, ':');
-        names += names != NULL;
+        names = names == NULL ? NULL : names + 1;
     }
     while (names != NULL && names[length] != 0 && names[length] != ':' && length < size - 1) {
         buffer[length] = names[length];
@@ -4224,6 +4335,836 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 }
 
 /* ============================================================================
+ * >>tls  Contexts and sessions
+ *
+ * A session turns plaintext into records and back. It never waits, and never
+ * writes to the socket itself: what OpenSSL has to send is collected in `sealed`,
+ * for the stream to send like any other output, so that no write is ever half
+ * done or has to be repeated. What it wants to read it takes from the socket, at
+ * most once a turn unless the socket was full: that is told by a short read, as
+ * for plain streams, and not by a failing call.
+ *
+ * Without TSRV_TLS_OPENSSL there are no sessions, and the functions that make
+ * one say so. The layers above ask for stream->tls, which then is always NULL.
+ * ==========================================================================*/
+
+/* A session; see above. */
+typedef struct tsrvi_tls {
+#if TSRVI_HAS_TLS
+    SSL *ssl;
+    unsigned char *certificate; /* the peer's, once it was asked for */
+    char alpn[256];
+#endif
+    struct tsrvi_tls_set *set; /* what it was made from */
+    int fd;
+    tsrvi_pool *pool;    /* where blocks come from */
+    tsrvi_block *sealed; /* records to send */
+    tsrvi_block *sealed_last;
+    size_t sealed_size;
+    size_t counted;   /* how much of it the stream has counted as unsent */
+    uint64_t due;     /* when the handshake must be done */
+    size_t received;  /* bytes of the socket, in this call */
+    int error;        /* of the socket, or -ENOMEM */
+    bool established; /* the handshake is done */
+    bool notified;    /* close_notify is sealed */
+    bool drained;     /* the socket had no more */
+    bool more;        /* the session holds input that no event will tell of */
+    bool ended;       /* the socket's end came */
+    bool truncated;   /* without close_notify */
+} tsrvi_tls;
+
+#if TSRVI_HAS_TLS
+#define TSRVI_TLS_RECORD ((size_t)16384)    /* bytes of plaintext in a record: RFC 8446, 5.1 */
+#define TSRVI_TLS_SEAL ((size_t)65536)      /* sealed at a time, so that one send takes several */
+#define TSRVI_TLS_TAKE ((size_t)128 * 1024) /* received at a time, whatever the records hold */
+#define TSRVI_TLS_CIPHERS "ECDHE+AESGCM:ECDHE+CHACHA20" /* forward-secret AEAD; for TLS 1.2 */
+
+/* What a tsrv_tls was made of; sessions keep it when the tsrv_tls gets another. */
+typedef struct tsrvi_tls_set {
+    int references; /* atomic */
+    SSL_CTX *context;
+    SSL_CTX **others; /* for the names of SNI */
+    char **names;
+    int count;
+    unsigned alpn_size;
+    unsigned char alpn[256]; /* as on the wire: sizes and names */
+} tsrvi_tls_set;
+
+struct tsrv_tls {
+    tsrv_tls_options options; /* strings are copies */
+    tsrv_tls_certificate *certificates;
+    tsrvi_tls_set *set;
+};
+
+static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
+{
+    if (set == NULL || __atomic_sub_fetch(&set->references, 1, __ATOMIC_ACQ_REL) != 0) {
+        return;
+    }
+    SSL_CTX_free(set->context);
+    for (int i = 0; i < set->count; i++) {
+        SSL_CTX_free(set->others[i]);
+        TSRV_FREE(set->names[i]);
+    }
+    TSRV_FREE(set->others);
+    TSRV_FREE(set->names);
+    TSRV_FREE(set);
+}
+
+/* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. */
+static const char *tsrvi_tls_reason(char *buffer, size_t size)
+{
+    unsigned long code = ERR_peek_last_error();
+    const char *reason = code == 0 ? NULL : ERR_reason_error_string(code);
+    snprintf(buffer, size, "%s", reason == NULL ? "unknown reason" : reason);
+    ERR_clear_error();
+    return buffer;
+}
+
+static int tsrvi_tls_complain(const char *what, const char *file)
+{
+    char reason[128];
+    tsrvi_log(TSRV_LOG_ERROR, "TLS: %s %s: %s", what, file == NULL ? "" : file,
+              tsrvi_tls_reason(reason, sizeof(reason)));
+    return TSRV_ETLS;
+}
+
+/* ---- contexts --------------------------------------------------------------*/
+
+/* A key with a passphrase is refused: a server has nobody to ask. */
+static int tsrvi_tls_no_passphrase(char *buffer, int size, int writing, void *context)
+{
+    (void)buffer;
+    (void)size;
+    (void)writing;
+    (void)context;
+    return 0;
+}
+
+/* "h2,http/1.1" as ALPN wants it: each name behind its size. */
+static int tsrvi_tls_alpn_parse(const char *names, tsrvi_tls_set *set)
+{
+    set->alpn_size = 0;
+    while (names != NULL && *names != 0) {
+        const char *comma = strchr(names, ',');
+        size_t size = comma == NULL ? strlen(names) : (size_t)(comma - names);
+        if (size == 0 || size > 255 || set->alpn_size + size + 1 > sizeof(set->alpn)) {
+            tsrvi_log(TSRV_LOG_ERROR, "TLS: the ALPN list is malformed, or too long");
+            return TSRV_EINVAL;
+        }
+        set->alpn[set->alpn_size] = (unsigned char)size;
+        memcpy(set->alpn + set->alpn_size + 1, names, size);
+        set->alpn_size += (unsigned)size + 1;
+        names += size + (comma != NULL);
+    }
+    return TSRV_OK;
+}
+
+/* The first of our names that the client offers; no common one is an error (RFC 7301, 3.2). */
+static int tsrvi_tls_alpn_select(SSL *ssl, const unsigned char **out, unsigned char *out_size,
+                                 const unsigned char *in, unsigned in_size, void *context)
+{
+    const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
+    unsigned char *chosen = NULL;
+    (void)ssl;
+    if (SSL_select_next_proto(&chosen, out_size, set->alpn, set->alpn_size, in, in_size) !=
+        OPENSSL_NPN_NEGOTIATED) {
+        return SSL_TLSEXT_ERR_ALERT_FATAL;
+    }
+    *out = chosen;
+    return SSL_TLSEXT_ERR_OK;
+}
+
+static char tsrvi_lower(char c)
+{
+    return c >= 'A' && c <= 'Z' ? (char)(c - 'A' + 'a') : c;
+}
+
+/* Does a certificate's name, perhaps with "*." for one label, stand for this host? */
+static bool tsrvi_tls_name_matches(const char *pattern, const char *host)
+{
+    if (pattern[0] == '*' && pattern[1] == '.') {
+        host = strchr(host, '.');
+        if (host == NULL) {
+            return false;
+        }
+        pattern++;
+    }
+    while (*pattern != 0 && tsrvi_lower(*pattern) == tsrvi_lower(*host)) {
+        pattern++;
+        host++;
+    }
+    return *pattern == 0 && *host == 0;
+}
+
+/* The client names the host that it wants: exact names before wildcards; others get the default. */
+static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
+{
+    const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
+    const char *host = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
+    (void)alert;
+    for (int pass = 0; host != NULL && pass < 2; pass++) {
+        for (int i = 0; i < set->count; i++) {
+            if ((set->names[i][0] == '*') == (pass == 1) &&
+                tsrvi_tls_name_matches(set->names[i], host)) {
+                SSL_set_SSL_CTX(ssl, set->others[i]);
+                return SSL_TLSEXT_ERR_OK;
+            }
+        }
+    }
+    return SSL_TLSEXT_ERR_OK;
+}
+
+/* Load a certificate with its chain, and its key, and see that they belong together. */
+static int tsrvi_tls_load_key(SSL_CTX *context, const char *certificate, const char *key)
+{
+    SSL_CTX_set_default_passwd_cb(context, tsrvi_tls_no_passphrase);
+    if (certificate == NULL) {
+        return key == NULL ? (int)TSRV_OK : (int)TSRV_EINVAL;
+    }
+    if (SSL_CTX_use_certificate_chain_file(context, certificate) != 1) {
+        return tsrvi_tls_complain("certificate", certificate);
+    }
+    key = key == NULL ? certificate : key;
+    if (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1) {
+        return tsrvi_tls_complain("key", key);
+    }
+    if (SSL_CTX_check_private_key(context) != 1) {
+        return tsrvi_tls_complain("the certificate does not belong to the key", key);
+    }
+    return TSRV_OK;
+}
+
+/* Whom to trust, and whether clients must show a certificate. */
+static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *options)
+{
+    int verify = options->verify_client == TSRV_TLS_REQUIRED
+                     ? SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT
+                 : options->verify_client == TSRV_TLS_OPTIONAL ? SSL_VERIFY_PEER
+                                                               : SSL_VERIFY_NONE;
+    SSL_CTX_set_verify(context, verify, NULL);
+    if (options->ca_file == NULL) {
+        SSL_CTX_set_default_verify_paths(context);
+        return TSRV_OK;
+    }
+    if (SSL_CTX_load_verify_locations(context, options->ca_file, NULL) != 1) {
+        return tsrvi_tls_complain("CA file", options->ca_file);
+    }
+    if (verify != SSL_VERIFY_NONE) { /* the names that clients choose their certificate by */
+        SSL_CTX_set_client_CA_list(context, SSL_load_client_CA_file(options->ca_file));
+    }
+    return TSRV_OK;
+}
+
+/* Secure by default: TLS 1.2 at least, forward-secret AEAD ciphers, our preference, no
+ * compression, no renegotiation, stateless sessions only. */
+static SSL_CTX *tsrvi_tls_context(const tsrv_tls_options *options, const char *certificate,
+                                  const char *key, int *rc)
+{
+    static const unsigned char session_id[] = "tcpserver.h"; /* else a client certificate forbids
+                                                                resumption */
+    SSL_CTX *context = SSL_CTX_new(TLS_method());
+    const char *ciphers = options->ciphers == NULL ? TSRVI_TLS_CIPHERS : options->ciphers;
+    if (context == NULL) {
+        ERR_clear_error();
+        *rc = -ENOMEM;
+        return NULL;
+    }
+    SSL_CTX_set_options(context, SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION |
+                                     SSL_OP_CIPHER_SERVER_PREFERENCE);
+    SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
+    SSL_CTX_set_read_ahead(context, 1);
+    SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+    SSL_CTX_set_session_id_context(context, session_id, sizeof(session_id) - 1);
+    *rc = TSRV_OK;
+    if (SSL_CTX_set_min_proto_version(context, options->min_version == 0
+                                                   ? TLS1_2_VERSION
+                                                   : options->min_version) != 1) {
+        *rc = tsrvi_tls_complain("minimum version", NULL);
+    } else if (SSL_CTX_set_cipher_list(context, ciphers) != 1) {
+        *rc = tsrvi_tls_complain("ciphers", ciphers);
+    } else if ((*rc = tsrvi_tls_load_key(context, certificate, key)) == TSRV_OK) {
+        *rc = tsrvi_tls_load_trust(context, options);
+    }
+    if (*rc < 0) {
+        SSL_CTX_free(context);
+        context = NULL;
+    }
+    return context;
+}
+
+static char *tsrvi_copy(const char *text, int *rc)
+{
+    size_t size = text == NULL ? 0 : strlen(text) + 1;
+    char *copy = size == 0 ? NULL : (char *)TSRV_MALLOC(size);
+    if (copy != NULL) {
+        memcpy(copy, text, size);
+    } else if (size != 0) {
+        *rc = -ENOMEM;
+    }
+    return copy;
+}
+
+static void tsrvi_tls_set_callbacks(tsrvi_tls_set *set, SSL_CTX *context)
+{
+    if (set->alpn_size != 0) {
+        SSL_CTX_set_alpn_select_cb(context, tsrvi_tls_alpn_select, set);
+    }
+}
+
+static int tsrvi_tls_set_others(tsrvi_tls_set *set, const tsrv_tls_options *options)
+{
+    size_t count = (size_t)options->certificate_count;
+    int rc = TSRV_OK;
+    if (count == 0) {
+        return TSRV_OK;
+    }
+    set->others = (SSL_CTX **)tsrvi_zalloc(count * sizeof(*set->others));
+    set->names = (char **)tsrvi_zalloc(count * sizeof(*set->names));
+    if (set->others == NULL || set->names == NULL) {
+        return -ENOMEM;
+    }
+    for (int i = 0; rc == TSRV_OK && i < options->certificate_count; i++) {
+        const tsrv_tls_certificate *one = &options->certificates[i];
+        set->names[i] = tsrvi_copy(one->server_name, &rc);
+        set->count = i + 1;
+        if (rc == TSRV_OK) {
+            set->others[i] = tsrvi_tls_context(options, one->cert_file, one->key_file, &rc);
+        }
+        if (rc == TSRV_OK) {
+            tsrvi_tls_set_callbacks(set, set->others[i]);
+        }
+    }
+    SSL_CTX_set_tlsext_servername_callback(set->context, tsrvi_tls_choose);
+    SSL_CTX_set_tlsext_servername_arg(set->context, set);
+    return rc;
+}
+
+/* Read all files. NULL: *rc says why, and the log says more. */
+static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls_options *options, int *rc)
+{
+    tsrvi_tls_set *set = (tsrvi_tls_set *)tsrvi_zalloc(sizeof(*set));
+    if (set == NULL) {
+        *rc = -ENOMEM;
+        return NULL;
+    }
+    set->references = 1;
+    *rc = tsrvi_tls_alpn_parse(options->alpn, set);
+    if (*rc == TSRV_OK && options->native_context != NULL) {
+        set->context = (SSL_CTX *)options->native_context;
+        SSL_CTX_up_ref(set->context);
+    } else if (*rc == TSRV_OK) {
+        set->context = tsrvi_tls_context(options, options->cert_file, options->key_file, rc);
+        if (*rc == TSRV_OK) {
+            tsrvi_tls_set_callbacks(set, set->context);
+            *rc = tsrvi_tls_set_others(set, options);
+        }
+    }
+    if (*rc < 0) {
+        tsrvi_tls_set_drop(set);
+        return NULL;
+    }
+    return set;
+}
+
+/* The strings of options are const; these are our copies. */
+static void tsrvi_free_text(const char *text)
+{
+    union {
+        const char *in;
+        char *out;
+    } unconst;
+    unconst.in = text;
+    TSRV_FREE(unconst.out);
+}
+
+TSRV_API void tsrv_tls_free(tsrv_tls *tls)
+{
+    if (tls == NULL) {
+        return;
+    }
+    tsrvi_tls_set_drop(tls->set);
+    for (int i = 0; tls->certificates != NULL && i < tls->options.certificate_count; i++) {
+        tsrvi_free_text(tls->certificates[i].server_name);
+        tsrvi_free_text(tls->certificates[i].cert_file);
+        tsrvi_free_text(tls->certificates[i].key_file);
+    }
+    TSRV_FREE(tls->certificates);
+    tsrvi_free_text(tls->options.cert_file);
+    tsrvi_free_text(tls->options.key_file);
+    tsrvi_free_text(tls->options.ca_file);
+    tsrvi_free_text(tls->options.alpn);
+    tsrvi_free_text(tls->options.ciphers);
+    TSRV_FREE(tls);
+}
+
+/* Copy the options with all their strings. */
+static int tsrvi_tls_options_copy(tsrv_tls *tls, const tsrv_tls_options *options)
+{
+    size_t count = (size_t)options->certificate_count;
+    int rc = TSRV_OK;
+    tls->options = *options;
+    tls->options.cert_file = tsrvi_copy(options->cert_file, &rc);
+    tls->options.key_file = tsrvi_copy(options->key_file, &rc);
+    tls->options.ca_file = tsrvi_copy(options->ca_file, &rc);
+    tls->options.alpn = tsrvi_copy(options->alpn, &rc);
+    tls->options.ciphers = tsrvi_copy(options->ciphers, &rc);
+    tls->certificates =
+        count == 0 ? NULL
+                   : (tsrv_tls_certificate *)tsrvi_zalloc(count * sizeof(tsrv_tls_certificate));
+    tls->options.certificates = tls->certificates;
+    if (count != 0 && tls->certificates == NULL) {
+        return -ENOMEM;
+    }
+    for (size_t i = 0; i < count; i++) {
+        tls->certificates[i].server_name = tsrvi_copy(options->certificates[i].server_name, &rc);
+        tls->certificates[i].cert_file = tsrvi_copy(options->certificates[i].cert_file, &rc);
+        tls->certificates[i].key_file = tsrvi_copy(options->certificates[i].key_file, &rc);
+    }
+    return rc;
+}
+
+TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options)
+{
+    tsrv_tls_options nothing;
+    tsrv_tls *made;
+    int rc;
+    *tls = NULL;
+    memset(&nothing, 0, sizeof(nothing));
+    options = options == NULL ? &nothing : options;
+    if (options->certificate_count < 0 || options->verify_client < TSRV_TLS_NONE ||
+        options->verify_client > TSRV_TLS_REQUIRED ||
+        (options->verify_client != TSRV_TLS_NONE && options->ca_file == NULL &&
+         options->native_context == NULL)) {
+        tsrvi_log(TSRV_LOG_ERROR, "TLS: verify_client needs a ca_file, certificate_count cannot be "
+                                  "negative");
+        return TSRV_EINVAL;
+    }
+    made = (tsrv_tls *)tsrvi_zalloc(sizeof(*made));
+    if (made == NULL) {
+        return -ENOMEM;
+    }
+    if ((rc = tsrvi_tls_options_copy(made, options)) < 0 ||
+        (made->set = tsrvi_tls_set_new(&made->options, &rc)) == NULL) {
+        tsrv_tls_free(made);
+        return rc;
+    }
+    *tls = made;
+    return TSRV_OK;
+}
+
+/* The keys that session tickets are sealed with outlive the certificates, so that sessions do too.
+ * */
+static void tsrvi_tls_keep_tickets(SSL_CTX *from, SSL_CTX *to)
+{
+    unsigned char keys[256];
+    long size = SSL_CTX_get_tlsext_ticket_keys(from, NULL, 0);
+    if (size > 0 && size <= (long)sizeof(keys) &&
+        SSL_CTX_get_tlsext_ticket_keys(from, keys, size) == 1) {
+        SSL_CTX_set_tlsext_ticket_keys(to, keys, size);
+    }
+    OPENSSL_cleanse(keys, sizeof(keys));
+    ERR_clear_error();
+}
+
+TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
+{
+    int rc = TSRV_OK;
+    tsrvi_tls_set *set;
+    if (tls->options.native_context != NULL) {
+        return TSRV_EINVAL;
+    }
+    set = tsrvi_tls_set_new(&tls->options, &rc);
+    if (set == NULL) {
+        return rc;
+    }
+    tsrvi_tls_keep_tickets(tls->set->context, set->context);
+    for (int i = 0; i < set->count; i++) {
+        tsrvi_tls_keep_tickets(tls->set->context, set->others[i]);
+    }
+    tsrvi_tls_set_drop(tls->set);
+    tls->set = set;
+    return TSRV_OK;
+}
+
+/* Can it serve? */
+static bool tsrvi_tls_serves(const tsrv_tls *tls)
+{
+    return tls->options.native_context != NULL || tls->options.cert_file != NULL;
+}
+
+/* ---- the session's socket, as OpenSSL sees it ------------------------------*/
+
+/* Everything that OpenSSL writes goes to `sealed`. */
+static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
+{
+    tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
+    tsrvi_block *last = tls->sealed_last;
+    size_t left = size < 0 ? 0 : (size_t)size, head;
+    BIO_clear_retry_flags(bio);
+    head = last == NULL || last->file >= 0 ? 0 : tsrvi_min(left, last->capacity - last->end);
+    if (left > head) {
+        tsrvi_block *block = tsrvi_block_new(tls->pool, left - head);
+        if (block == NULL) {
+            tls->error = -ENOMEM;
+            return -1;
+        }
+        memcpy(tsrvi_block_data(block), data + head, left - head);
+        block->end = left - head;
+        if (last == NULL) {
+            tls->sealed = block;
+        } else {
+            last->next = block;
+        }
+        tls->sealed_last = block;
+    }
+    if (head != 0) {
+        memcpy(tsrvi_block_data(last) + last->end, data, head);
+        last->end += head;
+    }
+    tls->sealed_size += left;
+    return size;
+}
+
+static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
+{
+    tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
+    ssize_t got;
+    BIO_clear_retry_flags(bio);
+    if (tls->ended) {
+        return 0;
+    }
+    if (tls->drained || tls->received >= TSRVI_TLS_TAKE) {
+        BIO_set_retry_read(bio);
+        return -1;
+    }
+    do {
+        got = TSRV_SYS(recv, (tls->fd, buffer, (size_t)size, MSG_DONTWAIT));
+    } while (got < 0 && errno == EINTR);
+    tls->drained = got < size;
+    if (got > 0) {
+        tls->received += (size_t)got;
+        return (int)got;
+    }
+    if (got == 0) {
+        tls->ended = true;
+        return 0;
+    }
+    if (errno == EAGAIN || errno == EWOULDBLOCK) {
+        BIO_set_retry_read(bio);
+    } else {
+        tls->error = tsrvi_error();
+    }
+    return -1;
+}
+
+static long tsrvi_tls_bio_control(BIO *bio, int command, long number, void *pointer)
+{
+    const tsrvi_tls *tls = (const tsrvi_tls *)BIO_get_data(bio);
+    (void)number;
+    (void)pointer;
+    switch (command) {
+    case BIO_CTRL_EOF:
+        return tls->ended;
+    case BIO_CTRL_FLUSH:
+        return 1;
+    default:
+        return 0;
+    }
+}
+
+/* Made once, by whoever comes first; never freed, like OpenSSL's own tables. */
+static BIO_METHOD *tsrvi_tls_bio_method(void)
+{
+    static BIO_METHOD *method; /* atomic */
+    BIO_METHOD *made = __atomic_load_n(&method, __ATOMIC_ACQUIRE), *nobodys = NULL;
+    if (made != NULL) {
+        return made;
+    }
+    made = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "tcpserver.h");
+    if (made == NULL) {
+        return NULL;
+    }
+    BIO_meth_set_write(made, tsrvi_tls_bio_write);
+    BIO_meth_set_read(made, tsrvi_tls_bio_read);
+    BIO_meth_set_ctrl(made, tsrvi_tls_bio_control);
+    if (!__atomic_compare_exchange_n(&method, &nobodys, made, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_ACQUIRE)) {
+        BIO_meth_free(made);
+        return nobodys;
+    }
+    return made;
+}
+
+/* ---- sessions --------------------------------------------------------------*/
+
+static void tsrvi_tls_drop_sealed(tsrvi_tls *tls)
+{
+    while (tls->sealed != NULL) {
+        tsrvi_block *block = tls->sealed;
+        tls->sealed = block->next;
+        tsrvi_block_free(tls->pool, block);
+    }
+    tls->sealed_last = NULL;
+    tls->sealed_size = 0;
+}
+
+static void tsrvi_tls_end(tsrvi_tls *tls)
+{
+    if (tls != NULL) {
+        tsrvi_tls_drop_sealed(tls);
+        SSL_free(tls->ssl);
+        OPENSSL_free(tls->certificate);
+        tsrvi_tls_set_drop(tls->set);
+        TSRV_FREE(tls);
+    }
+}
+
+/* The client's side: whom it wants to reach, and how it makes sure. */
+static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
+{
+    unsigned char number[16];
+    bool numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
+                   TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
+    SSL_set_connect_state(tls->ssl);
+    SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
+    if (tls->set->alpn_size != 0) {
+        SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size);
+    }
+    if (numeric) {
+        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1
+                   ? TSRV_OK
+                   : TSRV_EINVAL;
+    }
+    return SSL_set1_host(tls->ssl, server_name) == 1 &&
+                   SSL_set_tlsext_host_name(tls->ssl, server_name) == 1
+               ? TSRV_OK
+               : TSRV_EINVAL;
+}
+
+/* A session on a socket.
+ *   server_name  NULL = this is the server
+ *   due          when the handshake must be done */
+static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrvi_pool *pool,
+                           uint64_t due, tsrvi_tls **made)
+{
+    tsrvi_tls *tls = (tsrvi_tls *)tsrvi_zalloc(sizeof(*tls));
+    BIO_METHOD *method = tsrvi_tls_bio_method();
+    BIO *bio = tls == NULL || method == NULL ? NULL : BIO_new(method);
+    int rc = -ENOMEM;
+    if (bio != NULL && (tls->ssl = SSL_new(from->set->context)) != NULL) {
+        rc = TSRV_OK;
+    }
+    if (rc < 0) {
+        ERR_clear_error();
+        BIO_free(bio);
+        TSRV_FREE(tls);
+        return rc;
+    }
+    tls->set = from->set;
+    __atomic_add_fetch(&tls->set->references, 1, __ATOMIC_ACQ_REL);
+    tls->fd = fd;
+    tls->pool = pool;
+    tls->due = due;
+    BIO_set_data(bio, tls);
+    BIO_set_init(bio, 1);
+    SSL_set_bio(tls->ssl, bio, bio);
+    SSL_set_mode(tls->ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+#ifdef SSL_OP_IGNORE_UNEXPECTED_EOF
+    /* OpenSSL 3 would make an end without close_notify a fatal error; we tell it by `ended`, and
+     * can still answer who has only stopped sending. */
+    SSL_set_options(tls->ssl, SSL_OP_IGNORE_UNEXPECTED_EOF);
+#endif
+    if (server_name == NULL) {
+        SSL_set_accept_state(tls->ssl);
+    } else if ((rc = tsrvi_tls_expect(tls, server_name)) < 0) {
+        tsrvi_tls_end(tls);
+        return rc;
+    }
+    *made = tls;
+    return TSRV_OK;
+}
+
+/* What a call that failed means: TSRV_EAGAIN, TSRV_EOF, TSRV_ETLS or the socket's error. `reason`
+ * receives OpenSSL's when the peer has broken the protocol. */
+static int tsrvi_tls_code(tsrvi_tls *tls, int result, char *reason, size_t size)
+{
+    int kind = SSL_get_error(tls->ssl, result);
+    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) {
+        return TSRV_EAGAIN;
+    }
+    if (kind == SSL_ERROR_ZERO_RETURN && !tls->ended) {
+        return TSRV_EOF;
+    }
+    if (tls->error != 0) {
+        ERR_clear_error();
+        return tls->error;
+    }
+    if (tls->ended) { /* the socket's end, and no close_notify before it */
+        tls->truncated = true;
+        ERR_clear_error();
+        return TSRV_ETLS;
+    }
+    tsrvi_tls_reason(reason, size);
+    return TSRV_ETLS;
+}
+
+/* Begin to look at the socket anew. */
+static void tsrvi_tls_look(tsrvi_tls *tls)
+{
+    tls->drained = false;
+    tls->received = 0;
+    ERR_clear_error(); /* another session's errors are not ours */
+}
+
+/* Go on with the handshake: TSRV_OK when it is done, or as tsrvi_tls_code. */
+static int tsrvi_tls_handshake(tsrvi_tls *tls, char *reason, size_t size)
+{
+    int result;
+    tsrvi_tls_look(tls);
+    result = SSL_do_handshake(tls->ssl);
+    if (result != 1) {
+        return tsrvi_tls_code(tls, result, reason, size);
+    }
+    tls->established = true;
+    tls->more = true; /* what the client has sent behind it may be in the session */
+    return TSRV_OK;
+}
+
+/* Receive plaintext: how much; else *code as tsrvi_tls_code. */
+static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *code, char *reason,
+                                size_t reason_size)
+{
+    size_t done = 0;
+    tsrvi_tls_look(tls);
+    *code = TSRV_OK;
+    while (done < size) {
+        size_t got = 0;
+        int result = SSL_read_ex(tls->ssl, into + done, size - done, &got);
+        if (result != 1) {
+            *code = tsrvi_tls_code(tls, result, reason, reason_size);
+            break;
+        }
+        done += got;
+    }
+    /* An end or an error that came behind data is met again by the next call. */
+    tls->more = done == size || (done != 0 && *code != TSRV_EAGAIN);
+    return done;
+}
+
+/* Make records of plaintext: how much of it, at most one record; 0 = no memory. */
+static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
+{
+    size_t taken = 0;
+    ERR_clear_error();
+    if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
+        ERR_clear_error();
+        return 0;
+    }
+    return taken;
+}
+
+/* Say that nothing more will be sent. */
+static void tsrvi_tls_notify_end(tsrvi_tls *tls)
+{
+    tls->notified = true;
+    ERR_clear_error();
+    SSL_shutdown(tls->ssl);
+    ERR_clear_error();
+}
+
+#else
+static int tsrvi_tls_absent(void)
+{
+    tsrvi_log(TSRV_LOG_ERROR, "TLS is not compiled in: define TSRV_TLS_OPENSSL before the "
+                              "implementation, and link -lssl -lcrypto");
+    return TSRV_ENOTSUP;
+}
+
+TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options)
+{
+    (void)options;
+    *tls = NULL;
+    return tsrvi_tls_absent();
+}
+
+TSRV_API void tsrv_tls_free(tsrv_tls *tls)
+{
+    (void)tls;
+}
+
+TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
+{
+    (void)tls;
+    return tsrvi_tls_absent();
+}
+
+static bool tsrvi_tls_serves(const tsrv_tls *tls)
+{
+    (void)tls;
+    tsrvi_tls_absent();
+    return false;
+}
+
+static void tsrvi_tls_drop_sealed(tsrvi_tls *tls)
+{
+    (void)tls;
+}
+
+static void tsrvi_tls_end(tsrvi_tls *tls)
+{
+    (void)tls;
+}
+
+static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrvi_pool *pool,
+                           uint64_t due, tsrvi_tls **made)
+{
+    (void)from;
+    (void)fd;
+    (void)server_name;
+    (void)pool;
+    (void)due;
+    *made = NULL;
+    return tsrvi_tls_absent();
+}
+
+static int tsrvi_tls_handshake(tsrvi_tls *tls, char *reason, size_t size)
+{
+    (void)tls;
+    (void)reason;
+    (void)size;
+    return TSRV_ENOTSUP;
+}
+
+static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *code, char *reason,
+                                size_t reason_size)
+{
+    (void)tls;
+    (void)into;
+    (void)size;
+    (void)reason;
+    (void)reason_size;
+    *code = TSRV_ENOTSUP;
+    return 0;
+}
+
+static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
+{
+    (void)tls;
+    (void)data;
+    (void)size;
+    return 0;
+}
+
+static void tsrvi_tls_notify_end(tsrvi_tls *tls)
+{
+    (void)tls;
+}
+#define TSRVI_TLS_RECORD ((size_t)16384)
+#define TSRVI_TLS_SEAL ((size_t)65536)
+#endif
+
+/* ============================================================================
  * >>shared  Counters of all workers
  *
  * A memory that the parent and all workers share. Each process of a worker has a
@@ -4361,6 +5302,7 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 #define TSRVI_ASKED 0x10000000u    /* something has been read since the last write */
 #define TSRVI_DRAINING 0x20000000u /* its server is being drained */
 #define TSRVI_STOPPED 0x40000000u  /* in_end is the drain's doing, not the peer's */
+#define TSRVI_TLS 0x80000000u      /* tls is there, and wants its say in everything */
 
 #define TSRVI_WAITS (TSRVI_WAIT_READ | TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT)
 /* A write must take the long way. */
@@ -4437,8 +5379,9 @@ enum {
     TSRVI_FOR_FLUSH = 4, /* no output */
     TSRVI_FOR_LOCK = 8,  /* the end of a write that is taken in pieces */
     TSRVI_FOR_WAKE = 16, /* tsrv_wake */
-    TSRVI_FOR_OUTPUT = TSRVI_FOR_ROOM | TSRVI_FOR_FLUSH | TSRVI_FOR_LOCK,
-    TSRVI_FOR_ANY = 31
+    TSRVI_FOR_HANDSHAKE = 32,
+    TSRVI_FOR_OUTPUT = TSRVI_FOR_ROOM | TSRVI_FOR_FLUSH | TSRVI_FOR_LOCK | TSRVI_FOR_HANDSHAKE,
+    TSRVI_FOR_ANY = 63
 };
 
 typedef struct tsrvi_waiter {
@@ -4459,7 +5402,8 @@ struct tsrv_stream {
     tsrvi_chunk *in;  /* unread input; NULL = none */
     tsrvi_block *out; /* unsent output; NULL = none */
     tsrvi_block *out_last;
-    size_t unsent; /* bytes in out, file ranges included */
+    size_t unsent;  /* bytes in out, file ranges and sealed records included */
+    tsrvi_tls *tls; /* NULL = plain; see >>tls */
     tsrvi_waiter *waiters;
     union {
         tsrvi_co *co;           /* coroutine mode: the handler's, while it runs */
@@ -4529,6 +5473,62 @@ static bool tsrvi_stream_finished(const tsrv_stream *stream)
 {
     return stream->io.fd < 0 && (stream->flags & TSRVI_OVER) != 0 &&
            (stream->flags & TSRVI_RUNNING) == 0;
+}
+
+/* ---- the peer's address -----------------------------------------------------*/
+
+/* Only the first address->size bytes are written: this is done before every call of a callback-mode
+ * handler. */
+static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
+{
+    if (peer->family == AF_INET) {
+        struct sockaddr_in four;
+        memset(&four, 0, sizeof(four));
+        four.sin_family = AF_INET;
+        four.sin_port = peer->port;
+        memcpy(&four.sin_addr, peer->u.ip, 4);
+        memcpy(address->storage, &four, sizeof(four));
+        address->size = sizeof(four);
+    } else if (peer->family == AF_INET6) {
+        struct sockaddr_in6 six;
+        memset(&six, 0, sizeof(six));
+        six.sin6_family = AF_INET6;
+        six.sin6_port = peer->port;
+        six.sin6_scope_id = peer->scope;
+        memcpy(&six.sin6_addr, peer->u.ip, 16);
+        memcpy(address->storage, &six, sizeof(six));
+        address->size = sizeof(six);
+    } else if (peer->family == AF_UNIX && peer->u.whole != NULL) {
+        *address = *peer->u.whole;
+    } else {
+        tsrvi_sockaddr unnamed;
+        memset(&unnamed, 0, sizeof(unnamed));
+        unnamed.any.sa_family = AF_UNIX;
+        tsrvi_address_store(address, &unnamed,
+                            peer->family == AF_UNIX ? offsetof(struct sockaddr_un, sun_path) : 0);
+    }
+}
+
+static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    tsrvi_address_load(address, &inside);
+    peer->family = (uint16_t)tsrv_address_family(address);
+    if (peer->family == AF_INET) {
+        peer->port = inside.four.sin_port;
+        memcpy(peer->u.ip, &inside.four.sin_addr, 4);
+    } else if (peer->family == AF_INET6) {
+        peer->port = inside.six.sin6_port;
+        peer->scope = inside.six.sin6_scope_id;
+        memcpy(peer->u.ip, &inside.six.sin6_addr, 16);
+    } else if (peer->family == AF_UNIX && address->size > offsetof(struct sockaddr_un, sun_path)) {
+        peer->u.whole = (tsrv_address *)TSRV_MALLOC(sizeof(tsrv_address));
+        if (peer->u.whole == NULL) {
+            return -ENOMEM;
+        }
+        *peer->u.whole = *address;
+    }
+    return TSRV_OK;
 }
 
 /* ---- waiters ---------------------------------------------------------------*/
@@ -4693,8 +5693,8 @@ static uint64_t tsrvi_stream_idle_due(const tsrv_stream *stream)
     return (now_ms - ((uint32_t)now_ms - stream->active_ms) + (uint64_t)idle_ms + 1) * TSRVI_MS;
 }
 
-/* Two of a stream's times are kept in milliseconds, in 4 bytes each, which wrap, and hold for 24 days:
- * 0 is never. They are rounded up, so that nothing is early. */
+/* Two of a stream's times are kept in milliseconds, in 4 bytes each, which wrap, and hold for 24
+ * days: 0 is never. They are rounded up, so that nothing is early. */
 static uint32_t tsrvi_due_ms(const tsrv_loop *loop, uint64_t due)
 {
     uint64_t most = loop->now + (uint64_t)(INT32_MAX - 1) * TSRVI_MS;
@@ -4725,6 +5725,13 @@ static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read
                          tsrvi_stream_idle_due(stream));
 }
 
+/* Is a TLS handshake under way? */
+static bool tsrvi_stream_shakes_hands(const tsrv_stream *stream)
+{
+    return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
+           stream->killed == 0;
+}
+
 /* When something of this stream itself is due: its callback-mode handler's waits, its blocked
  * output, its lingering. */
 static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
@@ -4742,6 +5749,9 @@ static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
     }
     if ((stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0) {
         due = tsrvi_earlier(due, stream->out_due);
+    }
+    if (stream->tls != NULL && !stream->tls->established && stream->io.fd >= 0) {
+        due = tsrvi_earlier(due, stream->tls->due);
     }
     return due;
 }
@@ -4770,6 +5780,10 @@ static void tsrvi_stream_drop_output(tsrv_stream *stream)
         tsrvi_block *block = stream->out;
         stream->out = block->next;
         tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
+    }
+    if (stream->tls != NULL) {
+        tsrvi_tls_drop_sealed(stream->tls);
+        stream->tls->counted = 0;
     }
     stream->out_last = NULL;
     stream->unsent = 0;
@@ -4843,8 +5857,8 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (stream->killed != 0) {
         return; /* the end that came first has woken everybody */
     }
-    if (code == TSRV_EOF) {
-        tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE, TSRV_OK);
+    if (code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) {
+        tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE | TSRVI_FOR_HANDSHAKE, TSRV_OK);
         if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
             tsrv_wake(stream);
         }
@@ -4879,6 +5893,14 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         stream->unsent != 0 || (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == TSRVI_LOCKED) {
         return;
     }
+    if (stream->tls != NULL && stream->tls->established && !stream->tls->notified &&
+        (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
+        tsrvi_tls_notify_end(stream->tls);
+        stream->unsent += stream->tls->sealed_size - stream->tls->counted;
+        stream->tls->counted = stream->tls->sealed_size;
+        tsrvi_stream_soon(stream); /* send it, and come here again */
+        return;
+    }
     if ((stream->flags & TSRVI_CLOSING) != 0 &&
         ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) ||
          (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED))) {
@@ -4898,14 +5920,24 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
     }
 }
 
+/* It has been closed, but what is queued can only be sent when the handshake is done. */
+static bool tsrvi_stream_closes_after_handshake(const tsrv_stream *stream)
+{
+    return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
+           stream->killed == TSRV_ECLOSED && stream->unsent != 0 && stream->io.fd >= 0;
+}
+
 /* Does anybody want input now? */
 static bool tsrvi_stream_wants_input(const tsrv_stream *stream)
 {
-    if ((stream->flags & TSRVI_LINGER) != 0) {
+    if ((stream->flags & TSRVI_LINGER) != 0 || tsrvi_stream_closes_after_handshake(stream)) {
         return true;
     }
     if (stream->in_end != 0 || stream->killed != 0) {
         return false;
+    }
+    if (tsrvi_stream_shakes_hands(stream)) {
+        return true;
     }
     if (tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL) {
         return true;
@@ -4917,6 +5949,13 @@ static bool tsrvi_stream_wants_input(const tsrv_stream *stream)
            tsrvi_chunk_size(stream->in) < stream->server->options.max_buffer_size;
 }
 
+/* Is there input that somebody wants, and that no event will tell of? */
+static bool tsrvi_stream_holds_more(const tsrv_stream *stream)
+{
+    return stream->tls != NULL && stream->tls->more && stream->io.fd >= 0 &&
+           (stream->flags & TSRVI_LINGER) == 0 && tsrvi_stream_wants_input(stream);
+}
+
 /* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
  * be reported in every turn; readability stays asked for until an event comes that nobody wants
  * (exact), and a hang-up, which cannot be masked, ends the registration. */
@@ -4925,6 +5964,9 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
     int wanted = TSRVI_HANGUP, has = stream->io.interest, rc;
     if (stream->io.fd < 0) {
         return;
+    }
+    if (tsrvi_stream_holds_more(stream)) {
+        tsrvi_stream_later(stream, 0);
     }
     if (tsrvi_stream_wants_input(stream) ||
         (!exact && stream->in_end == 0 && (stream->flags & TSRVI_LOOKED) == 0 &&
@@ -4976,6 +6018,7 @@ static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
     }
     return (waiter != NULL || (stream->flags & (TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) != 0) &&
            !begun && tsrvi_chunk_size(stream->in) == 0 && stream->unsent == 0 &&
+           (stream->tls == NULL || (stream->tls->established && !stream->tls->more)) &&
            (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == 0 && stream->io.fd >= 0 &&
            (stream->killed | stream->in_end) == 0;
 }
@@ -5003,7 +6046,7 @@ static void tsrvi_stream_drain(tsrv_stream *stream)
 static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
 {
     const uint32_t odd = TSRVI_SHUT | TSRVI_CLOSING | TSRVI_LINGER | TSRVI_BLOCKED |
-                         TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_DRAINING;
+                         TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_DRAINING | TSRVI_TLS;
     if ((stream->flags & (odd | TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) == 0 &&
         (stream->io.interest & TSRV_WRITABLE) == 0) {
         return; /* a coroutine's waits have seen to everything */
@@ -5013,7 +6056,7 @@ static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
     }
     tsrvi_stream_ending(stream);
     tsrvi_stream_interest(stream, false, false);
-    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS)) != 0) {
+    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS | TSRVI_TLS)) != 0) {
         tsrvi_stream_arm(stream);
     }
     if ((stream->flags & TSRVI_DRAINING) != 0) {
@@ -5076,14 +6119,13 @@ static ssize_t tsrvi_stream_send_file(tsrv_stream *stream, tsrvi_block *block, s
 }
 
 /* Send several blocks, and data behind them, with one call. */
-static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, const char *data, size_t size,
-                                        size_t *tried)
+static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, tsrvi_block *block, const char *data,
+                                        size_t size, size_t *tried)
 {
     struct iovec pieces[TSRVI_SEND_PIECES];
     struct msghdr message;
     size_t total = 0;
     int count = 0;
-    tsrvi_block *block = stream->out;
     for (; block != NULL && block->file < 0 && count < TSRVI_SEND_PIECES - 1 &&
            total < TSRVI_SEND_LIMIT;
          block = block->next) {
@@ -5108,16 +6150,16 @@ static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, const char *data, s
     return TSRV_SYS(sendmsg, (stream->io.fd, &message, TSRVI_SEND_FLAGS));
 }
 
-/* Send what is at the head of the queue, and data behind it if it reaches that far. Returns what
- * send does; *tried is how much the kernel was offered. */
-static ssize_t tsrvi_stream_send(tsrv_stream *stream, const char *data, size_t size, size_t *tried)
+/* Send what is at the head of a list, and data behind it if it reaches that far. Returns what send
+ * does; *tried is how much the kernel was offered. */
+static ssize_t tsrvi_stream_send(tsrv_stream *stream, tsrvi_block *block, const char *data,
+                                 size_t size, size_t *tried)
 {
-    tsrvi_block *block = stream->out;
     if (block != NULL && block->file >= 0) {
         return tsrvi_stream_send_file(stream, block, tried);
     }
     if (block != NULL && (block->next != NULL || size != 0)) {
-        return tsrvi_stream_send_pieces(stream, data, size, tried);
+        return tsrvi_stream_send_pieces(stream, block, data, size, tried);
     }
     if (block != NULL) {
         data = tsrvi_block_data(block) + block->begin;
@@ -5127,11 +6169,11 @@ static ssize_t tsrvi_stream_send(tsrv_stream *stream, const char *data, size_t s
     return TSRV_SYS(send, (stream->io.fd, data, *tried, TSRVI_SEND_FLAGS));
 }
 
-/* Take what was sent off the queue. Returns what went beyond it. */
-static size_t tsrvi_stream_sent(tsrv_stream *stream, size_t sent)
+/* Take what was sent off a list of blocks. Returns what went beyond it. */
+static size_t tsrvi_blocks_sent(tsrv_stream *stream, tsrvi_block **first, size_t sent)
 {
-    while (sent != 0 && stream->out != NULL) {
-        tsrvi_block *block = stream->out;
+    while (sent != 0 && *first != NULL) {
+        tsrvi_block *block = *first;
         uint64_t left = block->file >= 0 ? block->left : block->end - block->begin;
         size_t part = left < sent ? (size_t)left : sent;
         block->begin += block->file >= 0 ? 0 : part;
@@ -5142,13 +6184,20 @@ static size_t tsrvi_stream_sent(tsrv_stream *stream, size_t sent)
         if (part < left) {
             break;
         }
-        stream->out = block->next;
+        *first = block->next;
         if (block->file >= 0) {
             tsrvi_loop_close_fd(tsrvi_loop_of(stream), block->file);
             block->file = -1;
         }
         tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
     }
+    return sent;
+}
+
+/* The same for the queue. */
+static size_t tsrvi_stream_sent(tsrv_stream *stream, size_t sent)
+{
+    sent = tsrvi_blocks_sent(stream, &stream->out, sent);
     if (stream->out == NULL) {
         stream->out_last = NULL;
         stream->flags &= ~TSRVI_FILES;
@@ -5190,15 +6239,130 @@ static void tsrvi_stream_send_failed(tsrv_stream *stream, int code)
     }
 }
 
+/* ---- sending over TLS ------------------------------------------------------*/
+
+/* What the session has sealed since it was last looked at is unsent output. */
+static void tsrvi_stream_count_sealed(tsrv_stream *stream)
+{
+    stream->unsent += stream->tls->sealed_size - stream->tls->counted;
+    stream->tls->counted = stream->tls->sealed_size;
+}
+
+/* Make a record of what is at the head of the queue. Returns TSRV_OK or why not. */
+static int tsrvi_stream_seal_block(tsrv_stream *stream)
+{
+    tsrvi_block *block = stream->out;
+    char buffer[TSRVI_BLOCK_SIZE];
+    const char *data = tsrvi_block_data(block) + block->begin;
+    size_t size = block->end - block->begin;
+    if (block->file >= 0) {
+        size_t part = block->left > sizeof(buffer) ? sizeof(buffer) : (size_t)block->left;
+        ssize_t got;
+        do {
+            got = TSRV_SYS(pread, (block->file, buffer, part, (off_t)block->offset));
+        } while (got < 0 && errno == EINTR);
+        if (got <= 0) {
+            return got < 0 ? tsrvi_error() : -EIO;
+        }
+        data = buffer;
+        size = (size_t)got;
+    }
+    size = tsrvi_tls_seal(stream->tls, data, size);
+    tsrvi_stream_sent(stream, size);
+    return size != 0 ? TSRV_OK : stream->tls->error != 0 ? stream->tls->error : TSRV_ETLS;
+}
+
+/* Make records of what is queued, then of data, until there is enough for one send. Returns how
+ * much of data was taken. */
+static size_t tsrvi_stream_seal(tsrv_stream *stream, const char *data, size_t size)
+{
+    tsrvi_tls *tls = stream->tls;
+    size_t taken = 0;
+    int rc = TSRV_OK;
+    while (rc == TSRV_OK && tls->established && tls->sealed_size < TSRVI_TLS_SEAL &&
+           (stream->out != NULL || taken < size)) {
+        if (stream->out != NULL) {
+            rc = tsrvi_stream_seal_block(stream);
+        } else {
+            size_t part = tsrvi_tls_seal(tls, data + taken, size - taken);
+            rc = part != 0 ? TSRV_OK : tls->error != 0 ? tls->error : TSRV_ETLS;
+            taken += part;
+        }
+        tsrvi_stream_count_sealed(stream);
+    }
+    if (rc < 0) {
+        tsrvi_stream_kill(stream, rc); /* some of it may be sealed, which cannot be undone */
+    }
+    return taken;
+}
+
+/* Send sealed records. */
+static ssize_t tsrvi_stream_send_sealed(tsrv_stream *stream, size_t *tried)
+{
+    tsrvi_tls *tls = stream->tls;
+    ssize_t sent;
+    do {
+        sent = tsrvi_stream_send(stream, tls->sealed, "", 0, tried);
+    } while (sent < 0 && errno == EINTR);
+    if (sent > 0) {
+        tsrvi_blocks_sent(stream, &tls->sealed, (size_t)sent);
+        tls->sealed_last = tls->sealed == NULL ? NULL : tls->sealed_last;
+        tls->sealed_size -= (size_t)sent;
+        tls->counted -= (size_t)sent;
+        stream->server->stats->bytes_out += (uint64_t)sent;
+        tsrvi_stream_touch(stream);
+    }
+    return sent;
+}
+
+/* As tsrvi_stream_push, over TLS. While the handshake goes on, plaintext waits, and not for the
+ * socket. */
+static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, size_t size)
+{
+    tsrvi_tls *tls = stream->tls;
+    size_t taken = 0, total = 0, tried = 0;
+    bool pending;
+    while (total < TSRVI_SEND_LIMIT) {
+        ssize_t sent;
+        taken += tsrvi_stream_seal(stream, data + taken, size - taken);
+        if (tls->sealed == NULL) {
+            break;
+        }
+        sent = tsrvi_stream_send_sealed(stream, &tried);
+        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+            tsrvi_stream_end_output(stream, tsrvi_error());
+            return taken;
+        }
+        total += sent > 0 ? (size_t)sent : 0;
+        if (sent < 0 || (size_t)sent < tried) {
+            break;
+        }
+    }
+    tsrvi_loop_of(stream)->written += total;
+    pending = tls->sealed != NULL || (tls->established && (stream->out != NULL || taken < size));
+    if (pending && (total != 0 || (stream->flags & TSRVI_BLOCKED) == 0)) {
+        stream->flags |= TSRVI_BLOCKED;
+        stream->out_due = tsrvi_stream_write_limit(stream);
+    } else if (!pending) {
+        stream->flags &= ~TSRVI_BLOCKED;
+    }
+    return taken;
+}
+
+/* ---- sending, continued ----------------------------------------------------*/
+
 /* Send what is queued, then data from the caller's memory, in one call if possible; stop when the
  * kernel takes no more, and after TSRVI_SEND_LIMIT bytes. Returns how many bytes of data were
  * taken; errors are in out_end. */
 static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t size)
 {
     size_t taken = 0, total = 0;
+    if (TSRVI_UNLIKELY(stream->tls != NULL)) {
+        return tsrvi_stream_push_sealed(stream, data, size);
+    }
     while (stream->unsent + (size - taken) != 0 && total < TSRVI_SEND_LIMIT) {
         size_t tried = 0;
-        ssize_t sent = tsrvi_stream_send(stream, data + taken, size - taken, &tried);
+        ssize_t sent = tsrvi_stream_send(stream, stream->out, data + taken, size - taken, &tried);
         if (sent < 0 && errno == EINTR) {
             continue;
         }
@@ -5233,7 +6397,8 @@ static bool tsrvi_stream_flush_small(tsrv_stream *stream)
 {
     tsrvi_block *block = stream->out;
     ssize_t sent;
-    if (block->next != NULL || block->file >= 0 || stream->unsent > TSRVI_BLOCK_SIZE) {
+    if ((stream->flags & TSRVI_TLS) != 0 || block->next != NULL || block->file >= 0 ||
+        stream->unsent > TSRVI_BLOCK_SIZE) {
         return false;
     }
     sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin, stream->unsent,
@@ -5308,6 +6473,60 @@ static tsrvi_chunk *tsrvi_stream_room(tsrv_stream *stream)
     return larger;
 }
 
+/* A peer has broken the rules of TLS; who has merely gone is no news. */
+static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
+{
+    if (reason[0] != 0) {
+        tsrv_address address;
+        char text[TSRV_ADDRESS_SIZE];
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
+                  tsrv_address_format(&address, text, sizeof(text)), reason);
+    }
+}
+
+/* Plaintext from the session. What that has to say in turn, an alert perhaps, is sent. Returns how
+ * much came; 0: *code is TSRV_OK when there is no more for now, else how the input has ended. */
+static size_t tsrvi_stream_unseal(tsrv_stream *stream, char *into, size_t size, int *code)
+{
+    char reason[128] = "";
+    size_t got;
+    if (!stream->tls->established) {
+        return 0;
+    }
+    got = tsrvi_tls_receive(stream->tls, into, size, code, reason, sizeof(reason));
+    *code = got != 0 || *code == TSRV_EAGAIN ? (int)TSRV_OK : *code;
+    tsrvi_stream_count_sealed(stream);
+    if (stream->tls->sealed != NULL && (stream->flags & TSRVI_BLOCKED) == 0) {
+        tsrvi_stream_push(stream, "", 0);
+    }
+    tsrvi_stream_log_tls(stream, reason);
+    return got;
+}
+
+/* Go on with the handshake. When it is done, what has waited for it goes out. */
+static void tsrvi_stream_handshake(tsrv_stream *stream)
+{
+    char reason[128] = "";
+    int rc = tsrvi_tls_handshake(stream->tls, reason, sizeof(reason));
+    tsrvi_stream_count_sealed(stream);
+    tsrvi_stream_push(stream, "", 0);
+    if (rc == TSRV_OK) {
+        stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
+        tsrvi_stream_drained(stream, true);
+        tsrvi_stream_wake_kind(stream, TSRVI_FOR_HANDSHAKE, TSRV_OK);
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
+    } else if (rc != TSRV_EAGAIN) {
+        stream->server->stats->handshakes_failed++;
+        tsrvi_stream_log_tls(stream, reason);
+        stream->tls->truncated = false; /* there is nothing that could be finished */
+        tsrvi_stream_end_input(stream, rc == TSRV_EOF ? (int)TSRV_ETLS : rc);
+        if (stream->killed != 0) {
+            tsrvi_stream_drop_output(stream); /* it was closed, and waited for this */
+        }
+    }
+}
+
 /* One recv. into: the caller's memory, `size` bytes of it; NULL = the stream's buffer. Returns the
  * bytes received; 0 after anything else: the end and errors are in in_end. */
 static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
@@ -5315,6 +6534,7 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
     size_t limit = stream->server->options.read_chunk_size;
     tsrvi_chunk *chunk = NULL;
     ssize_t got;
+    int code = TSRV_OK;
     if (into == NULL) {
         chunk = tsrvi_stream_room(stream);
         if (chunk == NULL) {
@@ -5325,9 +6545,18 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         size = chunk->capacity - chunk->end;
     }
     size = tsrvi_min(size, limit);
-    do {
-        got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
-    } while (got < 0 && errno == EINTR);
+    if (TSRVI_UNLIKELY((stream->flags & (TSRVI_TLS | TSRVI_LINGER)) == TSRVI_TLS)) {
+        got = (ssize_t)tsrvi_stream_unseal(stream, into, size, &code);
+    } else {
+        do {
+            got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
+        } while (got < 0 && errno == EINTR);
+        if (got <= 0) {
+            code = got == 0                                  ? (int)TSRV_EOF
+                   : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_OK
+                                                             : tsrvi_error();
+        }
+    }
     if (got > 0) {
         if (chunk != NULL) {
             chunk->end += (size_t)got;
@@ -5339,8 +6568,8 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         tsrvi_stream_touch(stream);
         return (size_t)got;
     }
-    if (got == 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) {
-        tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
+    if (code != TSRV_OK) {
+        tsrvi_stream_end_input(stream, code);
     }
     if (chunk != NULL && tsrvi_chunk_size(chunk) == 0) {
         tsrvi_stream_drop_input(stream);
@@ -5352,11 +6581,15 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
 static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 {
     ssize_t got;
-    if ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) || stream->io.fd < 0) {
+    if ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) || stream->io.fd < 0 ||
+        (stream->tls != NULL && stream->tls->more)) {
         return;
     }
     got = tsrvi_stream_peek(stream);
-    if (got == 0 || (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
+    if (got == 0 && stream->tls != NULL) {
+        stream->tls->truncated = true; /* no close_notify has come before */
+        tsrvi_stream_end_input(stream, TSRV_ETLS);
+    } else if (got == 0 || (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
         tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
     } else if (got > 0) {
         stream->flags |= TSRVI_LOOKED;
@@ -6204,7 +7437,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     block->end = size;
     block->limit = tsrvi_min(block->capacity, stream->server->options.write_high_water);
     stream->flags &= ~TSRVI_ASKED;
-    stream->unsent = size;
+    stream->unsent += size; /* the queue is empty, but sealed records may be unsent */
     stream->out = block;
     stream->out_last = block;
     tsrvi_stream_soon(stream);
@@ -6612,60 +7845,6 @@ TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
     }
 }
 
-/* Only the first address->size bytes are written: this is done before every call of a callback-mode
- * handler. */
-static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
-{
-    if (peer->family == AF_INET) {
-        struct sockaddr_in four;
-        memset(&four, 0, sizeof(four));
-        four.sin_family = AF_INET;
-        four.sin_port = peer->port;
-        memcpy(&four.sin_addr, peer->u.ip, 4);
-        memcpy(address->storage, &four, sizeof(four));
-        address->size = sizeof(four);
-    } else if (peer->family == AF_INET6) {
-        struct sockaddr_in6 six;
-        memset(&six, 0, sizeof(six));
-        six.sin6_family = AF_INET6;
-        six.sin6_port = peer->port;
-        six.sin6_scope_id = peer->scope;
-        memcpy(&six.sin6_addr, peer->u.ip, 16);
-        memcpy(address->storage, &six, sizeof(six));
-        address->size = sizeof(six);
-    } else if (peer->family == AF_UNIX && peer->u.whole != NULL) {
-        *address = *peer->u.whole;
-    } else {
-        tsrvi_sockaddr unnamed;
-        memset(&unnamed, 0, sizeof(unnamed));
-        unnamed.any.sa_family = AF_UNIX;
-        tsrvi_address_store(address, &unnamed,
-                            peer->family == AF_UNIX ? offsetof(struct sockaddr_un, sun_path) : 0);
-    }
-}
-
-static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
-{
-    tsrvi_sockaddr inside;
-    tsrvi_address_load(address, &inside);
-    peer->family = (uint16_t)tsrv_address_family(address);
-    if (peer->family == AF_INET) {
-        peer->port = inside.four.sin_port;
-        memcpy(peer->u.ip, &inside.four.sin_addr, 4);
-    } else if (peer->family == AF_INET6) {
-        peer->port = inside.six.sin6_port;
-        peer->scope = inside.six.sin6_scope_id;
-        memcpy(peer->u.ip, &inside.six.sin6_addr, 16);
-    } else if (peer->family == AF_UNIX && address->size > offsetof(struct sockaddr_un, sun_path)) {
-        peer->u.whole = (tsrv_address *)TSRV_MALLOC(sizeof(tsrv_address));
-        if (peer->u.whole == NULL) {
-            return -ENOMEM;
-        }
-        *peer->u.whole = *address;
-    }
-    return TSRV_OK;
-}
-
 TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address)
 {
     memset(address, 0, sizeof(*address));
@@ -6723,13 +7902,108 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream)
     return tsrvi_loop_of(stream);
 }
 
+#if TSRVI_HAS_TLS
+TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream)
+{
+    const unsigned char *name = NULL;
+    unsigned size = 0;
+    if (stream->tls == NULL) {
+        return "";
+    }
+    SSL_get0_alpn_selected(stream->tls->ssl, &name, &size);
+    size = size >= sizeof(stream->tls->alpn) ? (unsigned)sizeof(stream->tls->alpn) - 1 : size;
+    if (size != 0) {
+        memcpy(stream->tls->alpn, name, size);
+    }
+    stream->tls->alpn[size] = 0;
+    return stream->tls->alpn;
+}
+
+TSRV_API const char *tsrv_tls_server_name(tsrv_stream *stream)
+{
+    const char *name = stream->tls == NULL
+                           ? NULL
+                           : SSL_get_servername(stream->tls->ssl, TLSEXT_NAMETYPE_host_name);
+    return name == NULL ? "" : name;
+}
+
+TSRV_API const char *tsrv_tls_version(tsrv_stream *stream)
+{
+    return stream->tls == NULL || !stream->tls->established ? ""
+                                                            : SSL_get_version(stream->tls->ssl);
+}
+
+TSRV_API void *tsrv_tls_native(tsrv_stream *stream)
+{
+    return stream->tls == NULL ? NULL : stream->tls->ssl;
+}
+
+TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
+{
+    tsrvi_tls *tls = stream->tls;
+    X509 *certificate;
+    unsigned char *der = NULL;
+    int size;
+    slice->data = "";
+    slice->size = 0;
+    certificate = tls == NULL ? NULL : SSL_get_peer_certificate(tls->ssl);
+    if (certificate == NULL) {
+        return TSRV_EINVAL;
+    }
+    OPENSSL_free(tls->certificate);
+    tls->certificate = NULL;
+    size = i2d_X509(certificate, &der);
+    X509_free(certificate);
+    if (size < 0) {
+        ERR_clear_error();
+        return -ENOMEM;
+    }
+    tls->certificate = der;
+    slice->data = (const char *)der;
+    slice->size = (size_t)size;
+    return TSRV_OK;
+}
+#else
+TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream)
+{
+    (void)stream;
+    return "";
+}
+
+TSRV_API const char *tsrv_tls_server_name(tsrv_stream *stream)
+{
+    (void)stream;
+    return "";
+}
+
+TSRV_API const char *tsrv_tls_version(tsrv_stream *stream)
+{
+    (void)stream;
+    return "";
+}
+
+TSRV_API void *tsrv_tls_native(tsrv_stream *stream)
+{
+    (void)stream;
+    return NULL;
+}
+
+TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
+{
+    (void)stream;
+    slice->data = "";
+    slice->size = 0;
+    return TSRV_ENOTSUP;
+}
+#endif
+
 /* ---- the handler -----------------------------------------------------------*/
 
 /* Ends that are everyday life of a server and not worth a log line. */
 static bool tsrvi_code_is_quiet(int code)
 {
     return code >= 0 || code == TSRV_EOF || code == TSRV_ECLOSED || code == TSRV_ETIMEOUT ||
-           code == -ECONNRESET || code == -EPIPE;
+           code == TSRV_ETLS || code == -ECONNRESET || code == -EPIPE; /* TLS has said why */
 }
 
 /* The handler is done for good. */
@@ -6880,6 +8154,9 @@ static int tsrvi_stream_call(tsrv_stream *stream)
         stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
         tsrvi_co_resume(stream->u.co);
     }
+    if (tsrvi_stream_shakes_hands(stream) && (stream->flags & TSRVI_DIRTY) == 0) {
+        tsrvi_stream_rest(stream); /* the handshake goes on whatever the handler waits for */
+    }
     return TSRV_OK;
 }
 
@@ -6909,10 +8186,18 @@ static void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
 {
     tsrvi_waiter *waiter = tsrvi_stream_waiter(stream, TSRVI_FOR_READ);
     int rc;
+    if (tsrvi_stream_shakes_hands(stream) || tsrvi_stream_closes_after_handshake(stream)) {
+        tsrvi_stream_handshake(stream);
+        if (!stream->tls->established && stream->in_end == 0) {
+            return;
+        }
+    }
     if ((stream->flags & TSRVI_LINGER) != 0) {
         tsrvi_stream_linger(stream);
     } else if (waiter != NULL && tsrvi_co_waits(waiter->co)) {
-        tsrvi_read_receive(stream, waiter->read);
+        if (stream->in_end == 0) { /* else the handshake has failed */
+            tsrvi_read_receive(stream, waiter->read);
+        }
         rc = tsrvi_read_attempt(stream, waiter->read);
         if (rc != TSRV_EAGAIN) {
             tsrvi_co_wake_now(waiter->co, rc);
@@ -6949,6 +8234,10 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
     uint64_t now = tsrvi_loop_of(stream)->now;
     if ((stream->flags & TSRVI_LINGER) != 0 && stream->out_due <= now) {
         tsrvi_stream_close_fd(stream);
+    } else if (stream->tls != NULL && !stream->tls->established && stream->tls->due <= now &&
+               stream->io.fd >= 0) {
+        stream->server->stats->handshakes_failed++;
+        tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
     } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
         tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
     } else if (tsrvi_stream_due(stream) <= now) {
@@ -6997,6 +8286,7 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     if (stream->peer.family == AF_UNIX) {
         TSRV_FREE(stream->peer.u.whole);
     }
+    tsrvi_tls_end(stream->tls);
     tsrvi_list_remove(&stream->link);
     TSRV_FREE(stream);
     if (tsrvi_list_empty(&server->streams) && (server->freed || server->draining)) {
@@ -7020,14 +8310,98 @@ static void tsrvi_stream_run(tsrvi_task *task)
         return; /* that has queued it again */
     }
     if (soon) {
-        if ((stream->flags & TSRVI_CALL) != 0 || tsrvi_stream_finished(stream)) {
+        if ((stream->flags & TSRVI_CALL) != 0 || tsrvi_stream_finished(stream) ||
+            tsrvi_stream_holds_more(stream)) {
             tsrvi_stream_later(stream, 0);
         }
     } else if (tsrvi_stream_finished(stream)) {
         tsrvi_stream_finish(stream);
     } else if ((stream->flags & TSRVI_CALL) != 0) {
         tsrvi_stream_call(stream);
+    } else if (tsrvi_stream_holds_more(stream)) {
+        tsrvi_stream_readable(stream, false);
+        if ((stream->flags & TSRVI_DIRTY) == 0) {
+            tsrvi_stream_rest(stream);
+        }
     }
+}
+
+/* From now on what goes over the stream's socket is TLS. What was written before goes as it is. */
+static int tsrvi_stream_secure(tsrv_stream *stream, const tsrv_tls *tls, const char *server_name)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    uint64_t due = tsrvi_after(loop->now, stream->server->options.handshake_timeout_ms);
+    int rc = tsrvi_tls_begin(tls, stream->io.fd, server_name, &loop->pool, due, &stream->tls);
+    if (rc < 0) {
+        return rc;
+    }
+    stream->tls->sealed = stream->out;
+    stream->tls->sealed_last = stream->out_last;
+    stream->tls->sealed_size = stream->unsent;
+    stream->tls->counted = stream->unsent;
+    stream->out = NULL;
+    stream->out_last = NULL;
+    stream->flags = (stream->flags | TSRVI_TLS) & ~TSRVI_FILES;
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name)
+{
+    int rc = tsrvi_write_state(stream);
+    tsrvi_loop_of(stream)->quick = NULL;
+    if (rc == TSRV_OK) {
+        rc = stream->in_end;
+    }
+    if (rc < 0) {
+        return rc;
+    }
+    if (stream->tls != NULL || tls == NULL || (server_name == NULL && !tsrvi_tls_serves(tls))) {
+        return TSRV_EINVAL;
+    }
+    if (tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL ||
+        (stream->flags & (TSRVI_LOCKED | TSRVI_WAIT_READ)) != 0) {
+        return TSRV_EBUSY;
+    }
+    tsrvi_stream_release(stream);
+    if (tsrvi_chunk_size(stream->in) != 0) {
+        return TSRV_ETLS;
+    }
+    if ((rc = tsrvi_stream_secure(stream, tls, server_name)) < 0) {
+        return rc;
+    }
+    if (server_name != NULL) {
+        tsrvi_stream_handshake(stream); /* the client speaks first */
+    }
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc = stream->killed;
+    if (rc == TSRV_OK && stream->tls == NULL) {
+        return TSRV_EINVAL;
+    }
+    while (rc == TSRV_OK && tsrvi_stream_shakes_hands(stream)) {
+        uint64_t deadline = tsrvi_stream_deadline(stream);
+        if (loop->co == NULL && loop->handling != stream) {
+            return TSRV_EAGAIN;
+        }
+        if (loop->co == NULL && deadline > loop->now) {
+            stream->flags |= TSRVI_WAIT_WAKE;
+            stream->wake_ms = 0;
+            return TSRV_EAGAIN;
+        }
+        rc = loop->co == NULL ? (int)TSRV_ETIMEOUT
+                              : tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_HANDSHAKE, deadline);
+    }
+    if (rc < 0) {
+        return tsrvi_gone(rc);
+    }
+    return stream->killed != 0        ? stream->killed
+           : stream->tls->established ? (int)TSRV_OK
+                                      : stream->in_end;
 }
 
 /* A stream for a connected, non-blocking socket, which it takes over when it succeeds. */
@@ -7059,6 +8433,15 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->handler = server->options.handle_stream;
     stream->fresh = tsrvi_tick(loop);
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
+    if (server->options.tls != NULL &&
+        (rc = tsrvi_stream_secure(stream, server->options.tls, NULL)) < 0) {
+        if (stream->peer.family == AF_UNIX) {
+            TSRV_FREE(stream->peer.u.whole);
+        }
+        TSRV_FREE(stream);
+        loop->heap.reserved--;
+        return rc;
+    }
     tsrvi_list_append(&server->streams, &stream->link);
     server->stats->accepted++;
     server->stats->open++;
@@ -7143,6 +8526,7 @@ static void tsrvi_server_defaults(tsrv_server_options *options)
     options->read_timeout_ms = tsrvi_default_ms(options->read_timeout_ms, TSRV_NEVER);
     options->write_timeout_ms = tsrvi_default_ms(options->write_timeout_ms, 60000);
     options->close_timeout_ms = tsrvi_default_ms(options->close_timeout_ms, 5000);
+    options->handshake_timeout_ms = tsrvi_default_ms(options->handshake_timeout_ms, 10000);
     options->grace_ms = tsrvi_default_ms(options->grace_ms, 30000);
 }
 
@@ -7157,6 +8541,10 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     if (options == NULL || options->handle_stream == NULL || options->max_connections < 0 ||
         options->data_size > SIZE_MAX / 2 || options->stack_size > SIZE_MAX / 2 ||
         (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
+        return TSRV_EINVAL;
+    }
+    if (options->tls != NULL && !tsrvi_tls_serves(options->tls)) {
+        tsrvi_log(TSRV_LOG_ERROR, "a server's tls needs a cert_file");
         return TSRV_EINVAL;
     }
     if (options->mode == TSRV_COROUTINE && !TSRVI_HAS_COROUTINES) {
@@ -7830,6 +9218,24 @@ static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, soc
     return TSRV_OK;
 }
 
+/* The handshake of a new client stream; one that fails is given back. */
+static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options *options,
+                               const char *host, uint64_t due)
+{
+    const char *name = options->server_name != NULL ? options->server_name : host;
+    int rc = tsrv_start_tls(*stream, options->tls, name);
+    if (rc == TSRV_OK) {
+        (*stream)->tls->due = due;
+        rc = tsrv_wait_for_handshake(*stream);
+    }
+    if (rc < 0) {
+        tsrv_abort(*stream);
+        tsrv_close(*stream);
+        *stream = NULL;
+    }
+    return rc;
+}
+
 /* Each address in turn, with an equal share of the time that is left. */
 static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uint64_t due,
                                 tsrv_stream **stream)
@@ -7874,17 +9280,16 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
     }
     if (strncmp(host, "unix:", 5) == 0) {
         rc = tsrvi_unix_address(host + 5, &inside, &size);
-        return rc < 0 ? rc : tsrvi_client_try(loop, &inside.any, size, due, stream);
-    }
-    if (port <= 0 || port > 65535) {
+        rc = rc < 0 ? rc : tsrvi_client_try(loop, &inside.any, size, due, stream);
+    } else if (port <= 0 || port > 65535) {
         return TSRV_EINVAL;
+    } else if ((rc = tsrvi_resolve(host, port, 0, 0, &all)) == TSRV_OK) {
+        rc = tsrvi_client_try_all(loop, all, due, stream);
+        TSRV_SYS(freeaddrinfo, (all));
     }
-    if ((rc = tsrvi_resolve(host, port, 0, 0, &all)) < 0) {
-        return rc;
-    }
-    rc = tsrvi_client_try_all(loop, all, due, stream);
-    TSRV_SYS(freeaddrinfo, (all));
-    return rc;
+    return rc == TSRV_OK && options != NULL && options->tls != NULL
+               ? tsrvi_client_secure(stream, options, host, due)
+               : rc;
 }
 
 /* ============================================================================
@@ -8473,6 +9878,10 @@ static uint64_t tsrvi_watchdog_interval(void)
 
 /* ---- in a worker -----------------------------------------------------------*/
 
+/* Whose files are read anew on SIGHUP: in tsrv_serve, and in the parent of workers; NULL =
+ * nobody's. */
+static tsrv_tls *tsrvi_reloaded;
+
 /* What a worker, and tsrv_serve in a single process, have in the loop that runs. */
 static struct {
     int wake;          /* the parent's pipe; -1 = no worker */
@@ -8489,9 +9898,9 @@ static struct {
  * through its parent) must not cut what the program does after its loop. */
 static void tsrvi_worker_leave(int grace_ms)
 {
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 4; i++) {
         int signo = tsrvi_worker.signals[i].signo;
-        if (signo != 0 && tsrvi_worker_id >= 0) {
+        if (signo != 0 && signo != SIGHUP && tsrvi_worker_id >= 0) {
             tsrvi_signals[signo].before.sa_handler = SIG_IGN;
         }
     }
@@ -8521,8 +9930,10 @@ static void tsrvi_worker_signal(void *context)
             return;
         }
     }
-    if (own->signo != SIGHUP) { /* that one is the parent's business */
+    if (own->signo != SIGHUP) {
         tsrvi_worker_leave(tsrvi_worker.grace_ms);
+    } else if (tsrvi_worker_id < 0) { /* in a worker it is the parent's business */
+        tsrv_tls_reload(tsrvi_reloaded);
     }
 }
 
@@ -8555,8 +9966,8 @@ static void tsrvi_worker_beat(tsrvi_timer *timer)
 
 static void tsrvi_worker_watch_signals(tsrv_loop *loop)
 {
-    static const int signals[] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP};
-    int count = tsrvi_worker_id >= 0 ? 4 : 2;
+    static const int signals[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT};
+    int count = tsrvi_worker_id >= 0 ? 4 : tsrvi_reloaded != NULL ? 3 : 2;
     for (int i = 0; i < count; i++) {
         tsrv_signal *own = &tsrvi_worker.signals[i];
         struct sigaction action;
@@ -9089,6 +10500,9 @@ static void tsrvi_supervisor_signals(tsrvi_supervisor *s, uint64_t now)
             break; /* every wake-up looks for them */
         case SIGHUP:
             tsrv_notify("RELOADING=1");
+            if (tsrvi_reloaded != NULL) {
+                tsrv_tls_reload(tsrvi_reloaded); /* what fails is logged, and changes nothing */
+            }
             s->roll_again = s->rolling >= 0;
             s->rolling = s->stopping ? -1 : s->rolling >= 0 ? s->rolling : 0;
             break;
@@ -9347,7 +10761,9 @@ static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_o
     resolved.fd_count = server->bound_count;
     rc = tsrvi_bound_spread(server, fds, workers);
     if (rc == TSRV_OK) {
+        tsrvi_reloaded = server->options.tls;
         rc = tsrv_fork_processes(workers, &resolved);
+        tsrvi_reloaded = NULL;
     }
     tsrvi_bound_gather(server, fds, workers, tsrvi_worker_id);
     if (rc >= 0) {
@@ -9415,6 +10831,7 @@ static void tsrvi_serve_done(void)
     }
     tsrvi_on_ready = NULL;
     tsrvi_loop_entered = NULL;
+    tsrvi_reloaded = NULL;
 }
 
 TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
@@ -9427,6 +10844,7 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         return rc;
     }
     if (alone) {
+        tsrvi_reloaded = options->tls;
         tsrvi_serve_alone();
     }
     if ((rc = tsrv_server_bind(server, port, address, NULL)) == TSRV_OK &&
