@@ -5052,6 +5052,19 @@ static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *co
     return done;
 }
 
+/* Is there plaintext, without taking it? TSRV_OK: yes, and the session holds it; else as
+ * tsrvi_tls_code. */
+static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
+{
+    char byte;
+    size_t got = 0;
+    int result;
+    tsrvi_tls_look(tls);
+    result = SSL_peek_ex(tls->ssl, &byte, 1, &got);
+    tls->more = result == 1;
+    return result == 1 ? (int)TSRV_OK : tsrvi_tls_code(tls, result, reason, size);
+}
+
 /* Make records of plaintext: how much of it, at most one record; 0 = no memory. */
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
 {
@@ -5146,6 +5159,14 @@ static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *co
     (void)reason_size;
     *code = TSRV_ENOTSUP;
     return 0;
+}
+
+static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
+{
+    (void)tls;
+    (void)reason;
+    (void)size;
+    return TSRV_ENOTSUP;
 }
 
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
@@ -5995,15 +6016,24 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 
 /* ---- drain -----------------------------------------------------------------*/
 
-/* What recv would return now; the bytes stay where they are. */
-static ssize_t tsrvi_stream_peek(const tsrv_stream *stream)
+/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK (there
+ * is some), TSRV_EAGAIN, TSRV_EOF or an error. */
+static int tsrvi_stream_peek(tsrv_stream *stream)
 {
     char byte;
     ssize_t got;
+    if (stream->tls != NULL) {
+        char reason[128] = ""; /* a read will meet it again */
+        return stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
+                                        : (int)TSRV_EAGAIN;
+    }
     do {
         got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
     } while (got < 0 && errno == EINTR);
-    return got;
+    return got > 0                                   ? (int)TSRV_OK
+           : got == 0                                ? (int)TSRV_EOF
+           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
+                                                     : tsrvi_error();
 }
 
 /* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
@@ -6033,7 +6063,7 @@ static void tsrvi_stream_drain(tsrv_stream *stream)
     if (!tsrvi_stream_waits_empty(stream) || (!answered && age < TSRVI_FRESH)) {
         return;
     }
-    if (tsrvi_stream_peek(stream) >= 0 || (errno != EAGAIN && errno != EWOULDBLOCK)) {
+    if (tsrvi_stream_peek(stream) != TSRV_EAGAIN) {
         return; /* an event will tell the handler */
     }
     stream->flags |= TSRVI_STOPPED;
@@ -6580,19 +6610,15 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
 /* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
 static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 {
-    ssize_t got;
-    if ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) || stream->io.fd < 0 ||
-        (stream->tls != NULL && stream->tls->more)) {
+    int rc;
+    if ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) || stream->io.fd < 0) {
         return;
     }
-    got = tsrvi_stream_peek(stream);
-    if (got == 0 && stream->tls != NULL) {
-        stream->tls->truncated = true; /* no close_notify has come before */
-        tsrvi_stream_end_input(stream, TSRV_ETLS);
-    } else if (got == 0 || (got < 0 && errno != EAGAIN && errno != EWOULDBLOCK)) {
-        tsrvi_stream_end_input(stream, got == 0 ? TSRV_EOF : tsrvi_error());
-    } else if (got > 0) {
+    rc = tsrvi_stream_peek(stream);
+    if (rc == TSRV_OK) {
         stream->flags |= TSRVI_LOOKED;
+    } else if (rc != TSRV_EAGAIN) {
+        tsrvi_stream_end_input(stream, rc);
     }
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
      * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error.
@@ -6833,7 +6859,8 @@ static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind,
         return rc < 0 ? rc : (int)TSRV_ETIMEOUT;
     }
     tsrvi_waiter_add(&waiter, stream, read, kind);
-    if (kind != TSRVI_FOR_READ || (stream->io.interest & TSRV_READABLE) == 0) {
+    if (kind != TSRVI_FOR_READ || (stream->io.interest & TSRV_READABLE) == 0 ||
+        (stream->flags & TSRVI_TLS) != 0) {
         tsrvi_stream_interest(stream, false, false);
     }
     if (stream->killed != killed) { /* the backend has refused the descriptor */

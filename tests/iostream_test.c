@@ -985,6 +985,7 @@ static void pipe_client(int port, void *context)
 /* Pipes are socket pairs here; a pipe itself is refused, and closed as all that is handed over. */
 TEST_STREAM(test_pipe_iostream)
 {
+    T_PLAIN_ONLY;
     t_case c = {.handler = echo_handler, .client = pipe_client};
     t_run(&c);
 }
@@ -1015,6 +1016,7 @@ static void pipe_pattern_client(int port, void *context)
 
 TEST_STREAM(test_pipe_iostream_big_write)
 {
+    T_PLAIN_ONLY;
     size_t size = bulk(1 << 20, 64 << 10);
     t_case c = {.handler = pattern_handler, .client = pipe_pattern_client, .context = &size};
     t_run(&c);
@@ -1351,6 +1353,7 @@ TEST_STREAM(test_read_until_close_ends)
 
 TEST_STREAM(test_bytes_before_the_end)
 {
+    T_PLAIN_ONLY;
     static const call eof[] = {UNTIL("\n", 0, TSRV_EOF, ""), BYTES(2, TSRV_OK, "ab"),
                                SOME(0, TSRV_OK, "c"), SOME(0, TSRV_EOF, ""),
                                WRITE("still there", TSRV_OK), RETURN(TSRV_EOF)};
@@ -1502,6 +1505,7 @@ static void answers_client(int port, void *context)
 /* A client that does not read holds its handler back: inside the write or in the next read. */
 TEST_STREAM(test_write_high_water)
 {
+    T_PLAIN_ONLY;
     static answers context;
     context.wanted = t_hard ? 60 : 500;
     fill_pattern(context.data, 0, ANSWER);
@@ -1881,6 +1885,7 @@ static void broken_client(int port, void *context)
 /* Writing to a peer that is gone is a code, not a signal. */
 TEST_STREAM(test_write_error)
 {
+    T_PLAIN_ONLY;
     t_case c = {.handler = broken_handler, .on_close = t_record_reason, .client = broken_client,
                 .options = {.data_size = sizeof(broken_state)}};
     t_run(&c);
@@ -2076,6 +2081,7 @@ static void eof_client(int port, void *context)
 /* on_close: once, after the handler, with what it returned. */
 TEST_STREAM(test_on_close_gets_what_was_returned)
 {
+    T_PLAIN_ONLY;
     static const int codes[] = {0, 5, TSRV_EOF, TSRV_ETOOLONG, -EIO};
     for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
         int code = codes[i];
@@ -2256,6 +2262,7 @@ static void stall_client(int port, void *context)
 
 TEST_STREAM(test_write_timeout)
 {
+    T_PLAIN_ONLY;
     size_t size = 1 << 20;
     t_case c = {.handler = stall_handler, .on_close = t_record_reason, .client = stall_client,
                 .context = &size,

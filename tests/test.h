@@ -307,7 +307,7 @@ static inline void t_prepare(int fd)
 
 /* Connects to 127.0.0.1. Nagle is off, so that pieces sent apart can arrive apart. receive_room
  * is the socket's SO_RCVBUF in bytes, which counts only before the connection; 0: the system's. */
-static inline int t_connect_with_room(int port, int receive_room)
+static inline int t_connect_tcp(int port, int receive_room)
 {
     struct sockaddr_in address;
     int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
@@ -334,6 +334,41 @@ static inline int t_connect_with_room(int port, int receive_room)
     CHECK(setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0);
     return fd;
 }
+
+#ifdef T_TLS
+#include "relay.h"
+
+/* Over a relay; see there. */
+static inline int t_connect_with_room(int port, int receive_room)
+{
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    int listener = socket(AF_INET, SOCK_STREAM, 0), on = 1, secret = t_connect_tcp(port, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&address, size) == 0);
+    CHECK(listen(listener, 1) == 0);
+    CHECK(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
+    int fd = t_connect_tcp(ntohs(address.sin_port), receive_room);
+    int plain = accept(listener, NULL, NULL);
+    CHECK(plain >= 0);
+    CHECK(setsockopt(plain, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0);
+    close(listener);
+    t_relay_start(plain, secret);
+    return fd;
+}
+
+/* For a test that looks at sockets, at sizes or at times which TLS changes. */
+#define T_PLAIN_ONLY return
+#else
+#define T_PLAIN_ONLY ((void)0)
+
+static inline int t_connect_with_room(int port, int receive_room)
+{
+    return t_connect_tcp(port, receive_room);
+}
+#endif
 
 static inline int t_connect(int port)
 {
@@ -608,11 +643,17 @@ static inline void t_run_child(const t_test *test, int output)
         _exit(1);
     }
     close(output);
+#ifdef T_TLS
+    t_relay_set_up();
+#endif
     int fds = t_open_fds();
     long long allocations = (long long)t_live_allocations;
     t_clip = t_hard;
     test->function();
     t_clip = 0;
+#ifdef T_TLS
+    t_relay_await();
+#endif
     CHECK_INT(t_open_fds(), fds);
     CHECK_INT(t_live_allocations, allocations);
     exit(0);
