@@ -9,7 +9,7 @@ BACKEND =
 QEMU    =
 PREFIX  = /usr/local
 BUILD   = build
-TESTS   = $(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c))
+TESTS   = $(filter-out $(NOT_BUILT),$(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS))
 # ----------------------------------------------------------------------------------------------
 
 WARNINGS = -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wvla \
@@ -35,7 +35,14 @@ RUN = $(QEMU) $(RUN_$(SAN))
 export TSAN_OPTIONS = atexit_sleep_ms=0
 export TEST_TIMEOUT_SCALE ?= $(if $(SAN),10,1)
 
-EXAMPLES = $(patsubst examples/%.c,$(DIR)/%,$(wildcard examples/*.c))
+# What ends in tls needs OpenSSL. Tests named ..._tls are those without, run once more over TLS.
+HAS_OPENSSL := $(shell echo '\#include <openssl/ssl.h>' | $(CC) -E -x c - >/dev/null 2>&1 && echo yes)
+TLS_TESTS   = iostream_tls
+NOT_BUILT   = $(if $(HAS_OPENSSL),,tls $(TLS_TESTS) echo_tls mutual_tls)
+LIBS        = -lpthread
+$(DIR)/%tls $(DIR)/%tls_test: LIBS += -lssl -lcrypto
+
+EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)
 
 all: examples
@@ -46,6 +53,7 @@ help:
 	@echo "               in both modes, and once more in hard mode"
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh"
+	@echo "make cert      a certificate for the TLS examples: $(BUILD)/cert.pem, key.pem"
 	@echo "make install   copy the header to PREFIX/include ($(PREFIX))"
 	@echo "make clean     remove $(BUILD)/"
 	@echo "variables      CC=clang SAN=address|undefined|thread|valgrind BACKEND=epoll|poll|kqueue"
@@ -57,7 +65,17 @@ run: $(DIR)/echo
 examples: $(EXAMPLES)
 
 test: $(EXAMPLES) $(PROGRAMS)
+	@$(if $(NOT_BUILT),echo "left out, for want of OpenSSL's headers: $(NOT_BUILT)")
 	@EXAMPLES='$(DIR)' sh tests/run.sh '$(strip $(RUN))' '$(BACKEND)' $(PROGRAMS)
+
+# A certificate for localhost and 127.0.0.1 that trusts itself, for the TLS examples.
+cert: $(BUILD)/cert.pem
+
+$(BUILD)/cert.pem:
+	mkdir -p '$(BUILD)'
+	openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 365 \
+	    -subj /CN=localhost -addext subjectAltName=DNS:localhost,IP:127.0.0.1 \
+	    -keyout '$(BUILD)/key.pem' -out '$(BUILD)/cert.pem'
 
 check:
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/check_header.sh
@@ -71,12 +89,15 @@ clean:
 	rm -rf '$(BUILD)'
 
 $(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
-	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< -lpthread
+	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
+
+$(DIR)/%_tls_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)
+	$(CC) $(T_CFLAGS) -DT_TLS -DTSRV_TLS_OPENSSL $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
 
 $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)
-	$(CC) $(T_CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< -lpthread
+	$(CC) $(T_CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
 
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test check install clean
+.PHONY: all help run examples test check cert install clean

@@ -5870,7 +5870,8 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if ((stream->flags & TSRVI_LINGER) != 0) {
         code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
     }
-    if (code == TSRV_EOF && stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
+    if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
+        stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
         code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
     }
     stream->in_end = (int16_t)code;
@@ -5878,7 +5879,7 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (stream->killed != 0) {
         return; /* the end that came first has woken everybody */
     }
-    if (code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) {
+    if (code == TSRV_EOF || (code == TSRV_ETLS && stream->tls != NULL && stream->tls->truncated)) {
         tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE | TSRVI_FOR_HANDSHAKE, TSRV_OK);
         if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
             tsrv_wake(stream);
