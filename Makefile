@@ -65,7 +65,7 @@ run: $(DIR)/echo
 examples: $(EXAMPLES)
 
 test: $(EXAMPLES) $(PROGRAMS)
-	@$(if $(NOT_BUILT),echo "left out, for want of OpenSSL's headers: $(NOT_BUILT)")
+	@$(if $(NOT_BUILT),echo "left out for want of OpenSSL: $(NOT_BUILT)")
 	@EXAMPLES='$(DIR)' sh tests/run.sh '$(strip $(RUN))' '$(BACKEND)' $(PROGRAMS)
 
 # A certificate for localhost and 127.0.0.1 that trusts itself, for the TLS examples.

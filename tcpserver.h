@@ -112,7 +112,9 @@
  *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
  *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
  *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
- *   C++        Coroutines must not be left by an exception: catch inside the handler.
+ *   TLS        A stream over TLS is used like any other; what is unsent counts as it is sent, and
+ *              an end without close_notify is TSRV_ETLS. A tsrv_tls belongs to one thread at a
+ *   time. C++        Coroutines must not be left by an exception: catch inside the handler.
  *   Stacks     256 KiB of address space each, touched as needed, with a guard page: an overflow
  *              is a SIGSEGV. Hardware shadow stacks need TSRV_USE_UCONTEXT. The floating point
  *              environment (rounding, exception masks) is not switched.
@@ -6017,8 +6019,8 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 
 /* ---- drain -----------------------------------------------------------------*/
 
-/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK (there
- * is some), TSRV_EAGAIN, TSRV_EOF or an error. */
+/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
+ * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
 static int tsrvi_stream_peek(tsrv_stream *stream)
 {
     char byte;
@@ -6874,6 +6876,21 @@ static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind,
     return waiter.stream == NULL ? TSRVI_GONE : rc;
 }
 
+/* The same until own_due, or the deadline, which may be set anew meanwhile. */
+static int tsrvi_stream_await(tsrv_stream *stream, int kind, uint64_t own_due)
+{
+    uint64_t due = tsrvi_earlier(own_due, tsrvi_stream_deadline(stream));
+    int rc;
+    do {
+        rc = tsrvi_stream_suspend(stream, NULL, kind, due);
+        if (rc != TSRV_ETIMEOUT) {
+            return rc;
+        }
+        due = tsrvi_earlier(own_due, tsrvi_stream_deadline(stream));
+    } while (due > tsrvi_loop_of(stream)->now);
+    return rc;
+}
+
 static uint64_t tsrvi_stream_read_due(const tsrv_stream *stream)
 {
     int limit_ms = stream->read_ms != 0 ? stream->read_ms : stream->server->options.read_timeout_ms;
@@ -6888,25 +6905,27 @@ static bool tsrvi_stream_untimed(const tsrv_stream *stream)
            options->idle_timeout_ms < 0 && stream->deadline_ms == 0;
 }
 
-/* Wait in a coroutine until the read is answered. */
+/* Wait in a coroutine until the read is answered. The limit may move meanwhile: bytes come, which
+ * put the idle time off, or the deadline is set anew. */
 static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
 {
-    uint64_t read_due;
-    if (tsrvi_stream_untimed(stream)) {
-        return tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, TSRVI_FOREVER);
+    uint64_t read_due = TSRVI_FOREVER, due = TSRVI_FOREVER;
+    int rc;
+    if (!tsrvi_stream_untimed(stream)) {
+        read_due = tsrvi_stream_read_due(stream);
+        tsrvi_stream_touch(stream);
+        due = tsrvi_stream_read_limit(stream, read_due);
     }
-    read_due = tsrvi_stream_read_due(stream);
-    tsrvi_stream_touch(stream);
-    for (;;) {
-        uint64_t due = tsrvi_stream_read_limit(stream, read_due);
-        int rc = due <= tsrvi_loop_of(stream)->now
-                     ? TSRV_ETIMEOUT
-                     : tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
-        if (rc != TSRV_ETIMEOUT ||
-            tsrvi_stream_read_limit(stream, read_due) <= tsrvi_loop_of(stream)->now) {
-            return rc; /* else bytes came meanwhile, and only the idle time was over */
+    do {
+        rc = due <= tsrvi_loop_of(stream)->now
+                 ? TSRV_ETIMEOUT
+                 : tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
+        if (rc != TSRV_ETIMEOUT) {
+            return rc;
         }
-    }
+        due = tsrvi_stream_read_limit(stream, read_due);
+    } while (due > tsrvi_loop_of(stream)->now);
+    return rc;
 }
 
 /* In a callback-mode handler: note that it waits for a read, or that the wait is over. */
@@ -7712,8 +7731,7 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
     tsrvi_stream_flush(stream);
     while (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
         stream->flags |= TSRVI_FLUSHING;
-        if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_FLUSH,
-                                       tsrvi_stream_deadline(stream))) < 0) {
+        if ((rc = tsrvi_stream_await(stream, TSRVI_FOR_FLUSH, TSRVI_FOREVER)) < 0) {
             return tsrvi_gone(rc);
         }
     }
@@ -7786,8 +7804,7 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     bool handling = tsrvi_stream_handling(stream);
-    uint64_t due =
-        tsrvi_earlier(tsrvi_after(tsrvi_clock(), timeout_ms), tsrvi_stream_deadline(stream));
+    uint64_t due = tsrvi_after(tsrvi_clock(), timeout_ms);
     int rc = tsrvi_stream_pay(stream);
     if (rc < 0) {
         return TSRV_OK; /* as the end of a stream that is waited for */
@@ -7809,7 +7826,7 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
         if (timeout_ms == 0) {
             return TSRV_ETIMEOUT;
         }
-        rc = tsrvi_gone(tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_WAKE, due));
+        rc = tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_WAKE, due));
         return rc == TSRV_ECLOSED ? TSRV_OK : rc;
     }
     if (timeout_ms == 0 ||
@@ -8085,6 +8102,7 @@ static int tsrvi_stream_keep(tsrv_stream *stream)
         }
         return TSRV_EAGAIN;
     }
+    stream->flags &= ~TSRVI_CALL; /* of a wait that is over */
     ended = tsrvi_stream_ended(stream);
     if (stream->killed == 0 && (stream->flags & TSRVI_CONSUMED) != 0 &&
         tsrvi_chunk_size(stream->in) != 0) {
@@ -8137,7 +8155,8 @@ static void tsrvi_stream_prime(tsrv_stream *stream)
     tsrvi_chunk *chunk = stream->in;
     tsrvi_loop_of(stream)->quick = NULL;
     if (chunk != NULL && stream->u.partial == NULL && stream->waiters == NULL &&
-        stream->killed == 0 && chunk->scanned == 0 && (stream->flags & TSRVI_IN_READ) == 0 &&
+        stream->killed == 0 && chunk->scanned == 0 &&
+        (stream->flags & (TSRVI_IN_READ | TSRVI_IN_WAKE)) == 0 &&
         !tsrvi_stream_above_mark(stream)) {
         tsrvi_chunk_release(chunk);
         chunk->need = 0;
@@ -8412,17 +8431,16 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
         return TSRV_EINVAL;
     }
     while (rc == TSRV_OK && tsrvi_stream_shakes_hands(stream)) {
-        uint64_t deadline = tsrvi_stream_deadline(stream);
         if (loop->co == NULL && loop->handling != stream) {
             return TSRV_EAGAIN;
         }
-        if (loop->co == NULL && deadline > loop->now) {
+        if (loop->co == NULL && tsrvi_stream_deadline(stream) > loop->now) {
             stream->flags |= TSRVI_WAIT_WAKE;
             stream->wake_ms = 0;
             return TSRV_EAGAIN;
         }
         rc = loop->co == NULL ? (int)TSRV_ETIMEOUT
-                              : tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_HANDSHAKE, deadline);
+                              : tsrvi_stream_await(stream, TSRVI_FOR_HANDSHAKE, TSRVI_FOREVER);
     }
     if (rc < 0) {
         return tsrvi_gone(rc);
@@ -8775,7 +8793,6 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
                                           connection only */
         return true;
     }
-    server->backoff_ms = 0;
     if ((rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
         tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
         server->stats->accept_errors++;
@@ -8791,6 +8808,7 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
         tsrvi_server_exhausted(server, rc);
         return false;
     }
+    server->backoff_ms = 0;
     return true;
 }
 

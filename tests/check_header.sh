@@ -11,6 +11,8 @@ build=${1:-${BUILD:-build}}
 CC=${CC:-cc}
 NM=${NM:-nm}
 header=tcpserver.h
+openssl=
+if echo '#include <openssl/ssl.h>' | $CC -E -x c - >/dev/null 2>&1; then openssl=yes; fi
 work=$build/check
 doc=$build/doc
 max_columns=100
@@ -338,6 +340,12 @@ else
     seam "the same, TSRV_NO_EPOLL" "$else" seam.c -O0 -DTSRV_NO_EPOLL
     seam "the same, TSRV_NO_COROUTINES" '' seam.c -O0 -DTSRV_NO_COROUTINES
     seam "the same, TSRV_USE_UCONTEXT" "$contexts" seam.c -O0 -DTSRV_USE_UCONTEXT
+    if [ -n "$openssl" ]; then
+        seam "the same, TSRV_TLS_OPENSSL" "${else:+$else|}(SSL|TLS|ERR|BIO|X509|OPENSSL|i2d)_.*|CRYPTO_free" \
+            seam.c -O0 -DTSRV_TLS_OPENSSL
+    else
+        skip "seam with TLS: no OpenSSL"
+    fi
 fi
 
 # ---- functions ---------------------------------------------------------------------------------
@@ -523,8 +531,13 @@ doc_block() { # doc_block <block>
             echo "a program without #define TCPSERVER_IMPLEMENTATION" >"$work/bad"
             return 1
         fi
+        libraries=
+        if grep -q '^# *define TSRV_TLS_OPENSSL' "$base.code"; then
+            [ -n "$openssl" ] || return 0
+            libraries='-lssl -lcrypto'
+        fi
         # shellcheck disable=SC2086
-        $CC $flags -I. "$base.c" -o "$base" >"$work/bad" 2>&1
+        $CC $flags -I. "$base.c" -o "$base" $libraries >"$work/bad" 2>&1
         return
     fi
     # Names that a fragment defines for the reader only are not used.

@@ -127,7 +127,7 @@ static void alone(void (*function)(void))
 
 static int connect_rc(const char *host, int port, int timeout_ms)
 {
-    tsrv_connect_options options = {timeout_ms};
+    tsrv_connect_options options = {timeout_ms, NULL, NULL};
     tsrv_stream *stream = (tsrv_stream *)&options;
     int rc = tsrv_connect(host, port, &options, &stream);
     CHECK((rc == TSRV_OK) == (stream != NULL));
@@ -489,7 +489,7 @@ static int queue_rc = 1;
 
 static void connect_to_queue(void *context)
 {
-    tsrv_connect_options options = {*(int *)context};
+    tsrv_connect_options options = {*(int *)context, NULL, NULL};
     tsrv_stream *stream;
     queue_rc = tsrv_connect(queue.host, 0, &options, &stream);
     if (queue_rc == TSRV_OK) {
@@ -603,7 +603,7 @@ static const char *fault_host;
 
 static int connect_and_echo(void)
 {
-    tsrv_connect_options options = {2000};
+    tsrv_connect_options options = {2000, NULL, NULL};
     tsrv_stream *stream;
     tsrv_slice line;
     int rc = tsrv_connect(fault_host, s_port, &options, &stream);

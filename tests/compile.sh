@@ -75,6 +75,10 @@ build_case() {
             return 1
         fi
         ;;
+    tls)
+        LDLIBS="$LDLIBS -lssl -lcrypto"
+        compile "$language" "$standard" $sources/tls.c "$dir/a.o" && link "$language" "$dir/a.o"
+        ;;
     cxx11)
         compile c++ "$standard" $sources/cxx11.cpp "$dir/a.o" && link c++ "$dir/a.o"
         ;;
@@ -146,16 +150,18 @@ cases() { # cases <language> <standard> <names at every optimisation> <names at 
 }
 
 # The oldest and the newest C and C++ at every optimisation; what is between them at -O0.
+tls=
+if echo '#include <openssl/ssl.h>' | $CC -E -x c - >/dev/null 2>&1; then tls=tls; else skip 'TLS: no OpenSSL'; fi
 common='two_tus static_twice no_coroutines ucontext second_include'
 {
     strict=
     [ "$(uname -s)" = Linux ] && strict=strict_iso
-    cases c c99 "c99 $common" "shadow declarations_only $strict"
+    cases c c99 "c99 $common $tls" "shadow declarations_only $strict"
     cases c c11 '' "c99 $common shadow declarations_only $strict"
     cases c gnu17 "c99 two_tus late_gnu_source" "static_twice no_coroutines ucontext second_include shadow declarations_only"
     cases c gnu99 '' late_gnu_source
     if can c++; then
-        cases c++ c++11 "cxx11 $common" 'shadow declarations_only c_and_cxx'
+        cases c++ c++11 "cxx11 $common $tls" 'shadow declarations_only c_and_cxx'
         cases c++ c++20 'cxx11' "$common shadow declarations_only c_and_cxx"
     else
         skip "no C++ compiler ($CXX)"

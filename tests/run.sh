@@ -1,18 +1,13 @@
 #!/bin/sh
-# Runs test programs, all at once, and adds up what they say: most of their time is spent waiting.
+# Runs test programs, eight at once, and adds up what they say: most of their time is spent waiting.
 #   tests/run.sh 'command in front, or empty' 'backend, or empty' program...
 front=$1 backend=$2
 shift 2
 logs=$(mktemp -d) || exit 1
 trap 'rm -rf "$logs"' EXIT
-for program in "$@"; do
-    (
-        # shellcheck disable=SC2086
-        $front "$program" ${backend:+--backend "$backend"} >"$logs/$(basename "$program")" 2>&1
-        echo $? >"$logs/$(basename "$program").status"
-    ) &
-done
-wait
+printf '%s\n' "$@" | FRONT=$front BACKEND=$backend LOGS=$logs xargs -P 8 -I PROGRAM sh -c '
+    $FRONT PROGRAM ${BACKEND:+--backend "$BACKEND"} >"$LOGS/$(basename PROGRAM)" 2>&1
+    echo $? >"$LOGS/$(basename PROGRAM).status"'
 passed=0 failed=0 skipped=0
 for program in "$@"; do
     name=$(basename "$program")

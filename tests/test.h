@@ -31,8 +31,8 @@
 #include <unistd.h>
 
 #define T_SKIPPED 77     /* the exit status of a skipped test */
-#define T_SECONDS 20     /* the time limit of a test; TEST_TIMEOUT_SCALE multiplies it */
-#define T_PATIENCE 10    /* how long a client waits for the server, in seconds, scaled too */
+#define T_SECONDS 60     /* the time limit of a test; TEST_TIMEOUT_SCALE multiplies it */
+#define T_PATIENCE 30    /* how long a client waits for the server, in seconds, scaled too */
 #define T_MAX_FD 4096    /* descriptors below it are checked for leaks */
 #define T_RECORDS 65536  /* capacity of the log of t_record */
 
