@@ -4376,9 +4376,10 @@ typedef struct tsrvi_tls {
 } tsrvi_tls;
 
 #if TSRVI_HAS_TLS
-#define TSRVI_TLS_RECORD ((size_t)16384)    /* bytes of plaintext in a record: RFC 8446, 5.1 */
-#define TSRVI_TLS_SEAL ((size_t)65536)      /* sealed at a time, so that one send takes several */
-#define TSRVI_TLS_TAKE ((size_t)128 * 1024) /* received at a time, whatever the records hold */
+#define TSRVI_TLS_RECORD ((size_t)16384) /* bytes of plaintext in a record: RFC 8446, 5.1 */
+#define TSRVI_TLS_SEAL ((size_t)65536)   /* sealed at a time, so that one send takes several */
+#define TSRVI_TLS_REPLIES ((size_t)256 * 1024) /* sealed, and not by us: see tsrvi_stream_unseal */
+#define TSRVI_TLS_TAKE ((size_t)128 * 1024)    /* received at a time, whatever the records hold */
 #define TSRVI_TLS_CIPHERS "ECDHE+AESGCM:ECDHE+CHACHA20" /* forward-secret AEAD; for TLS 1.2 */
 
 /* What a tsrv_tls was made of; sessions keep it when the tsrv_tls gets another. */
@@ -4388,6 +4389,7 @@ typedef struct tsrvi_tls_set {
     SSL_CTX **others; /* for the names of SNI */
     char **names;
     int count;
+    bool native; /* the context is the program's */
     unsigned alpn_size;
     unsigned char alpn[256]; /* as on the wire: sizes and names */
 } tsrvi_tls_set;
@@ -4402,6 +4404,9 @@ static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
 {
     if (set == NULL || __atomic_sub_fetch(&set->references, 1, __ATOMIC_ACQ_REL) != 0) {
         return;
+    }
+    if (set->native && set->alpn_size != 0) {
+        SSL_CTX_set_alpn_select_cb(set->context, NULL, NULL); /* it may outlive us */
     }
     SSL_CTX_free(set->context);
     for (int i = 0; i < set->count; i++) {
@@ -4486,10 +4491,11 @@ static char tsrvi_lower(char c)
 static bool tsrvi_tls_name_matches(const char *pattern, const char *host)
 {
     if (pattern[0] == '*' && pattern[1] == '.') {
-        host = strchr(host, '.');
-        if (host == NULL) {
+        const char *dot = strchr(host, '.');
+        if (dot == NULL || dot == host) {
             return false;
         }
+        host = dot;
         pattern++;
     }
     while (*pattern != 0 && tsrvi_lower(*pattern) == tsrvi_lower(*host)) {
@@ -4522,7 +4528,7 @@ static int tsrvi_tls_load_key(SSL_CTX *context, const char *certificate, const c
 {
     SSL_CTX_set_default_passwd_cb(context, tsrvi_tls_no_passphrase);
     if (certificate == NULL) {
-        return key == NULL ? (int)TSRV_OK : (int)TSRV_EINVAL;
+        return TSRV_OK;
     }
     if (SSL_CTX_use_certificate_chain_file(context, certificate) != 1) {
         return tsrvi_tls_complain("certificate", certificate);
@@ -4654,7 +4660,9 @@ static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls_options *options, int *rc
     *rc = tsrvi_tls_alpn_parse(options->alpn, set);
     if (*rc == TSRV_OK && options->native_context != NULL) {
         set->context = (SSL_CTX *)options->native_context;
+        set->native = true;
         SSL_CTX_up_ref(set->context);
+        tsrvi_tls_set_callbacks(set, set->context);
     } else if (*rc == TSRV_OK) {
         set->context = tsrvi_tls_context(options, options->cert_file, options->key_file, rc);
         if (*rc == TSRV_OK) {
@@ -4726,6 +4734,44 @@ static int tsrvi_tls_options_copy(tsrv_tls *tls, const tsrv_tls_options *options
     return rc;
 }
 
+static int tsrvi_tls_refuse(const char *what, const char *name)
+{
+    tsrvi_log(TSRV_LOG_ERROR, "TLS: %s%s", what, name);
+    return TSRV_EINVAL;
+}
+
+/* What cannot be meant. */
+static int tsrvi_tls_check(const tsrv_tls_options *options)
+{
+    if (options->min_version != 0 && options->min_version != TSRV_TLS_1_2 &&
+        options->min_version != TSRV_TLS_1_3) {
+        return tsrvi_tls_refuse("min_version must be TSRV_TLS_1_2 or TSRV_TLS_1_3", "");
+    }
+    if (options->verify_client < TSRV_TLS_NONE || options->verify_client > TSRV_TLS_REQUIRED) {
+        return tsrvi_tls_refuse("verify_client must be TSRV_TLS_NONE, _OPTIONAL or _REQUIRED", "");
+    }
+    if (options->verify_client != TSRV_TLS_NONE && options->ca_file == NULL &&
+        options->native_context == NULL) {
+        return tsrvi_tls_refuse("verify_client needs a ca_file", "");
+    }
+    if (options->key_file != NULL && options->cert_file == NULL) {
+        return tsrvi_tls_refuse("there is a key and no certificate: ", options->key_file);
+    }
+    if (options->certificate_count < 0 ||
+        (options->certificate_count > 0 && options->certificates == NULL)) {
+        return tsrvi_tls_refuse("certificate_count is not that of certificates", "");
+    }
+    for (int i = 0; i < options->certificate_count; i++) {
+        if (options->certificates[i].server_name == NULL) {
+            return tsrvi_tls_refuse("a certificate without a server_name", "");
+        }
+        if (options->certificates[i].cert_file == NULL) {
+            return tsrvi_tls_refuse("no cert_file for ", options->certificates[i].server_name);
+        }
+    }
+    return TSRV_OK;
+}
+
 TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options)
 {
     tsrv_tls_options nothing;
@@ -4734,13 +4780,8 @@ TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options)
     *tls = NULL;
     memset(&nothing, 0, sizeof(nothing));
     options = options == NULL ? &nothing : options;
-    if (options->certificate_count < 0 || options->verify_client < TSRV_TLS_NONE ||
-        options->verify_client > TSRV_TLS_REQUIRED ||
-        (options->verify_client != TSRV_TLS_NONE && options->ca_file == NULL &&
-         options->native_context == NULL)) {
-        tsrvi_log(TSRV_LOG_ERROR, "TLS: verify_client needs a ca_file, certificate_count cannot be "
-                                  "negative");
-        return TSRV_EINVAL;
+    if ((rc = tsrvi_tls_check(options)) < 0) {
+        return rc;
     }
     made = (tsrv_tls *)tsrvi_zalloc(sizeof(*made));
     if (made == NULL) {
@@ -5185,6 +5226,7 @@ static void tsrvi_tls_notify_end(tsrvi_tls *tls)
 }
 #define TSRVI_TLS_RECORD ((size_t)16384)
 #define TSRVI_TLS_SEAL ((size_t)65536)
+#define TSRVI_TLS_REPLIES ((size_t)262144)
 #endif
 
 /* ============================================================================
@@ -5917,6 +5959,9 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         stream->unsent != 0 || (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == TSRVI_LOCKED) {
         return;
     }
+    if (tsrvi_stream_shakes_hands(stream)) {
+        return; /* the handshake comes before the FIN */
+    }
     if (stream->tls != NULL && stream->tls->established && !stream->tls->notified &&
         (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
         tsrvi_tls_notify_end(stream->tls);
@@ -6533,6 +6578,12 @@ static size_t tsrvi_stream_unseal(tsrv_stream *stream, char *into, size_t size, 
     if (stream->tls->sealed != NULL && (stream->flags & TSRVI_BLOCKED) == 0) {
         tsrvi_stream_push(stream, "", 0);
     }
+    if (stream->tls->sealed_size >
+        TSRVI_TLS_REPLIES) { /* of our own there is much less at a time */
+        tsrvi_stream_log_tls(stream, "too many messages that want an answer, and are not read");
+        tsrvi_stream_kill(stream, TSRV_EFULL);
+        return 0;
+    }
     tsrvi_stream_log_tls(stream, reason);
     return got;
 }
@@ -6883,8 +6934,8 @@ static int tsrvi_stream_await(tsrv_stream *stream, int kind, uint64_t own_due)
     int rc;
     do {
         rc = tsrvi_stream_suspend(stream, NULL, kind, due);
-        if (rc != TSRV_ETIMEOUT) {
-            return rc;
+        if (rc != TSRV_ETIMEOUT || stream->killed != 0) {
+            return rc; /* a stream that has ended by a time limit says the same */
         }
         due = tsrvi_earlier(own_due, tsrvi_stream_deadline(stream));
     } while (due > tsrvi_loop_of(stream)->now);
@@ -6920,7 +6971,7 @@ static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
         rc = due <= tsrvi_loop_of(stream)->now
                  ? TSRV_ETIMEOUT
                  : tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
-        if (rc != TSRV_ETIMEOUT) {
+        if (rc != TSRV_ETIMEOUT || stream->killed != 0) {
             return rc;
         }
         due = tsrvi_stream_read_limit(stream, read_due);

@@ -1,0 +1,3349 @@
+/* TLS: contexts, handshakes and how they fail, ends, volume, client certificates, STARTTLS,
+ * clients, reload, drain. The clients are OpenSSL's own, in threads. Certificates are made at the start, and
+ * are gone at the end. That the rest of a stream is the same over TLS is shown by iostream_test.c,
+ * which runs over TLS too. */
+#define TSRV_TLS_OPENSSL
+#include "test.h"
+
+#include <openssl/ec.h>
+#include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/pem.h>
+#include <openssl/ssl.h>
+#include <openssl/x509v3.h>
+#include <sys/stat.h>
+
+/* ---- certificates -------------------------------------------------------------------------*/
+
+static char folder[64];
+static pid_t folder_owner;
+
+/* A file of the folder. The text lives until sixteen more were asked for by the same thread. */
+static const char *path(const char *name)
+{
+    static __thread char texts[16][128];
+    static __thread unsigned turn;
+    char *text = texts[turn++ % 16];
+    snprintf(text, sizeof texts[0], "%s/%s", folder, name);
+    return text;
+}
+
+typedef struct identity {
+    X509 *certificate;
+    EVP_PKEY *key;
+} identity;
+
+static EVP_PKEY *make_key(void)
+{
+    EVP_PKEY *key = NULL;
+    EVP_PKEY_CTX *maker = EVP_PKEY_CTX_new_id(EVP_PKEY_EC, NULL);
+    CHECK(maker != NULL && EVP_PKEY_keygen_init(maker) == 1);
+    CHECK(EVP_PKEY_CTX_set_ec_paramgen_curve_nid(maker, NID_X9_62_prime256v1) == 1);
+    CHECK(EVP_PKEY_keygen(maker, &key) == 1);
+    EVP_PKEY_CTX_free(maker);
+    return key;
+}
+
+static void add_extension(X509 *certificate, X509 *issuer, int nid, const char *value)
+{
+    X509V3_CTX context;
+    X509V3_set_ctx(&context, issuer, certificate, NULL, NULL, 0);
+    X509_EXTENSION *extension = X509V3_EXT_conf_nid(NULL, &context, nid, value);
+    CHECK(extension != NULL && X509_add_ext(certificate, extension, -1) == 1);
+    X509_EXTENSION_free(extension);
+}
+
+/* issuer NULL: signed by itself. names and usage: extensions, NULL = none. Valid until a day after
+ * (or before) now. */
+static identity make_identity(const identity *issuer, const char *common, const char *names,
+                              const char *usage, bool authority, bool expired)
+{
+    static long serial = 1000;
+    identity made = {X509_new(), make_key()};
+    X509_NAME *name = X509_get_subject_name(made.certificate);
+    const identity *signer = issuer != NULL ? issuer : &made;
+    const long day = 24 * 60 * 60;
+    X509_set_version(made.certificate, 2);
+    ASN1_INTEGER_set(X509_get_serialNumber(made.certificate), serial++);
+    X509_gmtime_adj(X509_getm_notBefore(made.certificate), -2 * day);
+    X509_gmtime_adj(X509_getm_notAfter(made.certificate), expired ? -day : day);
+    CHECK(X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const unsigned char *)common, -1,
+                                     -1, 0) == 1);
+    X509_set_issuer_name(made.certificate, X509_get_subject_name(signer->certificate));
+    X509_set_pubkey(made.certificate, made.key);
+    add_extension(made.certificate, signer->certificate, NID_basic_constraints,
+                  authority ? "critical,CA:TRUE" : "critical,CA:FALSE");
+    if (names != NULL) {
+        add_extension(made.certificate, signer->certificate, NID_subject_alt_name, names);
+    }
+    if (usage != NULL) {
+        add_extension(made.certificate, signer->certificate, NID_ext_key_usage, usage);
+    }
+    CHECK(X509_sign(made.certificate, signer->key, EVP_sha256()) > 0);
+    return made;
+}
+
+static void free_identity(identity *one)
+{
+    X509_free(one->certificate);
+    EVP_PKEY_free(one->key);
+}
+
+static FILE *create(const char *name)
+{
+    FILE *file = fopen(path(name), "w");
+    CHECK(file != NULL);
+    return file;
+}
+
+/* What the file says: a certificate, a key, or both, in PEM. */
+static void save(const char *name, X509 *certificate, EVP_PKEY *key, const char *passphrase)
+{
+    FILE *file = create(name);
+    if (certificate != NULL) {
+        CHECK(PEM_write_X509(file, certificate) == 1);
+    }
+    if (key != NULL && passphrase == NULL) {
+        CHECK(PEM_write_PKCS8PrivateKey(file, key, NULL, NULL, 0, NULL, NULL) == 1);
+    } else if (key != NULL) {
+        CHECK(PEM_write_PKCS8PrivateKey(file, key, EVP_aes_128_cbc(), passphrase,
+                                        (int)strlen(passphrase), NULL, NULL) == 1);
+    }
+    CHECK(fclose(file) == 0);
+}
+
+static void save_new(const char *name, const identity *issuer, const char *common,
+                     const char *names, const char *usage, bool expired)
+{
+    identity made = make_identity(issuer, common, names, usage, false, expired);
+    save(name, made.certificate, made.key, NULL);
+    free_identity(&made);
+}
+
+static void copy_file(const char *from, const char *to)
+{
+    char buffer[8192];
+    FILE *in = fopen(path(from), "r"), *out = create(to);
+    CHECK(in != NULL);
+    size_t size = fread(buffer, 1, sizeof buffer, in);
+    CHECK(size < sizeof buffer && fwrite(buffer, 1, size, out) == size);
+    CHECK(fclose(in) == 0 && fclose(out) == 0);
+}
+
+#define SERVER_NAMES "DNS:localhost,IP:127.0.0.1"
+
+static void make_files(void)
+{
+    identity ca = make_identity(NULL, "Test CA", NULL, NULL, true, false);
+    identity foreign = make_identity(NULL, "Foreign CA", NULL, NULL, true, false);
+    identity server = make_identity(&ca, "server", SERVER_NAMES, "serverAuth", false, false);
+    save("ca.pem", ca.certificate, NULL, NULL);
+    save("foreign_ca.pem", foreign.certificate, NULL, NULL);
+    save("server.pem", server.certificate, server.key, NULL);
+    save("server_cert.pem", server.certificate, NULL, NULL);
+    save("server_key.pem", NULL, server.key, NULL);
+    save("locked_key.pem", NULL, server.key, "secret");
+    save_new("server2.pem", &ca, "server2", SERVER_NAMES, "serverAuth", false);
+    save_new("other.pem", &ca, "other", "DNS:other.test", "serverAuth", false);
+    save_new("wild.pem", &ca, "wild", "DNS:*.wild.test", "serverAuth", false);
+    save_new("exact.pem", &ca, "exact", "DNS:exact.wild.test", "serverAuth", false);
+    save_new("good.pem", &ca, "good", NULL, "clientAuth", false);
+    save_new("expired.pem", &ca, "expired", NULL, "clientAuth", true);
+    save_new("self.pem", NULL, "self", NULL, "clientAuth", false);
+    save_new("foreign.pem", &foreign, "foreign", NULL, "clientAuth", false);
+    save_new("purpose.pem", &ca, "purpose", NULL, "serverAuth", false);
+    FILE *file = create("garbage.pem");
+    CHECK(fputs("this is no PEM\n", file) >= 0 && fclose(file) == 0);
+    free_identity(&ca);
+    free_identity(&foreign);
+    free_identity(&server);
+}
+
+static void remove_files(void)
+{
+    static const char *const names[] = {
+        "ca.pem", "foreign_ca.pem", "server.pem", "server_cert.pem", "server_key.pem",
+        "locked_key.pem", "server2.pem", "other.pem", "wild.pem", "exact.pem", "good.pem",
+        "expired.pem", "self.pem", "foreign.pem", "purpose.pem", "garbage.pem", "reload.pem",
+        "big"};
+    if (getpid() == folder_owner) {
+        for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+            unlink(path(names[i]));
+        }
+        rmdir(folder);
+    }
+}
+
+__attribute__((constructor)) static void set_up(void)
+{
+    snprintf(folder, sizeof folder, "/tmp/tls_test.XXXXXX");
+    CHECK(mkdtemp(folder) != NULL);
+    folder_owner = getpid();
+    CHECK(atexit(remove_files) == 0);
+    make_files();
+}
+
+/* ---- the log ------------------------------------------------------------------------------*/
+
+static int log_lines; /* atomic */
+static char log_text[1024];
+
+static void see_log(int level, const char *message, void *context)
+{
+    (void)level, (void)context;
+    snprintf(log_text, sizeof log_text, "%s", message);
+    __atomic_add_fetch(&log_lines, 1, __ATOMIC_ACQ_REL);
+}
+
+static void watch_log(void)
+{
+    __atomic_store_n(&log_lines, 0, __ATOMIC_RELEASE);
+    log_text[0] = 0;
+    tsrv_set_log(see_log, NULL);
+}
+
+static int logged(void)
+{
+    return __atomic_load_n(&log_lines, __ATOMIC_ACQUIRE);
+}
+
+/* ---- servers ------------------------------------------------------------------------------*/
+
+static tsrv_tls *server_tls; /* of the running test */
+
+static tsrv_tls_options server_options(void)
+{
+    tsrv_tls_options options;
+    memset(&options, 0, sizeof options);
+    options.cert_file = path("server.pem");
+    return options;
+}
+
+static tsrv_tls *make_tls(const tsrv_tls_options *options)
+{
+    tsrv_tls *tls = NULL;
+    CHECK_INT(tsrv_tls_new(&tls, options), TSRV_OK);
+    CHECK(tls != NULL);
+    return tls;
+}
+
+/* t_run over TLS. options NULL = those of server_options. */
+static void run_tls(t_case *c, const tsrv_tls_options *options)
+{
+    tsrv_tls_options usual = server_options();
+    server_tls = make_tls(options != NULL ? options : &usual);
+    c->options.tls = server_tls;
+    t_run(c);
+    tsrv_tls_free(server_tls);
+    server_tls = NULL;
+}
+
+static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
+        tsrv_write(stream, some.data, some.size);
+    }
+    return rc;
+}
+
+static void serve_echo(void (*client)(int, void *), const tsrv_tls_options *options)
+{
+    t_case c = {echo, t_record_reason, client, NULL, {0}};
+    run_tls(&c, options);
+}
+
+static void load_stats(void *context)
+{
+    tsrv_server_stats(t_server, (tsrv_stats *)context);
+}
+
+static uint64_t handshakes_failed(void)
+{
+    tsrv_stats stats;
+    t_on_loop(load_stats, &stats);
+    return stats.handshakes_failed;
+}
+
+/* ---- clients: blocking, of OpenSSL --------------------------------------------------------*/
+
+typedef struct dial {
+    int version;             /* the only one offered; 0 = what OpenSSL offers */
+    const char *server_name; /* SNI, and whose certificate it must be; NULL = localhost */
+    const char *alpn;        /* as on the wire */
+    const char *certificate; /* a file of the folder */
+    const char *ciphers;     /* of TLS 1.2 */
+    SSL_SESSION *session;    /* to resume */
+    bool trusting;           /* does not look at the server's certificate */
+    int receive_room;        /* SO_RCVBUF */
+} dial;
+
+static const dial usual, tls_1_2 = {.version = TLS1_2_VERSION},
+                  tls_1_3 = {.version = TLS1_3_VERSION};
+
+/* Only the library promises that it raises no SIGPIPE; OpenSSL's sockets do. */
+static void block_sigpipe(void)
+{
+    sigset_t pipe;
+    sigemptyset(&pipe);
+    sigaddset(&pipe, SIGPIPE);
+    CHECK(pthread_sigmask(SIG_BLOCK, &pipe, NULL) == 0);
+}
+
+static SSL_CTX *dial_context(const dial *how)
+{
+    SSL_CTX *context = SSL_CTX_new(TLS_client_method());
+    CHECK(context != NULL);
+    CHECK(SSL_CTX_load_verify_locations(context, path("ca.pem"), NULL) == 1);
+    if (how->version != 0) {
+        CHECK(SSL_CTX_set_min_proto_version(context, how->version) == 1);
+        CHECK(SSL_CTX_set_max_proto_version(context, how->version) == 1);
+    }
+    if (how->ciphers != NULL) {
+        CHECK(SSL_CTX_set_cipher_list(context, how->ciphers) == 1);
+    }
+    if (how->certificate != NULL) {
+        const char *file = path(how->certificate);
+        CHECK(SSL_CTX_use_certificate_chain_file(context, file) == 1);
+        CHECK(SSL_CTX_use_PrivateKey_file(context, file, SSL_FILETYPE_PEM) == 1);
+    }
+    if (how->alpn != NULL) {
+        CHECK(SSL_CTX_set_alpn_protos(context, (const unsigned char *)how->alpn,
+                                      (unsigned)strlen(how->alpn)) == 0);
+    }
+    return context;
+}
+
+/* A client that has not begun its handshake, without a socket. */
+static SSL *dial_ssl(const dial *how)
+{
+    const char *name = how->server_name != NULL ? how->server_name : "localhost";
+    SSL_CTX *context = dial_context(how);
+    SSL *ssl = SSL_new(context);
+    block_sigpipe();
+    ERR_clear_error();
+    CHECK(ssl != NULL);
+    SSL_CTX_free(context);
+    SSL_set_connect_state(ssl);
+    CHECK(SSL_set_tlsext_host_name(ssl, name) == 1);
+    if (!how->trusting) {
+        SSL_set_verify(ssl, SSL_VERIFY_PEER, NULL);
+        CHECK(SSL_set1_host(ssl, name) == 1);
+    }
+    if (how->session != NULL) {
+        CHECK(SSL_set_session(ssl, how->session) == 1);
+    }
+    return ssl;
+}
+
+/* On a socket that it owns from now on. */
+static SSL *dial_on(int fd, const dial *how)
+{
+    SSL *ssl = dial_ssl(how);
+    CHECK(SSL_set_fd(ssl, fd) == 1);
+    return ssl;
+}
+
+static SSL *dial_start(int port, const dial *how)
+{
+    return dial_on(t_connect_with_room(port, how->receive_room), how);
+}
+
+static void expect_1(int rc, const char *what)
+{
+    if (rc != 1) {
+        fprintf(stderr, "client: %s: ", what);
+        ERR_print_errors_fp(stderr);
+        T_FAIL("%s failed", what);
+    }
+}
+
+static void shake_hands(SSL *ssl)
+{
+    expect_1(SSL_do_handshake(ssl), "handshake");
+}
+
+static SSL *dial_open(int port, const dial *how)
+{
+    SSL *ssl = dial_start(port, how);
+    shake_hands(ssl);
+    return ssl;
+}
+
+static void dial_send(SSL *ssl, const void *data, size_t size)
+{
+    size_t sent;
+    expect_1(SSL_write_ex(ssl, data, size, &sent), "write");
+    CHECK(sent == size);
+}
+
+static void dial_sends(SSL *ssl, const char *text)
+{
+    dial_send(ssl, text, strlen(text));
+}
+
+/* Receives until size bytes or an end. Returns how many; *kind is SSL_ERROR_NONE or the end. */
+static size_t dial_recv(SSL *ssl, void *buffer, size_t size, int *kind)
+{
+    size_t got = 0;
+    *kind = SSL_ERROR_NONE;
+    while (got < size) {
+        size_t more = 0;
+        int rc;
+        ERR_clear_error();
+        rc = SSL_read_ex(ssl, (char *)buffer + got, size - got, &more);
+        got += more;
+        if (rc != 1) {
+            *kind = SSL_get_error(ssl, rc);
+            CHECK(*kind != SSL_ERROR_WANT_READ); /* its patience is over */
+            break;
+        }
+    }
+    return got;
+}
+
+static void dial_expect(SSL *ssl, const char *text)
+{
+    char buffer[1024];
+    int kind;
+    CHECK(strlen(text) <= sizeof buffer);
+    size_t got = dial_recv(ssl, buffer, strlen(text), &kind);
+    CHECK_MEM(buffer, got, text, strlen(text));
+}
+
+static void dial_free(SSL *ssl)
+{
+    int fd = SSL_get_fd(ssl);
+    SSL_free(ssl);
+    t_close(fd);
+}
+
+/* The server's close_notify, and then its FIN. */
+static void dial_expect_end(SSL *ssl)
+{
+    char byte;
+    int kind;
+    size_t got = dial_recv(ssl, &byte, 1, &kind);
+    CHECK_MEM(&byte, got, "", 0);
+    CHECK_INT(kind, SSL_ERROR_ZERO_RETURN);
+    CHECK((SSL_get_shutdown(ssl) & SSL_RECEIVED_SHUTDOWN) != 0);
+    t_expect_eof(SSL_get_fd(ssl));
+}
+
+/* Says close_notify, and waits for the server's. */
+static void dial_finish(SSL *ssl)
+{
+    CHECK(SSL_shutdown(ssl) >= 0);
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+static void dial_echo(SSL *ssl, const char *text)
+{
+    dial_sends(ssl, text);
+    dial_expect(ssl, text);
+}
+
+/* The handshake fails, at once or (TLS 1.3: a client's certificate) at the first read. Returns the
+ * alert that told why; 0 = the connection merely ended. */
+static int dial_refused(SSL *ssl)
+{
+    char byte;
+    unsigned long code;
+    int alert;
+    ERR_clear_error();
+    int rc = SSL_do_handshake(ssl);
+    if (rc == 1) {
+        rc = SSL_read(ssl, &byte, 1);
+    }
+    CHECK(rc <= 0);
+    CHECK(SSL_get_error(ssl, rc) != SSL_ERROR_WANT_READ);
+    CHECK(SSL_get_error(ssl, rc) != SSL_ERROR_ZERO_RETURN);
+    code = ERR_peek_error();
+    alert = code == 0 ? 0 : ERR_GET_REASON(code) - SSL_AD_REASON_OFFSET;
+    ERR_clear_error();
+    dial_free(ssl);
+    return alert < 0 || alert > 255 ? 0 : alert;
+}
+
+/* An alert. In hard mode the part of it that one send does not take is dropped. */
+static void expect_alert(int alert, int expected)
+{
+    if (!t_hard || alert != 0) {
+        CHECK_INT(alert, expected);
+    }
+}
+
+static const char *peer_name(SSL *ssl, char *buffer, int size)
+{
+    X509 *certificate = SSL_get_peer_certificate(ssl);
+    CHECK(certificate != NULL);
+    CHECK(X509_NAME_get_text_by_NID(X509_get_subject_name(certificate), NID_commonName, buffer,
+                                    size) > 0);
+    X509_free(certificate);
+    return buffer;
+}
+
+/* ---- clients that send and receive at once ------------------------------------------------*/
+
+static unsigned char pattern(uint64_t at)
+{
+    return (unsigned char)((at * 2654435761u) >> 16);
+}
+
+static void fill(unsigned char *into, size_t size, uint64_t at)
+{
+    for (size_t i = 0; i < size; i++) {
+        into[i] = pattern(at + i);
+    }
+}
+
+static void compare(const unsigned char *data, size_t size, uint64_t at)
+{
+    for (size_t i = 0; i < size; i++) {
+        if (data[i] != pattern(at + i)) {
+            T_FAIL("byte %llu is %d, not %d", (unsigned long long)(at + i), data[i],
+                   pattern(at + i));
+        }
+    }
+}
+
+enum { PIECE = 32768 };
+
+/* Sends size bytes of the pattern, then close_notify and FIN if it shall, and receives and compares
+ * as many. */
+static void pump(SSL *ssl, uint64_t size, bool finish)
+{
+    static unsigned char out[PIECE], in[PIECE];
+    uint64_t sent = 0, got = 0;
+    int fd = SSL_get_fd(ssl);
+    CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
+    SSL_set_mode(ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+    while (got < size) {
+        bool moved = false;
+        size_t n = 0;
+        if (sent < size) {
+            size_t part = size - sent < PIECE ? (size_t)(size - sent) : PIECE;
+            fill(out, part, sent);
+            if (SSL_write_ex(ssl, out, part, &n) == 1) {
+                sent += n;
+                moved = true;
+            }
+            if (sent == size && finish) {
+                CHECK(SSL_shutdown(ssl) == 0);
+                t_shut(fd);
+            }
+        }
+        ERR_clear_error();
+        int rc = SSL_read_ex(ssl, in, sizeof in, &n);
+        if (rc == 1) {
+            compare(in, n, got);
+            got += n;
+        } else if (!moved) {
+            struct pollfd ready = {fd, (short)(POLLIN | (sent < size ? POLLOUT : 0)), 0};
+            if (SSL_get_error(ssl, rc) != SSL_ERROR_WANT_READ) {
+                T_FAIL("the end came after %llu of %llu bytes", (unsigned long long)got,
+                       (unsigned long long)size);
+            }
+            CHECK(poll(&ready, 1, T_PATIENCE * 1000 * t_scale()) == 1);
+        }
+    }
+    CHECK(fcntl(fd, F_SETFL, 0) == 0);
+}
+
+/* ---- 1: contexts --------------------------------------------------------------------------*/
+
+static void expect_refused(const tsrv_tls_options *options, int code, const char *word)
+{
+    tsrv_tls *tls = (tsrv_tls *)(void *)folder;
+    watch_log();
+    CHECK_INT(tsrv_tls_new(&tls, options), code);
+    CHECK(tls == NULL);
+    if (logged() != 1 || strstr(log_text, word) == NULL) {
+        T_FAIL("%d log lines, the last is \"%s\", without \"%s\"", logged(), log_text, word);
+    }
+}
+
+TEST_ONCE(test_context_files)
+{
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("missing.pem");
+    expect_refused(&options, TSRV_ETLS, "missing.pem");
+    options.cert_file = path("garbage.pem");
+    expect_refused(&options, TSRV_ETLS, "garbage.pem");
+    options.cert_file = path("server_cert.pem"); /* has no key in it */
+    expect_refused(&options, TSRV_ETLS, "server_cert.pem");
+    options.key_file = path("missing.pem");
+    expect_refused(&options, TSRV_ETLS, "missing.pem");
+    options.key_file = path("other.pem"); /* another certificate's */
+    expect_refused(&options, TSRV_ETLS, "other.pem");
+    options.key_file = path("server_key.pem");
+    options.ca_file = path("missing.pem");
+    expect_refused(&options, TSRV_ETLS, "missing.pem");
+    options.ca_file = path("garbage.pem");
+    expect_refused(&options, TSRV_ETLS, "garbage.pem");
+    options.ca_file = path("ca.pem");
+    tsrv_tls_free(make_tls(&options));
+    tsrv_tls_free(NULL);
+}
+
+/* Whoever prompts gets the passphrase, from standard input. */
+TEST_ONCE(test_context_key_with_passphrase)
+{
+    tsrv_tls_options options = server_options();
+    int input[2], saved = dup(0);
+    CHECK(saved >= 0 && pipe(input) == 0 && dup2(input[0], 0) == 0);
+    CHECK(write(input[1], "secret\nsecret\n", 14) == 14);
+    close(input[1]);
+    options.cert_file = path("server_cert.pem");
+    options.key_file = path("locked_key.pem");
+    expect_refused(&options, TSRV_ETLS, "locked_key.pem");
+    CHECK(dup2(saved, 0) == 0);
+    close(input[0]);
+    close(saved);
+}
+
+TEST_ONCE(test_context_values)
+{
+    static char name[300], list[600];
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificate = {NULL, path("other.pem"), NULL};
+    options.ciphers = "NO-SUCH-CIPHER";
+    expect_refused(&options, TSRV_ETLS, "NO-SUCH-CIPHER");
+    options.ciphers = NULL;
+    options.alpn = "h2,,http/1.1";
+    expect_refused(&options, TSRV_EINVAL, "ALPN");
+    options.alpn = ",h2";
+    expect_refused(&options, TSRV_EINVAL, "ALPN");
+    memset(name, 'x', 256);
+    options.alpn = name;
+    expect_refused(&options, TSRV_EINVAL, "ALPN");
+    memset(list, 'y', 300);
+    list[150] = ',';
+    options.alpn = list;
+    expect_refused(&options, TSRV_EINVAL, "ALPN");
+    options.alpn = NULL;
+    options.verify_client = TSRV_TLS_REQUIRED;
+    expect_refused(&options, TSRV_EINVAL, "ca_file");
+    options.verify_client = TSRV_TLS_OPTIONAL;
+    expect_refused(&options, TSRV_EINVAL, "ca_file");
+    options.ca_file = path("ca.pem");
+    options.verify_client = 3;
+    expect_refused(&options, TSRV_EINVAL, "verify_client");
+    options.verify_client = TSRV_TLS_NONE;
+    options.certificate_count = -1;
+    expect_refused(&options, TSRV_EINVAL, "certificate_count");
+    options.certificates = &certificate;
+    options.certificate_count = 1;
+    certificate.server_name = "other.test";
+    certificate.cert_file = path("missing.pem");
+    expect_refused(&options, TSRV_ETLS, "missing.pem");
+}
+
+/* What would otherwise be found out by the first client.
+ * EXPECTED TO FAIL until the header refuses it. */
+TEST_ONCE(test_context_values_that_lack_something)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificate = {NULL, path("other.pem"), NULL};
+    options.certificates = &certificate;
+    options.certificate_count = 1;
+    expect_refused(&options, TSRV_EINVAL, "server_name");
+    certificate.server_name = "other.test";
+    certificate.cert_file = NULL;
+    expect_refused(&options, TSRV_EINVAL, "other.test");
+    options.certificates = NULL;
+    expect_refused(&options, TSRV_EINVAL, "certificate");
+    options.certificate_count = 0;
+    options.cert_file = NULL;
+    options.key_file = path("server_key.pem");
+    expect_refused(&options, TSRV_EINVAL, "server_key.pem");
+}
+
+/* EXPECTED TO FAIL until the header refuses it. */
+TEST_ONCE(test_context_min_version)
+{
+    tsrv_tls_options options = server_options();
+    options.min_version = TSRV_TLS_1_2;
+    tsrv_tls_free(make_tls(&options));
+    options.min_version = TSRV_TLS_1_3;
+    tsrv_tls_free(make_tls(&options));
+    options.min_version = 0x0302; /* TLS 1.1 is no longer for anybody */
+    expect_refused(&options, TSRV_EINVAL, "min_version");
+    options.min_version = 1;
+    expect_refused(&options, TSRV_EINVAL, "min_version");
+}
+
+TEST_ONCE(test_server_without_certificate)
+{
+    tsrv_tls_options nothing;
+    tsrv_server_options options;
+    tsrv_server *server = (tsrv_server *)(void *)folder;
+    memset(&nothing, 0, sizeof nothing);
+    memset(&options, 0, sizeof options);
+    options.handle_stream = echo;
+    options.tls = make_tls(&nothing);
+    watch_log();
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    CHECK(server == NULL);
+    tsrv_tls_free(options.tls);
+    options.tls = make_tls(NULL);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    tsrv_tls_free(options.tls);
+}
+
+/* The strings of the options are not looked at again, not even by a reload. */
+TEST_ONCE(test_context_copies_strings)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificate;
+    char *cert = strdup(path("server_cert.pem")), *key = strdup(path("server_key.pem")),
+         *ca = strdup(path("ca.pem")), *alpn = strdup("h2,x"), *name = strdup("other.test"),
+         *other = strdup(path("other.pem")), *ciphers = strdup("ECDHE+AESGCM");
+    options.cert_file = cert;
+    options.key_file = key;
+    options.ca_file = ca;
+    options.alpn = alpn;
+    options.ciphers = ciphers;
+    certificate.server_name = name;
+    certificate.cert_file = other;
+    certificate.key_file = other;
+    options.certificates = &certificate;
+    options.certificate_count = 1;
+    tsrv_tls *tls = make_tls(&options);
+    char *all[] = {cert, key, ca, alpn, name, other, ciphers};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        memset(all[i], '?', strlen(all[i]));
+        free(all[i]);
+    }
+    memset(&certificate, 0, sizeof certificate);
+    CHECK_INT(tsrv_tls_reload(tls), TSRV_OK);
+    tsrv_tls_free(tls);
+}
+
+/* ---- 2: echo, the order of things, getters ------------------------------------------------*/
+
+static void echo_client(int port, const dial *how, const char *version)
+{
+    SSL *ssl = dial_open(port, how);
+    CHECK_STR(SSL_get_version(ssl), version);
+    dial_echo(ssl, "hello");
+    dial_echo(ssl, "again");
+    dial_finish(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_EOF);
+}
+
+static void echo_1_3(int port, void *context)
+{
+    (void)context;
+    echo_client(port, &tls_1_3, "TLSv1.3");
+}
+
+static void echo_1_2(int port, void *context)
+{
+    (void)context;
+    echo_client(port, &tls_1_2, "TLSv1.2");
+}
+
+TEST_STREAM(test_echo_tls_1_3)
+{
+    serve_echo(echo_1_3, NULL);
+}
+
+TEST_STREAM(test_echo_tls_1_2)
+{
+    serve_echo(echo_1_2, NULL);
+}
+
+enum { ENTERED = 1000, SHAKEN, READ, WOKEN };
+
+/* In callback mode it is called several times; a note is made once. */
+static void note_once(tsrv_stream *stream, int what)
+{
+    unsigned *noted = (unsigned *)tsrv_data(stream);
+    if ((*noted & 1u << (what - ENTERED)) == 0) {
+        *noted |= 1u << (what - ENTERED);
+        t_record(what);
+    }
+}
+
+static int wait_then_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    note_once(stream, ENTERED);
+    if ((rc = tsrv_wait_for_handshake(stream)) < 0) {
+        return rc;
+    }
+    CHECK(tsrv_tls_version(stream)[0] == 'T');
+    note_once(stream, SHAKEN);
+    CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_OK); /* ..._already_connected */
+    return echo(stream, address, context);
+}
+
+static void slow_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    t_wait_records(1); /* the handler is there before a byte was sent */
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(t_recorded(0), ENTERED);
+    shake_hands(ssl);
+    t_wait_records(2);
+    CHECK_INT(t_recorded(1), SHAKEN);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+    t_wait_records(3);
+    CHECK_INT(t_recorded(2), TSRV_EOF);
+}
+
+TEST_STREAM(test_wait_for_handshake_future)
+{
+    t_case c = {wait_then_echo, t_record_reason, slow_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+static int read_then_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    note_once(stream, ENTERED);
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc != TSRV_EAGAIN) {
+        note_once(stream, READ);
+    }
+    return rc == TSRV_OK ? tsrv_write(stream, line.data, line.size) : rc;
+}
+
+static void slow_reader_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    t_wait_records(1);
+    shake_hands(ssl);
+    CHECK_INT(t_record_count(), 1); /* the read goes on waiting */
+    dial_sends(ssl, "line\n");
+    dial_expect(ssl, "line\n");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+    t_wait_records(3);
+    CHECK_INT(t_recorded(1), READ);
+    CHECK_INT(t_recorded(2), TSRV_OK);
+}
+
+TEST_STREAM(test_read_waits_for_handshake)
+{
+    t_case c = {read_then_end, t_record_reason, slow_reader_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* Tornado makes a second wait an error (..._already_waiting_error); here any number may wait. */
+static void wait_too(void *context)
+{
+    CHECK_INT(tsrv_wait_for_handshake((tsrv_stream *)context), TSRV_OK);
+    t_record(WOKEN);
+}
+
+static int wait_with_others(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    CHECK_INT(tsrv_spawn(t_loop, wait_too, stream), TSRV_OK);
+    CHECK_INT(tsrv_spawn(t_loop, wait_too, stream), TSRV_OK);
+    return wait_then_echo(stream, address, context);
+}
+
+static void several_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), ENTERED);
+    shake_hands(ssl);
+    t_wait_records(4);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+    t_wait_records(5);
+    int woken = 0;
+    for (int i = 0; i < 5; i++) {
+        woken += t_recorded(i) == WOKEN;
+    }
+    CHECK_INT(woken, 2);
+}
+
+TEST_COROUTINE(test_wait_for_handshake_already_waiting)
+{
+    t_case c = {wait_with_others, t_record_reason, several_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+static int greet(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    if (((unsigned *)tsrv_data(stream))[0] == 0) {
+        CHECK_INT(tsrv_write(stream, "welcome\n", 8), TSRV_OK);
+        CHECK_INT(tsrv_unsent_size(stream), 8);
+        note_once(stream, ENTERED);
+    }
+    return echo(stream, address, context);
+}
+
+static int64_t cpu_ms(void)
+{
+    struct timespec used;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used);
+    return (int64_t)used.tv_sec * 1000 + used.tv_nsec / 1000000;
+}
+
+static void silent_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    t_wait_records(1);
+    int64_t before = cpu_ms();
+    poll(NULL, 0, 300); /* the time in which nothing may be done */
+    CHECK(cpu_ms() - before < 50);
+    shake_hands(ssl);
+    dial_expect(ssl, "welcome\n");
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+/* Tornado #2373: a write before the handshake cost all of a processor. */
+TEST_STREAM(test_write_before_handshake)
+{
+    t_case c = {greet, t_record_reason, silent_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* Writes, and is over before the handshake is. */
+static int say_and_go(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    CHECK_INT(tsrv_write(stream, "bye\n", 4), TSRV_OK);
+    t_record(ENTERED);
+    return TSRV_OK;
+}
+
+static void patient_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    t_wait_records(1);
+    shake_hands(ssl);
+    dial_expect(ssl, "bye\n");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+    t_wait_records(2);
+}
+
+TEST_STREAM(test_close_before_handshake)
+{
+    t_case c = {say_and_go, t_record_reason, patient_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* Ends its output before the handshake: the FIN has to wait for it, and the input goes on. */
+static int shut_first(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice all;
+    (void)address, (void)context;
+    CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+    note_once(stream, ENTERED);
+    int rc = tsrv_read_until_close(stream, 0, &all);
+    if (rc == TSRV_OK) {
+        CHECK_MEM(all.data, all.size, "question", 8);
+        note_once(stream, READ);
+    }
+    return rc;
+}
+
+static void shut_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    t_wait_records(1);
+    shake_hands(ssl);
+    dial_expect_end(ssl);
+    dial_sends(ssl, "question");
+    CHECK(SSL_shutdown(ssl) == 1);
+    t_shut(SSL_get_fd(ssl));
+    t_wait_records(3);
+    CHECK_INT(t_recorded(1), READ);
+    CHECK_INT(t_recorded(2), TSRV_OK);
+    dial_free(ssl);
+}
+
+/* EXPECTED TO FAIL until the FIN waits for the handshake. */
+TEST_STREAM(test_shutdown_before_handshake)
+{
+    t_case c = {shut_first, t_record_reason, shut_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* What the getters say, seen by on_close, when the descriptor is closed already. */
+static struct seen {
+    char version[16], alpn[64], name[256];
+    unsigned char der[4096];
+    size_t der_size;
+    int der_code;
+    bool native;
+} seen;
+
+static void look(tsrv_stream *stream, int reason, void *context)
+{
+    tsrv_slice der;
+    (void)context;
+    snprintf(seen.version, sizeof seen.version, "%s", tsrv_tls_version(stream));
+    snprintf(seen.alpn, sizeof seen.alpn, "%s", tsrv_tls_alpn(stream));
+    snprintf(seen.name, sizeof seen.name, "%s", tsrv_tls_server_name(stream));
+    seen.native = tsrv_tls_native(stream) != NULL &&
+                  SSL_is_server((SSL *)tsrv_tls_native(stream)) == 1;
+    seen.der_code = tsrv_tls_peer_certificate(stream, &der);
+    CHECK(der.size <= sizeof seen.der);
+    memcpy(seen.der, der.data, der.size);
+    seen.der_size = der.size;
+    t_record(reason);
+}
+
+/* Before the handshake there is nothing to see, and after it the same each time. */
+static int look_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice der;
+    int rc;
+    if (tsrv_wait(stream, 0) == TSRV_ETIMEOUT && tsrv_tls_version(stream)[0] == 0) {
+        CHECK_STR(tsrv_tls_alpn(stream), "");
+        CHECK_INT(tsrv_tls_peer_certificate(stream, &der), TSRV_EINVAL);
+        CHECK_INT(der.size, 0);
+    }
+    if ((rc = tsrv_wait_for_handshake(stream)) < 0) {
+        return rc;
+    }
+    look(stream, 1, context);
+    return echo(stream, address, context);
+}
+
+/* One connection, and what its stream's getters said at its end. */
+static void look_once(int port, const dial *how)
+{
+    int before = t_record_count();
+    memset(&seen, 0, sizeof seen);
+    SSL *ssl = dial_open(port, how);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+    t_wait_records(before + 2);
+    while (t_recorded(t_record_count() - 1) == 1) {
+        t_wait_records(t_record_count() + 1); /* callback mode looks in every call */
+    }
+}
+
+static void getters_client(int port, void *context)
+{
+    static unsigned char der[4096];
+    unsigned char *end = der;
+    (void)context;
+    dial how = {.version = TLS1_2_VERSION, .certificate = "good.pem"};
+    FILE *file = fopen(path("good.pem"), "r");
+    CHECK(file != NULL);
+    X509 *mine = PEM_read_X509(file, NULL, NULL, NULL);
+    CHECK(mine != NULL && fclose(file) == 0);
+    int size = i2d_X509(mine, &end);
+    CHECK(size > 0 && size < (int)sizeof der);
+    X509_free(mine);
+    for (int i = 0; i < 2; i++) {
+        look_once(port, &how);
+        CHECK_STR(seen.version, i == 0 ? "TLSv1.2" : "TLSv1.3");
+        CHECK_STR(seen.name, "localhost");
+        CHECK_STR(seen.alpn, "");
+        CHECK(seen.native);
+        CHECK_INT(seen.der_code, TSRV_OK);
+        CHECK_MEM(seen.der, seen.der_size, der, (size_t)size);
+        how.version = TLS1_3_VERSION;
+    }
+    how.certificate = NULL;
+    look_once(port, &how);
+    CHECK_INT(seen.der_code, TSRV_EINVAL);
+    CHECK_INT(seen.der_size, 0);
+}
+
+TEST_STREAM(test_getters)
+{
+    t_case c = {look_and_echo, look, getters_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.ca_file = path("ca.pem");
+    options.verify_client = TSRV_TLS_OPTIONAL;
+    run_tls(&c, &options);
+}
+
+/* A stream without TLS answers too. */
+static int plain_getters(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice der;
+    (void)address, (void)context;
+    CHECK_STR(tsrv_tls_version(stream), "");
+    CHECK_STR(tsrv_tls_alpn(stream), "");
+    CHECK_STR(tsrv_tls_server_name(stream), "");
+    CHECK(tsrv_tls_native(stream) == NULL);
+    CHECK_INT(tsrv_tls_peer_certificate(stream, &der), TSRV_EINVAL);
+    CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_EINVAL);
+    return TSRV_OK;
+}
+
+static void eof_client(int port, void *context)
+{
+    (void)context;
+    int fd = t_connect(port);
+    t_expect_eof(fd);
+    t_close(fd);
+}
+
+TEST_STREAM(test_getters_of_plain_stream)
+{
+    t_case c = {plain_getters, NULL, eof_client, NULL, {0}};
+    t_run(&c);
+}
+
+static void alpn_client(int port, void *context)
+{
+    dial how = {.alpn = "\010http/1.1\002h2"};
+    (void)context;
+    look_once(port, &how); /* our first, not the client's */
+    CHECK_STR(seen.alpn, "h2");
+    how.version = TLS1_2_VERSION;
+    how.alpn = "\001x\010http/1.1";
+    look_once(port, &how);
+    CHECK_STR(seen.alpn, "http/1.1");
+    how.alpn = NULL;
+    look_once(port, &how);
+    CHECK_STR(seen.alpn, "");
+    watch_log();
+    how.alpn = "\004spdy\001h";
+    for (int i = 0; i < 2; i++) {
+        expect_alert(dial_refused(dial_start(port, &how)), SSL_AD_NO_APPLICATION_PROTOCOL);
+        how.version = TLS1_3_VERSION;
+    }
+    CHECK_INT(handshakes_failed(), 2);
+    CHECK_INT(logged(), 2);
+}
+
+TEST_STREAM(test_alpn)
+{
+    t_case c = {look_and_echo, look, alpn_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.alpn = "h2,http/1.1";
+    run_tls(&c, &options);
+}
+
+static void expect_certificate(int port, const char *server_name, bool right, const char *expected)
+{
+    char name[64];
+    dial how = {.server_name = server_name, .trusting = !right};
+    SSL *ssl = dial_open(port, &how);
+    CHECK_STR(peer_name(ssl, name, sizeof name), expected);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+static void sni_client(int port, void *context)
+{
+    static char longest[256];
+    int before = t_record_count();
+    (void)context;
+    expect_certificate(port, "localhost", true, "server");
+    expect_certificate(port, "other.test", true, "other");
+    expect_certificate(port, "OTHER.Test", true, "other");
+    expect_certificate(port, "a.wild.test", true, "wild");
+    expect_certificate(port, "A.WILD.test", true, "wild");
+    expect_certificate(port, "exact.wild.test", true, "exact"); /* before the wildcard */
+    expect_certificate(port, "a.b.wild.test", false, "server"); /* one label only */
+    expect_certificate(port, "wild.test", false, "server");
+    expect_certificate(port, "other.test.", false, "server");
+    expect_certificate(port, "xother.test", false, "server");
+    expect_certificate(port, "other.tes", false, "server");
+    expect_certificate(port, "unknown.test", false, "server");
+    expect_certificate(port, "*.wild.test", false, "wild"); /* the client's affair */
+    memset(longest, 'a', 255);
+    expect_certificate(port, longest, false, "server");
+    t_wait_records(before + 14);
+}
+
+TEST_SOFT(test_sni)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificates[] = {{"*.wild.test", path("wild.pem"), NULL},
+                                           {"exact.wild.test", path("exact.pem"), NULL},
+                                           {"other.test", path("other.pem"), path("other.pem")}};
+    options.certificates = certificates;
+    options.certificate_count = 3;
+    serve_echo(sni_client, &options);
+}
+
+/* "*" stands for a label, not for nothing. */
+static void empty_label_client(int port, void *context)
+{
+    (void)context;
+    expect_certificate(port, ".wild.test", false, "server");
+    t_wait_records(1);
+}
+
+TEST_SOFT(test_sni_empty_label)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificate = {"*.wild.test", path("wild.pem"), NULL};
+    options.certificates = &certificate;
+    options.certificate_count = 1;
+    serve_echo(empty_label_client, &options);
+}
+
+/* ALPN and client certificates go with every name. */
+static void sni_rules_client(int port, void *context)
+{
+    dial how = {.server_name = "other.test", .alpn = "\002h2", .certificate = "good.pem"};
+    (void)context;
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        how.version = version;
+        how.certificate = "good.pem";
+        look_once(port, &how);
+        CHECK_STR(seen.alpn, "h2");
+        CHECK_STR(seen.name, "other.test");
+        CHECK_INT(seen.der_code, TSRV_OK);
+        how.certificate = NULL;
+        expect_alert(dial_refused(dial_start(port, &how)), version == TLS1_2_VERSION
+                                                               ? SSL_AD_HANDSHAKE_FAILURE
+                                                               : SSL_AD_CERTIFICATE_REQUIRED);
+        how.certificate = "foreign.pem";
+        expect_alert(dial_refused(dial_start(port, &how)), SSL_AD_UNKNOWN_CA);
+    }
+}
+
+TEST_STREAM(test_sni_keeps_rules)
+{
+    t_case c = {look_and_echo, look, sni_rules_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificate = {"other.test", path("other.pem"), NULL};
+    options.certificates = &certificate;
+    options.certificate_count = 1;
+    options.alpn = "h2";
+    options.ca_file = path("ca.pem");
+    options.verify_client = TSRV_TLS_REQUIRED;
+    run_tls(&c, &options);
+}
+
+/* A ready context, "instead of all but alpn". */
+static void native_client(int port, void *context)
+{
+    dial how = {.alpn = "\001x\002h2"};
+    (void)context;
+    look_once(port, &how);
+    CHECK_STR(seen.version, "TLSv1.3");
+    CHECK_STR(seen.alpn, "h2");
+}
+
+TEST_STREAM(test_native_context)
+{
+    t_case c = {look_and_echo, look, native_client, NULL, {0}};
+    tsrv_tls_options options;
+    SSL_CTX *native = SSL_CTX_new(TLS_server_method());
+    CHECK(SSL_CTX_use_certificate_chain_file(native, path("server.pem")) == 1);
+    CHECK(SSL_CTX_use_PrivateKey_file(native, path("server.pem"), SSL_FILETYPE_PEM) == 1);
+    memset(&options, 0, sizeof options);
+    options.native_context = native;
+    options.alpn = "h2";
+    server_tls = make_tls(&options);
+    SSL_CTX_free(native); /* it has a reference of its own */
+    CHECK_INT(tsrv_tls_reload(server_tls), TSRV_EINVAL);
+    c.options.tls = server_tls;
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+}
+
+/* ---- 3: handshakes that fail --------------------------------------------------------------*/
+
+/* The bytes of a ClientHello. */
+static size_t record_hello(unsigned char *hello, size_t capacity)
+{
+    SSL *ssl = dial_ssl(&usual);
+    BIO *in = BIO_new(BIO_s_mem()), *out = BIO_new(BIO_s_mem());
+    SSL_set_bio(ssl, in, out);
+    CHECK(SSL_do_handshake(ssl) == -1);
+    int size = BIO_read(out, hello, (int)capacity);
+    CHECK(size > 100 && size < (int)capacity);
+    SSL_free(ssl);
+    return (size_t)size;
+}
+
+/* What the handler's read says is what on_close says. */
+static int last_code; /* atomic */
+
+static int read_code(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
+        tsrv_write(stream, some.data, some.size);
+    }
+    if (rc != TSRV_EAGAIN) {
+        __atomic_store_n(&last_code, rc, __ATOMIC_RELEASE);
+        CHECK_INT(tsrv_read_some(stream, 0, &some), rc); /* again, without waiting */
+        CHECK_INT(some.size, 0);
+    }
+    return rc;
+}
+
+/* Sends that instead of a hello and waits for the end of the stream. Returns its reason. */
+static int send_instead(int port, const void *data, size_t size)
+{
+    int count = t_record_count(), fd = t_connect(port);
+    t_send(fd, data, size);
+    t_wait_records(count + 1);
+    t_close(fd);
+    CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), t_recorded(count));
+    return t_recorded(count);
+}
+
+static void garbage_client(int port, void *context)
+{
+    static const char http[] = "GET / HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    static const unsigned char sslv2[48] = {0x80, 0x2e, 1, 0, 2,    0, 0x15,
+                                            0,    0,    0, 0x10, 7, 0, 0xc0};
+    static const unsigned char too_long[] = {22, 3, 1, 0xff, 0xff, 1, 0, 0xff, 0xfb, 3, 3};
+    static unsigned char noise[100000];
+    (void)context;
+    const struct {
+        const void *data;
+        size_t size;
+    } all[] = {{http, sizeof http - 1}, {sslv2, sizeof sslv2}, {too_long, sizeof too_long},
+               {noise, 1000}, {noise, sizeof noise}};
+    fill(noise, sizeof noise, 12345);
+    SSL *served = dial_open(port, &usual);
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+        watch_log();
+        CHECK_INT(send_instead(port, all[i].data, all[i].size), TSRV_ETLS);
+        CHECK_INT(logged(), 1);
+        CHECK(strstr(log_text, "127.0.0.1:") != NULL);
+        CHECK_INT(handshakes_failed(), i + 1);
+        dial_echo(served, "still here");
+    }
+    dial_finish(served);
+}
+
+TEST_STREAM(test_handshake_garbage)
+{
+    t_case c = {read_code, t_record_reason, garbage_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* The handshake's time is over, whatever the handler waits for. */
+static void half_hello_client(int port, void *context)
+{
+    unsigned char hello[2048];
+    size_t size = record_hello(hello, sizeof hello);
+    (void)context;
+    SSL *served = dial_open(port, &usual);
+    watch_log();
+    for (int i = 0; i < 3; i++) {
+        int count = t_record_count(), fd = t_connect(port);
+        int64_t begin = t_now_ms();
+        t_send(fd, hello, i == 0 ? 0 : i == 1 ? size / 2 : 5);
+        t_wait_records(count + 1);
+        CHECK_NEAR_MS(t_now_ms() - begin, 190, 700);
+        CHECK_INT(t_recorded(count), TSRV_ETIMEOUT);
+        CHECK_INT(handshakes_failed(), i + 1);
+        t_close(fd);
+        dial_echo(served, "still here");
+    }
+    CHECK_INT(logged(), 0);
+    dial_finish(served);
+}
+
+TEST_STREAM(test_handshake_timeout)
+{
+    t_case c = {read_code, t_record_reason, half_hello_client, NULL, {0}};
+    c.options.handshake_timeout_ms = 200;
+    run_tls(&c, NULL);
+}
+
+/* A byte from time to time does not extend it. */
+static void trickling_client(int port, void *context)
+{
+    unsigned char hello[2048];
+    (void)context;
+    CHECK(record_hello(hello, sizeof hello) > 100);
+    int fd = t_connect(port), sent = 0;
+    int64_t begin = t_now_ms();
+    while (t_record_count() == 0 && send(fd, hello + sent, 1, MSG_NOSIGNAL) == 1) {
+        sent++;
+        CHECK(sent < 100 * t_scale());
+        poll(NULL, 0, 20);
+    }
+    t_wait_records(1);
+    CHECK_NEAR_MS(t_now_ms() - begin, 190, 700);
+    CHECK_INT(t_recorded(0), TSRV_ETIMEOUT);
+    t_close(fd);
+}
+
+TEST_STREAM(test_handshake_timeout_is_not_extended)
+{
+    t_case c = {read_code, t_record_reason, trickling_client, NULL, {0}};
+    c.options.handshake_timeout_ms = 200;
+    run_tls(&c, NULL);
+}
+
+static int wait_code(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    int rc = tsrv_wait_for_handshake(stream);
+    if (rc != TSRV_EAGAIN) {
+        CHECK_INT(tsrv_wait_for_handshake(stream), rc);
+        __atomic_store_n(&last_code, rc, __ATOMIC_RELEASE);
+    }
+    return rc;
+}
+
+/* Scans and health checks: gone after n bytes of a hello, politely or not. None is logged. */
+static void gone_client(int port, void *context)
+{
+    unsigned char hello[2048];
+    size_t size = record_hello(hello, sizeof hello);
+    uint64_t failed = 0;
+    (void)context;
+    watch_log();
+    for (size_t cut = 0; cut < size; cut += 20) {
+        for (int reset = 0; reset < 2; reset++) {
+            int count = t_record_count(), fd = t_connect(port);
+            t_send(fd, hello, cut);
+            reset ? t_reset(fd) : t_close(fd);
+            failed++;
+            t_wait_records(count + 1);
+            int reason = t_recorded(count);
+            CHECK_INT(reason, reset ? -ECONNRESET : TSRV_ETLS);
+            CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), reason);
+        }
+    }
+    CHECK_INT(handshakes_failed(), failed);
+    CHECK_INT(logged(), 0);
+}
+
+TEST_STREAM(test_handshake_client_gone_while_handler_reads)
+{
+    t_case c = {read_code, t_record_reason, gone_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+TEST_STREAM(test_handshake_client_gone_while_handler_waits_for_it)
+{
+    t_case c = {wait_code, t_record_reason, gone_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* Gone in the middle, when the server's answer is on its way. */
+static void gone_later_client(int port, void *context)
+{
+    unsigned char hello[2048], answer[64];
+    size_t size = record_hello(hello, sizeof hello);
+    (void)context;
+    watch_log();
+    for (int how = 0; how < 3; how++) {
+        int count = t_record_count(), fd = t_connect(port);
+        t_send(fd, hello, size);
+        CHECK_INT(t_recv(fd, answer, sizeof answer), sizeof answer);
+        how == 0 ? t_shut(fd) : how == 1 ? t_reset(fd) : t_close(fd);
+        t_wait_records(count + 1);
+        int reason = t_recorded(count);
+        CHECK(reason == TSRV_ETLS || (how != 0 && reason == -ECONNRESET));
+        if (how == 0) {
+            t_close(fd);
+        }
+    }
+    CHECK_INT(handshakes_failed(), 3);
+    CHECK_INT(logged(), 0);
+}
+
+TEST_STREAM(test_handshake_client_gone_after_hello)
+{
+    t_case c = {read_code, t_record_reason, gone_later_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* A hello that comes byte by byte is as good as any. */
+static void slow_hello_client(int port, void *context)
+{
+    unsigned char hello[4096];
+    size_t size, got = 0;
+    BIO *in = BIO_new(BIO_s_mem()), *out = BIO_new(BIO_s_mem());
+    SSL *ssl = dial_ssl(&usual);
+    int fd = t_connect(port), rc;
+    (void)context;
+    SSL_set_bio(ssl, in, out);
+    while ((rc = SSL_do_handshake(ssl)) != 1 || BIO_ctrl_pending(out) != 0) {
+        size = BIO_ctrl_pending(out) == 0 ? 0 : (size_t)BIO_read(out, hello, sizeof hello);
+        for (size_t i = 0; i < size; i++) {
+            t_send(fd, hello + i, 1);
+        }
+        if (rc != 1) {
+            got = t_recv(fd, hello, 1);
+            CHECK(got == 1 && BIO_write(in, hello, 1) == 1);
+        }
+    }
+    SSL_free(ssl);
+    t_close(fd);
+    t_wait_records(2);
+    CHECK_INT(t_recorded(0), SHAKEN);
+    CHECK_INT(handshakes_failed(), 0);
+}
+
+static int note_handshake(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = tsrv_wait_for_handshake(stream);
+    if (rc < 0) {
+        return rc;
+    }
+    note_once(stream, SHAKEN);
+    return echo(stream, address, context);
+}
+
+TEST_STREAM(test_handshake_byte_by_byte)
+{
+    t_case c = {note_handshake, t_record_reason, slow_hello_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* A client that does not like the certificate says so, and that is one log line. */
+static void distrusting_client(int port, void *context)
+{
+    dial how = {.server_name = "unknown.test"};
+    (void)context;
+    watch_log();
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        how.version = version;
+        int count = t_record_count();
+        SSL *ssl = dial_start(port, &how);
+        CHECK(SSL_do_handshake(ssl) != 1);
+        t_wait_records(count + 1);
+        CHECK_INT(t_recorded(count), TSRV_ETLS);
+        dial_free(ssl);
+    }
+    CHECK_INT(logged(), 2);
+    CHECK_INT(handshakes_failed(), 2);
+}
+
+TEST_STREAM(test_handshake_fail)
+{
+    t_case c = {read_code, t_record_reason, distrusting_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* ---- 4: ends ------------------------------------------------------------------------------*/
+
+/* Reads a line, answers, and is over: the server's end comes first. */
+static void server_ends_client(int port, void *context)
+{
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        SSL *ssl = dial_open(port, i == 0 ? &tls_1_2 : &tls_1_3);
+        dial_sends(ssl, "line\n");
+        dial_expect(ssl, "line\n");
+        dial_expect_end(ssl); /* close_notify, and then FIN */
+        dial_free(ssl);
+        t_wait_records(i + 1);
+        CHECK_INT(t_recorded(i), TSRV_OK);
+    }
+}
+
+static int answer_line(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    return rc == TSRV_OK ? tsrv_write(stream, line.data, line.size) : rc;
+}
+
+TEST_STREAM(test_end_of_server)
+{
+    t_case c = {answer_line, t_record_reason, server_ends_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* Reads until the end, and answers what the end was. */
+static int tell_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice all;
+    (void)address, (void)context;
+    int rc = tsrv_read_until_close(stream, 0, &all);
+    if (rc != TSRV_EAGAIN) {
+        CHECK_INT(tsrv_error(stream), rc);
+        t_record(rc);
+        if (rc == TSRV_ETLS) { /* what came before is still there */
+            CHECK_INT(tsrv_read_some(stream, 0, &all), TSRV_OK);
+        }
+        tsrv_printf(stream, "%d:", (int)all.size);
+        CHECK_INT(tsrv_write(stream, all.data, all.size), TSRV_OK);
+        CHECK_INT(tsrv_read_some(stream, 0, &all), rc == TSRV_OK ? TSRV_EOF : rc);
+    }
+    return rc;
+}
+
+/* A FIN alone is no clean end, but who only stops sending still gets the answer. */
+static void truncating_client(int port, void *context)
+{
+    (void)context;
+    watch_log();
+    for (int i = 0; i < 4; i++) {
+        bool clean = i & 1;
+        SSL *ssl = dial_open(port, i < 2 ? &tls_1_2 : &tls_1_3);
+        dial_sends(ssl, "all of it");
+        if (clean) {
+            CHECK_INT(SSL_shutdown(ssl), 0);
+        }
+        t_shut(SSL_get_fd(ssl));
+        dial_expect(ssl, "9:all of it");
+        dial_expect_end(ssl);
+        dial_free(ssl);
+        t_wait_records(2 * i + 2);
+        CHECK_INT(t_recorded(2 * i), clean ? TSRV_OK : TSRV_ETLS);
+        CHECK_INT(t_recorded(2 * i + 1), clean ? TSRV_OK : TSRV_ETLS);
+    }
+    CHECK_INT(logged(), 0);
+    CHECK_INT(handshakes_failed(), 0);
+}
+
+TEST_STREAM(test_end_without_close_notify)
+{
+    t_case c = {tell_end, t_record_reason, truncating_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* close_notify alone, without a FIN behind it, is an end. */
+static void notify_client(int port, void *context)
+{
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        SSL *ssl = dial_open(port, i == 0 ? &tls_1_2 : &tls_1_3);
+        dial_sends(ssl, "x");
+        dial_expect(ssl, "x");
+        dial_finish(ssl);
+        t_wait_records(i + 1);
+        CHECK_INT(t_recorded(i), TSRV_EOF);
+    }
+}
+
+TEST_STREAM(test_end_by_close_notify)
+{
+    serve_echo(notify_client, NULL);
+}
+
+/* An end in the middle of a record is none either. */
+static void cut_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    static const unsigned char head[] = {23, 3, 3, 0, 100, 1, 2, 3};
+    dial_echo(ssl, "x");
+    t_send(SSL_get_fd(ssl), head, sizeof head);
+    t_shut(SSL_get_fd(ssl));
+    dial_expect_end(ssl);
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETLS);
+}
+
+TEST_STREAM(test_end_within_record)
+{
+    serve_echo(cut_client, NULL);
+}
+
+/* A record that was tampered with ends the stream with an alert and one log line. */
+static void forging_client(int port, void *context)
+{
+    static const unsigned char forged[] = {23, 3, 3, 0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9,
+                                           10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+                                           23, 24, 25, 26, 27, 28, 29, 30, 31, 32};
+    char byte;
+    int kind;
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        SSL *ssl = dial_open(port, i == 0 ? &tls_1_2 : &tls_1_3);
+        dial_echo(ssl, "x");
+        watch_log();
+        t_send(SSL_get_fd(ssl), forged, sizeof forged);
+        t_wait_records(i + 1);
+        CHECK_INT(t_recorded(i), TSRV_ETLS);
+        CHECK_INT(dial_recv(ssl, &byte, 1, &kind), 0);
+        if (!t_hard) { /* see expect_alert */
+            CHECK_INT(kind, SSL_ERROR_SSL);
+            CHECK_INT(ERR_GET_REASON(ERR_peek_error()),
+                      SSL_AD_REASON_OFFSET + SSL_AD_BAD_RECORD_MAC);
+        }
+        ERR_clear_error();
+        CHECK_INT(logged(), 1);
+        CHECK(strstr(log_text, "127.0.0.1:") != NULL);
+        dial_free(ssl);
+    }
+    CHECK_INT(handshakes_failed(), 0);
+}
+
+TEST_STREAM(test_forged_record)
+{
+    serve_echo(forging_client, NULL);
+}
+
+/* Our half first: the client sees the end and goes on sending. */
+static int shut_then_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice all;
+    int rc = tsrv_wait_for_handshake(stream);
+    (void)address, (void)context;
+    if (rc < 0) {
+        return rc;
+    }
+    if (tsrv_data(stream) != NULL && *(unsigned *)tsrv_data(stream) == 0) {
+        CHECK_INT(tsrv_write(stream, "said", 4), TSRV_OK);
+        CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+        CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+        CHECK_INT(tsrv_write(stream, "more", 4), TSRV_ECLOSED);
+        note_once(stream, ENTERED);
+    }
+    rc = tsrv_read_until_close(stream, 0, &all);
+    if (rc == TSRV_OK) {
+        CHECK_MEM(all.data, all.size, "answered", 8);
+    }
+    return rc;
+}
+
+static void half_client(int port, void *context)
+{
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        SSL *ssl = dial_open(port, i == 0 ? &tls_1_2 : &tls_1_3);
+        dial_expect(ssl, "said");
+        dial_expect_end(ssl);
+        dial_sends(ssl, "answered");
+        CHECK(SSL_shutdown(ssl) == 1);
+        t_shut(SSL_get_fd(ssl));
+        t_wait_records(2 * i + 2);
+        CHECK_INT(t_recorded(2 * i + 1), TSRV_OK);
+        dial_free(ssl);
+    }
+}
+
+TEST_STREAM(test_shutdown)
+{
+    t_case c = {shut_then_read, t_record_reason, half_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+static void half_closing_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    pump(ssl, 16 << 20, true);
+    dial_expect_end(ssl);
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_EOF);
+}
+
+TEST_SOFT(test_half_close_of_16_mib)
+{
+    serve_echo(half_closing_client, NULL);
+}
+
+/* Lingering: the answer is not cut by the reset that unread input would cause. */
+enum { ANSWER = 2 << 20 };
+
+static unsigned char big_answer[ANSWER];
+
+static int answer_unread(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice one;
+    (void)address, (void)context;
+    int rc = tsrv_read_bytes(stream, 1, &one);
+    return rc == TSRV_OK ? tsrv_write(stream, big_answer, ANSWER) : rc;
+}
+
+static void unread_client(int port, void *context)
+{
+    static unsigned char buffer[ANSWER];
+    (void)context;
+    for (int i = 0; i < 10; i++) {
+        int kind;
+        SSL *ssl = dial_open(port, i & 1 ? &tls_1_2 : &tls_1_3);
+        dial_send(ssl, big_answer, 100000);
+        CHECK_INT(dial_recv(ssl, buffer, ANSWER, &kind), ANSWER);
+        compare(buffer, ANSWER, 0);
+        dial_expect_end(ssl);
+        dial_free(ssl);
+    }
+    t_wait_records(10);
+}
+
+TEST_SOFT(test_close_with_unread_input)
+{
+    t_case c = {answer_unread, t_record_reason, unread_client, NULL, {0}};
+    c.options.max_write_buffer_size = 4 << 20;
+    fill(big_answer, ANSWER, 0);
+    run_tls(&c, NULL);
+}
+
+static int abort_on_line(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        tsrv_write(stream, "lost", 4);
+        CHECK_INT(tsrv_abort(stream), TSRV_OK);
+        CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_ECLOSED);
+    }
+    return rc;
+}
+
+static void aborted_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    dial_sends(ssl, "now\n");
+    t_expect_reset(SSL_get_fd(ssl));
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_OK);
+}
+
+TEST_STREAM(test_abort)
+{
+    t_case c = {abort_on_line, t_record_reason, aborted_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+static void resetting_client(int port, void *context)
+{
+    (void)context;
+    watch_log();
+    SSL *ssl = dial_open(port, &usual);
+    dial_echo(ssl, "hello");
+    struct linger now = {1, 0};
+    CHECK(setsockopt(SSL_get_fd(ssl), SOL_SOCKET, SO_LINGER, &now, sizeof now) == 0);
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), -ECONNRESET);
+    CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), -ECONNRESET);
+    CHECK_INT(logged(), 0);
+}
+
+TEST_STREAM(test_reset_by_peer)
+{
+    t_case c = {read_code, t_record_reason, resetting_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* tsrv_wait is woken by the peer's end, with the handler in no read. */
+static int wait_for_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    unsigned *state = (unsigned *)tsrv_data(stream);
+    int rc;
+    (void)address, (void)context;
+    if (*state == 0) {
+        if ((rc = tsrv_read_until(stream, "\n", 0, &line)) < 0) {
+            return rc;
+        }
+        note_once(stream, READ);
+    }
+    rc = tsrv_wait(stream, 5000);
+    if (rc == TSRV_EAGAIN) {
+        return rc;
+    }
+    t_record(rc == TSRV_OK ? WOKEN : rc);
+    return tsrv_read_some(stream, 0, &line);
+}
+
+static void leaving_client(int port, void *context)
+{
+    (void)context;
+    for (int how = 0; how < 4; how++) {
+        int count = t_record_count();
+        SSL *ssl = dial_open(port, &usual);
+        dial_sends(ssl, "line\n");
+        if (how < 3) {
+            t_wait_records(count + 1);
+        }
+        if (how != 1) { /* 0, 3: as it should be; 1: FIN only; 2: close_notify only */
+            CHECK_INT(SSL_shutdown(ssl), 0);
+        }
+        if (how != 2) {
+            t_shut(SSL_get_fd(ssl));
+        }
+        t_wait_records(count + 3);
+        if (t_recorded(count + 1) != WOKEN) {
+            T_FAIL("end %d did not wake", how);
+        }
+        CHECK_INT(t_recorded(count + 2), how == 1 ? TSRV_ETLS : TSRV_EOF);
+        dial_free(ssl);
+    }
+}
+
+TEST_STREAM(test_wait_is_woken_by_end)
+{
+    t_case c = {wait_for_end, t_record_reason, leaving_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* ---- 5: volume ----------------------------------------------------------------------------*/
+
+static void volume_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    pump(ssl, 64 << 20, true);
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+TEST_SOFT(test_64_mib_each_way)
+{
+    serve_echo(volume_client, NULL);
+}
+
+enum { TINY = 20000 };
+
+static int read_tiny(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice all;
+    (void)address, (void)context;
+    int rc = tsrv_read_bytes(stream, TINY, &all);
+    if (rc == TSRV_OK) {
+        compare((const unsigned char *)all.data, all.size, 0);
+        rc = tsrv_write(stream, "ok", 2);
+    }
+    return rc;
+}
+
+static void tiny_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    for (int i = 0; i < TINY; i++) {
+        unsigned char byte = pattern((uint64_t)i);
+        dial_send(ssl, &byte, 1);
+    }
+    dial_expect(ssl, "ok");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+TEST_STREAM(test_tiny_records)
+{
+    t_case c = {read_tiny, t_record_reason, tiny_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* One record, and then silence: what is inside the session must not wait for an event. */
+enum { RECORD = 16384 };
+
+static int read_single_bytes(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    unsigned *count = (unsigned *)tsrv_data(stream);
+    tsrv_slice one;
+    int rc = TSRV_OK;
+    (void)address, (void)context;
+    while (*count < RECORD && (rc = tsrv_read_bytes(stream, 1, &one)) == TSRV_OK) {
+        compare((const unsigned char *)one.data, one.size, (*count)++);
+    }
+    if (rc == TSRV_OK && *count == RECORD) {
+        tsrv_write(stream, "all", 3);
+        ++*count;
+    }
+    return rc == TSRV_OK ? tsrv_read_some(stream, 0, &one) : rc;
+}
+
+static void record_client(int port, void *context)
+{
+    static unsigned char record[RECORD];
+    (void)context;
+    fill(record, RECORD, 0);
+    SSL *ssl = dial_open(port, &usual);
+    dial_send(ssl, record, RECORD);
+    dial_expect(ssl, "all");
+    dial_finish(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_EOF);
+}
+
+TEST_STREAM(test_input_inside_session)
+{
+    t_case c = {read_single_bytes, t_record_reason, record_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+TEST_STREAM(test_input_inside_session_and_small_reads)
+{
+    t_case c = {read_single_bytes, t_record_reason, record_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    c.options.read_chunk_size = 1000;
+    c.options.max_buffer_size = 4000;
+    run_tls(&c, NULL);
+}
+
+static unsigned char into[1 << 20];
+
+static size_t into_size(void)
+{
+    return t_hard ? 50000 : sizeof into;
+}
+
+static int read_into(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    int rc = tsrv_read_into(stream, into, into_size());
+    if (rc == TSRV_OK) {
+        compare(into, into_size(), 0);
+        tsrv_write(stream, "ok", 2);
+    }
+    return rc;
+}
+
+static void into_client(int port, void *context)
+{
+    static unsigned char data[sizeof into];
+    (void)context;
+    fill(data, sizeof data, 0);
+    SSL *ssl = dial_open(port, &usual);
+    dial_send(ssl, data, into_size());
+    dial_expect(ssl, "ok");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+TEST_STREAM(test_read_into)
+{
+    t_case c = {read_into, t_record_reason, into_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+static int file = -1;
+
+static size_t file_size(void)
+{
+    return t_hard ? 20000 : (size_t)4 << 20;
+}
+
+/* Between the file's parts there is text, and the order stays. */
+static int send_file(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        tsrv_write(stream, "<", 1);
+        CHECK_INT(tsrv_sendfile(stream, file, 5, 10), TSRV_OK);
+        tsrv_write(stream, "|", 1);
+        CHECK_INT(tsrv_sendfile(stream, file, 0, file_size()),
+                  TSRV_OK);
+        rc = tsrv_write(stream, ">", 1);
+    }
+    return rc;
+}
+
+static void file_client(int port, void *context)
+{
+    static unsigned char data[4 << 20];
+    int kind;
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    dial_sends(ssl, "go\n");
+    dial_expect(ssl, "<");
+    CHECK_INT(dial_recv(ssl, data, 10, &kind), 10);
+    compare(data, 10, 5);
+    dial_expect(ssl, "|");
+    CHECK_INT(dial_recv(ssl, data, file_size(), &kind), file_size());
+    compare(data, file_size(), 0);
+    dial_expect(ssl, ">");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+static void make_big_file(void)
+{
+    static unsigned char data[4 << 20];
+    file = open(path("big"), O_RDWR | O_CREAT | O_TRUNC, 0600);
+    fill(data, sizeof data, 0);
+    CHECK(file >= 0 && write(file, data, sizeof data) == (ssize_t)sizeof data);
+}
+
+TEST_STREAM(test_sendfile)
+{
+    t_case c = {send_file, t_record_reason, file_client, NULL, {0}};
+    make_big_file();
+    run_tls(&c, NULL);
+    close(file);
+}
+
+/* A file that turns out shorter leaves a gap, so the stream is cut. */
+static int send_too_much(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        rc = tsrv_sendfile(stream, file, 4 << 20, 10);
+    }
+    return rc;
+}
+
+static void short_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    dial_sends(ssl, "go\n");
+    t_expect_reset(SSL_get_fd(ssl));
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), -EIO);
+}
+
+TEST_STREAM(test_sendfile_shorter)
+{
+    t_case c = {send_too_much, t_record_reason, short_client, NULL, {0}};
+    make_big_file();
+    tsrv_set_log(t_no_log, NULL);
+    run_tls(&c, NULL);
+    close(file);
+}
+
+static int tries; /* atomic: writes that were taken */
+
+static int fill_up(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    unsigned char data[1000];
+    tsrv_slice line;
+    int count = 0;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc < 0) {
+        return rc;
+    }
+    do {
+        fill(data, sizeof data, (uint64_t)count * sizeof data);
+        rc = tsrv_try_write(stream, data, sizeof data);
+        count += rc == TSRV_OK;
+    } while (rc == TSRV_OK && count < 1000000);
+    CHECK_INT(rc, TSRV_EFULL);
+    CHECK_INT(tsrv_error(stream), TSRV_OK);
+    /* Sealing what goes out makes it longer, by a little. */
+    CHECK(tsrv_unsent_size(stream) > 200000 && tsrv_unsent_size(stream) < 330000);
+    __atomic_store_n(&tries, count, __ATOMIC_RELEASE);
+    t_record(ENTERED);
+    return TSRV_OK;
+}
+
+static void lazy_client(int port, void *context)
+{
+    static unsigned char data[1000];
+    dial how = {.receive_room = 4096};
+    int kind;
+    (void)context;
+    SSL *ssl = dial_open(port, &how);
+    dial_sends(ssl, "go\n");
+    t_wait_records(1);
+    for (int i = 0; i < __atomic_load_n(&tries, __ATOMIC_ACQUIRE); i++) {
+        CHECK_INT(dial_recv(ssl, data, sizeof data, &kind), sizeof data);
+        compare(data, sizeof data, (uint64_t)i * sizeof data);
+    }
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+TEST_SOFT(test_try_write_full)
+{
+    t_case c = {fill_up, t_record_reason, lazy_client, NULL, {0}};
+    c.options.max_write_buffer_size = 300000;
+    run_tls(&c, NULL);
+}
+
+static int write_much(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    static char much[12 << 20];
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    return rc == TSRV_OK ? tsrv_write(stream, much, sizeof much) : rc;
+}
+
+static void unreading_client(int port, void *context)
+{
+    dial how = {.receive_room = 4096};
+    (void)context;
+    SSL *ssl = dial_open(port, &how);
+    int64_t begin = t_now_ms();
+    dial_sends(ssl, "go\n");
+    t_wait_records(1);
+    CHECK_NEAR_MS(t_now_ms() - begin, 190, 1500);
+    CHECK_INT(t_recorded(0), TSRV_ETIMEOUT);
+    dial_free(ssl);
+}
+
+TEST_SOFT(test_write_timeout)
+{
+    t_case c = {write_much, t_record_reason, unreading_client, NULL, {0}};
+    c.options.write_timeout_ms = 200;
+    run_tls(&c, NULL);
+}
+
+/* Key updates that ask for one in return cost the server output without being input. A client that
+ * sends them and does not read must not fill the memory. */
+static void update_client(int port, void *context)
+{
+    dial how = {.version = TLS1_3_VERSION, .receive_room = 4096};
+    (void)context;
+    SSL *ssl = dial_open(port, &how);
+    dial_echo(ssl, "hello");
+    CHECK(fcntl(SSL_get_fd(ssl), F_SETFL, O_NONBLOCK) == 0);
+    tsrv_stats stats;
+    for (int i = 0; i < 300000; i++) {
+        int rc = SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED);
+        rc = rc == 1 ? SSL_do_handshake(ssl) : rc;
+        if (rc != 1) {
+            break; /* refused, or no more is taken */
+        }
+    }
+    t_on_loop(load_stats, &stats);
+    if (stats.open == 1) {
+        size_t unsent = 0;
+        for (int i = 0; i < 20; i++) {
+            t_on_loop(load_stats, &stats);
+            unsent = stats.open == 1 ? tsrv_unsent_size(tsrv_server_next(t_server, NULL)) : 0;
+            poll(NULL, 0, 5);
+        }
+        CHECK(unsent < 400000); /* max_write_buffer_size and a little */
+    }
+    dial_free(ssl);
+    t_wait_records(1);
+}
+
+/* EXPECTED TO FAIL in coroutine mode until replies have a limit. */
+TEST_SOFT(test_key_update_flood)
+{
+    t_case c = {echo, t_record_reason, update_client, NULL, {0}};
+    c.options.max_write_buffer_size = 300000;
+    run_tls(&c, NULL);
+}
+
+/* ---- 6: client certificates ---------------------------------------------------------------*/
+
+static void verified_client(int port, void *context)
+{
+    static const char *const files[] = {NULL,       "good.pem",    "expired.pem",
+                                        "self.pem", "foreign.pem", "purpose.pem"};
+    int verify = *(int *)context;
+    uint64_t failed = 0;
+    tsrv_set_log(t_no_log, NULL);
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        for (int i = 0; i < 6; i++) {
+            dial how = {.version = version, .certificate = files[i]};
+            bool right = verify == TSRV_TLS_NONE || i == 1 ||
+                         (i == 0 && verify == TSRV_TLS_OPTIONAL);
+            int count = t_record_count();
+            SSL *ssl = dial_start(port, &how);
+            if (right) {
+                shake_hands(ssl);
+                dial_echo(ssl, "hello");
+                dial_finish(ssl);
+            } else {
+                int alert = dial_refused(ssl);
+                CHECK(alert != 0 || t_hard);
+                failed++;
+            }
+            t_wait_records(count + 1);
+            if (t_recorded(count) != (right ? TSRV_EOF : TSRV_ETLS)) {
+                T_FAIL("%s with version %x: %d", files[i] == NULL ? "none" : files[i], version,
+                       t_recorded(count));
+            }
+        }
+    }
+    CHECK_INT(handshakes_failed(), failed);
+}
+
+static void verify(int kind)
+{
+    t_case c = {read_code, t_record_reason, verified_client, &kind, {0}};
+    tsrv_tls_options options = server_options();
+    options.verify_client = kind;
+    options.ca_file = path("ca.pem");
+    run_tls(&c, &options);
+}
+
+TEST_STREAM(test_client_certificate_none)
+{
+    verify(TSRV_TLS_NONE);
+}
+
+TEST_STREAM(test_client_certificate_optional)
+{
+    verify(TSRV_TLS_OPTIONAL);
+}
+
+TEST_STREAM(test_client_certificate_required)
+{
+    verify(TSRV_TLS_REQUIRED);
+}
+
+/* ---- 7: versions and ciphers --------------------------------------------------------------*/
+
+static void old_client(int port, void *context)
+{
+    dial how = {.version = TLS1_1_VERSION, .ciphers = "ALL:@SECLEVEL=0"};
+    (void)context;
+    expect_alert(dial_refused(dial_start(port, &how)), SSL_AD_PROTOCOL_VERSION);
+    how.version = TLS1_2_VERSION;
+    how.ciphers = "ECDHE-ECDSA-AES128-SHA:ECDHE-ECDSA-AES256-SHA384"; /* CBC */
+    expect_alert(dial_refused(dial_start(port, &how)), SSL_AD_HANDSHAKE_FAILURE);
+    how.ciphers = "AES128-GCM-SHA256"; /* not forward-secret */
+    expect_alert(dial_refused(dial_start(port, &how)), SSL_AD_HANDSHAKE_FAILURE);
+    CHECK_INT(handshakes_failed(), 3);
+    how.ciphers = "ECDHE-ECDSA-AES256-GCM-SHA384";
+    SSL *ssl = dial_open(port, &how);
+    CHECK(SSL_get_current_compression(ssl) == NULL);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+TEST_STREAM(test_old_clients)
+{
+    tsrv_set_log(t_no_log, NULL);
+    serve_echo(old_client, NULL);
+}
+
+static void newest_client(int port, void *context)
+{
+    (void)context;
+    expect_alert(dial_refused(dial_start(port, &tls_1_2)), SSL_AD_PROTOCOL_VERSION);
+    SSL *ssl = dial_open(port, &tls_1_3);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+TEST_STREAM(test_min_version)
+{
+    tsrv_tls_options options = server_options();
+    options.min_version = TSRV_TLS_1_3;
+    tsrv_set_log(t_no_log, NULL);
+    serve_echo(newest_client, &options);
+}
+
+static void chosen_client(int port, void *context)
+{
+    dial how = {.version = TLS1_2_VERSION,
+                .ciphers = "ECDHE-ECDSA-AES128-GCM-SHA256:ECDHE-ECDSA-CHACHA20-POLY1305"};
+    (void)context;
+    SSL *ssl = dial_open(port, &how);
+    CHECK_STR(SSL_get_cipher_name(ssl), "ECDHE-ECDSA-CHACHA20-POLY1305");
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+/* Our order of ciphers, not the client's. */
+TEST_LOOP(test_ciphers)
+{
+    tsrv_tls_options options = server_options();
+    options.ciphers = "ECDHE-ECDSA-CHACHA20-POLY1305:ECDHE-ECDSA-AES128-GCM-SHA256";
+    serve_echo(chosen_client, &options);
+}
+
+static void renegotiating_client(int port, void *context)
+{
+    (void)context;
+    SSL *other = dial_open(port, &usual), *ssl = dial_open(port, &tls_1_2);
+    dial_echo(ssl, "hello");
+    CHECK(SSL_renegotiate(ssl) == 1);
+    int rc = SSL_do_handshake(ssl); /* OpenSSL takes a refusal for a failure */
+    CHECK(rc != 1);
+    ERR_clear_error();
+    dial_free(ssl);
+    t_wait_records(1);
+    dial_echo(other, "still here");
+    dial_finish(other);
+}
+
+TEST_STREAM(test_renegotiation)
+{
+    tsrv_set_log(t_no_log, NULL);
+    serve_echo(renegotiating_client, NULL);
+}
+
+/* ---- 8: STARTTLS --------------------------------------------------------------------------*/
+
+/* A line server. What start_tls said is recorded as 100 minus the code, what a read says at the end
+ * as 200 minus it. */
+static int serve_mail(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\r\n", 0, &line)) == TSRV_OK) {
+        if (strncmp(line.data, "STARTTLS", 8) == 0) {
+            CHECK_INT(tsrv_write(stream, "220 go ahead\r\n", 14), TSRV_OK);
+            rc = tsrv_start_tls(stream, server_tls, NULL);
+            t_record(100 - rc);
+            if (rc < 0) {
+                return rc;
+            }
+            CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_EINVAL);
+        } else {
+            tsrv_printf(stream, "250 %s%.*s", tsrv_tls_version(stream), (int)line.size, line.data);
+        }
+    }
+    if (rc != TSRV_EAGAIN) {
+        t_record(200 - rc);
+    }
+    return rc;
+}
+
+static void run_mail(void (*client)(int, void *))
+{
+    t_case c = {serve_mail, NULL, client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    server_tls = make_tls(&options);
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+}
+
+static int mail_dialogue(int port)
+{
+    int fd = t_connect(port);
+    t_sends(fd, "EHLO\r\n");
+    char buffer[64];
+    CHECK_MEM(buffer, t_recv(fd, buffer, 10), "250 EHLO\r\n", 10);
+    return fd;
+}
+
+static void mail_client(int port, void *context)
+{
+    char buffer[64];
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        int fd = mail_dialogue(port);
+        t_sends(fd, "STARTTLS\r\n");
+        CHECK_MEM(buffer, t_recv(fd, buffer, 14), "220 go ahead\r\n", 14);
+        t_wait_records(2 * i + 1);
+        CHECK_INT(t_recorded(2 * i), 100);
+        SSL *ssl = dial_on(fd, i == 0 ? &tls_1_2 : &tls_1_3);
+        shake_hands(ssl);
+        dial_sends(ssl, "EHLO\r\n");
+        dial_expect(ssl, i == 0 ? "250 TLSv1.2EHLO\r\n" : "250 TLSv1.3EHLO\r\n");
+        dial_finish(ssl);
+        t_wait_records(2 * i + 2);
+        CHECK_INT(t_recorded(2 * i + 1), 200 - TSRV_EOF);
+    }
+}
+
+TEST_STREAM(test_start_tls_smtp)
+{
+    run_mail(mail_client);
+}
+
+/* A command behind STARTTLS, which somebody between may have put there, is not carried out: neither
+ * now nor over TLS. */
+static void injecting_client(int port, void *context)
+{
+    char buffer[256];
+    (void)context;
+    int fd = mail_dialogue(port);
+    t_sends(fd, "STARTTLS\r\nMAIL evil\r\n");
+    size_t size = 0;
+    ssize_t n;
+    while ((n = recv(fd, buffer + size, sizeof buffer - 1 - size, 0)) > 0) {
+        size += (size_t)n;
+    }
+    buffer[size] = 0;
+    CHECK(strstr(buffer, "evil") == NULL);
+    t_close(fd);
+    t_wait_records(1);
+    if (t_hard) { /* it is still in the socket, and no hello */
+        CHECK_INT(t_recorded(0), 100);
+        t_wait_records(2);
+        CHECK_INT(t_recorded(1), 200 - TSRV_ETLS);
+    } else {
+        CHECK_INT(t_recorded(0), 100 - TSRV_ETLS);
+        CHECK_STR(buffer, "220 go ahead\r\n");
+    }
+}
+
+TEST_STREAM(test_start_tls_with_input)
+{
+    tsrv_set_log(t_no_log, NULL);
+    run_mail(injecting_client);
+}
+
+/* What was written before is sent as it is, however much it is, and files too. */
+static int much_then_tls(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    if (((unsigned *)tsrv_data(stream))[0] == 0) {
+        tsrv_slice line;
+        int rc = tsrv_read_until(stream, "\n", 0, &line);
+        if (rc < 0) {
+            return rc;
+        }
+        note_once(stream, ENTERED);
+        CHECK_INT(tsrv_write(stream, big_answer, 100000), TSRV_OK);
+        CHECK_INT(tsrv_sendfile(stream, file, 100000, 100000), TSRV_OK);
+        CHECK_INT(tsrv_write(stream, "!", 1), TSRV_OK);
+        CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_OK);
+        CHECK_INT(tsrv_write(stream, "secret", 6), TSRV_OK);
+    }
+    return echo(stream, address, context);
+}
+
+static void much_client(int port, void *context)
+{
+    static unsigned char data[200001];
+    (void)context;
+    int fd = t_connect_with_room(port, 4096);
+    t_sends(fd, "go\n");
+    t_wait_records(1);
+    CHECK_INT(t_recv(fd, data, sizeof data), sizeof data);
+    compare(data, 200000, 0);
+    CHECK_INT(data[200000], '!');
+    SSL *ssl = dial_on(fd, &usual);
+    shake_hands(ssl);
+    dial_expect(ssl, "secret");
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+TEST_STREAM(test_start_tls_behind_output)
+{
+    t_case c = {much_then_tls, NULL, much_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    fill(big_answer, ANSWER, 0);
+    make_big_file();
+    server_tls = make_tls(&options);
+    c.options.data_size = sizeof(unsigned);
+    c.options.write_high_water = 1 << 20;
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+    close(file);
+}
+
+/* Not while somebody reads. */
+static void start_tls_now(void *context)
+{
+    *(int *)context = tsrv_start_tls(tsrv_server_next(t_server, NULL), server_tls, NULL);
+}
+
+static void busy_client(int port, void *context)
+{
+    int rc = TSRV_OK;
+    (void)context;
+    int fd = mail_dialogue(port);
+    t_on_loop(start_tls_now, &rc); /* its handler waits for the next line, or is about to */
+    CHECK_INT(rc, TSRV_EBUSY);
+    t_sends(fd, "STARTTLS\r\n");
+    char buffer[64];
+    CHECK_MEM(buffer, t_recv(fd, buffer, 14), "220 go ahead\r\n", 14);
+    SSL *ssl = dial_on(fd, &usual);
+    shake_hands(ssl);
+    dial_sends(ssl, "EHLO\r\n");
+    dial_expect(ssl, "250 TLSv1.3EHLO\r\n");
+    dial_finish(ssl);
+}
+
+TEST_STREAM(test_start_tls_while_read_waits)
+{
+    run_mail(busy_client);
+}
+
+/* Bad arguments, and a stream that is over. */
+static int start_badly(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_tls *nothing = make_tls(NULL);
+    (void)address, (void)context;
+    CHECK_INT(tsrv_start_tls(stream, NULL, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_start_tls(stream, nothing, NULL), TSRV_EINVAL); /* has no certificate */
+    tsrv_tls_free(nothing);
+    tsrv_close(stream);
+    CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_ECLOSED);
+    return TSRV_OK;
+}
+
+TEST_STREAM(test_start_tls_errors)
+{
+    t_case c = {start_badly, NULL, eof_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    tsrv_set_log(t_no_log, NULL);
+    server_tls = make_tls(&options);
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+}
+
+/* ---- 9: clients of this library -----------------------------------------------------------*/
+
+/* A connection attempt in a coroutine of the server's loop; its code is recorded. */
+typedef struct attempt {
+    const char *host;
+    int port;
+    tsrv_connect_options options;
+    bool echo; /* when it succeeds, talk to an echo server */
+    char version[16], alpn[16];
+} attempt;
+
+static void talk_to_echo(tsrv_stream *stream)
+{
+    tsrv_slice all;
+    CHECK_INT(tsrv_write(stream, "hello", 5), TSRV_OK);
+    CHECK_INT(tsrv_read_bytes(stream, 5, &all), TSRV_OK);
+    CHECK_MEM(all.data, all.size, "hello", 5);
+    CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+    CHECK_INT(tsrv_read_until_close(stream, 0, &all), TSRV_OK);
+    CHECK_INT(all.size, 0);
+}
+
+static void connect_now(void *context)
+{
+    attempt *a = (attempt *)context;
+    tsrv_stream *stream = (tsrv_stream *)context;
+    tsrv_slice der;
+    int rc = tsrv_connect(a->host, a->port, &a->options, &stream);
+    CHECK((rc == TSRV_OK) == (stream != NULL));
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_OK);
+        CHECK_INT(tsrv_start_tls(stream, a->options.tls, "x"), TSRV_EINVAL);
+        CHECK_INT(tsrv_tls_peer_certificate(stream, &der), TSRV_OK);
+        CHECK(der.size > 100);
+        snprintf(a->version, sizeof a->version, "%s", tsrv_tls_version(stream));
+        snprintf(a->alpn, sizeof a->alpn, "%s", tsrv_tls_alpn(stream));
+        talk_to_echo(stream);
+        tsrv_close(stream);
+    }
+    t_record(rc);
+}
+
+static void spawn_connect(void *context)
+{
+    CHECK_INT(tsrv_spawn(t_loop, connect_now, context), TSRV_OK);
+}
+
+static int try_connect(attempt *a)
+{
+    int count = t_record_count();
+    t_on_loop(spawn_connect, a);
+    t_wait_records(count + 1);
+    return t_recorded(count);
+}
+
+static tsrv_tls *client_tls(const char *ca, const char *alpn)
+{
+    tsrv_tls_options options;
+    memset(&options, 0, sizeof options);
+    options.ca_file = ca == NULL ? NULL : path(ca);
+    options.alpn = alpn;
+    return make_tls(&options);
+}
+
+static void connecting_client(int port, void *context)
+{
+    tsrv_tls *ours = client_tls("ca.pem", "x,h2"), *others = client_tls("foreign_ca.pem", NULL),
+             *systems = client_tls(NULL, NULL);
+    (void)context;
+    attempt a = {"localhost", port, {0, ours, NULL}, true, "", ""};
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    CHECK_STR(a.version, "TLSv1.3");
+    CHECK_STR(a.alpn, "h2");
+    a.host = "127.0.0.1"; /* a number has to be in the certificate too */
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    a.options.server_name = "localhost";
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    a.options.server_name = "LOCALHOST";
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    watch_log();
+    static const char *const wrong[] = {"wrong.test", "127.0.0.2", "::1", "local", "xlocalhost",
+                                        "*.host", "localhost.x"};
+    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+        a.options.server_name = wrong[i];
+        CHECK_INT(try_connect(&a), TSRV_ETLS);
+        CHECK(logged() > (int)i);
+    }
+    a.options.server_name = NULL;
+    a.options.tls = others;
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.tls = systems;
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.tls = ours;
+    CHECK_INT(try_connect(&a), TSRV_OK); /* as before */
+    tsrv_tls_free(ours);
+    tsrv_tls_free(others);
+    tsrv_tls_free(systems);
+}
+
+/* Source: CheckHostname test_match, test_no_match. */
+TEST_STREAM(test_check_hostname)
+{
+    t_case c = {echo, NULL, connecting_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.alpn = "h2,x";
+    run_tls(&c, &options);
+}
+
+/* A wildcard certificate, a certificate for a client, one that is over. */
+static void other_names_client(int port, void *context)
+{
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, "a.wild.test"}, true, "", ""};
+    tsrv_set_log(t_no_log, NULL);
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    a.options.server_name = "a.b.wild.test";
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.server_name = "wild.test";
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.server_name = "127.0.0.1"; /* which an empty name would match too */
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.server_name = "";
+    CHECK(try_connect(&a) < 0);
+    tsrv_tls_free(ours);
+}
+
+TEST_STREAM(test_connect_wildcard)
+{
+    t_case c = {echo, NULL, other_names_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("wild.pem");
+    run_tls(&c, &options);
+}
+
+static void refusing_client(int port, void *context)
+{
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, (const char *)context}, true, "", ""};
+    tsrv_set_log(t_no_log, NULL);
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    tsrv_tls_free(ours);
+}
+
+TEST_STREAM(test_connect_expired)
+{
+    t_case c = {echo, NULL, refusing_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("expired.pem");
+    run_tls(&c, &options);
+}
+
+TEST_STREAM(test_connect_wrong_purpose)
+{
+    t_case c = {echo, NULL, refusing_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("good.pem");
+    run_tls(&c, &options);
+}
+
+/* A plain server, which sends the hello back. */
+TEST_STREAM(test_connect_to_plain_server)
+{
+    t_case c = {echo, NULL, refusing_client, NULL, {0}};
+    t_run(&c);
+}
+
+/* And one that says nothing. */
+static void silent_server_client(int port, void *context)
+{
+    struct sockaddr_in address;
+    socklen_t size = sizeof address;
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    (void)port, (void)context;
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&address, size) == 0);
+    CHECK(listen(listener, 5) == 0);
+    CHECK(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
+    attempt a = {"127.0.0.1", ntohs(address.sin_port), {200, ours, NULL}, true, "", ""};
+    int64_t begin = t_now_ms();
+    CHECK_INT(try_connect(&a), TSRV_ETIMEOUT);
+    CHECK_NEAR_MS(t_now_ms() - begin, 190, 700);
+    int fd = accept(listener, NULL, NULL);
+    CHECK(fd >= 0);
+    t_prepare(fd);
+    t_expect_reset(fd); /* the socket is not left behind: Tornado #3614 */
+    close(fd);
+    close(listener);
+    tsrv_tls_free(ours);
+}
+
+TEST_STREAM(test_connect_to_silent_server)
+{
+    t_case c = {echo, NULL, silent_server_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* A client certificate of ours, wanted by a server of ours. */
+static void mutual_client(int port, void *context)
+{
+    tsrv_tls_options options;
+    tsrv_tls *without = client_tls("ca.pem", NULL);
+    (void)context;
+    memset(&options, 0, sizeof options);
+    options.ca_file = path("ca.pem");
+    options.cert_file = path("good.pem");
+    tsrv_tls *with = make_tls(&options);
+    attempt a = {"localhost", port, {0, with, NULL}, true, "", ""};
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    tsrv_tls_free(with);
+    tsrv_tls_free(without);
+}
+
+TEST_STREAM(test_connect_mutual)
+{
+    t_case c = {echo, NULL, mutual_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.ca_file = path("ca.pem");
+    options.verify_client = TSRV_TLS_REQUIRED;
+    run_tls(&c, &options);
+}
+
+/* STARTTLS from the client's side. */
+static void ask_for_tls(void *context)
+{
+    attempt *a = (attempt *)context;
+    tsrv_stream *stream;
+    tsrv_slice line;
+    CHECK_INT(tsrv_connect(a->host, a->port, NULL, &stream), TSRV_OK);
+    CHECK_INT(tsrv_write(stream, "EHLO\r\nSTARTTLS\r\n", 16), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\r\n", 0, &line), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\r\n", 0, &line), TSRV_OK);
+    CHECK_MEM(line.data, line.size, "220 go ahead\r\n", 14);
+    CHECK_INT(tsrv_start_tls(stream, a->options.tls, a->options.server_name), TSRV_OK);
+    int rc = tsrv_wait_for_handshake(stream);
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_write(stream, "EHLO\r\n", 6), TSRV_OK);
+        CHECK_INT(tsrv_read_until(stream, "\r\n", 0, &line), TSRV_OK);
+        CHECK_MEM(line.data, line.size, "250 TLSv1.3EHLO\r\n", 17);
+    } else {
+        CHECK_INT(tsrv_read_until(stream, "\r\n", 0, &line), rc);
+        CHECK_INT(tsrv_write(stream, "EHLO\r\n", 6), rc);
+    }
+    tsrv_close(stream);
+    t_record(300 - rc);
+}
+
+static void spawn_ask(void *context)
+{
+    CHECK_INT(tsrv_spawn(t_loop, ask_for_tls, context), TSRV_OK);
+}
+
+static void asking_client(int port, void *context)
+{
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, "localhost"}, true, "", ""};
+    t_on_loop(spawn_ask, &a);
+    t_wait_records(3); /* start_tls, and both ends, in any order */
+    CHECK_INT(t_recorded(0), 100);
+    CHECK(t_recorded(1) == 300 || t_recorded(2) == 300);
+    a.options.server_name = "wrong.test";
+    t_on_loop(spawn_ask, &a);
+    t_wait_records(6);
+    CHECK_INT(t_recorded(3), 100);
+    CHECK(t_recorded(4) == 300 - TSRV_ETLS || t_recorded(5) == 300 - TSRV_ETLS);
+    tsrv_tls_free(ours);
+}
+
+TEST_COROUTINE(test_start_tls_of_client)
+{
+    tsrv_set_log(t_no_log, NULL);
+    run_mail(asking_client);
+}
+
+/* ---- 10: reload, and sessions that are resumed --------------------------------------------*/
+
+static void reload_now(void *context)
+{
+    *(int *)context = tsrv_tls_reload(server_tls);
+}
+
+static int reload(void)
+{
+    int rc = 1;
+    t_on_loop(reload_now, &rc);
+    return rc;
+}
+
+static void reload_client(int port, void *context)
+{
+    char name[64];
+    (void)context;
+    SSL *old = dial_open(port, &usual), *begun = dial_start(port, &usual);
+    dial_echo(old, "before");
+    t_wait_records(2);
+    watch_log();
+    static const char *const bad[] = {"garbage.pem", "server_cert.pem", "server_key.pem"};
+    for (int i = 0; i < 3; i++) {
+        copy_file(bad[i], "reload.pem");
+        CHECK_INT(reload(), TSRV_ETLS);
+        CHECK_INT(logged(), i + 1);
+        SSL *ssl = dial_open(port, &usual);
+        CHECK_STR(peer_name(ssl, name, sizeof name), "server");
+        dial_echo(ssl, "still");
+        dial_finish(ssl);
+    }
+    copy_file("server2.pem", "reload.pem");
+    CHECK_INT(reload(), TSRV_OK);
+    SSL *new = dial_open(port, &usual);
+    CHECK_STR(peer_name(new, name, sizeof name), "server2");
+    dial_echo(new, "after");
+    dial_echo(old, "the old one goes on");
+    shake_hands(begun); /* accepted before the reload */
+    CHECK_STR(peer_name(begun, name, sizeof name), "server");
+    dial_echo(begun, "hello");
+    dial_finish(begun);
+    dial_finish(old);
+    dial_finish(new);
+}
+
+static int note_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    note_once(stream, ENTERED);
+    return echo(stream, address, context);
+}
+
+TEST_STREAM(test_reload)
+{
+    t_case c = {note_and_echo, NULL, reload_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    copy_file("server.pem", "reload.pem");
+    options.cert_file = path("reload.pem");
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, &options);
+}
+
+/* A session: TLS 1.3 sends its tickets behind the handshake, so something has to be read. */
+static SSL_SESSION *session_of(int port, const dial *how)
+{
+    SSL *ssl = dial_open(port, how);
+    CHECK_INT(SSL_session_reused(ssl), how->session != NULL);
+    dial_echo(ssl, "hello");
+    SSL_SESSION *session = SSL_get1_session(ssl);
+    CHECK(session != NULL && SSL_SESSION_is_resumable(session));
+    dial_finish(ssl);
+    return session;
+}
+
+static void tickets_client(int port, void *context)
+{
+    (void)context;
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        for (int i = 0; i < 2; i++) { /* the default, and a name of SNI */
+            dial how = {.version = version,
+                        .server_name = i == 0 ? NULL : "other.test",
+                        .certificate = "good.pem"};
+            SSL_SESSION *first = session_of(port, &how);
+            how.session = first;
+            SSL_SESSION *second = session_of(port, &how);
+            CHECK_INT(reload(), TSRV_OK);
+            how.session = second;
+            SSL_SESSION *third = session_of(port, &how);
+            CHECK_INT(reload(), TSRV_OK);
+            CHECK_INT(reload(), TSRV_OK);
+            how.session = third;
+            SSL_SESSION_free(session_of(port, &how));
+            SSL_SESSION_free(first);
+            SSL_SESSION_free(second);
+            SSL_SESSION_free(third);
+        }
+    }
+}
+
+TEST_SOFT(test_reload_keeps_sessions)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificate = {"other.test", path("other.pem"), NULL};
+    options.certificates = &certificate;
+    options.certificate_count = 1;
+    options.ca_file = path("ca.pem");
+    options.verify_client = TSRV_TLS_REQUIRED; /* who is known by a ticket is known */
+    serve_echo(tickets_client, &options);
+}
+
+/* Resumed, the client's certificate is still known. */
+static void resumed_client(int port, void *context)
+{
+    (void)context;
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        dial how = {.version = version, .certificate = "good.pem"};
+        SSL *ssl = dial_open(port, &how);
+        dial_echo(ssl, "hello");
+        how.session = SSL_get1_session(ssl);
+        dial_finish(ssl);
+        look_once(port, &how);
+        CHECK_INT(seen.der_code, TSRV_OK);
+        CHECK(seen.der_size > 100);
+        SSL_SESSION_free(how.session);
+    }
+}
+
+TEST_SOFT(test_resumed_client_certificate)
+{
+    t_case c = {look_and_echo, look, resumed_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.ca_file = path("ca.pem");
+    options.verify_client = TSRV_TLS_REQUIRED;
+    run_tls(&c, &options);
+}
+
+/* A worker of its own process and its own port. */
+static pid_t start_worker(tsrv_tls *tls, int *port)
+{
+    int result[2];
+    CHECK(pipe(result) == 0);
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        tsrv_server_options options;
+        tsrv_address address;
+        tsrv_server *server;
+        memset(&options, 0, sizeof options);
+        options.handle_stream = echo;
+        options.loop = t_new_loop();
+        options.mode = t_mode;
+        options.tls = tls;
+        CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+        CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+        CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+        *port = tsrv_address_port(&address);
+        CHECK(write(result[1], port, sizeof *port) == sizeof *port);
+        tsrv_loop_run(options.loop);
+        _exit(1);
+    }
+    CHECK(read(result[0], port, sizeof *port) == sizeof *port);
+    close(result[0]);
+    close(result[1]);
+    return pid;
+}
+
+TEST_SOFT(test_workers_resume_each_others_sessions)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls *tls = make_tls(&options);
+    int ports[2];
+    pid_t pids[2];
+    for (int i = 0; i < 2; i++) {
+        pids[i] = start_worker(tls, &ports[i]);
+    }
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        dial how = {.version = version};
+        SSL_SESSION *session = session_of(ports[0], &how);
+        for (int i = 1; i < 4; i++) {
+            how.session = session;
+            SSL_SESSION *next = session_of(ports[i % 2], &how);
+            SSL_SESSION_free(session);
+            session = next;
+        }
+        SSL_SESSION_free(session);
+    }
+    for (int i = 0; i < 2; i++) {
+        CHECK(kill(pids[i], SIGKILL) == 0 && waitpid(pids[i], NULL, 0) == pids[i]);
+    }
+    tsrv_tls_free(tls);
+}
+
+/* ---- 11: drain ----------------------------------------------------------------------------*/
+
+/* Keeps the loop alive when the server is drained. */
+static tsrv_timer keeper;
+
+static void nothing(void *context)
+{
+    (void)context;
+}
+
+static void drain_now(void *context)
+{
+    CHECK_INT(tsrv_timer_start(t_loop, &keeper, 3600 * 1000, nothing, NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_drain(t_server, *(int *)context), TSRV_EAGAIN);
+}
+
+static int say_bye(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = echo(stream, address, context);
+    if (rc == TSRV_EOF && tsrv_stopping(stream)) {
+        CHECK_INT(tsrv_write(stream, "BYE", 3), TSRV_OK);
+    }
+    return rc;
+}
+
+static void drained_client(int port, void *context)
+{
+    SSL *ssl[2] = {dial_open(port, &tls_1_2), dial_open(port, &tls_1_3)};
+    SSL *begun = dial_start(port, &usual), *idle = dial_open(port, &usual);
+    int grace_ms = 60000;
+    (void)context;
+    dial_echo(ssl[0], "hello");
+    dial_echo(ssl[1], "hello");
+    t_wait_records(4);
+    t_on_loop(drain_now, &grace_ms);
+    for (int i = 0; i < 2; i++) {
+        dial_expect(ssl[i], "BYE");
+        dial_expect_end(ssl[i]);
+        dial_free(ssl[i]);
+    }
+    shake_hands(begun); /* was under way, so it is finished, and served */
+    dial_echo(begun, "hello");
+    dial_expect(begun, "BYE");
+    dial_expect_end(begun);
+    dial_free(begun);
+    dial_expect(idle, "BYE"); /* it has never said anything: as soon as it is no longer new */
+    dial_expect_end(idle);
+    dial_free(idle);
+}
+
+static int note_and_say_bye(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    note_once(stream, ENTERED);
+    return say_bye(stream, address, context);
+}
+
+TEST_STREAM(test_drain)
+{
+    t_case c = {note_and_say_bye, NULL, drained_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* When the grace is over, also a handshake that has not ended, and output that nobody takes. */
+static void forced_client(int port, void *context)
+{
+    dial how = {.receive_room = 4096};
+    int grace_ms = 300;
+    (void)context;
+    SSL *begun = dial_start(port, &usual), *lazy = dial_open(port, &how);
+    dial_sends(lazy, "go\n");
+    t_wait_records(1); /* its answer has been written */
+    int64_t begin = t_now_ms();
+    t_on_loop(drain_now, &grace_ms);
+    t_expect_reset(SSL_get_fd(begun));
+    t_expect_reset(SSL_get_fd(lazy));
+    CHECK_NEAR_MS(t_now_ms() - begin, 290, 1500);
+    dial_free(begun);
+    dial_free(lazy);
+    t_wait_records(3);
+}
+
+static int write_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char much[8 << 20];
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (((unsigned *)tsrv_data(stream))[0] == 0) {
+        int rc = tsrv_read_until(stream, "\n", 0, &line);
+        if (rc < 0) {
+            return rc;
+        }
+        note_once(stream, READ);
+        if ((rc = tsrv_write(stream, much, sizeof much)) < 0) {
+            return rc;
+        }
+    }
+    return tsrv_read_some(stream, 0, &line);
+}
+
+TEST_SOFT(test_drain_grace)
+{
+    t_case c = {write_and_wait, t_record_reason, forced_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* ---- 12: no memory ------------------------------------------------------------------------*/
+
+static const char *fault_name;
+static long fault_at;
+
+static void arm(void *context)
+{
+    (void)context;
+    t_fault_calls = 0;
+    t_fault_hits = 0;
+    t_fault_name = fault_name;
+    t_fault_at = fault_at;
+}
+
+static void disarm(void *context)
+{
+    *(long *)context = t_fault_hits;
+    t_fault_at = 0;
+}
+
+static int fault_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    if (((unsigned *)tsrv_data(stream))[0] == 0) {
+        note_once(stream, ENTERED);
+        tsrv_write(stream, "welcome\n", 8);
+    }
+    int rc = echo(stream, address, context);
+    if (rc == TSRV_EOF) {
+        tsrv_write(stream, big_answer, 70000);
+    }
+    return rc;
+}
+
+/* Handshake, echo and close, as far as it gets: what comes is what is expected, up to an end. */
+static bool try_all(int port, const dial *how)
+{
+    static const char text[] = "hello, world";
+    static unsigned char data[70000];
+    char buffer[64];
+    int kind;
+    SSL *ssl = dial_start(port, how);
+    bool all = false;
+    size_t sent, got = 0;
+    ERR_clear_error();
+    if (SSL_do_handshake(ssl) == 1) {
+        got = dial_recv(ssl, buffer, 8, &kind);
+        CHECK_MEM(buffer, got, "welcome\n", got);
+        if (got == 8 && SSL_write_ex(ssl, text, sizeof text, &sent) == 1) {
+            got = dial_recv(ssl, buffer, sizeof text, &kind);
+            CHECK_MEM(buffer, got, text, got);
+            if (got == sizeof text && SSL_shutdown(ssl) == 0) {
+                got = dial_recv(ssl, data, sizeof data, &kind);
+                compare(data, got, 0);
+                all = got == sizeof data;
+            }
+        }
+    }
+    ERR_clear_error();
+    dial_free(ssl);
+    return all;
+}
+
+static long fault_hits;
+
+static void fault_client(int port, void *context)
+{
+    const dial *how = (const dial *)context;
+    t_on_loop(arm, NULL);
+    bool all = try_all(port, how);
+    __atomic_store_n(&t_fault_at, 0, __ATOMIC_SEQ_CST); /* what follows is not to fail */
+    t_on_loop(disarm, &fault_hits);
+    CHECK(all || fault_hits > 0);
+    CHECK(try_all(port, how)); /* the server goes on */
+}
+
+static void run_faults(const char *name, int version)
+{
+    dial how = {.version = version};
+    fill(big_answer, ANSWER, 0);
+    tsrv_set_log(t_no_log, NULL);
+    fault_name = name;
+    fault_at = 0;
+    do {
+        t_case c = {fault_handler, NULL, fault_client, &how, {0}};
+        c.options.data_size = sizeof(unsigned);
+        fault_at++;
+        CHECK(fault_at < 500);
+        t_records_used = 0;
+        run_tls(&c, NULL);
+    } while (fault_hits > 0);
+    CHECK(fault_at > 2); /* something was made to fail */
+}
+
+TEST_SOFT(test_no_memory_tls_1_2)
+{
+    run_faults("malloc", TLS1_2_VERSION);
+}
+
+TEST_SOFT(test_no_memory_tls_1_3)
+{
+    run_faults("malloc", TLS1_3_VERSION);
+}
+
+/* A receive that fails ends one stream. */
+TEST_SOFT(test_failing_recv)
+{
+    t_fault_errno = ECONNRESET;
+    run_faults("recv", 0);
+}
+
+/* Receives and sends that are interrupted, or find nothing after all, change nothing. */
+static void interrupted_client(int port, void *context)
+{
+    (void)context;
+    t_on_loop(arm, NULL);
+    CHECK(try_all(port, &usual)); /* in spite of it */
+    __atomic_store_n(&t_fault_at, 0, __ATOMIC_SEQ_CST);
+    t_on_loop(disarm, &fault_hits);
+}
+
+static void run_interruptions(const char *name, int code)
+{
+    fill(big_answer, ANSWER, 0);
+    fault_name = name;
+    fault_at = 0;
+    do {
+        t_case c = {fault_handler, NULL, interrupted_client, NULL, {0}};
+        c.options.data_size = sizeof(unsigned);
+        fault_at++;
+        CHECK(fault_at < 500);
+        t_records_used = 0;
+        t_fault_errno = code;
+        run_tls(&c, NULL);
+    } while (fault_hits > 0);
+    CHECK(fault_at > 2);
+}
+
+TEST_SOFT(test_interrupted_calls)
+{
+    static const char *const names[] = {"recv", "send"};
+    static const int codes[] = {EINTR, EAGAIN};
+    for (int i = 0; i < 4; i++) {
+        run_interruptions(names[i / 2], codes[i % 2]);
+    }
+}
+
+/* Contexts: every allocation fails once. */
+TEST_ONCE(test_no_memory_for_contexts)
+{
+    tsrv_tls_options options = server_options();
+    tsrv_tls_certificate certificates[] = {{"*.wild.test", path("wild.pem"), NULL},
+                                           {"other.test", path("other.pem"), path("other.pem")}};
+    tsrv_tls *tls;
+    long k = 0;
+    int rc;
+    options.certificates = certificates;
+    options.certificate_count = 2;
+    options.ca_file = path("ca.pem");
+    options.alpn = "h2";
+    options.ciphers = "ECDHE+AESGCM";
+    tsrv_set_log(t_no_log, NULL);
+    do {
+        tls = (tsrv_tls *)(void *)folder;
+        t_fault_calls = 0;
+        t_fault_hits = 0;
+        t_fault_name = "malloc";
+        t_fault_at = ++k;
+        rc = tsrv_tls_new(&tls, &options);
+        t_fault_at = 0;
+        CHECK_INT(rc, t_fault_hits > 0 ? -ENOMEM : TSRV_OK);
+        CHECK((tls == NULL) == (rc < 0));
+    } while (rc < 0);
+    CHECK(k > 10);
+    k = 0;
+    do {
+        t_fault_calls = 0;
+        t_fault_hits = 0;
+        t_fault_at = ++k;
+        rc = tsrv_tls_reload(tls);
+        t_fault_at = 0;
+        CHECK_INT(rc, t_fault_hits > 0 ? -ENOMEM : TSRV_OK);
+    } while (rc < 0);
+    CHECK(k > 3);
+    tsrv_tls_free(tls);
+}
