@@ -5933,10 +5933,10 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     }
     if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
         stream->out_end = (int16_t)code;
+        tsrv_wake(stream); /* once: the end of the output has done so before */
     }
     tsrvi_stream_drop_output(stream);
     tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
-    tsrv_wake(stream);
     tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
 }
 

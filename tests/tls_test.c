@@ -1,6 +1,6 @@
 /* TLS: contexts, handshakes and how they fail, ends, volume, client certificates, STARTTLS,
- * clients, reload, drain. The clients are OpenSSL's own, in threads. Certificates are made at the start, and
- * are gone at the end. That the rest of a stream is the same over TLS is shown by iostream_test.c,
+ * clients, reload, drain. The clients are OpenSSL's own, in threads. Certificates are made at the
+ * start, and are gone at the end. That the rest of a stream is the same over TLS is shown by iostream_test.c,
  * which runs over TLS too. */
 #define TSRV_TLS_OPENSSL
 #include "test.h"
@@ -642,8 +642,7 @@ TEST_ONCE(test_context_values)
     expect_refused(&options, TSRV_ETLS, "missing.pem");
 }
 
-/* What would otherwise be found out by the first client.
- * EXPECTED TO FAIL until the header refuses it. */
+/* What would otherwise be found out by the first client. */
 TEST_ONCE(test_context_values_that_lack_something)
 {
     tsrv_tls_options options = server_options();
@@ -662,7 +661,6 @@ TEST_ONCE(test_context_values_that_lack_something)
     expect_refused(&options, TSRV_EINVAL, "server_key.pem");
 }
 
-/* EXPECTED TO FAIL until the header refuses it. */
 TEST_ONCE(test_context_min_version)
 {
     tsrv_tls_options options = server_options();
@@ -977,7 +975,6 @@ static void shut_client(int port, void *context)
     dial_free(ssl);
 }
 
-/* EXPECTED TO FAIL until the FIN waits for the handshake. */
 TEST_STREAM(test_shutdown_before_handshake)
 {
     t_case c = {shut_first, t_record_reason, shut_client, NULL, {0}};
@@ -2229,7 +2226,6 @@ static void update_client(int port, void *context)
     t_wait_records(1);
 }
 
-/* EXPECTED TO FAIL in coroutine mode until replies have a limit. */
 TEST_SOFT(test_key_update_flood)
 {
     t_case c = {echo, t_record_reason, update_client, NULL, {0}};
