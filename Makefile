@@ -9,7 +9,6 @@ BACKEND =
 QEMU    =
 PREFIX  = /usr/local
 BUILD   = build
-# The long ones first.
 TESTS   = $(filter-out $(NOT_BUILT),$(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS))
 # ----------------------------------------------------------------------------------------------
 

@@ -1692,3 +1692,142 @@ TEST_ONCE(production_serves_counts_and_ends)
     t_close(other);
     expect_end(&p);
 }
+
+/* ---- echo_tls, mutual_tls -----------------------------------------------------------------*/
+
+/* An `openssl s_client`, with its stdin and stdout. */
+typedef struct tls_client {
+    pid_t pid;
+    int in, out;
+} tls_client;
+
+static char tls_folder[] = "/tmp/tcpserver-tls-XXXXXX";
+static char tls_cert[64], tls_key[64];
+
+/* A certificate for localhost that trusts itself, as make cert makes one. */
+static void make_certificate(void)
+{
+    char line[512];
+    if (system("openssl version >/dev/null 2>&1") != 0) {
+        SKIP("openssl");
+    }
+    CHECK(mkdtemp(tls_folder) != NULL);
+    snprintf(tls_cert, sizeof tls_cert, "%s/cert.pem", tls_folder);
+    snprintf(tls_key, sizeof tls_key, "%s/key.pem", tls_folder);
+    snprintf(line, sizeof line,
+             "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj "
+             "/CN=localhost -addext subjectAltName=DNS:localhost -keyout %s -out %s 2>/dev/null",
+             tls_key, tls_cert);
+    CHECK_INT(system(line), 0);
+}
+
+static void remove_certificate(void)
+{
+    CHECK(unlink(tls_cert) == 0 && unlink(tls_key) == 0 && rmdir(tls_folder) == 0);
+}
+
+/* The example, on any free port. */
+static program start_tls(const char *name)
+{
+    char free_port[16], line[512];
+    snprintf(free_port, sizeof free_port, "%d", t_free_port());
+    const char *arguments[3] = {free_port, tls_cert, tls_key};
+    program p = launch(name, arguments, -1, line, sizeof line);
+    CHECK_INT(sscanf(line, "port %d", &p.port), 1);
+    return p;
+}
+
+static tls_client start_client(int port, const char *alpn, bool certificate)
+{
+    tls_client c;
+    int to[2], from[2];
+    char address[32];
+    snprintf(address, sizeof address, "127.0.0.1:%d", port);
+    CHECK(pipe(to) == 0 && pipe(from) == 0);
+    c.pid = fork();
+    CHECK(c.pid >= 0);
+    if (c.pid == 0) {
+        int null = open("/dev/null", O_WRONLY);
+        dup2(to[0], 0);
+        dup2(from[1], 1);
+        dup2(null, 2);
+        close(to[1]);
+        close(from[0]);
+        if (certificate) {
+            execlp("openssl", "openssl", "s_client", "-quiet", "-connect", address, "-CAfile",
+                   tls_cert, "-verify_return_error", "-verify_hostname", "localhost", "-alpn", alpn,
+                   "-cert", tls_cert, "-key", tls_key, (char *)NULL);
+        } else {
+            execlp("openssl", "openssl", "s_client", "-quiet", "-connect", address, "-CAfile",
+                   tls_cert, "-verify_return_error", "-verify_hostname", "localhost", "-alpn", alpn,
+                   (char *)NULL);
+        }
+        _exit(CANNOT_RUN);
+    }
+    close(to[0]);
+    close(from[1]);
+    c.in = to[1];
+    c.out = from[0];
+    return c;
+}
+
+/* Reads until the text has come. False: the end came first. */
+static bool client_reads(tls_client *c, const char *text)
+{
+    char got[512] = "";
+    size_t used = 0;
+    while (strstr(got, text) == NULL) {
+        struct pollfd ready = {c->out, POLLIN, 0};
+        CHECK(used + 1 < sizeof got);
+        if (poll(&ready, 1, T_PATIENCE * 1000 * t_scale()) != 1) {
+            T_FAIL("instead of \"%s\" came \"%s\"", text, got);
+        }
+        ssize_t n = read(c->out, got + used, sizeof got - 1 - used);
+        if (n <= 0) {
+            return false;
+        }
+        used += (size_t)n;
+        got[used] = 0;
+    }
+    return true;
+}
+
+static void end_client(tls_client *c)
+{
+    t_close(c->in);
+    t_close(c->out);
+    kill(c->pid, SIGTERM);
+    CHECK_INT(waitpid(c->pid, NULL, 0), c->pid);
+}
+
+TEST_ONCE(echo_tls_answers_openssl)
+{
+    make_certificate();
+    program p = start_tls("echo_tls");
+    tls_client c = start_client(p.port, "any", false);
+    CHECK(write(c.in, "hello\n", 6) == 6);
+    CHECK(client_reads(&c, "hello\n"));
+    end_client(&c);
+    stop(&p);
+    remove_certificate();
+}
+
+/* The client's certificate is seen, the protocol is chosen; without a certificate there is nothing. */
+TEST_ONCE(mutual_tls_knows_its_clients)
+{
+    make_certificate();
+    program p = start_tls("mutual_tls");
+    tls_client c = start_client(p.port, "upper", true);
+    CHECK(client_reads(&c, "TLSv1.3, upper, your certificate has "));
+    CHECK(write(c.in, "hello\n", 6) == 6);
+    CHECK(client_reads(&c, "HELLO\n"));
+    end_client(&c);
+    tls_client other = start_client(p.port, "echo", true);
+    CHECK(client_reads(&other, "TLSv1.3, echo, "));
+    end_client(&other);
+    tls_client stranger = start_client(p.port, "echo", false);
+    CHECK(!client_reads(&stranger, "TLSv1.3"));
+    end_client(&stranger);
+    stop(&p);
+    remove_certificate();
+}
