@@ -40,7 +40,7 @@ HAS_OPENSSL := $(shell echo '\#include <openssl/ssl.h>' | $(CC) -E -x c - >/dev/
 TLS_TESTS   = iostream_tls
 NOT_BUILT   = $(if $(HAS_OPENSSL),,tls $(TLS_TESTS) echo_tls mutual_tls)
 LIBS        = -lpthread
-$(DIR)/%tls $(DIR)/%tls_test: LIBS += -lssl -lcrypto
+$(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test: LIBS += -lssl -lcrypto
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)

@@ -1316,6 +1316,7 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #define TSRV_ASSERT(condition) assert(condition)
 #endif
 
+#define TSRVI_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define TSRVI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 /* For what every request goes through: measured, a call of these costs as much as what they do. */
 #define TSRVI_INLINE __attribute__((always_inline))
@@ -1737,8 +1738,6 @@ static inline TSRVI_INLINE tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t
     block->begin = 0;
     block->end = 0;
     block->file = -1;
-    block->offset = 0;
-    block->left = 0;
     return block;
 }
 
@@ -5791,10 +5790,10 @@ static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read
 }
 
 /* Is a TLS handshake under way? */
-static bool tsrvi_stream_shakes_hands(const tsrv_stream *stream)
+static inline TSRVI_INLINE bool tsrvi_stream_shakes_hands(const tsrv_stream *stream)
 {
-    return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
-           stream->killed == 0;
+    return TSRVI_UNLIKELY((stream->flags & TSRVI_TLS) != 0) && !stream->tls->established &&
+           stream->in_end == 0 && stream->killed == 0;
 }
 
 /* When something of this stream itself is due: its callback-mode handler's waits, its blocked
@@ -5990,10 +5989,11 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
 }
 
 /* It has been closed, but what is queued can only be sent when the handshake is done. */
-static bool tsrvi_stream_closes_after_handshake(const tsrv_stream *stream)
+static inline TSRVI_INLINE bool tsrvi_stream_closes_after_handshake(const tsrv_stream *stream)
 {
-    return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
-           stream->killed == TSRV_ECLOSED && stream->unsent != 0 && stream->io.fd >= 0;
+    return TSRVI_UNLIKELY((stream->flags & TSRVI_TLS) != 0) && !stream->tls->established &&
+           stream->in_end == 0 && stream->killed == TSRV_ECLOSED && stream->unsent != 0 &&
+           stream->io.fd >= 0;
 }
 
 /* Does anybody want input now? */
@@ -6019,10 +6019,11 @@ static bool tsrvi_stream_wants_input(const tsrv_stream *stream)
 }
 
 /* Is there input that somebody wants, and that no event will tell of? */
-static bool tsrvi_stream_holds_more(const tsrv_stream *stream)
+static inline TSRVI_INLINE bool tsrvi_stream_holds_more(const tsrv_stream *stream)
 {
-    return stream->tls != NULL && stream->tls->more && stream->io.fd >= 0 &&
-           (stream->flags & TSRVI_LINGER) == 0 && tsrvi_stream_wants_input(stream);
+    return TSRVI_UNLIKELY((stream->flags & TSRVI_TLS) != 0) && stream->tls->more &&
+           stream->io.fd >= 0 && (stream->flags & TSRVI_LINGER) == 0 &&
+           tsrvi_stream_wants_input(stream);
 }
 
 /* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
@@ -6254,9 +6255,12 @@ static size_t tsrvi_blocks_sent(tsrv_stream *stream, tsrvi_block **first, size_t
         tsrvi_block *block = *first;
         uint64_t left = block->file >= 0 ? block->left : block->end - block->begin;
         size_t part = left < sent ? (size_t)left : sent;
-        block->begin += block->file >= 0 ? 0 : part;
-        block->offset += (int64_t)part;
-        block->left -= part;
+        if (block->file >= 0) {
+            block->offset += (int64_t)part;
+            block->left -= part;
+        } else {
+            block->begin += part;
+        }
         stream->unsent -= part;
         sent -= part;
         if (part < left) {
@@ -6881,7 +6885,7 @@ static int tsrvi_gone(int rc)
 }
 
 /* Let everything else run first. TSRV_ECLOSED: the loop is being freed; TSRVI_GONE. */
-static int tsrvi_stream_yield(tsrv_stream *stream)
+static TSRVI_APART int tsrvi_stream_yield(tsrv_stream *stream)
 {
     tsrvi_waiter waiter; /* of no kind, so nothing wakes it; but it learns when the stream goes */
     int rc;
@@ -6893,10 +6897,10 @@ static int tsrvi_stream_yield(tsrv_stream *stream)
 
 /* A call that may complete at once. When a coroutine has made many, or has sent much, the others
  * run first; as tsrvi_stream_yield. */
-static int tsrvi_stream_pay(tsrv_stream *stream)
+static inline TSRVI_INLINE int tsrvi_stream_pay(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (loop->co == NULL || (loop->budget-- > 0 && loop->written <= TSRVI_SEND_LIMIT)) {
+    if (loop->co == NULL || TSRVI_LIKELY(loop->budget-- > 0 && loop->written <= TSRVI_SEND_LIMIT)) {
         return TSRV_OK;
     }
     return tsrvi_stream_yield(stream);
@@ -6960,23 +6964,24 @@ static bool tsrvi_stream_untimed(const tsrv_stream *stream)
  * put the idle time off, or the deadline is set anew. */
 static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
 {
-    uint64_t read_due = TSRVI_FOREVER, due = TSRVI_FOREVER;
+    uint64_t read_due = TSRVI_FOREVER, due;
     int rc;
-    if (!tsrvi_stream_untimed(stream)) {
-        read_due = tsrvi_stream_read_due(stream);
-        tsrvi_stream_touch(stream);
-        due = tsrvi_stream_read_limit(stream, read_due);
-    }
-    do {
-        rc = due <= tsrvi_loop_of(stream)->now
-                 ? TSRV_ETIMEOUT
-                 : tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
-        if (rc != TSRV_ETIMEOUT || stream->killed != 0) {
+    if (tsrvi_stream_untimed(stream)) {
+        rc = tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, TSRVI_FOREVER);
+        if (TSRVI_LIKELY(rc != TSRV_ETIMEOUT) || stream->killed != 0) {
             return rc;
         }
-        due = tsrvi_stream_read_limit(stream, read_due);
-    } while (due > tsrvi_loop_of(stream)->now);
-    return rc;
+    } else {
+        read_due = tsrvi_stream_read_due(stream);
+        tsrvi_stream_touch(stream);
+    }
+    while ((due = tsrvi_stream_read_limit(stream, read_due)) > tsrvi_loop_of(stream)->now) {
+        rc = tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
+        if (rc != TSRV_ETIMEOUT || stream->killed != 0) {
+            return rc; /* a stream that has ended by a time limit says the same */
+        }
+    }
+    return TSRV_ETIMEOUT;
 }
 
 /* In a callback-mode handler: note that it waits for a read, or that the wait is over. */
@@ -8280,7 +8285,7 @@ static void tsrvi_stream_feed_handler(tsrv_stream *stream)
     }
 }
 
-static void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
+static inline TSRVI_INLINE void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
 {
     tsrvi_waiter *waiter = tsrvi_stream_waiter(stream, TSRVI_FOR_READ);
     int rc;
@@ -8417,10 +8422,7 @@ static void tsrvi_stream_run(tsrvi_task *task)
     } else if ((stream->flags & TSRVI_CALL) != 0) {
         tsrvi_stream_call(stream);
     } else if (tsrvi_stream_holds_more(stream)) {
-        tsrvi_stream_readable(stream, false);
-        if ((stream->flags & TSRVI_DIRTY) == 0) {
-            tsrvi_stream_rest(stream);
-        }
+        tsrvi_stream_event(&stream->io, TSRV_READABLE);
     }
 }
 

@@ -1,7 +1,7 @@
 /* TLS: contexts, handshakes and how they fail, ends, volume, client certificates, STARTTLS,
  * clients, reload, drain. The clients are OpenSSL's own, in threads. Certificates are made at the
- * start, and are gone at the end. That the rest of a stream is the same over TLS is shown by iostream_test.c,
- * which runs over TLS too. */
+ * start, and are gone at the end. That the rest of a stream is the same over TLS is shown by
+ * iostream_test.c, which runs over TLS too. */
 #define TSRV_TLS_OPENSSL
 #include "test.h"
 
