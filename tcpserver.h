@@ -5100,11 +5100,14 @@ static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
 {
     char byte;
     size_t got = 0;
-    int result;
+    int result, rc = TSRV_OK;
     tsrvi_tls_look(tls);
     result = SSL_peek_ex(tls->ssl, &byte, 1, &got);
-    tls->more = result == 1;
-    return result == 1 ? (int)TSRV_OK : tsrvi_tls_code(tls, result, reason, size);
+    if (result != 1) {
+        rc = tsrvi_tls_code(tls, result, reason, size);
+    }
+    tls->more = rc != TSRV_EAGAIN; /* data or an end, which the kernel has no more */
+    return rc;
 }
 
 /* Make records of plaintext: how much of it, at most one record; 0 = no memory. */
@@ -6113,7 +6116,10 @@ static void tsrvi_stream_drain(tsrv_stream *stream)
         return;
     }
     if (tsrvi_stream_peek(stream) != TSRV_EAGAIN) {
-        return; /* an event will tell the handler */
+        if (tsrvi_stream_holds_more(stream)) {
+            tsrvi_stream_later(stream, 0);
+        }
+        return; /* else an event will tell the handler */
     }
     stream->flags |= TSRVI_STOPPED;
     stream->in_end = TSRV_EOF;
@@ -9793,6 +9799,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
 #define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
 #define TSRVI_START_MS 30000       /* a replacement that is silent for so long counts as ready */
 #define TSRVI_BEAT_MS 500   /* between two beats of a worker, or a quarter of the heartbeat */
+#define TSRVI_LOOK_MS 1000  /* at least so often the parent looks at its workers */
 #define TSRVI_ORPHAN_MS 400 /* that a worker has left when its parent is dead */
 
 TSRV_API int tsrv_task_id(void)
@@ -10659,10 +10666,11 @@ static bool tsrvi_supervisor_act(tsrvi_supervisor *s, uint64_t now)
     return tsrvi_supervisor_roll(s, now);
 }
 
-/* Milliseconds until something is due; -1 = nothing is. */
+/* Milliseconds until something is due, but at most a second: the host's code in this process may take
+ * our signal handlers away, and then only looking helps. */
 static int tsrvi_supervisor_sleep_ms(const tsrvi_supervisor *s, uint64_t now)
 {
-    uint64_t due = s->watchdog;
+    uint64_t due = tsrvi_earlier(s->watchdog, now + TSRVI_LOOK_MS * TSRVI_MS);
     for (int place = 0; place < 2 * s->workers; place++) {
         const tsrvi_child *child = &s->children[place];
         if (child->state != TSRVI_VACANT) {
@@ -10675,7 +10683,7 @@ static int tsrvi_supervisor_sleep_ms(const tsrvi_supervisor *s, uint64_t now)
     if (s->fresh >= 0) {
         due = tsrvi_earlier(due, s->children[s->fresh].started + TSRVI_START_MS * TSRVI_MS);
     }
-    return due == TSRVI_FOREVER ? -1 : due <= now ? 0 : (int)((due - now - 1) / TSRVI_MS + 1);
+    return due <= now ? 0 : (int)((due - now - 1) / TSRVI_MS + 1);
 }
 
 static void tsrvi_supervisor_sleep(const tsrvi_supervisor *s, uint64_t now)

@@ -696,7 +696,8 @@ static inline bool t_watch_child(int input, char *output, size_t capacity, int *
     return ended;
 }
 
-static inline void t_run_variant(const t_test *test, const char *label)
+/* With show, what a test that has passed has to say, its figures, is printed too. */
+static inline void t_run_variant(const t_test *test, const char *label, bool show)
 {
     static char output[65536];
     int pipe_fds[2], status = 0;
@@ -719,6 +720,9 @@ static inline void t_run_variant(const t_test *test, const char *label)
     bool skip = ended && WIFEXITED(status) && WEXITSTATUS(status) == T_SKIPPED;
     if (ended && WIFEXITED(status) && WEXITSTATUS(status) == 0) {
         t_passed++;
+        if (show && output[0] != 0) {
+            printf("%s: %s", label, output);
+        }
     } else if (skip && (ci == NULL || strcmp(ci, "true") != 0)) {
         t_skipped++;
         printf("SKIP %s: %s", label, output);
@@ -772,7 +776,7 @@ static inline void t_run_test(const t_test *test, const t_choice *choice, const 
             if (choice->list) {
                 puts(label);
             } else {
-                t_run_variant(test, label);
+                t_run_variant(test, label, choice->filter != NULL);
             }
         }
     }

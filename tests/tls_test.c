@@ -3343,3 +3343,91 @@ TEST_ONCE(test_no_memory_for_contexts)
     CHECK(k > 3);
     tsrv_tls_free(tls);
 }
+
+/* ---- SIGHUP -------------------------------------------------------------------------------*/
+
+static int hup_port, hup_processes;
+
+/* A whole server in a process of its own, with the certificate that is replaced. */
+static pid_t serve_reload(void)
+{
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        tsrv_tls_options tls_options = server_options();
+        tsrv_server_options options;
+        memset(&options, 0, sizeof options);
+        tls_options.cert_file = path("reload.pem");
+        options.mode = t_mode;
+        options.handle_stream = echo;
+        if (tsrv_tls_new(&options.tls, &tls_options) != TSRV_OK) {
+            _exit(2);
+        }
+        int rc = tsrv_serve(hup_port, "127.0.0.1", hup_processes, &options);
+        tsrv_tls_free(options.tls);
+        _exit(rc == TSRV_OK ? 0 : 1);
+    }
+    return pid;
+}
+
+static bool hup_listens(void *context)
+{
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    (void)context;
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)hup_port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    bool listens = connect(fd, (struct sockaddr *)&address, sizeof address) == 0;
+    t_close(fd);
+    return listens;
+}
+
+/* Does a new connection get this certificate? */
+static bool hup_serves(void *expected)
+{
+    char name[64];
+    SSL *ssl = dial_open(hup_port, &usual);
+    bool serves = strcmp(peer_name(ssl, name, sizeof name), (const char *)expected) == 0;
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+    return serves;
+}
+
+static void hup(int processes)
+{
+    int status = 0;
+    hup_processes = processes;
+    hup_port = t_free_port();
+    copy_file("server.pem", "reload.pem");
+    pid_t pid = serve_reload();
+    CHECK(t_wait_until(hup_listens, NULL));
+    CHECK(hup_serves((void *)"server"));
+    SSL *old = dial_open(hup_port, &usual);
+    dial_echo(old, "before");
+    copy_file("server2.pem", "reload.pem");
+    CHECK(kill(pid, SIGHUP) == 0);
+    CHECK(t_wait_until(hup_serves, (void *)"server2"));
+    if (processes == 1) {
+        dial_echo(old, "the old one goes on");
+        dial_finish(old);
+    } else { /* it is idle, and its worker is drained: TLS's own end, not a reset */
+        dial_expect_end(old);
+        dial_free(old);
+    }
+    CHECK(kill(pid, SIGTERM) == 0);
+    CHECK_INT(waitpid(pid, &status, 0), pid);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+}
+
+TEST_SOFT(test_sighup_reloads_a_single_process)
+{
+    hup(1);
+}
+
+TEST_SOFT(test_sighup_reloads_workers)
+{
+    hup(2);
+}
