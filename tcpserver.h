@@ -10666,8 +10666,8 @@ static bool tsrvi_supervisor_act(tsrvi_supervisor *s, uint64_t now)
     return tsrvi_supervisor_roll(s, now);
 }
 
-/* Milliseconds until something is due, but at most a second: the host's code in this process may take
- * our signal handlers away, and then only looking helps. */
+/* Milliseconds until something is due, but at most a second: the host's code in this process may
+ * take our signal handlers away, and then only looking helps. */
 static int tsrvi_supervisor_sleep_ms(const tsrvi_supervisor *s, uint64_t now)
 {
     uint64_t due = tsrvi_earlier(s->watchdog, now + TSRVI_LOOK_MS * TSRVI_MS);
