@@ -43,6 +43,8 @@ LIBS        = -lpthread
 $(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test: LIBS += -lssl -lcrypto
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
+# Examples once more, for the tests: in callback mode.
+CALLBACKS = $(DIR)/callback_http $(DIR)/callback_redis
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)
 
 all: examples
@@ -64,7 +66,7 @@ run: $(DIR)/echo
 
 examples: $(EXAMPLES)
 
-test: $(EXAMPLES) $(PROGRAMS)
+test: $(EXAMPLES) $(CALLBACKS) $(PROGRAMS)
 	@$(if $(NOT_BUILT),echo "left out for want of OpenSSL: $(NOT_BUILT)")
 	@EXAMPLES='$(DIR)' sh tests/run.sh '$(strip $(RUN))' '$(BACKEND)' $(PROGRAMS)
 
@@ -87,6 +89,9 @@ install:
 
 clean:
 	rm -rf '$(BUILD)'
+
+$(DIR)/callback_%: examples/%.c tests/callback.h $(wildcard examples/*.h) tcpserver.h | $(DIR)
+	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -include tests/callback.h -o $@ $< $(LIBS)
 
 $(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)

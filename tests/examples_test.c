@@ -5,6 +5,9 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+/* Examples whose handlers do in both modes: see callback.h. */
+#define TEST_MODES(name) T_TEST(name, T_COROUTINES | T_CALLBACKS)
+
 #define ATTEMPTS 10             /* ports to try: another process may take a free one first */
 #define CANNOT_RUN 126          /* what a child that cannot become the program ends with */
 #define MAX_ECHO (1024 * 1024)  /* the longest line of the echo servers, its newline included */
@@ -61,7 +64,8 @@ static bool try_start(program *p, int *status)
     const char *directory = getenv("EXAMPLES");
     char path[4096], port[16], line[256], expected[256];
     int fds[2];
-    snprintf(path, sizeof path, "%s/%s", directory != NULL ? directory : "build/cc-c99", p->name);
+    snprintf(path, sizeof path, "%s/%s%s", directory != NULL ? directory : "build/cc-c99",
+             t_mode == TSRV_CALLBACK ? "callback_" : "", p->name);
     if (access(path, X_OK) != 0) {
         SKIP("the built examples (make examples, and EXAMPLES=directory)");
     }
@@ -136,7 +140,8 @@ static program launch(const char *name, const char *const *arguments, int input,
     char path[4096], text[512];
     int fds[2], status;
     size_t prefix = strlen(name) + strlen(": listening on ");
-    snprintf(path, sizeof path, "%s/%s", examples(), name);
+    snprintf(path, sizeof path, "%s/%s%s", examples(), t_mode == TSRV_CALLBACK ? "callback_" : "",
+             name);
     if (access(path, X_OK) != 0) {
         SKIP("the built examples (make examples, and EXAMPLES=directory)");
     }
@@ -1073,7 +1078,7 @@ static void stop_http(site *s)
     "Connection: close\r\nContent-Length: 0\r\n\r\n"
 #define NOT_ALLOWED "405 Not Allowed\r\nAllow: GET, HEAD"
 
-TEST_ONCE(http_keeps_the_connection)
+TEST_MODES(http_keeps_the_connection)
 {
     static const char requests[] = "GET / HTTP/1.1\r\nHost: x\r\n\r\n"
                                    "GET /small.txt?query HTTP/1.1\r\n\r\n"
@@ -1109,7 +1114,7 @@ TEST_ONCE(http_keeps_the_connection)
     stop_http(&s);
 }
 
-TEST_ONCE(http_sends_a_file_intact)
+TEST_MODES(http_sends_a_file_intact)
 {
     site s = start_http();
     char *in = allocate(BIG);
@@ -1142,7 +1147,7 @@ static void expect_reply(const site *s, const char *request, size_t size, const 
 }
 
 /* "../http" and "../echo" exist: they are the built examples. */
-TEST_ONCE(http_does_not_leave_its_directory)
+TEST_MODES(http_does_not_leave_its_directory)
 {
     static const char *const targets[] = {"/../http",       "/../echo",        "/x/../../echo",
                                           "/./small.txt",   "//../echo",       "/..",
@@ -1157,7 +1162,7 @@ TEST_ONCE(http_does_not_leave_its_directory)
     stop_http(&s);
 }
 
-TEST_ONCE(http_refuses_what_it_does_not_understand)
+TEST_MODES(http_refuses_what_it_does_not_understand)
 {
     static const char *const requests[] = {
         "nonsense\r\n\r\n",
@@ -1202,7 +1207,7 @@ TEST_ONCE(http_refuses_what_it_does_not_understand)
 }
 
 /* Whatever its length is said to be, nothing of a body is taken for a request. */
-TEST_ONCE(http_drops_bodies)
+TEST_MODES(http_drops_bodies)
 {
     static const char *const fields[] = {"Content-Length: 40", "content-length:0",
                                          "Content-Length: 99999999999999999999999",
@@ -1292,7 +1297,7 @@ static const char *redis_text(const char *send)
     return text;
 }
 
-TEST_ONCE(redis_answers_each_command)
+TEST_MODES(redis_answers_each_command)
 {
     program p = start_with("redis", NULL, NULL);
     int fd = t_connect(p.port);
@@ -1307,7 +1312,7 @@ TEST_ONCE(redis_answers_each_command)
 }
 
 /* The other connection's round trip makes the halves arrive one by one. */
-TEST_ONCE(redis_pipelines_split_at_every_byte)
+TEST_MODES(redis_pipelines_split_at_every_byte)
 {
     char script[4096] = "", replies[4096] = "";
     for (size_t i = 0; i < REDIS_STEPS; i++) {
@@ -1329,7 +1334,7 @@ TEST_ONCE(redis_pipelines_split_at_every_byte)
 }
 
 /* Keys and values of any bytes, many of them, and one that takes nearly all of the buffer. */
-TEST_ONCE(redis_keeps_what_it_is_given)
+TEST_MODES(redis_keeps_what_it_is_given)
 {
     enum { KEYS = 2000, LARGE = 1000000 };
     static const char binary[] = "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xff\r\n$3\r\n\0\0\n\r\n"
@@ -1375,7 +1380,7 @@ TEST_ONCE(redis_keeps_what_it_is_given)
     stop(&p);
 }
 
-TEST_ONCE(redis_ends_after_a_protocol_error)
+TEST_MODES(redis_ends_after_a_protocol_error)
 {
     static const char *const errors[] = {
         "*1\r\n$-1\r\n",        "*-1\r\n",
