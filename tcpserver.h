@@ -5954,6 +5954,13 @@ static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
     tsrv_wake(stream);
 }
 
+/* What the session has sealed since it was last looked at is unsent output. */
+static void tsrvi_stream_count_sealed(tsrv_stream *stream)
+{
+    stream->unsent += stream->tls->sealed_size - stream->tls->counted;
+    stream->tls->counted = stream->tls->sealed_size;
+}
+
 /* Go on with what follows the output: FIN, then lingering, then the descriptor's end. */
 static void tsrvi_stream_ending(tsrv_stream *stream)
 {
@@ -5967,8 +5974,7 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
     if (stream->tls != NULL && stream->tls->established && !stream->tls->notified &&
         (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
         tsrvi_tls_notify_end(stream->tls);
-        stream->unsent += stream->tls->sealed_size - stream->tls->counted;
-        stream->tls->counted = stream->tls->sealed_size;
+        tsrvi_stream_count_sealed(stream);
         tsrvi_stream_soon(stream); /* send it, and come here again */
         return;
     }
@@ -6328,13 +6334,6 @@ static void tsrvi_stream_send_failed(tsrv_stream *stream, int code)
 }
 
 /* ---- sending over TLS ------------------------------------------------------*/
-
-/* What the session has sealed since it was last looked at is unsent output. */
-static void tsrvi_stream_count_sealed(tsrv_stream *stream)
-{
-    stream->unsent += stream->tls->sealed_size - stream->tls->counted;
-    stream->tls->counted = stream->tls->sealed_size;
-}
 
 /* Make a record of what is at the head of the queue. Returns TSRV_OK or why not. */
 static int tsrvi_stream_seal_block(tsrv_stream *stream)
