@@ -9,7 +9,7 @@ BACKEND =
 QEMU    =
 PREFIX  = /usr/local
 BUILD   = build
-TESTS   = $(filter-out $(NOT_BUILT),$(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS))
+TESTS   = $(filter-out $(NOT_BUILT),$(LONGEST) $(filter-out $(LONGEST),$(ALL_TESTS)))
 # ----------------------------------------------------------------------------------------------
 
 WARNINGS = -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wvla \
@@ -35,6 +35,8 @@ RUN = $(QEMU) $(RUN_$(SAN))
 export TSAN_OPTIONS = atexit_sleep_ms=0
 export TEST_TIMEOUT_SCALE ?= $(if $(SAN),10,1)
 
+ALL_TESTS = $(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS)
+LONGEST   = tls iostream_tls iostream drain process # these begin first
 # What ends in tls needs OpenSSL. Tests named ..._tls are those without, run once more over TLS.
 HAS_OPENSSL := $(shell echo '\#include <openssl/ssl.h>' | $(CC) -E -x c - >/dev/null 2>&1 && echo yes)
 TLS_TESTS   = iostream_tls
