@@ -1,8 +1,6 @@
 /* What two audits of the library found, each by the rule that it broke. */
 #include "script.h"
 
-#include <sys/ioctl.h>
-
 #define KIB ((size_t)1024)
 #define MIB ((size_t)1024 * 1024)
 
@@ -1577,23 +1575,30 @@ TEST_SCRIPT(stacks_of_the_usual_size_are_kept)
 static char *file_bytes;
 static size_t file_promised;
 static int file_code, file_served;
-static char file_path[64];
+static FILE *file;
 
 /* A file of so many bytes. */
 static void make_file(size_t size)
 {
-    snprintf(file_path, sizeof file_path, "/tmp/tsrv_audit_XXXXXX");
-    int fd = mkstemp(file_path);
+    file = tmpfile();
     file_bytes = make(size);
-    CHECK(fd >= 0 && write(fd, file_bytes, size) == (ssize_t)size);
-    t_close(fd);
+    CHECK(file != NULL && (size == 0 || fwrite(file_bytes, size, 1, file) == 1));
+    CHECK(fflush(file) == 0);
     file_promised = size;
 }
 
 static void remove_file(void)
 {
-    CHECK(unlink(file_path) == 0);
+    fclose(file);
     free(file_bytes);
+}
+
+/* A descriptor of it, to be closed. */
+static int open_file(void)
+{
+    int fd = dup(fileno(file));
+    CHECK(fd >= 0);
+    return fd;
 }
 
 /* For each line, the file between two writes. The descriptor is closed at once, and its number
@@ -1604,8 +1609,7 @@ static int send_file(tsrv_stream *stream, const tsrv_address *address, void *con
     int rc;
     (void)address, (void)context;
     while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
-        int fd = open(file_path, O_RDONLY), other;
-        CHECK(fd >= 0);
+        int fd = open_file(), other;
         tsrv_write(stream, "head\n", 5);
         file_code = tsrv_sendfile(stream, fd, 0, file_promised);
         t_close(fd);
@@ -1747,7 +1751,7 @@ static int send_to_nobody(tsrv_stream *stream, const tsrv_address *address, void
         t_reset(gone_fd);
         CHECK(recv(tsrv_fd(stream), &byte, 1, MSG_DONTWAIT) < 0);
         CHECK_INT(errno, ECONNRESET);
-        int fd = open(file_path, O_RDONLY);
+        int fd = open_file();
         CHECK_INT(tsrv_sendfile(stream, fd, 0, file_promised), TSRV_OK);
         t_close(fd);
     }

@@ -637,8 +637,10 @@ static inline int t_open_fds(void)
 static inline void t_run_child(const t_test *test, int output)
 {
     setpgid(0, 0);
-    signal(SIGINT, SIG_DFL);
-    signal(SIGTERM, SIG_DFL);
+    for (int i = 0; i < 4; i++) { /* nohup, and shells in the background, have some of them ignored */
+        static const int defaults[] = {SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+        signal(defaults[i], SIG_DFL);
+    }
     if (dup2(output, 1) < 0 || dup2(output, 2) < 0) {
         _exit(1);
     }
