@@ -4389,6 +4389,7 @@ typedef struct tsrvi_tls_set {
     char **names;
     int count;
     bool native; /* the context is the program's */
+    bool system; /* clients trust whom the system does, and that has not been read yet */
     unsigned alpn_size;
     unsigned char alpn[256]; /* as on the wire: sizes and names */
 } tsrvi_tls_set;
@@ -4415,6 +4416,14 @@ static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
     TSRV_FREE(set->others);
     TSRV_FREE(set->names);
     TSRV_FREE(set);
+}
+
+/* Another session's errors are not this one's. To ask first is cheaper than to clear what is empty. */
+static void tsrvi_tls_forget_errors(void)
+{
+    if (TSRVI_UNLIKELY(ERR_peek_error() != 0)) {
+        ERR_clear_error();
+    }
 }
 
 /* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. */
@@ -4551,8 +4560,7 @@ static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *option
                                                                : SSL_VERIFY_NONE;
     SSL_CTX_set_verify(context, verify, NULL);
     if (options->ca_file == NULL) {
-        SSL_CTX_set_default_verify_paths(context);
-        return TSRV_OK;
+        return TSRV_OK; /* the system's, which are many: only when a client needs them */
     }
     if (SSL_CTX_load_verify_locations(context, options->ca_file, NULL) != 1) {
         return tsrvi_tls_complain("CA file", options->ca_file);
@@ -4656,6 +4664,7 @@ static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls_options *options, int *rc
         return NULL;
     }
     set->references = 1;
+    set->system = options->ca_file == NULL && options->native_context == NULL;
     *rc = tsrvi_tls_alpn_parse(options->alpn, set);
     if (*rc == TSRV_OK && options->native_context != NULL) {
         set->context = (SSL_CTX *)options->native_context;
@@ -4994,6 +5003,10 @@ static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name
     BIO_METHOD *method = tsrvi_tls_bio_method();
     BIO *bio = tls == NULL || method == NULL ? NULL : BIO_new(method);
     int rc = -ENOMEM;
+    if (server_name != NULL && from->set->system) {
+        from->set->system = false;
+        SSL_CTX_set_default_verify_paths(from->set->context);
+    }
     if (bio != NULL && (tls->ssl = SSL_new(from->set->context)) != NULL) {
         rc = TSRV_OK;
     }
@@ -5056,7 +5069,7 @@ static void tsrvi_tls_look(tsrvi_tls *tls)
 {
     tls->drained = false;
     tls->received = 0;
-    ERR_clear_error(); /* another session's errors are not ours */
+    tsrvi_tls_forget_errors();
 }
 
 /* Go on with the handshake: TSRV_OK when it is done, or as tsrvi_tls_code. */
@@ -5114,7 +5127,7 @@ static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
 {
     size_t taken = 0;
-    ERR_clear_error();
+    tsrvi_tls_forget_errors();
     if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
         ERR_clear_error();
         return 0;

@@ -19,7 +19,7 @@ run() {
     "$@" "$bench/$server" $port "$build/cert.pem" "$build/key.pem" >/dev/null 2>&1 &
     front=$!
     "$bench/tls_client" $port "$count" || echo "the client failed"
-    pkill -INT -P $front 2>/dev/null || kill -INT $front
+    pkill -TERM -P $front 2>/dev/null || kill -TERM $front
     wait $front
 }
 

@@ -19,7 +19,7 @@ int main(int argc, char **argv)
     address.sin_port = htons((unsigned short)(argc > 1 ? atoi(argv[1]) : 0));
     address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     while (connect(fd, (struct sockaddr *)&address, sizeof address) != 0) {
-        if (++tries == 100) {
+        if (++tries == 600) {
             return 1; /* the server does not come up */
         }
         usleep(50000);
@@ -31,6 +31,7 @@ int main(int argc, char **argv)
     }
     for (int i = 0; i < count; i++) {
         int got = 0, part = 0;
+        usleep(2000); /* the server has found nothing more and sleeps, as it would if it were not traced */
         if (SSL_write(ssl, line, 64) != 64) {
             return 1;
         }
