@@ -1033,23 +1033,42 @@ static bool no_zombie(void *pid)
     return zombies_of(*(pid_t *)pid) == 0;
 }
 
+/* Starts the program as process 1 of a namespace, and returns its pid here. What makes the namespace is
+ * a process of its own, which could not fork any more once process 1 has ended. */
+static pid_t launch_as_process_1(void)
+{
+    pid_t maker = fork(), pid;
+    CHECK(maker >= 0);
+    if (maker == 0) {
+        if (unshare(CLONE_NEWPID) != 0) {
+            _exit(T_SKIPPED);
+        }
+        pid = fork();
+        if (pid == 0) {
+            CHECK_INT(getpid(), 1);
+            CHECK(unshare(CLONE_NEWNS) == 0); /* LeakSanitizer looks itself up in /proc */
+            CHECK(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0);
+            CHECK(mount("proc", "/proc", "proc", 0, NULL) == 0);
+            run_program(program_bare);
+        }
+        board->pids[PIDS - 1] = pid;
+        _exit(0);
+    }
+    int status = await_end(maker); /* and the program becomes ours */
+    if (WEXITSTATUS(status) == T_SKIPPED) {
+        SKIP("the right to make a PID namespace (root)");
+    }
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    return board->pids[PIDS - 1];
+}
+
 TEST_ONCE(works_as_process_1)
 {
     int ready = 2;
     workers = 2;
     bare_worker = makes_an_orphan;
     open_board();
-    if (unshare(CLONE_NEWPID) != 0) {
-        SKIP("the right to make a PID namespace (root)");
-    }
-    pid_t pid = fork();
-    if (pid == 0) {
-        CHECK_INT(getpid(), 1);
-        CHECK(unshare(CLONE_NEWNS) == 0); /* LeakSanitizer looks itself up in /proc */
-        CHECK(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0);
-        CHECK(mount("proc", "/proc", "proc", 0, NULL) == 0);
-        run_program(program_bare);
-    }
+    pid_t pid = launch_as_process_1();
     CHECK(t_wait_until(has_value, &ready));
     poll(NULL, 0, 100);
     CHECK(t_wait_until(no_zombie, &pid));
