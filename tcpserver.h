@@ -7445,16 +7445,15 @@ static bool tsrvi_write_is_long(const tsrv_stream *stream)
            (written > TSRVI_SEND_LIMIT && written > stream->server->options.write_high_water);
 }
 
-/* Wait until the output is below the high water. The write itself has been taken, so the wait's own
- * end is no error. */
+/* Wait until the output has been below the high water. The write itself has been taken, so the wait's
+ * own end is no error, and it does not wait again when another writer was quicker to fill the queue. */
 static int tsrvi_write_pause(tsrv_stream *stream)
 {
     int rc = TSRV_OK;
     tsrvi_stream_flush(stream);
-    while (tsrvi_stream_above_mark(stream) && stream->killed == 0) {
-        if ((rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_ROOM, TSRVI_FOREVER)) < 0) {
-            return rc;
-        }
+    if (tsrvi_stream_above_mark(stream) && stream->killed == 0) {
+        rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_ROOM, TSRVI_FOREVER);
+        return rc < 0 ? rc : stream->killed;
     }
     if (tsrvi_write_is_long(stream) && (rc = tsrvi_stream_yield(stream)) < 0) {
         return rc;
@@ -7507,8 +7506,10 @@ static int tsrvi_write_pieces(tsrv_stream *stream, const char *data, size_t size
     piece = tsrvi_min(piece, options->max_write_buffer_size);
     while (rc == TSRV_OK && taken < size) {
         size_t part = tsrvi_min(size - taken, piece);
-        if ((rc = tsrvi_write_pause(stream)) == TSRV_OK &&
-            (rc = tsrvi_write_broken(stream)) == TSRV_OK) {
+        do {
+            rc = tsrvi_write_pause(stream);
+        } while (rc == TSRV_OK && tsrvi_stream_above_mark(stream));
+        if (rc == TSRV_OK && (rc = tsrvi_write_broken(stream)) == TSRV_OK) {
             rc = tsrvi_write_take(stream, data + taken, part);
             taken += part;
         }
