@@ -4418,7 +4418,8 @@ static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
     TSRV_FREE(set);
 }
 
-/* Another session's errors are not this one's. To ask first is cheaper than to clear what is empty. */
+/* Another session's errors are not this one's. To ask first is cheaper than to clear what is
+ * empty. */
 static void tsrvi_tls_forget_errors(void)
 {
     if (TSRVI_UNLIKELY(ERR_peek_error() != 0)) {
@@ -7445,8 +7446,9 @@ static bool tsrvi_write_is_long(const tsrv_stream *stream)
            (written > TSRVI_SEND_LIMIT && written > stream->server->options.write_high_water);
 }
 
-/* Wait until the output has been below the high water. The write itself has been taken, so the wait's
- * own end is no error, and it does not wait again when another writer was quicker to fill the queue. */
+/* Wait until the output has been below the high water. The write itself has been taken, so the
+ * wait's own end is no error, and it does not wait again when another writer was quicker to fill
+ * the queue. */
 static int tsrvi_write_pause(tsrv_stream *stream)
 {
     int rc = TSRV_OK;
