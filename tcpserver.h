@@ -6020,7 +6020,7 @@ static inline TSRVI_INLINE bool tsrvi_stream_closes_after_handshake(const tsrv_s
 }
 
 /* Does anybody want input now? */
-static bool tsrvi_stream_wants_input(const tsrv_stream *stream)
+static inline TSRVI_INLINE bool tsrvi_stream_wants_input(const tsrv_stream *stream)
 {
     if ((stream->flags & TSRVI_LINGER) != 0 || tsrvi_stream_closes_after_handshake(stream)) {
         return true;
@@ -7238,8 +7238,8 @@ static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delim
     if (last == NULL) {
         return false;
     }
-    slice->data = tsrvi_chunk_data(chunk) + chunk->begin;
-    slice->size = (size_t)(++last - slice->data);
+    slice->data = data;
+    slice->size = (size_t)(++last - data);
     chunk->begin += slice->size; /* as tsrvi_chunk_take; nothing else is to be reset */
     chunk->saved = *last;
     *last = 0;
