@@ -141,20 +141,32 @@ static int serve_lines(tsrv_stream *stream, const tsrv_address *address, void *c
     return rc;
 }
 
-/* bind and start: the second way of Tornado. */
-static int program_bind_start(void)
+static tsrv_server *new_server(void)
 {
     tsrv_server *server;
-    tsrv_address address;
-    int rc;
     server_options.mode = t_mode;
     server_options.handle_stream = serve_lines;
-    server_options.on_start = on_start;
     CHECK_INT(tsrv_server_new(&server, &server_options), TSRV_OK);
+    return server;
+}
+
+/* Bound to a port that the test reads from the board. */
+static tsrv_server *new_bound_server(void)
+{
+    tsrv_server *server = new_server();
+    tsrv_address address;
     CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", &bind_options), TSRV_OK);
     CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
     __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
-    rc = tsrv_server_start(server, workers, &fork_options);
+    return server;
+}
+
+/* bind and start: the second way of Tornado. */
+static int program_bind_start(void)
+{
+    server_options.on_start = on_start;
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
     if (rc == TSRV_OK) {
         rc = tsrv_loop_run(NULL);
     } else {
@@ -467,15 +479,6 @@ TEST_LOOP(test_listen_multi_reuse_port)
 }
 
 /* ---- what is refused ----------------------------------------------------------------------*/
-
-static tsrv_server *new_server(void)
-{
-    tsrv_server *server;
-    server_options.mode = t_mode;
-    server_options.handle_stream = serve_lines;
-    CHECK_INT(tsrv_server_new(&server, &server_options), TSRV_OK);
-    return server;
-}
 
 static int nested_worker(void)
 {
@@ -830,13 +833,8 @@ static void start_own_signal(tsrv_server *server, void *context)
 /* An own watch on SIGTERM replaces the drain: the connection is cut at once. */
 static int program_own_signal(void)
 {
-    tsrv_server *server = new_server();
-    tsrv_address address;
-    int rc;
-    CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
-    rc = tsrv_server_start(server, workers, &fork_options);
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
     if (rc == TSRV_OK) {
         rc = tsrv_loop_run(NULL);
         tsrv_signal_stop(&own_signal);
@@ -1292,13 +1290,8 @@ TEST_SOFT(a_rolling_restart_under_load_fails_nobody)
 /* A replacement that does not get to accept does not cost the old worker its place. */
 static int program_fails_later(void)
 {
-    tsrv_server *server = new_server();
-    tsrv_address address;
-    int rc;
-    CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
-    rc = tsrv_server_start(server, workers, &fork_options);
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
     if (rc == TSRV_OK && __atomic_load_n(&board->value, __ATOMIC_ACQUIRE) != 0) {
         rc = -EIO;
     } else if (rc == TSRV_OK) {
