@@ -884,7 +884,8 @@ TEST_STREAM(an_answer_survives_unread_input)
 
 /* ---- (5) one byte at a time -------------------------------------------------------------------*/
 
-enum { LIMIT_MS = 300, STEP_MS = 50 };
+/* BUSY_MS is what a busy machine may take on top; without the limit it would be half a minute. */
+enum { LIMIT_MS = 300, STEP_MS = 50, BUSY_MS = 1000 };
 
 /* Reads lines until one takes too long. */
 static int read_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -931,7 +932,7 @@ static void trickle_client(int port, void *context)
     bool lines = *(const char *)context == 'd';
     int64_t took = trickle(port, lines ? "x\n" : "x", STEP_MS, 1000, &last);
     printf("ended after %d ms\n", (int)took);
-    CHECK_NEAR_MS(took, LIMIT_MS - 1, LIMIT_MS + 200);
+    CHECK_NEAR_MS(took, LIMIT_MS - 1, LIMIT_MS + BUSY_MS);
 }
 
 static void run_trickle(const char *kind, int read_timeout_ms)
@@ -970,7 +971,7 @@ static void idle_trickle_client(int port, void *context)
     printf("last byte at %d ms, ended after %d ms\n", (int)last, (int)took);
     CHECK(last >= 8 * STEP_MS * t_scale() && took > last);
     CHECK(took - last >= LIMIT_MS * t_scale() - 2);
-    CHECK_NEAR_MS(took - last, 0, LIMIT_MS + 200);
+    CHECK_NEAR_MS(took - last, 0, LIMIT_MS + BUSY_MS);
 }
 
 TEST_STREAM(a_trickle_keeps_the_idle_time_away_but_silence_does_not)
@@ -1307,8 +1308,7 @@ static void pipeline_client(int port, void *context)
     printf("%d requests beside %d pings, the longest %d ms; stack here %d, outside %d bytes\n",
            p->requests, pings, (int)longest, (int)(p->here.high - p->here.low),
            (int)(p->outside.high - p->outside.low));
-    CHECK(pings > 1);
-    CHECK_NEAR_MS(longest, 0, 200);
+    CHECK(pings > 0 && p->requests / pings < 3000); /* counted, since a busy machine only delays */
     t_close(p->fd);
     t_reset(fd);
 }
@@ -1630,7 +1630,7 @@ static void half_open_once(int port, bool tcp, bool sends)
         poll(NULL, 0, 5);
         CHECK_NEAR_MS(t_now_ms() - start, 0, 5000);
     } while (t_record_count() == before);
-    CHECK_NEAR_MS(t_now_ms() - start, CLOSE_MS - 1, CLOSE_MS + 150);
+    CHECK_NEAR_MS(t_now_ms() - start, CLOSE_MS - 1, CLOSE_MS + BUSY_MS);
     CHECK_INT(t_recorded(before), 7);
     CHECK_INT(server_stats().open, 0);
     if (!sends) {

@@ -983,9 +983,8 @@ static void pipe_client(int port, void *context)
 }
 
 /* Pipes are socket pairs here; a pipe itself is refused, and closed as all that is handed over. */
-TEST_STREAM(test_pipe_iostream)
+TEST_PLAIN_STREAM(test_pipe_iostream)
 {
-    T_PLAIN_ONLY;
     t_case c = {.handler = echo_handler, .client = pipe_client};
     t_run(&c);
 }
@@ -1014,9 +1013,8 @@ static void pipe_pattern_client(int port, void *context)
     t_close(fds[1]);
 }
 
-TEST_STREAM(test_pipe_iostream_big_write)
+TEST_PLAIN_STREAM(test_pipe_iostream_big_write)
 {
-    T_PLAIN_ONLY;
     size_t size = bulk(1 << 20, 64 << 10);
     t_case c = {.handler = pattern_handler, .client = pipe_pattern_client, .context = &size};
     t_run(&c);
@@ -1351,9 +1349,8 @@ TEST_STREAM(test_read_until_close_ends)
     PLAY(reset, ">abc", ".", "!");
 }
 
-TEST_STREAM(test_bytes_before_the_end)
+TEST_PLAIN_STREAM(test_bytes_before_the_end)
 {
-    T_PLAIN_ONLY;
     static const call eof[] = {UNTIL("\n", 0, TSRV_EOF, ""), BYTES(2, TSRV_OK, "ab"),
                                SOME(0, TSRV_OK, "c"), SOME(0, TSRV_EOF, ""),
                                WRITE("still there", TSRV_OK), RETURN(TSRV_EOF)};
@@ -1503,9 +1500,8 @@ static void answers_client(int port, void *context)
 }
 
 /* A client that does not read holds its handler back: inside the write or in the next read. */
-TEST_STREAM(test_write_high_water)
+TEST_PLAIN_STREAM(test_write_high_water)
 {
-    T_PLAIN_ONLY;
     static answers context;
     context.wanted = t_hard ? 60 : 500;
     fill_pattern(context.data, 0, ANSWER);
@@ -1883,9 +1879,8 @@ static void broken_client(int port, void *context)
 }
 
 /* Writing to a peer that is gone is a code, not a signal. */
-TEST_STREAM(test_write_error)
+TEST_PLAIN_STREAM(test_write_error)
 {
-    T_PLAIN_ONLY;
     t_case c = {.handler = broken_handler, .on_close = t_record_reason, .client = broken_client,
                 .options = {.data_size = sizeof(broken_state)}};
     t_run(&c);
@@ -2079,9 +2074,8 @@ static void eof_client(int port, void *context)
 }
 
 /* on_close: once, after the handler, with what it returned. */
-TEST_STREAM(test_on_close_gets_what_was_returned)
+TEST_PLAIN_STREAM(test_on_close_gets_what_was_returned)
 {
-    T_PLAIN_ONLY;
     static const int codes[] = {0, 5, TSRV_EOF, TSRV_ETOOLONG, -EIO};
     for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
         int code = codes[i];
@@ -2260,9 +2254,8 @@ static void stall_client(int port, void *context)
     t_close(fd);
 }
 
-TEST_STREAM(test_write_timeout)
+TEST_PLAIN_STREAM(test_write_timeout)
 {
-    T_PLAIN_ONLY;
     size_t size = 1 << 20;
     t_case c = {.handler = stall_handler, .on_close = t_record_reason, .client = stall_client,
                 .context = &size,

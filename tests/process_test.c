@@ -585,6 +585,7 @@ static int fails_unless_zero(void)
             poll(NULL, 0, 1000);
         }
     }
+    await_forks(2); /* or the sibling may be stopped before it began */
     return -EIO;
 }
 
@@ -1156,6 +1157,7 @@ static void kill_with_a_backlog(void)
     }
     t_close(hung[0]);
     t_close(hung[1]);
+    await_forks(4); /* one of them can have answered all before the other began */
     CHECK_INT(forks_seen(), 4);
     CHECK(kill(pid, SIGTERM) == 0);
     check_end(pid, 0, TSRV_EPARENT);

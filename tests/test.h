@@ -47,7 +47,7 @@ tsrv_server *t_server;
 
 /* ---- defining tests -----------------------------------------------------------------------*/
 
-enum { T_PER_BACKEND = 1, T_COROUTINES = 2, T_CALLBACKS = 4, T_PER_HARDNESS = 8 };
+enum { T_PER_BACKEND = 1, T_COROUTINES = 2, T_CALLBACKS = 4, T_PER_HARDNESS = 8, T_PLAIN = 16 };
 
 typedef struct t_test {
     const char *name;
@@ -61,6 +61,11 @@ t_test **t_end = &t_first;
 
 static inline void t_register(t_test *test)
 {
+#ifdef T_TLS
+    if (test->kind & T_PLAIN) {
+        return;
+    }
+#endif
     *t_end = test;
     t_end = &test->next;
 }
@@ -77,6 +82,9 @@ static inline void t_register(t_test *test)
 #define TEST_ONCE(name) T_TEST(name, 0)
 #define TEST_LOOP(name) T_TEST(name, T_PER_BACKEND)
 #define TEST_STREAM(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES | T_CALLBACKS)
+/* For what TLS changes, sockets, sizes or times: the run over TLS leaves it out. */
+#define TEST_PLAIN_STREAM(name) \
+    T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES | T_CALLBACKS | T_PLAIN)
 /* For figures that the hard mode would change: without it. */
 #define TEST_SOFT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES | T_CALLBACKS)
 #define TEST_COROUTINE(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES)
@@ -359,11 +367,7 @@ static inline int t_connect_with_room(int port, int receive_room)
     return fd;
 }
 
-/* For a test that looks at sockets, at sizes or at times which TLS changes. */
-#define T_PLAIN_ONLY return
 #else
-#define T_PLAIN_ONLY ((void)0)
-
 static inline int t_connect_with_room(int port, int receive_room)
 {
     return t_connect_tcp(port, receive_room);
