@@ -2648,7 +2648,9 @@ struct tsrv_loop {
     struct tsrvi_chunk *chunk;          /* the buffer that all streams receive into */
     tsrv_stream *chunk_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
     tsrvi_pool pool;                    /* output blocks */
-    tsrv_address address;               /* the peer's, while a handler is called */
+    tsrvi_link tls_recent;              /* sessions that keep their buffers, the last used last */
+    int tls_recent_count;
+    tsrv_address address; /* the peer's, while a handler is called */
 };
 
 /* This thread's own loop, and the one that is running on it. */
@@ -2848,6 +2850,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     made->page_size = (size_t)TSRV_SYS(sysconf, (_SC_PAGESIZE));
     tsrvi_list_init(&made->coroutines);
     tsrvi_list_init(&made->servers);
+    tsrvi_list_init(&made->tls_recent);
     if ((rc = backend->open(&made->poller)) < 0 || (rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0) {
         tsrvi_loop_destroy(made);
@@ -4357,8 +4360,9 @@ typedef struct tsrvi_tls {
     char alpn[256];
 #endif
     struct tsrvi_tls_set *set; /* what it was made from */
+    tsrv_loop *loop;
+    tsrvi_link recent; /* in loop->tls_recent */
     int fd;
-    tsrvi_pool *pool;    /* where blocks come from */
     tsrvi_block *sealed; /* records to send */
     tsrvi_block *sealed_last;
     size_t sealed_size;
@@ -4379,6 +4383,7 @@ typedef struct tsrvi_tls {
 #define TSRVI_TLS_SEAL ((size_t)65536)   /* sealed at a time, so that one send takes several */
 #define TSRVI_TLS_REPLIES ((size_t)256 * 1024) /* sealed, and not by us: see tsrvi_stream_unseal */
 #define TSRVI_TLS_TAKE ((size_t)128 * 1024)    /* received at a time, whatever the records hold */
+#define TSRVI_TLS_RECENT 128                   /* sessions of a loop that keep their buffers */
 #define TSRVI_TLS_CIPHERS "ECDHE+AESGCM:ECDHE+CHACHA20" /* forward-secret AEAD; for TLS 1.2 */
 
 /* What a tsrv_tls was made of; sessions keep it when the tsrv_tls gets another. */
@@ -4588,7 +4593,6 @@ static SSL_CTX *tsrvi_tls_context(const tsrv_tls_options *options, const char *c
     }
     SSL_CTX_set_options(context, SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION |
                                      SSL_OP_CIPHER_SERVER_PREFERENCE);
-    SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
     SSL_CTX_set_read_ahead(context, 1);
     SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_session_id_context(context, session_id, sizeof(session_id) - 1);
@@ -4856,7 +4860,7 @@ static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
     BIO_clear_retry_flags(bio);
     head = last == NULL || last->file >= 0 ? 0 : tsrvi_min(left, last->capacity - last->end);
     if (left > head) {
-        tsrvi_block *block = tsrvi_block_new(tls->pool, left - head);
+        tsrvi_block *block = tsrvi_block_new(&tls->loop->pool, left - head);
         if (block == NULL) {
             tls->error = -ENOMEM;
             return -1;
@@ -4955,16 +4959,46 @@ static void tsrvi_tls_drop_sealed(tsrvi_tls *tls)
     while (tls->sealed != NULL) {
         tsrvi_block *block = tls->sealed;
         tls->sealed = block->next;
-        tsrvi_block_free(tls->pool, block);
+        tsrvi_block_free(&tls->loop->pool, block);
     }
     tls->sealed_last = NULL;
     tls->sealed_size = 0;
+}
+
+static void tsrvi_tls_unuse(tsrvi_tls *tls)
+{
+    if (!tsrvi_list_empty(&tls->recent)) {
+        tsrvi_list_remove(&tls->recent);
+        tls->loop->tls_recent_count--;
+    }
+}
+
+/* This session is about to need its buffers, which are 35 KiB. The one that has not needed its own
+ * for longest gives them up; not if they hold something, which older versions of OpenSSL would free
+ * all the same (CVE-2024-4741). SSL_MODE_RELEASE_BUFFERS does so behind every record, and for a
+ * tenth of what an echo costs. */
+static void tsrvi_tls_use(tsrvi_tls *tls)
+{
+    tsrv_loop *loop = tls->loop;
+    if (loop->tls_recent.previous == &tls->recent) {
+        return;
+    }
+    tsrvi_tls_unuse(tls);
+    tsrvi_list_append(&loop->tls_recent, &tls->recent);
+    if (++loop->tls_recent_count > TSRVI_TLS_RECENT) {
+        tsrvi_tls *oldest = TSRVI_CONTAINER(loop->tls_recent.next, tsrvi_tls, recent);
+        tsrvi_tls_unuse(oldest);
+        if (SSL_has_pending(oldest->ssl) == 0) {
+            SSL_free_buffers(oldest->ssl);
+        }
+    }
 }
 
 static void tsrvi_tls_end(tsrvi_tls *tls)
 {
     if (tls != NULL) {
         tsrvi_tls_drop_sealed(tls);
+        tsrvi_tls_unuse(tls);
         SSL_free(tls->ssl);
         OPENSSL_free(tls->certificate);
         tsrvi_tls_set_drop(tls->set);
@@ -4997,7 +5031,7 @@ static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
 /* A session on a socket.
  *   server_name  NULL = this is the server
  *   due          when the handshake must be done */
-static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrvi_pool *pool,
+static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrv_loop *loop,
                            uint64_t due, tsrvi_tls **made)
 {
     tsrvi_tls *tls = (tsrvi_tls *)tsrvi_zalloc(sizeof(*tls));
@@ -5020,7 +5054,8 @@ static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name
     tls->set = from->set;
     __atomic_add_fetch(&tls->set->references, 1, __ATOMIC_ACQ_REL);
     tls->fd = fd;
-    tls->pool = pool;
+    tls->loop = loop;
+    tsrvi_list_init(&tls->recent);
     tls->due = due;
     BIO_set_data(bio, tls);
     BIO_set_init(bio, 1);
@@ -5070,6 +5105,7 @@ static void tsrvi_tls_look(tsrvi_tls *tls)
 {
     tls->drained = false;
     tls->received = 0;
+    tsrvi_tls_use(tls);
     tsrvi_tls_forget_errors();
 }
 
@@ -5102,9 +5138,13 @@ static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *co
             break;
         }
         done += got;
+        if (tls->drained && SSL_has_pending(tls->ssl) == 0) {
+            *code = TSRV_EAGAIN;
+            break;
+        }
     }
     /* An end or an error that came behind data is met again by the next call. */
-    tls->more = done == size || (done != 0 && *code != TSRV_EAGAIN);
+    tls->more = done != 0 && *code != TSRV_EAGAIN;
     return done;
 }
 
@@ -5128,6 +5168,7 @@ static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
 {
     size_t taken = 0;
+    tsrvi_tls_use(tls);
     tsrvi_tls_forget_errors();
     if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
         ERR_clear_error();
@@ -5188,13 +5229,13 @@ static void tsrvi_tls_end(tsrvi_tls *tls)
     (void)tls;
 }
 
-static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrvi_pool *pool,
+static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrv_loop *loop,
                            uint64_t due, tsrvi_tls **made)
 {
     (void)from;
     (void)fd;
     (void)server_name;
-    (void)pool;
+    (void)loop;
     (void)due;
     *made = NULL;
     return tsrvi_tls_absent();
@@ -5806,6 +5847,15 @@ static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read
                          tsrvi_stream_idle_due(stream));
 }
 
+/* When the TLS handshake must be done; it may have to be for a stream that is closed, too. */
+static uint64_t tsrvi_stream_handshake_due(const tsrv_stream *stream)
+{
+    return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
+                   stream->io.fd >= 0
+               ? stream->tls->due
+               : TSRVI_FOREVER;
+}
+
 /* Is a TLS handshake under way? */
 static inline TSRVI_INLINE bool tsrvi_stream_shakes_hands(const tsrv_stream *stream)
 {
@@ -5831,10 +5881,7 @@ static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
     if ((stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0) {
         due = tsrvi_earlier(due, stream->out_due);
     }
-    if (stream->tls != NULL && !stream->tls->established && stream->io.fd >= 0) {
-        due = tsrvi_earlier(due, stream->tls->due);
-    }
-    return due;
+    return tsrvi_earlier(due, tsrvi_stream_handshake_due(stream));
 }
 
 /* Arm the timer, lazily: one that fires too early looks again. */
@@ -5855,20 +5902,26 @@ static uint64_t tsrvi_stream_write_limit(const tsrv_stream *stream)
 
 /* ---- ends ------------------------------------------------------------------*/
 
-static void tsrvi_stream_drop_output(tsrv_stream *stream)
+/* What is queued goes nowhere; but records that are sealed do. */
+static void tsrvi_stream_drop_queue(tsrv_stream *stream)
 {
     while (stream->out != NULL) {
         tsrvi_block *block = stream->out;
         stream->out = block->next;
         tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
     }
+    stream->out_last = NULL;
+    stream->unsent = stream->tls == NULL ? 0 : stream->tls->counted;
+    stream->flags &= stream->unsent == 0 ? ~(TSRVI_BLOCKED | TSRVI_FILES) : ~TSRVI_FILES;
+}
+
+static void tsrvi_stream_drop_output(tsrv_stream *stream)
+{
     if (stream->tls != NULL) {
         tsrvi_tls_drop_sealed(stream->tls);
         stream->tls->counted = 0;
     }
-    stream->out_last = NULL;
-    stream->unsent = 0;
-    stream->flags &= ~(TSRVI_BLOCKED | TSRVI_FILES);
+    tsrvi_stream_drop_queue(stream);
 }
 
 /* Close the descriptor. What still uses the stream's memory keeps it. */
@@ -5951,7 +6004,12 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
         stream->out_end = (int16_t)code;
         tsrv_wake(stream); /* once: the end of the output has done so before */
     }
-    tsrvi_stream_drop_output(stream);
+    if (code == TSRV_ETLS) {
+        tsrvi_stream_drop_queue(
+            stream); /* the alert that tells the peer is sealed: RFC 8446, 6.2 */
+    } else {
+        tsrvi_stream_drop_output(stream);
+    }
     tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
     tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
 }
@@ -6629,7 +6687,7 @@ static void tsrvi_stream_handshake(tsrv_stream *stream)
         stream->tls->truncated = false; /* there is nothing that could be finished */
         tsrvi_stream_end_input(stream, rc == TSRV_EOF ? (int)TSRV_ETLS : rc);
         if (stream->killed != 0) {
-            tsrvi_stream_drop_output(stream); /* it was closed, and waited for this */
+            tsrvi_stream_drop_queue(stream); /* it was closed, and waited for this */
         }
     }
 }
@@ -8358,8 +8416,7 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
     uint64_t now = tsrvi_loop_of(stream)->now;
     if ((stream->flags & TSRVI_LINGER) != 0 && stream->out_due <= now) {
         tsrvi_stream_close_fd(stream);
-    } else if (stream->tls != NULL && !stream->tls->established && stream->tls->due <= now &&
-               stream->io.fd >= 0) {
+    } else if (tsrvi_stream_handshake_due(stream) <= now) {
         stream->server->stats->handshakes_failed++;
         tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
     } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
@@ -8452,7 +8509,7 @@ static int tsrvi_stream_secure(tsrv_stream *stream, const tsrv_tls *tls, const c
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     uint64_t due = tsrvi_after(loop->now, stream->server->options.handshake_timeout_ms);
-    int rc = tsrvi_tls_begin(tls, stream->io.fd, server_name, &loop->pool, due, &stream->tls);
+    int rc = tsrvi_tls_begin(tls, stream->io.fd, server_name, loop, due, &stream->tls);
     if (rc < 0) {
         return rc;
     }
