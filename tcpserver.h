@@ -8644,7 +8644,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
  *
  * In a worker the listener is shared with other processes. EPOLLEXCLUSIVE has
  * the kernel wake one of them, but always the one that came last: so each goes
- * to the end of that queue after TSRVI_SHARE accepts. A wake-up that a process
+ * to the end of that queue after TSRVI_SHARE accepts, and sooner when it is ahead
+ * of the others, which may have been too busy to be woken. A wake-up that a process
  * has got and does not follow (it stops, or dies) is lost for that connection
  * until somebody looks again, which every beat of a worker does. Other backends
  * wake all processes, and the quickest wins: one that is ahead of the others
@@ -8654,7 +8655,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_BURST 64         /* most accepts of one turn, */
 #define TSRVI_BURST_SHARED 8   /* and where other workers want some of them */
 #define TSRVI_BURST_HOLD 16    /* turns without growth after an accept that found nothing */
-#define TSRVI_SHARE 16         /* accepts before another worker's turn */
+#define TSRVI_SHARE 16         /* accepts before another worker's turn, */
+#define TSRVI_SHARE_AHEAD 4    /* and where this one has accepted more than the others */
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
@@ -8889,6 +8891,21 @@ static void tsrvi_server_begin(tsrv_server *server)
     }
 }
 
+/* Has this worker accepted more than its share? */
+static bool tsrvi_server_is_ahead(const tsrv_server *server)
+{
+    tsrv_stats own, all;
+    uint64_t workers = (uint64_t)tsrvi_place_count / 2;
+    if (tsrvi_worker_id < 0 || server->number < 0) {
+        return false;
+    }
+    memset(&own, 0, sizeof(own));
+    memset(&all, 0, sizeof(all));
+    tsrvi_stats_gather(&own, server->number, tsrvi_worker_id);
+    tsrvi_stats_gather(&all, server->number, -1);
+    return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
+}
+
 /* Accept one connection and call its handler. false: no more for now. */
 static bool tsrvi_listener_accept(tsrvi_listener *listener)
 {
@@ -8931,7 +8948,10 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
         return false;
     }
     tsrvi_server_dress(server, fd, listener->tcp, true);
-    if (++listener->taken >= TSRVI_SHARE && tsrvi_worker_id >= 0) {
+    listener->taken++;
+    if (tsrvi_worker_id >= 0 &&
+        (listener->taken == TSRVI_SHARE ||
+         (listener->taken % TSRVI_SHARE_AHEAD == 0 && tsrvi_server_is_ahead(server)))) {
         tsrvi_listener_requeue(listener);
     }
     if ((rc = tsrvi_stream_call(stream)) < 0) {
@@ -8941,21 +8961,6 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     }
     server->backoff_ms = 0;
     return true;
-}
-
-/* Has this worker, where all are woken, accepted more than its share? */
-static bool tsrvi_server_is_ahead(const tsrv_server *server)
-{
-    tsrv_stats own, all;
-    uint64_t workers = (uint64_t)tsrvi_place_count / 2;
-    if (tsrvi_worker_id < 0 || server->number < 0 || server->loop->poller.backend->exclusive) {
-        return false;
-    }
-    memset(&own, 0, sizeof(own));
-    memset(&all, 0, sizeof(all));
-    tsrvi_stats_gather(&own, server->number, tsrvi_worker_id);
-    tsrvi_stats_gather(&all, server->number, -1);
-    return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
 }
 
 /* Leave the connections that wait to other processes for a moment. */
@@ -8984,7 +8989,7 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
-    if (!server->was_away && tsrvi_server_is_ahead(server)) {
+    if (!loop->poller.backend->exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
         tsrvi_server_stay_away(server);
         return;
     }
