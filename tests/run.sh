@@ -6,8 +6,10 @@ shift 2
 logs=$(mktemp -d) || exit 1
 trap 'rm -rf "$logs"' EXIT
 printf '%s\n' "$@" | FRONT=$front BACKEND=$backend LOGS=$logs xargs -P 8 -I PROGRAM sh -c '
+    begin=$(date +%s)
     $FRONT PROGRAM ${BACKEND:+--backend "$BACKEND"} >"$LOGS/$(basename PROGRAM)" 2>&1
-    echo $? >"$LOGS/$(basename PROGRAM).status"'
+    echo $? >"$LOGS/$(basename PROGRAM).status"
+    echo $(($(date +%s) - begin)) >"$LOGS/$(basename PROGRAM).seconds"'
 passed=0 failed=0 skipped=0
 for program in "$@"; do
     name=$(basename "$program")
@@ -21,7 +23,7 @@ for program in "$@"; do
         last="ended with status $status and no summary"
         failed=$((failed + 1))
     fi
-    echo "$name: $last"
+    echo "$name: $last, $(cat "$logs/$name.seconds") s"
     [ "$status" -eq 0 ] || sed '$d' "$logs/$name"
 done
 echo "$passed passed, $failed failed, $skipped skipped"

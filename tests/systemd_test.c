@@ -181,6 +181,14 @@ static int port_of(int fd)
     return ntohs(v4.sin_port);
 }
 
+/* A port that nobody uses with either family. */
+static int port_of_neither(void)
+{
+    int fd = listen_dual(0), port = port_of(fd);
+    t_close(fd);
+    return port;
+}
+
 static int connect_to(const char *address, int port)
 {
     endpoint to = make_endpoint(address, port);
@@ -796,11 +804,9 @@ TEST_LOOP(socket_for_both_families_serves_both)
 /* One for each family, in the other order than ours. */
 static void take_both(void *context)
 {
-    int fds[CAPACITY], got[CAPACITY];
+    int port = port_of_neither();
+    int fds[CAPACITY] = {listen_at("::", port), listen_at("0.0.0.0", port)}, got[CAPACITY];
     (void)context;
-    fds[1] = listen_at("0.0.0.0", 0);
-    int port = port_of(fds[1]);
-    fds[0] = listen_at("::", port);
     hand_over(fds, 2);
     CHECK_INT(tsrv_bind_sockets(port, NULL, NULL, got, CAPACITY), 2);
     CHECK_INT(got[0], FIRST + 1);
@@ -811,8 +817,8 @@ static void take_both(void *context)
 /* A socket for IPv6 only leaves IPv4 to us; one for both on another port says nothing. */
 static void take_half(void *context)
 {
-    int fds[CAPACITY] = {listen_at("::", 0), listen_dual(0)}, got[CAPACITY];
-    int port = port_of(fds[0]);
+    int port = port_of_neither();
+    int fds[CAPACITY] = {listen_at("::", port), listen_dual(0)}, got[CAPACITY];
     (void)context;
     hand_over(fds, 2);
     CHECK_INT(tsrv_bind_sockets(port, NULL, NULL, got, CAPACITY), 2);
