@@ -7864,11 +7864,10 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
     }
     stream->flags &= ~TSRVI_WAIT_FLUSH;
     tsrvi_stream_flush(stream);
-    while (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
+    if (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
         stream->flags |= TSRVI_FLUSHING;
-        if ((rc = tsrvi_stream_await(stream, TSRVI_FOR_FLUSH, TSRVI_FOREVER)) < 0) {
-            return tsrvi_gone(rc);
-        }
+        /* TSRV_OK stays so when the stream is closed before this coroutine's turn comes. */
+        return tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_FLUSH, TSRVI_FOREVER));
     }
     if (stream->killed == 0 && stream->unsent != 0) {
         if (tsrvi_stream_handling(stream)) {

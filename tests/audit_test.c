@@ -1531,6 +1531,50 @@ TEST_COROUTINE(huge_pieces_of_two_writers_stay_together)
     check_pieces_stay_together(80000, t_hard ? 2 : 5);
 }
 
+/* ---- a flush that is done when the stream is closed --------------------------------------------*/
+
+static int flush_code, flushed;
+
+static void flush_beside(void *context)
+{
+    flush_code = tsrv_flush((tsrv_stream *)context);
+    flushed++;
+}
+
+/* Writes more than the kernel takes, by less than it will take at once, and ends with the first byte
+ * that comes. */
+static int end_beside_a_flush(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static const char block[16384];
+    tsrv_slice byte;
+    (void)address, (void)context;
+    do {
+        CHECK_INT(tsrv_write(stream, block, sizeof block), TSRV_OK);
+    } while (tsrv_unsent_size(stream) == 0);
+    CHECK_INT(tsrv_spawn(tsrv_stream_loop(stream), flush_beside, stream), TSRV_OK);
+    return tsrv_read_bytes(stream, 1, &byte);
+}
+
+/* The output goes and the byte comes in the same turn, so that the handler, which is called for its
+ * byte at once, closes the stream before the coroutine that waited for the output goes on. */
+TEST_COROUTINE(a_flush_that_is_done_stays_so_when_the_stream_is_closed)
+{
+    static char much[65536];
+    t_clip = 0;
+    open_server(end_beside_a_flush);
+    int fd = t_connect(s_port);
+    s_settle();
+    CHECK_INT(flushed, 0);
+    while (recv(fd, much, sizeof much, MSG_DONTWAIT) > 0) {
+    }
+    t_sends(fd, "x");
+    s_until(&flushed, 1);
+    CHECK_INT(flush_code, TSRV_OK);
+    t_close(fd);
+    s_until(&closed, 1);
+    s_close();
+}
+
 /* ---- stacks of two sizes ------------------------------------------------------------------*/
 
 static int spawned;
