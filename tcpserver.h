@@ -686,9 +686,10 @@ TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options);
 /* Streams that use it go on. NULL: nothing happens. Free the servers that use it first. */
 TSRV_API void tsrv_tls_free(tsrv_tls *tls);
 
-/* Read the files anew, for streams that begin from now on; the keys of session tickets stay. When
- * anything fails nothing has changed. tsrv_serve and the parent of tsrv_server_start's workers do
- * so on SIGHUP. Not while another thread uses tls.
+/* Read the files anew, for streams that begin from now on. The keys of session tickets stay, so a
+ * client that resumes is not asked for its certificate again, also when ca_file has changed: to
+ * shut clients out make a new tsrv_tls. When anything fails nothing has changed. tsrv_serve and the
+ * parent of tsrv_server_start's workers do so on SIGHUP. Not while another thread uses tls.
  * Returns as tsrv_tls_new; TSRV_EINVAL with a native_context. */
 TSRV_API int tsrv_tls_reload(tsrv_tls *tls);
 
@@ -4965,6 +4966,12 @@ static void tsrvi_tls_drop_sealed(tsrvi_tls *tls)
     tls->sealed_size = 0;
 }
 
+/* Does the session hold nothing of a record, not even its header? */
+static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
+{
+    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
+}
+
 static void tsrvi_tls_unuse(tsrvi_tls *tls)
 {
     if (!tsrvi_list_empty(&tls->recent)) {
@@ -4988,7 +4995,7 @@ static void tsrvi_tls_use(tsrvi_tls *tls)
     if (++loop->tls_recent_count > TSRVI_TLS_RECENT) {
         tsrvi_tls *oldest = TSRVI_CONTAINER(loop->tls_recent.next, tsrvi_tls, recent);
         tsrvi_tls_unuse(oldest);
-        if (SSL_has_pending(oldest->ssl) == 0) {
+        if (tsrvi_tls_is_empty(oldest)) {
             SSL_free_buffers(oldest->ssl);
         }
     }
@@ -5096,7 +5103,9 @@ static int tsrvi_tls_code(tsrvi_tls *tls, int result, char *reason, size_t size)
         ERR_clear_error();
         return TSRV_ETLS;
     }
-    tsrvi_tls_reason(reason, size);
+    if (ERR_peek_last_error() != 0) { /* else it has been told before */
+        tsrvi_tls_reason(reason, size);
+    }
     return TSRV_ETLS;
 }
 
@@ -5259,6 +5268,12 @@ static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *co
     (void)reason_size;
     *code = TSRV_ENOTSUP;
     return 0;
+}
+
+static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
+{
+    (void)tls;
+    return true;
 }
 
 static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
@@ -5788,7 +5803,8 @@ static inline TSRVI_INLINE void tsrvi_stream_release(tsrv_stream *stream)
 
 static bool tsrvi_stream_above_mark(const tsrv_stream *stream)
 {
-    return stream->unsent > stream->server->options.write_high_water;
+    return stream->unsent > stream->server->options.write_high_water &&
+           stream->out_end != TSRV_ETLS;
 }
 
 /* A byte went either way. */
@@ -5851,7 +5867,7 @@ static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read
 static uint64_t tsrvi_stream_handshake_due(const tsrv_stream *stream)
 {
     return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
-                   stream->io.fd >= 0
+                   stream->io.fd >= 0 && (stream->flags & TSRVI_LINGER) == 0
                ? stream->tls->due
                : TSRVI_FOREVER;
 }
@@ -5895,8 +5911,9 @@ static void tsrvi_stream_arm(tsrv_stream *stream)
 
 static uint64_t tsrvi_stream_write_limit(const tsrv_stream *stream)
 {
-    int limit_ms =
-        stream->write_ms != 0 ? stream->write_ms : stream->server->options.write_timeout_ms;
+    int limit_ms = stream->out_end == TSRV_ETLS ? stream->server->options.close_timeout_ms
+                   : stream->write_ms != 0      ? stream->write_ms
+                                                : stream->server->options.write_timeout_ms;
     return tsrvi_after(tsrvi_loop_of(stream)->now, limit_ms);
 }
 
@@ -6005,8 +6022,10 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
         tsrv_wake(stream); /* once: the end of the output has done so before */
     }
     if (code == TSRV_ETLS) {
-        tsrvi_stream_drop_queue(
-            stream); /* the alert that tells the peer is sealed: RFC 8446, 6.2 */
+        stream->out_due = tsrvi_stream_write_limit(stream);
+        /* The alert that tells the peer is sealed: RFC 8446, 6.2. It is sent as output is, behind
+         * records that were sealed before, but nothing waits for it longer than for a close. */
+        tsrvi_stream_drop_queue(stream);
     } else {
         tsrvi_stream_drop_output(stream);
     }
@@ -6146,6 +6165,18 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 
 /* ---- drain -----------------------------------------------------------------*/
 
+/* A peer has broken the rules of TLS; who has merely gone is no news. */
+static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
+{
+    if (reason[0] != 0) {
+        tsrv_address address;
+        char text[TSRV_ADDRESS_SIZE];
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
+                  tsrv_address_format(&address, text, sizeof(text)), reason);
+    }
+}
+
 /* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
  * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
 static int tsrvi_stream_peek(tsrv_stream *stream)
@@ -6153,9 +6184,15 @@ static int tsrvi_stream_peek(tsrv_stream *stream)
     char byte;
     ssize_t got;
     if (stream->tls != NULL) {
-        char reason[128] = ""; /* a read will meet it again */
-        return stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
-                                        : (int)TSRV_EAGAIN;
+        char reason[128] = "";
+        int rc = stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
+                                          : (int)TSRV_EAGAIN;
+        tsrvi_stream_log_tls(stream, reason);
+        tsrvi_stream_count_sealed(stream);
+        if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0) {
+            tsrvi_stream_later(stream, TSRVI_DIRTY); /* an alert, or another answer of OpenSSL's */
+        }
+        return rc;
     }
     do {
         got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
@@ -6193,7 +6230,8 @@ static void tsrvi_stream_drain(tsrv_stream *stream)
     if (!tsrvi_stream_waits_empty(stream) || (!answered && age < TSRVI_FRESH)) {
         return;
     }
-    if (tsrvi_stream_peek(stream) != TSRV_EAGAIN) {
+    if (tsrvi_stream_peek(stream) != TSRV_EAGAIN ||
+        (stream->tls != NULL && !tsrvi_tls_is_empty(stream->tls))) {
         if (tsrvi_stream_holds_more(stream)) {
             tsrvi_stream_later(stream, 0);
         }
@@ -6632,18 +6670,6 @@ static tsrvi_chunk *tsrvi_stream_room(tsrv_stream *stream)
     return larger;
 }
 
-/* A peer has broken the rules of TLS; who has merely gone is no news. */
-static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
-{
-    if (reason[0] != 0) {
-        tsrv_address address;
-        char text[TSRV_ADDRESS_SIZE];
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
-                  tsrv_address_format(&address, text, sizeof(text)), reason);
-    }
-}
-
 /* Plaintext from the session. What that has to say in turn, an alert perhaps, is sent. Returns how
  * much came; 0: *code is TSRV_OK when there is no more for now, else how the input has ended. */
 static size_t tsrvi_stream_unseal(tsrv_stream *stream, char *into, size_t size, int *code)
@@ -6655,6 +6681,9 @@ static size_t tsrvi_stream_unseal(tsrv_stream *stream, char *into, size_t size, 
     }
     got = tsrvi_tls_receive(stream->tls, into, size, code, reason, sizeof(reason));
     *code = got != 0 || *code == TSRV_EAGAIN ? (int)TSRV_OK : *code;
+    if (stream->tls->received != 0) {
+        tsrvi_stream_touch(stream); /* also by a part of a record */
+    }
     tsrvi_stream_count_sealed(stream);
     if (stream->tls->sealed != NULL && (stream->flags & TSRVI_BLOCKED) == 0) {
         tsrvi_stream_push(stream, "", 0);
@@ -7859,17 +7888,19 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc = tsrvi_stream_pay(stream);
+    bool waits;
     if (rc < 0) {
         return tsrvi_gone(rc);
     }
     stream->flags &= ~TSRVI_WAIT_FLUSH;
     tsrvi_stream_flush(stream);
-    if (stream->killed == 0 && stream->unsent != 0 && loop->co != NULL) {
+    waits = stream->killed == 0 && stream->unsent != 0 && stream->out_end != TSRV_ETLS;
+    if (waits && loop->co != NULL) {
         stream->flags |= TSRVI_FLUSHING;
         /* TSRV_OK stays so when the stream is closed before this coroutine's turn comes. */
         return tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_FLUSH, TSRVI_FOREVER));
     }
-    if (stream->killed == 0 && stream->unsent != 0) {
+    if (waits) {
         if (tsrvi_stream_handling(stream)) {
             if (tsrvi_stream_deadline(stream) <= loop->now) {
                 return TSRV_ETIMEOUT;
@@ -8125,7 +8156,7 @@ TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
     int size;
     slice->data = "";
     slice->size = 0;
-    certificate = tls == NULL ? NULL : SSL_get_peer_certificate(tls->ssl);
+    certificate = tls == NULL || !tls->established ? NULL : SSL_get_peer_certificate(tls->ssl);
     if (certificate == NULL) {
         return TSRV_EINVAL;
     }
@@ -8419,7 +8450,7 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
         stream->server->stats->handshakes_failed++;
         tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
     } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
-        tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
+        tsrvi_stream_kill(stream, stream->out_end == TSRV_ETLS ? TSRV_ETLS : TSRV_ETIMEOUT);
     } else if (tsrvi_stream_due(stream) <= now) {
         tsrvi_stream_wake_handler(
             stream, TSRVI_WAITS); /* the call that it repeats finds that its time is over */
