@@ -4972,6 +4972,12 @@ static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
     return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
 }
 
+/* Has the socket below ended or failed? */
+static bool tsrvi_tls_is_over(const tsrvi_tls *tls)
+{
+    return tls->ended || tls->error != 0;
+}
+
 static void tsrvi_tls_unuse(tsrvi_tls *tls)
 {
     if (!tsrvi_list_empty(&tls->recent)) {
@@ -5271,6 +5277,12 @@ static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *co
 }
 
 static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
+{
+    (void)tls;
+    return true;
+}
+
+static bool tsrvi_tls_is_over(const tsrvi_tls *tls)
 {
     (void)tls;
     return true;
@@ -5994,22 +6006,44 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
     }
 }
 
+/* A transport error: what is queued goes nowhere. But the alert that tells the peer of an error of
+ * TLS is sealed (RFC 8446, 6.2), and goes out as output does, behind records that were sealed
+ * before; nothing waits for it longer than for a close. */
+static void tsrvi_stream_break_output(tsrv_stream *stream, int code)
+{
+    if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
+        stream->out_end = (int16_t)code;
+    }
+    if (code == TSRV_ETLS) {
+        stream->out_due = tsrvi_stream_write_limit(stream);
+        tsrvi_stream_drop_queue(stream);
+    } else {
+        tsrvi_stream_drop_output(stream);
+    }
+}
+
 /* The input has ended, or a transport error has. */
 static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
 {
+    bool broken, was_open;
     if ((stream->flags & TSRVI_LINGER) != 0) {
         code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
-    }
-    if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
-        stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
+    } else if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
+               stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
         code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
     }
     stream->in_end = (int16_t)code;
     stream->flags &= ~TSRVI_STOPPED;
+    broken =
+        code != TSRV_EOF && (code != TSRV_ETLS || stream->tls == NULL || !stream->tls->truncated);
+    was_open = stream->out_end == 0 || stream->out_end == TSRV_ECLOSED;
+    if (broken) {
+        tsrvi_stream_break_output(stream, code);
+    }
     if (stream->killed != 0) {
         return; /* the end that came first has woken everybody */
     }
-    if (code == TSRV_EOF || (code == TSRV_ETLS && stream->tls != NULL && stream->tls->truncated)) {
+    if (!broken) {
         tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE | TSRVI_FOR_HANDSHAKE, TSRV_OK);
         if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
             tsrv_wake(stream);
@@ -6017,17 +6051,8 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
         tsrvi_stream_wake_handler(stream, TSRVI_WAIT_INPUT);
         return;
     }
-    if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
-        stream->out_end = (int16_t)code;
+    if (was_open) {
         tsrv_wake(stream); /* once: the end of the output has done so before */
-    }
-    if (code == TSRV_ETLS) {
-        stream->out_due = tsrvi_stream_write_limit(stream);
-        /* The alert that tells the peer is sealed: RFC 8446, 6.2. It is sent as output is, behind
-         * records that were sealed before, but nothing waits for it longer than for a close. */
-        tsrvi_stream_drop_queue(stream);
-    } else {
-        tsrvi_stream_drop_output(stream);
     }
     tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
     tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
@@ -6045,11 +6070,35 @@ static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
     tsrv_wake(stream);
 }
 
+/* A peer has broken the rules of TLS; who has merely gone is no news. */
+static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
+{
+    if (reason[0] != 0) {
+        tsrv_address address;
+        char text[TSRV_ADDRESS_SIZE];
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
+                  tsrv_address_format(&address, text, sizeof(text)), reason);
+    }
+}
+
 /* What the session has sealed since it was last looked at is unsent output. */
 static void tsrvi_stream_count_sealed(tsrv_stream *stream)
 {
     stream->unsent += stream->tls->sealed_size - stream->tls->counted;
     stream->tls->counted = stream->tls->sealed_size;
+}
+
+/* Has the peer finished, or is it gone? Not if all we know is that it has broken the rules of TLS:
+ * it may still be sending, and what arrives at a closed socket causes a reset, which would take the
+ * alert away. A client without the certificate that it needs has sent its request with TLS 1.3. */
+static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
+{
+    int end = (stream->flags & TSRVI_STOPPED) != 0 ? 0 : stream->in_end;
+    if (end == 0 && stream->out_end != TSRV_ECLOSED) {
+        end = stream->out_end;
+    }
+    return end != 0 && (end != TSRV_ETLS || tsrvi_tls_is_over(stream->tls));
 }
 
 /* Go on with what follows the output: FIN, then lingering, then the descriptor's end. */
@@ -6069,11 +6118,8 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         tsrvi_stream_soon(stream); /* send it, and come here again */
         return;
     }
-    if ((stream->flags & TSRVI_CLOSING) != 0 &&
-        ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) ||
-         (stream->out_end != 0 && stream->out_end != TSRV_ECLOSED))) {
-        tsrvi_stream_close_fd(stream); /* the peer has finished too, or is gone: close sends what
-                                          FIN there is to send */
+    if ((stream->flags & TSRVI_CLOSING) != 0 && tsrvi_stream_peer_is_done(stream)) {
+        tsrvi_stream_close_fd(stream); /* which sends what FIN there is to send */
         return;
     }
     if ((stream->flags & TSRVI_FIN) == 0) {
@@ -6164,18 +6210,6 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 }
 
 /* ---- drain -----------------------------------------------------------------*/
-
-/* A peer has broken the rules of TLS; who has merely gone is no news. */
-static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
-{
-    if (reason[0] != 0) {
-        tsrv_address address;
-        char text[TSRV_ADDRESS_SIZE];
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
-                  tsrv_address_format(&address, text, sizeof(text)), reason);
-    }
-}
 
 /* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
  * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
@@ -6715,9 +6749,6 @@ static void tsrvi_stream_handshake(tsrv_stream *stream)
         tsrvi_stream_log_tls(stream, reason);
         stream->tls->truncated = false; /* there is nothing that could be finished */
         tsrvi_stream_end_input(stream, rc == TSRV_EOF ? (int)TSRV_ETLS : rc);
-        if (stream->killed != 0) {
-            tsrvi_stream_drop_queue(stream); /* it was closed, and waited for this */
-        }
     }
 }
 

@@ -1290,6 +1290,7 @@ static int send_instead(int port, const void *data, size_t size)
 {
     int count = t_record_count(), fd = t_connect(port);
     t_send(fd, data, size);
+    t_shut(fd);
     t_wait_records(count + 1);
     t_close(fd);
     CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), t_recorded(count));
@@ -1648,36 +1649,225 @@ TEST_STREAM(test_end_within_record)
     serve_echo(cut_client, NULL);
 }
 
-/* A record that was tampered with ends the stream with an alert and one log line. */
-static void forging_client(int port, void *context)
+/* What is no record of the session, though it looks like one. */
+static const unsigned char forged[] = {23, 3, 3, 0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                       15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
+                                       30, 31, 32};
+
+/* The records that the client would send. */
+static size_t dial_seal(SSL *ssl, const void *data, size_t size, unsigned char *records, size_t room)
 {
-    static const unsigned char forged[] = {23, 3, 3, 0, 32, 1, 2, 3, 4, 5, 6, 7, 8, 9,
-                                           10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
-                                           23, 24, 25, 26, 27, 28, 29, 30, 31, 32};
-    char byte;
+    BIO *socket = SSL_get_wbio(ssl), *memory = BIO_new(BIO_s_mem());
+    CHECK(BIO_up_ref(socket) == 1);
+    SSL_set0_wbio(ssl, memory);
+    dial_send(ssl, data, size);
+    int sealed = BIO_read(memory, records, (int)room);
+    CHECK(sealed > (int)size && sealed < (int)room);
+    SSL_set0_wbio(ssl, socket);
+    return (size_t)sealed;
+}
+
+/* Nothing is to come but that alert, and most bytes before it. */
+static void dial_expect_alert(SSL *ssl, int alert, size_t most)
+{
+    char bytes[16];
     int kind;
+    CHECK(dial_recv(ssl, bytes, sizeof bytes, &kind) <= most);
+    CHECK_INT(kind, SSL_ERROR_SSL);
+    CHECK_INT(ERR_GET_REASON(ERR_peek_error()), SSL_AD_REASON_OFFSET + alert);
+    ERR_clear_error();
+}
+
+/* A record that was tampered with ends the stream with an alert and one log line; behind: it comes
+ * together with a good one. */
+static void forge(int port, const dial *how, bool behind)
+{
+    unsigned char records[200];
+    SSL *ssl = dial_open(port, how);
+    int count = t_record_count();
+    dial_echo(ssl, "x");
+    watch_log();
+    size_t size = behind ? dial_seal(ssl, "y", 1, records, 100) : 0;
+    memcpy(records + size, forged, sizeof forged);
+    t_send(SSL_get_fd(ssl), records, size + sizeof forged);
+    dial_expect_alert(ssl, SSL_AD_BAD_RECORD_MAC, behind);
+    t_wait_records(count + 1);
+    CHECK_INT(t_recorded(count), TSRV_ETLS);
+    CHECK_INT(logged(), 1);
+    CHECK(strstr(log_text, "127.0.0.1:") != NULL);
+    CHECK_INT(handshakes_failed(), 0);
+    dial_free(ssl);
+}
+
+/* Who is still sending gets the alert too, not a reset. */
+static void forging_and_sending_client(int port, void *context)
+{
+    static const char noise[300000];
     (void)context;
     for (int i = 0; i < 2; i++) {
         SSL *ssl = dial_open(port, i == 0 ? &tls_1_2 : &tls_1_3);
         dial_echo(ssl, "x");
-        watch_log();
         t_send(SSL_get_fd(ssl), forged, sizeof forged);
-        t_wait_records(i + 1);
-        CHECK_INT(t_recorded(i), TSRV_ETLS);
-        CHECK_INT(dial_recv(ssl, &byte, 1, &kind), 0);
-        CHECK_INT(kind, SSL_ERROR_SSL);
-        CHECK_INT(ERR_GET_REASON(ERR_peek_error()), SSL_AD_REASON_OFFSET + SSL_AD_BAD_RECORD_MAC);
-        ERR_clear_error();
-        CHECK_INT(logged(), 1);
-        CHECK(strstr(log_text, "127.0.0.1:") != NULL);
+        t_wait_records(2 * i + 1);
+        CHECK_INT(t_recorded(2 * i), TSRV_ETLS);
+        t_send(SSL_get_fd(ssl), noise, sizeof noise);
+        t_shut(SSL_get_fd(ssl));
+        dial_expect_alert(ssl, SSL_AD_BAD_RECORD_MAC, 0);
         dial_free(ssl);
+        t_wait_records(2 * i + 2);
+        CHECK_INT(t_recorded(2 * i + 1), TSRV_ETLS);
     }
-    CHECK_INT(handshakes_failed(), 0);
+}
+
+static int echo_and_record(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = echo(stream, address, context);
+    if (rc != TSRV_EAGAIN) {
+        t_record(rc);
+    }
+    return rc;
+}
+
+TEST_STREAM(test_forged_record_of_who_goes_on_sending)
+{
+    t_case c = {echo_and_record, t_record_reason, forging_and_sending_client, NULL, {0}};
+    tsrv_set_log(t_no_log, NULL);
+    run_tls(&c, NULL);
+}
+
+static void forging_client(int port, void *context)
+{
+    (void)context;
+    forge(port, &tls_1_2, false);
+    forge(port, &tls_1_3, false);
+    forge(port, &tls_1_2, true);
+    forge(port, &tls_1_3, true);
 }
 
 TEST_STREAM(test_forged_record)
 {
     serve_echo(forging_client, NULL);
+}
+
+/* Nobody reads, but the handler wants to know of the end. */
+static int echo_byte_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice one;
+    int rc;
+    (void)address, (void)context;
+    if (*(unsigned *)tsrv_data(stream) == 0) {
+        if ((rc = tsrv_read_bytes(stream, 1, &one)) < 0) {
+            return rc;
+        }
+        tsrv_write(stream, one.data, one.size);
+        *(unsigned *)tsrv_data(stream) = 1;
+    }
+    rc = tsrv_wait(stream, TSRV_NEVER);
+    return rc == TSRV_OK ? tsrv_read_some(stream, 0, &one) : rc;
+}
+
+static void forging_to_who_waits(int port, void *context)
+{
+    (void)context;
+    forge(port, &tls_1_2, false);
+    forge(port, &tls_1_3, false);
+}
+
+TEST_STREAM(test_forged_record_while_handler_waits)
+{
+    t_case c = {echo_byte_and_wait, t_record_reason, forging_to_who_waits, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* ... or the stream is busy with output that the peer does not take. */
+enum { ANSWER = 2 << 20 };
+
+static unsigned char big_answer[ANSWER];
+
+enum { IN_WRITE = 0, IN_FLUSH, IN_WAIT, IN_NOTHING };
+
+static int output_and_more(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = TSRV_OK, how = *(int *)context;
+    (void)address;
+    if (*(unsigned *)tsrv_data(stream) == 0) {
+        if ((rc = tsrv_read_until(stream, "\n", 0, &line)) < 0) {
+            return rc;
+        }
+        int small = 16384;
+        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &small, sizeof small) == 0);
+        note_once(stream, ENTERED);
+        rc = how == IN_WRITE ? tsrv_write(stream, big_answer, ANSWER)
+                             : tsrv_try_write(stream, big_answer, ANSWER);
+    }
+    if (rc == TSRV_OK && how == IN_FLUSH) {
+        rc = tsrv_flush(stream);
+    }
+    if (rc == TSRV_OK && how == IN_WAIT) {
+        rc = tsrv_wait(stream, TSRV_NEVER);
+        rc = rc == TSRV_OK ? tsrv_read_some(stream, 0, &line) : rc;
+    }
+    return rc;
+}
+
+/* Asks, forges a record when the answer is stuck, and then takes what comes: whole records that were
+ * sealed before, and the alert. */
+static void forging_and_taking_client(int port, void *context)
+{
+    static unsigned char buffer[ANSWER + 1];
+    dial how = {.receive_room = 4096};
+    int kind;
+    (void)context;
+    for (int i = 0; i < 2; i++) {
+        how.version = i == 0 ? TLS1_2_VERSION : TLS1_3_VERSION;
+        int count = t_record_count();
+        SSL *ssl = dial_open(port, &how);
+        dial_sends(ssl, "go\n");
+        t_wait_records(count + 1);
+        watch_log();
+        t_send(SSL_get_fd(ssl), forged, sizeof forged);
+        t_shut(SSL_get_fd(ssl));
+        size_t got = dial_recv(ssl, buffer, sizeof buffer, &kind);
+        printf("%zu bytes, then %d\n", got, kind);
+        compare(buffer, got, 0);
+        t_wait_records(count + 2);
+        CHECK_INT(t_recorded(count + 1), TSRV_ETLS);
+        CHECK_INT(kind, SSL_ERROR_SSL);
+        CHECK_INT(ERR_GET_REASON(ERR_peek_error()), SSL_AD_REASON_OFFSET + SSL_AD_BAD_RECORD_MAC);
+        CHECK_INT(logged(), 1);
+        dial_free(ssl);
+    }
+}
+
+static void forge_behind_output(int how)
+{
+    t_case c = {output_and_more, t_record_reason, forging_and_taking_client, &how, {0}};
+    c.options.data_size = sizeof(unsigned);
+    c.options.max_write_buffer_size = 2 * ANSWER;
+    fill(big_answer, ANSWER, 0);
+    run_tls(&c, NULL);
+}
+
+TEST_STREAM(test_forged_record_during_write)
+{
+    forge_behind_output(IN_WRITE);
+}
+
+TEST_STREAM(test_forged_record_during_flush)
+{
+    forge_behind_output(IN_FLUSH);
+}
+
+TEST_STREAM(test_forged_record_during_wait)
+{
+    forge_behind_output(IN_WAIT);
+}
+
+TEST_STREAM(test_forged_record_behind_handler)
+{
+    forge_behind_output(IN_NOTHING);
 }
 
 /* Our half first: the client sees the end and goes on sending. */
@@ -1743,10 +1933,6 @@ TEST_SOFT(test_half_close_of_16_mib)
 }
 
 /* Lingering: the answer is not cut by the reset that unread input would cause. */
-enum { ANSWER = 2 << 20 };
-
-static unsigned char big_answer[ANSWER];
-
 static int answer_unread(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice one;
