@@ -4972,10 +4972,11 @@ static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
     return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
 }
 
-/* Has the socket below ended or failed? */
+/* Has the socket below ended or failed, or the peer sent the alert that is its last word? */
 static bool tsrvi_tls_is_over(const tsrvi_tls *tls)
 {
-    return tls->ended || tls->error != 0;
+    return tls->ended || tls->error != 0 ||
+           (SSL_get_shutdown(tls->ssl) & SSL_RECEIVED_SHUTDOWN) != 0; /* RFC 8446, 6.2 */
 }
 
 static void tsrvi_tls_unuse(tsrvi_tls *tls)
@@ -5981,6 +5982,12 @@ static void tsrvi_stream_wake_all(tsrv_stream *stream, int code)
     tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
 }
 
+/* No more of the output goes out? It does after tsrv_shutdown, until all that was queued has. */
+static bool tsrvi_stream_output_failed(const tsrv_stream *stream)
+{
+    return stream->out_end != 0 && stream->out_end != TSRV_ECLOSED;
+}
+
 /* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
  * more. */
 static void tsrvi_stream_kill(tsrv_stream *stream, int code)
@@ -5990,7 +5997,7 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
     tsrvi_loop_of(stream)->quick = NULL;
     if (first) {
         stream->killed = (int16_t)code;
-    } else if (code != TSRV_ECLOSED && (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
+    } else if (code != TSRV_ECLOSED && !tsrvi_stream_output_failed(stream)) {
         stream->out_end = (int16_t)code; /* what was queued when it was closed did not get out */
     }
     if (stream->io.fd < 0) {
@@ -6011,7 +6018,7 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
  * before; nothing waits for it longer than for a close. */
 static void tsrvi_stream_break_output(tsrv_stream *stream, int code)
 {
-    if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
+    if (!tsrvi_stream_output_failed(stream)) {
         stream->out_end = (int16_t)code;
     }
     if (code == TSRV_ETLS) {
@@ -6029,14 +6036,14 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if ((stream->flags & TSRVI_LINGER) != 0) {
         code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
     } else if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
-               stream->out_end != 0 && stream->out_end != TSRV_ECLOSED) {
+               tsrvi_stream_output_failed(stream)) {
         code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
     }
     stream->in_end = (int16_t)code;
     stream->flags &= ~TSRVI_STOPPED;
     broken =
         code != TSRV_EOF && (code != TSRV_ETLS || stream->tls == NULL || !stream->tls->truncated);
-    was_open = stream->out_end == 0 || stream->out_end == TSRV_ECLOSED;
+    was_open = !tsrvi_stream_output_failed(stream);
     if (broken) {
         tsrvi_stream_break_output(stream, code);
     }
@@ -6061,10 +6068,7 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
 /* A send failed: no more output; what the peer sent before can still be read. */
 static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
 {
-    if (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED) {
-        stream->out_end = (int16_t)code;
-    }
-    tsrvi_stream_drop_output(stream);
+    tsrvi_stream_break_output(stream, code);
     tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
     tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT);
     tsrv_wake(stream);
@@ -6095,7 +6099,7 @@ static void tsrvi_stream_count_sealed(tsrv_stream *stream)
 static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
 {
     int end = (stream->flags & TSRVI_STOPPED) != 0 ? 0 : stream->in_end;
-    if (end == 0 && stream->out_end != TSRV_ECLOSED) {
+    if (end == 0 && tsrvi_stream_output_failed(stream)) {
         end = stream->out_end;
     }
     return end != 0 && (end != TSRV_ETLS || tsrvi_tls_is_over(stream->tls));
@@ -6112,7 +6116,7 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         return; /* the handshake comes before the FIN */
     }
     if (stream->tls != NULL && stream->tls->established && !stream->tls->notified &&
-        (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
+        !tsrvi_stream_output_failed(stream)) {
         tsrvi_tls_notify_end(stream->tls);
         tsrvi_stream_count_sealed(stream);
         tsrvi_stream_soon(stream); /* send it, and come here again */
@@ -6511,7 +6515,7 @@ static size_t tsrvi_stream_seal(tsrv_stream *stream, const char *data, size_t si
     size_t taken = 0;
     int rc = TSRV_OK;
     while (rc == TSRV_OK && tls->established && tls->sealed_size < TSRVI_TLS_SEAL &&
-           (stream->out != NULL || taken < size)) {
+           !tsrvi_stream_output_failed(stream) && (stream->out != NULL || taken < size)) {
         if (stream->out != NULL) {
             rc = tsrvi_stream_seal_block(stream);
         } else {
@@ -6521,7 +6525,9 @@ static size_t tsrvi_stream_seal(tsrv_stream *stream, const char *data, size_t si
         }
         tsrvi_stream_count_sealed(stream);
     }
-    if (rc < 0) {
+    if (rc == TSRV_ETLS) {
+        tsrvi_stream_end_output(stream, rc); /* a read has met an error, and not told it yet */
+    } else if (rc < 0) {
         tsrvi_stream_kill(stream, rc); /* some of it may be sealed, which cannot be undone */
     }
     return taken;
@@ -6570,7 +6576,8 @@ static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, si
         }
     }
     tsrvi_loop_of(stream)->written += total;
-    pending = tls->sealed != NULL || (tls->established && (stream->out != NULL || taken < size));
+    pending = tls->sealed != NULL || (tls->established && !tsrvi_stream_output_failed(stream) &&
+                                      (stream->out != NULL || taken < size));
     if (pending && (total != 0 || (stream->flags & TSRVI_BLOCKED) == 0)) {
         stream->flags |= TSRVI_BLOCKED;
         stream->out_due = tsrvi_stream_write_limit(stream);
@@ -6819,7 +6826,7 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
      * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error.
      * */
     if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
-        (stream->out_end == 0 || stream->out_end == TSRV_ECLOSED)) {
+        !tsrvi_stream_output_failed(stream)) {
         int error = (stream->flags & TSRVI_FIN) == 0 ? ECONNRESET : 0;
         socklen_t size = sizeof(error);
         if (error == 0 &&

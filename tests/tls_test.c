@@ -1359,6 +1359,37 @@ TEST_STREAM(test_handshake_timeout)
     run_tls(&c, NULL);
 }
 
+/* Is over at once, with a client that stays in the middle of its hello: a close has its own time,
+ * and is no failed handshake. */
+static int go_at_once(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    return TSRV_OK;
+}
+
+static void staying_client(int port, void *context)
+{
+    unsigned char hello[2048];
+    size_t size = record_hello(hello, sizeof hello);
+    int fd = t_connect(port);
+    int64_t begin = t_now_ms();
+    (void)context;
+    t_send(fd, hello, size / 2);
+    t_wait_records(1);
+    CHECK_NEAR_MS(t_now_ms() - begin, 390, 1500);
+    CHECK_INT(t_recorded(0), TSRV_OK);
+    CHECK_INT(handshakes_failed(), 0);
+    t_close(fd);
+}
+
+TEST_STREAM(test_close_within_handshake)
+{
+    t_case c = {go_at_once, t_record_reason, staying_client, NULL, {0}};
+    c.options.handshake_timeout_ms = 200;
+    c.options.close_timeout_ms = 400;
+    run_tls(&c, NULL);
+}
+
 /* A byte from time to time does not extend it. */
 static void trickling_client(int port, void *context)
 {
@@ -1691,6 +1722,7 @@ static void forge(int port, const dial *how, bool behind)
     memcpy(records + size, forged, sizeof forged);
     t_send(SSL_get_fd(ssl), records, size + sizeof forged);
     dial_expect_alert(ssl, SSL_AD_BAD_RECORD_MAC, behind);
+    t_shut(SSL_get_fd(ssl)); /* the server waits for this, so that the alert is not lost */
     t_wait_records(count + 1);
     CHECK_INT(t_recorded(count), TSRV_ETLS);
     CHECK_INT(logged(), 1);
@@ -1868,6 +1900,28 @@ TEST_STREAM(test_forged_record_during_wait)
 TEST_STREAM(test_forged_record_behind_handler)
 {
     forge_behind_output(IN_NOTHING);
+}
+
+/* A record that takes longer than the idle timeout is no silence. */
+static void trickled_record_client(int port, void *context)
+{
+    unsigned char record[100];
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    size_t size = dial_seal(ssl, "x", 1, record, sizeof record), piece = size / 8;
+    for (size_t at = 0; at < size; at += piece) {
+        poll(NULL, 0, 250);
+        t_send(SSL_get_fd(ssl), record + at, at + piece < size ? piece : size - at);
+    }
+    dial_expect(ssl, "x");
+    dial_finish(ssl);
+}
+
+TEST_SOFT(test_idle_timeout_and_slow_record)
+{
+    t_case c = {echo, t_record_reason, trickled_record_client, NULL, {0}};
+    c.options.idle_timeout_ms = 1000;
+    run_tls(&c, NULL);
 }
 
 /* Our half first: the client sees the end and goes on sending. */
@@ -3285,6 +3339,34 @@ static int note_and_say_bye(tsrv_stream *stream, const tsrv_address *address, vo
 TEST_STREAM(test_drain)
 {
     t_case c = {note_and_say_bye, NULL, drained_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* Who was answered, and has begun its next record, is not idle. */
+static void drained_within_record_client(int port, void *context)
+{
+    unsigned char record[100];
+    int grace_ms = 60000;
+    (void)context;
+    SSL *ssl = dial_open(port, &usual), *other = dial_open(port, &usual);
+    dial_echo(ssl, "hello");
+    size_t size = dial_seal(ssl, "again", 5, record, sizeof record);
+    t_send(SSL_get_fd(ssl), record, 10);
+    dial_echo(other, "the server has seen it");
+    t_on_loop(drain_now, &grace_ms);
+    dial_expect(other, "BYE");
+    dial_expect_end(other);
+    dial_free(other);
+    t_send(SSL_get_fd(ssl), record + 10, size - 10);
+    dial_expect(ssl, "againBYE");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+TEST_STREAM(test_drain_within_record)
+{
+    t_case c = {note_and_say_bye, NULL, drained_within_record_client, NULL, {0}};
     c.options.data_size = sizeof(unsigned);
     run_tls(&c, NULL);
 }
