@@ -385,47 +385,6 @@ static void *flood_send(void *context)
     return NULL;
 }
 
-static void *flood_receive(void *context)
-{
-    static char buffer[65536];
-    while (recv(*(int *)context, buffer, sizeof buffer, 0) > 0) {
-    }
-    return NULL;
-}
-
-static void client_fair(int port, void *context)
-{
-    pthread_t sender, receiver;
-    int flood = t_connect(port), fd = t_connect(port);
-    int64_t longest = 0, begin = t_now_ms();
-    int rounds = 0;
-    (void)context;
-    CHECK(pthread_create(&sender, NULL, flood_send, &flood) == 0);
-    CHECK(pthread_create(&receiver, NULL, flood_receive, &flood) == 0);
-    while (t_now_ms() - begin < 300) {
-        int64_t start = t_now_ms();
-        round_trip(fd);
-        int64_t took = t_now_ms() - start;
-        longest = took > longest ? took : longest;
-        rounds++;
-    }
-    flood_over = true;
-    CHECK(pthread_join(sender, NULL) == 0);
-    CHECK(pthread_join(receiver, NULL) == 0);
-    printf("%d round trips beside a flood, the longest %lld ms\n", rounds, (long long)longest);
-    CHECK(rounds >= 5);
-    CHECK_NEAR_MS(longest, 0, 250);
-    t_close(flood);
-    t_close(fd);
-}
-
-TEST_SOFT(a_flood_does_not_starve_others)
-{
-    t_case c = {.handler = handle_echo, .client = client_fair};
-    flood_over = false;
-    t_run(&c);
-}
-
 static volatile bool timer_fired;
 
 static void on_timer(void *context)
@@ -468,7 +427,6 @@ static void client_greedy(int port, void *context)
     flood_over = true;
     CHECK(pthread_join(sender, NULL) == 0);
     CHECK(timer_fired);
-    CHECK_NEAR_MS(t_now_ms() - begin, 0, 500);
     t_reset(fd);
 }
 
