@@ -114,7 +114,8 @@
  *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
  *   TLS        A stream over TLS is used like any other; what is unsent counts as it is sent, and
  *              an end without close_notify is TSRV_ETLS. A tsrv_tls belongs to one thread at a
- *   time. C++        Coroutines must not be left by an exception: catch inside the handler.
+ *              time.
+ *   C++        Coroutines must not be left by an exception: catch inside the handler.
  *   Stacks     256 KiB of address space each, touched as needed, with a guard page: an overflow
  *              is a SIGSEGV. Hardware shadow stacks need TSRV_USE_UCONTEXT. The floating point
  *              environment (rounding, exception masks) is not switched.
@@ -5441,7 +5442,7 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 #define TSRVI_WAIT_FLUSH 0x80000u
 #define TSRVI_WAIT_INPUT 0x100000u
 #define TSRVI_IN_READ 0x200000u    /* read_due belongs to a read that is repeated */
-#define TSRVI_IN_WAKE 0x400000u    /* wake_due belongs to a tsrv_wait that is repeated */
+#define TSRVI_IN_WAKE 0x400000u    /* wake_ms belongs to a tsrv_wait that is repeated */
 #define TSRVI_WOKEN 0x800000u      /* tsrv_wake came, and nobody waited */
 /* input */
 #define TSRVI_FULL_READ 0x1000000u /* the last recv filled its room: there is more */
@@ -5733,6 +5734,18 @@ TSRV_API void tsrv_wake(tsrv_stream *stream)
         stream->flags |= TSRVI_WOKEN;
         tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
     }
+}
+
+/* Take the wake-up that came when nobody waited. One that ends the callback-mode handler's wait is
+ * the handler's, which has been called for it and will ask. */
+static bool tsrvi_stream_take_wake(tsrv_stream *stream)
+{
+    const uint32_t waits = TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
+    if ((stream->flags & TSRVI_WOKEN) == 0 || (stream->flags & waits) == waits) {
+        return false;
+    }
+    stream->flags &= ~TSRVI_WOKEN;
+    return true;
 }
 
 /* ---- the shared chunk ------------------------------------------------------*/
@@ -7066,7 +7079,7 @@ static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind,
         tsrvi_stream_interest(stream, false, false);
     }
     if (stream->killed != killed) { /* the backend has refused the descriptor */
-        stream->flags &= ~TSRVI_WOKEN;
+        tsrvi_stream_take_wake(stream);
         rc = kind == TSRVI_FOR_WAKE ? (int)TSRV_OK : stream->killed;
     } else {
         rc = tsrvi_co_wait(waiter.co, due);
@@ -7925,12 +7938,14 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
 TSRV_API int tsrv_flush(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
+    bool waits, handling = tsrvi_stream_handling(stream);
     int rc = tsrvi_stream_pay(stream);
-    bool waits;
     if (rc < 0) {
         return tsrvi_gone(rc);
     }
-    stream->flags &= ~TSRVI_WAIT_FLUSH;
+    if (handling) {
+        stream->flags &= ~TSRVI_WAIT_FLUSH;
+    }
     tsrvi_stream_flush(stream);
     waits = stream->killed == 0 && stream->unsent != 0 && stream->out_end != TSRV_ETLS;
     if (waits && loop->co != NULL) {
@@ -7938,13 +7953,13 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
         /* TSRV_OK stays so when the stream is closed before this coroutine's turn comes. */
         return tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_FLUSH, TSRVI_FOREVER));
     }
-    if (waits) {
-        if (tsrvi_stream_handling(stream)) {
-            if (tsrvi_stream_deadline(stream) <= loop->now) {
-                return TSRV_ETIMEOUT;
-            }
-            stream->flags |= TSRVI_WAIT_FLUSH | TSRVI_FLUSHING;
+    if (waits && handling) {
+        if (tsrvi_stream_deadline(stream) <= loop->now) {
+            return TSRV_ETIMEOUT;
         }
+        stream->flags |= TSRVI_WAIT_FLUSH | TSRVI_FLUSHING;
+    }
+    if (waits) {
         return TSRV_EAGAIN;
     }
     rc = tsrvi_write_state(stream);
@@ -8012,7 +8027,9 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
     if (rc < 0) {
         return TSRV_OK; /* as the end of a stream that is waited for */
     }
-    stream->flags &= ~TSRVI_WAIT_WAKE;
+    if (handling) {
+        stream->flags &= ~TSRVI_WAIT_WAKE;
+    }
     if (handling && (stream->flags & TSRVI_IN_WAKE) == 0) {
         stream->wake_ms = tsrvi_due_ms(loop, due);
     }
@@ -8021,8 +8038,8 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
         tsrvi_stream_later(stream, TSRVI_CALL);
         return TSRV_EAGAIN;
     }
-    if ((stream->flags & TSRVI_WOKEN) != 0) {
-        stream->flags &= ~(TSRVI_WOKEN | TSRVI_IN_WAKE);
+    if (tsrvi_stream_take_wake(stream)) {
+        stream->flags &= ~TSRVI_IN_WAKE;
         return TSRV_OK;
     }
     if (loop->co != NULL) {
@@ -8032,15 +8049,15 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
         rc = tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_WAKE, due));
         return rc == TSRV_ECLOSED ? TSRV_OK : rc;
     }
-    if (timeout_ms == 0 ||
-        (handling && tsrvi_earlier(tsrvi_ms_due(loop, stream->wake_ms),
-                                   tsrvi_stream_deadline(stream)) <= loop->now)) {
+    if (!handling) {
+        return timeout_ms == 0 ? TSRV_ETIMEOUT : TSRV_EAGAIN;
+    }
+    if (timeout_ms == 0 || tsrvi_earlier(tsrvi_ms_due(loop, stream->wake_ms),
+                                         tsrvi_stream_deadline(stream)) <= loop->now) {
         stream->flags &= ~TSRVI_IN_WAKE;
         return TSRV_ETIMEOUT;
     }
-    if (handling) {
-        stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
-    }
+    stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
     return TSRV_EAGAIN;
 }
 

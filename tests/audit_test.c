@@ -936,6 +936,120 @@ TEST_CALLBACK(a_wait_after_a_read_has_a_time_of_its_own)
     s_close();
 }
 
+/* ---- the handler's waits, and those of others on its stream -------------------------------*/
+
+static int others_step, others_flushed;
+
+/* In callback mode, and does nothing but repeat its call. */
+static int wait_a_second(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    got_code = tsrv_wait(stream, 1000);
+    if (got_code != TSRV_EAGAIN) {
+        wait_ended = v_ms();
+        waits_over = 1;
+        return 1;
+    }
+    return TSRV_EAGAIN;
+}
+
+static void look_on(void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_wait(tsrv_server_next(s_server, NULL), 0), TSRV_ETIMEOUT);
+    others_step++;
+}
+
+/* It leaves the handler's wait alone, and takes no wake-up that is the handler's. */
+static void wait_beside(void *context)
+{
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    CHECK_INT(tsrv_wait(stream, 0), TSRV_ETIMEOUT);
+    CHECK_INT(tsrv_wait(stream, 100), TSRV_ETIMEOUT);
+    CHECK_INT(waits_over, 0);
+    if (*(bool *)context) {
+        tsrv_wake(stream);
+        CHECK_INT(tsrv_wait(stream, 0), TSRV_ETIMEOUT);
+        CHECK_INT(waits_over, 0);
+    }
+    others_step++;
+}
+
+static void check_waits_of_others(bool wakes)
+{
+    waits_over = others_step = 0;
+    open_server(wait_a_second);
+    int fd = join();
+    int64_t start = v_ms();
+    CHECK_INT(tsrv_loop_post(s_loop, look_on, NULL), TSRV_OK);
+    s_until(&others_step, 1);
+    s_run_ms(100);
+    CHECK_INT(tsrv_spawn(s_loop, wait_beside, &wakes), TSRV_OK);
+    s_until(&others_step, 2);
+    s_until(&waits_over, 1);
+    CHECK_INT(got_code, wakes ? (int)TSRV_OK : (int)TSRV_ETIMEOUT);
+    CHECK_LEAST(wait_ended - start, wakes ? 200 : 1000);
+    CHECK_MOST(wait_ended - start, wakes ? 230 : 1030);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&closed, 1);
+    s_close();
+}
+
+TEST_CALLBACK(a_handlers_wait_survives_those_of_others)
+{
+    check_waits_of_others(false);
+}
+
+TEST_CALLBACK(a_wake_is_the_waiting_handlers)
+{
+    check_waits_of_others(true);
+}
+
+static int flush_once(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char data[200000];
+    int rc;
+    (void)address, (void)context;
+    if (own_calls++ == 0) {
+        hold_little(stream);
+        CHECK_INT(tsrv_write(stream, data, sizeof data), TSRV_OK);
+    }
+    if ((rc = tsrv_flush(stream)) == TSRV_OK) {
+        waits_over = 1;
+        return 1;
+    }
+    return rc;
+}
+
+static void flush_too(void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_flush(tsrv_server_next(s_server, NULL)), TSRV_OK);
+    others_flushed = 1;
+}
+
+TEST_CALLBACK(a_handlers_flush_survives_that_of_another)
+{
+    static char got[200000];
+    int code;
+    own_calls = waits_over = others_flushed = 0;
+    open_server(flush_once);
+    int fd = join_with_room(4096);
+    s_run_ms(100);
+    CHECK_INT(own_calls, 1);
+    CHECK_INT(tsrv_spawn(s_loop, flush_too, NULL), TSRV_OK);
+    s_run_ms(100);
+    CHECK_INT(waits_over + others_flushed, 0);
+    CHECK_INT(s_recv(fd, got, sizeof got, &code), sizeof got);
+    s_until(&others_flushed, 1);
+    s_until(&waits_over, 1);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&closed, 1);
+    s_close();
+}
+
 /* ---- a reset while nobody reads -----------------------------------------------------------*/
 
 enum { R_SHUTDOWN = 1, R_UNREAD = 2 };

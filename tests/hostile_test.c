@@ -1329,6 +1329,7 @@ static void pipeline_client(int port, void *context)
            "stack here %d, outside %d bytes\n",
            p->requests, p->longest, pings, (int)longest, (int)(p->here.high - p->here.low),
            (int)(p->outside.high - p->outside.low));
+    CHECK(pings >= 10);
     t_close(p->fd);
     t_reset(fd);
 }
