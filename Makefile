@@ -49,7 +49,7 @@ $(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test: LIBS += -lssl -lcrypto
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
 # Examples once more, for the tests: in callback mode.
-CALLBACKS = $(DIR)/callback_http $(DIR)/callback_redis
+CALLBACKS = $(patsubst %,$(DIR)/callback_%,chat http redis smtp)
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)
 
 all: examples

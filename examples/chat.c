@@ -14,6 +14,7 @@
 #define MAX_LINE 512
 
 typedef struct member {
+    bool asked;
     char nick[32]; /* "" until it has said who it is */
 } member;
 
@@ -38,10 +39,9 @@ static void broadcast(tsrv_stream *from, const char *text, size_t size)
 
 static void say(tsrv_stream *from, const char *what, const char *text, int size)
 {
-    char message[MAX_LINE + 64];
-    int used =
-        snprintf(message, sizeof(message), "%s%s%.*s\n", member_of(from)->nick, what, size, text);
-    broadcast(from, message, (size_t)used);
+    char line[MAX_LINE + 64];
+    int used = snprintf(line, sizeof(line), "%s%s%.*s\n", member_of(from)->nick, what, size, text);
+    broadcast(from, line, (size_t)used);
 }
 
 static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -49,9 +49,9 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     member *me = member_of(stream);
     tsrv_slice line;
     int rc;
-    (void)address;
-    (void)context;
-    if (me->nick[0] == 0) {
+    (void)address, (void)context;
+    if (!me->asked) {
+        me->asked = true;
         tsrv_printf(stream, "your name? ");
     }
     while ((rc = tsrv_read_until(stream, "\n", MAX_LINE, &line)) == TSRV_OK) {

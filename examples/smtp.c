@@ -6,7 +6,6 @@
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,7 +13,7 @@
 
 #define MAX_LINE 1000 /* its CRLF included: RFC 5321, section 4.5.3.1.6 */
 
-enum { STAY = -1, START, MAIL, RCPT, DATA, LOST, QUIT }; /* LOST: a mail with too long a line */
+enum { STAY, START, MAIL, RCPT, DATA, LOST, QUIT, SKIP = 64 }; /* LOST: a line was too long */
 static const struct verb {
     const char *text, *reply;
     int from, to; /* the step that it needs, and the one that it leads to */
@@ -24,11 +23,15 @@ static const struct verb {
              {"NOOP", "250 ok", START, STAY},       {"QUIT\r\n", "221 bye", START, QUIT},
              {"", "500 what?", START, STAY}}; /* every line begins with "" */
 
-/* Of a line that is too long the rest is dropped, however long it is, and *line is empty. */
-static int read_line(tsrv_stream *stream, tsrv_slice *line)
+/* The rest of a line that is too long is dropped, with SKIP set meanwhile; then *line is empty. */
+static int read_line(tsrv_stream *stream, int *step, tsrv_slice *line)
 {
-    int rc = tsrv_read_until(stream, "\r\n", MAX_LINE, line);
-    return rc == TSRV_ETOOLONG ? tsrv_read_until(stream, "\r\n", 0, NULL) : rc;
+    int rc = *step & SKIP ? TSRV_ETOOLONG : tsrv_read_until(stream, "\r\n", MAX_LINE, line);
+    if (rc == TSRV_ETOOLONG) {
+        rc = tsrv_read_until(stream, "\r\n", 0, NULL);
+        *step = rc == TSRV_EAGAIN ? *step | SKIP : *step & ~SKIP;
+    }
+    return rc;
 }
 
 /* Answers a command and returns the next step. */
@@ -60,13 +63,15 @@ static int mail(tsrv_stream *stream, const tsrv_slice *line, int step)
 
 static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    int rc = TSRV_OK, step = START;
-    tsrv_slice line;
-    (void)address;
-    (void)context;
-    tsrv_printf(stream, "220 ready\r\n");
-    while (step != QUIT && (rc = read_line(stream, &line)) == TSRV_OK) {
-        step = step < DATA ? command(stream, &line, step) : mail(stream, &line, step);
+    int rc = TSRV_OK, *step = (int *)tsrv_data(stream); /* 0 at first */
+    tsrv_slice line = {"", 0};
+    (void)address, (void)context;
+    if (*step == 0) {
+        tsrv_printf(stream, "220 ready\r\n");
+        *step = START;
+    }
+    while (*step != QUIT && (rc = read_line(stream, step, &line)) == TSRV_OK) {
+        *step = *step < DATA ? command(stream, &line, *step) : mail(stream, &line, *step);
     }
     if (rc == TSRV_ETIMEOUT || (rc == TSRV_EOF && tsrv_stopping(stream))) {
         tsrv_printf(stream, "421 good bye\r\n");
@@ -74,26 +79,21 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     return rc;
 }
 
-static void on_signal(void *context)
+static void on_start(tsrv_server *server, void *context)
 {
-    tsrv_server_drain((tsrv_server *)context, 0);
+    tsrv_address bound;
+    (void)context;
+    tsrv_server_address(server, 0, &bound);
+    printf("smtp: listening on port %d\n", tsrv_address_port(&bound));
 }
 
 int main(int argc, char **argv)
 {
     tsrv_server_options options = {0};
-    tsrv_signal terminated = {0};
-    tsrv_server *server;
-    tsrv_address bound;
     setvbuf(stdout, NULL, _IOLBF, 0);
     options.handle_stream = handle_stream;
+    options.on_start = on_start;
+    options.data_size = sizeof(int);
     options.read_timeout_ms = argc > 2 ? 1000 * atoi(argv[2]) : 300000;
-    if (tsrv_server_new(&server, &options) != TSRV_OK ||
-        tsrv_signal_start(NULL, &terminated, SIGTERM, on_signal, server) != TSRV_OK ||
-        tsrv_server_listen(server, argc > 1 ? atoi(argv[1]) : 8888, "127.0.0.1", NULL) != TSRV_OK ||
-        tsrv_server_address(server, 0, &bound) != TSRV_OK) {
-        return 1;
-    }
-    printf("smtp: listening on port %d\n", tsrv_address_port(&bound));
-    return tsrv_loop_run(NULL) == TSRV_OK ? 0 : 1;
+    return tsrv_serve(argc > 1 ? atoi(argv[1]) : 8888, "127.0.0.1", 1, &options) != TSRV_OK;
 }

@@ -464,7 +464,7 @@ static void leave(int fd)
     t_close(fd);
 }
 
-TEST_ONCE(chat_names_joins_and_leaves)
+TEST_MODES(chat_names_joins_and_leaves)
 {
     program p = start("chat");
     int ann = join(&p, "ann", NULL, 0);
@@ -523,7 +523,7 @@ TEST_ONCE(chat_names_joins_and_leaves)
 
 /* Each speaks in turn. That the next thing a speaker receives is another's message shows that its
  * own did not come back; the first speaks twice, for the last one's sake. */
-TEST_ONCE(chat_reaches_all_others)
+TEST_MODES(chat_reaches_all_others)
 {
     enum { COUNT = 12 };
     int members[COUNT];
@@ -553,7 +553,7 @@ TEST_ONCE(chat_reaches_all_others)
     stop(&p);
 }
 
-TEST_ONCE(chat_too_long_a_line)
+TEST_MODES(chat_too_long_a_line)
 {
     char line[4096], text[MAX_CHAT + 64];
     program p = start("chat");
@@ -627,7 +627,7 @@ static const char *read_line(reader *r)
 /* The speaker goes on until the others hear that the one who never reads has left. How much that
  * takes is for the kernel's buffers to say. Each batch is read before the next, so that nobody else
  * lags behind. */
-TEST_ONCE(chat_throws_out_who_never_reads)
+TEST_MODES(chat_throws_out_who_never_reads)
 {
     enum { BATCH = 64, LINE = 500, MOST = 64 * 1024 * 1024 / LINE, LISTENERS = 2 };
     static char batch[BATCH * LINE];
@@ -902,7 +902,7 @@ static void play(int fd, const exchange_step *steps, size_t count)
 
 #define PLAY(fd, steps) play((fd), (steps), sizeof(steps) / sizeof((steps)[0]))
 
-TEST_ONCE(smtp_takes_a_mail)
+TEST_MODES(smtp_takes_a_mail)
 {
     static const exchange_step steps[] = {
         {"", "220 ready\r\n"},
@@ -939,7 +939,7 @@ TEST_ONCE(smtp_takes_a_mail)
     expect_end(&p);
 }
 
-TEST_ONCE(smtp_too_long_a_line)
+TEST_MODES(smtp_too_long_a_line)
 {
     enum { MOST = 1000, FAR = 3 * 1024 * 1024 }; /* with CRLF; far behind every buffer */
     static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
@@ -981,7 +981,7 @@ TEST_ONCE(smtp_too_long_a_line)
 }
 
 /* Half a line is as good as none, and what comes in time is answered. */
-TEST_ONCE(smtp_times_out)
+TEST_MODES(smtp_times_out)
 {
     program p = start_with("smtp", "1", NULL);
     int silent = t_connect(p.port), half = t_connect(p.port);
@@ -1000,7 +1000,7 @@ TEST_ONCE(smtp_times_out)
     expect_end(&p);
 }
 
-TEST_ONCE(smtp_says_good_bye_when_it_stops)
+TEST_MODES(smtp_says_good_bye_when_it_stops)
 {
     static const exchange_step to_data[] = {{"", "220 ready\r\n"},
                                             {"MAIL FROM:<a>\r\n", "250 ok\r\n"},
