@@ -182,6 +182,7 @@ static inline void *t_relay_run(void *context)
     close(r->plain);
     close(r->secret);
     free(r);
+    OPENSSL_thread_stop(); /* else at the thread's end, while exit may clean OpenSSL up */
     __atomic_sub_fetch(&t_relays, 1, __ATOMIC_ACQ_REL);
     return NULL;
 }
