@@ -51,13 +51,22 @@ static struct board {
     struct {
         int id, pid, status;
     } exit[PIDS];
-    tsrv_stats stats;  /* what the parent saw in the end */
-    int value;         /* for the test; atomic */
-    int version;       /* of what workers are made from; atomic */
-    int64_t ahead_ns;  /* see clock_ahead_ns */
-    int turns;         /* times that a parent has called poll; atomic */
-    int failing_forks; /* of a parent, that are to fail; atomic */
-    size_t logged;     /* bytes; atomic */
+    tsrv_stats stats; /* what the parent saw in the end */
+    int value;        /* for the test; atomic, as are the next two */
+    int held;
+    int go;
+    int version;          /* of what workers are made from; atomic */
+    int64_t ahead_ns;     /* see clock_ahead_ns */
+    int turns;            /* times that a parent has called poll; atomic */
+    int failing_forks;    /* of a parent, that are to fail; atomic */
+    struct {              /* of a program that an upgrade starts */
+        int how, workers; /* see the test */
+        int pid, count;   /* the last one, how many; atomic */
+    } next;
+    int second_port; /* of a program that binds two */
+    int facts[80];   /* what on_start has seen, see the test */
+    int fact_count;  /* atomic */
+    size_t logged;   /* bytes; atomic */
     char log[65536];
 } * board;
 
@@ -617,6 +626,74 @@ static inline void command(int worker, const char *text)
     ssize_t n = recv(fd, &byte, 1, 0);
     CHECK(n == 0 || (n < 0 && errno == ECONNRESET)); /* it is dead */
     t_close(fd);
+}
+
+/* ---- load ---------------------------------------------------------------------------------*/
+
+/* Clients that come and go while something happens to the workers; long ones read slowly. */
+typedef struct load {
+    pthread_t threads[3];
+    bool stop;  /* atomic */
+    int served; /* atomic */
+} load;
+
+/* One line, then the end. Whatever goes wrong fails the test. */
+static inline void *short_clients(void *context)
+{
+    load *l = (load *)context;
+    while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
+        int fd = t_connect(port());
+        t_sends(fd, "hello\n");
+        t_expect(fd, "hello\n");
+        t_close(fd);
+        __atomic_add_fetch(&l->served, 1, __ATOMIC_ACQ_REL);
+    }
+    return NULL;
+}
+
+/* A large answer that is read from the beginning of the load to its end. */
+static inline void *long_client(void *context)
+{
+    load *l = (load *)context;
+    int fd = t_connect_with_room(port(), 16384);
+    char *got = (char *)malloc(BIG + 1);
+    t_sends(fd, "big\n");
+    size_t half = t_recv(fd, got, BIG / 2);
+    CHECK_INT(half, BIG / 2);
+    __atomic_add_fetch(&l->served, 1, __ATOMIC_ACQ_REL);
+    while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
+        poll(NULL, 0, 1);
+    }
+    CHECK_INT(t_recv(fd, got + half, BIG - half), BIG - half);
+    for (size_t at = 0; at < BIG; at++) {
+        CHECK_INT(got[at], pattern(at));
+    }
+    free(got);
+    t_close(fd);
+    return NULL;
+}
+
+static inline bool load_runs(void *context)
+{
+    return __atomic_load_n(&((load *)context)->served, __ATOMIC_ACQUIRE) > 50;
+}
+
+static inline void load_begin(load *l)
+{
+    memset(l, 0, sizeof *l);
+    CHECK_INT(pthread_create(&l->threads[0], NULL, short_clients, l), 0);
+    CHECK_INT(pthread_create(&l->threads[1], NULL, short_clients, l), 0);
+    CHECK_INT(pthread_create(&l->threads[2], NULL, long_client, l), 0);
+    CHECK(t_wait_until(load_runs, l));
+}
+
+static inline int load_end(load *l)
+{
+    __atomic_store_n(&l->stop, true, __ATOMIC_RELEASE);
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(pthread_join(l->threads[i], NULL), 0);
+    }
+    return l->served;
 }
 
 /* ---- programs that are started by an upgrade ----------------------------------------------*/
