@@ -1,387 +1,6 @@
 /* Workers and their supervisor. Its core is what Tornado's process_test.py and the TestMultiprocess of
- * its tcpserver_test.py check. Each test is the runner: it starts a program in a process of its own,
- * which forks workers, talks to these, and is the reaper of every orphan, so that it sees what the
- * program leaves behind. */
-#include "test.h"
-
-#include <sched.h>
-#include <sys/mman.h>
-#include <sys/mount.h>
-#include <sys/prctl.h>
-
-enum { WORKERS_MAX = 8, PIDS = 64 };
-
-/* What all processes of a test share. */
-static struct board {
-    int port;      /* of the program's server; 0 = not bound yet; atomic */
-    int forks;     /* workers that have begun; atomic */
-    int results;   /* programs whose parent has got its result; atomic */
-    int result;    /* the last of them */
-    int ids[PIDS]; /* of the workers in the order in which they began */
-    pid_t pids[PIDS];
-    int exits; /* calls of on_exit; atomic */
-    struct {
-        int id, pid, status;
-    } exit[PIDS];
-    tsrv_stats stats; /* what the parent saw in the end */
-    int value;        /* for the test; atomic */
-} *board;
-
-/* Set before a program is launched. */
-static int workers;
-static tsrv_fork_options fork_options;
-static tsrv_server_options server_options;
-static tsrv_bind_options bind_options;
-
-/* ---- programs -----------------------------------------------------------------------------*/
-
-static bool in_program;
-
-/* In each worker, before the library goes on: the thread's own loop has the backend of the test. */
-static void forked(void)
-{
-    tsrv_loop_options options = {t_backend};
-    if (in_program) {
-        t_fault_at = 0; /* faults are for the parent */
-        CHECK_INT(tsrv_loop_new(&tsrvi_own_loop, &options), TSRV_OK);
-    }
-}
-
-__attribute__((constructor)) static void set_up(void)
-{
-    CHECK_INT(pthread_atfork(NULL, NULL, forked), 0);
-}
-
-static void note_exit(int task_id, int pid, int status, void *context)
-{
-    int index = __atomic_load_n(&board->exits, __ATOMIC_RELAXED);
-    CHECK(context == &fork_options);
-    CHECK(index < PIDS);
-    board->exit[index].id = task_id;
-    board->exit[index].pid = pid;
-    board->exit[index].status = status;
-    __atomic_store_n(&board->exits, index + 1, __ATOMIC_RELEASE);
-}
-
-static void note_worker(void)
-{
-    int index = __atomic_fetch_add(&board->forks, 1, __ATOMIC_ACQ_REL);
-    CHECK(index < PIDS);
-    board->ids[index] = tsrv_task_id();
-    __atomic_store_n(&board->pids[index], getpid(), __ATOMIC_RELEASE);
-}
-
-static void on_start(tsrv_server *server, void *context)
-{
-    tsrv_address address;
-    (void)context;
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    CHECK(tsrv_address_port(&address) != 0);
-    if (tsrv_task_id() >= 0) {
-        note_worker();
-    }
-}
-
-enum { BIG = 1 << 20 };
-
-static char pattern(size_t at)
-{
-    return (char)('a' + at % 23);
-}
-
-static void answer_big(tsrv_stream *stream)
-{
-    char piece[4096];
-    for (size_t at = 0; at < BIG; at += sizeof piece) {
-        for (size_t i = 0; i < sizeof piece; i++) {
-            piece[i] = pattern(at + i);
-        }
-        tsrv_write(stream, piece, sizeof piece);
-    }
-}
-
-/* The parent and its answer are those of the process that the line reaches. */
-static void obey(tsrv_stream *stream, const char *line)
-{
-    tsrv_stats stats;
-    int number = 0;
-    if (strncmp(line, "id", 2) == 0) {
-        tsrv_printf(stream, "%d %ld %ld\n", tsrv_task_id(), (long)getpid(), (long)getppid());
-    } else if (sscanf(line, "exit %d", &number) == 1) {
-        _exit(number);
-    } else if (sscanf(line, "signal %d", &number) == 1) {
-        signal(number, SIG_DFL);
-        raise(number);
-    } else if (strncmp(line, "hang", 4) == 0) {
-        for (;;) {
-            poll(NULL, 0, 1000);
-        }
-    } else if (strncmp(line, "big", 3) == 0) {
-        answer_big(stream);
-    } else if (sscanf(line, "stats %d", &number) == 1) {
-        int rc = tsrv_server_worker_stats(tsrv_stream_server(stream), number, &stats);
-        tsrv_printf(stream, "%d %d %d %d %d\n", rc, (int)stats.accepted, (int)stats.open,
-                    (int)stats.ended_well, (int)stats.restarts);
-    } else if (strncmp(line, "own", 3) == 0) {
-        tsrv_server_stats(tsrv_stream_server(stream), &stats);
-        tsrv_printf(stream, "%d %d\n", (int)stats.accepted, (int)stats.open);
-    } else {
-        tsrv_write(stream, line, strlen(line));
-    }
-}
-
-static int serve_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice line;
-    int rc;
-    (void)address, (void)context;
-    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
-        obey(stream, line.data);
-    }
-    return rc;
-}
-
-static tsrv_server *new_server(void)
-{
-    tsrv_server *server;
-    server_options.mode = t_mode;
-    server_options.handle_stream = serve_lines;
-    CHECK_INT(tsrv_server_new(&server, &server_options), TSRV_OK);
-    return server;
-}
-
-/* Bound to a port that the test reads from the board. */
-static tsrv_server *new_bound_server(void)
-{
-    tsrv_server *server = new_server();
-    tsrv_address address;
-    CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", &bind_options), TSRV_OK);
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
-    return server;
-}
-
-/* bind and start: the second way of Tornado. */
-static int program_bind_start(void)
-{
-    server_options.on_start = on_start;
-    tsrv_server *server = new_bound_server();
-    int rc = tsrv_server_start(server, workers, &fork_options);
-    if (rc == TSRV_OK) {
-        rc = tsrv_loop_run(NULL);
-    } else {
-        tsrv_server_stats(server, &board->stats);
-    }
-    tsrv_server_free(server);
-    return rc;
-}
-
-/* bind_sockets, fork_processes and add_sockets: the third. */
-static int program_add_sockets(void)
-{
-    int fds[4], rc, count = tsrv_bind_sockets(0, "127.0.0.1", &bind_options, fds, 4);
-    tsrv_address address;
-    tsrv_server *server;
-    CHECK_INT(count, 1);
-    CHECK_INT(tsrvi_address_get(fds[0], tsrvi_getsockname, &address), TSRV_OK);
-    __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
-    if ((rc = tsrv_fork_processes(workers, &fork_options)) < 0) {
-        t_close(fds[0]);
-        return rc;
-    }
-    CHECK_INT(rc, tsrv_task_id());
-    server_options.mode = t_mode;
-    server_options.handle_stream = serve_lines;
-    server_options.on_start = on_start;
-    CHECK_INT(tsrv_server_new(&server, &server_options), TSRV_OK);
-    CHECK_INT(tsrv_server_add_sockets(server, fds, count), TSRV_OK);
-    rc = tsrv_loop_run(NULL);
-    tsrv_server_free(server);
-    return rc;
-}
-
-/* Workers without a loop. */
-static int (*bare_worker)(void);
-
-static int program_bare(void)
-{
-    int rc = tsrv_fork_processes(workers, &fork_options);
-    if (rc < 0) {
-        return rc;
-    }
-    CHECK_INT(rc, tsrv_task_id());
-    note_worker();
-    return bare_worker();
-}
-
-static void run_program(int (*program)(void))
-{
-    int fds = t_open_fds(), rc;
-    long long allocations = (long long)t_live_allocations;
-    in_program = true;
-    rc = program();
-    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
-    CHECK_INT(t_live_allocations, allocations);
-    if (tsrv_task_id() < 0) {
-        CHECK_INT(t_open_fds(), fds);
-        board->result = rc;
-        __atomic_add_fetch(&board->results, 1, __ATOMIC_ACQ_REL);
-        CHECK_INT(waitpid(-1, NULL, WNOHANG), -1); /* and it has no child any more */
-        CHECK_INT(errno, ECHILD);
-    }
-    exit(rc == TSRV_OK || rc == TSRV_EPARENT ? 0 : 1);
-}
-
-/* ---- the runner ---------------------------------------------------------------------------*/
-
-static void open_board(void)
-{
-    board = (struct board *)mmap(NULL, sizeof *board, PROT_READ | PROT_WRITE,
-                                 MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    CHECK(board != MAP_FAILED);
-    fork_options.on_exit = note_exit;
-    fork_options.context = &fork_options;
-    CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0);
-}
-
-static pid_t launch(int (*program)(void))
-{
-    pid_t pid;
-    open_board();
-    pid = fork();
-    CHECK(pid >= 0);
-    if (pid == 0) {
-        run_program(program);
-    }
-    return pid;
-}
-
-static int exits_seen(void)
-{
-    return __atomic_load_n(&board->exits, __ATOMIC_ACQUIRE);
-}
-
-static int forks_seen(void)
-{
-    return __atomic_load_n(&board->forks, __ATOMIC_ACQUIRE);
-}
-
-static bool has_forks(void *count)
-{
-    return forks_seen() >= *(int *)count;
-}
-
-static void await_forks(int count)
-{
-    if (!t_wait_until(has_forks, &count)) {
-        T_FAIL("only %d of %d workers began", forks_seen(), count);
-    }
-}
-
-static bool has_exits(void *count)
-{
-    return exits_seen() >= *(int *)count;
-}
-
-static void await_exits(int count)
-{
-    if (!t_wait_until(has_exits, &count)) {
-        T_FAIL("only %d of %d workers ended", exits_seen(), count);
-    }
-}
-
-static int port(void)
-{
-    return __atomic_load_n(&board->port, __ATOMIC_ACQUIRE);
-}
-
-/* Waits for a child of ours and returns its wait status. */
-static int await_end(pid_t pid)
-{
-    int status = 0;
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
-    while (waitpid(pid, &status, WNOHANG) == 0) {
-        CHECK(t_now_ms() < end);
-        poll(NULL, 0, 1);
-    }
-    return status;
-}
-
-/* Every process that the program has left behind is ours now: there is none. */
-static void check_no_child(void)
-{
-    pid_t pid = waitpid(-1, NULL, WNOHANG);
-    if (pid != -1 || errno != ECHILD) {
-        T_FAIL("a process has been left behind (%ld)", (long)pid);
-    }
-}
-
-/* The program's parent ends with this exit status and result, and nothing is left. */
-static void check_end(pid_t pid, int exit_status, int result)
-{
-    int status = await_end(pid);
-    if (!WIFEXITED(status)) {
-        T_FAIL("the program was ended by signal %d", WTERMSIG(status));
-    }
-    CHECK_INT(board->result, result);
-    CHECK_INT(WEXITSTATUS(status), exit_status);
-    CHECK_INT(board->results, 1);
-    check_no_child();
-}
-
-/* One line of any length up to size. False: the end, or a reset. */
-static bool read_line(int fd, char *line, size_t size)
-{
-    size_t used = 0;
-    while (used + 1 < size) {
-        ssize_t n = recv(fd, line + used, 1, 0);
-        if (n <= 0) {
-            CHECK(n == 0 || errno == ECONNRESET);
-            return false;
-        }
-        if (line[used++] == '\n') {
-            break;
-        }
-    }
-    line[used] = 0;
-    return true;
-}
-
-/* Asks a worker who it is. */
-static void ask_id(int fd, int *id, long *pid, long *parent)
-{
-    char line[64];
-    long unused = 0;
-    t_sends(fd, "id\n");
-    CHECK(read_line(fd, line, sizeof line));
-    CHECK_INT(sscanf(line, "%d %ld %ld", id, pid, parent != NULL ? parent : &unused), 3);
-}
-
-/* A connection to the worker with that task id. */
-static int connect_to(int wanted, long *pid)
-{
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
-    for (;;) {
-        int fd = t_connect(port()), id = -1;
-        ask_id(fd, &id, pid, NULL);
-        if (id == wanted) {
-            return fd;
-        }
-        t_close(fd);
-        CHECK(t_now_ms() < end);
-    }
-}
-
-static void command(int worker, const char *text)
-{
-    long pid = 0;
-    int fd = connect_to(worker, &pid);
-    t_sends(fd, text);
-    char byte;
-    ssize_t n = recv(fd, &byte, 1, 0);
-    CHECK(n == 0 || (n < 0 && errno == ECONNRESET)); /* it is dead */
-    t_close(fd);
-}
+ * its tcpserver_test.py check. */
+#include "workers.h"
 
 /* ---- what Tornado tests -------------------------------------------------------------------*/
 
@@ -390,7 +9,7 @@ TEST_LOOP(test_multi_process)
 {
     workers = 3;
     fork_options.max_restarts = 3;
-    pid_t pid = launch(program_bind_start);
+    pid_t pid = launch(program_add_sockets);
     await_forks(3);
     command(0, "exit 2\n");
     command(1, "exit 3\n");
@@ -646,23 +265,6 @@ TEST_ONCE(an_end_by_a_signal_is_made_good)
 
 /* ---- ends ---------------------------------------------------------------------------------*/
 
-/* A worker does not see that its parent dies: no loop, or one that hangs. */
-static int sleeps(void)
-{
-    for (;;) {
-        poll(NULL, 0, 1000);
-    }
-    return TSRV_OK;
-}
-
-static bool no_child_left(void *unused)
-{
-    (void)unused;
-    while (waitpid(-1, NULL, WNOHANG) > 0) {
-    }
-    return waitpid(-1, NULL, WNOHANG) < 0 && errno == ECHILD;
-}
-
 static void kill_and_look(pid_t pid)
 {
     int64_t start = t_now_ms();
@@ -769,11 +371,6 @@ static int ignores_sigterm(void)
     signal(SIGTERM, SIG_IGN);
     __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
     return sleeps();
-}
-
-static bool has_value(void *value)
-{
-    return __atomic_load_n(&board->value, __ATOMIC_ACQUIRE) >= *(int *)value;
 }
 
 TEST_ONCE(who_does_not_end_is_killed)
@@ -1032,42 +629,12 @@ static bool no_zombie(void *pid)
     return zombies_of(*(pid_t *)pid) == 0;
 }
 
-/* Starts the program as process 1 of a namespace, and returns its pid here. What makes the namespace is
- * a process of its own, which could not fork any more once process 1 has ended. */
-static pid_t launch_as_process_1(void)
-{
-    pid_t maker = fork(), pid;
-    CHECK(maker >= 0);
-    if (maker == 0) {
-        if (unshare(CLONE_NEWPID) != 0) {
-            _exit(T_SKIPPED);
-        }
-        pid = fork();
-        if (pid == 0) {
-            CHECK_INT(getpid(), 1);
-            CHECK(unshare(CLONE_NEWNS) == 0); /* LeakSanitizer looks itself up in /proc */
-            CHECK(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) == 0);
-            CHECK(mount("proc", "/proc", "proc", 0, NULL) == 0);
-            run_program(program_bare);
-        }
-        board->pids[PIDS - 1] = pid;
-        _exit(0);
-    }
-    int status = await_end(maker); /* and the program becomes ours */
-    if (WEXITSTATUS(status) == T_SKIPPED) {
-        SKIP("the right to make a PID namespace (root)");
-    }
-    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-    return board->pids[PIDS - 1];
-}
-
 TEST_ONCE(works_as_process_1)
 {
     int ready = 2;
     workers = 2;
     bare_worker = makes_an_orphan;
-    open_board();
-    pid_t pid = launch_as_process_1();
+    pid_t pid = launch_as_process_1(program_bare);
     CHECK(t_wait_until(has_value, &ready));
     poll(NULL, 0, 100);
     CHECK(t_wait_until(no_zombie, &pid));
@@ -1202,72 +769,6 @@ TEST_LOOP(reuse_port_spreads_over_sockets)
 }
 
 /* ---- load ---------------------------------------------------------------------------------*/
-
-/* Clients that come and go while something happens to the workers; long ones read slowly. */
-typedef struct load {
-    pthread_t threads[3];
-    bool stop; /* atomic */
-    int served;  /* atomic */
-} load;
-
-/* One line, then the end. Whatever goes wrong fails the test. */
-static void *short_clients(void *context)
-{
-    load *l = (load *)context;
-    while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
-        int fd = t_connect(port());
-        t_sends(fd, "hello\n");
-        t_expect(fd, "hello\n");
-        t_close(fd);
-        __atomic_add_fetch(&l->served, 1, __ATOMIC_ACQ_REL);
-    }
-    return NULL;
-}
-
-/* A large answer that is read from the beginning of the load to its end. */
-static void *long_client(void *context)
-{
-    load *l = (load *)context;
-    int fd = t_connect_with_room(port(), 16384);
-    char *got = (char *)malloc(BIG + 1);
-    t_sends(fd, "big\n");
-    size_t half = t_recv(fd, got, BIG / 2);
-    CHECK_INT(half, BIG / 2);
-    __atomic_add_fetch(&l->served, 1, __ATOMIC_ACQ_REL);
-    while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
-        poll(NULL, 0, 1);
-    }
-    CHECK_INT(t_recv(fd, got + half, BIG - half), BIG - half);
-    for (size_t at = 0; at < BIG; at++) {
-        CHECK_INT(got[at], pattern(at));
-    }
-    free(got);
-    t_close(fd);
-    return NULL;
-}
-
-static bool load_runs(void *context)
-{
-    return __atomic_load_n(&((load *)context)->served, __ATOMIC_ACQUIRE) > 50;
-}
-
-static void load_begin(load *l)
-{
-    memset(l, 0, sizeof *l);
-    CHECK_INT(pthread_create(&l->threads[0], NULL, short_clients, l), 0);
-    CHECK_INT(pthread_create(&l->threads[1], NULL, short_clients, l), 0);
-    CHECK_INT(pthread_create(&l->threads[2], NULL, long_client, l), 0);
-    CHECK(t_wait_until(load_runs, l));
-}
-
-static int load_end(load *l)
-{
-    __atomic_store_n(&l->stop, true, __ATOMIC_RELEASE);
-    for (int i = 0; i < 3; i++) {
-        CHECK_INT(pthread_join(l->threads[i], NULL), 0);
-    }
-    return l->served;
-}
 
 /* SIGHUP: every worker is replaced, and nobody notices. The long client's worker is left last. */
 TEST_SOFT(a_rolling_restart_under_load_fails_nobody)
@@ -1462,7 +963,7 @@ TEST_ONCE(every_call_may_fail)
     tsrv_set_log(t_no_log, NULL);
     for (fault_at = 1; fault_at <= 45; fault_at++) {
         check_end(launch(program_fault), 0, TSRV_EPARENT);
-        CHECK(munmap(board, sizeof *board) == 0);
+        clear_board();
     }
 }
 
@@ -1511,40 +1012,12 @@ TEST_ONCE(a_storm_of_signals)
 
 /* ---- serve --------------------------------------------------------------------------------*/
 
-static int serve_port;
-
-static int program_serve(void)
-{
-    server_options.mode = t_mode;
-    server_options.handle_stream = serve_lines;
-    server_options.on_start = on_start;
-    server_options.fork = &fork_options;
-    return tsrv_serve(serve_port, "127.0.0.1", workers, &server_options);
-}
-
 static void serve_and_stop(int count, int signo)
 {
     workers = count;
-    serve_port = t_free_port();
     pid_t pid = launch(program_serve);
-    board->port = serve_port;
-    if (count > 1) {
-        await_forks(count);
-    }
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
-    int fd = -1, probe;
-    do { /* a single process cannot tell us that it listens */
-        struct sockaddr_in address;
-        memset(&address, 0, sizeof address);
-        address.sin_family = AF_INET;
-        address.sin_port = htons((uint16_t)serve_port);
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        fd = socket(AF_INET, SOCK_STREAM, 0);
-        probe = connect(fd, (struct sockaddr *)&address, sizeof address);
-        t_close(fd);
-        CHECK(t_now_ms() < end);
-    } while (probe != 0);
-    fd = t_connect(serve_port);
+    await_forks(count);
+    int fd = t_connect(port());
     t_sends(fd, "hello\n");
     t_expect(fd, "hello\n");
     t_sends(fd, "big\n");
@@ -1592,18 +1065,12 @@ TEST_ONCE(serve_says_why_it_does_not)
 
 /* ---- upgrade ------------------------------------------------------------------------------*/
 
-#define UPGRADE_VARIABLE "TEST_UPGRADE"
-
 /* The program that is upgraded: this file again, found by its variable before the tests begin. */
 static int upgradable(const char *text)
 {
-    char self[4096];
     static char *arguments[2];
     int count = 0, new_port = 0;
-    ssize_t size = readlink("/proc/self/exe", self, sizeof self - 1);
-    CHECK(size > 0);
-    self[size] = 0;
-    arguments[0] = self;
+    arguments[0] = own_path();
     CHECK_INT(sscanf(text, "%d %d %d %d", &new_port, &count, &t_backend, &t_mode), 4);
     memset(&server_options, 0, sizeof server_options);
     memset(&fork_options, 0, sizeof fork_options);
@@ -1638,12 +1105,9 @@ static bool has_new_parent(void *before)
 TEST_SOFT(an_upgrade_under_load_fails_nobody)
 {
     load l;
-    char text[64], self[4096];
+    char text[64], *self = own_path();
     long worker = 0, parent = 0;
     int id = -1;
-    ssize_t size = readlink("/proc/self/exe", self, sizeof self - 1);
-    CHECK(size > 0);
-    self[size] = 0;
     open_board();
     board->port = t_free_port();
     snprintf(text, sizeof text, "%d %d %d %d", board->port, 2, t_backend, t_mode);
@@ -1653,20 +1117,8 @@ TEST_SOFT(an_upgrade_under_load_fails_nobody)
         execl(self, self, (char *)NULL);
         _exit(127);
     }
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
-    for (bool up = false; !up;) {
-        struct sockaddr_in address;
-        memset(&address, 0, sizeof address);
-        address.sin_family = AF_INET;
-        address.sin_port = htons((uint16_t)board->port);
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        int probe = socket(AF_INET, SOCK_STREAM, 0);
-        up = connect(probe, (struct sockaddr *)&address, sizeof address) == 0;
-        t_close(probe);
-        CHECK(t_now_ms() < end);
-        poll(NULL, 0, 1);
-    }
-    int fd = t_connect(port());
+    int fd = -1;
+    AWAIT((fd = dial()) >= 0);
     ask_id(fd, &id, &worker, &parent);
     t_close(fd);
     CHECK_INT(parent, pid);

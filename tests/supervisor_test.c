@@ -1,0 +1,2818 @@
+/* The supervisor and tsrv_serve, from outside: what ends them, what they survive, reloads, upgrades. Each
+ * test starts a program, changes how new workers behave by way of the board that all processes share,
+ * and waits for what has to follow. Where a time of the library has to pass, the clock of all
+ * processes is set forward. */
+#include "workers.h"
+
+#include <grp.h>
+#include <pwd.h>
+#include <sys/stat.h>
+
+enum { STEP_MS = 1000, NEVER_DUE_MS = 1000000, START_MS = 60000, GRACE_MS = 30000, KILL_MS = 5000 };
+
+/* What a process that begins does, by board->value: see behave. */
+enum {
+    IS_FINE,
+    HANGS,      /* until it is told to be fine */
+    HANGS_DEAF, /* for ever, with every signal blocked */
+    EXITS_0,
+    EXITS_1,
+    FAILS_LATER, /* when board->go is set */
+    IS_SLOW      /* accepts when board->go is set */
+};
+
+static int get(const int *where)
+{
+    return __atomic_load_n(where, __ATOMIC_ACQUIRE);
+}
+
+static void put(int *where, int value)
+{
+    __atomic_store_n(where, value, __ATOMIC_RELEASE);
+}
+
+/* In a process that begins. */
+static void behave_as(int how)
+{
+    sigset_t all;
+    if (how == IS_FINE) {
+        return;
+    }
+    if (how == HANGS_DEAF) {
+        sigfillset(&all);
+        CHECK(sigprocmask(SIG_BLOCK, &all, NULL) == 0);
+    }
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    if (how == EXITS_0 || how == EXITS_1) {
+        _exit(how == EXITS_1);
+    }
+    while (how == HANGS_DEAF || (how == HANGS && get(&board->value) == HANGS) ||
+           (how > EXITS_1 && get(&board->go) == 0)) {
+        poll(NULL, 0, 1);
+    }
+    if (how == FAILS_LATER) {
+        _exit(1);
+    }
+}
+
+static void behave(void)
+{
+    behave_as(get(&board->value));
+}
+
+static void behave_in_start(tsrv_server *server, void *context)
+{
+    behave();
+    on_start(server, context);
+}
+
+/* ---- the runner ---------------------------------------------------------------------------*/
+
+/* Before a program of so many workers is launched. */
+static void begin(int count)
+{
+    workers = count;
+    open_board();
+    clear_board();
+    tsrv_set_log(keep_log, NULL);
+}
+
+static void tell(pid_t pid, int signo)
+{
+    CHECK(kill(pid, signo) == 0);
+}
+
+/* Waits until the parent has seen everything that was there before the call, and sleeps again. */
+static void poke(pid_t pid)
+{
+    int before = get(&board->turns);
+    AWAIT((kill(pid, SIGCHLD), get(&board->turns) >= before + 2 || get(&board->results) > 0));
+}
+
+/* Sets the clock forward, and has the parent see it. */
+static void advance(pid_t pid, int64_t ms)
+{
+    __atomic_add_fetch(&board->ahead_ns, ms * 1000000, __ATOMIC_ACQ_REL);
+    poke(pid);
+}
+
+/* Time passes, at least so long, until so many workers have ended. */
+static void advance_until_exits(pid_t pid, int64_t ms, int count)
+{
+    advance(pid, ms);
+    AWAIT(exits_seen() >= count || (advance(pid, STEP_MS), exits_seen() >= count));
+}
+
+/* Time passes until the program has ended: its wait status. */
+static int advance_until_end(pid_t pid)
+{
+    int status = 0;
+    AWAIT((waitpid(pid, &status, WNOHANG) == pid) ||
+          (__atomic_add_fetch(&board->ahead_ns, (int64_t)STEP_MS * 1000000, __ATOMIC_ACQ_REL),
+           kill(pid, SIGCHLD), false));
+    return status;
+}
+
+/* The parent of the workers has nothing to do: it is asleep most of the time. A state that spins makes
+ * thousands of calls meanwhile. */
+static void check_rests(void)
+{
+    int before = get(&board->turns);
+    poll(NULL, 0, 200);
+    int turns = get(&board->turns) - before;
+    if (turns > 40) {
+        T_FAIL("%d turns of the parent in 200 ms\n%s", turns, board->log);
+    }
+}
+
+static bool has_exited(pid_t pid)
+{
+    for (int i = 0, count = exits_seen(); i < count; i++) {
+        if (board->exit[i].pid == pid) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Do all workers that are there, and no more than that, come from the last version? */
+static bool is_settled(void)
+{
+    int live = 0, version = get(&board->version);
+    for (int i = 0, count = forks_seen(); i < count; i++) {
+        pid_t pid = __atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE);
+        if (!has_exited(pid)) {
+            if (pid == 0 || board->versions[i] != version) {
+                return false;
+            }
+            live++;
+        }
+    }
+    return live == workers;
+}
+
+/* Does every worker have a process of this version, whatever else is there still? */
+static bool has_version(int version)
+{
+    int seen = 0;
+    for (int i = 0, count = forks_seen(); i < count; i++) {
+        if (__atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE) != 0 &&
+            board->versions[i] == version) {
+            seen |= 1 << board->ids[i];
+        }
+    }
+    return seen == (1 << workers) - 1;
+}
+
+/* A new version of what workers are made of, and a signal that asks for it. */
+static void reload(pid_t pid)
+{
+    __atomic_add_fetch(&board->version, 1, __ATOMIC_ACQ_REL);
+    tell(pid, SIGHUP);
+}
+
+/* What workers have been ended by, or have exited with: 0 each. */
+static void check_exits_are_good(void)
+{
+    for (int i = 0; i < exits_seen(); i++) {
+        CHECK_INT(board->exit[i].status, 0);
+    }
+}
+
+/* The program stops, in good order. */
+static void stop_well(pid_t pid, int result)
+{
+    tell(pid, SIGTERM);
+    check_end(pid, 0, result);
+}
+
+static void check_served(void)
+{
+    int fd = reach();
+    t_sends(fd, "hello\n");
+    t_expect(fd, "hello\n");
+    t_close(fd);
+}
+
+/* A connection that has sent half of a request to a process that has accepted it. */
+static int start_request(void)
+{
+    int fd = reach(), id = 0;
+    long pid = 0;
+    ask_id(fd, &id, &pid, NULL);
+    t_sends(fd, "unfin");
+    return fd;
+}
+
+static void finish_request(int fd)
+{
+    t_sends(fd, "ished\n");
+    t_expect(fd, "unfinished\n");
+    t_close(fd);
+}
+
+/* Is a new connection refused? One that is not is served, or ended, but never left alone. */
+static bool is_refused(void)
+{
+    char byte;
+    int fd = dial();
+    if (fd >= 0) {
+        if (send(fd, "x\n", 2, T_NOSIGNAL) == 2 && recv(fd, &byte, 1, 0) < 0) {
+            CHECK(errno == ECONNRESET || errno == EPIPE);
+        }
+        t_close(fd);
+        return false;
+    }
+    if (fd == -ECONNRESET) {
+        return false; /* at the very moment */
+    }
+    if (fd != -ENOENT || unix_path == NULL) {
+        CHECK_INT(fd, -ECONNREFUSED);
+    }
+    return true;
+}
+
+/* A directory of this test, below build/ where there is one, and paths in it. */
+static char directory[64];
+
+static void make_directory(void)
+{
+    snprintf(directory, sizeof directory, "%s/tsrv-supervisor-XXXXXX",
+             access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(directory) != NULL);
+    CHECK(chmod(directory, 0755) == 0);
+}
+
+static const char *path_of(const char *name)
+{
+    static char paths[4][100];
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(paths[turn], sizeof paths[turn], "%s/%s", directory, name);
+    return paths[turn];
+}
+
+static void remove_directory(void)
+{
+    static const char *const names[] = {"socket", "board", "next"};
+    for (int i = 0; i < 3; i++) {
+        unlink(path_of(names[i]));
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+static void use_unix_socket(void)
+{
+    static char path[100];
+    make_directory();
+    snprintf(path, sizeof path, "%s", path_of("socket"));
+    unix_path = path;
+}
+
+/* ---- signals that were ignored or blocked at the start -------------------------------------*/
+
+static int spoiled;
+
+static void ignore_spoiled(void)
+{
+    signal(spoiled, SIG_IGN);
+}
+
+static void block_spoiled(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, spoiled);
+    CHECK(sigprocmask(SIG_BLOCK, &set, NULL) == 0);
+}
+
+/* Serves, and finds its signals afterwards as they were. */
+static int program_serve_and_look(void)
+{
+    struct sigaction before, after;
+    sigset_t mask_before, mask_after;
+    CHECK(sigaction(spoiled, NULL, &before) == 0);
+    CHECK(sigprocmask(SIG_SETMASK, NULL, &mask_before) == 0);
+    int rc = program_serve();
+    if (tsrv_task_id() < 0) {
+        CHECK(sigaction(spoiled, NULL, &after) == 0);
+        CHECK(sigprocmask(SIG_SETMASK, NULL, &mask_after) == 0);
+        CHECK(before.sa_handler == after.sa_handler);
+        CHECK_INT(sigismember(&mask_after, spoiled), sigismember(&mask_before, spoiled));
+    }
+    return rc;
+}
+
+/* The signal drains what was started with it ignored or blocked. */
+static void check_obeyed(void (*spoil)(void), int count)
+{
+    static const int signals[] = {SIGINT, SIGQUIT, SIGTERM};
+    for (int i = 0; i < 3; i++) {
+        begin(count);
+        spoiled = signals[i];
+        before_program = spoil;
+        fork_options.grace_ms = 20000;
+        pid_t pid = launch(program_serve_and_look);
+        await_forks(count);
+        int fd = start_request();
+        tell(pid, spoiled);
+        AWAIT(is_refused());
+        finish_request(fd);
+        check_end(pid, 0, TSRV_OK);
+        check_exits_are_good();
+    }
+}
+
+TEST_LOOP(signals_ignored_at_the_start_end_one_process)
+{
+    check_obeyed(ignore_spoiled, 1);
+}
+
+TEST_LOOP(signals_ignored_at_the_start_end_workers)
+{
+    check_obeyed(ignore_spoiled, 2);
+}
+
+TEST_LOOP(signals_blocked_at_the_start_end_one_process)
+{
+    check_obeyed(block_spoiled, 1);
+}
+
+TEST_LOOP(signals_blocked_at_the_start_end_workers)
+{
+    check_obeyed(block_spoiled, 2);
+}
+
+/* nohup, and launchers that leave a mask: reloads, restarts and the parent's death do what they do. */
+static void check_all_works(void (*spoil)(void), int signo)
+{
+    begin(2);
+    spoiled = signo;
+    before_program = spoil;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    reload(pid);
+    AWAIT(is_settled());
+    tell(board->pids[3], SIGKILL);
+    AWAIT(is_settled() && forks_seen() == 5);
+    stop_well(pid, TSRV_OK);
+
+    begin(2);
+    pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGKILL);
+    AWAIT(no_child_left(NULL));
+}
+
+TEST_ONCE(a_hangup_that_was_ignored_at_the_start_reloads)
+{
+    check_all_works(ignore_spoiled, SIGHUP);
+}
+
+TEST_ONCE(a_hangup_that_was_blocked_at_the_start_reloads)
+{
+    check_all_works(block_spoiled, SIGHUP);
+}
+
+TEST_ONCE(ends_of_workers_are_seen_with_sigchld_ignored_at_the_start)
+{
+    check_all_works(ignore_spoiled, SIGCHLD);
+}
+
+TEST_ONCE(ends_of_workers_are_seen_with_sigchld_blocked_at_the_start)
+{
+    check_all_works(block_spoiled, SIGCHLD);
+}
+
+TEST_ONCE(workers_end_with_their_parent_with_sigterm_ignored_at_the_start)
+{
+    check_all_works(ignore_spoiled, SIGTERM);
+}
+
+TEST_ONCE(workers_end_with_their_parent_with_sigterm_blocked_at_the_start)
+{
+    check_all_works(block_spoiled, SIGTERM);
+}
+
+/* ---- a stop refuses new connections --------------------------------------------------------*/
+
+/* From the first moment, while an old client is still being served. */
+static void check_refusal(int (*program)(void), int count, int signo)
+{
+    begin(count);
+    pid_t pid = launch(program);
+    await_forks(count);
+    int fd = start_request();
+    tell(pid, signo);
+    AWAIT(is_refused());
+    for (int i = 0; i < 20; i++) {
+        CHECK(is_refused());
+    }
+    if (count > 1) {
+        check_rests();
+    }
+    CHECK_INT(board->results, 0);
+    finish_request(fd);
+    check_end(pid, 0, program == program_serve ? TSRV_OK : TSRV_EPARENT);
+    check_exits_are_good();
+}
+
+TEST_LOOP(a_stop_of_one_process_refuses_new_connections)
+{
+    check_refusal(program_serve, 1, SIGTERM);
+    check_refusal(program_serve, 1, SIGINT);
+}
+
+TEST_LOOP(a_stop_of_workers_refuses_new_connections)
+{
+    check_refusal(program_serve, 2, SIGTERM);
+    check_refusal(program_serve, 3, SIGQUIT);
+}
+
+TEST_LOOP(a_stop_of_bind_and_start_refuses_new_connections)
+{
+    check_refusal(program_bind_start, 2, SIGTERM);
+    check_refusal(program_bind_start, 2, SIGINT);
+}
+
+TEST_LOOP(a_stop_of_sockets_that_were_added_refuses_new_connections)
+{
+    check_refusal(program_add_sockets, 2, SIGTERM);
+    check_refusal(program_add_sockets, 1, SIGTERM);
+}
+
+TEST_LOOP(a_stop_refuses_new_connections_with_reuse_port)
+{
+    bind_options.reuse_port = true;
+    check_refusal(program_bind_start, 3, SIGTERM);
+    server_options.bind = &bind_options;
+    check_refusal(program_serve, 3, SIGTERM);
+    check_refusal(program_serve, 1, SIGTERM);
+}
+
+TEST_LOOP(a_stop_refuses_new_connections_of_unix_sockets)
+{
+    use_unix_socket();
+    check_refusal(program_serve, 1, SIGTERM);
+    check_refusal(program_serve, 2, SIGTERM);
+    check_refusal(program_bind_start, 2, SIGTERM);
+    check_refusal(program_add_sockets, 2, SIGTERM);
+    unix_path = NULL;
+    remove_directory();
+}
+
+/* A supervisor that gives up stops the siblings. */
+TEST_LOOP(a_supervisor_that_gives_up_refuses_new_connections)
+{
+    begin(2);
+    fork_options.max_restarts = 1;
+    pid_t pid = launch(program_bind_start);
+    await_forks(2);
+    long who = 0;
+    int fd = connect_to(1, &who);
+    t_sends(fd, "unfin");
+    command(0, "exit 1\n");
+    await_forks(3);
+    command(0, "exit 1\n");
+    AWAIT(is_refused());
+    CHECK(is_refused());
+    finish_request(fd);
+    check_end(pid, 1, TSRV_ERESTARTS);
+}
+
+/* ---- how many processes --------------------------------------------------------------------*/
+
+/* As a container with one processor. */
+static void use_one_processor(void)
+{
+    cpu_set_t set, one;
+    size_t cpu = 0;
+    CHECK(sched_getaffinity(0, sizeof set, &set) == 0);
+    while (!CPU_ISSET(cpu, &set)) {
+        cpu++;
+    }
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+}
+
+/* There is a parent, so that a dead worker is made good, and a reload is possible. */
+static void check_one_worker(int (*program)(void), int result)
+{
+    int id = -1;
+    long who = 0, parent = 0;
+    begin(0);
+    before_program = use_one_processor;
+    pid_t pid = launch(program);
+    await_forks(1);
+    int fd = reach();
+    ask_id(fd, &id, &who, &parent);
+    t_close(fd);
+    CHECK_INT(id, 0);
+    CHECK_INT(parent, pid);
+    workers = 1; /* for is_settled */
+    reload(pid);
+    AWAIT(is_settled());
+    tell(board->pids[1], SIGKILL);
+    AWAIT(is_settled() && forks_seen() == 3);
+    stop_well(pid, result);
+}
+
+TEST_ONCE(zero_processes_are_one_worker_on_one_processor)
+{
+    check_one_worker(program_serve, TSRV_OK);
+    check_one_worker(program_bind_start, TSRV_EPARENT);
+}
+
+static int returns_well(void)
+{
+    return TSRV_OK;
+}
+
+TEST_ONCE(zero_bare_processes_are_one_worker_on_one_processor)
+{
+    begin(0);
+    before_program = use_one_processor;
+    bare_worker = returns_well;
+    pid_t pid = launch(program_bare);
+    check_end(pid, 0, TSRV_EPARENT);
+    CHECK_INT(forks_seen(), 1);
+    CHECK_INT(board->ids[0], 0);
+    CHECK(board->pids[0] != pid);
+}
+
+/* One process is this one. */
+TEST_ONCE(one_process_is_not_forked)
+{
+    int id = 0;
+    long who = 0, parent = 0;
+    begin(1);
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    int fd = reach();
+    ask_id(fd, &id, &who, &parent);
+    t_close(fd);
+    CHECK_INT(id, -1);
+    CHECK_INT(who, pid);
+    stop_well(pid, TSRV_OK);
+}
+
+/* ---- workers that do not come up -----------------------------------------------------------*/
+
+/* bind and start with workers that behave before their loop; serve in on_start. */
+static int (*way)(void);
+
+static int program_behaves(void)
+{
+    before_loop = behave;
+    return program_bind_start();
+}
+
+static int program_behaves_in_start(void)
+{
+    server_options.on_start = behave_in_start;
+    return program_serve();
+}
+
+static int result_of_way(void)
+{
+    return way == program_behaves ? TSRV_EPARENT : TSRV_OK;
+}
+
+typedef void (*scenario)(int how);
+
+/* Before the loop and in it, told to end and deaf to it. */
+static void for_each_way(scenario s)
+{
+    static const int kinds[] = {HANGS, HANGS_DEAF};
+    for (int i = 0; i < 4; i++) {
+        way = i < 2 ? program_behaves : program_behaves_in_start;
+        fork_options.start_timeout_ms = i % 2 ? 10000 : 0;
+        s(kinds[i % 2]);
+    }
+}
+
+static int start_ms(void)
+{
+    return fork_options.start_timeout_ms == 0 ? START_MS : fork_options.start_timeout_ms;
+}
+
+/* In the first start both hang; they are ended, and made good. */
+static void hang_first(int how)
+{
+    begin(2);
+    put(&board->value, how);
+    pid_t pid = launch(way);
+    AWAIT(get(&board->held) == 2);
+    advance(pid, start_ms() / 2);
+    CHECK_INT(exits_seen(), 0);
+    check_rests();
+    put(&board->value, how == HANGS ? HANGS : IS_FINE);
+    advance(pid, start_ms() / 2 + 1);
+    put(&board->go, 1);
+    if (how == HANGS) { /* which looks at the value until it is ended */
+        AWAIT(exits_seen() >= 2 || (advance(pid, STEP_MS), exits_seen() >= 2));
+        put(&board->value, IS_FINE);
+    } else {
+        advance_until_exits(pid, 0, 2);
+    }
+    CHECK(warnings() >= 2);
+    AWAIT(is_settled());
+    CHECK_INT(board->ids[forks_seen() - 1] + board->ids[forks_seen() - 2], 1);
+    check_served();
+    stop_well(pid, result_of_way());
+}
+
+TEST_ONCE(workers_that_hang_at_the_first_start_are_replaced)
+{
+    for_each_way(hang_first);
+}
+
+/* All of them, again and again: that is given up like other bad ends. */
+TEST_ONCE(workers_that_always_hang_are_given_up)
+{
+    begin(2);
+    fork_options.max_restarts = 2;
+    fork_options.start_timeout_ms = 1000;
+    put(&board->value, HANGS_DEAF);
+    pid_t pid = launch(program_behaves);
+    AWAIT(get(&board->held) == 2);
+    int status = advance_until_end(pid);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(board->result, TSRV_ERESTARTS);
+    check_no_child();
+}
+
+/* A worker that was replaced hangs; its sibling does not notice. */
+static void hang_again(int how)
+{
+    long sibling = 0, now = 0;
+    begin(2);
+    pid_t pid = launch(way);
+    await_forks(2);
+    int fd = connect_to(1, &sibling);
+    put(&board->value, how);
+    command(0, "exit 3\n");
+    AWAIT(get(&board->held) == 1);
+    advance_until_exits(pid, start_ms() + 1, 2);
+    put(&board->value, IS_FINE);
+    AWAIT(is_settled());
+    int id = -1;
+    ask_id(fd, &id, &now, NULL);
+    CHECK_INT(now, sibling);
+    t_close(fd);
+    t_close(connect_to(0, &now));
+    stop_well(pid, result_of_way());
+}
+
+TEST_ONCE(a_worker_that_hangs_at_a_restart_is_replaced)
+{
+    for_each_way(hang_again);
+}
+
+/* A reload to workers that hang: the old ones stay, it is said, and the next reload works. */
+static void hang_reload(int how)
+{
+    long who[2], now = 0;
+    begin(2);
+    pid_t pid = launch(way);
+    await_forks(2);
+    int fds[2] = {connect_to(0, &who[0]), connect_to(1, &who[1])};
+    put(&board->value, how);
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) > 0);
+    check_rests();
+    advance_until_exits(pid, start_ms() + 1, 1);
+    AWAIT(warnings() > 0);
+    for (int i = 0; i < 2; i++) {
+        int id = -1;
+        ask_id(fds[i], &id, &now, NULL);
+        CHECK_INT(now, who[i]);
+        t_close(fds[i]);
+    }
+    check_served();
+    check_rests();
+    for (int i = 0; i < exits_seen(); i++) {
+        CHECK(board->exit[i].pid != who[0] && board->exit[i].pid != who[1]);
+    }
+    put(&board->value, IS_FINE);
+    reload(pid);
+    AWAIT(is_settled());
+    stop_well(pid, result_of_way());
+}
+
+TEST_ONCE(a_reload_to_workers_that_hang_leaves_the_old_ones)
+{
+    for_each_way(hang_reload);
+}
+
+/* Workers without a server need not accept. */
+TEST_ONCE(bare_workers_have_no_start_timeout_of_their_own)
+{
+    begin(2);
+    bare_worker = sleeps;
+    pid_t pid = launch(program_bare);
+    await_forks(2);
+    advance(pid, 10 * START_MS);
+    advance(pid, 10 * START_MS);
+    CHECK_INT(exits_seen(), 0);
+    check_rests();
+    stop_well(pid, TSRV_EPARENT);
+}
+
+/* A stop reaches workers that are not ready yet. */
+static void stop_at_start(int how)
+{
+    begin(2);
+    put(&board->value, how);
+    fork_options.grace_ms = GRACE_MS;
+    pid_t pid = launch(way);
+    AWAIT(get(&board->held) == 2);
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    check_rests();
+    if (way == program_behaves_in_start) {
+        put(&board->value, IS_FINE); /* its own loop is told */
+    }
+    if (how == HANGS) {
+        await_end(pid);
+    } else {
+        advance_until_end(pid);
+    }
+    check_no_child();
+    CHECK_INT(board->results, 1);
+}
+
+TEST_ONCE(a_stop_reaches_workers_that_still_start)
+{
+    for_each_way(stop_at_start);
+}
+
+/* ---- workers that end ----------------------------------------------------------------------*/
+
+static void check_replaced(int (*program)(void), int result)
+{
+    static const int signals[] = {SIGTERM, SIGKILL, SIGSEGV, SIGINT, SIGQUIT};
+    long sibling = 0, who = 0, now = 0;
+    int id = -1, ends = 0;
+    begin(2);
+    pid_t pid = launch(program);
+    await_forks(2);
+    int fd = connect_to(0, &sibling);
+    for (int i = 0; i < 5; i++) {
+        if (i < 3) {
+            t_close(connect_to(1, &who));
+            tell((pid_t)who, signals[i]);
+        } else {
+            command(1, i == 3 ? "exit 0\n" : "exit 1\n");
+        }
+        ends++;
+        await_exits(ends);
+        CHECK_INT(board->exit[ends - 1].id, 1);
+        CHECK(board->logged > 0);
+        advance(pid, GRACE_MS); /* the back-off */
+        await_forks(2 + ends);
+        CHECK_INT(board->ids[1 + ends], 1);
+    }
+    ask_id(fd, &id, &now, NULL);
+    CHECK_INT(now, sibling);
+    t_close(fd);
+    stop_well(pid, result);
+    CHECK_INT(exits_seen(), 7);
+}
+
+TEST_LOOP(a_worker_of_serve_that_ends_is_replaced)
+{
+    check_replaced(program_serve, TSRV_OK);
+}
+
+TEST_LOOP(a_worker_of_start_that_ends_is_replaced)
+{
+    check_replaced(program_bind_start, TSRV_EPARENT);
+}
+
+/* All at once, and with a good status: nobody has told them to. */
+TEST_LOOP(workers_that_all_exit_well_are_replaced)
+{
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    command(0, "exit 0\n");
+    command(1, "exit 0\n");
+    await_forks(4);
+    check_served();
+    CHECK_INT(board->results, 0);
+    stop_well(pid, TSRV_OK);
+}
+
+/* A SIGTERM to one worker lets it finish what is under way. */
+TEST_LOOP(a_worker_that_is_told_to_end_finishes_its_request)
+{
+    long who = 0;
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = connect_to(1, &who);
+    t_sends(fd, "unfin");
+    tell((pid_t)who, SIGTERM);
+    poke(pid);
+    finish_request(fd);
+    await_forks(3);
+    CHECK_INT(board->ids[2], 1);
+    CHECK_INT(board->exit[0].status, 0);
+    stop_well(pid, TSRV_OK);
+}
+
+static int exits_0_or_fails_once(void)
+{
+    if (tsrv_task_id() == 1 && __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL) == 1) {
+        return -EIO; /* run_program makes it exit status 1 */
+    }
+    return TSRV_OK;
+}
+
+TEST_ONCE(a_bare_worker_that_exits_well_has_finished)
+{
+    begin(2);
+    bare_worker = exits_0_or_fails_once;
+    check_end(launch(program_bare), 0, TSRV_EPARENT);
+    CHECK_INT(forks_seen(), 3);
+    CHECK_INT(exits_seen(), 3);
+    CHECK_INT(board->ids[2], 1);
+}
+
+/* The back-off is 100 ms at first, doubles to 30 s, and begins anew after a good minute. */
+TEST_ONCE(restarts_come_later_each_time)
+{
+    begin(1);
+    workers = 0; /* one worker with a parent */
+    before_program = use_one_processor;
+    fork_options.max_restarts = TSRV_NEVER;
+    put(&board->value, EXITS_1);
+    pid_t pid = launch(program_behaves);
+    for (int k = 1; k <= 10; k++) {
+        await_exits(k);
+        poke(pid);
+        int backoff = 100 << (k - 1) < 30000 ? 100 << (k - 1) : 30000;
+        int64_t start = t_now_ms();
+        if (backoff > 10000) {
+            advance(pid, backoff / 2);
+            CHECK(get(&board->held) == k || t_now_ms() - start > backoff / 2);
+        }
+        put(&board->value, k == 10 ? IS_FINE : EXITS_1);
+        advance(pid, backoff);
+    }
+    await_forks(1);
+    advance(pid, 61000);
+    tell(board->pids[0], SIGKILL);
+    await_exits(11);
+    int64_t start = t_now_ms();
+    await_forks(2);
+    CHECK(t_now_ms() - start < 25000);
+    stop_well(pid, TSRV_EPARENT);
+}
+
+/* ---- reloads -------------------------------------------------------------------------------*/
+
+/* Three generations serve side by side, each with a client. */
+TEST_LOOP(a_hangup_does_not_wait_for_the_drain_of_another)
+{
+    begin(2);
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int first = start_request();
+    reload(pid);
+    AWAIT(has_version(1));
+    int second = start_request();
+    reload(pid);
+    AWAIT(has_version(2));
+    int third = start_request();
+    reload(pid);
+    AWAIT(has_version(3));
+    check_rests();
+    finish_request(first);
+    finish_request(second);
+    finish_request(third);
+    AWAIT(is_settled());
+    check_exits_are_good();
+    stop_well(pid, TSRV_OK);
+}
+
+TEST_LOOP(ten_hangups_at_once_lead_to_the_last_version)
+{
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int i = 0; i < 10; i++) {
+        reload(pid);
+    }
+    AWAIT(is_settled());
+    check_served();
+    check_exits_are_good();
+    stop_well(pid, TSRV_OK);
+}
+
+/* The first ends badly after the second has come. */
+static void reload_again(int how)
+{
+    begin(2);
+    pid_t pid = launch(way);
+    await_forks(2);
+    put(&board->value, how);
+    reload(pid);
+    AWAIT(get(&board->held) > 0);
+    put(&board->value, IS_FINE); /* repaired */
+    reload(pid);
+    poke(pid);
+    put(&board->go, 1);
+    for (int i = 0; i < 200 && !is_settled() && how == HANGS_DEAF; i++) {
+        poll(NULL, 0, 1); /* it need not wait for the first */
+    }
+    if (how == HANGS_DEAF && exits_seen() == 0) {
+        advance_until_exits(pid, START_MS + 1, 1);
+    }
+    AWAIT(is_settled());
+    stop_well(pid, result_of_way());
+}
+
+TEST_ONCE(a_hangup_during_a_reload_that_fails_is_not_lost)
+{
+    way = program_behaves_in_start;
+    reload_again(FAILS_LATER);
+    way = program_behaves;
+    reload_again(FAILS_LATER);
+}
+
+TEST_ONCE(a_hangup_during_a_reload_that_hangs_is_not_lost)
+{
+    way = program_behaves;
+    reload_again(HANGS_DEAF);
+    way = program_behaves_in_start;
+    reload_again(HANGS_DEAF);
+}
+
+TEST_ONCE(a_reload_to_workers_that_end_leaves_the_old_ones)
+{
+    static const int kinds[] = {EXITS_0, EXITS_1};
+    for (int i = 0; i < 2; i++) {
+        begin(2);
+        fork_options.max_restarts = 1;
+        pid_t pid = launch(i == 0 ? program_behaves : program_behaves_in_start);
+        await_forks(2);
+        put(&board->value, kinds[i]);
+        for (int k = 0; k < 3; k++) { /* they are no bad ends of workers */
+            int held = get(&board->held), before = warnings();
+            tell(pid, SIGHUP);
+            AWAIT(get(&board->held) > held && warnings() > before);
+            poke(pid);
+        }
+        check_served();
+        check_rests();
+        CHECK(!has_exited(board->pids[0]) && !has_exited(board->pids[1]));
+        put(&board->value, IS_FINE);
+        reload(pid);
+        AWAIT(is_settled());
+        stop_well(pid, i == 0 ? TSRV_EPARENT : TSRV_OK);
+    }
+}
+
+/* The old worker dies while its replacement hangs: there is one in the end. */
+TEST_ONCE(an_old_worker_that_dies_in_a_reload_is_made_good)
+{
+    begin(2);
+    pid_t pid = launch(program_behaves);
+    await_forks(2);
+    put(&board->value, IS_SLOW);
+    reload(pid);
+    AWAIT(get(&board->held) > 0);
+    tell(board->pids[0], SIGKILL);
+    tell(board->pids[1], SIGKILL);
+    await_exits(2);
+    put(&board->value, IS_FINE);
+    put(&board->go, 1);
+    AWAIT(is_settled());
+    check_served();
+    stop_well(pid, TSRV_EPARENT);
+}
+
+static void lead_a_group(void)
+{
+    CHECK(setpgid(0, 0) == 0);
+}
+
+static void check_none_died_of(int signo)
+{
+    for (int i = 0; i < exits_seen(); i++) {
+        CHECK(!WIFSIGNALED(board->exit[i].status) || WTERMSIG(board->exit[i].status) != signo);
+    }
+}
+
+/* pkill -HUP, or a terminal that closes. */
+TEST_ONCE(a_hangup_of_the_whole_tree_kills_no_worker_that_starts)
+{
+    for (int i = 0; i < 2; i++) {
+        way = i == 0 ? program_behaves : program_behaves_in_start;
+        begin(2);
+        before_program = lead_a_group;
+        put(&board->value, HANGS);
+        pid_t pid = launch(way);
+        AWAIT(get(&board->held) == 2);
+        put(&board->version, 1);
+        tell(-pid, SIGHUP);
+        poke(pid);
+        put(&board->value, IS_FINE);
+        AWAIT(is_settled());
+        for (int k = 0; k < 3; k++) { /* and later ones neither */
+            put(&board->version, 2 + k);
+            tell(-pid, SIGHUP);
+            AWAIT(is_settled());
+        }
+        check_none_died_of(SIGHUP);
+        check_served();
+        stop_well(pid, result_of_way());
+    }
+}
+
+TEST_ONCE(a_hangup_kills_no_bare_worker)
+{
+    begin(2);
+    bare_worker = sleeps;
+    pid_t pid = launch(program_bare);
+    await_forks(2);
+    for (int i = 0; i < 20; i++) {
+        tell(board->pids[i % 2], SIGHUP);
+        poll(NULL, 0, 1);
+    }
+    poke(pid);
+    CHECK_INT(exits_seen(), 0);
+    stop_well(pid, TSRV_EPARENT);
+}
+
+/* A single process has no certificates here, and nothing to read anew. */
+TEST_LOOP(a_hangup_does_not_end_a_single_process)
+{
+    begin(1);
+    put(&board->value, HANGS);
+    pid_t pid = launch(program_behaves_in_start);
+    AWAIT(get(&board->held) == 1);
+    tell(pid, SIGHUP);
+    put(&board->value, IS_FINE);
+    await_forks(1);
+    for (int i = 0; i < 10; i++) {
+        tell(pid, SIGHUP);
+        check_served();
+    }
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    tell(pid, SIGHUP); /* neither while it drains */
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+}
+
+TEST_LOOP(a_hangup_during_a_drain_changes_nothing)
+{
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    tell(pid, SIGHUP);
+    poke(pid);
+    CHECK(is_refused());
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+    CHECK_INT(forks_seen(), 2);
+    check_exits_are_good();
+}
+
+/* A stop that comes while a single process starts is obeyed. */
+TEST_LOOP(a_stop_while_a_single_process_starts_is_obeyed)
+{
+    begin(1);
+    put(&board->value, HANGS);
+    pid_t pid = launch(program_behaves_in_start);
+    AWAIT(get(&board->held) == 1);
+    tell(pid, SIGTERM);
+    put(&board->value, IS_FINE);
+    check_end(pid, 0, TSRV_OK);
+}
+
+/* ---- forks that fail -----------------------------------------------------------------------*/
+
+/* The limit of processes is reached in a reload: it is no bad end, the old ones stay. */
+TEST_ONCE(a_reload_whose_forks_fail_leaves_the_old_ones)
+{
+    begin(2);
+    fork_options.max_restarts = 2;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    put(&board->failing_forks, 1000);
+    for (int i = 0; i < 5; i++) {
+        int before = get(&board->failing_forks), said = warnings();
+        tell(pid, SIGHUP);
+        AWAIT(get(&board->failing_forks) < before && warnings() > said);
+        advance(pid, GRACE_MS);
+    }
+    check_rests();
+    CHECK_INT(exits_seen(), 0);
+    check_served();
+    put(&board->failing_forks, 0);
+    reload(pid);
+    AWAIT(is_settled());
+    stop_well(pid, TSRV_OK);
+}
+
+/* In a restart it is tried again, more often than bad ends are made good. */
+TEST_ONCE(a_restart_whose_fork_fails_is_tried_again)
+{
+    begin(2);
+    fork_options.max_restarts = 2;
+    fork_options.start_timeout_ms = TSRV_NEVER;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    put(&board->failing_forks, 6);
+    tell(board->pids[0], SIGKILL);
+    await_exits(1);
+    AWAIT((advance(pid, STEP_MS), get(&board->failing_forks) == 0));
+    check_rests();
+    AWAIT((advance(pid, STEP_MS), forks_seen() == 3));
+    CHECK_INT(exits_seen(), 1);
+    check_served();
+    stop_well(pid, TSRV_OK);
+}
+
+/* When no worker at all can be forked the parent goes on trying, and can be told to stop. */
+TEST_ONCE(a_start_whose_forks_all_fail_can_be_stopped)
+{
+    begin(2);
+    put(&board->failing_forks, 1000000);
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->failing_forks) <= 1000000 - 4 || get(&board->results) > 0);
+    if (get(&board->results) == 0) {
+        check_rests();
+        tell(pid, SIGTERM);
+    }
+    await_end(pid);
+    check_no_child();
+    CHECK_INT(forks_seen(), 0);
+    CHECK(warnings() > 0);
+}
+
+/* ---- the end of a grace --------------------------------------------------------------------*/
+
+static void check_cut(int fd)
+{
+    char byte;
+    ssize_t n = recv(fd, &byte, 1, 0);
+    CHECK(n == 0 || (n < 0 && errno == ECONNRESET));
+    t_close(fd);
+}
+
+static void end_grace(int (*program)(void), int count, int first, int second)
+{
+    begin(count);
+    server_options.grace_ms = NEVER_DUE_MS;
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program);
+    await_forks(count);
+    int fd = start_request();
+    tell(pid, first);
+    AWAIT(is_refused());
+    tell(pid, second);
+    check_cut(fd);
+    check_end(pid, 0, program == program_serve ? TSRV_OK : TSRV_EPARENT);
+    check_exits_are_good();
+}
+
+static void end_graces(int (*program)(void), int count)
+{
+    static const int pairs[][2] = {{SIGTERM, SIGTERM},
+                                   {SIGINT, SIGINT},
+                                   {SIGQUIT, SIGQUIT},
+                                   {SIGTERM, SIGINT}};
+    for (int i = 0; i < 4; i++) {
+        end_grace(program, count, pairs[i][0], pairs[i][1]);
+    }
+}
+
+TEST_LOOP(a_second_signal_ends_the_grace_of_one_process)
+{
+    end_graces(program_serve, 1);
+}
+
+TEST_LOOP(a_second_signal_ends_the_grace_of_workers)
+{
+    end_graces(program_serve, 2);
+}
+
+TEST_LOOP(a_second_signal_ends_the_grace_of_bind_and_start)
+{
+    end_graces(program_bind_start, 2);
+}
+
+/* Old generations, which drain since a reload, are told too. */
+TEST_LOOP(a_second_signal_ends_the_grace_of_old_generations)
+{
+    begin(2);
+    server_options.grace_ms = NEVER_DUE_MS;
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int old = start_request();
+    reload(pid);
+    AWAIT(has_version(1));
+    int fresh = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    tell(pid, SIGTERM);
+    check_cut(old);
+    check_cut(fresh);
+    check_end(pid, 0, TSRV_OK);
+}
+
+/* Ctrl-C reaches the whole process group: each worker hears of it twice, and that is no second one. */
+static void check_ctrl_c(int count)
+{
+    begin(count);
+    before_program = lead_a_group;
+    server_options.grace_ms = NEVER_DUE_MS;
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(count);
+    int fd = start_request(), other = start_request();
+    tell(-pid, SIGINT);
+    AWAIT(is_refused());
+    for (int i = 0; i < 10; i++) {
+        t_sends(fd, "ished\nunfin");
+        t_expect(fd, "unfinished\n");
+        t_sends(other, "ished\nunfin");
+        t_expect(other, "unfinished\n");
+        if (count > 1) {
+            poke(pid);
+        }
+        poll(NULL, 0, 5);
+    }
+    finish_request(fd);
+    tell(-pid, SIGINT); /* but the second one is */
+    check_cut(other);
+    check_end(pid, 0, TSRV_OK);
+    check_exits_are_good();
+}
+
+TEST_LOOP(one_ctrl_c_does_not_cut_the_grace_of_workers)
+{
+    check_ctrl_c(3);
+}
+
+TEST_LOOP(one_ctrl_c_does_not_cut_the_grace_of_one_process)
+{
+    check_ctrl_c(1);
+}
+
+/* A worker whose handler hangs is killed 5 s after the grace, and that is told. */
+TEST_LOOP(a_worker_that_hangs_in_a_stop_is_killed)
+{
+    long who = 0;
+    begin(2);
+    server_options.grace_ms = GRACE_MS;
+    fork_options.grace_ms = GRACE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = connect_to(0, &who);
+    t_sends(fd, "hang\n");
+    tell(pid, SIGTERM);
+    await_exits(1); /* the sibling */
+    check_rests();
+    advance(pid, GRACE_MS);
+    check_rests();
+    advance(pid, KILL_MS);
+    check_end(pid, 1, TSRV_ETIMEOUT);
+    CHECK_INT(board->exit[1].pid, who);
+    CHECK(WIFSIGNALED(board->exit[1].status));
+    CHECK_INT(WTERMSIG(board->exit[1].status), SIGKILL);
+    t_close(fd);
+}
+
+/* ---- states that must not spin -------------------------------------------------------------*/
+
+/* A stop while a new worker hangs that no signal reaches. */
+static void stop_in_reload(int how)
+{
+    begin(2);
+    fork_options.grace_ms = 100000;
+    pid_t pid = launch(way);
+    await_forks(2);
+    put(&board->value, how);
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) > 0);
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    static const int steps[] = {0, 31000, 30000, 30000};
+    for (int i = 0; i < 4 && get(&board->results) == 0; i++) {
+        advance(pid, steps[i]);
+        check_rests();
+    }
+    advance_until_end(pid);
+    check_no_child();
+    CHECK_INT(board->results, 1);
+}
+
+TEST_ONCE(a_stop_during_a_reload_that_hangs_does_not_spin)
+{
+    way = program_behaves;
+    stop_in_reload(HANGS_DEAF);
+    way = program_behaves_in_start;
+    stop_in_reload(HANGS_DEAF);
+}
+
+/* A stop while a worker waits for its back-off: nothing is forked any more. */
+TEST_ONCE(a_stop_during_a_back_off_ends_at_once)
+{
+    begin(2);
+    put(&board->value, EXITS_1);
+    pid_t pid = launch(program_behaves);
+    await_exits(8);
+    tell(pid, SIGTERM);
+    check_end(pid, 0, TSRV_EPARENT);
+    CHECK_INT(exits_seen(), get(&board->held));
+}
+
+TEST_ONCE(an_idle_parent_sleeps)
+{
+    begin(2);
+    fork_options.heartbeat_ms = 10000;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    check_rests();
+    stop_well(pid, TSRV_OK);
+}
+
+/* ---- a pause of the whole tree -------------------------------------------------------------*/
+
+/* Frozen and continued, the parent first: no worker is to blame. */
+TEST_ONCE(workers_survive_a_pause_of_the_whole_tree)
+{
+    begin(2);
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = start_request();
+    tell(pid, SIGSTOP);
+    tell(board->pids[0], SIGSTOP);
+    tell(board->pids[1], SIGSTOP);
+    poll(NULL, 0, 1300 * t_scale());
+    tell(pid, SIGCONT);
+    poke(pid); /* it sees how late everybody is */
+    tell(board->pids[0], SIGCONT);
+    tell(board->pids[1], SIGCONT);
+    for (int i = 0; i < 5; i++) {
+        poke(pid);
+        check_served();
+    }
+    CHECK_INT(exits_seen(), 0);
+    finish_request(fd);
+    stop_well(pid, TSRV_OK);
+}
+
+/* A machine that slept: all clocks are ahead by hours at once. Afterwards a worker that hangs is still
+ * found. */
+TEST_LOOP(a_jump_of_the_clock_makes_no_worker_hung)
+{
+    long who = 0;
+    begin(2);
+    fork_options.heartbeat_ms = 2000 * t_scale();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int i = 0; i < 3; i++) {
+        advance(pid, 3600000);
+        check_served();
+        check_rests();
+    }
+    CHECK_INT(exits_seen(), 0);
+    int fd = connect_to(0, &who);
+    t_sends(fd, "hang\n");
+    await_exits(1);
+    CHECK_INT(board->exit[0].pid, who);
+    t_close(fd);
+    await_forks(3);
+    stop_well(pid, TSRV_OK);
+}
+
+/* ---- loops in several threads --------------------------------------------------------------*/
+
+static void *run_a_loop(void *context)
+{
+    tsrv_loop *loop = t_new_loop();
+    tsrv_server_options options;
+    tsrv_server *server;
+    tsrv_address address;
+    memset(&options, 0, sizeof options);
+    options.mode = t_mode;
+    options.handle_stream = serve_lines;
+    options.loop = loop;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    put((int *)context, tsrv_address_port(&address));
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+    tsrv_server_free(server);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    return NULL;
+}
+
+static int two_loops(void)
+{
+    pthread_t threads[2];
+    int *ports[2] = {&board->port, &board->second_port};
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(pthread_create(&threads[i], NULL, run_a_loop, ports[i]), 0);
+    }
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(pthread_join(threads[i], NULL), 0);
+    }
+    return TSRV_OK;
+}
+
+static void start_two_loops(pid_t *pid, int *fds)
+{
+    begin(1);
+    bare_worker = two_loops;
+    *pid = launch(program_bare);
+    AWAIT(get(&board->port) != 0 && get(&board->second_port) != 0);
+    fds[0] = start_request();
+    board->port = board->second_port;
+    fds[1] = start_request();
+}
+
+TEST_LOOP(every_loop_of_a_worker_drains)
+{
+    static const int signals[] = {SIGTERM, SIGINT, SIGQUIT};
+    int fds[2];
+    pid_t pid;
+    for (int i = 0; i < 3; i++) {
+        start_two_loops(&pid, fds);
+        tell(pid, signals[i]);
+        AWAIT(is_refused());
+        finish_request(fds[0]);
+        finish_request(fds[1]);
+        check_end(pid, 0, TSRV_EPARENT);
+        CHECK_INT(board->value, 2);
+        check_exits_are_good();
+    }
+}
+
+TEST_LOOP(every_loop_of_a_worker_that_is_told_itself_drains)
+{
+    int fds[2];
+    pid_t pid;
+    start_two_loops(&pid, fds);
+    tell(board->pids[0], SIGTERM);
+    AWAIT(is_refused());
+    finish_request(fds[0]);
+    finish_request(fds[1]);
+    check_end(pid, 0, TSRV_EPARENT); /* bare: a good end */
+    CHECK_INT(board->value, 2);
+}
+
+TEST_LOOP(every_loop_of_a_worker_ends_with_the_parent)
+{
+    int fds[2];
+    pid_t pid;
+    start_two_loops(&pid, fds);
+    tell(pid, SIGKILL);
+    AWAIT(no_child_left(NULL));
+    CHECK_INT(board->value, 2);
+    t_close(fds[0]);
+    t_close(fds[1]);
+}
+
+/* The second signal ends the grace of every loop. */
+TEST_LOOP(a_second_signal_ends_the_grace_of_every_loop)
+{
+    int fds[2];
+    pid_t pid;
+    fork_options.grace_ms = NEVER_DUE_MS;
+    start_two_loops(&pid, fds);
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    tell(pid, SIGTERM);
+    check_cut(fds[0]);
+    check_cut(fds[1]);
+    check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* ---- one tsrv_serve at a time --------------------------------------------------------------*/
+
+static int second_count;
+
+static void *serve_too(void *context)
+{
+    tsrv_server_options options;
+    (void)context;
+    memset(&options, 0, sizeof options);
+    options.handle_stream = serve_lines;
+    put(&board->value, tsrv_serve(0, "127.0.0.1", second_count, &options));
+    return NULL;
+}
+
+static pthread_t second_thread;
+
+static void start_second(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    CHECK_INT(pthread_create(&second_thread, NULL, serve_too, NULL), 0);
+}
+
+/* When it is over, it can be called again. */
+static int program_serve_in_two_threads(void)
+{
+    server_options.on_start = start_second;
+    int rc = program_serve();
+    CHECK_INT(pthread_join(second_thread, NULL), 0);
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+        server_options.on_start = on_start;
+        board->port = 0;
+        rc = program_serve();
+    }
+    return rc;
+}
+
+TEST_LOOP(serve_is_refused_while_another_thread_serves)
+{
+    for (second_count = 1; second_count <= 2; second_count++) {
+        begin(1);
+        pid_t pid = launch(program_serve_in_two_threads);
+        await_forks(1);
+        AWAIT(get(&board->value) != 0);
+        CHECK_INT(board->value, TSRV_EBUSY);
+        check_served();
+        tell(pid, SIGTERM);
+        await_forks(2);
+        AWAIT(get(&board->port) != 0);
+        check_served();
+        stop_well(pid, TSRV_OK);
+    }
+}
+
+/* ---- counters ------------------------------------------------------------------------------*/
+
+static void check_sum_is_own(int (*program)(void))
+{
+    char line[100];
+    int rc = -1, accepted = 0, open = 0, own_accepted = 0, own_open = 0;
+    begin(1);
+    pid_t pid = launch(program);
+    await_forks(1);
+    check_served();
+    int fd = reach();
+    t_sends(fd, "stats -1\n");
+    CHECK(read_line(fd, line, sizeof line));
+    CHECK_INT(sscanf(line, "%d %d %d", &rc, &accepted, &open), 3);
+    t_sends(fd, "own\n");
+    CHECK(read_line(fd, line, sizeof line));
+    CHECK_INT(sscanf(line, "%d %d", &own_accepted, &own_open), 2);
+    CHECK_INT(rc, TSRV_OK);
+    CHECK_INT(accepted, 2);
+    CHECK_INT(accepted, own_accepted);
+    CHECK(open >= own_open);
+    t_sends(fd, "stats 0\n"); /* there is no worker */
+    CHECK(read_line(fd, line, sizeof line));
+    CHECK_INT(atoi(line), TSRV_EINVAL);
+    t_sends(fd, "stats -2\n");
+    CHECK(read_line(fd, line, sizeof line));
+    CHECK_INT(atoi(line), TSRV_EINVAL);
+    t_close(fd);
+    tell(pid, program == program_serve ? SIGTERM : SIGKILL);
+    int status = await_end(pid);
+    CHECK(program != program_serve || status == 0);
+}
+
+TEST_LOOP(the_sum_of_all_counts_a_single_process)
+{
+    check_sum_is_own(program_serve);
+    check_sum_is_own(program_bind_start);
+}
+
+/* ---- how tsrv_serve binds ------------------------------------------------------------------*/
+
+enum { FACT_FAMILY, FACT_BACKLOG, FACT_REUSE, FACTS };
+
+/* What the process listens on. */
+static void note_listeners(tsrv_server *server, void *context)
+{
+    int count = 0;
+    for (int fd = 0; fd < T_MAX_FD; fd++) {
+        int on = 0;
+        struct sockaddr_storage name;
+        struct tcp_info info;
+        socklen_t size = sizeof on, name_size = sizeof name, info_size = sizeof info;
+        if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &on, &size) != 0 || !on) {
+            continue;
+        }
+        CHECK(getsockname(fd, (struct sockaddr *)&name, &name_size) == 0);
+        CHECK(count < 8);
+        int *fact = board->facts + FACTS * count++;
+        fact[FACT_FAMILY] = name.ss_family;
+        if (name.ss_family != AF_UNIX) {
+            CHECK(getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &info_size) == 0);
+            fact[FACT_BACKLOG] = (int)info.tcpi_sacked; /* of a listener: the most */
+            fact[FACT_REUSE] = t_socket_option(fd, SOL_SOCKET, SO_REUSEPORT);
+        }
+    }
+    put(&board->fact_count, count);
+    on_start(server, context);
+}
+
+static int program_serve_localhost(void)
+{
+    server_options.mode = t_mode;
+    server_options.handle_stream = serve_lines;
+    server_options.on_start = note_listeners;
+    server_options.fork = &fork_options;
+    return tsrv_serve(0, "localhost", workers, &server_options);
+}
+
+TEST_ONCE(serve_binds_as_it_is_told)
+{
+    for (int count = 1; count <= 2; count++) {
+        begin(count);
+        bind_options.family = AF_INET;
+        bind_options.backlog = 17;
+        bind_options.reuse_port = true;
+        server_options.bind = &bind_options;
+        pid_t pid = launch(program_serve_localhost);
+        await_forks(count);
+        check_served();
+        CHECK_INT(board->fact_count, 1);
+        CHECK_INT(board->facts[FACT_FAMILY], AF_INET);
+        CHECK_INT(board->facts[FACT_BACKLOG], 17);
+        CHECK_INT(board->facts[FACT_REUSE], 1);
+        stop_well(pid, TSRV_OK);
+    }
+    begin(1);
+    server_options.bind = NULL; /* the defaults */
+    pid_t pid = launch(program_serve_localhost);
+    await_forks(1);
+    CHECK_INT(board->facts[FACT_BACKLOG], 128);
+    CHECK_INT(board->facts[FACT_REUSE], 0);
+    stop_well(pid, TSRV_OK);
+}
+
+TEST_ONCE(serve_gives_a_unix_socket_its_mode)
+{
+    struct stat info;
+    use_unix_socket();
+    for (int count = 1; count <= 2; count++) {
+        begin(count);
+        bind_options.unix_mode = 0640;
+        server_options.bind = &bind_options;
+        pid_t pid = launch(program_serve);
+        await_forks(count);
+        CHECK(stat(unix_path, &info) == 0);
+        CHECK_INT(info.st_mode & 0777, 0640);
+        stop_well(pid, TSRV_OK);
+    }
+    unix_path = NULL;
+    remove_directory();
+}
+
+/* ---- the file of a unix socket -------------------------------------------------------------*/
+
+static void check_file(int (*program)(void), int count, int result)
+{
+    begin(count);
+    pid_t pid = launch(program);
+    await_forks(count);
+    CHECK(access(unix_path, F_OK) == 0);
+    if (count > 1) {
+        reload(pid);
+        AWAIT(is_settled());
+        check_served();
+        tell(board->pids[2], SIGKILL);
+        AWAIT(is_settled() && forks_seen() == 5);
+        check_served();
+        tell(board->pids[3], SIGTERM);
+        AWAIT(is_settled() && forks_seen() == 6);
+        check_served();
+    }
+    stop_well(pid, result);
+    CHECK(access(unix_path, F_OK) != 0 && errno == ENOENT);
+}
+
+TEST_ONCE(the_file_of_a_unix_socket_goes_with_the_last_process)
+{
+    use_unix_socket();
+    check_file(program_serve, 1, TSRV_OK);
+    check_file(program_serve, 2, TSRV_OK);
+    check_file(program_bind_start, 2, TSRV_EPARENT);
+    unix_path = NULL;
+    remove_directory();
+}
+
+/* Somebody else has taken the path meanwhile: that file is not ours. */
+TEST_ONCE(the_file_of_another_socket_stays)
+{
+    use_unix_socket();
+    for (int count = 1; count <= 2; count++) {
+        int other = -1;
+        begin(count);
+        pid_t pid = launch(program_serve);
+        await_forks(count);
+        CHECK(unlink(unix_path) == 0);
+        CHECK_INT(tsrv_bind_unix_socket(unix_path, NULL, &other), TSRV_OK);
+        stop_well(pid, TSRV_OK);
+        CHECK(access(unix_path, F_OK) == 0);
+        t_close(other);
+        unlink(unix_path);
+    }
+    unix_path = NULL;
+    remove_directory();
+}
+
+/* ---- another user --------------------------------------------------------------------------*/
+
+enum {
+    RIGHTS_UID,
+    RIGHTS_EUID,
+    RIGHTS_SUID,
+    RIGHTS_GID,
+    RIGHTS_EGID,
+    RIGHTS_SGID,
+    RIGHTS_DEATH,
+    RIGHTS_TASK,
+    RIGHTS_GROUPS
+};
+
+/* Who the process is. */
+static void note_rights(void)
+{
+    int *fact = board->facts, death = 0, count;
+    uid_t uid[3];
+    gid_t gid[3], groups[64];
+    CHECK(getresuid(&uid[0], &uid[1], &uid[2]) == 0);
+    CHECK(getresgid(&gid[0], &gid[1], &gid[2]) == 0);
+    count = getgroups(64, groups);
+    CHECK(count >= 0);
+    CHECK(prctl(PR_GET_PDEATHSIG, &death, 0, 0, 0) == 0);
+    for (int i = 0; i < 3; i++) {
+        fact[RIGHTS_UID + i] = (int)uid[i];
+        fact[RIGHTS_GID + i] = (int)gid[i];
+    }
+    fact[RIGHTS_DEATH] = death;
+    fact[RIGHTS_TASK] = tsrv_task_id();
+    for (int i = 0; i < count; i++) {
+        fact[RIGHTS_GROUPS + i] = (int)groups[i];
+    }
+    put(&board->fact_count, count);
+}
+
+static void note_rights_in_start(tsrv_server *server, void *context)
+{
+    note_rights();
+    on_start(server, context);
+}
+
+static void stop_in_start(tsrv_server *server, void *context)
+{
+    note_rights_in_start(server, context);
+    tsrv_loop_stop(NULL);
+}
+
+static int note_rights_bare(void)
+{
+    note_rights();
+    return sleeps();
+}
+
+static void want_root(void)
+{
+    if (geteuid() != 0) {
+        SKIP("root");
+    }
+    if (getpwnam("nobody") == NULL) {
+        SKIP("a user nobody");
+    }
+}
+
+/* What was noted is nobody, with this group and the supplementary ones that go with both. */
+static void check_nobody(gid_t group, bool is_worker)
+{
+    const struct passwd *nobody = getpwnam("nobody");
+    gid_t groups[64];
+    int count = 64, *fact = board->facts;
+    CHECK(getgrouplist("nobody", group, groups, &count) >= 0);
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(fact[RIGHTS_UID + i], nobody->pw_uid);
+        CHECK_INT(fact[RIGHTS_GID + i], group);
+    }
+    CHECK_INT(board->fact_count, count);
+    for (int i = 0; i < count; i++) {
+        bool found = false;
+        for (int k = 0; k < count; k++) {
+            found = found || fact[RIGHTS_GROUPS + i] == (int)groups[k];
+        }
+        CHECK(found);
+    }
+    CHECK_INT(fact[RIGHTS_TASK] >= 0, is_worker);
+    CHECK(!is_worker || fact[RIGHTS_DEATH] != 0);
+}
+
+TEST_ONCE(workers_run_as_the_user_that_is_named)
+{
+    want_root();
+    begin(2);
+    fork_options.user = "nobody";
+    server_options.on_start = note_rights_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    check_nobody(getpwnam("nobody")->pw_gid, true);
+    memset(board->facts, 0, sizeof board->facts);
+    reload(pid); /* those that come later too */
+    AWAIT(is_settled());
+    check_nobody(getpwnam("nobody")->pw_gid, true);
+    check_served();
+    stop_well(pid, TSRV_OK);
+}
+
+TEST_ONCE(workers_run_in_the_group_that_is_named)
+{
+    const struct group *other = getgrnam("daemon");
+    want_root();
+    if (other == NULL) {
+        SKIP("a group daemon");
+    }
+    gid_t gid = other->gr_gid;
+    begin(2);
+    fork_options.user = "nobody";
+    fork_options.group = "daemon";
+    server_options.on_start = note_rights_in_start;
+    pid_t pid = launch(program_bind_start);
+    await_forks(2);
+    check_nobody(gid, true);
+    stop_well(pid, TSRV_EPARENT);
+
+    begin(2);
+    fork_options.user = NULL;
+    pid = launch(program_bind_start);
+    await_forks(2);
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(board->facts[RIGHTS_GID + i], gid);
+        CHECK_INT(board->facts[RIGHTS_UID + i], 0);
+    }
+    stop_well(pid, TSRV_EPARENT);
+}
+
+TEST_ONCE(bare_workers_run_as_the_user_that_is_named)
+{
+    want_root();
+    begin(2);
+    fork_options.user = "nobody";
+    bare_worker = note_rights_bare;
+    pid_t pid = launch(program_bare);
+    AWAIT(forks_seen() == 2 && get(&board->fact_count) > 0);
+    check_nobody(getpwnam("nobody")->pw_gid, true);
+    stop_well(pid, TSRV_EPARENT);
+}
+
+TEST_ONCE(a_single_process_becomes_the_user_that_is_named)
+{
+    want_root();
+    begin(1);
+    fork_options.user = "nobody";
+    server_options.on_start = note_rights_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    check_nobody(getpwnam("nobody")->pw_gid, false);
+    check_served();
+    stop_well(pid, TSRV_OK);
+
+    begin(1);
+    server_options.on_start = stop_in_start;
+    pid = launch(program_bind_start);
+    check_end(pid, 0, TSRV_OK);
+    check_nobody(getpwnam("nobody")->pw_gid, false);
+}
+
+static void become_nobody(void)
+{
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setgroups(0, NULL) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
+}
+
+static void check_nobody_starts(int (*program)(void), int count)
+{
+    begin(count);
+    pid_t pid = launch(program);
+    int status = await_end(pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1);
+    CHECK(board->result < 0 && board->result != TSRV_EPARENT);
+    CHECK_INT(forks_seen(), 0);
+    CHECK_INT(exits_seen(), 0);
+    CHECK(warnings() > 0);
+    check_no_child();
+}
+
+static void check_nobody_starts_at_all(void)
+{
+    bare_worker = note_rights_bare;
+    for (int count = 1; count <= 2; count++) {
+        check_nobody_starts(program_serve, count);
+        check_nobody_starts(program_bind_start, count);
+        check_nobody_starts(program_bare, count);
+    }
+}
+
+TEST_ONCE(an_unknown_user_or_group_starts_no_worker)
+{
+    want_root();
+    fork_options.user = "no-such-user";
+    check_nobody_starts_at_all();
+    fork_options.user = "nobody";
+    fork_options.group = "no-such-group";
+    check_nobody_starts_at_all();
+    fork_options.user = NULL;
+    check_nobody_starts_at_all();
+    fork_options.user = ""; /* an option that was left empty is no wish for root */
+    fork_options.group = NULL;
+    check_nobody_starts_at_all();
+}
+
+/* Who may not change its user starts nothing as somebody else. */
+TEST_ONCE(a_user_that_may_not_be_had_starts_no_worker)
+{
+    want_root();
+    before_program = become_nobody;
+    fork_options.user = "root";
+    check_nobody_starts_at_all();
+    fork_options.user = NULL;
+    fork_options.group = "root";
+    check_nobody_starts_at_all();
+}
+
+/* The kernel forgets that the parent's death is to be told when the user changes: a worker that hangs
+ * has nothing else. */
+static void end_with_parent(int (*program)(void))
+{
+    long who = 0;
+    begin(2);
+    pid_t pid = launch(program);
+    await_forks(2);
+    int fd = connect_to(0, &who), idle = connect_to(1, &who);
+    t_sends(fd, "hang\n");
+    poll(NULL, 0, 20); /* that it has read it; if not, the test is easier */
+    tell(pid, SIGKILL);
+    AWAIT(no_child_left(NULL));
+    t_close(fd);
+    t_close(idle);
+}
+
+static void become_nobody_in_start(tsrv_server *server, void *context)
+{
+    become_nobody();
+    on_start(server, context);
+}
+
+TEST_LOOP(workers_of_another_user_end_with_their_parent)
+{
+    want_root();
+    fork_options.user = "nobody";
+    end_with_parent(program_serve);
+}
+
+TEST_LOOP(workers_that_have_changed_their_user_end_with_their_parent)
+{
+    want_root();
+    server_options.on_start = become_nobody_in_start;
+    end_with_parent(program_serve);
+    before_loop = become_nobody;
+    server_options.on_start = NULL;
+    end_with_parent(program_bind_start);
+}
+
+/* ---- the host ------------------------------------------------------------------------------*/
+
+static tsrv_signal own_watch;
+
+static void own_term(void *context)
+{
+    (void)context;
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+    tsrv_loop_stop(NULL);
+}
+
+static void watch_term(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGTERM, own_term, NULL), TSRV_OK);
+}
+
+static int program_own_watch(void)
+{
+    server_options.on_start = watch_term;
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+        tsrv_signal_stop(&own_watch);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* A worker's own watch on SIGTERM takes the place of the drain when the parent is told to stop, and is
+ * called once. */
+TEST_LOOP(an_own_watch_hears_of_the_parents_stop)
+{
+    begin(2);
+    pid_t pid = launch(program_own_watch);
+    await_forks(2);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    check_cut(fd);
+    check_end(pid, 0, TSRV_EPARENT);
+    CHECK_INT(board->value, 2);
+    check_exits_are_good();
+}
+
+static pid_t foreign;
+
+static int program_with_a_child(void)
+{
+    int status = 0;
+    foreign = fork();
+    if (foreign == 0) {
+        while (get(&board->go) == 0) {
+            poll(NULL, 0, 1);
+        }
+        _exit(42);
+    }
+    int rc = program_serve();
+    if (tsrv_task_id() < 0) {
+        CHECK_INT(waitpid(foreign, &status, 0), foreign);
+        CHECK_INT(WEXITSTATUS(status), 42);
+    }
+    return rc;
+}
+
+/* The status of a child of the host's is nobody else's. */
+TEST_ONCE(only_workers_are_reaped)
+{
+    begin(2);
+    pid_t pid = launch(program_with_a_child);
+    await_forks(2);
+    put(&board->go, 1);
+    tell(board->pids[0], SIGKILL);
+    AWAIT(is_settled() && forks_seen() == 3);
+    reload(pid);
+    AWAIT(is_settled());
+    for (int i = 0; i < 5; i++) {
+        poke(pid);
+    }
+    stop_well(pid, TSRV_OK);
+}
+
+static void count_exit(void)
+{
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+}
+
+static char *missing_argv[] = {(char *)"/nonexistent/program", NULL};
+
+static int program_with_exit_handler(void)
+{
+    CHECK(atexit(count_exit) == 0);
+    return program_serve();
+}
+
+/* What cannot be executed leaves by _exit; workers and their parent by main, once each. */
+TEST_ONCE(exit_handlers_run_where_main_ends)
+{
+    begin(2);
+    fork_options.upgrade_argv = missing_argv;
+    pid_t pid = launch(program_with_exit_handler);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(warnings() > 0);
+    poke(pid);
+    CHECK_INT(get(&board->value), 0);
+    stop_well(pid, TSRV_OK);
+    CHECK_INT(get(&board->value), 3);
+}
+
+/* Started with descriptors 0, 1 and 2 closed: what is printed there must not reach a socket or a pipe of
+ * the library's. */
+static void look_at_low_fds(tsrv_server *server, void *context)
+{
+    for (int fd = 0; fd < 3; fd++) {
+        struct stat info;
+        if (fstat(fd, &info) == 0 && !S_ISCHR(info.st_mode)) {
+            put(&board->value, 1 + fd);
+        }
+    }
+    on_start(server, context);
+}
+
+static int program_closed(void)
+{
+    tsrv_set_log(NULL, NULL); /* the default, which prints */
+    for (int fd = 0; fd < 3; fd++) {
+        t_close(fd);
+    }
+    server_options.on_start = look_at_low_fds;
+    int rc = program_serve();
+    for (int fd = 0; fd < 3; fd++) {
+        if (fcntl(fd, F_GETFD) < 0) {
+            CHECK_INT(open("/dev/null", O_RDWR), fd);
+        }
+    }
+    return rc;
+}
+
+TEST_LOOP(closed_descriptors_0_to_2_end_nobody)
+{
+    for (int count = 1; count <= 3; count += 2) {
+        begin(count);
+        pid_t pid = launch(program_closed);
+        await_forks(count);
+        if (count > 1) {
+            tell(board->pids[0], SIGKILL); /* which is logged */
+            await_forks(count + 1);
+            tell(pid, SIGHUP);
+            await_forks(2 * count + 1);
+        }
+        check_served();
+        CHECK_INT(board->value, 0);
+        stop_well(pid, TSRV_OK);
+        CHECK(count == 1 || exits_seen() == 2 * count + 1);
+    }
+}
+
+/* ---- process 1 -----------------------------------------------------------------------------*/
+
+TEST_ONCE(serves_as_process_1)
+{
+    begin(2);
+    fork_options.upgrade_argv = missing_argv;
+    pid_t pid = launch_as_process_1(program_serve);
+    await_forks(2);
+    command(0, "signal 9\n");
+    AWAIT(is_settled() && forks_seen() == 3);
+    reload(pid);
+    AWAIT(is_settled());
+    int before = warnings();
+    tell(pid, SIGUSR2); /* process 1 cannot be replaced: it says so, and goes on */
+    AWAIT(warnings() > before);
+    check_rests();
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+}
+
+/* ---- upgrades ------------------------------------------------------------------------------*/
+
+/* What the program that an upgrade starts does, by board->next.how. */
+enum {
+    NEXT_SERVES,
+    NEXT_EXITS_0,
+    NEXT_EXITS_1,
+    NEXT_HANGS, /* before it serves */
+    NEXT_HANGS_DEAF,
+    NEXT_WORKERS_HANG,   /* in on_start */
+    NEXT_ONE_HANGS,      /* the second of its workers */
+    NEXT_ONE_IS_SLOW,    /* until board->go */
+    NEXT_CRASHES,        /* all workers, 50 ms after they accept */
+    NEXT_ONE_CRASHES,    /* the second */
+    NEXT_PARENT_EXITS_0, /* its parent, 50 ms after its workers accept */
+    NEXT_PARENT_CRASHES,
+    NEXT_IS_SLOW /* before it serves, until board->go */
+};
+
+static char *next_argv[2];
+static tsrv_timer next_timer;
+
+static void next_crash(void *context)
+{
+    (void)context;
+    raise(SIGKILL);
+}
+
+static void *next_parent_ends(void *context)
+{
+    await_forks(4);
+    poll(NULL, 0, 50);
+    if (*(int *)context == NEXT_PARENT_EXITS_0) {
+        _exit(0);
+    }
+    raise(SIGKILL);
+    return NULL;
+}
+
+static void next_start(tsrv_server *server, void *context)
+{
+    int how = get(&board->next.how), id = tsrv_task_id();
+    if (how == NEXT_WORKERS_HANG || (how == NEXT_ONE_HANGS && id == 1)) {
+        behave_as(HANGS_DEAF);
+    }
+    if (how == NEXT_ONE_IS_SLOW && id == 1) {
+        behave_as(IS_SLOW);
+    }
+    on_start(server, context);
+    if (how == NEXT_CRASHES || (how == NEXT_ONE_CRASHES && id == 1)) {
+        CHECK_INT(tsrv_timer_start(NULL, &next_timer, 50, next_crash, NULL), TSRV_OK);
+    }
+}
+
+static int program_next(void)
+{
+    static int how;
+    pthread_t thread;
+    how = get(&board->next.how);
+    put(&board->next.pid, (int)getpid());
+    __atomic_add_fetch(&board->next.count, 1, __ATOMIC_ACQ_REL);
+    if (how == NEXT_EXITS_0 || how == NEXT_EXITS_1) {
+        _exit(how == NEXT_EXITS_1);
+    }
+    if (how == NEXT_HANGS || how == NEXT_HANGS_DEAF) {
+        put(&board->value, HANGS);
+        behave_as(how == NEXT_HANGS ? HANGS : HANGS_DEAF);
+    }
+    if (how == NEXT_IS_SLOW) {
+        behave_as(IS_SLOW);
+    }
+    if (how == NEXT_PARENT_EXITS_0 || how == NEXT_PARENT_CRASHES) {
+        CHECK_INT(pthread_create(&thread, NULL, next_parent_ends, &how), 0);
+    }
+    workers = board->next.workers;
+    server_options.on_start = next_start;
+    server_options.bind = &bind_options;
+    return program_serve();
+}
+
+/* This file again, started by an upgrade: found by its variable before the tests begin. The variable is
+ * the path of the board, and behind a blank whether reuse_port is wanted, and the unix socket's path. */
+__attribute__((constructor(200))) static void be_upgraded(void)
+{
+    static char path[200], local[200];
+    const char *text = getenv(UPGRADE_VARIABLE);
+    int reuse = 0, fd;
+    if (text == NULL) {
+        return;
+    }
+    CHECK(sscanf(text, "%199s %d %d %199s", path, &reuse, &t_backend, local) >= 3);
+    fd = open(path, O_RDWR | O_CLOEXEC);
+    CHECK(fd >= 0);
+    map_board(fd);
+    t_close(fd);
+    unix_path = local[0] != 0 ? local : NULL;
+    bind_options.reuse_port = reuse != 0;
+    pthread_atfork(NULL, NULL, forked);
+    in_program = true;
+    tsrv_set_log(keep_log, NULL);
+    next_argv[0] = own_path();
+    fork_options.upgrade_argv = next_argv;
+    fork_options.on_exit = note_exit;
+    fork_options.context = &fork_options;
+    fork_options.grace_ms = board->next.how == NEXT_SERVES ? 0 : 100;
+    exit(program_next() == TSRV_OK ? 0 : 1);
+}
+
+/* A program of two workers that can be upgraded; argv[0] is a link in the test's directory. */
+static void begin_upgradable(void)
+{
+    char text[500];
+    if (directory[0] == 0) {
+        make_directory();
+    }
+    int fd = open(path_of("board"), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    CHECK(fd >= 0 && ftruncate(fd, sizeof *board) == 0);
+    map_board(fd);
+    t_close(fd);
+    begin(2);
+    board->next.workers = 2;
+    snprintf(text, sizeof text, "%s %d %d %s", path_of("board"), bind_options.reuse_port, t_backend,
+             unix_path != NULL ? unix_path : "");
+    CHECK(setenv(UPGRADE_VARIABLE, text, 1) == 0);
+    CHECK(symlink(own_path(), path_of("next")) == 0 || errno == EEXIST);
+    next_argv[0] = strdup(path_of("next"));
+    fork_options.upgrade_argv = next_argv;
+}
+
+static void end_upgradable(void)
+{
+    free(next_argv[0]);
+    CHECK(unsetenv(UPGRADE_VARIABLE) == 0);
+    CHECK(munmap(board, sizeof *board) == 0);
+    board = NULL;
+    clock_ahead_ns = NULL;
+    remove_directory();
+}
+
+/* Whose child has answered? */
+static long parent_that_answers(void)
+{
+    int fd = reach(), id = 0;
+    long pid = 0, parent = 0;
+    ask_id(fd, &id, &pid, &parent);
+    t_close(fd);
+    return parent;
+}
+
+/* The old program leaves in good order, the new one serves, all its workers, and ends in good order. */
+static void check_upgraded(pid_t old, int count)
+{
+    int status = await_end(old);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+    pid_t next = (pid_t)get(&board->next.pid);
+    long who = 0;
+    for (int i = 0; i < 10 && count > 1; i++) {
+        CHECK_INT(parent_that_answers(), next);
+    }
+    for (int id = 0; id < count && count > 1; id++) {
+        t_close(connect_to(id, &who));
+    }
+    check_served();
+    tell(next, SIGTERM);
+    status = await_end(next);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+    check_no_child();
+}
+
+static void upgrade(pid_t pid)
+{
+    put(&board->value, IS_FINE);
+    put(&board->next.how, NEXT_SERVES);
+    put(&board->version, 100);
+    tell(pid, SIGUSR2);
+}
+
+/* Orphans of the new program are ours, and buried here. */
+static bool is_gone(pid_t pid)
+{
+    waitpid(pid, NULL, WNOHANG);
+    return kill(pid, 0) != 0 && errno == ESRCH;
+}
+
+/* The upgrade to such a program does not happen: it goes, which is said, the old one serves on, and the
+ * next upgrade works. */
+static void check_not_upgraded(int how)
+{
+    begin_upgradable();
+    board->next.how = how;
+    fork_options.start_timeout_ms = how == NEXT_HANGS ? 10000 : 0;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    long who = 0;
+    int fd = connect_to(0, &who);
+    int before = warnings();
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->next.count) == 1);
+    pid_t next = (pid_t)get(&board->next.pid);
+    if (how == NEXT_HANGS || how == NEXT_HANGS_DEAF || how == NEXT_WORKERS_HANG ||
+        how == NEXT_ONE_HANGS) {
+        AWAIT(get(&board->held) > 0);
+        check_rests();
+        advance(pid, how == NEXT_HANGS ? 10001 : START_MS + 1);
+        AWAIT(is_gone(next) || (advance(pid, STEP_MS), is_gone(next)));
+    }
+    AWAIT(is_gone(next));
+    AWAIT(warnings() > before);
+    for (int i = 0; i < 20; i++) {
+        AWAIT(parent_that_answers() == pid);
+    }
+    int id = -1;
+    long now = 0;
+    ask_id(fd, &id, &now, NULL);
+    CHECK_INT(now, who);
+    t_close(fd);
+    check_rests();
+    CHECK(!has_exited(board->pids[0]) && !has_exited(board->pids[1]));
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+#define TEST_UPGRADE_FAILS(name, how) \
+    TEST_ONCE(name)                   \
+    {                                 \
+        check_not_upgraded(how);      \
+    }
+
+TEST_UPGRADE_FAILS(an_upgrade_to_a_program_that_exits_well_at_once_is_given_up, NEXT_EXITS_0)
+TEST_UPGRADE_FAILS(an_upgrade_to_a_program_that_fails_at_once_is_given_up, NEXT_EXITS_1)
+TEST_UPGRADE_FAILS(an_upgrade_to_a_program_that_hangs_is_given_up, NEXT_HANGS)
+TEST_UPGRADE_FAILS(an_upgrade_to_a_program_that_hangs_deaf_is_given_up, NEXT_HANGS_DEAF)
+TEST_UPGRADE_FAILS(an_upgrade_to_workers_that_hang_is_given_up, NEXT_WORKERS_HANG)
+TEST_UPGRADE_FAILS(an_upgrade_to_workers_of_which_one_hangs_is_given_up, NEXT_ONE_HANGS)
+TEST_UPGRADE_FAILS(an_upgrade_to_workers_that_crash_soon_is_given_up, NEXT_CRASHES)
+TEST_UPGRADE_FAILS(an_upgrade_to_workers_of_which_one_crashes_soon_is_given_up, NEXT_ONE_CRASHES)
+TEST_UPGRADE_FAILS(an_upgrade_to_a_parent_that_exits_soon_is_given_up, NEXT_PARENT_EXITS_0)
+TEST_UPGRADE_FAILS(an_upgrade_to_a_parent_that_crashes_soon_is_given_up, NEXT_PARENT_CRASHES)
+
+/* What cannot be executed: it is not there, or no program. */
+TEST_ONCE(an_upgrade_to_what_cannot_be_executed_is_given_up)
+{
+    for (int i = 0; i < 2; i++) {
+        begin_upgradable();
+        pid_t pid = launch(program_serve);
+        await_forks(2);
+        CHECK(unlink(path_of("next")) == 0);
+        if (i == 1) {
+            int file = open(path_of("next"), O_WRONLY | O_CREAT, 0600);
+            CHECK(file >= 0);
+            t_close(file);
+        }
+        for (int k = 0; k < 2; k++) {
+            int before = warnings();
+            tell(pid, SIGUSR2);
+            AWAIT(warnings() > before);
+            poke(pid);
+        }
+        check_rests();
+        CHECK_INT(parent_that_answers(), pid);
+        unlink(path_of("next"));
+        CHECK(symlink(own_path(), path_of("next")) == 0);
+        AWAIT((tell(pid, SIGUSR2), poll(NULL, 0, 20), get(&board->next.count) > 0));
+        check_upgraded(pid, 2);
+        directory[0] = directory[0]; /* the same for the second round */
+        free(next_argv[0]);
+        CHECK(munmap(board, sizeof *board) == 0);
+    }
+    next_argv[0] = NULL;
+    map_board(-1);
+    end_upgradable();
+}
+
+/* It is complete when all new workers accept, not only the first. */
+TEST_ONCE(an_upgrade_waits_for_all_new_workers)
+{
+    begin_upgradable();
+    board->next.how = NEXT_ONE_IS_SLOW;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    await_forks(3); /* its sibling accepts */
+    for (int i = 0; i < 5; i++) {
+        advance(pid, STEP_MS); /* of that worker's life */
+        poll(NULL, 0, 20);
+    }
+    CHECK_INT(exits_seen(), 0);
+    AWAIT(parent_that_answers() == pid);
+    put(&board->go, 1);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+static void check_counts(int before, int after)
+{
+    begin_upgradable();
+    workers = before;
+    board->next.workers = after;
+    pid_t pid = launch(program_serve);
+    await_forks(before);
+    upgrade(pid);
+    check_upgraded(pid, after);
+    end_upgradable();
+    memset(directory, 0, sizeof directory);
+}
+
+TEST_ONCE(an_upgrade_to_more_or_fewer_workers)
+{
+    check_counts(2, 4);
+    check_counts(3, 2);
+    check_counts(2, 1);
+}
+
+/* Nobody's connection is reset or refused, with a listener for each worker. */
+TEST_LOOP(an_upgrade_with_reuse_port_resets_nobody)
+{
+    load l;
+    bind_options.reuse_port = true;
+    begin_upgradable();
+    workers = 3;
+    board->next.workers = 3;
+    server_options.bind = &bind_options;
+    server_options.write_high_water = 16 << 20;
+    pid_t pid = launch(program_serve);
+    await_forks(3);
+    load_begin(&l);
+    upgrade(pid);
+    await_forks(6);
+    AWAIT(exits_seen() >= 2); /* all but the one with the long client, if that is an old one */
+    load_end(&l);
+    check_upgraded(pid, 3);
+    end_upgradable();
+}
+
+/* Descriptors in use lie between the free ones. */
+static void make_holes(void)
+{
+    int last = 0;
+    while (last < 100) {
+        last = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        CHECK(last >= 0);
+    }
+    for (int fd = 10; fd < 100; fd += 2) {
+        close(fd);
+    }
+}
+
+static void fill_low(void)
+{
+    int last = 0;
+    while (last < 20) {
+        last = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        CHECK(last >= 0);
+    }
+}
+
+/* Every descriptor from 3 on, in the way and in use. */
+static void fill_all_but_a_few(void)
+{
+    int last = 0;
+    while (last < 300) {
+        last = open("/dev/null", O_RDONLY | O_CLOEXEC);
+        CHECK(last >= 0);
+    }
+    for (int fd = 5; fd < 300; fd += 3) {
+        close(fd);
+    }
+}
+
+static int program_two_ports(void);
+
+static void check_holes(void (*make)(void), bool reuse, int (*program)(void))
+{
+    bind_options.reuse_port = reuse;
+    begin_upgradable();
+    server_options.bind = &bind_options;
+    before_program = make;
+    pid_t pid = launch(program);
+    await_forks(2);
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    end_upgradable();
+    memset(directory, 0, sizeof directory);
+}
+
+TEST_ONCE(an_upgrade_hands_listeners_over_when_free_descriptors_lie_apart)
+{
+    check_holes(make_holes, false, program_serve);
+    check_holes(make_holes, true, program_serve);
+    check_holes(fill_low, true, program_serve);
+    check_holes(fill_all_but_a_few, true, program_serve);
+    check_holes(make_holes, false, program_two_ports);
+    check_holes(fill_all_but_a_few, true, program_two_ports);
+}
+
+/* Two listeners, of which the new program takes the first. */
+static int program_two_ports(void)
+{
+    server_options.on_start = on_start;
+    tsrv_server *server = new_bound_server();
+    tsrv_address address;
+    CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", &bind_options), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 1, &address), TSRV_OK);
+    put(&board->second_port, tsrv_address_port(&address));
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    rc = rc == TSRV_OK ? tsrv_loop_run(NULL) : rc;
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* What it does not take is closed there, so that clients are refused instead of left alone. */
+TEST_ONCE(a_listener_that_an_upgrade_does_not_take_is_closed)
+{
+    for (int reuse = 0; reuse < 2; reuse++) {
+        bind_options.reuse_port = reuse;
+        begin_upgradable();
+        pid_t pid = launch(program_two_ports);
+        await_forks(2);
+        upgrade(pid);
+        int status = await_end(pid);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        int first = board->port;
+        board->port = board->second_port;
+        CHECK(is_refused());
+        board->port = first;
+        pid_t next = (pid_t)get(&board->next.pid);
+        check_served();
+        tell(next, SIGTERM);
+        CHECK_INT(await_end(next), 0);
+        check_no_child();
+        end_upgradable();
+        memset(directory, 0, sizeof directory);
+    }
+}
+
+TEST_ONCE(the_file_of_a_unix_socket_outlives_an_upgrade)
+{
+    use_unix_socket();
+    begin_upgradable();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int i = 0; i < 2; i++) { /* and the next one */
+        put(&board->version, 100 + i);
+        put(&board->next.count, 0);
+        tell(pid, SIGUSR2);
+        AWAIT(get(&board->next.count) == 1);
+        int status = await_end(pid);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        CHECK(access(unix_path, F_OK) == 0);
+        pid = (pid_t)get(&board->next.pid);
+        CHECK_INT(parent_that_answers(), pid);
+    }
+    put(&board->version, 200);
+    tell(pid, SIGHUP);
+    AWAIT(has_version(200));
+    check_served();
+    tell(pid, SIGTERM);
+    CHECK_INT(await_end(pid), 0);
+    CHECK(access(unix_path, F_OK) != 0 && errno == ENOENT);
+    check_no_child();
+    end_upgradable();
+}
+
+/* One at a time, and that is said. */
+TEST_ONCE(a_second_upgrade_while_one_is_under_way_is_explained)
+{
+    begin_upgradable();
+    board->next.how = NEXT_IS_SLOW;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    check_rests();
+    size_t before = __atomic_load_n(&board->logged, __ATOMIC_ACQUIRE);
+    tell(pid, SIGUSR2);
+    AWAIT(__atomic_load_n(&board->logged, __ATOMIC_ACQUIRE) > before);
+    CHECK_INT(get(&board->next.count), 1);
+    put(&board->go, 1);
+    check_upgraded(pid, 2);
+    CHECK_INT(get(&board->next.count), 1);
+    end_upgradable();
+}
+
+/* A stop while the new program hangs: that one goes too, and the port is free. */
+static void stop_in_upgrade(int how)
+{
+    begin_upgradable();
+    board->next.how = how;
+    fork_options.grace_ms = 100;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    tell(pid, SIGTERM);
+    if (how == NEXT_HANGS) {
+        await_end(pid);
+    } else {
+        check_rests();
+        advance_until_end(pid);
+    }
+    AWAIT(no_child_left(NULL));
+    CHECK(is_refused());
+    end_upgradable();
+    memset(directory, 0, sizeof directory);
+}
+
+TEST_ONCE(a_stop_during_an_upgrade_ends_the_new_program_too)
+{
+    stop_in_upgrade(NEXT_HANGS);
+    stop_in_upgrade(NEXT_HANGS_DEAF);
+}
+
+/* A reload that was asked for while an upgrade hangs, which is given up then. */
+TEST_ONCE(a_hangup_during_an_upgrade_that_fails_is_not_lost)
+{
+    begin_upgradable();
+    board->next.how = NEXT_HANGS_DEAF;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    put(&board->value, IS_FINE);
+    reload(pid);
+    poke(pid);
+    for (int i = 0; i < 500 && !is_settled(); i++) {
+        poll(NULL, 0, 1); /* it need not wait for that */
+    }
+    pid_t next = (pid_t)get(&board->next.pid);
+    AWAIT(is_gone(next) || (advance(pid, is_settled() ? 10 * STEP_MS : STEP_MS), is_gone(next)));
+    AWAIT(is_settled());
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+/* An upgrade while a reload hangs: everything old goes. */
+TEST_ONCE(an_upgrade_during_a_reload_that_hangs)
+{
+    begin_upgradable();
+    fork_options.grace_ms = 100;
+    server_options.on_start = behave_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    put(&board->value, HANGS_DEAF);
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) > 0);
+    upgrade(pid);
+    await_forks(4);
+    AWAIT(parent_that_answers() != pid);
+    advance_until_end(pid);
+    pid_t next = (pid_t)get(&board->next.pid);
+    CHECK_INT(parent_that_answers(), next);
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    check_no_child();
+    end_upgradable();
+}
+
+/* Again and again; the new program reloads as well. */
+TEST_ONCE(upgrades_follow_each_other)
+{
+    begin_upgradable();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int i = 0; i < 3; i++) {
+        put(&board->version, 100 + 2 * i);
+        put(&board->next.count, 0);
+        tell(pid, SIGUSR2);
+        AWAIT(get(&board->next.count) == 1);
+        int status = await_end(pid);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        pid = (pid_t)get(&board->next.pid);
+        put(&board->version, 101 + 2 * i);
+        tell(pid, SIGHUP);
+        AWAIT(has_version(101 + 2 * i));
+        CHECK_INT(parent_that_answers(), pid);
+    }
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    finish_request(fd);
+    CHECK_INT(await_end(pid), 0);
+    check_no_child();
+    end_upgradable();
+}
+
+/* A client of the old program's finishes its request after the new one has taken over. */
+TEST_LOOP(an_upgrade_finishes_the_requests_of_the_old_program)
+{
+    begin_upgradable();
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = start_request();
+    upgrade(pid);
+    AWAIT(parent_that_answers() != pid);
+    pid_t next = (pid_t)get(&board->next.pid);
+    AWAIT(exits_seen() >= 1); /* the old one without a client */
+    for (int i = 0; i < 10; i++) {
+        CHECK_INT(parent_that_answers(), next);
+    }
+    check_rests();
+    finish_request(fd);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+/* The old program dies while the new one starts: that has nobody to tell, and lives. */
+static void die_in_upgrade(int how)
+{
+    begin_upgradable();
+    board->next.how = how;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    tell(pid, SIGKILL);
+    await_end(pid);
+    AWAIT(is_gone(board->pids[0]) && is_gone(board->pids[1]));
+    put(&board->go, 1);
+    await_forks(4);
+    pid_t next = (pid_t)get(&board->next.pid);
+    CHECK_INT(parent_that_answers(), next);
+    poll(NULL, 0, 20);
+    CHECK_INT(waitpid(next, NULL, WNOHANG), 0);
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    check_no_child();
+    end_upgradable();
+    memset(directory, 0, sizeof directory);
+}
+
+TEST_ONCE(a_new_program_lives_when_the_old_one_dies)
+{
+    die_in_upgrade(NEXT_IS_SLOW);
+    die_in_upgrade(NEXT_ONE_IS_SLOW);
+}
