@@ -278,7 +278,7 @@ enum {
 enum {
     TSRV_LOG_ERROR = 1,   /* something that was asked for did not happen */
     TSRV_LOG_WARNING = 2, /* the server goes on, but somebody should know */
-    TSRV_LOG_INFO = 3     /* for the curious; the default logger does not print these */
+    TSRV_LOG_INFO = 3     /* what a server does: it starts, drains, ends */
 };
 
 typedef struct tsrv_loop tsrv_loop;     /* waits for events and runs what waits for them (IOLoop) */
@@ -341,11 +341,22 @@ TSRV_API const char *tsrv_strerror(int code);
 /* The version of the implementation, to compare with TSRV_VERSION. Any thread. */
 TSRV_API const char *tsrv_version(void);
 
-/* Send log messages elsewhere; by default errors and warnings go to stderr. For the whole
- * process: call it before the first loop runs.
+/* Send log messages elsewhere than to the default logger. For the whole process: call it before the
+ * first loop runs. Of messages that a peer can cause, at most ten of a kind come in a second, and
+ * then one that says how many more there were; control characters are escaped in all of them.
  *   function  NULL = the default again
- *   context   handed to it */
+ *   context   handed to it
+ * The default logger writes to descriptor 2, one line with one write:
+ *     2026-01-31T23:59:59.999Z 4711 WARNING text       the time in UTC, the process, the level
+ * It never waits and raises no signal. What cannot be written at once (a full pipe or disk, no such
+ * descriptor, a reader that has gone) is lost, and the next line that can be written is preceded by
+ * one that says how many were. A socket is not written to, for where stderr was closed it may be a
+ * client's; but the one that JOURNAL_STREAM names is systemd's journal, and is. */
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context);
+
+/* Up to which level the default logger prints; TSRV_LOG_INFO at first, so everything. Any thread.
+ *   level  TSRV_LOG_ERROR, _WARNING or _INFO; 0 = nothing */
+TSRV_API void tsrv_set_log_level(int level);
 
 /* ---- loop (IOLoop) ---------------------------------------------------------*/
 
@@ -1213,6 +1224,13 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #define TSRVI_HAS_NOSIGPIPE 0
 #endif
 
+/* Take a pending signal away without waiting for one; macOS and OpenBSD cannot in one call. */
+#if defined(_POSIX_REALTIME_SIGNALS) && _POSIX_REALTIME_SIGNALS > 0
+#define TSRVI_HAS_SIGTIMEDWAIT 1
+#else
+#define TSRVI_HAS_SIGTIMEDWAIT 0
+#endif
+
 /* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
  * vm.max_map_count. Older C libraries do not name it. */
 #if defined(__linux__) && !defined(MADV_GUARD_INSTALL)
@@ -1344,6 +1362,19 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 
 /* ============================================================================
  * >>util  Codes, log, clock
+ *
+ * No descriptor of the library is 0, 1 or 2: a program that was started without
+ * them still prints to these numbers. Every descriptor goes through tsrvi_fd_own
+ * as soon as a system call has returned it.
+ *
+ * No write of the library raises SIGPIPE: sockets are sent to with MSG_NOSIGNAL,
+ * and everything else is written by tsrvi_write_quiet, or between
+ * tsrvi_quiet_begin and tsrvi_quiet_end.
+ *
+ * A log line is text that may come from outside, about events that peers can
+ * repeat at will, for a reader who may be slow, dead or somebody else. So the
+ * text is escaped, lines that a peer can cause are limited, and the default
+ * logger loses a line, and says so later, rather than wait.
  * ==========================================================================*/
 
 TSRV_API const char *tsrv_version(void)
@@ -1367,49 +1398,6 @@ TSRV_API const char *tsrv_strerror(int code)
         }
         return code > -10000 ? strerror(-code) : "unknown code";
     }
-}
-
-static tsrv_log_function tsrvi_log_function; /* NULL = stderr */
-static void *tsrvi_log_context;
-
-TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
-{
-    tsrvi_log_function = function;
-    tsrvi_log_context = context;
-}
-
-#ifndef TSRV_LOG
-#define TSRV_LOG(level, message) tsrvi_log_write(level, message)
-
-static void tsrvi_log_write(int level, const char *message)
-{
-    if (tsrvi_log_function != NULL) {
-        tsrvi_log_function(level, message, tsrvi_log_context);
-    } else if (level <= TSRV_LOG_WARNING) {
-        fprintf(stderr, "tcpserver: %s\n", message);
-    }
-}
-#endif
-
-/* Log one line. Names and paths come from outside: control characters could forge lines or drive a
- * terminal, so they are replaced. */
-static TSRVI_PRINTF(2, 3) void tsrvi_log(int level, const char *format, ...)
-{
-    char message[512];
-    int saved = errno;
-    va_list arguments;
-    va_start(arguments, format);
-    if (vsnprintf(message, sizeof(message), format, arguments) < 0) {
-        message[0] = 0;
-    }
-    va_end(arguments);
-    for (char *c = message; *c != 0; c++) {
-        if ((unsigned char)*c < 32 || *c == 127) {
-            *c = '?';
-        }
-    }
-    TSRV_LOG(level, message);
-    errno = saved;
 }
 
 /* What a failed system call left in errno, as a code. */
@@ -1465,12 +1453,6 @@ static int64_t tsrvi_decimal(const char *text, int64_t most)
     return value;
 }
 
-/*STUB*/ static void tsrvi_write_quiet(int fd, const void *data, size_t size)
-{
-    ssize_t written = TSRV_SYS(write, (fd, data, size));
-    (void)written;
-}
-
 /* Zeroed memory, or NULL. */
 static void *tsrvi_zalloc(size_t size)
 {
@@ -1520,6 +1502,437 @@ static void tsrvi_lock(int *lock)
 static void tsrvi_unlock(int *lock)
 {
     __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
+}
+
+/* The low number was free, so the program was started, or goes on, without it. /dev/null takes its
+ * place, and that of others like it: what is printed to them goes nowhere, and the next descriptor
+ * does not land there. Programs that are started by this one inherit it, and are spared the same.
+ */
+static TSRVI_APART int tsrvi_fd_move(int fd)
+{
+    int moved = TSRV_SYS(fcntl, (fd, F_DUPFD_CLOEXEC, 3)), saved = errno, null;
+    do {
+        null = TSRV_SYS(open, ("/dev/null", O_RDWR));
+    } while (null >= 0 && null <= 2);
+    if (null < 0 || TSRV_SYS(dup2, (null, fd)) < 0) {
+        tsrvi_close_fd(fd);
+    }
+    tsrvi_close_fd(null);
+    errno = saved;
+    return moved;
+}
+
+/* The descriptor that a system call has just returned becomes the library's: it is never 0, 1 or 2.
+ * -1 passes; so does a failure to move it, with errno set and nothing left open. */
+static int tsrvi_fd_own(int fd)
+{
+    return TSRVI_LIKELY(fd > 2) || fd < 0 ? fd : tsrvi_fd_move(fd);
+}
+
+/* Two descriptors that were made together, if they were; else both are -1. */
+static int tsrvi_fds_own(int *fds, int made)
+{
+    int rc = TSRV_OK;
+    if (made < 0) {
+        fds[0] = -1;
+        fds[1] = -1;
+        return tsrvi_error();
+    }
+    for (int i = 0; i < 2; i++) { /* both, so that none is left behind at its low number */
+        fds[i] = tsrvi_fd_own(fds[i]);
+        rc = rc < 0 ? rc : fds[i] < 0 ? tsrvi_error() : tsrvi_set_flags(fds[i]);
+    }
+    if (rc < 0) {
+        tsrvi_close_fd(fds[0]);
+        tsrvi_close_fd(fds[1]);
+        fds[0] = -1;
+        fds[1] = -1;
+    }
+    return rc;
+}
+
+/* A non-blocking, close-on-exec pipe; when it fails both are -1. */
+static int tsrvi_pipe(int *fds)
+{
+    return tsrvi_fds_own(fds, TSRV_SYS(pipe, (fds)));
+}
+
+/* The same for two sockets that are connected to each other. */
+static int tsrvi_socket_pair(int *fds)
+{
+    return tsrvi_fds_own(fds, TSRV_SYS(socketpair, (AF_UNIX, SOCK_STREAM, 0, fds)));
+}
+
+/* ---- writes without signals ------------------------------------------------*/
+
+/* write(2) and sendfile(2) have no MSG_NOSIGNAL: they raise SIGPIPE when nobody reads, and SIGXFSZ
+ * at the limit of a file's size. */
+typedef struct tsrvi_quiet {
+    sigset_t signals; /* these two; in the end, those that may be taken away */
+    sigset_t before;  /* the thread's mask */
+} tsrvi_quiet;
+
+/* Block them in this thread. Only where the program has one blocked itself may it be pending
+ * already, and then it is the program's. */
+static void tsrvi_quiet_begin(tsrvi_quiet *quiet)
+{
+    static const int signals[] = {SIGPIPE, SIGXFSZ};
+    sigset_t pending;
+    TSRV_SYS(sigemptyset, (&quiet->signals));
+    TSRV_SYS(sigaddset, (&quiet->signals, SIGPIPE));
+    TSRV_SYS(sigaddset, (&quiet->signals, SIGXFSZ));
+    TSRV_SYS(sigemptyset, (&quiet->before));
+    TSRV_SYS(sigprocmask, (SIG_BLOCK, &quiet->signals, &quiet->before));
+    for (int i = 0; i < 2; i++) {
+        if (TSRV_SYS(sigismember, (&quiet->before, signals[i])) == 1) {
+            TSRV_SYS(sigemptyset, (&pending));
+            TSRV_SYS(sigpending, (&pending));
+            if (TSRV_SYS(sigismember, (&pending, signals[i])) == 1) {
+                TSRV_SYS(sigdelset, (&quiet->signals, signals[i]));
+            }
+        }
+    }
+}
+
+static void tsrvi_quiet_take(const sigset_t *signals)
+{
+#if TSRVI_HAS_SIGTIMEDWAIT
+    struct timespec now = {0, 0};
+    TSRV_SYS(sigtimedwait, (signals, NULL, &now));
+#else
+    sigset_t pending;
+    int signo;
+    TSRV_SYS(sigemptyset, (&pending));
+    TSRV_SYS(sigpending, (&pending));
+    if ((TSRV_SYS(sigismember, (&pending, SIGPIPE)) == 1 &&
+         TSRV_SYS(sigismember, (signals, SIGPIPE)) == 1) ||
+        (TSRV_SYS(sigismember, (&pending, SIGXFSZ)) == 1 &&
+         TSRV_SYS(sigismember, (signals, SIGXFSZ)) == 1)) {
+        TSRV_SYS(sigwait, (signals, &signo));
+    }
+#endif
+}
+
+/* The call has returned `done` for `size` bytes: take away what it has raised, which it may have
+ * done behind a first part that went well. */
+static void tsrvi_quiet_end(const tsrvi_quiet *quiet, ssize_t done, size_t size)
+{
+    int saved = errno;
+    if (done < 0 ? saved == EPIPE || saved == EFBIG : (size_t)done < size) {
+        tsrvi_quiet_take(&quiet->signals);
+    }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &quiet->before, NULL));
+    errno = saved;
+}
+
+/* write(2), for what is no socket. */
+static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
+{
+    tsrvi_quiet quiet;
+    ssize_t written;
+    tsrvi_quiet_begin(&quiet);
+    do {
+        written = TSRV_SYS(write, (fd, data, size));
+    } while (written < 0 && errno == EINTR);
+    tsrvi_quiet_end(&quiet, written, size);
+    return written;
+}
+
+/* ---- the default logger ----------------------------------------------------*/
+
+/* Lines that peers can cause, by kind. */
+enum {
+    TSRVI_LOG_HANDLER, /* handlers that failed */
+    TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
+    TSRVI_LOG_KINDS
+};
+
+static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS"};
+
+#define TSRVI_LOG_RATE 10u        /* lines of a kind in a second */
+#define TSRVI_LOG_SECOND 1000u    /* in milliseconds */
+#define TSRVI_LOG_LINE 512        /* bytes: _POSIX_PIPE_BUF, so that a pipe takes it whole */
+#define TSRVI_LOG_TEXT (512 - 64) /* without the time and its like */
+
+/* All but the level are of one process: a fork's child begins anew. 32 bits, since some processors
+ * have no atomics of 64. */
+static struct {
+    tsrv_log_function function; /* NULL = the default logger */
+    void *context;
+    int level;     /* atomic; up to which the default logger prints */
+    pid_t pid;     /* atomic */
+    uint32_t lost; /* atomic; lines that could not be written, and were not told of */
+    uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
+    struct {
+        uint32_t since; /* atomic; when its second began */
+        uint32_t count; /* atomic; lines since then, suppressed ones included */
+        int level;      /* atomic; of the last one */
+    } kinds[TSRVI_LOG_KINDS];
+} tsrvi_logs = {NULL, NULL, TSRV_LOG_INFO, 0, 0, 0, {{0, 0, 0}, {0, 0, 0}}};
+
+TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
+{
+    tsrvi_logs.function = function;
+    tsrvi_logs.context = context;
+}
+
+TSRV_API void tsrv_set_log_level(int level)
+{
+    __atomic_store_n(&tsrvi_logs.level, level, __ATOMIC_RELAXED);
+}
+
+#ifndef TSRV_LOG
+#define TSRV_LOG(level, message) tsrvi_log_write(level, message)
+
+/* Is descriptor 2 the stream that systemd has connected to its journal? See systemd.exec(5). */
+static bool tsrvi_log_is_journal(const struct stat *info)
+{
+    const char *journal = TSRV_SYS(getenv, ("JOURNAL_STREAM"));
+    char own[64];
+    snprintf(own, sizeof(own), "%llu:%llu", (unsigned long long)info->st_dev,
+             (unsigned long long)info->st_ino);
+    return journal != NULL && strcmp(journal, own) == 0;
+}
+
+/* Write a line as a whole to stderr, whatever that is; false: it is lost. A socket is none of ours:
+ * where stderr was closed it may be a client's, and under inetd it is. */
+static bool tsrvi_log_put(const char *line, size_t size)
+{
+    struct pollfd entry;
+    struct stat info;
+    ssize_t written;
+    int fd = -1;
+    if (TSRV_SYS(fstat, (2, &info)) < 0) {
+        return false;
+    }
+    if (S_ISSOCK(info.st_mode)) {
+        return tsrvi_log_is_journal(&info) &&
+               TSRV_SYS(send, (2, line, size, TSRVI_SEND_FLAGS)) == (ssize_t)size;
+    }
+    /* O_NONBLOCK on descriptor 2 itself would reach all who share it. Linux opens a pipe anew, and
+     * then no other process can fill it between a look and the write. */
+    if (S_ISFIFO(info.st_mode)) {
+        fd = tsrvi_fd_own(TSRV_SYS(open, ("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_CLOEXEC)));
+    }
+    entry.fd = 2;
+    entry.events = POLLOUT;
+    entry.revents = 0;
+    if (fd < 0 && TSRV_SYS(poll, (&entry, 1, 0)) <= 0) {
+        return false; /* a full pipe, or a terminal that was stopped */
+    }
+    written = tsrvi_write_quiet(fd < 0 ? 2 : fd, line, size);
+    tsrvi_close_fd(fd);
+    return written == (ssize_t)size;
+}
+
+/* The date of a day since 1970: gmtime_r may take a lock, which in a fork's child nobody might
+ * release. Years begin in March here, so that the leap day is the last one. */
+static void tsrvi_log_date(uint64_t day, unsigned *year, unsigned *month, unsigned *of_month)
+{
+    uint64_t days = day + 719468;                /* since March 1st, 0 */
+    unsigned of_era = (unsigned)(days % 146097); /* of 400 years */
+    unsigned of_year, march;
+    *year = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
+    of_year = of_era - (365 * *year + *year / 4 - *year / 100);
+    march = (5 * of_year + 2) / 153;
+    *of_month = of_year - (153 * march + 2) / 5 + 1;
+    *month = march < 10 ? march + 3 : march - 9;
+    *year += (unsigned)(days / 146097) * 400 + (*month <= 2);
+}
+
+/* One line: the time in UTC, the process, the level, the text. */
+static bool tsrvi_log_print(int level, const char *message)
+{
+    static const char *const levels[] = {"ERROR", "WARNING", "INFO"};
+    char line[TSRVI_LOG_LINE];
+    unsigned year, month, day, second;
+    struct timespec now;
+    int size;
+    now.tv_sec = 0;
+    now.tv_nsec = 0;
+    TSRV_SYS(clock_gettime, (CLOCK_REALTIME, &now));
+    tsrvi_log_date((uint64_t)now.tv_sec / 86400, &year, &month, &day);
+    second = (unsigned)((uint64_t)now.tv_sec % 86400);
+    size = snprintf(line, sizeof(line), "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ %ld %s %s\n", year,
+                    month, day, second / 3600, second / 60 % 60, second % 60,
+                    (unsigned)(now.tv_nsec / 1000000), (long)TSRV_SYS(getpid, ()),
+                    levels[level - TSRV_LOG_ERROR], message);
+    return tsrvi_log_put(line, (size_t)size);
+}
+
+static void tsrvi_log_write(int level, const char *message)
+{
+    uint32_t lost;
+    if (tsrvi_logs.function != NULL) {
+        tsrvi_logs.function(level, message, tsrvi_logs.context);
+        return;
+    }
+    if (level > __atomic_load_n(&tsrvi_logs.level, __ATOMIC_RELAXED)) {
+        return;
+    }
+    lost = __atomic_exchange_n(&tsrvi_logs.lost, 0, __ATOMIC_RELAXED);
+    if (lost != 0) {
+        char text[64];
+        snprintf(text, sizeof(text), "%lu log lines were lost", (unsigned long)lost);
+        if (tsrvi_log_print(TSRV_LOG_WARNING, text)) {
+            lost = 0;
+        }
+    }
+    if (lost != 0 || !tsrvi_log_print(level, message)) {
+        __atomic_fetch_add(&tsrvi_logs.lost, lost + 1, __ATOMIC_RELAXED);
+    }
+}
+#endif
+
+/* ---- log lines -------------------------------------------------------------*/
+
+/* Bytes of the UTF-8 character that text begins with (RFC 3629); 0 = none, or a control character,
+ * which could forge lines or drive a terminal: those of ASCII, and C1. */
+static size_t tsrvi_log_character(const char *text)
+{
+    const unsigned char *c = (const unsigned char *)text;
+    size_t size = c[0] < 0xe0 ? 2 : c[0] < 0xf0 ? 3 : 4;
+    if (c[0] < 0x80) {
+        return c[0] >= 0x20 && c[0] != 0x7f ? 1 : 0;
+    }
+    if (c[0] < 0xc2 || c[0] > 0xf4 || (c[0] == 0xc2 && c[1] < 0xa0) ||
+        (c[0] == 0xe0 && c[1] < 0xa0) || (c[0] == 0xed && c[1] > 0x9f) ||
+        (c[0] == 0xf0 && c[1] < 0x90) || (c[0] == 0xf4 && c[1] > 0x8f)) {
+        return 0;
+    }
+    for (size_t i = 1; i < size; i++) {
+        if ((c[i] & 0xc0) != 0x80) {
+            return 0;
+        }
+    }
+    return size;
+}
+
+/* Copy a text, with "\x1b" for what must not be shown as it is. A text that is too long ends in
+ * "...", and not within a character. */
+static void tsrvi_log_escape(const char *text, char *into, size_t room)
+{
+    size_t used = 0;
+    while (*text != 0) {
+        size_t size = tsrvi_log_character(text), width = size == 0 ? 4 : size;
+        if (used + width + 4 > room) {
+            memcpy(into + used, "...", 3);
+            used += 3;
+            break;
+        }
+        if (size == 0) {
+            snprintf(into + used, room - used, "\\x%02x", (unsigned)(unsigned char)*text);
+            size = 1;
+        } else {
+            memcpy(into + used, text, size);
+        }
+        text += size;
+        used += width;
+    }
+    into[used] = 0;
+}
+
+static uint32_t tsrvi_log_now_ms(void)
+{
+    return (uint32_t)(tsrvi_clock() / TSRVI_MS);
+}
+
+/* The counts that a fork has copied are the parent's to tell of. */
+static void tsrvi_log_enter(void)
+{
+    pid_t pid = TSRV_SYS(getpid, ());
+    if (__atomic_exchange_n(&tsrvi_logs.pid, pid, __ATOMIC_RELAXED) != pid) {
+        __atomic_store_n(&tsrvi_logs.lost, 0, __ATOMIC_RELAXED);
+        for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
+            __atomic_store_n(&tsrvi_logs.kinds[i].count, 0, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+/* A new second begins for a kind: say how many lines of the last one were suppressed. Of several
+ * threads one does so. */
+static void tsrvi_log_turn(int kind, uint32_t since, uint32_t now)
+{
+    char text[64];
+    uint32_t count;
+    if (!__atomic_compare_exchange_n(&tsrvi_logs.kinds[kind].since, &since, now, false,
+                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        return;
+    }
+    count = __atomic_exchange_n(&tsrvi_logs.kinds[kind].count, 0, __ATOMIC_RELAXED);
+    if (count > TSRVI_LOG_RATE) {
+        snprintf(text, sizeof(text), "%s: and %lu more", tsrvi_log_kinds[kind],
+                 (unsigned long)(count - TSRVI_LOG_RATE));
+        TSRV_LOG(__atomic_load_n(&tsrvi_logs.kinds[kind].level, __ATOMIC_RELAXED), text);
+    }
+}
+
+/* Tell of suppressed lines whose second is over; `all`: of the others too. */
+static void tsrvi_log_settle(bool all)
+{
+    uint32_t now;
+    if (TSRVI_LIKELY(__atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) == 0)) {
+        return;
+    }
+    now = tsrvi_log_now_ms();
+    __atomic_store_n(&tsrvi_logs.owed, 0, __ATOMIC_RELAXED);
+    for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
+        uint32_t since = __atomic_load_n(&tsrvi_logs.kinds[i].since, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&tsrvi_logs.kinds[i].count, __ATOMIC_RELAXED) <= TSRVI_LOG_RATE) {
+            continue;
+        }
+        if (all || now - since >= TSRVI_LOG_SECOND) {
+            tsrvi_log_turn(i, since, now);
+        } else {
+            __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+static void tsrvi_log_format(int level, const char *format, va_list arguments)
+{
+    char text[TSRVI_LOG_TEXT + 8], message[TSRVI_LOG_TEXT]; /* what is cut here is cut below too */
+    if (vsnprintf(text, sizeof(text), format, arguments) < 0) {
+        text[0] = 0;
+    }
+    tsrvi_log_escape(text, message, sizeof(message));
+    TSRV_LOG(level, message);
+}
+
+/* Log one line. */
+static TSRVI_PRINTF(2, 3) void tsrvi_log(int level, const char *format, ...)
+{
+    int saved = errno;
+    va_list arguments;
+    tsrvi_log_enter();
+    tsrvi_log_settle(false);
+    va_start(arguments, format);
+    tsrvi_log_format(level, format, arguments);
+    va_end(arguments);
+    errno = saved;
+}
+
+/* Log one line of a kind that a peer can cause, unless there are too many of them. */
+static TSRVI_PRINTF(3, 4) void tsrvi_log_limited(int kind, int level, const char *format, ...)
+{
+    int saved = errno;
+    uint32_t now = tsrvi_log_now_ms(), since;
+    va_list arguments;
+    tsrvi_log_enter();
+    tsrvi_log_settle(false);
+    since = __atomic_load_n(&tsrvi_logs.kinds[kind].since, __ATOMIC_RELAXED);
+    if (now - since >= TSRVI_LOG_SECOND) {
+        tsrvi_log_turn(kind, since, now);
+    }
+    __atomic_store_n(&tsrvi_logs.kinds[kind].level, level, __ATOMIC_RELAXED);
+    if (__atomic_fetch_add(&tsrvi_logs.kinds[kind].count, 1, __ATOMIC_RELAXED) < TSRVI_LOG_RATE) {
+        va_start(arguments, format);
+        tsrvi_log_format(level, format, arguments);
+        va_end(arguments);
+    } else {
+        __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
+    }
+    errno = saved;
 }
 
 /* ============================================================================
@@ -2090,7 +2503,7 @@ static int tsrvi_epoll_open(tsrvi_poller *poller)
     if (poller->memory == NULL) {
         return -ENOMEM;
     }
-    poller->fd = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    poller->fd = tsrvi_fd_own(TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC)));
     return poller->fd < 0 ? tsrvi_error() : TSRV_OK;
 }
 
@@ -2139,7 +2552,7 @@ static int tsrvi_epoll_add_all(tsrvi_poller *poller)
 static void tsrvi_epoll_renew(tsrvi_poller *poller)
 {
     tsrvi_close_fd(poller->fd);
-    poller->fd = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    poller->fd = tsrvi_fd_own(TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC)));
     if (poller->fd >= 0 && tsrvi_epoll_add_all(poller) < 0) {
         tsrvi_close_fd(poller->fd);
         poller->fd = -1;
@@ -2209,7 +2622,7 @@ static int tsrvi_kqueue_open(tsrvi_poller *poller)
     if (poller->memory == NULL) {
         return -ENOMEM;
     }
-    poller->fd = TSRV_SYS(kqueue, ());
+    poller->fd = tsrvi_fd_own(TSRV_SYS(kqueue, ()));
     if (poller->fd < 0) {
         return tsrvi_error();
     }
@@ -2780,7 +3193,8 @@ static void tsrvi_wake_write(int fd)
 {
     uint64_t one = 1;
     int saved = errno;
-    /* EAGAIN means that it is readable already. An eventfd wants 8 bytes; a pipe does not mind. */
+    /* EAGAIN means that it is readable already. An eventfd wants 8 bytes; a pipe does not mind, and
+     * raises no SIGPIPE, as this process reads it too. */
     ssize_t written = TSRV_SYS(write, (fd, &one, sizeof(one)));
     (void)written;
     errno = saved;
@@ -2797,19 +3211,14 @@ static void tsrvi_wake_event(tsrvi_io *io, int events)
 static int tsrvi_wake_open(tsrv_loop *loop)
 {
 #if TSRVI_HAS_EVENTFD
-    loop->wake.fd = TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK));
+    loop->wake.fd = tsrvi_fd_own(TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK)));
     loop->wake_write = loop->wake.fd;
     return loop->wake.fd < 0 ? tsrvi_error() : TSRV_OK;
 #else
-    int fds[2];
-    int rc;
-    if (TSRV_SYS(pipe, (fds)) < 0) {
-        return tsrvi_error();
-    }
+    int fds[2], rc = tsrvi_pipe(fds);
     loop->wake.fd = fds[0];
     loop->wake_write = fds[1];
-    rc = tsrvi_set_flags(fds[0]);
-    return rc < 0 ? rc : tsrvi_set_flags(fds[1]);
+    return rc;
 #endif
 }
 
@@ -2934,7 +3343,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_list_init(&made->coroutines);
     tsrvi_list_init(&made->servers);
     tsrvi_list_init(&made->tls_recent);
-    if ((rc = backend->open(&made->poller)) < 0 || (rc = tsrvi_wake_open(made)) < 0 ||
+    if ((rc = tsrvi_wake_open(made)) < 0 || (rc = backend->open(&made->poller)) < 0 ||
         (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0 ||
         (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* for its beat */
         tsrvi_loop_destroy(made);
@@ -3968,10 +4377,10 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
 static int tsrvi_socket(int family, int type)
 {
 #if TSRVI_HAS_ACCEPT4
-    int fd = TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    int fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
     return fd < 0 ? tsrvi_error() : fd;
 #else
-    int fd = TSRV_SYS(socket, (family, type, 0)), rc;
+    int fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0))), rc;
     if (fd < 0) {
         return tsrvi_error();
     }
@@ -6237,8 +6646,8 @@ static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
         tsrv_address address;
         char text[TSRV_ADDRESS_SIZE];
         tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
-                  tsrv_address_format(&address, text, sizeof(text)), reason);
+        tsrvi_log_limited(TSRVI_LOG_TLS, TSRV_LOG_WARNING, "TLS with %s: %s",
+                          tsrv_address_format(&address, text, sizeof(text)), reason);
     }
 }
 
@@ -6462,30 +6871,16 @@ static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
 /* ---- sending ---------------------------------------------------------------*/
 
 #if TSRVI_HAS_SENDFILE
-/* sendfile(2) has no MSG_NOSIGNAL: block SIGPIPE in this thread meanwhile, and take away the one
- * that it raised. Only where the program has it blocked itself may one have been pending before. */
+/* sendfile(2) has no MSG_NOSIGNAL, and raises SIGPIPE also when the reset came behind a first part
+ * that it has sent. */
 static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
 {
-    struct timespec now = {0, 0};
-    sigset_t pipe, before, pending;
     off_t from = (off_t)offset;
+    tsrvi_quiet quiet;
     ssize_t sent;
-    int saved;
-    TSRV_SYS(sigemptyset, (&pipe));
-    TSRV_SYS(sigaddset, (&pipe, SIGPIPE));
-    TSRV_SYS(sigemptyset, (&pending));
-    TSRV_SYS(sigemptyset, (&before));
-    TSRV_SYS(sigprocmask, (SIG_BLOCK, &pipe, &before));
-    if (TSRV_SYS(sigismember, (&before, SIGPIPE)) == 1) {
-        TSRV_SYS(sigpending, (&pending));
-    }
+    tsrvi_quiet_begin(&quiet);
     sent = TSRV_SYS(sendfile, (fd, file, &from, size));
-    saved = errno;
-    if (sent < 0 && saved == EPIPE && TSRV_SYS(sigismember, (&pending, SIGPIPE)) == 0) {
-        TSRV_SYS(sigtimedwait, (&pipe, NULL, &now));
-    }
-    TSRV_SYS(sigprocmask, (SIG_SETMASK, &before, NULL));
-    errno = saved;
+    tsrvi_quiet_end(&quiet, sent, size);
     return sent;
 }
 #endif
@@ -8427,8 +8822,8 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
         tsrv_address address;
         char text[TSRV_ADDRESS_SIZE];
         tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log(TSRV_LOG_ERROR, "handle_stream for %s: %s",
-                  tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
+        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s",
+                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
     }
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
@@ -9074,9 +9469,10 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
     do {
         size = sizeof(inside);
 #if TSRVI_HAS_ACCEPT4
-        accepted = TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC));
+        accepted =
+            tsrvi_fd_own(TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)));
 #else
-        accepted = TSRV_SYS(accept, (fd, &inside.any, &size));
+        accepted = tsrvi_fd_own(TSRV_SYS(accept, (fd, &inside.any, &size)));
         if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
             tsrvi_close_fd(accepted);
             errno = ECONNABORTED;
@@ -10113,7 +10509,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
 /* Read a small text file. Returns its size, or -1. */
 static int tsrvi_file_read(const char *path, char *buffer, size_t size)
 {
-    int fd = TSRV_SYS(open, (path, O_RDONLY | O_CLOEXEC)), got;
+    int fd = tsrvi_fd_own(TSRV_SYS(open, (path, O_RDONLY | O_CLOEXEC))), got;
     if (fd < 0) {
         return -1;
     }
@@ -10894,21 +11290,6 @@ static int tsrvi_supervisor_install(tsrvi_supervisor *s)
     return TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL)) < 0 ? tsrvi_error() : TSRV_OK;
 }
 
-/* Two descriptors of a pipe, or of a pair of sockets. */
-static int tsrvi_pipe(int *fds, bool sockets)
-{
-    int rc = sockets ? TSRV_SYS(socketpair, (AF_UNIX, SOCK_STREAM, 0, fds)) : TSRV_SYS(pipe, (fds));
-    if (rc < 0) {
-        fds[0] = fds[1] = -1;
-        return tsrvi_error();
-    }
-    if ((rc = tsrvi_set_flags(fds[0])) < 0 || (rc = tsrvi_set_flags(fds[1])) < 0) {
-        tsrvi_close_fds(fds, 2);
-        fds[0] = fds[1] = -1;
-    }
-    return rc;
-}
-
 /* The counters for this many workers, in memory that they will share; those of workers that have
  * been are gone. */
 static int tsrvi_places_map(int workers)
@@ -10969,7 +11350,7 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
     for (s->count = 0; s->count < count; s->count++) {
         s->children[s->count].line = -1;
     }
-    if ((rc = tsrvi_places_map(workers)) < 0 || (rc = tsrvi_pipe(s->wake, false)) < 0) {
+    if ((rc = tsrvi_places_map(workers)) < 0 || (rc = tsrvi_pipe(s->wake)) < 0) {
         return rc;
     }
     tsrvi_supervised_wake = s->wake[1];
@@ -11102,7 +11483,7 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     tsrvi_place *place = &tsrvi_places[child];
-    int lines[2], rc = tsrvi_pipe(lines, true);
+    int lines[2], rc = tsrvi_socket_pair(lines);
     pid_t pid;
     place->refused = TSRV_OK;
     __atomic_store_n(&place->ready, 0, __ATOMIC_RELEASE);
@@ -11460,7 +11841,7 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     int *moved = (int *)TSRV_MALLOC(((size_t)s->options.fd_count + 1) * sizeof(*moved));
-    int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds, false);
+    int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds);
     pid_t pid = -1;
     if (rc == TSRV_OK) {
         TSRV_SYS(fflush, (NULL));
