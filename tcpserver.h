@@ -1204,6 +1204,12 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #define TSRVI_EPOLLEXCLUSIVE 0u
 #endif
 
+#if TSRVI_HAS_KQUEUE && defined(__NetBSD__)
+typedef size_t tsrvi_kevent_count; /* of changes, as kevent takes it */
+#elif TSRVI_HAS_KQUEUE
+typedef int tsrvi_kevent_count;
+#endif
+
 /* accept4 and SOCK_CLOEXEC save two system calls a connection. glibc shows accept4 with _GNU_SOURCE
  * only. */
 #if defined(SOCK_NONBLOCK) && defined(SOCK_CLOEXEC) && (!defined(__GLIBC__) || defined(__USE_GNU))
@@ -1404,6 +1410,17 @@ TSRV_API const char *tsrv_strerror(int code)
 static int tsrvi_error(void)
 {
     return errno > 0 ? -errno : -EIO;
+}
+
+/* Does this error of a call say that it would have had to wait? POSIX lets the two numbers differ;
+ * where they do not, to compare with both is a warning of gcc's (-Wlogical-op). */
+static inline bool tsrvi_would_block(int error)
+{
+#if EAGAIN == EWOULDBLOCK
+    return error == EAGAIN;
+#else
+    return error == EAGAIN || error == EWOULDBLOCK;
+#endif
 }
 
 #define TSRVI_FOREVER UINT64_MAX
@@ -2611,8 +2628,12 @@ static const tsrvi_backend tsrvi_epoll = {
  * Reading and writing are two filters of a descriptor, reported one by one; a
  * slot's mark is where the first is in `fired`, so that they become one event.
  * TSRVI_HANGUP alone is a filter for writing with EV_CLEAR: it reports once that
- * the descriptor is writable, which nobody asked for, and then a reset (EV_EOF).
- * The generation travels in udata. Closing a descriptor removes its filters.
+ * the descriptor is writable, which nobody asked for, and then a reset. EV_EOF
+ * of EVFILT_WRITE by itself is no hang-up: our own FIN causes it too, and a reset
+ * may follow; a hang-up has the socket's error in fflags. EV_CLEAR keeps it from
+ * being reported again and again. The generation travels in udata, as bytes,
+ * because that is an integer on NetBSD before 10 and a pointer elsewhere.
+ * Closing a descriptor removes its filters.
  * EVFILT_TIMER is not used: the heap and the timeout of kevent do.
  * ==========================================================================*/
 
@@ -2647,27 +2668,30 @@ static int tsrvi_kqueue_write_flags(int interest)
 static int tsrvi_kqueue_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
                             bool quiet)
 {
-    void *udata = (void *)(uintptr_t)tsrvi_poller_slot(poller, fd)->generation;
+    uintptr_t generation = tsrvi_poller_slot(poller, fd)->generation;
     int before = tsrvi_kqueue_write_flags(old_interest);
     int after = tsrvi_kqueue_write_flags(new_interest);
     struct kevent changes[3];
-    int count = 0;
+    tsrvi_kevent_count count = 0;
     if (quiet) {
         return TSRV_OK;
     }
     /* EV_ADD does not change the flags of a filter that exists. */
     if (before != after && before != 0) {
-        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, EV_DELETE, 0, 0, udata);
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, EV_DELETE, 0, 0, 0);
         count++;
     }
     if (((old_interest ^ new_interest) & TSRV_READABLE) != 0) {
         EV_SET(&changes[count], (uintptr_t)fd, EVFILT_READ,
-               (new_interest & TSRV_READABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
+               (new_interest & TSRV_READABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, 0);
         count++;
     }
     if (before != after && after != 0) {
-        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, (unsigned short)after, 0, 0, udata);
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, (unsigned short)after, 0, 0, 0);
         count++;
+    }
+    for (int i = 0; i < 3; i++) {
+        memcpy(&changes[i].udata, &generation, sizeof(generation));
     }
     /* After EINTR the changes have been made, says kevent(2). */
     if (count != 0 && TSRV_SYS(kevent, (poller->fd, changes, count, NULL, 0, NULL)) < 0 &&
@@ -2681,11 +2705,16 @@ static void tsrvi_kqueue_fire(tsrvi_poller *poller, const struct kevent *event)
 {
     int fd = (int)event->ident,
         fired = event->filter == EVFILT_WRITE ? TSRV_WRITABLE : TSRV_READABLE;
-    uint32_t generation = (uint32_t)(uintptr_t)event->udata;
+    bool ended = (event->flags & EV_EOF) != 0;
+    uintptr_t udata;
+    uint32_t generation;
     tsrvi_slot *slot = tsrvi_poller_slot(poller, fd);
-    if ((event->flags & EV_ERROR) != 0 ||
-        ((event->flags & EV_EOF) != 0 && (event->fflags != 0 || fired == TSRV_WRITABLE))) {
+    memcpy(&udata, &event->udata, sizeof(udata));
+    generation = (uint32_t)udata;
+    if ((event->flags & EV_ERROR) != 0 || (ended && event->fflags != 0)) {
         fired = TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+    } else if (ended && fired == TSRV_WRITABLE) {
+        fired |= TSRV_READABLE; /* a peer that has closed a unix socket is seen by who looks */
     } else if (fired == TSRV_WRITABLE && slot->io != NULL && slot->io->interest == TSRVI_HANGUP) {
         return;
     }
@@ -5456,7 +5485,7 @@ static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
         tls->ended = true;
         return 0;
     }
-    if (errno == EAGAIN || errno == EWOULDBLOCK) {
+    if (tsrvi_would_block(errno)) {
         BIO_set_retry_read(bio);
     } else {
         tls->error = tsrvi_error();
@@ -6800,10 +6829,10 @@ static int tsrvi_stream_peek(tsrv_stream *stream)
     do {
         got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
     } while (got < 0 && errno == EINTR);
-    return got > 0                                   ? (int)TSRV_OK
-           : got == 0                                ? (int)TSRV_EOF
-           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
-                                                     : tsrvi_error();
+    return got > 0                    ? (int)TSRV_OK
+           : got == 0                 ? (int)TSRV_EOF
+           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
+                                      : tsrvi_error();
 }
 
 /* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
@@ -6915,27 +6944,28 @@ static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, tsrvi_block *block,
     struct iovec pieces[TSRVI_SEND_PIECES];
     struct msghdr message;
     size_t total = 0;
-    int count = 0;
-    for (; block != NULL && block->file < 0 && count < TSRVI_SEND_PIECES - 1 &&
+    memset(&message, 0, sizeof(message));
+    message.msg_iov = pieces;
+    /* The kernels' types of msg_iovlen differ: it counts by itself. */
+    for (; block != NULL && block->file < 0 && message.msg_iovlen < TSRVI_SEND_PIECES - 1 &&
            total < TSRVI_SEND_LIMIT;
          block = block->next) {
-        pieces[count].iov_base = tsrvi_block_data(block) + block->begin;
-        pieces[count].iov_len = tsrvi_min(block->end - block->begin, TSRVI_SEND_LIMIT - total);
-        total += pieces[count++].iov_len;
+        struct iovec *piece = &pieces[message.msg_iovlen++];
+        piece->iov_base = tsrvi_block_data(block) + block->begin;
+        piece->iov_len = tsrvi_min(block->end - block->begin, TSRVI_SEND_LIMIT - total);
+        total += piece->iov_len;
     }
     if (block == NULL && size != 0 && total < TSRVI_SEND_LIMIT) {
         union {
             const void *in;
             void *out;
         } unconst; /* iov_base is not const, though sendmsg does not write to it */
+        struct iovec *piece = &pieces[message.msg_iovlen++];
         unconst.in = data;
-        pieces[count].iov_base = unconst.out;
-        pieces[count].iov_len = tsrvi_min(size, TSRVI_SEND_LIMIT - total);
-        total += pieces[count++].iov_len;
+        piece->iov_base = unconst.out;
+        piece->iov_len = tsrvi_min(size, TSRVI_SEND_LIMIT - total);
+        total += piece->iov_len;
     }
-    memset(&message, 0, sizeof(message));
-    message.msg_iov = pieces;
-    message.msg_iovlen = (size_t)count;
     *tried = total;
     return TSRV_SYS(sendmsg, (stream->io.fd, &message, TSRVI_SEND_FLAGS));
 }
@@ -7117,7 +7147,7 @@ static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, si
             break;
         }
         sent = tsrvi_stream_send_sealed(stream, &tried);
-        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+        if (sent < 0 && !tsrvi_would_block(errno)) {
             tsrvi_stream_end_output(stream, tsrvi_error());
             return taken;
         }
@@ -7155,7 +7185,7 @@ static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t si
         if (sent < 0 && errno == EINTR) {
             continue;
         }
-        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+        if (sent < 0 && !tsrvi_would_block(errno)) {
             tsrvi_stream_send_failed(stream, tsrvi_error());
             return taken;
         }
@@ -7335,9 +7365,9 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
             got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
         } while (got < 0 && errno == EINTR);
         if (got <= 0) {
-            code = got == 0                                  ? (int)TSRV_EOF
-                   : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_OK
-                                                             : tsrvi_error();
+            code = got == 0                   ? (int)TSRV_EOF
+                   : tsrvi_would_block(errno) ? (int)TSRV_OK
+                                              : tsrvi_error();
         }
     }
     if (got > 0) {
