@@ -101,10 +101,10 @@ $(DIR)/callback_%: examples/%.c tests/callback.h $(wildcard examples/*.h) tcpser
 $(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
 
-$(DIR)/%_tls_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)
+$(DIR)/%_tls_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserver.h | $(DIR)
 	$(CC) $(T_CFLAGS) -DT_TLS -DTSRV_TLS_OPENSSL $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
 
-$(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h) tcpserver.h | $(DIR)
+$(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserver.h | $(DIR)
 	$(CC) $(T_CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
 
 $(DIR):

@@ -162,7 +162,12 @@
  *     >>server      listeners, accepting
  *     >>client      connecting
  *     >>ends        draining servers, freeing servers and loops
+ *     >>cpus        processors that this process may use
+ *     >>notify      telling the service manager, and the program before this one
+ *     >>worker      a process that is told when to end
+ *     >>identity    the user that workers run as
  *     >>process     workers, and the supervisor that keeps them
+ *     >>supervise   reloads, upgrades, and the rounds of the supervisor
  *     >>serve       a whole server in one call
  *     >>history     what changed
  *     >>license     MIT
@@ -273,7 +278,7 @@ enum {
 enum {
     TSRV_LOG_ERROR = 1,   /* something that was asked for did not happen */
     TSRV_LOG_WARNING = 2, /* the server goes on, but somebody should know */
-    TSRV_LOG_INFO = 3     /* for the curious; the default logger does not print these */
+    TSRV_LOG_INFO = 3     /* what a server does: it starts, drains, ends */
 };
 
 typedef struct tsrv_loop tsrv_loop;     /* waits for events and runs what waits for them (IOLoop) */
@@ -336,11 +341,22 @@ TSRV_API const char *tsrv_strerror(int code);
 /* The version of the implementation, to compare with TSRV_VERSION. Any thread. */
 TSRV_API const char *tsrv_version(void);
 
-/* Send log messages elsewhere; by default errors and warnings go to stderr. For the whole
- * process: call it before the first loop runs.
+/* Send log messages elsewhere than to the default logger. For the whole process: call it before the
+ * first loop runs. Of messages that a peer can cause, at most ten of a kind come in a second, and
+ * then one that says how many more there were; control characters are escaped in all of them.
  *   function  NULL = the default again
- *   context   handed to it */
+ *   context   handed to it
+ * The default logger writes to descriptor 2, one line with one write:
+ *     2026-01-31T23:59:59.999Z 4711 WARNING text       the time in UTC, the process, the level
+ * It never waits and raises no signal. What cannot be written at once (a full pipe or disk, no such
+ * descriptor, a reader that has gone) is lost, and the next line that can be written is preceded by
+ * one that says how many were. A socket is not written to, for where stderr was closed it may be a
+ * client's; but the one that JOURNAL_STREAM names is systemd's journal, and is. */
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context);
+
+/* Up to which level the default logger prints; TSRV_LOG_INFO at first, so everything. Any thread.
+ *   level  TSRV_LOG_ERROR, _WARNING or _INFO; 0 = nothing */
+TSRV_API void tsrv_set_log_level(int level);
 
 /* ---- loop (IOLoop) ---------------------------------------------------------*/
 
@@ -595,6 +611,13 @@ typedef struct tsrv_fork_options {
                                   NULL = SIGUSR2 is left alone */
     const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
     int fd_count;
+    int start_timeout_ms; /* for a new worker to accept, and for an upgrade's program to do so with
+                             all of its; what is late is ended, in an upgrade and a reload with the
+                             old ones left in place; 0 = 60 s, in tsrv_fork_processes from the moment
+                             on at which its first worker accepts; TSRV_NEVER */
+    const char *user;     /* name or number that workers become, after binding and before on_start;
+                             with its supplementary groups; NULL = they stay who they are */
+    const char *group;    /* name or number; NULL = the user's */
 } tsrv_fork_options;
 
 /* Fork workers, and look after them. Each worker is a copy of this process, in which the call
@@ -727,6 +750,7 @@ typedef struct tsrv_server_options {
     bool nagle;               /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
     bool keep_alive;          /* SO_KEEPALIVE */
     const tsrv_fork_options *fork; /* for tsrv_serve; NULL = all defaults */
+    const tsrv_bind_options *bind; /* the same */
 } tsrv_server_options;
 
 /* Counters of one server. */
@@ -837,7 +861,7 @@ TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
 
 /* The counters of any worker, or the sum of all, as seen from the parent and from every worker.
  * Servers are matched by the order in which each process has made them; the first 8 count.
- *   task_id  -1 = the sum
+ *   task_id  -1 = the sum; in a single process what it has counted itself
  * Returns TSRV_OK, or TSRV_EINVAL when there is no such worker. */
 TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats);
 
@@ -1180,6 +1204,12 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #define TSRVI_EPOLLEXCLUSIVE 0u
 #endif
 
+#if TSRVI_HAS_KQUEUE && defined(__NetBSD__)
+typedef size_t tsrvi_kevent_count; /* of changes, as kevent takes it */
+#elif TSRVI_HAS_KQUEUE
+typedef int tsrvi_kevent_count;
+#endif
+
 /* accept4 and SOCK_CLOEXEC save two system calls a connection. glibc shows accept4 with _GNU_SOURCE
  * only. */
 #if defined(SOCK_NONBLOCK) && defined(SOCK_CLOEXEC) && (!defined(__GLIBC__) || defined(__USE_GNU))
@@ -1198,6 +1228,13 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #define TSRVI_HAS_NOSIGPIPE 1
 #else
 #define TSRVI_HAS_NOSIGPIPE 0
+#endif
+
+/* Take a pending signal away without waiting for one; macOS and OpenBSD cannot in one call. */
+#if defined(_POSIX_REALTIME_SIGNALS) && _POSIX_REALTIME_SIGNALS > 0
+#define TSRVI_HAS_SIGTIMEDWAIT 1
+#else
+#define TSRVI_HAS_SIGTIMEDWAIT 0
 #endif
 
 /* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
@@ -1331,6 +1368,19 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 
 /* ============================================================================
  * >>util  Codes, log, clock
+ *
+ * No descriptor of the library is 0, 1 or 2: a program that was started without
+ * them still prints to these numbers. Every descriptor goes through tsrvi_fd_own
+ * as soon as a system call has returned it.
+ *
+ * No write of the library raises SIGPIPE: sockets are sent to with MSG_NOSIGNAL,
+ * and everything else is written by tsrvi_write_quiet, or between
+ * tsrvi_quiet_begin and tsrvi_quiet_end.
+ *
+ * A log line is text that may come from outside, about events that peers can
+ * repeat at will, for a reader who may be slow, dead or somebody else. So the
+ * text is escaped, lines that a peer can cause are limited, and the default
+ * logger loses a line, and says so later, rather than wait.
  * ==========================================================================*/
 
 TSRV_API const char *tsrv_version(void)
@@ -1356,53 +1406,21 @@ TSRV_API const char *tsrv_strerror(int code)
     }
 }
 
-static tsrv_log_function tsrvi_log_function; /* NULL = stderr */
-static void *tsrvi_log_context;
-
-TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
-{
-    tsrvi_log_function = function;
-    tsrvi_log_context = context;
-}
-
-#ifndef TSRV_LOG
-#define TSRV_LOG(level, message) tsrvi_log_write(level, message)
-
-static void tsrvi_log_write(int level, const char *message)
-{
-    if (tsrvi_log_function != NULL) {
-        tsrvi_log_function(level, message, tsrvi_log_context);
-    } else if (level <= TSRV_LOG_WARNING) {
-        fprintf(stderr, "tcpserver: %s\n", message);
-    }
-}
-#endif
-
-/* Log one line. Names and paths come from outside: control characters could forge lines or drive a
- * terminal, so they are replaced. */
-static TSRVI_PRINTF(2, 3) void tsrvi_log(int level, const char *format, ...)
-{
-    char message[512];
-    int saved = errno;
-    va_list arguments;
-    va_start(arguments, format);
-    if (vsnprintf(message, sizeof(message), format, arguments) < 0) {
-        message[0] = 0;
-    }
-    va_end(arguments);
-    for (char *c = message; *c != 0; c++) {
-        if ((unsigned char)*c < 32 || *c == 127) {
-            *c = '?';
-        }
-    }
-    TSRV_LOG(level, message);
-    errno = saved;
-}
-
 /* What a failed system call left in errno, as a code. */
 static int tsrvi_error(void)
 {
     return errno > 0 ? -errno : -EIO;
+}
+
+/* Does this error of a call say that it would have had to wait? POSIX lets the two numbers differ;
+ * where they do not, to compare with both is a warning of gcc's (-Wlogical-op). */
+static inline bool tsrvi_would_block(int error)
+{
+#if EAGAIN == EWOULDBLOCK
+    return error == EAGAIN;
+#else
+    return error == EAGAIN || error == EWOULDBLOCK;
+#endif
 }
 
 #define TSRVI_FOREVER UINT64_MAX
@@ -1479,6 +1497,457 @@ static void tsrvi_close_fd(int fd)
     int saved = errno;
     if (fd >= 0) {
         TSRV_SYS(close, (fd));
+    }
+    errno = saved;
+}
+
+/* A lock for what all threads of the process share; held for a few lines. It holds the process id of
+ * its owner, 0 = free: a child that was forked while another thread held it finds its parent's
+ * there, whom nobody in the child will ever release, and takes it. */
+static void tsrvi_lock(int *lock)
+{
+    int self = (int)TSRV_SYS(getpid, ()), owner = 0;
+    while (!__atomic_compare_exchange_n(lock, &owner, self, false, __ATOMIC_ACQUIRE,
+                                        __ATOMIC_RELAXED)) {
+        if (owner == self) {
+            owner = 0;
+            TSRV_SYS(sched_yield, ());
+        }
+    }
+}
+
+static void tsrvi_unlock(int *lock)
+{
+    __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
+}
+
+/* The low number was free, so the program was started, or goes on, without it. /dev/null takes its
+ * place, and that of others like it: what is printed to them goes nowhere, and the next descriptor
+ * does not land there. Programs that are started by this one inherit it, and are spared the same.
+ */
+static TSRVI_APART int tsrvi_fd_move(int fd)
+{
+    int moved = TSRV_SYS(fcntl, (fd, F_DUPFD_CLOEXEC, 3)), saved = errno, null;
+    do {
+        null = TSRV_SYS(open, ("/dev/null", O_RDWR));
+    } while (null >= 0 && null <= 2);
+    if (null < 0 || TSRV_SYS(dup2, (null, fd)) < 0) {
+        tsrvi_close_fd(fd);
+    }
+    tsrvi_close_fd(null);
+    errno = saved;
+    return moved;
+}
+
+/* The descriptor that a system call has just returned becomes the library's: it is never 0, 1 or 2.
+ * -1 passes; so does a failure to move it, with errno set and nothing left open. */
+static int tsrvi_fd_own(int fd)
+{
+    return TSRVI_LIKELY(fd > 2) || fd < 0 ? fd : tsrvi_fd_move(fd);
+}
+
+/* Two descriptors that were made together, if they were; else both are -1. */
+static int tsrvi_fds_own(int *fds, int made)
+{
+    int rc = TSRV_OK;
+    if (made < 0) {
+        fds[0] = -1;
+        fds[1] = -1;
+        return tsrvi_error();
+    }
+    for (int i = 0; i < 2; i++) { /* both, so that none is left behind at its low number */
+        fds[i] = tsrvi_fd_own(fds[i]);
+        rc = rc < 0 ? rc : fds[i] < 0 ? tsrvi_error() : tsrvi_set_flags(fds[i]);
+    }
+    if (rc < 0) {
+        tsrvi_close_fd(fds[0]);
+        tsrvi_close_fd(fds[1]);
+        fds[0] = -1;
+        fds[1] = -1;
+    }
+    return rc;
+}
+
+/* A non-blocking, close-on-exec pipe; when it fails both are -1. */
+static int tsrvi_pipe(int *fds)
+{
+    return tsrvi_fds_own(fds, TSRV_SYS(pipe, (fds)));
+}
+
+/* The same for two sockets that are connected to each other. */
+static int tsrvi_socket_pair(int *fds)
+{
+    return tsrvi_fds_own(fds, TSRV_SYS(socketpair, (AF_UNIX, SOCK_STREAM, 0, fds)));
+}
+
+/* ---- writes without signals ------------------------------------------------*/
+
+/* write(2) and sendfile(2) have no MSG_NOSIGNAL: they raise SIGPIPE when nobody reads, and SIGXFSZ
+ * at the limit of a file's size. */
+typedef struct tsrvi_quiet {
+    sigset_t signals; /* these two; in the end, those that may be taken away */
+    sigset_t before;  /* the thread's mask */
+} tsrvi_quiet;
+
+/* Block them in this thread. Only where the program has one blocked itself may it be pending
+ * already, and then it is the program's. */
+static void tsrvi_quiet_begin(tsrvi_quiet *quiet)
+{
+    static const int signals[] = {SIGPIPE, SIGXFSZ};
+    sigset_t pending;
+    TSRV_SYS(sigemptyset, (&quiet->signals));
+    TSRV_SYS(sigaddset, (&quiet->signals, SIGPIPE));
+    TSRV_SYS(sigaddset, (&quiet->signals, SIGXFSZ));
+    TSRV_SYS(sigemptyset, (&quiet->before));
+    TSRV_SYS(sigprocmask, (SIG_BLOCK, &quiet->signals, &quiet->before));
+    for (int i = 0; i < 2; i++) {
+        if (TSRV_SYS(sigismember, (&quiet->before, signals[i])) == 1) {
+            TSRV_SYS(sigemptyset, (&pending));
+            TSRV_SYS(sigpending, (&pending));
+            if (TSRV_SYS(sigismember, (&pending, signals[i])) == 1) {
+                TSRV_SYS(sigdelset, (&quiet->signals, signals[i]));
+            }
+        }
+    }
+}
+
+static void tsrvi_quiet_take(const sigset_t *signals)
+{
+#if TSRVI_HAS_SIGTIMEDWAIT
+    struct timespec now = {0, 0};
+    TSRV_SYS(sigtimedwait, (signals, NULL, &now));
+#else
+    sigset_t pending;
+    int signo;
+    TSRV_SYS(sigemptyset, (&pending));
+    TSRV_SYS(sigpending, (&pending));
+    if ((TSRV_SYS(sigismember, (&pending, SIGPIPE)) == 1 &&
+         TSRV_SYS(sigismember, (signals, SIGPIPE)) == 1) ||
+        (TSRV_SYS(sigismember, (&pending, SIGXFSZ)) == 1 &&
+         TSRV_SYS(sigismember, (signals, SIGXFSZ)) == 1)) {
+        TSRV_SYS(sigwait, (signals, &signo));
+    }
+#endif
+}
+
+/* The call has returned `done` for `size` bytes: take away what it has raised, which it may have
+ * done behind a first part that went well. */
+static void tsrvi_quiet_end(const tsrvi_quiet *quiet, ssize_t done, size_t size)
+{
+    int saved = errno;
+    if (done < 0 ? saved == EPIPE || saved == EFBIG : (size_t)done < size) {
+        tsrvi_quiet_take(&quiet->signals);
+    }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &quiet->before, NULL));
+    errno = saved;
+}
+
+/* write(2), for what is no socket. */
+static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
+{
+    tsrvi_quiet quiet;
+    ssize_t written;
+    tsrvi_quiet_begin(&quiet);
+    do {
+        written = TSRV_SYS(write, (fd, data, size));
+    } while (written < 0 && errno == EINTR);
+    tsrvi_quiet_end(&quiet, written, size);
+    return written;
+}
+
+/* ---- the default logger ----------------------------------------------------*/
+
+/* Lines that peers can cause, by kind. */
+enum {
+    TSRVI_LOG_HANDLER, /* handlers that failed */
+    TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
+    TSRVI_LOG_KINDS
+};
+
+static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS"};
+
+#define TSRVI_LOG_RATE 10u        /* lines of a kind in a second */
+#define TSRVI_LOG_SECOND 1000u    /* in milliseconds */
+#define TSRVI_LOG_LINE 512        /* bytes: _POSIX_PIPE_BUF, so that a pipe takes it whole */
+#define TSRVI_LOG_TEXT (512 - 64) /* without the time and its like */
+
+/* All but the level are of one process: a fork's child begins anew. 32 bits, since some processors
+ * have no atomics of 64. */
+static struct {
+    tsrv_log_function function; /* NULL = the default logger */
+    void *context;
+    int level;     /* atomic; up to which the default logger prints */
+    pid_t pid;     /* atomic */
+    uint32_t lost; /* atomic; lines that could not be written, and were not told of */
+    uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
+    struct {
+        uint32_t since; /* atomic; when its second began */
+        uint32_t count; /* atomic; lines since then, suppressed ones included */
+        int level;      /* atomic; of the last one */
+    } kinds[TSRVI_LOG_KINDS];
+} tsrvi_logs = {NULL, NULL, TSRV_LOG_INFO, 0, 0, 0, {{0, 0, 0}, {0, 0, 0}}};
+
+TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
+{
+    tsrvi_logs.function = function;
+    tsrvi_logs.context = context;
+}
+
+TSRV_API void tsrv_set_log_level(int level)
+{
+    __atomic_store_n(&tsrvi_logs.level, level, __ATOMIC_RELAXED);
+}
+
+#ifndef TSRV_LOG
+#define TSRV_LOG(level, message) tsrvi_log_write(level, message)
+
+/* Is descriptor 2 the stream that systemd has connected to its journal? See systemd.exec(5). */
+static bool tsrvi_log_is_journal(const struct stat *info)
+{
+    const char *journal = TSRV_SYS(getenv, ("JOURNAL_STREAM"));
+    char own[64];
+    snprintf(own, sizeof(own), "%llu:%llu", (unsigned long long)info->st_dev,
+             (unsigned long long)info->st_ino);
+    return journal != NULL && strcmp(journal, own) == 0;
+}
+
+/* Write a line as a whole to stderr, whatever that is; false: it is lost. A socket is none of ours:
+ * where stderr was closed it may be a client's, and under inetd it is. */
+static bool tsrvi_log_put(const char *line, size_t size)
+{
+    struct pollfd entry;
+    struct stat info;
+    ssize_t written;
+    int fd = -1;
+    if (TSRV_SYS(fstat, (2, &info)) < 0) {
+        return false;
+    }
+    if (S_ISSOCK(info.st_mode)) {
+        return tsrvi_log_is_journal(&info) &&
+               TSRV_SYS(send, (2, line, size, TSRVI_SEND_FLAGS)) == (ssize_t)size;
+    }
+    /* O_NONBLOCK on descriptor 2 itself would reach all who share it. Linux opens a pipe anew, and
+     * then no other process can fill it between a look and the write. */
+    if (S_ISFIFO(info.st_mode)) {
+        fd = tsrvi_fd_own(TSRV_SYS(open, ("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_CLOEXEC)));
+    }
+    entry.fd = 2;
+    entry.events = POLLOUT;
+    entry.revents = 0;
+    if (fd < 0 && TSRV_SYS(poll, (&entry, 1, 0)) <= 0) {
+        return false; /* a full pipe, or a terminal that was stopped */
+    }
+    written = tsrvi_write_quiet(fd < 0 ? 2 : fd, line, size);
+    tsrvi_close_fd(fd);
+    return written == (ssize_t)size;
+}
+
+/* The date of a day since 1970: gmtime_r may take a lock, which in a fork's child nobody might
+ * release. Years begin in March here, so that the leap day is the last one. */
+static void tsrvi_log_date(uint64_t day, unsigned *year, unsigned *month, unsigned *of_month)
+{
+    uint64_t days = day + 719468;                /* since March 1st, 0 */
+    unsigned of_era = (unsigned)(days % 146097); /* of 400 years */
+    unsigned of_year, march;
+    *year = (of_era - of_era / 1460 + of_era / 36524 - of_era / 146096) / 365;
+    of_year = of_era - (365 * *year + *year / 4 - *year / 100);
+    march = (5 * of_year + 2) / 153;
+    *of_month = of_year - (153 * march + 2) / 5 + 1;
+    *month = march < 10 ? march + 3 : march - 9;
+    *year += (unsigned)(days / 146097) * 400 + (*month <= 2);
+}
+
+/* One line: the time in UTC, the process, the level, the text. */
+static bool tsrvi_log_print(int level, const char *message)
+{
+    static const char *const levels[] = {"ERROR", "WARNING", "INFO"};
+    char line[TSRVI_LOG_LINE];
+    unsigned year, month, day, second;
+    struct timespec now;
+    int size;
+    now.tv_sec = 0;
+    now.tv_nsec = 0;
+    TSRV_SYS(clock_gettime, (CLOCK_REALTIME, &now));
+    tsrvi_log_date((uint64_t)now.tv_sec / 86400, &year, &month, &day);
+    second = (unsigned)((uint64_t)now.tv_sec % 86400);
+    size = snprintf(line, sizeof(line), "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ %ld %s %s\n", year,
+                    month, day, second / 3600, second / 60 % 60, second % 60,
+                    (unsigned)(now.tv_nsec / 1000000), (long)TSRV_SYS(getpid, ()),
+                    levels[level - TSRV_LOG_ERROR], message);
+    return tsrvi_log_put(line, (size_t)size);
+}
+
+static void tsrvi_log_write(int level, const char *message)
+{
+    uint32_t lost;
+    if (tsrvi_logs.function != NULL) {
+        tsrvi_logs.function(level, message, tsrvi_logs.context);
+        return;
+    }
+    if (level > __atomic_load_n(&tsrvi_logs.level, __ATOMIC_RELAXED)) {
+        return;
+    }
+    lost = __atomic_exchange_n(&tsrvi_logs.lost, 0, __ATOMIC_RELAXED);
+    if (lost != 0) {
+        char text[64];
+        snprintf(text, sizeof(text), "%lu log lines were lost", (unsigned long)lost);
+        if (tsrvi_log_print(TSRV_LOG_WARNING, text)) {
+            lost = 0;
+        }
+    }
+    if (lost != 0 || !tsrvi_log_print(level, message)) {
+        __atomic_fetch_add(&tsrvi_logs.lost, lost + 1, __ATOMIC_RELAXED);
+    }
+}
+#endif
+
+/* ---- log lines -------------------------------------------------------------*/
+
+/* Bytes of the UTF-8 character that text begins with (RFC 3629); 0 = none, or a control character,
+ * which could forge lines or drive a terminal: those of ASCII, and C1. */
+static size_t tsrvi_log_character(const char *text)
+{
+    const unsigned char *c = (const unsigned char *)text;
+    size_t size = c[0] < 0xe0 ? 2 : c[0] < 0xf0 ? 3 : 4;
+    if (c[0] < 0x80) {
+        return c[0] >= 0x20 && c[0] != 0x7f ? 1 : 0;
+    }
+    if (c[0] < 0xc2 || c[0] > 0xf4 || (c[0] == 0xc2 && c[1] < 0xa0) ||
+        (c[0] == 0xe0 && c[1] < 0xa0) || (c[0] == 0xed && c[1] > 0x9f) ||
+        (c[0] == 0xf0 && c[1] < 0x90) || (c[0] == 0xf4 && c[1] > 0x8f)) {
+        return 0;
+    }
+    for (size_t i = 1; i < size; i++) {
+        if ((c[i] & 0xc0) != 0x80) {
+            return 0;
+        }
+    }
+    return size;
+}
+
+/* Copy a text, with "\x1b" for what must not be shown as it is. A text that is too long ends in
+ * "...", and not within a character. */
+static void tsrvi_log_escape(const char *text, char *into, size_t room)
+{
+    size_t used = 0;
+    while (*text != 0) {
+        size_t size = tsrvi_log_character(text), width = size == 0 ? 4 : size;
+        if (used + width + 4 > room) {
+            memcpy(into + used, "...", 3);
+            used += 3;
+            break;
+        }
+        if (size == 0) {
+            snprintf(into + used, room - used, "\\x%02x", (unsigned)(unsigned char)*text);
+            size = 1;
+        } else {
+            memcpy(into + used, text, size);
+        }
+        text += size;
+        used += width;
+    }
+    into[used] = 0;
+}
+
+static uint32_t tsrvi_log_now_ms(void)
+{
+    return (uint32_t)(tsrvi_clock() / TSRVI_MS);
+}
+
+/* The counts that a fork has copied are the parent's to tell of. */
+static void tsrvi_log_enter(void)
+{
+    pid_t pid = TSRV_SYS(getpid, ());
+    if (__atomic_exchange_n(&tsrvi_logs.pid, pid, __ATOMIC_RELAXED) != pid) {
+        __atomic_store_n(&tsrvi_logs.lost, 0, __ATOMIC_RELAXED);
+        for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
+            __atomic_store_n(&tsrvi_logs.kinds[i].count, 0, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+/* A new second begins for a kind: say how many lines of the last one were suppressed. Of several
+ * threads one does so. */
+static void tsrvi_log_turn(int kind, uint32_t since, uint32_t now)
+{
+    char text[64];
+    uint32_t count;
+    if (!__atomic_compare_exchange_n(&tsrvi_logs.kinds[kind].since, &since, now, false,
+                                     __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        return;
+    }
+    count = __atomic_exchange_n(&tsrvi_logs.kinds[kind].count, 0, __ATOMIC_RELAXED);
+    if (count > TSRVI_LOG_RATE) {
+        snprintf(text, sizeof(text), "%s: and %lu more", tsrvi_log_kinds[kind],
+                 (unsigned long)(count - TSRVI_LOG_RATE));
+        TSRV_LOG(__atomic_load_n(&tsrvi_logs.kinds[kind].level, __ATOMIC_RELAXED), text);
+    }
+}
+
+/* Tell of suppressed lines whose second is over; `all`: of the others too. */
+static void tsrvi_log_settle(bool all)
+{
+    uint32_t now;
+    if (TSRVI_LIKELY(__atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) == 0)) {
+        return;
+    }
+    now = tsrvi_log_now_ms();
+    __atomic_store_n(&tsrvi_logs.owed, 0, __ATOMIC_RELAXED);
+    for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
+        uint32_t since = __atomic_load_n(&tsrvi_logs.kinds[i].since, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&tsrvi_logs.kinds[i].count, __ATOMIC_RELAXED) <= TSRVI_LOG_RATE) {
+            continue;
+        }
+        if (all || now - since >= TSRVI_LOG_SECOND) {
+            tsrvi_log_turn(i, since, now);
+        } else {
+            __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
+        }
+    }
+}
+
+static void tsrvi_log_format(int level, const char *format, va_list arguments)
+{
+    char text[TSRVI_LOG_TEXT + 8], message[TSRVI_LOG_TEXT]; /* what is cut here is cut below too */
+    if (vsnprintf(text, sizeof(text), format, arguments) < 0) {
+        text[0] = 0;
+    }
+    tsrvi_log_escape(text, message, sizeof(message));
+    TSRV_LOG(level, message);
+}
+
+/* Log one line. */
+static TSRVI_PRINTF(2, 3) void tsrvi_log(int level, const char *format, ...)
+{
+    int saved = errno;
+    va_list arguments;
+    tsrvi_log_enter();
+    tsrvi_log_settle(false);
+    va_start(arguments, format);
+    tsrvi_log_format(level, format, arguments);
+    va_end(arguments);
+    errno = saved;
+}
+
+/* Log one line of a kind that a peer can cause, unless there are too many of them. */
+static TSRVI_PRINTF(3, 4) void tsrvi_log_limited(int kind, int level, const char *format, ...)
+{
+    int saved = errno;
+    uint32_t now = tsrvi_log_now_ms(), since;
+    va_list arguments;
+    tsrvi_log_enter();
+    tsrvi_log_settle(false);
+    since = __atomic_load_n(&tsrvi_logs.kinds[kind].since, __ATOMIC_RELAXED);
+    if (now - since >= TSRVI_LOG_SECOND) {
+        tsrvi_log_turn(kind, since, now);
+    }
+    __atomic_store_n(&tsrvi_logs.kinds[kind].level, level, __ATOMIC_RELAXED);
+    if (__atomic_fetch_add(&tsrvi_logs.kinds[kind].count, 1, __ATOMIC_RELAXED) < TSRVI_LOG_RATE) {
+        va_start(arguments, format);
+        tsrvi_log_format(level, format, arguments);
+        va_end(arguments);
+    } else {
+        __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
     }
     errno = saved;
 }
@@ -2051,7 +2520,7 @@ static int tsrvi_epoll_open(tsrvi_poller *poller)
     if (poller->memory == NULL) {
         return -ENOMEM;
     }
-    poller->fd = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    poller->fd = tsrvi_fd_own(TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC)));
     return poller->fd < 0 ? tsrvi_error() : TSRV_OK;
 }
 
@@ -2100,7 +2569,7 @@ static int tsrvi_epoll_add_all(tsrvi_poller *poller)
 static void tsrvi_epoll_renew(tsrvi_poller *poller)
 {
     tsrvi_close_fd(poller->fd);
-    poller->fd = TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC));
+    poller->fd = tsrvi_fd_own(TSRV_SYS(epoll_create1, (EPOLL_CLOEXEC)));
     if (poller->fd >= 0 && tsrvi_epoll_add_all(poller) < 0) {
         tsrvi_close_fd(poller->fd);
         poller->fd = -1;
@@ -2159,8 +2628,12 @@ static const tsrvi_backend tsrvi_epoll = {
  * Reading and writing are two filters of a descriptor, reported one by one; a
  * slot's mark is where the first is in `fired`, so that they become one event.
  * TSRVI_HANGUP alone is a filter for writing with EV_CLEAR: it reports once that
- * the descriptor is writable, which nobody asked for, and then a reset (EV_EOF).
- * The generation travels in udata. Closing a descriptor removes its filters.
+ * the descriptor is writable, which nobody asked for, and then a reset. EV_EOF
+ * of EVFILT_WRITE by itself is no hang-up: our own FIN causes it too, and a reset
+ * may follow; a hang-up has the socket's error in fflags. EV_CLEAR keeps it from
+ * being reported again and again. The generation travels in udata, as bytes,
+ * because that is an integer on NetBSD before 10 and a pointer elsewhere.
+ * Closing a descriptor removes its filters.
  * EVFILT_TIMER is not used: the heap and the timeout of kevent do.
  * ==========================================================================*/
 
@@ -2170,7 +2643,7 @@ static int tsrvi_kqueue_open(tsrvi_poller *poller)
     if (poller->memory == NULL) {
         return -ENOMEM;
     }
-    poller->fd = TSRV_SYS(kqueue, ());
+    poller->fd = tsrvi_fd_own(TSRV_SYS(kqueue, ()));
     if (poller->fd < 0) {
         return tsrvi_error();
     }
@@ -2195,27 +2668,30 @@ static int tsrvi_kqueue_write_flags(int interest)
 static int tsrvi_kqueue_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
                             bool quiet)
 {
-    void *udata = (void *)(uintptr_t)tsrvi_poller_slot(poller, fd)->generation;
+    uintptr_t generation = tsrvi_poller_slot(poller, fd)->generation;
     int before = tsrvi_kqueue_write_flags(old_interest);
     int after = tsrvi_kqueue_write_flags(new_interest);
     struct kevent changes[3];
-    int count = 0;
+    tsrvi_kevent_count count = 0;
     if (quiet) {
         return TSRV_OK;
     }
     /* EV_ADD does not change the flags of a filter that exists. */
     if (before != after && before != 0) {
-        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, EV_DELETE, 0, 0, udata);
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, EV_DELETE, 0, 0, 0);
         count++;
     }
     if (((old_interest ^ new_interest) & TSRV_READABLE) != 0) {
         EV_SET(&changes[count], (uintptr_t)fd, EVFILT_READ,
-               (new_interest & TSRV_READABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, udata);
+               (new_interest & TSRV_READABLE) != 0 ? EV_ADD : EV_DELETE, 0, 0, 0);
         count++;
     }
     if (before != after && after != 0) {
-        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, (unsigned short)after, 0, 0, udata);
+        EV_SET(&changes[count], (uintptr_t)fd, EVFILT_WRITE, (unsigned short)after, 0, 0, 0);
         count++;
+    }
+    for (int i = 0; i < 3; i++) {
+        memcpy(&changes[i].udata, &generation, sizeof(generation));
     }
     /* After EINTR the changes have been made, says kevent(2). */
     if (count != 0 && TSRV_SYS(kevent, (poller->fd, changes, count, NULL, 0, NULL)) < 0 &&
@@ -2229,11 +2705,16 @@ static void tsrvi_kqueue_fire(tsrvi_poller *poller, const struct kevent *event)
 {
     int fd = (int)event->ident,
         fired = event->filter == EVFILT_WRITE ? TSRV_WRITABLE : TSRV_READABLE;
-    uint32_t generation = (uint32_t)(uintptr_t)event->udata;
+    bool ended = (event->flags & EV_EOF) != 0;
+    uintptr_t udata;
+    uint32_t generation;
     tsrvi_slot *slot = tsrvi_poller_slot(poller, fd);
-    if ((event->flags & EV_ERROR) != 0 ||
-        ((event->flags & EV_EOF) != 0 && (event->fflags != 0 || fired == TSRV_WRITABLE))) {
+    memcpy(&udata, &event->udata, sizeof(udata));
+    generation = (uint32_t)udata;
+    if ((event->flags & EV_ERROR) != 0 || (ended && event->fflags != 0)) {
         fired = TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
+    } else if (ended && fired == TSRV_WRITABLE) {
+        fired |= TSRV_READABLE; /* a peer that has closed a unix socket is seen by who looks */
     } else if (fired == TSRV_WRITABLE && slot->io != NULL && slot->io->interest == TSRVI_HANGUP) {
         return;
     }
@@ -2632,6 +3113,10 @@ struct tsrv_loop {
     tsrv_signal *signals;       /* watches */
     tsrv_signal *signal_cursor; /* the next to be looked at, while they are being called */
 
+    tsrvi_link link;  /* in the loops of the process */
+    tsrvi_timer beat; /* the process layer's: see >>worker */
+    int told;         /* the same: how it was told to leave */
+
     struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
     tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
     tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
@@ -2659,14 +3144,20 @@ struct tsrv_loop {
 static __thread tsrv_loop *tsrvi_own_loop;
 static __thread tsrv_loop *tsrvi_running_loop;
 
-/* The loops of this process, on all threads; atomic. Those that a fork copied do not count. */
-static int tsrvi_loops;
-static pid_t tsrvi_loops_pid;
+/* The loops of this process, on all threads. */
+static struct {
+    int lock;
+    tsrvi_link list;
+    int count;
+    pid_t pid; /* whose they are: those that a fork copied do not count */
+} tsrvi_loops;
 
-/* In a worker, set by the process layer: */
+/* In a worker, and in tsrv_serve, set by the process layer: */
 static int tsrvi_worker_id = -1;                /* its task id */
 static pid_t tsrvi_parent;                      /* who must not die before it; 0 = nobody */
-static void (*tsrvi_loop_entered)(tsrv_loop *); /* told when tsrv_loop_run begins; NULL = nobody */
+static tsrv_loop *tsrvi_chief;                  /* atomic; the loop that stands for the process */
+static void (*tsrvi_loop_entered)(tsrv_loop *); /* called when tsrv_loop_run begins, */
+static void (*tsrvi_loop_told)(tsrv_loop *);    /* and after tsrvi_loops_wake; NULL = nobody */
 
 static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
 {
@@ -2731,7 +3222,8 @@ static void tsrvi_wake_write(int fd)
 {
     uint64_t one = 1;
     int saved = errno;
-    /* EAGAIN means that it is readable already. An eventfd wants 8 bytes; a pipe does not mind. */
+    /* EAGAIN means that it is readable already. An eventfd wants 8 bytes; a pipe does not mind, and
+     * raises no SIGPIPE, as this process reads it too. */
     ssize_t written = TSRV_SYS(write, (fd, &one, sizeof(one)));
     (void)written;
     errno = saved;
@@ -2748,19 +3240,14 @@ static void tsrvi_wake_event(tsrvi_io *io, int events)
 static int tsrvi_wake_open(tsrv_loop *loop)
 {
 #if TSRVI_HAS_EVENTFD
-    loop->wake.fd = TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK));
+    loop->wake.fd = tsrvi_fd_own(TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK)));
     loop->wake_write = loop->wake.fd;
     return loop->wake.fd < 0 ? tsrvi_error() : TSRV_OK;
 #else
-    int fds[2];
-    int rc;
-    if (TSRV_SYS(pipe, (fds)) < 0) {
-        return tsrvi_error();
-    }
+    int fds[2], rc = tsrvi_pipe(fds);
     loop->wake.fd = fds[0];
     loop->wake_write = fds[1];
-    rc = tsrvi_set_flags(fds[0]);
-    return rc < 0 ? rc : tsrvi_set_flags(fds[1]);
+    return rc;
 #endif
 }
 
@@ -2796,20 +3283,49 @@ static void tsrvi_loop_quiesce(tsrv_loop *loop)
     }
 }
 
-/* Count the loops that are alive in this process; a fork's child begins at 0. */
-static int tsrvi_loops_add(int change)
+/* Lock the list of loops; a fork's child begins with an empty one. */
+static void tsrvi_loops_lock(void)
 {
     pid_t pid = TSRV_SYS(getpid, ());
-    if (__atomic_exchange_n(&tsrvi_loops_pid, pid, __ATOMIC_ACQ_REL) != pid) {
-        __atomic_store_n(&tsrvi_loops, 0, __ATOMIC_RELEASE);
+    tsrvi_lock(&tsrvi_loops.lock);
+    if (tsrvi_loops.pid != pid) {
+        tsrvi_loops.pid = pid;
+        tsrvi_loops.count = 0;
+        tsrvi_list_init(&tsrvi_loops.list);
     }
-    return __atomic_add_fetch(&tsrvi_loops, change, __ATOMIC_ACQ_REL);
+}
+
+static int tsrvi_loops_count(void)
+{
+    int count;
+    tsrvi_loops_lock();
+    count = tsrvi_loops.count;
+    tsrvi_unlock(&tsrvi_loops.lock);
+    return count;
+}
+
+/* Wake every loop of the process, so that each calls tsrvi_loop_told. Any thread. */
+static void tsrvi_loops_wake(void)
+{
+    tsrvi_loops_lock();
+    for (tsrvi_link *link = tsrvi_loops.list.next; link != &tsrvi_loops.list; link = link->next) {
+        tsrv_loop *loop = TSRVI_CONTAINER(link, tsrv_loop, link);
+        __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
+        tsrvi_wake_write(loop->wake_write);
+    }
+    tsrvi_unlock(&tsrvi_loops.lock);
 }
 
 static void tsrvi_loop_destroy(tsrv_loop *loop)
 {
+    tsrv_loop *self = loop;
+    tsrvi_loops_lock();
+    tsrvi_list_remove(&loop->link);
+    tsrvi_loops.count--;
+    tsrvi_unlock(&tsrvi_loops.lock);
+    __atomic_compare_exchange_n(&tsrvi_chief, &self, (tsrv_loop *)NULL, false, __ATOMIC_ACQ_REL,
+                                __ATOMIC_RELAXED);
     tsrvi_loop_quiesce(loop);
-    tsrvi_loops_add(-1);
     tsrvi_wake_close(loop);
     loop->poller.backend->close(&loop->poller);
     tsrvi_pool_free(&loop->pool);
@@ -2841,7 +3357,10 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     if (made == NULL) {
         return -ENOMEM;
     }
-    tsrvi_loops_add(1);
+    tsrvi_loops_lock();
+    tsrvi_list_append(&tsrvi_loops.list, &made->link);
+    tsrvi_loops.count++;
+    tsrvi_unlock(&tsrvi_loops.lock);
     made->poller.pid = TSRV_SYS(getpid, ());
     made->now = tsrvi_clock();
     made->poller.backend = backend;
@@ -2853,8 +3372,9 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_list_init(&made->coroutines);
     tsrvi_list_init(&made->servers);
     tsrvi_list_init(&made->tls_recent);
-    if ((rc = backend->open(&made->poller)) < 0 || (rc = tsrvi_wake_open(made)) < 0 ||
-        (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0) {
+    if ((rc = tsrvi_wake_open(made)) < 0 || (rc = backend->open(&made->poller)) < 0 ||
+        (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0 ||
+        (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* for its beat */
         tsrvi_loop_destroy(made);
         return rc;
     }
@@ -3147,6 +3667,10 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
                 tsrvi_loop_settle(loop);
             }
         }
+    }
+    if (tsrvi_loop_told != NULL) {
+        tsrvi_loop_told(loop);
+        tsrvi_loop_settle(loop);
     }
 }
 
@@ -3882,10 +4406,10 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
 static int tsrvi_socket(int family, int type)
 {
 #if TSRVI_HAS_ACCEPT4
-    int fd = TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    int fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
     return fd < 0 ? tsrvi_error() : fd;
 #else
-    int fd = TSRV_SYS(socket, (family, type, 0)), rc;
+    int fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0))), rc;
     if (fd < 0) {
         return tsrvi_error();
     }
@@ -3928,118 +4452,166 @@ static int tsrvi_listening(int fd)
 /* Listening sockets from systemd, or from the program that this one replaces: descriptors from 3
  * on, as the environment says. See sd_listen_fds(3). */
 #define TSRVI_LISTEN_FIRST 3
-#define TSRVI_LISTEN_MAX 64
+#define TSRVI_LISTEN_MAX 64   /* sockets of one call of tsrv_server_listen or tsrv_server_bind */
+#define TSRVI_HANDED_MAX 4096 /* sockets that can be handed over */
 #define TSRVI_READY_VARIABLE "TSRV_READY_FD" /* whom to tell, in an upgrade, that we accept */
 
 static struct {
+    int lock;
     bool looked;
-    int code; /* what was wrong with the variables */
-    int count;
-    int fds[TSRVI_LISTEN_MAX]; /* -1 = taken, or none of ours */
-    int ready;                 /* a pipe's end; -1 = nobody waits */
+    int code;                    /* what was wrong with the variables */
+    int count;                   /* descriptors from TSRVI_LISTEN_FIRST on */
+    bool free[TSRVI_HANDED_MAX]; /* one of ours that nothing has taken yet */
+    bool upgrade;                /* they come from the program that this one replaces */
+    int ready;                   /* in an upgrade a pipe's end; -1 = nobody waits any more */
 } tsrvi_handed;
 
-/* The variables are read once, and removed: they are not meant for our children. */
-static void tsrvi_handed_look(void)
+/* Take the descriptors into our care. */
+static void tsrvi_handed_adopt(int count)
 {
-    const char *pid, *fds;
-    int count, ready;
-    if (tsrvi_handed.looked) {
-        return;
-    }
-    tsrvi_handed.looked = true;
-    pid = TSRV_SYS(getenv, ("LISTEN_PID"));
-    fds = TSRV_SYS(getenv, ("LISTEN_FDS"));
-    count = (int)tsrvi_decimal(fds, INT_MAX);
-    ready = (int)tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)), INT_MAX);
-    tsrvi_handed.ready = ready > 2 && tsrvi_set_flags(ready) == TSRV_OK ? ready : -1;
-    TSRV_SYS(unsetenv, (TSRVI_READY_VARIABLE));
-    if (tsrvi_decimal(pid, INT_MAX) != (int64_t)TSRV_SYS(getpid, ())) {
-        return; /* meant for another process */
-    }
-    if (count < 0 || count > TSRVI_LISTEN_MAX) {
-        tsrvi_log(TSRV_LOG_ERROR, "LISTEN_FDS is \"%s\": expected 0 to %d", fds == NULL ? "" : fds,
-                  TSRVI_LISTEN_MAX);
-        tsrvi_handed.code = TSRV_EINVAL;
-        count = 0;
-    }
-    TSRV_SYS(unsetenv, ("LISTEN_PID"));
-    TSRV_SYS(unsetenv, ("LISTEN_FDS"));
+    tsrvi_handed.count = count;
     for (int i = 0; i < count; i++) {
         int fd = TSRVI_LISTEN_FIRST + i, rc = tsrvi_listening(fd);
-        tsrvi_handed.fds[i] = rc < 0 ? -1 : fd;
+        tsrvi_handed.free[i] = rc == TSRV_OK;
         if (rc < 0) {
             TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC));
             tsrvi_log(TSRV_LOG_WARNING, "LISTEN_FDS: descriptor %d is no listening stream socket",
                       fd);
         }
     }
-    tsrvi_handed.count = count;
+}
+
+/* The variables are read once, and removed: they are not meant for our children. The lock is held.
+ */
+static void tsrvi_handed_read(void)
+{
+    const char *pid = TSRV_SYS(getenv, ("LISTEN_PID")), *fds = TSRV_SYS(getenv, ("LISTEN_FDS"));
+    int count = (int)tsrvi_decimal(fds, INT_MAX);
+    int ready = (int)tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)), INT_MAX);
+    tsrvi_handed.looked = true;
+    tsrvi_handed.upgrade = ready > 2 && tsrvi_set_flags(ready) == TSRV_OK;
+    tsrvi_handed.ready = tsrvi_handed.upgrade ? ready : -1;
+    TSRV_SYS(unsetenv, (TSRVI_READY_VARIABLE));
+    if (tsrvi_decimal(pid, INT_MAX) != (int64_t)TSRV_SYS(getpid, ())) {
+        return; /* meant for another process */
+    }
+    if (count < 0 || count > TSRVI_HANDED_MAX) {
+        tsrvi_log(TSRV_LOG_ERROR, "LISTEN_FDS is \"%s\": expected 0 to %d", fds == NULL ? "" : fds,
+                  TSRVI_HANDED_MAX);
+        tsrvi_handed.code = TSRV_EINVAL;
+        count = 0;
+    }
+    TSRV_SYS(unsetenv, ("LISTEN_PID"));
+    TSRV_SYS(unsetenv, ("LISTEN_FDS"));
+    tsrvi_handed_adopt(count);
+}
+
+/* Lock what was handed over, and see to it that the variables have been read. */
+static void tsrvi_handed_lock(void)
+{
+    tsrvi_lock(&tsrvi_handed.lock);
+    if (!tsrvi_handed.looked) {
+        tsrvi_handed_read();
+    }
 }
 
 /* A socket that was handed over, is bound to this address and has not been taken; -1 = none. */
 static int tsrvi_handed_take(const tsrvi_sockaddr *inside, size_t size)
 {
     tsrv_address wanted, has;
-    tsrvi_handed_look();
+    int taken = -1;
     tsrvi_address_store(&wanted, inside, size);
-    for (int i = 0; i < tsrvi_handed.count; i++) {
-        int fd = tsrvi_handed.fds[i];
-        if (fd >= 0 && tsrvi_address_get(fd, tsrvi_getsockname, &has) == TSRV_OK &&
+    tsrvi_handed_lock();
+    for (int i = 0; i < tsrvi_handed.count && taken < 0; i++) {
+        if (tsrvi_handed.free[i] &&
+            tsrvi_address_get(TSRVI_LISTEN_FIRST + i, tsrvi_getsockname, &has) == TSRV_OK &&
             has.size == wanted.size && memcmp(has.storage, wanted.storage, has.size) == 0) {
-            tsrvi_handed.fds[i] = -1;
-            return fd;
+            tsrvi_handed.free[i] = false;
+            taken = TSRVI_LISTEN_FIRST + i;
         }
     }
-    return -1;
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return taken;
+}
+
+/* Is this an IPv6 socket that takes this port of IPv4 too? */
+static bool tsrvi_handed_is_dual(int fd, in_port_t port)
+{
+    static const unsigned char everywhere[16] = {0};
+    tsrv_address has;
+    tsrvi_sockaddr inside;
+    int only = 1;
+    socklen_t size = sizeof(only);
+    if (tsrvi_address_get(fd, tsrvi_getsockname, &has) < 0) {
+        return false;
+    }
+    tsrvi_address_load(&has, &inside);
+    return inside.any.sa_family == AF_INET6 && inside.six.sin6_port == port &&
+           memcmp(&inside.six.sin6_addr, everywhere, sizeof(everywhere)) == 0 &&
+           TSRV_SYS(getsockopt, (fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &size)) == 0 && only == 0;
 }
 
 /* Was an IPv6 socket handed over that takes this port of IPv4 too, as systemd's do by default? */
 static bool tsrvi_handed_covers(in_port_t port)
 {
-    static const unsigned char everywhere[16] = {0};
-    tsrvi_handed_look();
-    for (int i = 0; i < tsrvi_handed.count; i++) {
-        tsrv_address has;
-        tsrvi_sockaddr inside;
-        int only = 1;
-        socklen_t size = sizeof(only);
-        if (tsrvi_handed.fds[i] < 0 ||
-            tsrvi_address_get(tsrvi_handed.fds[i], tsrvi_getsockname, &has) < 0) {
-            continue;
+    bool covers = false;
+    tsrvi_handed_lock();
+    for (int i = 0; i < tsrvi_handed.count && !covers; i++) {
+        covers = tsrvi_handed.free[i] && tsrvi_handed_is_dual(TSRVI_LISTEN_FIRST + i, port);
+    }
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return covers;
+}
+
+/* In an upgrade a socket that this program does not listen on any more is closed: left open, it
+ * would go on taking connections that nobody accepts. systemd's are none of our business. */
+static void tsrvi_handed_close_rest(void)
+{
+    tsrvi_handed_lock();
+    for (int i = 0; i < tsrvi_handed.count && tsrvi_handed.upgrade; i++) {
+        char text[TSRV_ADDRESS_SIZE] = "";
+        tsrv_address address;
+        int fd = TSRVI_LISTEN_FIRST + i;
+        if (tsrvi_handed.free[i] && tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK) {
+            tsrv_address_format(&address, text, sizeof(text));
         }
-        tsrvi_address_load(&has, &inside);
-        if (inside.any.sa_family == AF_INET6 && inside.six.sin6_port == port &&
-            memcmp(&inside.six.sin6_addr, everywhere, sizeof(everywhere)) == 0 &&
-            TSRV_SYS(getsockopt, (tsrvi_handed.fds[i], IPPROTO_IPV6, IPV6_V6ONLY, &only, &size)) ==
-                0 &&
-            only == 0) {
-            return true;
+        if (tsrvi_handed.free[i]) {
+            tsrvi_log(TSRV_LOG_WARNING, "upgrade: nothing listens on %s any more", text);
+            tsrvi_close_fd(fd);
+            tsrvi_handed.free[i] = false;
         }
     }
-    return false;
+    tsrvi_unlock(&tsrvi_handed.lock);
+}
+
+/* Take the pipe's end on which the program that this one replaces waits; -1 = there is none. */
+static int tsrvi_handed_take_ready(void)
+{
+    int ready;
+    tsrvi_handed_lock();
+    ready = tsrvi_handed.ready;
+    tsrvi_handed.ready = -1;
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return ready;
 }
 
 TSRV_API int tsrv_listen_fds(int *fds, int capacity)
 {
-    int count = 0, taken = 0;
-    tsrvi_handed_look();
-    if (tsrvi_handed.code < 0) {
-        return tsrvi_handed.code;
-    }
+    int count = 0, code;
+    tsrvi_handed_lock();
+    code = tsrvi_handed.code;
     for (int i = 0; i < tsrvi_handed.count; i++) {
-        count += tsrvi_handed.fds[i] >= 0;
+        count += tsrvi_handed.free[i];
     }
-    if (count > capacity) {
-        return TSRV_EINVAL;
-    }
-    for (int i = 0; i < tsrvi_handed.count; i++) {
-        if (tsrvi_handed.fds[i] >= 0) {
-            fds[taken++] = tsrvi_handed.fds[i];
-            tsrvi_handed.fds[i] = -1;
+    code = code < 0 ? code : count > capacity ? TSRV_EINVAL : count;
+    for (int i = 0, taken = 0; taken < code; i++) {
+        if (tsrvi_handed.free[i]) {
+            fds[taken++] = TSRVI_LISTEN_FIRST + i;
+            tsrvi_handed.free[i] = false;
         }
     }
-    return count;
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return code;
 }
 
 TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
@@ -4161,6 +4733,11 @@ TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *op
     }
     *fd = made;
     return TSRV_OK;
+}
+
+/*STUB*/ static void tsrvi_bound_refuse_all(bool keep)
+{
+    (void)keep;
 }
 
 static void tsrvi_close_fds(const int *fds, int count)
@@ -4908,7 +5485,7 @@ static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
         tls->ended = true;
         return 0;
     }
-    if (errno == EAGAIN || errno == EWOULDBLOCK) {
+    if (tsrvi_would_block(errno)) {
         BIO_set_retry_read(bio);
     } else {
         tls->error = tsrvi_error();
@@ -5320,21 +5897,25 @@ static void tsrvi_tls_notify_end(tsrvi_tls *tls)
  *
  * A memory that the parent and all workers share. Each process of a worker has a
  * place in it that it alone writes, so there are no locks: the others only read.
- * A worker has two places, since its next process may begin before the last has
+ * A worker has several places, since its next process begins before the last has
  * ended; what a place has counted stays there for the process that gets it next.
  * Servers are told apart by their number, which counts them in the order in
  * which they were made: the same in every worker, as all run the same program.
  * ==========================================================================*/
 
 #define TSRVI_SHARED_SERVERS 8 /* more servers than that count for themselves only */
+#define TSRVI_GENERATIONS 16   /* processes of one worker at the same time */
 
 typedef struct tsrvi_place {
     int ready;     /* atomic; its first server accepts */
-    uint64_t beat; /* atomic; when its loop last turned; 0 = not yet */
+    int listens;   /* atomic; its loop watches the life-line */
+    int asked;     /* atomic; a signal that did not come from the parent has told it to end */
+    int refused;   /* why it could not begin, a code; 0 = it could */
+    unsigned beat; /* atomic; changes as long as its loop turns; 0 = it has not begun */
     tsrv_stats stats[TSRVI_SHARED_SERVERS];
 } tsrvi_place;
 
-static tsrvi_place *tsrvi_places; /* two for each worker; NULL = this process has no workers */
+static tsrvi_place *tsrvi_places; /* TSRVI_GENERATIONS for each worker; NULL = there are none */
 static int tsrvi_place_count;
 static tsrvi_place *tsrvi_place_own;  /* in a worker */
 static unsigned tsrvi_server_numbers; /* atomic; bits: the numbers in use */
@@ -5379,7 +5960,7 @@ static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
 static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 {
     for (int place = 0; number >= 0 && place < tsrvi_place_count; place++) {
-        if (task_id < 0 || place / 2 == task_id) {
+        if (task_id < 0 || place / TSRVI_GENERATIONS == task_id) {
             tsrvi_stats_add(sum, &tsrvi_places[place].stats[number]);
         }
     }
@@ -6094,8 +6675,8 @@ static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
         tsrv_address address;
         char text[TSRV_ADDRESS_SIZE];
         tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log(TSRV_LOG_WARNING, "TLS with %s: %s",
-                  tsrv_address_format(&address, text, sizeof(text)), reason);
+        tsrvi_log_limited(TSRVI_LOG_TLS, TSRV_LOG_WARNING, "TLS with %s: %s",
+                          tsrv_address_format(&address, text, sizeof(text)), reason);
     }
 }
 
@@ -6248,10 +6829,10 @@ static int tsrvi_stream_peek(tsrv_stream *stream)
     do {
         got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
     } while (got < 0 && errno == EINTR);
-    return got > 0                                   ? (int)TSRV_OK
-           : got == 0                                ? (int)TSRV_EOF
-           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
-                                                     : tsrvi_error();
+    return got > 0                    ? (int)TSRV_OK
+           : got == 0                 ? (int)TSRV_EOF
+           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
+                                      : tsrvi_error();
 }
 
 /* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
@@ -6319,30 +6900,16 @@ static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
 /* ---- sending ---------------------------------------------------------------*/
 
 #if TSRVI_HAS_SENDFILE
-/* sendfile(2) has no MSG_NOSIGNAL: block SIGPIPE in this thread meanwhile, and take away the one
- * that it raised. Only where the program has it blocked itself may one have been pending before. */
+/* sendfile(2) has no MSG_NOSIGNAL, and raises SIGPIPE also when the reset came behind a first part
+ * that it has sent. */
 static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
 {
-    struct timespec now = {0, 0};
-    sigset_t pipe, before, pending;
     off_t from = (off_t)offset;
+    tsrvi_quiet quiet;
     ssize_t sent;
-    int saved;
-    TSRV_SYS(sigemptyset, (&pipe));
-    TSRV_SYS(sigaddset, (&pipe, SIGPIPE));
-    TSRV_SYS(sigemptyset, (&pending));
-    TSRV_SYS(sigemptyset, (&before));
-    TSRV_SYS(sigprocmask, (SIG_BLOCK, &pipe, &before));
-    if (TSRV_SYS(sigismember, (&before, SIGPIPE)) == 1) {
-        TSRV_SYS(sigpending, (&pending));
-    }
+    tsrvi_quiet_begin(&quiet);
     sent = TSRV_SYS(sendfile, (fd, file, &from, size));
-    saved = errno;
-    if (sent < 0 && saved == EPIPE && TSRV_SYS(sigismember, (&pending, SIGPIPE)) == 0) {
-        TSRV_SYS(sigtimedwait, (&pipe, NULL, &now));
-    }
-    TSRV_SYS(sigprocmask, (SIG_SETMASK, &before, NULL));
-    errno = saved;
+    tsrvi_quiet_end(&quiet, sent, size);
     return sent;
 }
 #endif
@@ -6377,27 +6944,28 @@ static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, tsrvi_block *block,
     struct iovec pieces[TSRVI_SEND_PIECES];
     struct msghdr message;
     size_t total = 0;
-    int count = 0;
-    for (; block != NULL && block->file < 0 && count < TSRVI_SEND_PIECES - 1 &&
+    memset(&message, 0, sizeof(message));
+    message.msg_iov = pieces;
+    /* The kernels' types of msg_iovlen differ: it counts by itself. */
+    for (; block != NULL && block->file < 0 && message.msg_iovlen < TSRVI_SEND_PIECES - 1 &&
            total < TSRVI_SEND_LIMIT;
          block = block->next) {
-        pieces[count].iov_base = tsrvi_block_data(block) + block->begin;
-        pieces[count].iov_len = tsrvi_min(block->end - block->begin, TSRVI_SEND_LIMIT - total);
-        total += pieces[count++].iov_len;
+        struct iovec *piece = &pieces[message.msg_iovlen++];
+        piece->iov_base = tsrvi_block_data(block) + block->begin;
+        piece->iov_len = tsrvi_min(block->end - block->begin, TSRVI_SEND_LIMIT - total);
+        total += piece->iov_len;
     }
     if (block == NULL && size != 0 && total < TSRVI_SEND_LIMIT) {
         union {
             const void *in;
             void *out;
         } unconst; /* iov_base is not const, though sendmsg does not write to it */
+        struct iovec *piece = &pieces[message.msg_iovlen++];
         unconst.in = data;
-        pieces[count].iov_base = unconst.out;
-        pieces[count].iov_len = tsrvi_min(size, TSRVI_SEND_LIMIT - total);
-        total += pieces[count++].iov_len;
+        piece->iov_base = unconst.out;
+        piece->iov_len = tsrvi_min(size, TSRVI_SEND_LIMIT - total);
+        total += piece->iov_len;
     }
-    memset(&message, 0, sizeof(message));
-    message.msg_iov = pieces;
-    message.msg_iovlen = (size_t)count;
     *tried = total;
     return TSRV_SYS(sendmsg, (stream->io.fd, &message, TSRVI_SEND_FLAGS));
 }
@@ -6579,7 +7147,7 @@ static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, si
             break;
         }
         sent = tsrvi_stream_send_sealed(stream, &tried);
-        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+        if (sent < 0 && !tsrvi_would_block(errno)) {
             tsrvi_stream_end_output(stream, tsrvi_error());
             return taken;
         }
@@ -6617,7 +7185,7 @@ static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t si
         if (sent < 0 && errno == EINTR) {
             continue;
         }
-        if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK) {
+        if (sent < 0 && !tsrvi_would_block(errno)) {
             tsrvi_stream_send_failed(stream, tsrvi_error());
             return taken;
         }
@@ -6797,9 +7365,9 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
             got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
         } while (got < 0 && errno == EINTR);
         if (got <= 0) {
-            code = got == 0                                  ? (int)TSRV_EOF
-                   : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_OK
-                                                             : tsrvi_error();
+            code = got == 0                   ? (int)TSRV_EOF
+                   : tsrvi_would_block(errno) ? (int)TSRV_OK
+                                              : tsrvi_error();
         }
     }
     if (got > 0) {
@@ -8284,8 +8852,8 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
         tsrv_address address;
         char text[TSRV_ADDRESS_SIZE];
         tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log(TSRV_LOG_ERROR, "handle_stream for %s: %s",
-                  tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
+        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s",
+                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
     }
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
@@ -8761,6 +9329,8 @@ typedef struct tsrvi_listener {
 typedef struct tsrvi_bound {
     int fd;
     int backlog;
+    int rank;   /* among those with its address: 0, and with reuse_port 1, 2, ... */
+    int worker; /* whose it is; -1 = every worker's */
 } tsrvi_bound;
 
 static int tsrvi_default_ms(int value, int fallback)
@@ -8929,9 +9499,10 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
     do {
         size = sizeof(inside);
 #if TSRVI_HAS_ACCEPT4
-        accepted = TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC));
+        accepted =
+            tsrvi_fd_own(TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)));
 #else
-        accepted = TSRV_SYS(accept, (fd, &inside.any, &size));
+        accepted = tsrvi_fd_own(TSRV_SYS(accept, (fd, &inside.any, &size)));
         if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
             tsrvi_close_fd(accepted);
             errno = ECONNABORTED;
@@ -8980,7 +9551,7 @@ static void tsrvi_server_begin(tsrv_server *server)
 static bool tsrvi_server_is_ahead(const tsrv_server *server)
 {
     tsrv_stats own, all;
-    uint64_t workers = (uint64_t)tsrvi_place_count / 2;
+    uint64_t workers = (uint64_t)tsrvi_place_count / TSRVI_GENERATIONS;
     if (tsrvi_worker_id < 0 || server->number < 0) {
         return false;
     }
@@ -9281,32 +9852,61 @@ static void tsrvi_server_unbind(tsrv_server *server)
     server->bound_count = 0;
 }
 
+/* One more socket that is to be accepted on; after an error it has been closed. */
+static int tsrvi_bound_add(tsrv_server *server, int fd, int backlog, int rank, int worker)
+{
+    size_t count = (size_t)server->bound_count + 1;
+    tsrvi_bound *bound = (tsrvi_bound *)TSRV_REALLOC(server->bound, count * sizeof(*bound));
+    if (bound == NULL) {
+        tsrvi_close_fd(fd);
+        return -ENOMEM;
+    }
+    server->bound = bound;
+    bound += server->bound_count++;
+    bound->fd = fd;
+    bound->backlog = backlog;
+    bound->rank = rank;
+    bound->worker = worker;
+    return TSRV_OK;
+}
+
+/* In an upgrade all sockets of an address are taken, of which reuse_port has one for each worker. */
+static int tsrvi_bound_add_handed(tsrv_server *server, int fd, int backlog)
+{
+    tsrv_address address;
+    tsrvi_sockaddr inside;
+    int rc = tsrvi_bound_add(server, fd, backlog, 0, -1), rank = 1, more;
+    if (rc < 0 || tsrvi_address_get(fd, tsrvi_getsockname, &address) < 0) {
+        return rc;
+    }
+    tsrvi_address_load(&address, &inside);
+    while (rc == TSRV_OK && (more = tsrvi_handed_take(&inside, address.size)) >= 0) {
+        rc = tsrvi_bound_add(server, more, backlog, rank++, -1);
+    }
+    return rc;
+}
+
 TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address,
                               const tsrv_bind_options *options)
 {
-    tsrvi_bound *bound;
-    int fds[TSRVI_LISTEN_MAX], count;
+    int fds[TSRVI_LISTEN_MAX], count, had = server->bound_count, rc;
     if (server->started) {
         return tsrv_server_listen(server, port, address, options);
     }
-    count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
-    if (count > 0) {
-        bound = (tsrvi_bound *)TSRV_REALLOC(server->bound,
-                                            (size_t)(server->bound_count + count) * sizeof(*bound));
-        if (bound == NULL) {
-            tsrvi_close_fds(fds, count);
-            count = -ENOMEM;
+    rc = count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
+    for (int i = 0; i < count; i++) {
+        if (rc < 0) {
+            tsrvi_close_fd(fds[i]);
         } else {
-            server->bound = bound;
+            rc = tsrvi_bound_add_handed(server, fds[i], tsrvi_backlog(options));
         }
     }
-    for (int i = 0; i < count; i++) {
-        server->bound[server->bound_count].fd = fds[i];
-        server->bound[server->bound_count++].backlog = tsrvi_backlog(options);
-    }
-    if (count < 0) {
-        tsrvi_server_log_failure("bind", port, address, count);
-        return count;
+    if (rc < 0) {
+        while (server->bound_count > had) {
+            tsrvi_close_fd(server->bound[--server->bound_count].fd);
+        }
+        tsrvi_server_log_failure("bind", port, address, rc);
+        return rc;
     }
     return TSRV_OK;
 }
@@ -9356,8 +9956,11 @@ TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats)
 TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats)
 {
     memset(stats, 0, sizeof(*stats));
-    if (task_id < -1 || task_id >= tsrvi_place_count / 2) {
+    if (task_id < -1 || task_id >= tsrvi_place_count / TSRVI_GENERATIONS) {
         return TSRV_EINVAL;
+    }
+    if (task_id < 0) {
+        *stats = server->own; /* all of it where there are no workers */
     }
     tsrvi_stats_gather(stats, server->number, task_id);
     return TSRV_OK;
@@ -9930,51 +10533,13 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
 }
 
 /* ============================================================================
- * >>process  Workers, and the supervisor that keeps them
- *
- * The parent forks the workers and then only looks after them: it has no loop,
- * and sleeps in poll until a signal, a worker or a time needs it. Each process of
- * a worker has a place (see >>shared), a worker has two, and all that can happen
- * to a process is a change of its place's state:
- *
- *     VACANT -> DUE        to be forked at `due` (at once, or after a back-off)
- *     DUE -> ALIVE         forked
- *     ALIVE -> DUE         it has ended badly, and is forked again
- *     ALIVE -> LEAVING     told to end; killed at `due`
- *     ALIVE, LEAVING -> VACANT   it has ended
- *
- * A rolling restart goes from worker to worker: the vacant place is filled, and
- * when that process accepts, the old one leaves. An upgrade does the same with
- * the whole program: the new one gets the listening sockets as systemd would hand
- * them over, and when it is ready, everything here leaves.
- *
- * A worker learns of its parent's death from a pipe that only the parent can
- * write to, and on Linux also by a signal.
+ * >>cpus  Processors that this process may use
  * ==========================================================================*/
-
-#define TSRVI_WORKERS_MAX 4096
-#define TSRVI_RESTARTS 100         /* default of max_restarts */
-#define TSRVI_RESTART_MS 100       /* first back-off */
-#define TSRVI_RESTART_MAX_MS 30000 /* longest */
-#define TSRVI_STABLE_MS 60000      /* a process that lived so long begins anew */
-#define TSRVI_KILL_MS 5000         /* after the grace */
-#define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
-#define TSRVI_START_MS 30000       /* a replacement that is silent for so long counts as ready */
-#define TSRVI_BEAT_MS 500   /* between two beats of a worker, or a quarter of the heartbeat */
-#define TSRVI_LOOK_MS 1000  /* at least so often the parent looks at its workers */
-#define TSRVI_ORPHAN_MS 400 /* that a worker has left when its parent is dead */
-
-TSRV_API int tsrv_task_id(void)
-{
-    return tsrvi_worker_id;
-}
-
-/* ---- processors ------------------------------------------------------------*/
 
 /* Read a small text file. Returns its size, or -1. */
 static int tsrvi_file_read(const char *path, char *buffer, size_t size)
 {
-    int fd = TSRV_SYS(open, (path, O_RDONLY | O_CLOEXEC)), got;
+    int fd = tsrvi_fd_own(TSRV_SYS(open, (path, O_RDONLY | O_CLOEXEC))), got;
     if (fd < 0) {
         return -1;
     }
@@ -10080,31 +10645,31 @@ TSRV_API int tsrv_cpu_count(void)
     return count < 1 ? 1 : count;
 }
 
-/* ---- telling the service manager -------------------------------------------*/
+/* ============================================================================
+ * >>notify  Telling the service manager, and the program before this one
+ * ==========================================================================*/
 
-/* In an upgrade the program that this one replaces waits for this. */
+/* In an upgrade the program that this one replaces waits for this. It may have died, so that the
+ * write must not raise SIGPIPE. */
 static void tsrvi_tell_predecessor(void)
 {
-    if (tsrvi_handed.looked && tsrvi_handed.ready >= 0) {
-        ssize_t written = TSRV_SYS(write, (tsrvi_handed.ready, "", 1));
-        (void)written; /* it may have died */
-        tsrvi_close_fd(tsrvi_handed.ready);
-        tsrvi_handed.ready = -1;
+    int fd = tsrvi_handed_take_ready();
+    if (fd >= 0) {
+        tsrvi_handed_close_rest();
+        tsrvi_write_quiet(fd, "", 1);
+        tsrvi_close_fd(fd);
     }
 }
 
 #define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
-TSRV_API int tsrv_notify(const char *state)
+static int tsrvi_notify(const char *state)
 {
     const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
     char text[TSRVI_NOTIFY_SIZE + 64], stamp[64] = "";
     tsrvi_sockaddr inside;
     socklen_t size = 0;
     int fd, rc, length;
-    if (strncmp(state, "READY=1", 7) == 0) {
-        tsrvi_tell_predecessor();
-    }
     if (path == NULL || *path == 0) {
         return 0;
     }
@@ -10130,6 +10695,14 @@ TSRV_API int tsrv_notify(const char *state)
     return rc;
 }
 
+TSRV_API int tsrv_notify(const char *state)
+{
+    if (strncmp(state, "READY=1", 7) == 0) {
+        tsrvi_tell_predecessor();
+    }
+    return tsrvi_notify(state);
+}
+
 /* How often the service manager wants to hear from this process; TSRVI_FOREVER = never. See
  * sd_watchdog_enabled(3); half of the time is what it advises. */
 static uint64_t tsrvi_watchdog_interval(void)
@@ -10144,76 +10717,232 @@ static uint64_t tsrvi_watchdog_interval(void)
     return (uint64_t)limit * 500;
 }
 
-/* ---- in a worker -----------------------------------------------------------*/
+/* ============================================================================
+ * >>worker  A process that is told when to end
+ *
+ * A worker is told to end by its parent, over the life-line, which no mask and no
+ * disposition of a signal can stop: a socket whose other end the parent alone
+ * has. The parent's death ends it. A worker, and the single process of tsrv_serve,
+ * are also told by signals that somebody sends to the process itself. The chief,
+ * the first loop that runs, listens to all this; every loop of the process then
+ * hears of it, and drains. How much they were told only rises:
+ *
+ *     STAY     nothing
+ *     LEAVE    drain, within the grace
+ *     ORPHAN   the parent is dead: drain, within TSRVI_ORPHAN_MS
+ *     CUT      told again, by the same: the grace is over
+ *
+ * Ctrl-C reaches a worker twice, as a signal and through its parent. The two are
+ * counted apart, so that only a second Ctrl-C cuts the grace.
+ *
+ * Each loop has a beat. It measures how late the loop is, and looks for
+ * connections whose wake-up was lost; the chief's also tells the parent, and the
+ * service manager, that the process is alive.
+ * ==========================================================================*/
+
+#define TSRVI_BEAT_MS 500   /* between two beats, or a quarter of the heartbeat */
+#define TSRVI_ORPHAN_MS 400 /* that a worker has left when its parent is dead */
+#define TSRVI_CUT_MS 1      /* the grace of a drain that is cut */
+#define TSRVI_SETTLED_MS \
+    1000 /* a process that accepts has to live so long before it is relied on */
+
+enum { TSRVI_STAY, TSRVI_LEAVE, TSRVI_ORPHAN, TSRVI_CUT };
 
 /* Whose files are read anew on SIGHUP: in tsrv_serve, and in the parent of workers; NULL =
  * nobody's. */
 static tsrv_tls *tsrvi_reloaded;
 
-/* What a worker, and tsrv_serve in a single process, have in the loop that runs. */
+/* The process's part; what is not atomic is the chief's. */
 static struct {
     int wake;          /* the parent's pipe; -1 = no worker */
     int grace_ms;      /* of the drain; 0 = each server's own */
     uint64_t interval; /* between two beats */
     uint64_t watchdog; /* TSRVI_FOREVER = nobody waits for it */
-    tsrv_loop *loop;
-    tsrvi_io lifeline; /* readable when the parent is dead */
-    tsrvi_timer beat;
+    uint64_t ready;    /* when a single process began to accept; 0 = not yet */
+    int told;          /* atomic; see above */
+    int by_parent;     /* times, */
+    int by_signal;     /* and times */
+    tsrvi_io line;     /* the life-line; fd -1 = none */
     tsrv_signal signals[4];
 } tsrvi_worker;
 
-/* Drain, once. What else comes of the signals that say so (Ctrl-C reaches the worker directly and
- * through its parent) must not cut what the program does after its loop. */
-static void tsrvi_worker_leave(int grace_ms)
+TSRV_API int tsrv_task_id(void)
 {
-    for (int i = 0; i < 4; i++) {
+    return tsrvi_worker_id;
+}
+
+/* Have the kernel end this process with its parent: the life-line does not reach one that hangs.
+ * Linux forgets it when the process changes its user, prctl(2), so it is asked for more than once.
+ */
+static void tsrvi_worker_follow_parent(void)
+{
+#if TSRVI_HAS_PDEATHSIG
+    if (tsrvi_parent != 0) {
+        TSRV_SYS(prctl, (PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0));
+    }
+#endif
+}
+
+/* ---- being told ------------------------------------------------------------*/
+
+static void tsrvi_worker_tell(int how)
+{
+    if (how <= __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE)) {
+        return;
+    }
+    /* What else comes of the signals must not cut what the program does after its loop. */
+    for (int i = 0; i < 4 && tsrvi_worker_id >= 0; i++) {
         int signo = tsrvi_worker.signals[i].signo;
-        if (signo != 0 && signo != SIGHUP && tsrvi_worker_id >= 0) {
+        if (signo != 0) {
             tsrvi_signals[signo].before.sa_handler = SIG_IGN;
         }
     }
-    if (tsrvi_worker_id < 0 && !tsrvi_worker.loop->leaving) {
-        tsrv_notify("STOPPING=1");
+    if (tsrvi_worker_id < 0 && how == TSRVI_LEAVE) {
+        tsrvi_notify("STOPPING=1");
     }
-    tsrvi_loop_leave(tsrvi_worker.loop, grace_ms);
+    __atomic_store_n(&tsrvi_worker.told, how, __ATOMIC_RELEASE);
+    tsrvi_loops_wake();
 }
 
-static void tsrvi_worker_lost_parent(tsrvi_io *io, int events)
+/* In each loop: do what the process was told. In tsrv_serve only its own loop runs for it. */
+static void tsrvi_worker_hear(tsrv_loop *loop)
 {
-    int fd = io->fd;
-    (void)events;
-    tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id);
-    tsrvi_poller_set(&tsrvi_worker.loop->poller, io, 0);
-    tsrvi_close_fd(fd);
-    io->fd = -1;
-    tsrvi_worker_leave(TSRVI_ORPHAN_MS);
+    int told = __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE);
+    if (loop->beat.fire != NULL && told > loop->told) {
+        loop->told = told;
+        tsrvi_loop_leave(loop, told == TSRVI_CUT      ? TSRVI_CUT_MS
+                               : told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS
+                                                      : tsrvi_worker.grace_ms);
+    }
 }
 
-/* Somebody else's watch on the same signal takes the place of ours. */
+/* Does the program watch a signal by itself? Ours is the chief's only watch on it. */
+static bool tsrvi_worker_is_watched(int signo)
+{
+    tsrv_loop *chief = __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE);
+    tsrv_loop *loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE);
+    if (loop != chief) {
+        return loop != NULL;
+    }
+    for (tsrv_signal *watch = chief->signals; watch != NULL; watch = watch->next) {
+        bool own = watch >= tsrvi_worker.signals && watch < tsrvi_worker.signals + 4;
+        if (watch->signo == signo && !own) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Is there a handler of the program's for a signal? */
+static bool tsrvi_worker_is_handled(int signo)
+{
+    struct sigaction action;
+    return TSRV_SYS(sigaction, (signo, NULL, &action)) == 0 &&
+           ((action.sa_flags & SA_SIGINFO) != 0 ||
+            (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN &&
+             action.sa_handler != tsrvi_signal_handler));
+}
+
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
-    for (tsrv_signal *other = own->loop->signals; other != NULL; other = other->next) {
-        if (other != own && other->signo == own->signo) {
-            return;
-        }
+    if (tsrvi_worker_is_watched(own->signo)) {
+        return; /* the program's watch takes the place of ours */
     }
-    if (own->signo != SIGHUP) {
-        tsrvi_worker_leave(tsrvi_worker.grace_ms);
-    } else if (tsrvi_worker_id < 0) { /* in a worker it is the parent's business */
-        tsrv_tls_reload(tsrvi_reloaded);
+    if (own->signo == SIGHUP) {
+        if (tsrvi_reloaded != NULL && tsrv_tls_reload(tsrvi_reloaded) == TSRV_OK) {
+            tsrvi_log(TSRV_LOG_INFO, "SIGHUP: certificates and keys have been read anew");
+        }
+        return;
+    }
+    if (tsrvi_place_own != NULL) {
+        __atomic_store_n(&tsrvi_place_own->asked, 1, __ATOMIC_RELEASE);
+    }
+    tsrvi_worker.by_signal++;
+    tsrvi_worker_tell(tsrvi_worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
+}
+
+/* The parent acts on a signal: so does this worker, in the program's way if it has one. */
+static void tsrvi_worker_obey(int signo)
+{
+    if (tsrvi_worker_is_watched(signo)) {
+        __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
+        tsrvi_loops_wake();
+    } else if (tsrvi_worker_is_handled(signo)) {
+        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo));
+    } else {
+        tsrvi_worker.by_parent++;
+        tsrvi_worker_tell(tsrvi_worker.by_parent > 1 ? TSRVI_CUT : TSRVI_LEAVE);
     }
 }
 
-/* Say that this process is alive, measure how late, and see to connections that a wake-up was lost
- * for. */
-static void tsrvi_worker_beat(tsrvi_timer *timer)
+static void tsrvi_worker_line_event(tsrvi_io *io, int events)
 {
-    tsrv_loop *loop = tsrvi_worker.loop;
-    uint64_t now = loop->now, lag_ms = (now - timer->due) / TSRVI_MS;
-    if (tsrvi_place_own != NULL) {
-        __atomic_store_n(&tsrvi_place_own->beat, now, __ATOMIC_RELEASE);
+    unsigned char signo = 0;
+    ssize_t got = TSRV_SYS(recv, (io->fd, &signo, 1, MSG_DONTWAIT));
+    (void)events;
+    if (got == 1) {
+        tsrvi_worker_obey(signo);
+    } else if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
+        tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id);
+        tsrvi_poller_set(&tsrvi_chief->poller, io, 0);
+        tsrvi_close_fd(io->fd);
+        io->fd = -1;
+        tsrvi_worker_tell(TSRVI_ORPHAN);
     }
+}
+
+/* ---- the chief -------------------------------------------------------------*/
+
+/* Act on signals that nobody else acts on. In a worker one that is ignored stays so: its parent
+ * tells it. What is acted on is unblocked in this thread, whatever mask the process was given. */
+static void tsrvi_worker_watch_signals(tsrv_loop *loop)
+{
+    static const int signals[] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP};
+    sigset_t unblocked;
+    TSRV_SYS(sigemptyset, (&unblocked));
+    for (int i = 0; i < (tsrvi_worker_id >= 0 ? 3 : 4); i++) {
+        tsrv_signal *own = &tsrvi_worker.signals[i];
+        struct sigaction action;
+        if (TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
+            (action.sa_flags & SA_SIGINFO) == 0 &&
+            (action.sa_handler == SIG_DFL ||
+             (action.sa_handler == SIG_IGN && tsrvi_worker_id < 0)) &&
+            tsrv_signal_start(loop, own, signals[i], tsrvi_worker_signal, own) == TSRV_OK) {
+            TSRV_SYS(sigaddset, (&unblocked, signals[i]));
+        }
+    }
+    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL));
+}
+
+/* Listen to the parent; what fails is tried again at the next beat. */
+static void tsrvi_worker_listen(tsrv_loop *loop)
+{
+    tsrvi_io *line = &tsrvi_worker.line;
+    if (line->fd >= 0 && line->interest == 0) {
+        line->on_event = tsrvi_worker_line_event;
+        if (tsrvi_poller_set(&loop->poller, line, TSRV_READABLE) == TSRV_OK) {
+            __atomic_store_n(&tsrvi_place_own->listens, 1, __ATOMIC_RELEASE);
+        }
+    }
+}
+
+/* The first loop becomes the chief; when that is freed, another one. */
+static void tsrvi_worker_claim(tsrv_loop *loop)
+{
+    tsrv_loop *nobody = NULL;
+    if (__atomic_compare_exchange_n(&tsrvi_chief, &nobody, loop, false, __ATOMIC_ACQ_REL,
+                                    __ATOMIC_ACQUIRE)) {
+        tsrvi_worker_watch_signals(loop);
+        tsrvi_worker_listen(loop);
+    }
+}
+
+/* ---- beats -----------------------------------------------------------------*/
+
+/* Measure how late the loop is, and see to connections that a wake-up was lost for. */
+static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
+{
     for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
         server->stats->lag_ms = lag_ms;
@@ -10224,61 +10953,229 @@ static void tsrvi_worker_beat(tsrvi_timer *timer)
             tsrvi_listener_requeue(listener);
         }
     }
-    if (tsrvi_worker.watchdog <= now) {
-        tsrvi_worker.watchdog = now + tsrvi_watchdog_interval();
-        tsrv_notify("WATCHDOG=1");
-    }
-    tsrvi_heap_set(&loop->heap, timer,
-                   tsrvi_earlier(now + tsrvi_worker.interval, tsrvi_worker.watchdog));
 }
 
-static void tsrvi_worker_watch_signals(tsrv_loop *loop)
+/* Say that this process is alive. */
+static void tsrvi_worker_beat_process(tsrv_loop *loop)
 {
-    static const int signals[] = {SIGTERM, SIGINT, SIGHUP, SIGQUIT};
-    int count = tsrvi_worker_id >= 0 ? 4 : tsrvi_reloaded != NULL ? 3 : 2;
-    for (int i = 0; i < count; i++) {
-        tsrv_signal *own = &tsrvi_worker.signals[i];
-        struct sigaction action;
-        if (own->signo == 0 && TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
-            (action.sa_flags & SA_SIGINFO) == 0 && action.sa_handler == SIG_DFL) {
-            tsrv_signal_start(loop, own, signals[i], tsrvi_worker_signal, own);
-        }
+    tsrvi_worker_listen(loop);
+    if (tsrvi_place_own != NULL) {
+        unsigned beat = tsrvi_place_own->beat + 1;
+        __atomic_store_n(&tsrvi_place_own->beat, beat == 0 ? 1 : beat, __ATOMIC_RELEASE);
+    }
+    if (tsrvi_worker.watchdog <= loop->now) {
+        tsrvi_worker.watchdog = loop->now + tsrvi_watchdog_interval();
+        tsrvi_notify("WATCHDOG=1");
+    }
+    if (tsrvi_worker.ready != 0 && loop->now - tsrvi_worker.ready >= TSRVI_SETTLED_MS * TSRVI_MS) {
+        tsrvi_worker.ready = 0;
+        tsrvi_tell_predecessor();
     }
 }
 
-/* tsrv_loop_run begins, in a worker or in tsrv_serve: the first loop sees to the process. */
+static void tsrvi_worker_beat(tsrvi_timer *timer)
+{
+    tsrv_loop *loop = TSRVI_CONTAINER(timer, tsrv_loop, beat);
+    uint64_t next = loop->now + tsrvi_worker.interval;
+    tsrvi_worker_claim(loop);
+    tsrvi_worker_beat_servers(loop, (loop->now - timer->due) / TSRVI_MS);
+    if (loop == __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
+        tsrvi_worker_beat_process(loop);
+        next = tsrvi_earlier(next, tsrvi_worker.watchdog);
+    }
+    tsrvi_heap_set(&loop->heap, timer, next);
+}
+
+/* tsrv_loop_run begins, in a worker or in tsrv_serve, which has chosen its chief. */
 static void tsrvi_worker_entered(tsrv_loop *loop)
 {
-    if (tsrvi_worker.beat.position != 0 || tsrvi_heap_reserve(&loop->heap) < 0) {
-        return; /* seen to already; or without memory, as without workers */
+    if (tsrvi_worker_id < 0 && loop != __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
+        return;
     }
-    tsrvi_worker.loop = loop;
-    tsrvi_worker.beat.fire = tsrvi_worker_beat;
-    tsrvi_heap_set(&loop->heap, &tsrvi_worker.beat, tsrvi_clock());
-    tsrvi_worker_watch_signals(loop);
-    if (tsrvi_worker.lifeline.fd >= 0) {
-        tsrvi_worker.lifeline.on_event = tsrvi_worker_lost_parent;
-        tsrvi_poller_set(&loop->poller, &tsrvi_worker.lifeline, TSRV_READABLE);
+    if (loop->beat.fire == NULL) {
+        loop->beat.fire = tsrvi_worker_beat;
+        tsrvi_heap_set(&loop->heap, &loop->beat, tsrvi_clock());
     }
+    tsrvi_worker_follow_parent();
+    tsrvi_worker_claim(loop);
+    tsrvi_worker_hear(loop);
 }
 
+/* Its first server accepts; on_start may have changed the user. */
 static void tsrvi_worker_ready(void)
 {
+    tsrvi_worker_follow_parent();
     __atomic_store_n(&tsrvi_place_own->ready, 1, __ATOMIC_RELEASE);
-    tsrvi_wake_write(tsrvi_worker.wake);
+    tsrvi_write_quiet(tsrvi_worker.wake, "", 1);
 }
 
-/* ---- the supervisor --------------------------------------------------------*/
+/* ============================================================================
+ * >>identity  The user that workers run as
+ * ==========================================================================*/
 
-enum { TSRVI_VACANT, TSRVI_DUE, TSRVI_ALIVE, TSRVI_LEAVING };
+#include <grp.h>
+#include <pwd.h>
 
-/* A process of a worker. */
+typedef struct tsrvi_identity {
+    const char *name; /* whose supplementary groups it gets; NULL = none */
+    uid_t uid;
+    gid_t gid;
+    bool wanted; /* false = the process stays who it is */
+} tsrvi_identity;
+
+/* Look up a user and a group, by name or number; NULL = the present user, the user's group. */
+static int tsrvi_identity_find(const char *user, const char *group, tsrvi_identity *identity)
+{
+    int64_t number = tsrvi_decimal(user, INT_MAX);
+    const struct passwd *entry = NULL;
+    const struct group *wanted = group == NULL ? NULL : TSRV_SYS(getgrnam, (group));
+    memset(identity, 0, sizeof(*identity));
+    identity->wanted = user != NULL || group != NULL;
+    identity->uid = number >= 0 ? (uid_t)number : TSRV_SYS(geteuid, ());
+    if (user != NULL && (entry = TSRV_SYS(getpwnam, (user))) == NULL && number >= 0) {
+        entry = TSRV_SYS(getpwuid, ((uid_t)number));
+    }
+    if (entry != NULL) {
+        identity->name = user;
+        identity->uid = entry->pw_uid;
+        identity->gid = entry->pw_gid;
+    }
+    if (user != NULL && entry == NULL && (number < 0 || group == NULL)) {
+        tsrvi_log(TSRV_LOG_ERROR, "user: \"%s\" is not known", user);
+        return TSRV_EINVAL;
+    }
+    number = tsrvi_decimal(group, INT_MAX);
+    if (group != NULL && wanted == NULL && number < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "group: \"%s\" is not known", group);
+        return TSRV_EINVAL;
+    }
+    if (group != NULL) {
+        identity->gid = wanted != NULL ? wanted->gr_gid : (gid_t)number;
+    }
+    return TSRV_OK;
+}
+
+/* Become that user, for good. The supplementary groups go first, as only root may change them, and
+ * what was done is looked at: setuid(2) has been known not to. */
+static int tsrvi_identity_assume(const tsrvi_identity *identity)
+{
+    uid_t uid = identity->uid;
+    gid_t gid = identity->gid;
+    int rc = TSRV_OK;
+    if (!identity->wanted || (TSRV_SYS(geteuid, ()) != 0 && TSRV_SYS(geteuid, ()) == uid &&
+                              TSRV_SYS(getegid, ()) == gid)) {
+        return TSRV_OK;
+    }
+    if ((identity->name != NULL ? TSRV_SYS(initgroups, (identity->name, gid))
+                                : TSRV_SYS(setgroups, (1, &gid))) < 0 ||
+        TSRV_SYS(setgid, (gid)) < 0 || TSRV_SYS(setuid, (uid)) < 0) {
+        rc = tsrvi_error();
+    } else if (TSRV_SYS(getuid, ()) != uid || TSRV_SYS(geteuid, ()) != uid ||
+               TSRV_SYS(getegid, ()) != gid || (uid != 0 && TSRV_SYS(setuid, (0)) == 0)) {
+        rc = -EPERM;
+    }
+    if (rc < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot become user %ld, group %ld: %s", (long)uid, (long)gid,
+                  tsrv_strerror(rc));
+    }
+    return rc;
+}
+
+/* ============================================================================
+ * >>process  Workers, and the supervisor that keeps them
+ *
+ * The parent forks the workers and then only looks after them: it has no loop,
+ * and sleeps in poll until a signal, a worker or a time needs it. All processes
+ * that it has made are children, of which each worker can have several, and so
+ * can the new program of an upgrade. What can happen to a child is this table,
+ * which tests compare with the code's. "." cannot be, and is asserted; "-" changes
+ * nothing.
+ *
+ *                time      ready     told      hangs     ends
+ *     VACANT     .         .         .         .         .
+ *     DUE        fork      .         cancel    .         .
+ *     STARTING   late      serve     tell      abort     replace
+ *     SERVING    .         -         tell      abort     replace
+ *     LEAVING    kill      -         -         -         bury
+ *     DYING      kill      -         leave     -         replace
+ *
+ *     VACANT     there is none
+ *     DUE        it is to be forked at `due`: now, or after a back-off
+ *     STARTING   it does not accept yet; at `due` it has to
+ *     SERVING    it accepts
+ *     LEAVING    told to end; it is killed at `due`
+ *     DYING      it was too late, or hangs, and was sent SIGABRT; it is killed at `due`
+ *
+ * And this is what can happen to the supervisor:
+ *
+ *                stop      reload    upgrade   taken     fails
+ *     RUNNING    stop      reload    upgrade   yield     give_up
+ *     STOPPING   cut       refuse    refuse    .         .
+ *     CUT        -         refuse    refuse    .         .
+ *
+ * A reload is a new generation: each worker that is of an older one is replaced,
+ * one after the other, and when the new process serves, the old one is told to
+ * end. A SIGHUP during a reload begins the next generation; so none is lost, and
+ * those that drain do so side by side. A new process that ends, or is late, ends
+ * the reload, and the old ones stay.
+ *
+ * In an upgrade the new program gets the listening sockets as systemd would hand
+ * them over. It is a child too, which serves when it says that all its workers
+ * have accepted for a second; then everything here leaves.
+ *
+ * Times are of the supervisor's own clock, which stands still while the parent
+ * does not run: a parent that was stopped, or starved, finds nobody late.
+ * ==========================================================================*/
+
+#define TSRVI_WORKERS_MAX 4096
+#define TSRVI_RESTARTS 100         /* default of max_restarts */
+#define TSRVI_START_MS 60000       /* default of start_timeout_ms */
+#define TSRVI_RESTART_MS 100       /* first back-off */
+#define TSRVI_RESTART_MAX_MS 30000 /* longest */
+#define TSRVI_STABLE_MS 60000      /* a process that lived so long begins anew */
+#define TSRVI_KILL_MS 5000         /* after the grace */
+#define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
+#define TSRVI_LOOK_MS 1000         /* at least so often the parent looks at its workers */
+#define TSRVI_LATE_MS 100          /* what it may oversleep before its clock stands still */
+
+enum {
+    TSRVI_CHILD_VACANT,
+    TSRVI_CHILD_DUE,
+    TSRVI_CHILD_STARTING,
+    TSRVI_CHILD_SERVING,
+    TSRVI_CHILD_LEAVING,
+    TSRVI_CHILD_DYING,
+    TSRVI_CHILD_STATES
+};
+enum {
+    TSRVI_CHILD_TIME,
+    TSRVI_CHILD_READY,
+    TSRVI_CHILD_TOLD,
+    TSRVI_CHILD_HANGS,
+    TSRVI_CHILD_ENDS,
+    TSRVI_CHILD_EVENTS
+};
+enum { TSRVI_PARENT_RUNNING, TSRVI_PARENT_STOPPING, TSRVI_PARENT_CUTTING, TSRVI_PARENT_STATES };
+enum {
+    TSRVI_PARENT_STOP,
+    TSRVI_PARENT_RELOAD,
+    TSRVI_PARENT_UPGRADE,
+    TSRVI_PARENT_TAKEN,
+    TSRVI_PARENT_FAILS,
+    TSRVI_PARENT_EVENTS
+};
+
 typedef struct tsrvi_child {
     int state;
-    pid_t pid; /* 0 = none */
+    pid_t pid;           /* 0 = none */
+    int line;            /* the parent's end of its life-line; -1 = none */
+    unsigned generation; /* of which it was forked */
     uint64_t started;
-    uint64_t due;   /* see >>process; ALIVE: when a hung one is killed */
-    int backoff_ms; /* before the last start; 0 = it was the first */
+    uint64_t served; /* SERVING: since when */
+    uint64_t due;    /* TSRVI_FOREVER = never */
+    int backoff_ms;  /* before the last start; 0 = it was the first */
+    unsigned beat;   /* of its loop, when that was last looked at, */
+    uint64_t beaten; /* and when it last changed */
 } tsrvi_child;
 
 /* The signals that the parent acts on while it supervises. The last only if it can be upgraded. */
@@ -10290,25 +11187,97 @@ static int tsrvi_supervised_wake = -1;             /* where handlers write to */
 typedef struct tsrvi_supervisor {
     tsrv_fork_options options; /* the defaults filled in */
     int worker_grace_ms;       /* as it was given; 0 = the server's */
+    tsrvi_identity identity;   /* who workers become */
+    int state;                 /* TSRVI_PARENT_RUNNING and so on */
     int workers;
-    tsrvi_child *children; /* two for each worker */
+    tsrvi_child *children; /* TSRVI_GENERATIONS for each worker, and for programs of upgrades */
+    int count;             /* of children */
+    int born;              /* in a new worker, its child; -1 = this is the parent */
+    bool server;           /* tsrv_server_start has called: a worker never ends by itself */
+    bool serves;           /* workers accept: start_timeout_ms holds */
+    bool forked;           /* there has been a worker */
+    bool announced;        /* READY=1 was sent */
+    bool settled;          /* all workers have accepted for a second */
+    bool rolling;          /* a reload goes on */
+    unsigned generation;   /* of the last reload */
+    int fresh;             /* the child that is to take an old one's place; -1 = none */
     int failures;          /* in a row */
     uint64_t failed;       /* when the last was */
+    int signo;             /* by which children are told */
+    int status;            /* TSRVI_CHILD_ENDS: as from waitpid */
     int code;              /* what the parent returns in the end */
-    bool stopping;
-    bool announced; /* READY=1 was sent */
-    int rolling;    /* the worker that is being replaced; -1 = no rolling restart */
-    bool roll_again;
-    int fresh; /* the place of its replacement; -1 = not begun */
-    int lifeline[2];
+    int upgrade;           /* the program that has not said yet that it serves; -1 = none */
+    int upgrade_fd;        /* it writes here when it does */
     int wake[2];
-    pid_t upgrade;  /* the new program; 0 = none */
-    int upgrade_fd; /* it writes here when it accepts; -1 = none */
-    uint64_t watchdog;
-    sigset_t mask; /* the host's, as its handlers are: */
+    uint64_t now;      /* the supervisor's clock */
+    uint64_t clock;    /* the real one, when it was last read */
+    uint64_t slept;    /* how long the parent meant to sleep since */
+    uint64_t watchdog; /* on the real clock */
+    sigset_t mask;     /* the host's, as its handlers are: */
     struct sigaction before[TSRVI_SUPERVISED];
     int installed;
 } tsrvi_supervisor;
+
+/* The tables of the banner; NULL cannot be. */
+typedef void (*tsrvi_child_action)(tsrvi_supervisor *, int child);
+typedef void (*tsrvi_parent_action)(tsrvi_supervisor *);
+
+static void tsrvi_child_happens(tsrvi_supervisor *s, int child, int event);
+static void tsrvi_parent_happens(tsrvi_supervisor *s, int event);
+/* forward: tsrvi_child_happens - what happens to a child can be an event of the parent's
+ * forward: tsrvi_parent_happens - whose actions are events of its children */
+
+static bool tsrvi_child_is_program(const tsrvi_supervisor *s, int child)
+{
+    return child >= s->workers * TSRVI_GENERATIONS;
+}
+
+/* A name for the log. */
+static const char *tsrvi_child_name(const tsrvi_supervisor *s, int child, char *buffer, size_t size)
+{
+    if (tsrvi_child_is_program(s, child)) {
+        snprintf(buffer, size, "upgrade: the new program (pid %ld)", (long)s->children[child].pid);
+    } else {
+        snprintf(buffer, size, "worker %d (pid %ld)", child / TSRVI_GENERATIONS,
+                 (long)s->children[child].pid);
+    }
+    return buffer;
+}
+
+/* Of a worker's children that are not told to end, one that is not `except`; -1 = none. */
+static int tsrvi_child_beside(const tsrvi_supervisor *s, int worker, int except)
+{
+    for (int i = worker * TSRVI_GENERATIONS; i < (worker + 1) * TSRVI_GENERATIONS; i++) {
+        int state = s->children[i].state;
+        if (i != except && state != TSRVI_CHILD_VACANT && state != TSRVI_CHILD_LEAVING) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* A vacant one; -1 = none. */
+static int tsrvi_child_vacant(const tsrvi_supervisor *s, int worker)
+{
+    for (int i = worker * TSRVI_GENERATIONS; i < (worker + 1) * TSRVI_GENERATIONS; i++) {
+        if (s->children[i].state == TSRVI_CHILD_VACANT) {
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* Has it been what it is to be for so long? A worker without a server only has to live. */
+static bool tsrvi_child_is_up(const tsrvi_supervisor *s, int child, int ms)
+{
+    const tsrvi_child *c = &s->children[child];
+    uint64_t least = (uint64_t)ms * TSRVI_MS;
+    return (c->state == TSRVI_CHILD_SERVING && s->now - c->served >= least) ||
+           (c->state == TSRVI_CHILD_STARTING && !s->serves &&
+            s->now - c->started >= TSRVI_SETTLED_MS * TSRVI_MS);
+}
+
+/* ---- signals and descriptors of the parent ---------------------------------*/
 
 static void tsrvi_supervised_handler(int signo)
 {
@@ -10351,25 +11320,13 @@ static int tsrvi_supervisor_install(tsrvi_supervisor *s)
     return TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL)) < 0 ? tsrvi_error() : TSRV_OK;
 }
 
-static int tsrvi_pipe(int *fds)
-{
-    int rc;
-    if (TSRV_SYS(pipe, (fds)) < 0) {
-        fds[0] = -1;
-        fds[1] = -1;
-        return tsrvi_error();
-    }
-    rc = tsrvi_set_flags(fds[0]);
-    return rc < 0 ? rc : tsrvi_set_flags(fds[1]);
-}
-
 /* The counters for this many workers, in memory that they will share; those of workers that have
  * been are gone. */
 static int tsrvi_places_map(int workers)
 {
-    size_t size = (size_t)workers * 2 * sizeof(tsrvi_place);
-    void *memory =
-        TSRV_SYS(mmap, (NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    size_t count = (size_t)workers * TSRVI_GENERATIONS;
+    void *memory = TSRV_SYS(mmap, (NULL, count * sizeof(tsrvi_place), PROT_READ | PROT_WRITE,
+                                   MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     if (memory == MAP_FAILED) {
         return -ENOMEM;
     }
@@ -10377,15 +11334,16 @@ static int tsrvi_places_map(int workers)
         TSRV_SYS(munmap, (tsrvi_places, (size_t)tsrvi_place_count * sizeof(tsrvi_place)));
     }
     tsrvi_places = (tsrvi_place *)memory;
-    tsrvi_place_count = workers * 2;
+    tsrvi_place_count = (int)count;
     return TSRV_OK;
 }
 
 /* The end of supervision, in the parent and in each child. */
 static void tsrvi_supervisor_close(tsrvi_supervisor *s)
 {
-    tsrvi_close_fd(s->lifeline[0]);
-    tsrvi_close_fd(s->lifeline[1]);
+    for (int i = 0; i < s->count; i++) {
+        tsrvi_close_fd(s->children[i].line);
+    }
     tsrvi_close_fd(s->wake[0]);
     tsrvi_close_fd(s->wake[1]);
     tsrvi_close_fd(s->upgrade_fd);
@@ -10394,7 +11352,7 @@ static void tsrvi_supervisor_close(tsrvi_supervisor *s)
 
 static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fork_options *options)
 {
-    int rc;
+    int count = (workers + 1) * TSRVI_GENERATIONS, rc;
     memset(s, 0, sizeof(*s));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, NULL, &s->mask));
     if (options != NULL) {
@@ -10402,155 +11360,299 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
     }
     s->worker_grace_ms = s->options.grace_ms;
     s->options.grace_ms = tsrvi_default_ms(s->options.grace_ms, 30000);
+    s->serves = s->options.start_timeout_ms != 0;
+    s->options.start_timeout_ms = tsrvi_default_ms(s->options.start_timeout_ms, TSRVI_START_MS);
     s->options.max_restarts =
         s->options.max_restarts == 0 ? TSRVI_RESTARTS : s->options.max_restarts;
     s->workers = workers;
+    s->signo = SIGTERM;
     s->code = TSRV_EPARENT;
-    s->rolling = -1;
-    s->fresh = -1;
-    s->lifeline[0] = s->lifeline[1] = s->wake[0] = s->wake[1] = s->upgrade_fd = -1;
+    s->born = s->fresh = s->upgrade = s->upgrade_fd = s->wake[0] = s->wake[1] = -1;
+    s->now = s->clock = tsrvi_clock();
     s->watchdog = tsrvi_watchdog_interval() == TSRVI_FOREVER ? TSRVI_FOREVER : 0;
-    s->children = (tsrvi_child *)tsrvi_zalloc((size_t)workers * 2 * sizeof(*s->children));
+    if ((rc = tsrvi_identity_find(s->options.user, s->options.group, &s->identity)) < 0) {
+        return rc;
+    }
+    s->children = (tsrvi_child *)tsrvi_zalloc((size_t)count * sizeof(*s->children));
     if (s->children == NULL) {
         return -ENOMEM;
     }
-    if ((rc = tsrvi_places_map(workers)) < 0 || (rc = tsrvi_pipe(s->lifeline)) < 0 ||
-        (rc = tsrvi_pipe(s->wake)) < 0) {
+    for (s->count = 0; s->count < count; s->count++) {
+        s->children[s->count].line = -1;
+    }
+    if ((rc = tsrvi_places_map(workers)) < 0 || (rc = tsrvi_pipe(s->wake)) < 0) {
         return rc;
     }
     tsrvi_supervised_wake = s->wake[1];
     return tsrvi_supervisor_install(s);
 }
 
-/* ---- stopping --------------------------------------------------------------*/
+/* ---- forking ---------------------------------------------------------------*/
 
-/* Tell a process to end; it is killed when it has not by the end of its grace. */
-static void tsrvi_supervisor_dismiss(const tsrvi_supervisor *s, tsrvi_child *child, int signo,
-                                     uint64_t now)
+static void tsrvi_signal_nothing(int signo)
 {
-    if (child->state == TSRVI_ALIVE) {
-        child->state = TSRVI_LEAVING;
-        child->due = tsrvi_after(now, s->options.grace_ms);
-        if (child->due != TSRVI_FOREVER) {
-            child->due = tsrvi_after(child->due, TSRVI_KILL_MS);
-        }
-        TSRV_SYS(kill, (child->pid, signo));
-    } else if (child->state == TSRVI_DUE) {
-        child->state = TSRVI_VACANT;
-    }
+    (void)signo;
 }
 
-/* Everything ends. */
-static void tsrvi_supervisor_stop(tsrvi_supervisor *s, int signo, uint64_t now)
+/* Signals that are the parent's business and would end a worker: sent to the whole tree, as by
+ * pkill(1), they must not, from the fork on. A handler, as what is ignored stays so after exec. */
+static void tsrvi_worker_leave_to_parent(int signo)
 {
-    if (!s->stopping) {
-        tsrv_notify("STOPPING=1");
-    }
-    s->stopping = true;
-    s->rolling = -1;
-    for (int place = 0; place < 2 * s->workers; place++) {
-        tsrvi_supervisor_dismiss(s, &s->children[place], signo, now);
+    struct sigaction action;
+    if (TSRV_SYS(sigaction, (signo, NULL, &action)) == 0 && (action.sa_flags & SA_SIGINFO) == 0 &&
+        action.sa_handler == SIG_DFL) {
+        action.sa_handler = tsrvi_signal_nothing;
+        action.sa_flags = SA_RESTART;
+        TSRV_SYS(sigaction, (signo, &action, NULL));
     }
 }
-
-/* A process has ended badly, or could not be made: try again later, or give up. */
-static void tsrvi_supervisor_failed(tsrvi_supervisor *s, tsrvi_child *child, uint64_t now)
-{
-    if (now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
-        s->failures = 0;
-    }
-    s->failed = now;
-    s->failures++;
-    if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
-        child->state = TSRVI_VACANT;
-        if (!s->stopping) {
-            tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row",
-                      s->options.max_restarts);
-            s->code = TSRV_ERESTARTS;
-            tsrvi_supervisor_stop(s, SIGTERM, now);
-        }
-        return;
-    }
-    if (child->backoff_ms == 0 || now - child->started >= TSRVI_STABLE_MS * TSRVI_MS) {
-        child->backoff_ms = TSRVI_RESTART_MS;
-    } else {
-        child->backoff_ms *= 2;
-        child->backoff_ms =
-            child->backoff_ms > TSRVI_RESTART_MAX_MS ? TSRVI_RESTART_MAX_MS : child->backoff_ms;
-    }
-    child->state = TSRVI_DUE;
-    child->due = tsrvi_after(now, child->backoff_ms);
-}
-
-/* ---- starting --------------------------------------------------------------*/
 
 /* A fork's child becomes a worker: the signals and descriptors that were the parent's own go. */
-static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int place, pid_t parent)
+static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int line, pid_t parent)
 {
     int beat_ms = s->options.heartbeat_ms / 4;
-#if TSRVI_HAS_PDEATHSIG
-    TSRV_SYS(prctl, (PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0));
-#endif
-    if (TSRV_SYS(getppid, ()) != parent) {
-        TSRV_SYS(_exit, (0)); /* it died before it could be asked to tell */
+    tsrvi_parent = parent;
+    tsrvi_worker_id = child / TSRVI_GENERATIONS;
+    tsrvi_place_own = &tsrvi_places[child];
+    tsrvi_place_own->refused = tsrvi_identity_assume(&s->identity);
+    tsrvi_worker_follow_parent();
+    if (tsrvi_place_own->refused < 0 || TSRV_SYS(getppid, ()) != parent) {
+        TSRV_SYS(_exit, (1)); /* or it died before it could be asked to tell */
     }
+    s->born = child;
+    tsrvi_chief = NULL;
     memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
     beat_ms = beat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
     tsrvi_worker.interval = (uint64_t)beat_ms * TSRVI_MS;
     tsrvi_worker.watchdog = TSRVI_FOREVER;
     tsrvi_worker.grace_ms = s->worker_grace_ms;
-    tsrvi_worker.lifeline.fd = s->lifeline[0];
+    tsrvi_worker.line.fd = line;
     tsrvi_worker.wake = s->wake[1];
-    s->lifeline[0] = -1;
     s->wake[1] = -1;
     tsrvi_supervised_wake = -1;
-    tsrvi_close_fd(tsrvi_handed.looked ? tsrvi_handed.ready : -1);
-    tsrvi_handed.ready = -1;
-    tsrvi_parent = parent;
-    tsrvi_worker_id = place / 2;
-    tsrvi_place_own = &tsrvi_places[place];
+    tsrvi_close_fd(tsrvi_handed_take_ready());
     tsrvi_on_ready = tsrvi_worker_ready;
     tsrvi_loop_entered = tsrvi_worker_entered;
+    tsrvi_loop_told = tsrvi_worker_hear;
     tsrvi_supervisor_restore(s);
+    tsrvi_worker_leave_to_parent(SIGHUP);
+    if (s->options.upgrade_argv != NULL) {
+        tsrvi_worker_leave_to_parent(SIGUSR2);
+    }
 }
 
-/* Fork the process of a place. true: this is the child. */
-static bool tsrvi_supervisor_fork(tsrvi_supervisor *s, int place, uint64_t now)
+/* fork, with all signals blocked in both until each knows what it is. Returns the child's pid, 0 in
+ * the child, or a code. */
+static pid_t tsrvi_supervisor_clone(tsrvi_supervisor *s, int child, int *lines)
 {
-    tsrvi_child *child = &s->children[place];
     pid_t parent = TSRV_SYS(getpid, ()), pid;
     sigset_t all, mask;
-    __atomic_store_n(&tsrvi_places[place].ready, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&tsrvi_places[place].beat, (uint64_t)0, __ATOMIC_RELEASE);
     TSRV_SYS(fflush, (NULL)); /* else every process prints what is in the buffers */
     TSRV_SYS(sigfillset, (&all));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
     pid = TSRV_SYS(fork, ());
     if (pid == 0) {
-        tsrvi_supervisor_become_worker(s, place, parent);
-        return true;
+        tsrvi_close_fd(lines[0]);
+        tsrvi_supervisor_become_worker(s, child, lines[1], parent);
+        return 0;
     }
     if (pid < 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "worker %d: fork: %s", place / 2, tsrv_strerror(tsrvi_error()));
+        pid = tsrvi_error();
     }
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &mask, NULL));
-    child->pid = pid < 0 ? 0 : pid;
-    child->started = now;
-    child->state = TSRVI_ALIVE;
-    child->due = TSRVI_FOREVER;
-    if (pid < 0) {
-        tsrvi_supervisor_failed(s, child, now);
-    }
-    return false;
+    return pid;
 }
 
-/* ---- ends of processes -----------------------------------------------------*/
+/* The next back-off: 100 ms, doubling to 30 s, and from the beginning after a stable minute. */
+static void tsrvi_child_back_off(tsrvi_supervisor *s, tsrvi_child *c)
+{
+    if (c->backoff_ms == 0 || s->now - c->started >= TSRVI_STABLE_MS * TSRVI_MS) {
+        c->backoff_ms = TSRVI_RESTART_MS;
+    } else {
+        c->backoff_ms *= 2;
+        c->backoff_ms = c->backoff_ms > TSRVI_RESTART_MAX_MS ? TSRVI_RESTART_MAX_MS : c->backoff_ms;
+    }
+    c->state = TSRVI_CHILD_DUE;
+    c->due = tsrvi_after(s->now, c->backoff_ms);
+}
+
+/* The reload cannot go on with the child that it has just made. A newer one does. */
+static void tsrvi_supervisor_give_reload_up(tsrvi_supervisor *s, int child)
+{
+    s->fresh = -1;
+    if (s->rolling && s->children[child].generation == s->generation) {
+        tsrvi_log(TSRV_LOG_ERROR,
+                  "reload: given up, as the new worker %d does not come up; the old ones stay",
+                  child / TSRVI_GENERATIONS);
+        s->rolling = false;
+        tsrvi_notify("READY=1");
+    }
+}
+
+/* A fork that fails is no worker's bad end: it is tried again, but for a reload's, whose old worker
+ * is there, and for the very first, whose caller learns why. */
+static void tsrvi_child_unborn(tsrvi_supervisor *s, int child, int code)
+{
+    tsrvi_child *c = &s->children[child];
+    tsrvi_log(TSRV_LOG_ERROR, "worker %d: fork: %s", child / TSRVI_GENERATIONS,
+              tsrv_strerror(code));
+    if (child == s->fresh) {
+        c->state = TSRVI_CHILD_VACANT;
+        tsrvi_supervisor_give_reload_up(s, child);
+    } else if (!s->forked) {
+        c->state = TSRVI_CHILD_VACANT;
+        s->code = code;
+        tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
+    } else {
+        c->started = s->now;
+        tsrvi_child_back_off(s, c);
+    }
+}
+
+static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    tsrvi_place *place = &tsrvi_places[child];
+    int lines[2], rc = tsrvi_socket_pair(lines);
+    pid_t pid;
+    place->refused = TSRV_OK;
+    __atomic_store_n(&place->ready, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&place->listens, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&place->asked, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&place->beat, 0u, __ATOMIC_RELEASE);
+    c->generation = s->generation;
+    pid = rc < 0 ? (pid_t)rc : tsrvi_supervisor_clone(s, child, lines);
+    if (s->born >= 0) {
+        return;
+    }
+    if (rc == TSRV_OK) {
+        tsrvi_close_fd(lines[1]);
+    }
+    if (pid < 0) {
+        tsrvi_close_fd(lines[0]);
+        tsrvi_child_unborn(s, child, (int)pid);
+        return;
+    }
+    s->forked = true;
+    c->state = TSRVI_CHILD_STARTING;
+    c->pid = pid;
+    c->line = lines[0];
+    c->started = c->beaten = s->now;
+    c->beat = 0;
+    c->due = s->serves ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
+}
+
+/* ---- what happens to a child -----------------------------------------------*/
+
+static void tsrvi_child_ignore(tsrvi_supervisor *s, int child)
+{
+    (void)s;
+    (void)child;
+}
+
+static void tsrvi_child_cancel(tsrvi_supervisor *s, int child)
+{
+    s->children[child].state = TSRVI_CHILD_VACANT;
+}
+
+/* Who has no loop that listens to the life-line gets the signal itself. */
+static void tsrvi_child_say(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    char signo = (char)s->signo;
+    bool program = tsrvi_child_is_program(s, child);
+    if (!program) {
+        TSRV_SYS(send, (c->line, &signo, 1, TSRVI_SEND_FLAGS));
+    }
+    if (program || !__atomic_load_n(&tsrvi_places[child].listens, __ATOMIC_ACQUIRE)) {
+        TSRV_SYS(kill, (c->pid, s->signo));
+    }
+}
+
+static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    c->state = TSRVI_CHILD_LEAVING;
+    c->due = tsrvi_after(s->now, s->options.grace_ms);
+    if (c->due != TSRVI_FOREVER) {
+        c->due = tsrvi_after(c->due, TSRVI_KILL_MS);
+    }
+    tsrvi_child_say(s, child);
+}
+
+/* It accepts. With the first that does, all others have to, in time. */
+static void tsrvi_child_serve(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    c->state = TSRVI_CHILD_SERVING;
+    c->served = s->now;
+    c->due = TSRVI_FOREVER;
+    if (tsrvi_child_is_program(s, child)) {
+        tsrvi_parent_happens(s, TSRVI_PARENT_TAKEN);
+        return;
+    }
+    if (!s->announced) {
+        s->announced = true;
+        tsrvi_notify("READY=1");
+    }
+    for (int i = 0; i < s->count && !s->serves; i++) {
+        if (s->children[i].state == TSRVI_CHILD_STARTING) {
+            s->children[i].due = tsrvi_after(s->children[i].started, s->options.start_timeout_ms);
+        }
+    }
+    s->serves = true;
+}
+
+/* It is ended: a worker so that it leaves a core, a program in its own good order. */
+static void tsrvi_child_end(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    bool program = tsrvi_child_is_program(s, child);
+    TSRV_SYS(kill, (c->pid, program ? SIGTERM : SIGABRT));
+    c->state = TSRVI_CHILD_DYING;
+    c->due = tsrvi_after(s->now, program ? TSRVI_KILL_MS : TSRVI_HUNG_MS);
+}
+
+static void tsrvi_child_late(tsrvi_supervisor *s, int child)
+{
+    char name[64];
+    tsrvi_log(TSRV_LOG_ERROR, "%s does not accept within start_timeout_ms (%d) and is ended",
+              tsrvi_child_name(s, child, name, sizeof(name)), s->options.start_timeout_ms);
+    tsrvi_child_end(s, child);
+}
+
+static void tsrvi_child_abort(tsrvi_supervisor *s, int child)
+{
+    char name[64];
+    tsrvi_log(TSRV_LOG_ERROR, "%s hangs: its loop has not turned for heartbeat_ms (%d)",
+              tsrvi_child_name(s, child, name, sizeof(name)), s->options.heartbeat_ms);
+    tsrvi_child_end(s, child);
+}
+
+static void tsrvi_child_kill(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    char name[64];
+    tsrvi_log(TSRV_LOG_WARNING, "%s does not end and is killed",
+              tsrvi_child_name(s, child, name, sizeof(name)));
+    TSRV_SYS(kill, (c->pid, SIGKILL));
+    c->due = TSRVI_FOREVER;
+    if (s->state != TSRVI_PARENT_RUNNING && s->code == TSRV_EPARENT) {
+        s->code = TSRV_ETIMEOUT;
+    }
+}
+
+/* One that is dying anyway is not replaced any more. */
+static void tsrvi_child_leave(tsrvi_supervisor *s, int child)
+{
+    s->children[child].state = TSRVI_CHILD_LEAVING;
+}
 
 /* Connections that a dead process had are closed, whatever it has counted. */
-static void tsrvi_supervisor_settle(int place)
+static void tsrvi_child_settle(int child)
 {
     for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
-        tsrv_stats *stats = &tsrvi_places[place].stats[number];
+        tsrv_stats *stats = &tsrvi_places[child].stats[number];
         stats->closed += stats->open;
         stats->ended_error += stats->open;
         stats->open = 0;
@@ -10558,143 +11660,195 @@ static void tsrvi_supervisor_settle(int place)
     }
 }
 
-/* A process has ended. */
-static void tsrvi_supervisor_ended(tsrvi_supervisor *s, int place, int status, uint64_t now)
+/* Has a worker that has ended come to its own end? Only one that tsrv_server_start has not made can,
+ * and not because somebody has sent it a signal. */
+static bool tsrvi_child_has_finished(const tsrvi_supervisor *s, int child)
 {
-    tsrvi_child *child = &s->children[place];
-    const tsrvi_child *other = &s->children[place ^ 1];
-    bool left = child->state == TSRVI_LEAVING, well = WIFEXITED(status) && WEXITSTATUS(status) == 0;
-    int pid = (int)child->pid, level = left || well ? TSRV_LOG_INFO : TSRV_LOG_WARNING;
-    child->pid = 0;
-    child->state = TSRVI_VACANT;
-    tsrvi_supervisor_settle(place);
-    tsrvi_log(level, "worker %d (pid %d) %s %d", place / 2, pid,
+    return WIFEXITED(s->status) && WEXITSTATUS(s->status) == 0 && !s->server &&
+           !tsrvi_child_is_program(s, child) &&
+           !__atomic_load_n(&tsrvi_places[child].asked, __ATOMIC_ACQUIRE);
+}
+
+/* It has ended, and nothing follows from that. */
+static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    bool program = tsrvi_child_is_program(s, child);
+    bool expected = c->state == TSRVI_CHILD_LEAVING || tsrvi_child_has_finished(s, child);
+    int pid = (int)c->pid, status = s->status;
+    char name[64];
+    tsrvi_log(expected ? TSRV_LOG_INFO : TSRV_LOG_WARNING, "%s %s %d%s",
+              tsrvi_child_name(s, child, name, sizeof(name)),
               WIFEXITED(status) ? "exited with status" : "was ended by signal",
-              WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status));
-    if (place == s->fresh) {
+              WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status),
+              expected ? "" : ", unasked");
+    tsrvi_close_fd(c->line);
+    c->line = -1;
+    c->pid = 0;
+    c->state = TSRVI_CHILD_VACANT;
+    if (child == s->upgrade) {
+        tsrvi_close_fd(s->upgrade_fd);
+        s->upgrade = s->upgrade_fd = -1;
+    }
+    if (!program) {
+        tsrvi_child_settle(child);
+        if (s->options.on_exit != NULL) {
+            s->options.on_exit(child / TSRVI_GENERATIONS, pid, status, s->options.context);
+        }
+    }
+}
+
+/* It is forked again, later; or too many ends were bad. */
+static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
+{
+    tsrvi_places[child].stats[0].restarts++;
+    if (s->now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
+        s->failures = 0;
+    }
+    s->failed = s->now;
+    s->failures++;
+    if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
+        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+    } else {
+        tsrvi_child_back_off(s, &s->children[child]);
+    }
+}
+
+/* It has ended without having been told to. */
+static void tsrvi_child_replace_worker(tsrvi_supervisor *s, int child)
+{
+    const tsrvi_place *place = &tsrvi_places[child];
+    tsrvi_child_bury(s, child);
+    if (child == s->fresh) {
+        tsrvi_supervisor_give_reload_up(s, child);
+    }
+    if (tsrvi_child_beside(s, child / TSRVI_GENERATIONS, child) >= 0) {
+        return; /* another process has its place already */
+    }
+    if (place->refused < 0 && !s->announced) {
+        s->code = place->refused;
+        tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
+    } else if (!tsrvi_child_has_finished(s, child)) {
+        tsrvi_child_retry(s, child);
+    }
+}
+
+static void tsrvi_child_replace(tsrvi_supervisor *s, int child)
+{
+    if (tsrvi_child_is_program(s, child)) {
+        tsrvi_child_bury(s, child);
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: given up, this program goes on");
+    } else {
+        tsrvi_child_replace_worker(s, child);
+    }
+}
+
+static const tsrvi_child_action tsrvi_child_table[TSRVI_CHILD_STATES][TSRVI_CHILD_EVENTS] = {
+    {NULL, NULL, NULL, NULL, NULL},
+    {tsrvi_child_fork, NULL, tsrvi_child_cancel, NULL, NULL},
+    {tsrvi_child_late, tsrvi_child_serve, tsrvi_child_tell, tsrvi_child_abort, tsrvi_child_replace},
+    {NULL, tsrvi_child_ignore, tsrvi_child_tell, tsrvi_child_abort, tsrvi_child_replace},
+    {tsrvi_child_kill, tsrvi_child_ignore, tsrvi_child_ignore, tsrvi_child_ignore,
+     tsrvi_child_bury},
+    {tsrvi_child_kill, tsrvi_child_ignore, tsrvi_child_leave, tsrvi_child_ignore,
+     tsrvi_child_replace},
+};
+
+static void tsrvi_child_happens(tsrvi_supervisor *s, int child, int event)
+{
+    tsrvi_child_action action = tsrvi_child_table[s->children[child].state][event];
+    TSRV_ASSERT(action != NULL);
+    action(s, child);
+}
+
+/* ============================================================================
+ * >>supervise  Reloads, upgrades, and the rounds of the supervisor
+ * ==========================================================================*/
+
+/* ---- reload ----------------------------------------------------------------*/
+
+/* The new process is up: those that it replaces are told to end. */
+static void tsrvi_reload_replace(tsrvi_supervisor *s)
+{
+    int fresh = s->fresh, worker = fresh / TSRVI_GENERATIONS, old;
+    s->fresh = -1;
+    while ((old = tsrvi_child_beside(s, worker, fresh)) >= 0) {
+        tsrvi_child_happens(s, old, TSRVI_CHILD_TOLD);
+    }
+}
+
+/* A worker of an older generation, -1 = none. One that is to be forked again anyway is not. */
+static int tsrvi_reload_next(const tsrvi_supervisor *s)
+{
+    for (int worker = 0; worker < s->workers; worker++) {
+        int child = tsrvi_child_beside(s, worker, -1);
+        if (child >= 0 && s->children[child].generation != s->generation &&
+            (s->children[child].state == TSRVI_CHILD_STARTING ||
+             s->children[child].state == TSRVI_CHILD_SERVING)) {
+            return child;
+        }
+    }
+    return -1;
+}
+
+/* Has a newer reload waited long enough for what the one before has begun? */
+static bool tsrvi_reload_is_overtaken(const tsrvi_supervisor *s)
+{
+    const tsrvi_child *fresh = &s->children[s->fresh];
+    return fresh->generation != s->generation &&
+           s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS;
+}
+
+/* One step. Where a worker has no place left for another process, the next one that ends makes it. */
+static void tsrvi_reload_step(tsrvi_supervisor *s)
+{
+    int old, place;
+    if (s->fresh >= 0 && tsrvi_child_is_up(s, s->fresh, 0)) {
+        tsrvi_reload_replace(s);
+    } else if (s->fresh >= 0 && tsrvi_reload_is_overtaken(s)) {
+        tsrvi_child *fresh = &s->children[s->fresh];
+        tsrvi_child_happens(s, s->fresh, TSRVI_CHILD_TOLD);
+        fresh->due = tsrvi_earlier(fresh->due, tsrvi_after(s->now, TSRVI_KILL_MS));
         s->fresh = -1;
-        if (other->state == TSRVI_ALIVE || other->state == TSRVI_DUE) {
-            tsrvi_log(TSRV_LOG_ERROR, "rolling restart: the new worker %d ends, the old ones stay",
-                      place / 2);
-            s->rolling = -1;
-            tsrv_notify("READY=1");
-        }
     }
-    if (!left && !well && !s->stopping && other->state != TSRVI_ALIVE &&
-        other->state != TSRVI_DUE) {
-        tsrvi_places[place].stats[0].restarts++;
-        tsrvi_supervisor_failed(s, child, now);
+    if (!s->rolling || s->fresh >= 0) {
+        return;
     }
-    if (s->options.on_exit != NULL) {
-        s->options.on_exit(place / 2, pid, status, s->options.context);
+    if ((old = tsrvi_reload_next(s)) < 0) {
+        s->rolling = false;
+        tsrvi_log(TSRV_LOG_INFO, "reload: done, all %d workers are new", s->workers);
+        tsrvi_notify("READY=1");
+        return;
     }
-}
-
-/* Take the status of a child, if it has ended. Returns its pid, 0 or -1. */
-static pid_t tsrvi_wait_for(pid_t child, int *status)
-{
-    pid_t pid;
-    do {
-        pid = TSRV_SYS(waitpid, (child, status, WNOHANG));
-    } while (pid < 0 && errno == EINTR);
-    return pid;
-}
-
-/* Learn which processes have ended. Only our own are asked for; but who is process 1 inherits every
- * orphan, and has to bury them. */
-static void tsrvi_supervisor_reap(tsrvi_supervisor *s, uint64_t now)
-{
-    int status = 0;
-    for (int place = 0; place < 2 * s->workers; place++) {
-        tsrvi_child *child = &s->children[place];
-        pid_t pid = child->pid == 0 ? 0 : tsrvi_wait_for(child->pid, &status);
-        if (pid < 0 && errno == ECHILD) {
-            status = SIGKILL; /* somebody else has taken its status; that it has ended is sure */
-            pid = child->pid;
-        }
-        if (pid > 0) {
-            tsrvi_supervisor_ended(s, place, status, now);
-        }
-    }
-    if (s->upgrade > 0 && tsrvi_wait_for(s->upgrade, &status) == s->upgrade) {
-        s->upgrade = 0; /* what it has said, or not, is in the pipe */
-    }
-    if (TSRV_SYS(getpid, ()) == 1) {
-        siginfo_t info;
-        memset(&info, 0, sizeof(info));
-        while (TSRV_SYS(waitid, (P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT)) == 0 &&
-               info.si_pid > 0) {
-            for (int place = 0; place < 2 * s->workers; place++) {
-                if (s->children[place].pid == info.si_pid) {
-                    tsrvi_wake_write(s->wake[1]); /* it has ended just now: next time */
-                    return;
-                }
-            }
-            tsrvi_wait_for(info.si_pid, &status);
-            memset(&info, 0, sizeof(info));
-        }
+    if ((place = tsrvi_child_vacant(s, old / TSRVI_GENERATIONS)) >= 0) {
+        s->fresh = place;
+        s->children[place].state = TSRVI_CHILD_DUE;
+        s->children[place].backoff_ms = 0;
+        s->children[place].due = s->now;
+        tsrvi_child_happens(s, place, TSRVI_CHILD_TIME);
     }
 }
 
-/* ---- replacing -------------------------------------------------------------*/
-
-/* One step of a rolling restart. true: this is a new child. */
-static bool tsrvi_supervisor_roll(tsrvi_supervisor *s, uint64_t now)
-{
-    while (s->rolling >= 0 && s->rolling < s->workers) {
-        int first = 2 * s->rolling;
-        int old = s->fresh >= 0                                 ? s->fresh ^ 1
-                  : s->children[first].state == TSRVI_ALIVE     ? first
-                  : s->children[first + 1].state == TSRVI_ALIVE ? first + 1
-                                                                : -1;
-        if (s->fresh < 0 && old >= 0 && s->children[old ^ 1].state != TSRVI_VACANT) {
-            return false; /* the process before it has not ended yet */
-        }
-        if (s->fresh < 0 && old >= 0) {
-            s->fresh = old ^ 1;
-            s->children[s->fresh].backoff_ms = 0;
-            if (tsrvi_supervisor_fork(s, s->fresh, now)) {
-                return true;
-            }
-        }
-        if (s->fresh >= 0 &&
-            __atomic_load_n(&tsrvi_places[s->fresh].ready, __ATOMIC_ACQUIRE) == 0 &&
-            now - s->children[s->fresh].started < TSRVI_START_MS * TSRVI_MS) {
-            return false;
-        }
-        if (s->fresh >= 0) {
-            tsrvi_supervisor_dismiss(s, &s->children[old], SIGTERM, now);
-        }
-        s->fresh = -1;
-        s->rolling++;
-    }
-    if (s->rolling >= 0) {
-        s->rolling = s->roll_again ? 0 : -1;
-        s->roll_again = false;
-        tsrv_notify("READY=1");
-    }
-    return false;
-}
+/* ---- upgrade ---------------------------------------------------------------*/
 
 /* Become the new program: it finds the listening sockets as systemd would hand them over, and
- * behind them the pipe. In the child; does not return. */
-static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready)
+ * behind them the pipe. In the child; does not return.
+ *   moved  room for one descriptor more than there are sockets */
+static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
 {
-    int count = s->options.fd_count, above = TSRVI_LISTEN_FIRST + count + 1, fd;
+    int count = s->options.fd_count;
     char number[16];
-    for (int i = 0; i <= count; i++) { /* first out of each other's way */
-        fd = TSRV_SYS(fcntl, (i < count ? s->options.fds[i] : ready, F_DUPFD, above + i));
-        if (fd < 0) {
+    /* First all of them out of the way, and only then each to its place. */
+    for (int i = 0; i <= count; i++) {
+        moved[i] = TSRV_SYS(fcntl, (i < count ? s->options.fds[i] : ready, F_DUPFD_CLOEXEC,
+                                    TSRVI_LISTEN_FIRST + count + 1));
+        if (moved[i] < 0) {
+            tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s", tsrv_strerror(tsrvi_error()));
             TSRV_SYS(_exit, (127));
         }
-        above = fd - i;
-        if (TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC)) < 0) {
-            TSRV_SYS(_exit, (127));
-        }
-        snprintf(number, sizeof(number), "%d", fd);
     }
     for (int i = 0; i <= count; i++) {
-        TSRV_SYS(dup2, (above + i, TSRVI_LISTEN_FIRST + i));
+        TSRV_SYS(dup2, (moved[i], TSRVI_LISTEN_FIRST + i));
     }
     snprintf(number, sizeof(number), "%d", count);
     TSRV_SYS(setenv, ("LISTEN_FDS", number, 1));
@@ -10712,52 +11866,188 @@ static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready)
     TSRV_SYS(_exit, (127));
 }
 
-static void tsrvi_upgrade_start(tsrvi_supervisor *s)
+/* Start the new program. */
+static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
 {
-    int fds[2];
-    pid_t pid;
-    if (s->upgrade_fd >= 0 || s->stopping || tsrvi_pipe(fds) < 0) {
-        return; /* one at a time */
+    tsrvi_child *c = &s->children[child];
+    int *moved = (int *)TSRV_MALLOC(((size_t)s->options.fd_count + 1) * sizeof(*moved));
+    int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds);
+    pid_t pid = -1;
+    if (rc == TSRV_OK) {
+        TSRV_SYS(fflush, (NULL));
+        pid = TSRV_SYS(fork, ());
+        if (pid == 0) {
+            tsrvi_supervisor_restore(s);
+            tsrvi_upgrade_exec(s, fds[1], moved);
+        }
+        rc = pid < 0 ? tsrvi_error() : TSRV_OK;
+        tsrvi_close_fd(fds[1]);
+        if (pid < 0) {
+            tsrvi_close_fd(fds[0]);
+        }
     }
-    if (TSRV_SYS(getpid, ()) == 1) {
-        tsrvi_log(TSRV_LOG_ERROR, "upgrade: process 1 cannot be replaced by another process");
-        tsrvi_close_fds(fds, 2);
-        return;
+    TSRV_FREE(moved);
+    if (rc < 0) {
+        return rc;
     }
-    TSRV_SYS(fflush, (NULL));
-    pid = TSRV_SYS(fork, ());
-    if (pid == 0) {
-        tsrvi_supervisor_restore(s);
-        tsrvi_upgrade_exec(s, fds[1]);
-    }
-    tsrvi_close_fd(fds[1]);
+    c->state = TSRVI_CHILD_STARTING;
+    c->pid = pid;
+    c->started = s->now;
+    c->due = tsrvi_after(s->now, s->options.start_timeout_ms);
+    s->upgrade = child;
     s->upgrade_fd = fds[0];
-    s->upgrade = pid < 0 ? 0 : pid;
+    return TSRV_OK;
 }
 
-/* The new program has said that it accepts, or has died without a word. */
-static void tsrvi_upgrade_look(tsrvi_supervisor *s, uint64_t now)
+/* Has the new program said that it serves? Without a word, and with the pipe closed, it never will.
+ */
+static void tsrvi_upgrade_look(tsrvi_supervisor *s)
 {
     char byte;
-    ssize_t got = s->upgrade_fd < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
-    if (got == 1) {
-        char state[64];
-        snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->upgrade);
-        tsrv_notify(state);
-        s->upgrade = 0;
-        tsrvi_supervisor_stop(s, SIGTERM, now);
-    } else if (got == 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "upgrade: the new program does not start, this one goes on");
+    int program = s->upgrade;
+    ssize_t got = program < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
+    if (got < 0) {
+        return;
     }
-    if (got >= 0) {
-        tsrvi_close_fd(s->upgrade_fd);
-        s->upgrade_fd = -1;
+    tsrvi_close_fd(s->upgrade_fd);
+    s->upgrade = s->upgrade_fd = -1;
+    if (got == 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: the new program cannot say that it serves");
+    }
+    tsrvi_child_happens(s, program, got == 1 ? TSRVI_CHILD_READY : TSRVI_CHILD_TOLD);
+}
+
+/* ---- what happens to the parent --------------------------------------------*/
+
+static void tsrvi_parent_ignore(tsrvi_supervisor *s)
+{
+    (void)s;
+}
+
+static void tsrvi_parent_refuse(tsrvi_supervisor *s)
+{
+    (void)s;
+    tsrvi_log(TSRV_LOG_WARNING, "neither a reload nor an upgrade begins, as everything ends");
+}
+
+/* Tell everybody to end, and refuse new connections from this moment on.
+ *   files  unix sockets' are removed, as nobody takes them over */
+static void tsrvi_parent_leave(tsrvi_supervisor *s, bool files)
+{
+    s->state = TSRVI_PARENT_STOPPING;
+    s->rolling = false;
+    s->fresh = -1;
+    tsrvi_bound_refuse_all(!files);
+    for (int i = 0; i < s->count; i++) {
+        if (s->children[i].state != TSRVI_CHILD_VACANT) {
+            tsrvi_child_happens(s, i, TSRVI_CHILD_TOLD);
+        }
     }
 }
 
-/* ---- supervising -----------------------------------------------------------*/
+static void tsrvi_parent_stop(tsrvi_supervisor *s)
+{
+    tsrvi_log(TSRV_LOG_INFO, "stopping: no new connections, workers have %d ms to end",
+              s->options.grace_ms);
+    tsrvi_notify("STOPPING=1");
+    tsrvi_parent_leave(s, true);
+}
 
-static void tsrvi_supervisor_signals(tsrvi_supervisor *s, uint64_t now)
+/* Told again: who still drains is told again too, and has little time left. */
+static void tsrvi_parent_cut(tsrvi_supervisor *s)
+{
+    tsrvi_log(TSRV_LOG_INFO, "stopping: told again, the grace is over");
+    s->state = TSRVI_PARENT_CUTTING;
+    for (int i = 0; i < s->count; i++) {
+        tsrvi_child *c = &s->children[i];
+        if (c->state == TSRVI_CHILD_LEAVING) {
+            tsrvi_child_say(s, i);
+            c->due = tsrvi_earlier(c->due, tsrvi_after(s->now, TSRVI_KILL_MS));
+        }
+    }
+}
+
+static void tsrvi_parent_reload(tsrvi_supervisor *s)
+{
+    tsrvi_log(TSRV_LOG_INFO, "reload: %d workers are replaced, one after the other", s->workers);
+    tsrvi_notify("RELOADING=1");
+    if (tsrvi_reloaded != NULL) {
+        tsrv_tls_reload(tsrvi_reloaded); /* what fails is logged, and changes nothing */
+    }
+    s->generation++;
+    s->rolling = true;
+}
+
+static void tsrvi_parent_upgrade(tsrvi_supervisor *s)
+{
+    int child = tsrvi_child_vacant(s, s->workers), rc = TSRV_EBUSY;
+    if (TSRV_SYS(getpid, ()) == 1) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: process 1 cannot be replaced by another process");
+        return;
+    }
+    if (s->upgrade < 0 && child >= 0) {
+        rc = tsrvi_upgrade_fork(s, child);
+    }
+    if (rc < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: cannot start %s: %s", s->options.upgrade_argv[0],
+                  rc == TSRV_EBUSY ? "one is under way already" : tsrv_strerror(rc));
+    } else {
+        tsrvi_log(TSRV_LOG_INFO, "upgrade: %s is started (pid %ld), and has %d ms to accept",
+                  s->options.upgrade_argv[0], (long)s->children[child].pid,
+                  s->options.start_timeout_ms);
+    }
+}
+
+/* The new program has taken over. */
+static void tsrvi_parent_yield(tsrvi_supervisor *s)
+{
+    char state[64];
+    for (int i = s->workers * TSRVI_GENERATIONS; i < s->count; i++) {
+        if (s->children[i].state == TSRVI_CHILD_SERVING) {
+            snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->children[i].pid);
+            tsrvi_notify(state);
+            tsrvi_log(TSRV_LOG_INFO, "upgrade: done, process %ld serves; this program ends",
+                      (long)s->children[i].pid);
+            s->children[i].state = TSRVI_CHILD_VACANT; /* it is no business of ours any more */
+        }
+    }
+    tsrvi_parent_leave(s, false);
+}
+
+static void tsrvi_parent_give_up(tsrvi_supervisor *s)
+{
+    tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
+              s->options.max_restarts);
+    s->code = TSRV_ERESTARTS;
+    tsrvi_parent_stop(s);
+}
+
+static const tsrvi_parent_action tsrvi_parent_table[TSRVI_PARENT_STATES][TSRVI_PARENT_EVENTS] = {
+    {tsrvi_parent_stop, tsrvi_parent_reload, tsrvi_parent_upgrade, tsrvi_parent_yield,
+     tsrvi_parent_give_up},
+    {tsrvi_parent_cut, tsrvi_parent_refuse, tsrvi_parent_refuse, NULL, NULL},
+    {tsrvi_parent_ignore, tsrvi_parent_refuse, tsrvi_parent_refuse, NULL, NULL},
+};
+
+static void tsrvi_parent_happens(tsrvi_supervisor *s, int event)
+{
+    tsrvi_parent_action action = tsrvi_parent_table[s->state][event];
+    TSRV_ASSERT(action != NULL);
+    action(s);
+}
+
+/* ---- rounds ----------------------------------------------------------------*/
+
+/* The clock goes on, but not by more than the parent has meant to sleep. */
+static void tsrvi_supervisor_tick(tsrvi_supervisor *s)
+{
+    uint64_t clock = tsrvi_clock();
+    s->now += tsrvi_earlier(clock - s->clock, s->slept + TSRVI_LATE_MS * TSRVI_MS);
+    s->clock = clock;
+    s->slept = 0;
+}
+
+static void tsrvi_supervisor_signals(tsrvi_supervisor *s)
 {
     for (int i = 0; i < TSRVI_SUPERVISED; i++) {
         if (__atomic_exchange_n(&tsrvi_supervised_got[i], 0, __ATOMIC_ACQ_REL) == 0) {
@@ -10767,92 +12057,166 @@ static void tsrvi_supervisor_signals(tsrvi_supervisor *s, uint64_t now)
         case SIGCHLD:
             break; /* every wake-up looks for them */
         case SIGHUP:
-            tsrv_notify("RELOADING=1");
-            if (tsrvi_reloaded != NULL) {
-                tsrv_tls_reload(tsrvi_reloaded); /* what fails is logged, and changes nothing */
-            }
-            s->roll_again = s->rolling >= 0;
-            s->rolling = s->stopping ? -1 : s->rolling >= 0 ? s->rolling : 0;
+            tsrvi_parent_happens(s, TSRVI_PARENT_RELOAD);
             break;
         case SIGUSR2:
-            tsrvi_upgrade_start(s);
+            tsrvi_parent_happens(s, TSRVI_PARENT_UPGRADE);
             break;
         default:
-            tsrvi_supervisor_stop(s, tsrvi_supervised[i], now);
+            s->signo = tsrvi_supervised[i];
+            tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
         }
     }
 }
 
-/* A worker whose loop does not turn is ended so that it leaves a core, then for good. */
-static void tsrvi_supervisor_check_beat(const tsrvi_supervisor *s, int place, uint64_t now)
+/* Take the status of a child, if it has ended. Returns its pid, 0 or -1. */
+static pid_t tsrvi_wait_for(pid_t child, int *status)
 {
-    tsrvi_child *child = &s->children[place];
-    uint64_t beat = __atomic_load_n(&tsrvi_places[place].beat, __ATOMIC_ACQUIRE);
-    if (s->options.heartbeat_ms <= 0 || beat == 0 || child->due != TSRVI_FOREVER || now < beat ||
-        now - beat < (uint64_t)s->options.heartbeat_ms * TSRVI_MS) {
-        return;
-    }
-    tsrvi_log(TSRV_LOG_ERROR, "worker %d (pid %ld) hangs: no beat for %llu ms", place / 2,
-              (long)child->pid, (unsigned long long)((now - beat) / TSRVI_MS));
-    TSRV_SYS(kill, (child->pid, SIGABRT));
-    child->due = tsrvi_after(now, TSRVI_HUNG_MS);
+    pid_t pid;
+    do {
+        pid = TSRV_SYS(waitpid, (child, status, WNOHANG));
+    } while (pid < 0 && errno == EINTR);
+    return pid;
 }
 
-/* Do what is due. true: this is a new child. */
-static bool tsrvi_supervisor_act(tsrvi_supervisor *s, uint64_t now)
+/* Who is process 1 inherits every orphan, and has to bury them. */
+static void tsrvi_supervisor_reap_orphans(tsrvi_supervisor *s)
 {
-    for (int place = 0; place < 2 * s->workers; place++) {
-        tsrvi_child *child = &s->children[place];
-        if (child->state == TSRVI_DUE && child->due <= now) {
-            if (tsrvi_supervisor_fork(s, place, now)) {
-                return true;
-            }
-        } else if (child->pid != 0 && child->due <= now) {
-            tsrvi_log(TSRV_LOG_WARNING, "worker %d (pid %ld) does not end and is killed", place / 2,
-                      (long)child->pid);
-            TSRV_SYS(kill, (child->pid, SIGKILL));
-            child->due = TSRVI_FOREVER;
-            s->code = s->stopping && s->code == TSRV_EPARENT ? (int)TSRV_ETIMEOUT : s->code;
-        } else if (child->state == TSRVI_ALIVE) {
-            tsrvi_supervisor_check_beat(s, place, now);
-            if (!s->announced && __atomic_load_n(&tsrvi_places[place].ready, __ATOMIC_ACQUIRE)) {
-                s->announced = true;
-                tsrv_notify("READY=1");
+    siginfo_t info;
+    int status;
+    memset(&info, 0, sizeof(info));
+    while (TSRV_SYS(waitid, (P_ALL, 0, &info, WEXITED | WNOHANG | WNOWAIT)) == 0 &&
+           info.si_pid > 0) {
+        for (int i = 0; i < s->count; i++) {
+            if (s->children[i].pid == info.si_pid) {
+                tsrvi_wake_write(s->wake[1]); /* it has ended just now: next time */
+                return;
             }
         }
+        tsrvi_wait_for(info.si_pid, &status);
+        memset(&info, 0, sizeof(info));
     }
-    if (s->watchdog <= now) {
-        s->watchdog = now + tsrvi_watchdog_interval();
-        tsrv_notify("WATCHDOG=1");
-    }
-    return tsrvi_supervisor_roll(s, now);
 }
 
-/* Milliseconds until something is due, but at most a second: the host's code in this process may
- * take our signal handlers away, and then only looking helps. */
-static int tsrvi_supervisor_sleep_ms(const tsrvi_supervisor *s, uint64_t now)
+/* Learn which processes have ended. Only our own are asked for. */
+static void tsrvi_supervisor_reap(tsrvi_supervisor *s)
 {
-    uint64_t due = tsrvi_earlier(s->watchdog, now + TSRVI_LOOK_MS * TSRVI_MS);
-    for (int place = 0; place < 2 * s->workers; place++) {
-        const tsrvi_child *child = &s->children[place];
-        if (child->state != TSRVI_VACANT) {
-            due = tsrvi_earlier(due, child->due);
+    for (int i = 0; i < s->count; i++) {
+        tsrvi_child *c = &s->children[i];
+        pid_t pid = c->pid == 0 ? 0 : tsrvi_wait_for(c->pid, &s->status);
+        if (pid < 0 && errno == ECHILD) {
+            s->status = SIGKILL; /* somebody else has taken its status; that it has ended is sure */
+            pid = c->pid;
         }
-        if (child->state == TSRVI_ALIVE && s->options.heartbeat_ms > 0) {
-            due = tsrvi_earlier(due, now + (uint64_t)s->options.heartbeat_ms * TSRVI_MS / 4 + 1);
+        if (pid > 0) {
+            tsrvi_child_happens(s, i, TSRVI_CHILD_ENDS);
         }
     }
-    if (s->fresh >= 0) {
-        due = tsrvi_earlier(due, s->children[s->fresh].started + TSRVI_START_MS * TSRVI_MS);
+    if (TSRV_SYS(getpid, ()) == 1) {
+        tsrvi_supervisor_reap_orphans(s);
     }
-    return due <= now ? 0 : (int)((due - now - 1) / TSRVI_MS + 1);
 }
 
-static void tsrvi_supervisor_sleep(const tsrvi_supervisor *s, uint64_t now)
+/* Look at what a worker says of itself. */
+static void tsrvi_supervisor_look(tsrvi_supervisor *s, int child)
+{
+    tsrvi_child *c = &s->children[child];
+    const tsrvi_place *place = &tsrvi_places[child];
+    unsigned beat = __atomic_load_n(&place->beat, __ATOMIC_ACQUIRE);
+    if (c->state == TSRVI_CHILD_STARTING && __atomic_load_n(&place->ready, __ATOMIC_ACQUIRE)) {
+        tsrvi_child_happens(s, child, TSRVI_CHILD_READY);
+    }
+    if (beat != c->beat) {
+        c->beat = beat;
+        c->beaten = s->now;
+    } else if (beat != 0 && s->options.heartbeat_ms > 0 &&
+               s->now - c->beaten >= (uint64_t)s->options.heartbeat_ms * TSRVI_MS) {
+        tsrvi_child_happens(s, child, TSRVI_CHILD_HANGS);
+    }
+}
+
+/* When all workers have accepted for a second, this program can be relied on. */
+static void tsrvi_supervisor_settle(tsrvi_supervisor *s)
+{
+    for (int worker = 0; worker < s->workers; worker++) {
+        int child = tsrvi_child_beside(s, worker, s->fresh);
+        if (child < 0 || !tsrvi_child_is_up(s, child, TSRVI_SETTLED_MS)) {
+            return;
+        }
+    }
+    s->settled = true;
+    tsrvi_log(TSRV_LOG_INFO, "ready: all %d workers have been up for a second", s->workers);
+    tsrvi_tell_predecessor();
+}
+
+/* Do what is due. */
+static void tsrvi_supervisor_act(tsrvi_supervisor *s)
+{
+    for (int i = 0; i < s->count && s->born < 0; i++) {
+        tsrvi_child *c = &s->children[i];
+        if (c->state == TSRVI_CHILD_VACANT) {
+            continue;
+        }
+        if (!tsrvi_child_is_program(s, i) && c->pid != 0) {
+            tsrvi_supervisor_look(s, i);
+        }
+        if (c->due <= s->now) {
+            tsrvi_child_happens(s, i, TSRVI_CHILD_TIME);
+        }
+    }
+    if (s->watchdog <= s->clock) {
+        s->watchdog = s->clock + tsrvi_watchdog_interval();
+        tsrvi_notify("WATCHDOG=1");
+    }
+    if (!s->settled && s->state == TSRVI_PARENT_RUNNING && s->born < 0) {
+        tsrvi_supervisor_settle(s);
+    }
+    if (s->born < 0) {
+        tsrvi_reload_step(s);
+    }
+}
+
+/* A moment that lies ahead, else never. */
+static uint64_t tsrvi_ahead(uint64_t now, uint64_t moment)
+{
+    return moment > now ? moment : TSRVI_FOREVER;
+}
+
+/* When the supervisor has something to do for a child, at the latest. */
+static uint64_t tsrvi_child_next(const tsrvi_supervisor *s, const tsrvi_child *c)
+{
+    uint64_t next = c->due;
+    if (!s->settled || s->rolling) {
+        uint64_t since = c->state == TSRVI_CHILD_SERVING ? c->served : c->started;
+        next = tsrvi_earlier(next, tsrvi_ahead(s->now, since + TSRVI_SETTLED_MS * TSRVI_MS));
+    }
+    if (c->beat != 0 && s->options.heartbeat_ms > 0) {
+        next = tsrvi_earlier(next, s->now + (uint64_t)s->options.heartbeat_ms * TSRVI_MS / 4 + 1);
+    }
+    return next;
+}
+
+/* Nanoseconds until something is due, but at most a second: the host's code in this process may take
+ * our signal handlers away, and then only looking helps. */
+static uint64_t tsrvi_supervisor_rest(const tsrvi_supervisor *s)
+{
+    uint64_t next = s->now + TSRVI_LOOK_MS * TSRVI_MS, rest;
+    for (int i = 0; i < s->count; i++) {
+        if (s->children[i].state != TSRVI_CHILD_VACANT) {
+            next = tsrvi_earlier(next, tsrvi_child_next(s, &s->children[i]));
+        }
+    }
+    rest = next <= s->now ? 0 : next - s->now;
+    return s->watchdog <= s->clock ? 0 : tsrvi_earlier(rest, s->watchdog - s->clock);
+}
+
+static void tsrvi_supervisor_sleep(tsrvi_supervisor *s)
 {
     struct pollfd entries[2];
     char buffer[512];
-    int fds[2];
+    int fds[2], ms;
+    s->slept = tsrvi_supervisor_rest(s);
+    ms = s->slept == 0 ? 0 : (int)((s->slept - 1) / TSRVI_MS + 1);
     fds[0] = s->wake[0];
     fds[1] = s->upgrade_fd;
     for (int i = 0; i < 2; i++) {
@@ -10860,7 +12224,7 @@ static void tsrvi_supervisor_sleep(const tsrvi_supervisor *s, uint64_t now)
         entries[i].events = POLLIN;
         entries[i].revents = 0;
     }
-    TSRV_SYS(poll, (entries, 2, tsrvi_supervisor_sleep_ms(s, now)));
+    TSRV_SYS(poll, (entries, 2, ms));
     while (TSRV_SYS(read, (s->wake[0], buffer, sizeof(buffer))) == (ssize_t)sizeof(buffer)) {
     }
 }
@@ -10868,36 +12232,58 @@ static void tsrvi_supervisor_sleep(const tsrvi_supervisor *s, uint64_t now)
 /* Is there a process, or will there be one? */
 static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
 {
-    for (int place = 0; place < 2 * s->workers; place++) {
-        if (s->children[place].state != TSRVI_VACANT) {
+    for (int i = 0; i < s->count; i++) {
+        if (s->children[i].state != TSRVI_CHILD_VACANT) {
             return true;
         }
     }
     return false;
 }
 
-/* Returns the task id in a worker, and in the parent when all is over, its result. */
+/* Returns the task id in a worker, and in the parent when all is over, its result. Signals are looked
+ * at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
 {
     for (int worker = 0; worker < s->workers; worker++) {
-        s->children[2 * worker].state = TSRVI_DUE;
+        s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
+    tsrvi_log(TSRV_LOG_INFO, "tcpserver.h %s: %d workers are started", TSRV_VERSION, s->workers);
     while (tsrvi_supervisor_busy(s)) {
-        uint64_t now = tsrvi_clock();
-        tsrvi_supervisor_reap(s, now);
-        tsrvi_supervisor_signals(s, now);
-        tsrvi_upgrade_look(s, now);
-        if (tsrvi_supervisor_act(s, now)) {
+        tsrvi_supervisor_tick(s);
+        tsrvi_supervisor_signals(s);
+        tsrvi_supervisor_reap(s);
+        tsrvi_upgrade_look(s);
+        tsrvi_supervisor_act(s);
+        if (s->born >= 0) {
             return tsrvi_worker_id;
         }
         if (tsrvi_supervisor_busy(s)) {
-            tsrvi_supervisor_sleep(s, now);
+            tsrvi_supervisor_sleep(s);
         }
     }
+    tsrvi_log(TSRV_LOG_INFO, "all workers have ended");
     return s->code;
 }
 
-TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options)
+/* The supervisor that is at work in this process: its process id; 0 = none; atomic. */
+static int tsrvi_supervising;
+
+/* Claim what a process can do only once at a time, and what a fork's child does not have. */
+static bool tsrvi_claim(int *owner)
+{
+    int self = (int)TSRV_SYS(getpid, ()), held = __atomic_load_n(owner, __ATOMIC_ACQUIRE);
+    while (held != self) {
+        if (__atomic_compare_exchange_n(owner, &held, self, false, __ATOMIC_ACQ_REL,
+                                        __ATOMIC_ACQUIRE)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* As tsrv_fork_processes.
+ *   server  workers run a server, and have no end of their own */
+static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool server)
 {
     tsrvi_supervisor supervisor;
     int rc;
@@ -10906,15 +12292,22 @@ TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *opt
                   tsrvi_worker_id >= 0 ? "this is a worker" : "0 to 4096 are possible");
         return TSRV_EINVAL;
     }
-    if (tsrvi_loops_add(0) > 0) {
+    if (tsrvi_loops_count() > 0) {
         tsrvi_log(TSRV_LOG_ERROR,
                   "cannot fork workers: this process has a loop already, which they "
                   "would share: fork first");
         return TSRV_EINVAL;
     }
+    if (!tsrvi_claim(&tsrvi_supervising)) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot fork workers: this process supervises others already");
+        return TSRV_EBUSY;
+    }
+    tsrvi_handed_close_rest();
     rc = tsrvi_supervisor_open(&supervisor, num_processes == 0 ? tsrv_cpu_count() : num_processes,
                                options);
     if (rc == TSRV_OK) {
+        supervisor.server = server;
+        supervisor.serves = supervisor.serves || server;
         rc = tsrvi_supervise(&supervisor);
     }
     if (tsrvi_worker_id < 0) {
@@ -10922,7 +12315,13 @@ TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *opt
         tsrvi_supervised_wake = -1;
     }
     tsrvi_supervisor_close(&supervisor);
+    __atomic_store_n(&tsrvi_supervising, 0, __ATOMIC_RELEASE);
     return rc;
+}
+
+TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options)
+{
+    return tsrvi_fork(num_processes, options, false);
 }
 
 /* ---- servers in workers ----------------------------------------------------*/
@@ -10956,69 +12355,57 @@ static bool tsrvi_bound_is_shared(const tsrvi_bound *bound)
 #endif
 }
 
-/* The listening sockets of every worker, one row for each: the same ones, but where reuse_port
- * gives each worker its own. The parent has and keeps all of them, so that what is queued in one
- * survives the worker. */
-static int tsrvi_bound_spread(const tsrv_server *server, int *fds, int workers)
+/* Say whose each socket is: every worker's, but where reuse_port gives each worker its own; those
+ * that are missing are made, and where there are more than workers, as after an upgrade, some have
+ * several. The parent has and keeps all of them, so that what is queued in one survives the worker.
+ */
+static int tsrvi_bound_spread(tsrv_server *server, int workers)
 {
-    int columns = server->bound_count;
-    for (int i = 0; i < workers * columns; i++) {
-        fds[i] = -1;
-    }
-    for (int i = 0; i < workers * columns; i++) {
-        const tsrvi_bound *bound = &server->bound[i % columns];
-        bool same = i < columns || tsrvi_bound_is_shared(bound);
-        fds[i] = same ? bound->fd : tsrvi_bound_again(bound);
-        if (fds[i] < 0) {
-            return fds[i];
+    int count = server->bound_count, rc = TSRV_OK;
+    for (int i = 0; i < count && rc == TSRV_OK; i++) {
+        int last = i; /* of those with this address */
+        if (server->bound[i].rank > 0 || tsrvi_bound_is_shared(&server->bound[i])) {
+            continue;
+        }
+        server->bound[i].worker = 0;
+        for (; last + 1 < count && server->bound[last + 1].rank > 0; last++) {
+            server->bound[last + 1].worker = server->bound[last + 1].rank % workers;
+        }
+        for (int rank = last - i + 1; rank < workers && rc == TSRV_OK; rank++) {
+            int fd = tsrvi_bound_again(&server->bound[i]);
+            rc = fd < 0 ? fd : tsrvi_bound_add(server, fd, server->bound[i].backlog, rank, rank);
         }
     }
-    return TSRV_OK;
+    return rc;
 }
 
-/* Close what tsrvi_bound_spread has made, but for the row that is kept; -1 = none. */
-static void tsrvi_bound_gather(const tsrv_server *server, const int *fds, int workers, int kept)
+/* Accept on what is bound and this worker's, and close the rest.
+ *   worker  -1 = all of it */
+static int tsrvi_server_open_bound(tsrv_server *server, int worker)
 {
-    int columns = server->bound_count;
-    for (int i = columns; i < workers * columns; i++) {
-        if (fds[i] >= 0 && fds[i] != server->bound[i % columns].fd && i / columns != kept) {
-            tsrvi_close_fd(fds[i]);
-        }
-    }
-}
-
-/* Accept on what is bound, or on a worker's row of it. */
-static int tsrvi_server_open_bound(tsrv_server *server, const int *row)
-{
-    int count = server->bound_count;
-    for (int i = 0; i < count; i++) {
-        if (row != NULL && row[i] != server->bound[i].fd) {
-            tsrvi_close_fd(server->bound[i].fd);
-            server->bound[i].fd = row[i];
-        }
-    }
+    int count = server->bound_count, rc = TSRV_OK;
     server->bound_count = 0; /* they are listeners from now on, or closed */
     for (int i = 0; i < count; i++) {
-        int rc = tsrv_server_add_sockets(server, &server->bound[i].fd, 1);
-        if (rc < 0) {
-            for (i++; i < count; i++) {
-                tsrvi_close_fd(server->bound[i].fd);
-            }
-            tsrv_server_stop(server);
-            return rc;
+        const tsrvi_bound *bound = &server->bound[i];
+        if (rc < 0 || (worker >= 0 && bound->worker >= 0 && bound->worker != worker)) {
+            tsrvi_close_fd(bound->fd);
+        } else {
+            rc = tsrv_server_add_sockets(server, &bound->fd, 1);
         }
     }
-    return TSRV_OK;
+    if (rc < 0) {
+        tsrv_server_stop(server);
+    }
+    return rc;
 }
 
 static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_options *options)
 {
     tsrv_fork_options resolved;
-    size_t count = (size_t)workers * (size_t)server->bound_count;
-    int *fds = (int *)TSRV_MALLOC(count * sizeof(*fds)), rc;
-    if (fds == NULL) {
-        return -ENOMEM;
-    }
+    int rc, count, *fds = NULL;
+    workers = workers == 0 ? tsrv_cpu_count() : workers;
+    rc = tsrvi_bound_spread(server, workers);
+    count = server->bound_count;
     memset(&resolved, 0, sizeof(resolved));
     if (options != NULL) {
         resolved = *options;
@@ -11026,21 +12413,37 @@ static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_o
     if (resolved.grace_ms == 0) {
         resolved.grace_ms = server->options.grace_ms;
     }
-    resolved.fds = fds;
-    resolved.fd_count = server->bound_count;
-    rc = tsrvi_bound_spread(server, fds, workers);
+    if (rc == TSRV_OK && (fds = (int *)TSRV_MALLOC((size_t)count * sizeof(*fds))) == NULL) {
+        rc = -ENOMEM;
+    }
     if (rc == TSRV_OK) {
+        for (int i = 0; i < count; i++) {
+            fds[i] = server->bound[i].fd;
+        }
+        resolved.fds = fds;
+        resolved.fd_count = count;
         tsrvi_reloaded = server->options.tls;
-        rc = tsrv_fork_processes(workers, &resolved);
+        rc = tsrvi_fork(workers, &resolved, true);
         tsrvi_reloaded = NULL;
     }
-    tsrvi_bound_gather(server, fds, workers, tsrvi_worker_id);
-    if (rc >= 0) {
-        rc = tsrvi_server_open_bound(server, fds + (size_t)rc * (size_t)server->bound_count);
-    } else {
-        tsrvi_server_unbind(server);
-    }
     TSRV_FREE(fds);
+    if (rc >= 0) {
+        return tsrvi_server_open_bound(server, rc);
+    }
+    tsrvi_server_unbind(server);
+    return rc;
+}
+
+/* In this process: it becomes the user itself. */
+static int tsrvi_server_start_here(tsrv_server *server, const tsrv_fork_options *options)
+{
+    tsrvi_identity identity;
+    int rc = tsrvi_server_open_bound(server, -1);
+    if (rc == TSRV_OK && options != NULL &&
+        ((rc = tsrvi_identity_find(options->user, options->group, &identity)) < 0 ||
+         (rc = tsrvi_identity_assume(&identity)) < 0)) {
+        tsrv_server_stop(server);
+    }
     return rc;
 }
 
@@ -11056,8 +12459,7 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
     if (!server->started && server->bound_count > 0 && num_processes >= 0 &&
         num_processes <= TSRVI_WORKERS_MAX) {
         server->started = true;
-        num_processes = num_processes == 0 ? tsrv_cpu_count() : num_processes;
-        rc = num_processes == 1 ? tsrvi_server_open_bound(server, NULL)
+        rc = num_processes == 1 ? tsrvi_server_start_here(server, options)
                                 : tsrvi_server_fork(server, num_processes, options);
     }
     if (rc < 0 && rc != TSRV_EPARENT) {
@@ -11071,62 +12473,95 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
  * >>serve  A whole server in one call
  * ==========================================================================*/
 
+/* The process that is inside tsrv_serve; 0 = none; atomic. */
+static int tsrvi_serving;
+
 static void tsrvi_serve_ready(void)
 {
-    tsrv_notify("READY=1");
+    tsrvi_worker.ready = tsrvi_clock();
+    tsrvi_notify("READY=1");
 }
 
-/* A single process does for itself what the supervisor does for workers, but for restarts. */
-static void tsrvi_serve_alone(void)
+/* A single process does for itself what the supervisor does for workers, but for restarts. Its
+ * signals are watched before it binds, so that none ends it in between. */
+static int tsrvi_serve_alone(tsrv_server *server)
 {
+    tsrv_loop *loop = server->options.loop;
     uint64_t watchdog = tsrvi_watchdog_interval();
+    int rc = tsrvi_loop_use(&loop);
+    if (rc < 0) {
+        return rc;
+    }
+    server->options.loop = loop;
     memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
     tsrvi_worker.interval = TSRVI_BEAT_MS * TSRVI_MS;
     tsrvi_worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
-    tsrvi_worker.lifeline.fd = -1;
+    tsrvi_worker.line.fd = -1;
     tsrvi_worker.wake = -1;
+    tsrvi_reloaded = server->options.tls;
     tsrvi_on_ready = tsrvi_serve_ready;
     tsrvi_loop_entered = tsrvi_worker_entered;
+    tsrvi_loop_told = tsrvi_worker_hear;
+    tsrvi_worker_claim(loop);
+    return TSRV_OK;
 }
 
-static void tsrvi_serve_done(void)
+static void tsrvi_serve_done(tsrv_loop *loop)
 {
     for (int i = 0; i < 4; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }
-    if (tsrvi_worker.beat.position != 0) {
-        tsrvi_heap_remove(&tsrvi_worker.loop->heap, &tsrvi_worker.beat);
-        tsrvi_worker.loop->heap.reserved--;
-    }
+    tsrvi_heap_remove(&loop->heap, &loop->beat);
+    loop->beat.fire = NULL;
+    loop->told = TSRVI_STAY;
+    __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
     tsrvi_on_ready = NULL;
     tsrvi_loop_entered = NULL;
+    tsrvi_loop_told = NULL;
     tsrvi_reloaded = NULL;
+}
+
+static int tsrvi_serve_run(tsrv_server *server, int port, const char *address, int num_processes,
+                           const tsrv_server_options *options)
+{
+    int rc = tsrv_server_bind(server, port, address, options->bind);
+    if (rc == TSRV_OK) {
+        rc = tsrv_server_start(server, num_processes, options->fork);
+    }
+    if (rc == TSRV_OK) {
+        __atomic_store_n(&tsrvi_serving, (int)TSRV_SYS(getpid, ()), __ATOMIC_RELEASE);
+        rc = tsrv_loop_run(server->loop);
+    }
+    return rc;
 }
 
 TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
                         const tsrv_server_options *options)
 {
     tsrv_server *server;
-    bool had_loop = tsrvi_own_loop != NULL, alone = num_processes == 1;
+    bool had_loop = tsrvi_own_loop != NULL;
     int rc = tsrv_server_new(&server, options);
     if (rc < 0) {
         return rc;
     }
-    if (alone) {
-        tsrvi_reloaded = options->tls;
-        tsrvi_serve_alone();
+    if (!tsrvi_claim(&tsrvi_serving)) {
+        tsrvi_log(TSRV_LOG_ERROR, "tsrv_serve runs in this process already");
+        tsrv_server_free(server);
+        return TSRV_EBUSY;
     }
-    if ((rc = tsrv_server_bind(server, port, address, NULL)) == TSRV_OK &&
-        (rc = tsrv_server_start(server, num_processes, options->fork)) == TSRV_OK) {
-        rc = tsrv_loop_run(server->loop);
-    }
-    if (alone) {
-        tsrvi_serve_done();
+    if (num_processes == 1) {
+        if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
+            rc = tsrvi_serve_run(server, port, address, num_processes, options);
+            tsrvi_serve_done(server->options.loop);
+        }
+    } else {
+        rc = tsrvi_serve_run(server, port, address, num_processes, options);
     }
     tsrv_server_free(server);
     if (!had_loop) {
         tsrv_loop_free(NULL);
     }
+    __atomic_store_n(&tsrvi_serving, 0, __ATOMIC_RELEASE);
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
 

@@ -139,7 +139,6 @@ static void test_errors(void)
     CHECK_INT(change(kq, closed, EVFILT_READ, EV_ADD, NULL), EBADF);
     CHECK_INT(change(kq, -1, EVFILT_READ, EV_ADD, NULL), EBADF);
     CHECK_INT(change(kq, pair[0], -5, EV_ADD, NULL), EINVAL);
-    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD | EV_CLEAR, NULL), EINVAL);
     CHECK_INT(change(kq, fileno(file), EVFILT_READ, EV_ADD, NULL), EPERM);
     CHECK_INT(change(-1, pair[0], EVFILT_READ, EV_ADD, NULL), EBADF);
     CHECK_INT(change(closed, pair[0], EVFILT_READ, EV_ADD, NULL), EBADF);
@@ -198,6 +197,9 @@ static void test_end_of_input(void)
     CHECK_INT(read(pair[0], buffer, sizeof(buffer)), 3);
     CHECK_INT(look(kq, events, 4), 1);
     CHECK_INT(events[0].flags & EV_EOF, EV_EOF);
+    CHECK_INT(events[0].data, 0);
+    CHECK_INT(look(kq, events, 4), 1); /* level-triggered: the end stays */
+    CHECK_INT(events[0].flags & EV_EOF, EV_EOF);
     CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_ADD, NULL), 0);
     CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_DELETE, NULL), 0);
     CHECK_INT(look(kq, events, 4), 1);
@@ -234,6 +236,142 @@ static void test_reset(void)
     CHECK_INT(read(pair[0], buffer, sizeof(buffer)), -1); /* the error is still the program's */
     CHECK_INT(errno, ECONNRESET);
     close(pair[0]);
+    close(kq);
+}
+
+/* Our own FIN is the end for writing, and only that, and of no error. */
+static void test_own_end(void)
+{
+    struct kevent events[4];
+    int tcp, round;
+    for (tcp = 0; tcp < 2; tcp++) {
+        int pair[2], kq = kqueue();
+        if (tcp) make_tcp_pair(pair);
+        else make_pair(pair);
+        CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD, &tag_read), 0);
+        CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_ADD, &tag_write), 0);
+        CHECK_INT(look(kq, events, 4), 1);
+        CHECK_INT(events[0].flags & EV_EOF, 0);
+        CHECK_INT(shutdown(pair[0], SHUT_WR), 0);
+        for (round = 0; round < 2; round++) { /* level-triggered: it comes again and again */
+            CHECK_INT(look(kq, events, 4), 1);
+            CHECK_INT(events[0].filter, EVFILT_WRITE);
+            CHECK_INT(events[0].flags & EV_EOF, EV_EOF);
+            CHECK_INT(events[0].fflags, 0);
+        }
+        CHECK_INT(write(pair[1], "late", 4), 4);
+        CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_DELETE, NULL), 0);
+        CHECK_INT(wait_for(kq, events, 4), 1);
+        CHECK_INT(events[0].flags & EV_EOF, 0); /* reading goes on */
+        CHECK_INT(events[0].data, 4);
+        close(pair[0]);
+        close(pair[1]);
+        close(kq);
+    }
+}
+
+/* A peer that has closed in good order ends both directions of a unix socket, without an error. */
+static void test_closed_unix_peer(void)
+{
+    struct kevent events[4];
+    int pair[2], kq = kqueue();
+    make_pair(pair);
+    CHECK_INT(write(pair[1], "bye", 3), 3);
+    close(pair[1]);
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD, &tag_read), 0);
+    CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_ADD, &tag_write), 0);
+    CHECK_INT(look(kq, events, 4), 2);
+    CHECK_INT(events[0].flags & events[1].flags & EV_EOF, EV_EOF);
+    CHECK_INT(events[0].fflags | events[1].fflags, 0);
+    CHECK_INT(events[0].data, 3);
+    close(pair[0]);
+    close(kq);
+}
+
+/* With EV_CLEAR there is one event for each change, and none for what has not changed. */
+static void test_clear(void)
+{
+    struct kevent events[4];
+    int pair[2], kq = kqueue();
+    make_pair(pair);
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD | EV_CLEAR, &tag_read), 0);
+    CHECK_INT(write(pair[1], "ab", 2), 2);
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(events[0].data, 2);
+    CHECK_INT(look(kq, events, 4), 0);
+    CHECK_INT(write(pair[1], "c", 1), 1);
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(events[0].data, 3);
+    CHECK_INT(look(kq, events, 4), 0);
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD, &tag_other), 0); /* it stays what it was, */
+    CHECK_INT(look(kq, events, 4), 1); /* but is looked at anew */
+    CHECK_INT(events[0].udata == &tag_other, 1);
+    CHECK_INT(look(kq, events, 4), 0);
+    CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_ADD, NULL), EINVAL); /* the emulation's limit */
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_DELETE, NULL), 0);
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD, &tag_read), 0);
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD | EV_CLEAR, &tag_read), 0);
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(look(kq, events, 4), 1); /* nor does adding make it what it was not */
+    close(pair[0]);
+    close(pair[1]);
+    close(kq);
+}
+
+/* How the library hears of a reset while nobody reads: after our own FIN, with input unread. */
+static void test_clear_until_reset(void)
+{
+    struct kevent events[4];
+    struct linger linger = {1, 0};
+    int pair[2], kq = kqueue();
+    make_tcp_pair(pair);
+    CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_ADD | EV_CLEAR, &tag_write), 0);
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(events[0].flags & EV_EOF, 0);
+    CHECK_INT(write(pair[1], "unread", 6), 6);
+    CHECK_INT(look(kq, events, 4), 0); /* input is not its business */
+    CHECK_INT(shutdown(pair[0], SHUT_WR), 0);
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(events[0].flags & EV_EOF, EV_EOF);
+    CHECK_INT(events[0].fflags, 0);
+    CHECK_INT(look(kq, events, 4), 0);
+    CHECK_INT(setsockopt(pair[1], SOL_SOCKET, SO_LINGER, &linger, sizeof(linger)), 0);
+    close(pair[1]);
+    CHECK_INT(wait_for(kq, events, 4), 1);
+    CHECK_INT(events[0].flags & EV_EOF, EV_EOF);
+    CHECK_INT(events[0].fflags, ECONNRESET);
+    CHECK_INT(look(kq, events, 4), 0);
+    close(pair[0]);
+    close(kq);
+}
+
+/* A listening socket tells how many connections wait. */
+static void test_listener(void)
+{
+    struct kevent events[4];
+    struct sockaddr_in address;
+    socklen_t size = sizeof(address);
+    int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), clients[3], kq = kqueue(), i;
+    memset(&address, 0, sizeof(address));
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(listener, (struct sockaddr *)&address, sizeof(address)) != 0) abort();
+    if (listen(listener, 8) != 0) abort();
+    if (getsockname(listener, (struct sockaddr *)&address, &size) != 0) abort();
+    CHECK_INT(change(kq, listener, EVFILT_READ, EV_ADD, &tag_read), 0);
+    CHECK_INT(look(kq, events, 4), 0);
+    for (i = 0; i < 3; i++) {
+        clients[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        if (connect(clients[i], (struct sockaddr *)&address, sizeof(address)) != 0) abort();
+    }
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(events[0].data, 3);
+    CHECK_INT(events[0].flags & EV_EOF, 0);
+    close(accept(listener, NULL, NULL));
+    CHECK_INT(look(kq, events, 4), 1);
+    CHECK_INT(events[0].data, 2);
+    for (i = 0; i < 3; i++) close(clients[i]);
+    close(listener);
     close(kq);
 }
 
@@ -327,9 +465,12 @@ static void test_disable_and_oneshot(void)
     CHECK_INT(change(kq, pair[0], EVFILT_WRITE, EV_DELETE, NULL), ENOENT);
     close(pair[1]);
     CHECK_INT(look(kq, events, 4), 0); /* disabled: not even the hang-up */
-    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD, &tag_read), 0); /* adding enables */
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ADD, &tag_other), 0);
+    CHECK_INT(look(kq, events, 4), 0); /* adding what is there does not enable it */
+    CHECK_INT(change(kq, pair[0], EVFILT_READ, EV_ENABLE, &tag_read), 0);
     CHECK_INT(look(kq, events, 4), 1);
     CHECK_INT(events[0].flags & EV_EOF, EV_EOF);
+    CHECK_INT(events[0].udata == &tag_read, 1);
     close(pair[0]);
     close(kq);
 }
@@ -521,6 +662,11 @@ int main(void)
     test_error_events();
     test_end_of_input();
     test_reset();
+    test_own_end();
+    test_closed_unix_peer();
+    test_clear();
+    test_clear_until_reset();
+    test_listener();
     test_closed_descriptor();
     test_disable_and_oneshot();
     test_timeouts();

@@ -1,8 +1,17 @@
 /* A user-space kqueue for Linux: with this folder in the include path the library's kqueue backend
  * compiles and runs here. For tests only. A kqueue is an epoll descriptor and a table that tells
  * which of its two filters each descriptor has; epoll's one registration waits for their union.
- *   - Level-triggered. EV_CLEAR works for a descriptor's only filter, EVFILT_WRITE; anything else
- *     with it is refused with EINVAL. Regular files are refused with EPERM.
+ *   - The rules are those of FreeBSD's and XNU's kern_event.c and uipc_socket.c: EVFILT_WRITE is at
+ *     its end when nothing can be sent any more, also by our own shutdown(2), EVFILT_READ when
+ *     nothing more can arrive, with the bytes before it in data; fflags is the socket's error. An
+ *     end is reported again and again, unless EV_CLEAR is set: then once for each change. EV_ADD of
+ *     a filter that exists gives it the new udata and looks at it anew, but changes no flag and
+ *     enables nothing.
+ *   - EV_CLEAR is only for a descriptor that has one filter; what would mix is refused with EINVAL.
+ *     With it, EVFILT_WRITE also wakes for the peer's FIN, which BSD does not do, not for every
+ *     acknowledgement, which BSD does, and not for our own FIN on a unix socket.
+ *   - data of EVFILT_WRITE is 1, and of a listening unix socket too. Regular files are refused with
+ *     EPERM.
  *   - A closed descriptor loses its filters, as in the kernel. epoll only forgets it when the last
  *     duplicate is closed, so every event and every change first asks epoll whether a registration
  *     is still about the file behind its number. One that cannot be removed any more, because the
@@ -15,11 +24,14 @@
 #define KQSHIM_SYS_EVENT_H
 #include <errno.h>
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -88,11 +100,14 @@ static int kqshim_control(int kq, int op, int fd, const struct kqshim_slot *slot
     return epoll_ctl(kq, op, fd, &event) == 0 ? 0 : errno;
 }
 
-/* Empty the slot of fd if what it tells about is closed. Returns whether it has filters. */
+/* Empty the slot of fd if what it tells about is closed. Returns whether it has filters. Adding it
+ * once more tells without waking a filter that has EV_CLEAR again, as changing it would. */
 static int kqshim_probe(int kq, int fd)
 {
     struct kqshim_slot *slot = &kqshim_queues[kq].slots[fd];
-    if (slot->present && kqshim_control(kq, EPOLL_CTL_MOD, fd, slot) != 0) slot->present = 0;
+    int error = slot->present ? kqshim_control(kq, EPOLL_CTL_ADD, fd, slot) : ENOENT;
+    if (error == 0) epoll_ctl(kq, EPOLL_CTL_DEL, fd, NULL); /* the number is another file's now */
+    if (error != EEXIST) slot->present = 0;
     return slot->present != 0;
 }
 
@@ -113,32 +128,67 @@ static int kqshim_update(int kq, int fd, unsigned present, unsigned enabled)
 
 static int kqshim_change(int kq, const struct kevent *change)
 {
-    int fd = (int)change->ident, which = change->filter == EVFILT_WRITE, error;
+    int fd = (int)change->ident, which = change->filter == EVFILT_WRITE, error, is_new;
     struct kqshim_slot *slot = &kqshim_queues[kq].slots[fd & (KQSHIM_SLOTS - 1)];
-    unsigned bit = 1u << which, flags = change->flags, enabled;
+    unsigned bit = 1u << which, flags = change->flags, enabled, clear;
     if (change->filter != EVFILT_READ && !which) return EINVAL;
     if (change->ident >= KQSHIM_SLOTS) return EBADF;
     if (!kqshim_probe(kq, fd) && fcntl(fd, F_GETFD) < 0) return EBADF;
-    if (!(slot->present & bit) && (flags & (EV_ADD | EV_DELETE)) != EV_ADD) return ENOENT;
-    if (flags & EV_ADD && slot->present && (flags & EV_CLEAR || slot->clear)) return EINVAL;
-    if (flags & EV_CLEAR && !which) return EINVAL;
-    if (!slot->present) slot->clear = flags & EV_CLEAR ? (unsigned char)bit : 0;
+    is_new = !(slot->present & bit);
+    if (is_new && (flags & (EV_ADD | EV_DELETE)) != EV_ADD) return ENOENT;
+    if (is_new && slot->present && (flags & EV_CLEAR || slot->clear)) return EINVAL;
     if (flags & EV_DELETE) return kqshim_update(kq, fd, slot->present & ~bit, slot->enabled);
-    enabled = slot->enabled | (flags & (EV_ADD | EV_ENABLE) ? bit : 0u);
+    enabled = slot->enabled | (is_new || flags & EV_ENABLE ? bit : 0u);
     if (flags & EV_DISABLE) enabled &= ~bit;
+    clear = slot->clear;
+    if (is_new) slot->clear = flags & EV_CLEAR ? (unsigned char)bit : 0;
     error = kqshim_update(kq, fd, slot->present | bit, enabled);
-    if (error != 0) return error;
+    if (error != 0) return slot->clear = (unsigned char)clear, error;
     slot->udata[which] = change->udata;
-    if (flags & EV_ADD) slot->oneshot = (unsigned char)(slot->oneshot & ~bit);
+    if (!is_new) return 0;
+    slot->oneshot = (unsigned char)(slot->oneshot & ~bit);
     if (flags & EV_ONESHOT) slot->oneshot = (unsigned char)(slot->oneshot | bit);
     return 0;
+}
+
+/* What TCP says about a socket; 0 when it is none. */
+static int kqshim_tcp(int fd, struct tcp_info *info)
+{
+    socklen_t size = sizeof(*info);
+    return getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size) == 0;
+}
+
+/* Can nothing be sent any more, whatever the reason? poll(2) does not tell of our own FIN, but a
+ * connection's state does, and a unix socket does not even send nothing any more. */
+static int kqshim_cannot_send(int fd)
+{
+    struct tcp_info tcp;
+    int domain = 0, type = 0;
+    socklen_t size = sizeof(domain);
+    if (kqshim_tcp(fd, &tcp)) {
+        return tcp.tcpi_state != TCP_ESTABLISHED && tcp.tcpi_state != TCP_CLOSE_WAIT &&
+               tcp.tcpi_state != TCP_SYN_SENT && tcp.tcpi_state != TCP_SYN_RECV;
+    }
+    getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size);
+    getsockopt(fd, SOL_SOCKET, SO_TYPE, &type, &size);
+    return domain == AF_UNIX && type == SOCK_STREAM &&
+           send(fd, "", 0, MSG_DONTWAIT | MSG_NOSIGNAL) < 0 && errno == EPIPE;
+}
+
+/* How much there is to read; of a listening socket, how many connections wait. */
+static int64_t kqshim_amount(int fd)
+{
+    struct tcp_info tcp;
+    int bytes;
+    if (kqshim_tcp(fd, &tcp) && tcp.tcpi_state == TCP_LISTEN) return tcp.tcpi_unacked;
+    return ioctl(fd, FIONREAD, &bytes) == 0 ? bytes : 1;
 }
 
 /* Turn an epoll event into at most `room` kevents. Returns how many; -1 when it is about a file
  * whose number was closed. */
 static int kqshim_report(int kq, const struct epoll_event *event, struct kevent *out, int room)
 {
-    int fd = (int)(uint32_t)event->data.u64, count = 0, step, bytes;
+    int fd = (int)(uint32_t)event->data.u64, count = 0, step;
     struct kqshim_slot *slot = &kqshim_queues[kq].slots[fd];
     uint32_t got = event->events;
     if (slot->generation != (uint32_t)(event->data.u64 >> 32)) return -1;
@@ -147,12 +197,13 @@ static int kqshim_report(int kq, const struct epoll_event *event, struct kevent 
     for (step = 0; step < 2 && count < room; step++) {
         int which = step ^ (room == 1 && slot->last == 0); /* where one fits, they take turns */
         unsigned bit = 1u << which;
-        uint32_t eof = which ? KQSHIM_END : KQSHIM_END | (uint32_t)EPOLLRDHUP;
-        uint32_t ready = eof | (which ? (uint32_t)EPOLLOUT : KQSHIM_IN);
+        uint32_t ready = KQSHIM_END | (which ? (uint32_t)EPOLLOUT : KQSHIM_IN);
+        int eof = (got & (which ? KQSHIM_END : KQSHIM_END | (uint32_t)EPOLLRDHUP)) != 0;
         if (!(slot->enabled & bit) || !(got & ready)) continue;
-        EV_SET(&out[count], fd, which ? EVFILT_WRITE : EVFILT_READ, got & eof ? EV_EOF : 0,
-               got & (uint32_t)EPOLLERR ? ECONNRESET : 0, 1, slot->udata[which]);
-        if (!which && ioctl(fd, FIONREAD, &bytes) == 0) out[count].data = bytes;
+        if (which && !eof) eof = kqshim_cannot_send(fd);
+        EV_SET(&out[count], fd, which ? EVFILT_WRITE : EVFILT_READ, eof ? EV_EOF : 0,
+               got & (uint32_t)EPOLLERR ? ECONNRESET : 0, which ? 1 : kqshim_amount(fd),
+               slot->udata[which]);
         slot->last = (unsigned char)which;
         count++;
         if (slot->oneshot & bit) kqshim_update(kq, fd, slot->present & ~bit, slot->enabled);
