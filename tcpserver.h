@@ -101,9 +101,11 @@
  *              tsrv_server_start and tsrv_serve return in the parent too, when its workers have
  *              ended: check what they return.
  *   Workers    The parent only supervises. It acts on SIGTERM, SIGINT, SIGQUIT (all end, in good
- *              order), SIGHUP (workers are replaced one by one) and, if asked to, SIGUSR2 (the
- *              program is replaced); workers end with it. In a worker tsrv_loop_run drains its
- *              servers on the first three, and returns.
+ *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and, if
+ *              asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
+ *              tsrv_loop_run drains its servers when the parent is told to end, and returns. What
+ *              stands behind tsrv_serve, and exit handlers, run in every worker: look at
+ *              tsrv_task_id.
  *   Ownership  The library owns streams: a server's stream is valid until its handler and on_close
  *              have returned. Timers, watches and signals are the caller's memory; stop them first.
  *              Options are copied. Slices are borrowed until the next read.
@@ -607,8 +609,10 @@ typedef struct tsrv_fork_options {
     void *context;    /* handed to it */
     int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
                          replaced; 0 = off */
-    char *const *upgrade_argv; /* on SIGUSR2 start this program, which takes over; see tsrv_serve;
-                                  NULL = SIGUSR2 is left alone */
+    char *const *upgrade_argv; /* on SIGUSR2 start this program: it gets the listening sockets, and
+                                  when all its workers have accepted for a second this one is drained
+                                  and ends; until then, and if it fails, this one goes on. NULL =
+                                  SIGUSR2 is left alone */
     const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
     int fd_count;
     int start_timeout_ms; /* for a new worker to accept, and for an upgrade's program to do so with
@@ -622,14 +626,19 @@ typedef struct tsrv_fork_options {
 
 /* Fork workers, and look after them. Each worker is a copy of this process, in which the call
  * returns its task id; the parent stays inside until all have ended. A worker that exits with
- * status 0 has finished; any other end is a failure: it is forked again with the same task id,
- * after 100 ms, doubling to 30 s, reset when it has lived for a minute. The parent acts on
- *   SIGTERM, SIGINT, SIGQUIT   forwarded; in a worker tsrv_loop_run answers by draining its
- *                              servers, and then returns (an own tsrv_signal_start for it replaces
- *                              that). What has not ended 5 s after the grace is killed
- *   SIGHUP                     a rolling restart: for one worker after the other a new one is
- *                              forked, and when it accepts the old one is told to end. If it ends
- *                              before, the old ones stay
+ * status 0 has finished, unless tsrv_server_start has made it, or a signal that was sent to it alone
+ * has ended it. Any other end that the parent has not asked for is a failure: the worker is forked
+ * again with the same task id, after 100 ms, doubling to 30 s, reset when it has lived for a minute.
+ * A fork that fails is tried again in the same way, but for the very first. The parent acts on
+ *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have ignored
+ *                              or blocked: in a worker tsrv_loop_run, on each thread, answers by
+ *                              draining its servers, and then returns (an own tsrv_signal_start for
+ *                              that signal replaces this). What has not ended 5 s after the grace is
+ *                              killed. A second signal ends the grace at once
+ *   SIGHUP                     a reload: for one worker after the other a new one is forked, and
+ *                              when it accepts the old one is told to end. If it ends before, or is
+ *                              late (start_timeout_ms), the old ones stay. A SIGHUP during a reload
+ *                              leads to another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
  * that is killed, within a second. Only its own children are waited for, but process 1 buries
@@ -639,8 +648,9 @@ typedef struct tsrv_fork_options {
  *   options        NULL = all defaults; used until the call returns
  * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
  * TSRV_ERESTARTS (gave up; the others have been stopped), TSRV_ETIMEOUT (some had to be killed at
- * the end), TSRV_EINVAL (this process has a loop, or is a worker itself), -ENOMEM, -EMFILE and the
- * like. */
+ * the end), TSRV_EINVAL (this process has a loop, or is a worker itself; no such user or group),
+ * TSRV_EBUSY (another thread is inside), -ENOMEM, -EMFILE, -EAGAIN (the first fork failed), -EPERM
+ * (it may not become the user) and the like. */
 TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options);
 
 /* Which worker this process is, from 0; the same again after a restart; -1 when it is none. Any
@@ -801,8 +811,9 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
 /* Accept on all that tsrv_server_bind has bound, in this process or in workers: as
  * tsrv_fork_processes, which it calls. Once for each server. A failure is logged. Source:
  * TCPServer.start.
- *   num_processes  1 = here, without a fork; 0 = one for each processor; else so many
- *   options        NULL = all defaults; without a fork not used
+ *   num_processes  1 = here, without a fork; 0 = a worker for each processor, also for a single
+ *                  one; else so many
+ *   options        NULL = all defaults; without a fork only user and group are used
  * Returns TSRV_OK where the server runs: run the loop; in the parent what tsrv_fork_processes
  * returns there; TSRV_EINVAL when nothing is bound, or at the second call. */
 TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
@@ -868,14 +879,18 @@ TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_sta
 /* A whole server: make, bind, start, run, and clean up. SIGTERM and SIGINT drain it, in a single
  * process and in workers; under a service manager it tells READY=1 and the like. To upgrade the
  * program without closing the port, set options->fork->upgrade_argv (main's argv, with a path in
- * argv[0]), run workers, and send SIGUSR2: the program is started anew, gets the listening
- * sockets, and when it accepts, this one is drained and ends.
+ * argv[0]), run workers, and send SIGUSR2. SIGHUP replaces the workers; a single process reads the
+ * files of options->tls anew. A second SIGTERM, SIGINT or SIGQUIT ends the grace. A single process
+ * acts on these signals whether it was started with them ignored or blocked, or not, but leaves
+ * them to a handler or a tsrv_signal_start of the program's. Once at a time in a process.
  *   port, address  as tsrv_server_bind
  *   num_processes  as tsrv_server_start: 1 = this process; 0 = one worker for each processor
  *   options        as tsrv_server_new; with loop NULL the thread's own loop is freed at the end
- * Returns, in the parent and in each worker, TSRV_OK after a drain, also if some connections had
- * to be aborted; else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or tsrv_loop_run
- * say. */
+ * It returns in the parent and in each worker, so a reload returns from it too: what is to be done
+ * once, at the very end, is for where tsrv_task_id() is -1.
+ * Returns TSRV_OK after a drain, also if some connections had to be aborted; TSRV_EBUSY (another
+ * thread is inside); else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or
+ * tsrv_loop_run say. */
 TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
                         const tsrv_server_options *options);
 
@@ -10764,6 +10779,7 @@ static struct {
     int by_signal;     /* and times */
     tsrvi_io line;     /* the life-line; fd -1 = none */
     tsrv_signal signals[4];
+    sigset_t mask; /* of the chief's thread, before signals were unblocked */
 } tsrvi_worker;
 
 TSRV_API int tsrv_task_id(void)
@@ -10912,7 +10928,7 @@ static void tsrvi_worker_watch_signals(tsrv_loop *loop)
             TSRV_SYS(sigaddset, (&unblocked, signals[i]));
         }
     }
-    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL));
+    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, &tsrvi_worker.mask));
 }
 
 /* Listen to the parent; what fails is tried again at the next beat. */
@@ -12508,6 +12524,7 @@ static int tsrvi_serve_alone(tsrv_server *server)
 
 static void tsrvi_serve_done(tsrv_loop *loop)
 {
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &tsrvi_worker.mask, NULL));
     for (int i = 0; i < 4; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }
