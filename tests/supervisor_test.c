@@ -10,15 +10,15 @@
 
 enum { STEP_MS = 1000, NEVER_DUE_MS = 1000000, START_MS = 60000, GRACE_MS = 30000, KILL_MS = 5000 };
 
-/* What a process that begins does, by board->value: see behave. */
+/* What a process that begins does, by board->value: see behave_as. */
 enum {
     IS_FINE,
-    HANGS,      /* until it is told to be fine */
-    HANGS_DEAF, /* for ever, with every signal blocked */
+    HANGS,      /* for ever */
+    HANGS_DEAF, /* with every signal blocked */
     EXITS_0,
     EXITS_1,
     FAILS_LATER, /* when board->go is set */
-    IS_SLOW      /* accepts when board->go is set */
+    IS_SLOW      /* goes on when board->go is set */
 };
 
 static int get(const int *where)
@@ -46,8 +46,7 @@ static void behave_as(int how)
     if (how == EXITS_0 || how == EXITS_1) {
         _exit(how == EXITS_1);
     }
-    while (how == HANGS_DEAF || (how == HANGS && get(&board->value) == HANGS) ||
-           (how > EXITS_1 && get(&board->go) == 0)) {
+    while (how == HANGS || how == HANGS_DEAF || get(&board->go) == 0) {
         poll(NULL, 0, 1);
     }
     if (how == FAILS_LATER) {
@@ -62,6 +61,7 @@ static void behave(void)
 
 static void behave_in_start(tsrv_server *server, void *context)
 {
+    note_port(server);
     behave();
     on_start(server, context);
 }
@@ -439,6 +439,8 @@ TEST_LOOP(a_stop_of_sockets_that_were_added_refuses_new_connections)
 {
     check_refusal(program_add_sockets, 2, SIGTERM);
     check_refusal(program_add_sockets, 1, SIGTERM);
+    hands_fds_over = true;
+    check_refusal(program_add_sockets, 2, SIGTERM);
 }
 
 TEST_LOOP(a_stop_refuses_new_connections_with_reuse_port)
@@ -607,15 +609,8 @@ static void hang_first(int how)
     advance(pid, start_ms() / 2);
     CHECK_INT(exits_seen(), 0);
     check_rests();
-    put(&board->value, how == HANGS ? HANGS : IS_FINE);
-    advance(pid, start_ms() / 2 + 1);
-    put(&board->go, 1);
-    if (how == HANGS) { /* which looks at the value until it is ended */
-        AWAIT(exits_seen() >= 2 || (advance(pid, STEP_MS), exits_seen() >= 2));
-        put(&board->value, IS_FINE);
-    } else {
-        advance_until_exits(pid, 0, 2);
-    }
+    put(&board->value, IS_FINE);
+    advance_until_exits(pid, start_ms() / 2 + 1, 2);
     CHECK(warnings() >= 2);
     AWAIT(is_settled());
     CHECK_INT(board->ids[forks_seen() - 1] + board->ids[forks_seen() - 2], 1);
@@ -731,11 +726,8 @@ static void stop_at_start(int how)
     tell(pid, SIGTERM);
     AWAIT(is_refused());
     check_rests();
-    if (way == program_behaves_in_start) {
-        put(&board->value, IS_FINE); /* its own loop is told */
-    }
-    if (how == HANGS) {
-        await_end(pid);
+    if (how == HANGS && way == program_behaves) {
+        await_end(pid); /* it has no loop yet, and the signal ends it */
     } else {
         advance_until_end(pid);
     }
@@ -844,8 +836,7 @@ TEST_ONCE(a_bare_worker_that_exits_well_has_finished)
 /* The back-off is 100 ms at first, doubles to 30 s, and begins anew after a good minute. */
 TEST_ONCE(restarts_come_later_each_time)
 {
-    begin(1);
-    workers = 0; /* one worker with a parent */
+    begin(0);
     before_program = use_one_processor;
     fork_options.max_restarts = TSRV_NEVER;
     put(&board->value, EXITS_1);
@@ -1015,13 +1006,13 @@ TEST_ONCE(a_hangup_of_the_whole_tree_kills_no_worker_that_starts)
         way = i == 0 ? program_behaves : program_behaves_in_start;
         begin(2);
         before_program = lead_a_group;
-        put(&board->value, HANGS);
+        put(&board->value, IS_SLOW);
         pid_t pid = launch(way);
         AWAIT(get(&board->held) == 2);
         put(&board->version, 1);
         tell(-pid, SIGHUP);
         poke(pid);
-        put(&board->value, IS_FINE);
+        put(&board->go, 1);
         AWAIT(is_settled());
         for (int k = 0; k < 3; k++) { /* and later ones neither */
             put(&board->version, 2 + k);
@@ -1053,11 +1044,11 @@ TEST_ONCE(a_hangup_kills_no_bare_worker)
 TEST_LOOP(a_hangup_does_not_end_a_single_process)
 {
     begin(1);
-    put(&board->value, HANGS);
+    put(&board->value, IS_SLOW);
     pid_t pid = launch(program_behaves_in_start);
     AWAIT(get(&board->held) == 1);
     tell(pid, SIGHUP);
-    put(&board->value, IS_FINE);
+    put(&board->go, 1);
     await_forks(1);
     for (int i = 0; i < 10; i++) {
         tell(pid, SIGHUP);
@@ -1092,11 +1083,11 @@ TEST_LOOP(a_hangup_during_a_drain_changes_nothing)
 TEST_LOOP(a_stop_while_a_single_process_starts_is_obeyed)
 {
     begin(1);
-    put(&board->value, HANGS);
+    put(&board->value, IS_SLOW);
     pid_t pid = launch(program_behaves_in_start);
     AWAIT(get(&board->held) == 1);
     tell(pid, SIGTERM);
-    put(&board->value, IS_FINE);
+    put(&board->go, 1);
     check_end(pid, 0, TSRV_OK);
 }
 
@@ -1334,7 +1325,7 @@ TEST_ONCE(a_stop_during_a_back_off_ends_at_once)
     begin(2);
     put(&board->value, EXITS_1);
     pid_t pid = launch(program_behaves);
-    await_exits(8);
+    await_exits(4);
     tell(pid, SIGTERM);
     check_end(pid, 0, TSRV_EPARENT);
     CHECK_INT(exits_seen(), get(&board->held));
@@ -1352,38 +1343,39 @@ TEST_ONCE(an_idle_parent_sleeps)
 
 /* ---- a pause of the whole tree -------------------------------------------------------------*/
 
-/* Frozen and continued, the parent first: no worker is to blame. */
-TEST_ONCE(workers_survive_a_pause_of_the_whole_tree)
+/* Frozen and continued an hour later, the parent first: no worker is to blame. */
+TEST_LOOP(workers_survive_a_pause_of_the_whole_tree)
 {
     begin(2);
-    fork_options.heartbeat_ms = 1000 * t_scale();
+    fork_options.heartbeat_ms = 20000;
     pid_t pid = launch(program_serve);
     await_forks(2);
     int fd = start_request();
-    tell(pid, SIGSTOP);
-    tell(board->pids[0], SIGSTOP);
-    tell(board->pids[1], SIGSTOP);
-    poll(NULL, 0, 1300 * t_scale());
-    tell(pid, SIGCONT);
-    poke(pid); /* it sees how late everybody is */
-    tell(board->pids[0], SIGCONT);
-    tell(board->pids[1], SIGCONT);
-    for (int i = 0; i < 5; i++) {
-        poke(pid);
-        check_served();
+    for (int round = 0; round < 2; round++) {
+        tell(pid, SIGSTOP);
+        tell(board->pids[0], SIGSTOP);
+        tell(board->pids[1], SIGSTOP);
+        __atomic_add_fetch(&board->ahead_ns, (int64_t)3600 * 1000000000, __ATOMIC_ACQ_REL);
+        tell(pid, SIGCONT);
+        poke(pid); /* it sees how late everybody is */
+        check_rests();
+        tell(board->pids[0], SIGCONT);
+        tell(board->pids[1], SIGCONT);
+        for (int i = 0; i < 5; i++) {
+            poke(pid);
+            check_served();
+        }
+        CHECK_INT(exits_seen(), 0);
     }
-    CHECK_INT(exits_seen(), 0);
     finish_request(fd);
     stop_well(pid, TSRV_OK);
 }
 
-/* A machine that slept: all clocks are ahead by hours at once. Afterwards a worker that hangs is still
- * found. */
+/* A machine that slept: all clocks are ahead by hours at once. */
 TEST_LOOP(a_jump_of_the_clock_makes_no_worker_hung)
 {
-    long who = 0;
     begin(2);
-    fork_options.heartbeat_ms = 2000 * t_scale();
+    fork_options.heartbeat_ms = 20000;
     pid_t pid = launch(program_serve);
     await_forks(2);
     for (int i = 0; i < 3; i++) {
@@ -1392,12 +1384,23 @@ TEST_LOOP(a_jump_of_the_clock_makes_no_worker_hung)
         check_rests();
     }
     CHECK_INT(exits_seen(), 0);
+    stop_well(pid, TSRV_OK);
+}
+
+/* Who hangs is still found after it. */
+TEST_ONCE(a_worker_that_hangs_after_a_pause_is_replaced)
+{
+    long who = 0;
+    begin(2);
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
     int fd = connect_to(0, &who);
     t_sends(fd, "hang\n");
-    await_exits(1);
-    CHECK_INT(board->exit[0].pid, who);
+    advance(pid, 3600000);
+    AWAIT(has_exited((pid_t)who));
     t_close(fd);
-    await_forks(3);
+    t_close(connect_to(0, &who));
     stop_well(pid, TSRV_OK);
 }
 
@@ -1912,7 +1915,6 @@ static void check_nobody_starts(int (*program)(void), int count)
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1);
     CHECK(board->result < 0 && board->result != TSRV_EPARENT);
     CHECK_INT(forks_seen(), 0);
-    CHECK_INT(exits_seen(), 0);
     CHECK(warnings() > 0);
     check_no_child();
 }
@@ -1936,9 +1938,6 @@ TEST_ONCE(an_unknown_user_or_group_starts_no_worker)
     fork_options.group = "no-such-group";
     check_nobody_starts_at_all();
     fork_options.user = NULL;
-    check_nobody_starts_at_all();
-    fork_options.user = ""; /* an option that was left empty is no wish for root */
-    fork_options.group = NULL;
     check_nobody_starts_at_all();
 }
 
@@ -2240,7 +2239,6 @@ static int program_next(void)
         _exit(how == NEXT_EXITS_1);
     }
     if (how == NEXT_HANGS || how == NEXT_HANGS_DEAF) {
-        put(&board->value, HANGS);
         behave_as(how == NEXT_HANGS ? HANGS : HANGS_DEAF);
     }
     if (how == NEXT_IS_SLOW) {
@@ -2312,14 +2310,18 @@ static void end_upgradable(void)
     board = NULL;
     clock_ahead_ns = NULL;
     remove_directory();
+    directory[0] = 0;
 }
 
-/* Whose child has answered? */
+/* Whose child answers? -1: who has accepted does not. */
 static long parent_that_answers(void)
 {
+    char line[64];
     int fd = reach(), id = 0;
-    long pid = 0, parent = 0;
-    ask_id(fd, &id, &pid, &parent);
+    long pid = 0, parent = -1;
+    if (send(fd, "id\n", 3, T_NOSIGNAL) == 3 && read_line(fd, line, sizeof line)) {
+        CHECK_INT(sscanf(line, "%d %ld %ld", &id, &pid, &parent), 3);
+    }
     t_close(fd);
     return parent;
 }
@@ -2343,7 +2345,7 @@ static void check_upgraded(pid_t old, int count)
     status = await_end(next);
     CHECK(WIFEXITED(status));
     CHECK_INT(WEXITSTATUS(status), 0);
-    check_no_child();
+    AWAIT(no_child_left(NULL)); /* orphans of programs that have failed are buried here */
 }
 
 static void upgrade(pid_t pid)
@@ -2435,20 +2437,15 @@ TEST_ONCE(an_upgrade_to_what_cannot_be_executed_is_given_up)
             tell(pid, SIGUSR2);
             AWAIT(warnings() > before);
             poke(pid);
+            check_rests(); /* the child that could not has been buried meanwhile */
         }
-        check_rests();
         CHECK_INT(parent_that_answers(), pid);
         unlink(path_of("next"));
         CHECK(symlink(own_path(), path_of("next")) == 0);
-        AWAIT((tell(pid, SIGUSR2), poll(NULL, 0, 20), get(&board->next.count) > 0));
+        upgrade(pid);
         check_upgraded(pid, 2);
-        directory[0] = directory[0]; /* the same for the second round */
-        free(next_argv[0]);
-        CHECK(munmap(board, sizeof *board) == 0);
+        end_upgradable();
     }
-    next_argv[0] = NULL;
-    map_board(-1);
-    end_upgradable();
 }
 
 /* It is complete when all new workers accept, not only the first. */
@@ -2482,7 +2479,6 @@ static void check_counts(int before, int after)
     upgrade(pid);
     check_upgraded(pid, after);
     end_upgradable();
-    memset(directory, 0, sizeof directory);
 }
 
 TEST_ONCE(an_upgrade_to_more_or_fewer_workers)
@@ -2561,7 +2557,6 @@ static void check_holes(void (*make)(void), bool reuse, int (*program)(void))
     upgrade(pid);
     check_upgraded(pid, 2);
     end_upgradable();
-    memset(directory, 0, sizeof directory);
 }
 
 TEST_ONCE(an_upgrade_hands_listeners_over_when_free_descriptors_lie_apart)
@@ -2610,7 +2605,6 @@ TEST_ONCE(a_listener_that_an_upgrade_does_not_take_is_closed)
         CHECK_INT(await_end(next), 0);
         check_no_child();
         end_upgradable();
-        memset(directory, 0, sizeof directory);
     }
 }
 
@@ -2682,7 +2676,6 @@ static void stop_in_upgrade(int how)
     AWAIT(no_child_left(NULL));
     CHECK(is_refused());
     end_upgradable();
-    memset(directory, 0, sizeof directory);
 }
 
 TEST_ONCE(a_stop_during_an_upgrade_ends_the_new_program_too)
@@ -2726,8 +2719,7 @@ TEST_ONCE(an_upgrade_during_a_reload_that_hangs)
     tell(pid, SIGHUP);
     AWAIT(get(&board->held) > 0);
     upgrade(pid);
-    await_forks(4);
-    AWAIT(parent_that_answers() != pid);
+    AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 50), forks_seen() >= 4)); /* at once, or after it */
     advance_until_end(pid);
     pid_t next = (pid_t)get(&board->next.pid);
     CHECK_INT(parent_that_answers(), next);
@@ -2808,11 +2800,22 @@ static void die_in_upgrade(int how)
     CHECK_INT(await_end(next), 0);
     check_no_child();
     end_upgradable();
-    memset(directory, 0, sizeof directory);
 }
 
 TEST_ONCE(a_new_program_lives_when_the_old_one_dies)
 {
     die_in_upgrade(NEXT_IS_SLOW);
     die_in_upgrade(NEXT_ONE_IS_SLOW);
+}
+
+/* Sockets that were added are handed over when the options name them. */
+TEST_ONCE(an_upgrade_hands_sockets_over_that_were_added)
+{
+    begin_upgradable();
+    hands_fds_over = true;
+    pid_t pid = launch(program_add_sockets);
+    await_forks(2);
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    end_upgradable();
 }

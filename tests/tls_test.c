@@ -3150,6 +3150,86 @@ TEST_STREAM(test_reload)
     run_tls(&c, &options);
 }
 
+/* A process whose files are read anew on SIGHUP; its port comes out of a pipe. */
+static int port_pipe[2];
+
+static void tell_port(tsrv_server *server, void *context)
+{
+    tsrv_address address;
+    (void)context;
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    int port = tsrv_address_port(&address);
+    CHECK(write(port_pipe[1], &port, sizeof port) == (ssize_t)sizeof port);
+}
+
+static pid_t launch_serve(int num_processes, int *port)
+{
+    CHECK(pipe(port_pipe) == 0);
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        tsrv_tls_options tls_options = server_options();
+        tsrv_server_options options;
+        memset(&options, 0, sizeof options);
+        tls_options.cert_file = path("reload.pem");
+        options.tls = make_tls(&tls_options);
+        options.mode = t_mode;
+        options.handle_stream = echo;
+        options.on_start = tell_port;
+        _exit(tsrv_serve(0, "127.0.0.1", num_processes, &options) == TSRV_OK ? 0 : 1);
+    }
+    for (int i = 0; i < num_processes; i++) {
+        CHECK(read(port_pipe[0], port, sizeof *port) == (ssize_t)sizeof *port);
+    }
+    return pid;
+}
+
+static bool is_served_as(int port, const char *expected)
+{
+    char name[64];
+    SSL *ssl = dial_open(port, &usual);
+    bool same = strcmp(peer_name(ssl, name, sizeof name), expected) == 0;
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+    return same;
+}
+
+/* What cannot be read changes nothing and ends nobody. */
+static void hang_up(int num_processes)
+{
+    int port = 0, status = 0;
+    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    copy_file("server.pem", "reload.pem");
+    tsrv_set_log(t_no_log, NULL);
+    pid_t pid = launch_serve(num_processes, &port);
+    CHECK(is_served_as(port, "server"));
+    copy_file("garbage.pem", "reload.pem");
+    for (int i = 0; i < 5; i++) {
+        CHECK(kill(pid, SIGHUP) == 0);
+        CHECK(is_served_as(port, "server"));
+    }
+    copy_file("server2.pem", "reload.pem");
+    CHECK(kill(pid, SIGHUP) == 0);
+    while (!is_served_as(port, "server2")) {
+        CHECK(t_now_ms() < end);
+    }
+    CHECK(kill(pid, SIGTERM) == 0);
+    CHECK_INT(waitpid(pid, &status, 0), pid);
+    CHECK_INT(status, 0);
+    t_close(port_pipe[0]);
+    t_close(port_pipe[1]);
+}
+
+TEST_ONCE(test_hangup_reads_the_files_anew_in_one_process)
+{
+    hang_up(1);
+}
+
+TEST_ONCE(test_hangup_reads_the_files_anew_for_workers)
+{
+    hang_up(2);
+}
+
 /* A session: TLS 1.3 sends its tickets behind the handshake, so something has to be read. */
 static SSL_SESSION *session_of(int port, const dial *how)
 {

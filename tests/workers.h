@@ -150,13 +150,18 @@ static inline void note_worker(void)
     __atomic_store_n(&board->pids[index], getpid(), __ATOMIC_RELEASE);
 }
 
-static inline void on_start(tsrv_server *server, void *context)
+static inline void note_port(tsrv_server *server)
 {
     tsrv_address address;
-    (void)context;
     CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
     CHECK(unix_path != NULL || tsrv_address_port(&address) != 0);
     __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
+}
+
+static inline void on_start(tsrv_server *server, void *context)
+{
+    (void)context;
+    note_port(server);
     note_worker();
 }
 
@@ -299,6 +304,8 @@ static inline int program_bind_start(void)
     return rc;
 }
 
+bool hands_fds_over; /* program_add_sockets names its sockets in the options */
+
 /* bind_sockets, fork_processes and add_sockets: the third. */
 static inline int program_add_sockets(void)
 {
@@ -308,6 +315,10 @@ static inline int program_add_sockets(void)
     CHECK_INT(count, 1);
     CHECK_INT(tsrvi_address_get(fds[0], tsrvi_getsockname, &address), TSRV_OK);
     __atomic_store_n(&board->port, tsrv_address_port(&address), __ATOMIC_RELEASE);
+    if (hands_fds_over) {
+        fork_options.fds = fds;
+        fork_options.fd_count = count;
+    }
     if ((rc = tsrv_fork_processes(workers, &fork_options)) < 0) {
         close(fds[0]); /* which the stop of the parent may have done */
         return rc;
@@ -366,8 +377,10 @@ static inline void run_program(int (*program)(void))
         CHECK_INT(t_open_fds(), fds);
         board->result = rc;
         __atomic_add_fetch(&board->results, 1, __ATOMIC_ACQ_REL);
-        CHECK_INT(waitpid(-1, NULL, WNOHANG), -1); /* and it has no child any more */
-        CHECK_INT(errno, ECHILD);
+        if (__atomic_load_n(&board->next.count, __ATOMIC_ACQUIRE) == 0) { /* it is not upgraded */
+            CHECK_INT(waitpid(-1, NULL, WNOHANG), -1);                    /* and has no child */
+            CHECK_INT(errno, ECHILD);
+        }
     }
     exit(rc == TSRV_OK || rc == TSRV_EPARENT ? 0 : 1);
 }
