@@ -1899,11 +1899,17 @@ static void tsrvi_log_turn(int kind, uint32_t since, uint32_t now)
     }
 }
 
+/* Were lines suppressed that nobody was told of? Loops look at it, and wake up for it. */
+static bool tsrvi_log_owes(void)
+{
+    return __atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) != 0;
+}
+
 /* Tell of suppressed lines whose second is over; `all`: of the others too. */
 static void tsrvi_log_settle(bool all)
 {
     uint32_t now;
-    if (TSRVI_LIKELY(__atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) == 0)) {
+    if (!tsrvi_log_owes()) {
         return;
     }
     now = tsrvi_log_now_ms();
@@ -3135,6 +3141,8 @@ struct tsrv_loop {
     struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
     tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
     tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
+    tsrv_stream *too_long;  /* whose last read met a limit; NULL = nobody's; for its log line */
+    size_t too_long_limit;  /* in bytes */
     int budget;             /* see TSRVI_BUDGET */
     size_t written;         /* bytes that were sent since what is running began */
     tsrvi_link coroutines;  /* all that are alive */
@@ -3709,6 +3717,9 @@ static int tsrvi_loop_sleep_ms(tsrv_loop *loop, uint64_t now)
     if (tsrvi_loop_has_work(loop)) {
         return 0;
     }
+    if (TSRVI_UNLIKELY(tsrvi_log_owes())) {
+        due = tsrvi_earlier(due, now + TSRVI_LOG_SECOND * TSRVI_MS);
+    }
     if (due == TSRVI_FOREVER) {
         return -1;
     }
@@ -3742,6 +3753,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     rc = loop->poller.backend->wait(&loop->poller, timeout_ms);
     loop->now = tsrvi_clock();
     loop->turns++;
+    tsrvi_log_settle(false);
     for (int i = 0; i < loop->poller.fired_count; i++) {
         tsrvi_poller_dispatch(&loop->poller, &loop->poller.fired[i]);
         tsrvi_loop_settle(loop);
@@ -3790,6 +3802,7 @@ TSRV_API int tsrv_loop_run(tsrv_loop *loop)
         return rc;
     }
     loop->stopping = false;
+    tsrvi_log_settle(true); /* nobody may be left who would tell of them later */
     return rc;
 }
 
@@ -5026,21 +5039,37 @@ static void tsrvi_tls_forget_errors(void)
     }
 }
 
-/* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. */
+/* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. The first one
+ * is the root: those behind it only say which calls it was handed up through. */
 static const char *tsrvi_tls_reason(char *buffer, size_t size)
 {
-    unsigned long code = ERR_peek_last_error();
+    unsigned long code = ERR_peek_error();
     const char *reason = code == 0 ? NULL : ERR_reason_error_string(code);
+    if (ERR_GET_LIB(code) == ERR_LIB_SYS) {
+        reason = strerror(ERR_GET_REASON(code)); /* OpenSSL 3 leaves these to the system */
+    }
+#ifdef ERR_LIB_OSSL_DECODER
+    if (ERR_GET_LIB(code) == ERR_LIB_OSSL_DECODER) {
+        reason = "no start line of a key in PEM format"; /* of OpenSSL 3: "unsupported" */
+    }
+#endif
     snprintf(buffer, size, "%s", reason == NULL ? "unknown reason" : reason);
     ERR_clear_error();
     return buffer;
 }
 
-static int tsrvi_tls_complain(const char *what, const char *file)
+/* An option cannot be followed.
+ *   value   a file's name, or what else it is set to; NULL = left out
+ *   reason  NULL = OpenSSL's */
+static int tsrvi_tls_complain(const char *option, const char *value, const char *reason)
 {
-    char reason[128];
-    tsrvi_log(TSRV_LOG_ERROR, "TLS: %s %s: %s", what, file == NULL ? "" : file,
-              tsrvi_tls_reason(reason, sizeof(reason)));
+    char buffer[128];
+    if (reason == NULL) {
+        reason = tsrvi_tls_reason(buffer, sizeof(buffer));
+    }
+    ERR_clear_error();
+    tsrvi_log(TSRV_LOG_ERROR, "TLS: %s%s%s: %s", option, value == NULL ? "" : " ",
+              value == NULL ? "" : value, reason);
     return TSRV_ETLS;
 }
 
@@ -5049,11 +5078,14 @@ static int tsrvi_tls_complain(const char *what, const char *file)
 /* A key with a passphrase is refused: a server has nobody to ask. */
 static int tsrvi_tls_no_passphrase(char *buffer, int size, int writing, void *context)
 {
+    bool *asked = (bool *)context;
     (void)buffer;
     (void)size;
     (void)writing;
-    (void)context;
-    return 0;
+    if (asked != NULL) {
+        *asked = true;
+    }
+    return -1;
 }
 
 /* "h2,http/1.1" as ALPN wants it: each name behind its size. */
@@ -5064,7 +5096,7 @@ static int tsrvi_tls_alpn_parse(const char *names, tsrvi_tls_set *set)
         const char *comma = strchr(names, ',');
         size_t size = comma == NULL ? strlen(names) : (size_t)(comma - names);
         if (size == 0 || size > 255 || set->alpn_size + size + 1 > sizeof(set->alpn)) {
-            tsrvi_log(TSRV_LOG_ERROR, "TLS: the ALPN list is malformed, or too long");
+            tsrvi_log(TSRV_LOG_ERROR, "TLS: the ALPN list (alpn) is malformed, or too long");
             return TSRV_EINVAL;
         }
         set->alpn[set->alpn_size] = (unsigned char)size;
@@ -5131,23 +5163,45 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
     return SSL_TLSEXT_ERR_OK;
 }
 
+/* Clients will refuse a certificate out of its time; that is no reason not to serve the others. */
+static void tsrvi_tls_check_dates(SSL_CTX *context, const char *file)
+{
+    const X509 *own = SSL_CTX_get0_certificate(context);
+    if (X509_cmp_current_time(X509_get0_notAfter(own)) < 0) {
+        tsrvi_log(TSRV_LOG_WARNING, "TLS: cert_file %s: the certificate has expired", file);
+    } else if (X509_cmp_current_time(X509_get0_notBefore(own)) > 0) {
+        tsrvi_log(TSRV_LOG_WARNING, "TLS: cert_file %s: the certificate is not valid yet", file);
+    }
+}
+
 /* Load a certificate with its chain, and its key, and see that they belong together. */
 static int tsrvi_tls_load_key(SSL_CTX *context, const char *certificate, const char *key)
 {
+    const char *option = key == NULL ? "the key in cert_file" : "key_file";
+    bool asked = false;
+    int loaded;
     SSL_CTX_set_default_passwd_cb(context, tsrvi_tls_no_passphrase);
     if (certificate == NULL) {
         return TSRV_OK;
     }
     if (SSL_CTX_use_certificate_chain_file(context, certificate) != 1) {
-        return tsrvi_tls_complain("certificate", certificate);
+        return tsrvi_tls_complain("cert_file", certificate, NULL);
     }
     key = key == NULL ? certificate : key;
-    if (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1) {
-        return tsrvi_tls_complain("key", key);
+    SSL_CTX_set_default_passwd_cb_userdata(context, &asked);
+    loaded = SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM);
+    SSL_CTX_set_default_passwd_cb_userdata(context, NULL);
+    if (loaded != 1 && asked) {
+        return tsrvi_tls_complain(option, key, "it is encrypted, and there is no password");
     }
-    if (SSL_CTX_check_private_key(context) != 1) {
-        return tsrvi_tls_complain("the certificate does not belong to the key", key);
+    if (loaded == 1 ? SSL_CTX_check_private_key(context) != 1
+                    : ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_X509) {
+        return tsrvi_tls_complain(option, key, "it does not belong to the certificate");
     }
+    if (loaded != 1) {
+        return tsrvi_tls_complain(option, key, NULL);
+    }
+    tsrvi_tls_check_dates(context, certificate);
     return TSRV_OK;
 }
 
@@ -5163,7 +5217,7 @@ static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *option
         return TSRV_OK; /* the system's, which are many: only when a client needs them */
     }
     if (SSL_CTX_load_verify_locations(context, options->ca_file, NULL) != 1) {
-        return tsrvi_tls_complain("CA file", options->ca_file);
+        return tsrvi_tls_complain("ca_file", options->ca_file, NULL);
     }
     if (verify != SSL_VERIFY_NONE) { /* the names that clients choose their certificate by */
         SSL_CTX_set_client_CA_list(context, SSL_load_client_CA_file(options->ca_file));
@@ -5194,9 +5248,9 @@ static SSL_CTX *tsrvi_tls_context(const tsrv_tls_options *options, const char *c
     if (SSL_CTX_set_min_proto_version(context, options->min_version == 0
                                                    ? TLS1_2_VERSION
                                                    : options->min_version) != 1) {
-        *rc = tsrvi_tls_complain("minimum version", NULL);
+        *rc = tsrvi_tls_complain("min_version", NULL, NULL);
     } else if (SSL_CTX_set_cipher_list(context, ciphers) != 1) {
-        *rc = tsrvi_tls_complain("ciphers", ciphers);
+        *rc = tsrvi_tls_complain("ciphers", ciphers, NULL);
     } else if ((*rc = tsrvi_tls_load_key(context, certificate, key)) == TSRV_OK) {
         *rc = tsrvi_tls_load_trust(context, options);
     }
@@ -5703,8 +5757,14 @@ static int tsrvi_tls_code(tsrvi_tls *tls, int result, char *reason, size_t size)
         ERR_clear_error();
         return TSRV_ETLS;
     }
-    if (ERR_peek_last_error() != 0) { /* else it has been told before */
-        tsrvi_tls_reason(reason, size);
+    if (ERR_peek_error() != 0) { /* else it has been told before */
+        bool refused = ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_SSL &&
+                       ERR_GET_REASON(ERR_peek_error()) == SSL_R_CERTIFICATE_VERIFY_FAILED;
+        size_t used = strlen(tsrvi_tls_reason(reason, size));
+        if (refused) {
+            snprintf(reason + used, size - used, ": %s",
+                     X509_verify_cert_error_string(SSL_get_verify_result(tls->ssl)));
+        }
     }
     return TSRV_ETLS;
 }
@@ -7913,6 +7973,10 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     if (rc == TSRVI_GONE) {
         return TSRV_ECLOSED;
     }
+    if (TSRVI_UNLIKELY(rc == TSRV_ETOOLONG)) {
+        loop->too_long = stream;
+        loop->too_long_limit = read->max;
+    }
     if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
         tsrvi_read_prime(stream);
     }
@@ -8027,6 +8091,7 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
     read.size = count;
     if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
         int rc = tsrvi_read_nothing(stream);
+        tsrvi_loop_of(stream)->too_long = NULL; /* the limit is max_buffer_size */
         return rc == TSRV_OK && count != 0 ? TSRV_ETOOLONG : rc;
     }
     return tsrvi_read_run(stream, &read, 0);
@@ -8854,6 +8919,42 @@ static bool tsrvi_code_is_quiet(int code)
            code == TSRV_ETLS || code == -ECONNRESET || code == -EPIPE; /* TLS has said why */
 }
 
+/* Which limit a handler's error is about; "" = none. */
+static const char *tsrvi_stream_limit_text(const tsrv_stream *stream, int code, char *text,
+                                           size_t size)
+{
+    const tsrv_server_options *options = &stream->server->options;
+    const tsrv_loop *loop = tsrvi_loop_of(stream);
+    text[0] = 0;
+    if (code == TSRV_EFULL) {
+        snprintf(text, size, ": more than %llu bytes unsent (max_write_buffer_size)",
+                 (unsigned long long)options->max_write_buffer_size);
+    } else if (code == TSRV_ETOOLONG) {
+        bool own = loop->too_long == stream && loop->too_long_limit < options->max_buffer_size;
+        snprintf(text, size, ": more than %llu bytes (%s)",
+                 (unsigned long long)(own ? loop->too_long_limit : options->max_buffer_size),
+                 own ? "max_bytes of the read" : "max_buffer_size");
+    }
+    return text;
+}
+
+/* Ends that are no news are not logged. */
+static void tsrvi_stream_log_end(const tsrv_stream *stream, int code)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE], limit[96];
+    if (!tsrvi_code_is_quiet(code)) {
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
+                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(code),
+                          tsrvi_stream_limit_text(stream, code, limit, sizeof(limit)));
+    }
+    if (loop->too_long == stream) {
+        loop->too_long = NULL;
+    }
+}
+
 /* The handler is done for good. */
 static void tsrvi_stream_over(tsrv_stream *stream, int rc)
 {
@@ -8863,13 +8964,7 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     stream->u.result = rc;
     stream->flags |= TSRVI_OVER;
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS);
-    if (!tsrvi_code_is_quiet(rc)) {
-        tsrv_address address;
-        char text[TSRV_ADDRESS_SIZE];
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s",
-                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
-    }
+    tsrvi_stream_log_end(stream, rc);
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
     }
@@ -9210,6 +9305,8 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
     }
     tsrvi_stream_release(stream);
     if (tsrvi_chunk_size(stream->in) != 0) {
+        tsrvi_stream_log_tls(stream, "plaintext came behind the command that starts TLS, as in a "
+                                     "STARTTLS injection: refused");
         return TSRV_ETLS;
     }
     if ((rc = tsrvi_stream_secure(stream, tls, server_name)) < 0) {
@@ -10544,6 +10641,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
         tsrvi_own_loop = NULL;
     }
     tsrvi_loop_destroy(loop);
+    tsrvi_log_settle(true);
     return TSRV_OK;
 }
 
