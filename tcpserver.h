@@ -1274,34 +1274,48 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_MAP_NORESERVE 0
 #endif
 
+/* How stacks are switched: by hand where >>switch knows the processor, else by ucontext where the C
+ * library has it. musl, Android and OpenBSD have not: on other processors there are no coroutines.
+ */
+#define TSRVI_NO_SWITCH 0
+#define TSRVI_UCONTEXT 1
+#define TSRVI_X86_64 2
+#define TSRVI_X86 3
+#define TSRVI_AARCH64 4
+#define TSRVI_ARM 5
+#define TSRVI_RISCV64 6
+#define TSRVI_PPC64 7 /* with the second ELF ABI, which all that is little-endian uses */
+#define TSRVI_S390X 8
 #if defined(TSRV_NO_COROUTINES)
+#define TSRVI_SWITCH TSRVI_NO_SWITCH
+#elif defined(TSRV_USE_UCONTEXT)
+#define TSRVI_SWITCH TSRVI_UCONTEXT
+#elif defined(__x86_64__) && !defined(__ILP32__)
+#define TSRVI_SWITCH TSRVI_X86_64
+#elif defined(__i386__)
+#define TSRVI_SWITCH TSRVI_X86
+#elif defined(__aarch64__)
+#define TSRVI_SWITCH TSRVI_AARCH64
+#elif defined(__arm__) && (!defined(__thumb__) || defined(__thumb2__))
+#define TSRVI_SWITCH TSRVI_ARM
+#elif defined(__riscv) && __riscv_xlen == 64 && !defined(__riscv_32e)
+#define TSRVI_SWITCH TSRVI_RISCV64
+#elif defined(__powerpc64__) && defined(_CALL_ELF) && _CALL_ELF == 2
+#define TSRVI_SWITCH TSRVI_PPC64
+#elif defined(__s390x__)
+#define TSRVI_SWITCH TSRVI_S390X
+#elif (defined(__linux__) && !defined(__GLIBC__)) || defined(__OpenBSD__)
+#define TSRVI_SWITCH TSRVI_NO_SWITCH
+#else
+#define TSRVI_SWITCH TSRVI_UCONTEXT
+#endif
+#if TSRVI_SWITCH == TSRVI_NO_SWITCH
 #define TSRVI_HAS_COROUTINES 0
 #else
 #define TSRVI_HAS_COROUTINES 1
 #endif
-
-/* How stacks are switched: by hand where the code below knows the processor, else by ucontext. */
-#if !TSRVI_HAS_COROUTINES
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 0
-#elif defined(TSRV_USE_UCONTEXT)
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 0
-#elif defined(__x86_64__) && !defined(__ILP32__)
-#define TSRVI_SWITCH_X86_64 1
-#define TSRVI_SWITCH_AARCH64 0
-#elif defined(__aarch64__)
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 1
-#else
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 0
-#endif
-#if TSRVI_HAS_COROUTINES && !TSRVI_SWITCH_X86_64 && !TSRVI_SWITCH_AARCH64
-#define TSRVI_SWITCH_UCONTEXT 1
+#if TSRVI_SWITCH == TSRVI_UCONTEXT
 #include <ucontext.h>
-#else
-#define TSRVI_SWITCH_UCONTEXT 0
 #endif
 
 /* Sanitizers and Valgrind have to be told when the stack changes under them. */
@@ -1338,6 +1352,23 @@ typedef int tsrvi_kevent_count;
 #else
 #define TSRVI_STACK_REGISTER(low, high) 0u
 #define TSRVI_STACK_DEREGISTER(id) ((void)(id))
+#endif
+
+/* A function that is NULL where the program does not have it. Its own name is given as text, so that
+ * no declaration of others is contradicted. Mach-O wants it to be there when the program is linked.
+ */
+#define TSRVI_TEXT_OF(name) #name
+#define TSRVI_TEXT(name) TSRVI_TEXT_OF(name)
+#define TSRVI_WEAK(name) __asm__(TSRVI_TEXT(__USER_LABEL_PREFIX__) name) __attribute__((weak))
+#if defined(__ELF__)
+#define TSRVI_HAS_LSAN 1
+#else
+#define TSRVI_HAS_LSAN 0
+#endif
+#if defined(__ELF__) || defined(__cplusplus)
+#define TSRVI_HAS_EXCEPTIONS 1
+#else
+#define TSRVI_HAS_EXCEPTIONS 0
 #endif
 
 #if defined(TSRV_TLS_OPENSSL)
@@ -2881,13 +2912,19 @@ static const tsrvi_backend *const tsrvi_backends[] = {
  *
  * tsrvi_context_make prepares a stack so that the first switch to it calls
  * entry(context); tsrvi_context_switch saves the running code in `from` and goes
- * on with `to`. By hand this costs a few nanoseconds: the registers that a
- * function call must preserve are pushed, or left to the compiler by the clobber
- * list, and the other side is entered with jmp, because a ret to a changed stack
- * always misleads the return predictor. The floating point control words are
- * not switched. The assembly lives inside a function, with a numeric label, so
- * that two static copies of the library link. ucontext makes a system call per
- * switch, but runs everywhere.
+ * on with `to`. By hand this costs a few nanoseconds: the stack pointer, the
+ * frame pointer and where to go on are kept in the context, the other registers
+ * that a function call must preserve are in the clobber list, and the other side
+ * is entered with a jump, because a return on a changed stack always misleads
+ * the return predictor. The floating point control words are not switched.
+ *
+ * A signal handler may unwind from any instruction of a switch: nothing is
+ * pushed, and the function keeps a frame pointer, from which the compiler then
+ * describes the frame. So it finds the frame of one side as long as the frame
+ * pointer is that side's. Unwinding ends at entry, whose return address is 0.
+ *
+ * The assembly lives inside a function, with numeric labels, so that two static
+ * copies of the library link. ucontext makes a system call per switch.
  * ==========================================================================*/
 
 #if defined(__clang__)
@@ -2897,75 +2934,117 @@ static const tsrvi_backend *const tsrvi_backends[] = {
     __attribute__((noinline, noipa)) /* callers must assume that every register changes */
 #endif
 
-#if TSRVI_SWITCH_X86_64
+/* Make the compiler keep a frame pointer in the function that says so. */
+#define TSRVI_KEEP_FRAME() __asm__ volatile("" : : "r"(__builtin_frame_address(0)))
+
+#if TSRVI_SWITCH == TSRVI_X86_64
 typedef struct tsrvi_context {
-    void *stack_pointer;
+    void *stack, *frame, *resume;
 } tsrvi_context;
 
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    *--top = NULL; /* entry's return address: there is none, and debuggers stop here */
-    top--;
-    memcpy((void *)top, (const void *)&entry, sizeof(entry));
-    context->stack_pointer = top;
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->frame = top;
+    *--top = NULL; /* entry's return address */
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
+    TSRVI_KEEP_FRAME();
     __asm__ volatile(
-        "subq $128, %%rsp\n\t" /* the compiler may keep data below the stack pointer: the red zone
-                                */
-        "pushq %%rbp\n\t"
-        "pushq %%rbx\n\t"
         "leaq 1f(%%rip), %%rax\n\t"
-        "pushq %%rax\n\t"
         "movq %%rsp, (%%rdi)\n\t"
-        "movq (%%rsi), %%rsp\n\t"
+        "movq %%rbp, 8(%%rdi)\n\t"
+        "movq %%rax, 16(%%rdi)\n\t"
         "movq %%rsi, %%rdi\n\t" /* the argument of entry, when it is entered for the first time */
-        "popq %%rax\n\t"
-        "jmpq *%%rax\n"
-        "1:\n\t"
-        "popq %%rbx\n\t"
-        "popq %%rbp\n\t"
-        "addq $128, %%rsp"
+        "movq 8(%%rsi), %%rbp\n\t"
+        "movq (%%rsi), %%rsp\n\t"
+        "jmpq *16(%%rdi)\n"
+        "1:"
         : "+D"(from), "+S"(to)
         :
-        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1",
-          "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
-          "xmm13", "xmm14", "xmm15", "memory", "cc");
+        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0",
+          "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+          "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");
 }
 #endif
 
-#if TSRVI_SWITCH_AARCH64
+#if TSRVI_SWITCH == TSRVI_X86
 typedef struct tsrvi_context {
-    void *stack_pointer;
+    void *stack, *frame, *resume;
 } tsrvi_context;
 
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top--;
-    memcpy((void *)top, (const void *)&entry, sizeof(entry));
-    *--top = NULL; /* the frame pointer: there is no caller */
-    context->stack_pointer = top;
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->frame = top;
+    top -= 2;
+    *top = context; /* entry's argument, aligned to 16 bytes */
+    *--top = NULL;  /* its return address */
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile("calll 2f\n" /* processors know that this is not a call */
+                     "2:\tpopl %%ecx\n\t"
+                     "addl $1f-2b, %%ecx\n\t"
+                     "movl %%esp, (%%eax)\n\t"
+                     "movl %%ebp, 4(%%eax)\n\t"
+                     "movl %%ecx, 8(%%eax)\n\t"
+                     "movl %%edx, %%eax\n\t" /* entry's argument too, with -mregparm */
+                     "movl 4(%%edx), %%ebp\n\t"
+                     "movl (%%edx), %%esp\n\t"
+                     "jmpl *8(%%eax)\n"
+                     "1:"
+                     : "+a"(from), "+d"(to)
+                     :
+                     : "ebx", "ecx", "esi", "edi", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_AARCH64
+typedef struct tsrvi_context {
+    void *stack, *frame, *resume;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->frame = top;
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
     register tsrvi_context *x0 __asm__("x0") = from;
     register tsrvi_context *x1 __asm__("x1") = to;
+    TSRVI_KEEP_FRAME();
     __asm__ volatile(
         "adr x16, 1f\n\t"
-        "stp x29, x16, [sp, #-16]!\n\t"
         "mov x9, sp\n\t"
-        "str x9, [x0]\n\t"
-        "ldr x9, [x1]\n\t"
-        "mov sp, x9\n\t"
+        "stp x9, x29, [x0]\n\t"
+        "str x16, [x0, #16]\n\t"
+        "ldr x16, [x1, #16]\n\t"
         "mov x0, x1\n\t" /* the argument of entry, when it is entered for the first time */
-        "ldp x29, x16, [sp], #16\n\t"
+        "mov x30, xzr\n\t"
+        "ldp x9, x29, [x1]\n\t"
+        "mov sp, x9\n\t"
         "br x16\n"
         "1:\n\t"
         "hint #36" /* bti j: a landing pad where branch protection asks for one */
@@ -2979,7 +3058,187 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 }
 #endif
 
-#if TSRVI_SWITCH_UCONTEXT
+#if TSRVI_SWITCH == TSRVI_ARM
+typedef struct tsrvi_context {
+    void *stack, *resume, *registers[8]; /* r4 to r11: the frame pointer is r7 or r11 */
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    context->stack = stack + (size & ~(size_t)15);
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+#if defined(__thumb__)
+#define TSRVI_ARM_RESUME "orr r3, r3, #1\n\t" /* bx goes on in Thumb code */
+#else
+#define TSRVI_ARM_RESUME ""
+#endif
+#if defined(__VFP_FP__) && !defined(__SOFTFP__)
+#define TSRVI_ARM_FLOATS "d8", "d9", "d10", "d11", "d12", "d13", "d14", "d15",
+#else
+#define TSRVI_ARM_FLOATS
+#endif
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *r0 __asm__("r0") = from;
+    register tsrvi_context *r1 __asm__("r1") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "mov r2, sp\n\t"
+        "adr r3, 1f\n\t" TSRVI_ARM_RESUME "stm r0, {r2-r11}\n\t"
+        "mov r0, r1\n\t" /* the argument of entry, when it is entered for the first time */
+        "ldm r1!, {r2, r3}\n\t"
+        "mov lr, #0\n\t"
+        "mov sp, r2\n\t"
+        "bx r3\n"
+        "1:\n\t"
+        "ldm r1, {r4-r11}"
+        : "+r"(r0), "+r"(r1)
+        :
+        : TSRVI_ARM_FLOATS "r2", "r3", "r12", "lr", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_RISCV64
+typedef struct tsrvi_context {
+    void *stack, *frame, *resume;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    context->frame = top;
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+#if defined(__riscv_flen)
+#define TSRVI_RISCV_FLOATS \
+    "fs0", "fs1", "fs2", "fs3", "fs4", "fs5", "fs6", "fs7", "fs8", "fs9", "fs10", "fs11",
+#else
+#define TSRVI_RISCV_FLOATS
+#endif
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *a0 __asm__("a0") = from;
+    register tsrvi_context *a1 __asm__("a1") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "lla t1, 1f\n\t"
+        "sd sp, 0(a0)\n\t"
+        "sd s0, 8(a0)\n\t"
+        "sd t1, 16(a0)\n\t"
+        "ld t1, 16(a1)\n\t" /* a jump to t0 would count as a return */
+        "mv a0, a1\n\t"     /* the argument of entry, when it is entered for the first time */
+        "li ra, 0\n\t"
+        "ld s0, 8(a1)\n\t"
+        "ld sp, 0(a1)\n\t"
+        "jr t1\n"
+        "1:"
+        : "+r"(a0), "+r"(a1)
+        :
+        : TSRVI_RISCV_FLOATS "ra", "t0", "t1", "t2", "t3", "t4", "t5", "t6", "a2", "a3", "a4", "a5",
+          "a6", "a7", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "memory");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_PPC64
+typedef struct tsrvi_context {
+    void *stack, *frame, *resume;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    top -= 12; /* what every caller has for the one that it calls: 96 bytes */
+    *top = NULL;
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+#if defined(__ALTIVEC__)
+#define TSRVI_PPC_VECTORS \
+    "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31",
+#else
+#define TSRVI_PPC_VECTORS
+#endif
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *r3 __asm__("r3") = from;
+    register tsrvi_context *r4 __asm__("r4") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "bcl 20, 31, 2f\n" /* processors know that this is not a call */
+        "2:\tmflr 12\n\t"
+        "addi 12, 12, 1f-2b\n\t"
+        "std 1, 0(3)\n\t"
+        "std 31, 8(3)\n\t"
+        "std 12, 16(3)\n\t"
+        "ld 12, 16(4)\n\t" /* entry looks for its own address there */
+        "mr 3, 4\n\t"      /* the argument of entry, when it is entered for the first time */
+        "mtctr 12\n\t"
+        "li 0, 0\n\t"
+        "mtlr 0\n\t"
+        "ld 1, 0(4)\n\t"
+        "bctr\n"
+        "1:\tld 31, 8(4)"
+        : "+r"(r3), "+r"(r4)
+        :
+        : TSRVI_PPC_VECTORS "r0", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "r14", "r15",
+          "r16", "r17", "r18", "r19", "r20", "r21", "r22", "r23", "r24", "r25", "r26", "r27", "r28",
+          "r29", "r30", "fr14", "fr15", "fr16", "fr17", "fr18", "fr19", "fr20", "fr21", "fr22",
+          "fr23", "fr24", "fr25", "fr26", "fr27", "fr28", "fr29", "fr30", "fr31", "cr2", "cr3",
+          "cr4", "lr", "ctr", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_S390X
+typedef struct tsrvi_context {
+    void *resume, *registers[10]; /* r6 to r15: the frame pointer is r11, the stack pointer r15 */
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    top -= 20; /* where every caller lets the one that it calls save registers */
+    *top = NULL;
+    context->registers[9] = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *r2 __asm__("r2") = from;
+    register tsrvi_context *r3 __asm__("r3") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "larl %%r1, 1f\n\t"
+        "stg %%r1, 0(%%r2)\n\t"
+        "stmg %%r6, %%r15, 8(%%r2)\n\t"
+        "lg %%r1, 0(%%r3)\n\t"
+        "lgr %%r2, %%r3\n\t" /* the argument of entry, when it is entered for the first time */
+        "lghi %%r14, 0\n\t"
+        "lg %%r15, 80(%%r3)\n\t"
+        "br %%r1\n"
+        "1:\tlmg %%r6, %%r13, 8(%%r3)"
+        : "+r"(r2), "+r"(r3)
+        :
+        : "r0", "r1", "r4", "r5", "r14", "f0", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9",
+          "f10", "f11", "f12", "f13", "f14", "f15", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_UCONTEXT
 typedef struct tsrvi_context {
     ucontext_t machine;
     void (*entry)(struct tsrvi_context *);
@@ -3010,6 +3269,29 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
 static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
     TSRV_SYS(swapcontext, (&from->machine, &to->machine));
+}
+#endif
+
+#if TSRVI_HAS_EXCEPTIONS
+/* What __cxa_get_globals points to, in libstdc++ and in libc++abi: the exceptions of this thread
+ * that are being handled, and how many are on their way to a handler. */
+typedef struct tsrvi_exceptions {
+    void *caught;
+    unsigned uncaught;
+#if defined(__ARM_EABI__) && !defined(__ARM_DWARF_EH__)
+    void *propagating;
+#endif
+} tsrvi_exceptions;
+
+extern tsrvi_exceptions *tsrvi_exceptions_of_thread(void) TSRVI_WEAK("__cxa_get_globals");
+
+/* The same in a program that has the C++ runtime: each side has its own exceptions, at first none. */
+static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsrvi_context *to)
+{
+    tsrvi_exceptions *exceptions = tsrvi_exceptions_of_thread(), kept = *exceptions;
+    memset(exceptions, 0, sizeof(*exceptions));
+    tsrvi_context_switch(from, to);
+    *exceptions = kept;
 }
 #endif
 
@@ -3045,26 +3327,47 @@ static void tsrvi_fiber_switch(tsrvi_fiber *from, tsrvi_fiber *to, bool ending)
 #else
     (void)ending;
 #endif
-    tsrvi_context_switch(&from->context, &to->context);
+#if TSRVI_HAS_EXCEPTIONS
+    if (TSRVI_UNLIKELY(tsrvi_exceptions_of_thread != NULL)) {
+        tsrvi_context_switch_exceptions(&from->context, &to->context);
+    } else
+#endif
+    {
+        tsrvi_context_switch(&from->context, &to->context);
+    }
     tsrvi_fiber_arrived(from, to);
 }
 
-/* Map a stack of `size` bytes, a multiple of `page`, whose lowest page faults when it is touched.
- * NULL: no memory. */
-static char *tsrvi_stack_map(size_t size, size_t page)
+#if TSRVI_HAS_LSAN
+extern void tsrvi_root_add(const void *, size_t) TSRVI_WEAK("__lsan_register_root_region");
+extern void tsrvi_root_remove(const void *, size_t) TSRVI_WEAK("__lsan_unregister_root_region");
+#endif
+
+/* What is below every stack and faults when it is touched: a frame of 1 MiB (64 KiB where addresses
+ * are scarce) does not reach past it, nor what is called from there. A multiple of every page. */
+#define TSRVI_STACK_GUARD ((size_t)(sizeof(void *) > 4 ? 1024 + 64 : 64 + 64) * 1024)
+
+/* Map a stack of `size` bytes, a multiple of the page, above its guard. NULL: no memory. */
+static char *tsrvi_stack_map(size_t size)
 {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | TSRVI_MAP_STACK | TSRVI_MAP_NORESERVE;
-    void *stack = TSRV_SYS(mmap, (NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0));
-    if (stack == MAP_FAILED) {
+    void *guard =
+        TSRV_SYS(mmap, (NULL, TSRVI_STACK_GUARD + size, PROT_READ | PROT_WRITE, flags, -1, 0));
+    if (guard == MAP_FAILED) {
         return NULL;
     }
     if ((TSRVI_MADV_GUARD_INSTALL < 0 ||
-         TSRV_SYS(madvise, (stack, page, TSRVI_MADV_GUARD_INSTALL)) < 0) &&
-        TSRV_SYS(mprotect, (stack, page, PROT_NONE)) < 0) {
-        TSRV_SYS(munmap, (stack, size));
+         TSRV_SYS(madvise, (guard, TSRVI_STACK_GUARD, TSRVI_MADV_GUARD_INSTALL)) < 0) &&
+        TSRV_SYS(mprotect, (guard, TSRVI_STACK_GUARD, PROT_NONE)) < 0) {
+        TSRV_SYS(munmap, (guard, TSRVI_STACK_GUARD + size));
         return NULL;
     }
-    return (char *)stack;
+    return (char *)guard + TSRVI_STACK_GUARD;
+}
+
+static bool tsrvi_stack_unmap(char *stack, size_t size)
+{
+    return TSRV_SYS(munmap, (stack - TSRVI_STACK_GUARD, TSRVI_STACK_GUARD + size)) == 0;
 }
 #endif
 
@@ -3862,6 +4165,7 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
  * ==========================================================================*/
 
 #define TSRVI_STACK_SIZE ((size_t)256 * 1024)
+#define TSRVI_STACK_LEAST ((size_t)64 * 1024)
 #define TSRVI_STACK_POOL 256 /* free stacks that a loop keeps */
 
 typedef struct tsrvi_co {
@@ -3883,13 +4187,52 @@ typedef struct tsrvi_co {
     bool over;      /* its function has returned */
 } tsrvi_co;
 
+static void tsrvi_stacks_push(tsrvi_stacks *stacks, char *stack)
+{
+    memcpy(stack + stacks->size - sizeof(char *), &stacks->first, sizeof(char *));
+    stacks->first = stack;
+    stacks->count++;
+}
+
+static char *tsrvi_stacks_pop(tsrvi_stacks *stacks)
+{
+    char *stack = stacks->first;
+    memcpy(&stacks->first, stack + stacks->size - sizeof(char *), sizeof(char *));
+    stacks->count--;
+    return stack;
+}
+
+/* Unmap free stacks until there are no more than `count`. At vm.max_map_count munmap fails for a
+ * stack that lies between others, since that would make two mappings of one: it is kept. */
+static void tsrvi_stacks_trim(tsrvi_stacks *stacks, int count)
+{
+    while (stacks->count > count) {
+        char *stack = tsrvi_stacks_pop(stacks);
+        if (!tsrvi_stack_unmap(stack, stacks->size)) {
+            tsrvi_stacks_push(stacks, stack);
+            return;
+        }
+    }
+}
+
+/* Unmap all. What is at an edge of its mapping always can be, and then what was next to it; of what
+ * lies between the stacks of other loops at least the memory is given back. */
 static void tsrvi_stacks_free(tsrvi_stacks *stacks)
 {
+    int before;
+    do {
+        tsrvi_stacks kept = {NULL, 0, stacks->size};
+        before = stacks->count;
+        while (stacks->count > 0) {
+            char *stack = tsrvi_stacks_pop(stacks);
+            if (!tsrvi_stack_unmap(stack, stacks->size)) {
+                tsrvi_stacks_push(&kept, stack);
+            }
+        }
+        *stacks = kept;
+    } while (stacks->count < before);
     while (stacks->count > 0) {
-        char *stack = stacks->first;
-        memcpy(&stacks->first, stack + stacks->size - sizeof(char *), sizeof(char *));
-        stacks->count--;
-        TSRV_SYS(munmap, (stack, stacks->size));
+        TSRV_SYS(madvise, (tsrvi_stacks_pop(stacks), stacks->size, MADV_DONTNEED));
     }
 }
 
@@ -3907,25 +4250,14 @@ static tsrvi_stacks *tsrvi_stacks_for(tsrv_loop *loop, size_t size)
 static char *tsrvi_stack_take(tsrv_loop *loop, size_t size)
 {
     tsrvi_stacks *stacks = tsrvi_stacks_for(loop, size);
-    char *stack = stacks->first;
-    if (stacks->count == 0) {
-        return tsrvi_stack_map(size, loop->page_size);
-    }
-    memcpy(&stacks->first, stack + size - sizeof(char *), sizeof(char *));
-    stacks->count--;
-    return stack;
+    return stacks->count == 0 ? tsrvi_stack_map(size) : tsrvi_stacks_pop(stacks);
 }
 
 static void tsrvi_stack_give(tsrv_loop *loop, char *stack, size_t size)
 {
     tsrvi_stacks *stacks = tsrvi_stacks_for(loop, size);
-    if (stacks->count >= TSRVI_STACK_POOL) {
-        TSRV_SYS(munmap, (stack, size));
-        return;
-    }
-    memcpy(stack + size - sizeof(char *), &stacks->first, sizeof(char *));
-    stacks->first = stack;
-    stacks->count++;
+    tsrvi_stacks_push(stacks, stack);
+    tsrvi_stacks_trim(stacks, TSRVI_STACK_POOL);
 }
 
 static void tsrvi_co_entry(tsrvi_context *context)
@@ -3949,6 +4281,11 @@ static void tsrvi_co_free(tsrvi_co *co)
     TSRVI_STACK_DEREGISTER(co->valgrind_id);
 #if TSRVI_HAS_TSAN
     __tsan_destroy_fiber(co->fiber.tsan);
+#endif
+#if TSRVI_HAS_LSAN
+    if (tsrvi_root_remove != NULL) {
+        tsrvi_root_remove(co->stack, co->stack_size);
+    }
 #endif
     tsrvi_stack_give(loop, co->stack, co->stack_size);
 }
@@ -4057,7 +4394,7 @@ static int tsrvi_co_yield(tsrvi_co *co)
 static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback function, void *context,
                         tsrvi_co **made)
 {
-    size_t page = loop->page_size, size = (stack_size + page - 1) / page * page;
+    size_t page = loop->page_size, size = stack_size;
     tsrvi_co *co;
     char *stack;
     int rc = tsrvi_heap_reserve(&loop->heap);
@@ -4065,14 +4402,19 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     if (rc < 0) {
         return rc;
     }
-    stack = tsrvi_stack_take(loop, size < 4 * page ? 4 * page : size);
-    size = size < 4 * page ? 4 * page : size;
+    size = ((size < TSRVI_STACK_LEAST ? TSRVI_STACK_LEAST : size) + page - 1) / page * page;
+    stack = tsrvi_stack_take(loop, size);
     if (stack == NULL) {
         loop->heap.reserved--;
         return -ENOMEM;
     }
 #if TSRVI_HAS_ASAN
-    __asan_unpoison_memory_region(stack + page, size - page); /* what the last one left there */
+    __asan_unpoison_memory_region(stack, size); /* what the last one left there */
+#endif
+#if TSRVI_HAS_LSAN
+    if (tsrvi_root_add != NULL) {
+        tsrvi_root_add(stack, size);
+    }
 #endif
     co = (tsrvi_co *)(void *)(stack + size - ((sizeof(tsrvi_co) + 63) & ~(size_t)63));
     memset(co, 0, sizeof(*co));
@@ -4083,13 +4425,13 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     co->context = context;
     co->stack = stack;
     co->stack_size = size;
-    co->fiber.bottom = stack + page;
-    co->fiber.size = (size_t)((char *)co - stack) - page;
+    co->fiber.bottom = stack;
+    co->fiber.size = (size_t)((char *)co - stack);
     co->valgrind_id = TSRVI_STACK_REGISTER(stack, stack + size);
 #if TSRVI_HAS_TSAN
     co->fiber.tsan = __tsan_create_fiber(0);
 #endif
-    tsrvi_context_make(&co->fiber.context, stack + page, co->fiber.size, tsrvi_co_entry);
+    tsrvi_context_make(&co->fiber.context, stack, co->fiber.size, tsrvi_co_entry);
     tsrvi_list_append(&loop->coroutines, &co->link);
     loop->active++;
     *made = co;
