@@ -771,8 +771,9 @@ typedef struct tsrv_stats {
     uint64_t bytes_in;      /* received */
     uint64_t bytes_out;     /* taken by the kernel */
     uint64_t accept_pauses; /* times the listeners paused: max_connections, or the system was out of
-                               something */
-    uint64_t accept_errors; /* connections lost between the peer's connect and our accept */
+                               something; and times that one did, because accept failed for good */
+    uint64_t accept_errors; /* failures of accept, and connections lost between the peer's connect
+                               and our accept */
     uint64_t ended_well;    /* streams by the reason of their end: their handler's, or the peer's */
     uint64_t ended_reset;   /* the peer has reset it */
     uint64_t ended_timeout; /* TSRV_ETIMEOUT */
@@ -6471,8 +6472,9 @@ struct tsrv_server {
     int bound_count;
     bool started;           /* tsrv_server_start has been called */
     tsrvi_task task;        /* on_start, the end of a drain, the end */
-    tsrvi_timer retry;      /* when paused listeners try again */
-    uint64_t logged;        /* when accept's failures were last logged */
+    tsrvi_timer retry;      /* when what has paused goes on: the server, and single listeners */
+    uint64_t resume_due;    /* when the server does; TSRVI_FOREVER = when a descriptor is closed */
+    uint64_t logged;        /* when failures to accept were last logged */
     tsrvi_timer drain;      /* when streams are looked at again */
     uint64_t drain_due;     /* when the grace is over */
     tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
@@ -6480,12 +6482,11 @@ struct tsrv_server {
     bool draining;
     bool forced; /* the grace is over: what was left has been aborted */
     int backoff_ms;
-    bool starting;  /* task calls on_start */
-    bool paused;    /* no accepting for now */
-    bool was_away;  /* and it takes the next connection even if it is ahead of other workers */
-    bool exhausted; /* because the system was out of something */
-    bool freed;     /* by the program: goes with the last stream */
-    bool queued;    /* the task is in loop->ready */
+    bool starting; /* task calls on_start */
+    bool paused;   /* none of its listeners accepts for now */
+    bool was_away; /* and it takes the next connection even if it is ahead of other workers */
+    bool freed;    /* by the program: goes with the last stream */
+    bool queued;   /* the task is in loop->ready */
 };
 
 /* A peer's address as streams keep it. */
@@ -9744,10 +9745,15 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
  * connections come faster than turns, does the burst double; an accept that
  * finds nothing halves it.
  *
- * When the system has run out of descriptors or memory, all listeners of the
- * server pause: a level-triggered listener would spin. They go on when one of
- * our descriptors is closed, and try again by themselves after 50 ms, doubling
- * to a second.
+ * When the system has run out of descriptors or memory, the server pauses: a
+ * level-triggered listener would spin. It goes on when one of our descriptors
+ * is closed, and tries again by itself after 50 ms, doubling to a second.
+ * Apart from that each listener pauses for itself, for as long, when accept
+ * has failed TSRVI_FAILURES times with nothing accepted between (a security
+ * module forbids it, somebody has closed the descriptor), or when the backend
+ * has refused to wait for it. So a listener waits for connections if it is
+ * open and neither it nor the server is paused, which tsrvi_listener_settle
+ * sees to; and as what has paused has a time to go on, none stays deaf.
  *
  * In a worker the listener is shared with other processes. EPOLLEXCLUSIVE has
  * the kernel wake one of them, but always the one that came last: so each goes
@@ -9767,11 +9773,15 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
+#define TSRVI_FAILURES 8       /* of accept in a row, after which a listener pauses */
 
 typedef struct tsrvi_listener {
     tsrvi_io io;
     struct tsrvi_listener *next;
     tsrv_server *server;
+    uint64_t due;   /* when its own pause is over; 0 = it has none */
+    int backoff_ms; /* its last pause; 0 = it has accepted since */
+    int failures;   /* of accept since it last accepted or paused */
     int burst;
     int hold;
     uint32_t turn; /* the last in which it was ready */
@@ -9866,17 +9876,6 @@ static int tsrvi_listener_watch(tsrvi_listener *listener)
                             tsrvi_worker_id < 0 ? TSRV_READABLE : TSRV_READABLE | TSRVI_EXCLUSIVE);
 }
 
-/* Go behind the other processes that wait for a listener, and look whether it is ready. */
-static void tsrvi_listener_requeue(tsrvi_listener *listener)
-{
-    if (listener->io.interest != 0 && listener->server->loop->poller.fd >= 0) {
-        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
-        if (tsrvi_listener_watch(listener) < 0) {
-            listener->server->paused = true; /* the next descriptor that is closed ends that */
-        }
-    }
-}
-
 /* ---- pausing ---------------------------------------------------------------*/
 
 static bool tsrvi_server_is_full(const tsrv_server *server)
@@ -9885,27 +9884,102 @@ static bool tsrvi_server_is_full(const tsrv_server *server)
            server->open >= (uint64_t)server->options.max_connections;
 }
 
-static void tsrvi_server_pause(tsrv_server *server)
+static int tsrvi_backoff(int last_ms)
 {
-    server->paused = true;
-    server->stats->accept_pauses++;
+    return last_ms == 0 ? TSRVI_BACKOFF_MS : (int)tsrvi_min((size_t)last_ms * 2, TSRVI_BACKOFF_MAX);
+}
+
+/* Have the timer fire when the next of what has paused goes on. */
+static void tsrvi_server_arm(tsrv_server *server)
+{
+    uint64_t due = server->paused ? server->resume_due : TSRVI_FOREVER;
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
-        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+        due = tsrvi_earlier(due, listener->due == 0 ? TSRVI_FOREVER : listener->due);
     }
+    if (due == TSRVI_FOREVER) {
+        tsrvi_heap_remove(&server->loop->heap, &server->retry);
+    } else {
+        tsrvi_heap_set(&server->loop->heap, &server->retry, due);
+    }
+}
+
+/* Failures to accept are logged once a second. */
+static bool tsrvi_server_logs(tsrv_server *server)
+{
+    uint64_t now = server->loop->now;
+    if (server->logged != 0 && now - server->logged < 1000 * TSRVI_MS) {
+        return false;
+    }
+    server->logged = now;
+    return true;
+}
+
+/* Pause this listener alone: accept, or waiting for it, fails. */
+static void tsrvi_listener_pause(tsrvi_listener *listener, int code)
+{
+    tsrv_server *server = listener->server;
+    tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+    server->stats->accept_pauses++;
+    listener->failures = 0;
+    listener->backoff_ms = tsrvi_backoff(listener->backoff_ms);
+    listener->due = tsrvi_after(server->loop->now, listener->backoff_ms);
+    tsrvi_server_arm(server);
+    if (tsrvi_server_logs(server)) {
+        tsrv_address address;
+        char text[TSRV_ADDRESS_SIZE];
+        memset(&address, 0, sizeof(address));
+        tsrvi_address_get(listener->io.fd, tsrvi_getsockname, &address);
+        tsrvi_log(TSRV_LOG_WARNING, "cannot accept on descriptor %d (%s), pausing: %s",
+                  listener->io.fd, tsrv_address_format(&address, text, sizeof(text)),
+                  tsrv_strerror(code));
+    }
+}
+
+/* Wait for a listener, or do not, as things stand now. */
+static void tsrvi_listener_settle(tsrvi_listener *listener)
+{
+    int rc;
+    if (listener->io.fd < 0 || listener->due != 0 || listener->server->paused) {
+        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
+    } else if ((rc = tsrvi_listener_watch(listener)) < 0) {
+        tsrvi_listener_pause(listener, rc);
+    }
+}
+
+/* Go behind the other processes that wait for a listener, and look whether it is ready. */
+static void tsrvi_listener_requeue(tsrvi_listener *listener)
+{
+    if (listener->io.interest != 0 && listener->server->loop->poller.fd >= 0) {
+        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
+        tsrvi_listener_settle(listener);
+    }
+}
+
+static void tsrvi_server_settle(tsrv_server *server)
+{
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        tsrvi_listener_settle(listener);
+    }
+    tsrvi_server_arm(server);
+}
+
+/* Let no listener accept, for a while.
+ *   due  when they go on by themselves; TSRVI_FOREVER = when a descriptor is closed */
+static void tsrvi_server_pause(tsrv_server *server, uint64_t due)
+{
+    server->paused = true;
+    server->resume_due = due;
+    tsrvi_server_settle(server);
 }
 
 static void tsrvi_server_exhausted(tsrv_server *server, int code)
 {
-    tsrv_loop *loop = server->loop;
-    server->exhausted = true;
-    tsrvi_server_pause(server);
-    server->backoff_ms = server->backoff_ms == 0 ? TSRVI_BACKOFF_MS : server->backoff_ms * 2;
-    server->backoff_ms =
-        server->backoff_ms > TSRVI_BACKOFF_MAX ? TSRVI_BACKOFF_MAX : server->backoff_ms;
-    tsrvi_heap_set(&loop->heap, &server->retry, tsrvi_after(loop->now, server->backoff_ms));
-    if (server->logged == 0 || loop->now - server->logged >= 1000 * TSRVI_MS) {
-        server->logged = loop->now;
+    server->backoff_ms = tsrvi_backoff(server->backoff_ms);
+    server->stats->accept_pauses++;
+    tsrvi_server_pause(server, tsrvi_after(server->loop->now, server->backoff_ms));
+    if (tsrvi_server_logs(server)) {
         tsrvi_log(TSRV_LOG_WARNING, "cannot accept, pausing: %s (%llu connections open)",
                   tsrv_strerror(code), (unsigned long long)server->open);
     }
@@ -9918,21 +9992,23 @@ static void tsrvi_server_resume(tsrv_server *server)
         return; /* in a fork's child it would change what the parent waits for */
     }
     server->paused = false;
-    server->exhausted = false;
-    tsrvi_heap_remove(&server->loop->heap, &server->retry);
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        int rc = listener->io.fd < 0 ? TSRV_OK : tsrvi_listener_watch(listener);
-        if (rc < 0) {
-            tsrvi_server_exhausted(server, rc);
-            return;
-        }
-    }
+    tsrvi_server_settle(server);
 }
 
+/* The time of a pause is over. A server that is full goes on when a connection is closed. */
 static void tsrvi_server_retry(tsrvi_timer *timer)
 {
-    tsrvi_server_resume(TSRVI_CONTAINER(timer, tsrv_server, retry));
+    tsrv_server *server = TSRVI_CONTAINER(timer, tsrv_server, retry);
+    uint64_t now = server->loop->now;
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        listener->due = listener->due <= now ? 0 : listener->due;
+    }
+    if (server->resume_due <= now) {
+        server->resume_due = TSRVI_FOREVER;
+        tsrvi_server_resume(server);
+    }
+    tsrvi_server_settle(server);
 }
 
 /* A descriptor is free again: whoever ran out of them, or of connections, goes on. */
@@ -10016,16 +10092,48 @@ static bool tsrvi_server_is_ahead(const tsrv_server *server)
     return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
 }
 
-/* Accept one connection and call its handler. false: no more for now. */
-static bool tsrvi_listener_accept(tsrvi_listener *listener)
+/* The kernel has just given this number away: a listener that had it was closed by somebody, and
+ * must not take, wait for or close what is another's now. */
+static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
+{
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        for (tsrvi_listener *listener = TSRVI_CONTAINER(link, tsrv_server, link)->listeners;
+             listener != NULL; listener = listener->next) {
+            if (TSRVI_UNLIKELY(listener->io.fd == fd)) {
+                tsrvi_log(TSRV_LOG_ERROR, "somebody has closed the listening socket %d", fd);
+                tsrvi_poller_set(&loop->poller, &listener->io, 0);
+                listener->io.fd = -1;
+                loop->active--;
+            }
+        }
+    }
+}
+
+/* Make a stream of the connection that has waited longest. Its handler is to be called. Returns
+ * TSRV_OK, -EAGAIN (none waits), or what accept says, or -ENOMEM and the like: then that one is
+ * lost. */
+static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
 {
     tsrv_server *server = listener->server;
     tsrv_address peer;
-    tsrv_stream *stream;
     int fd = tsrvi_accept(listener->io.fd, &peer), rc;
-    switch (fd < 0 ? -fd : 0) {
-    case 0:
-        break;
+    if (fd < 0) {
+        return fd;
+    }
+    tsrvi_loop_disown(server->loop, fd);
+    if ((rc = tsrvi_stream_new(server, fd, &peer, stream)) < 0) {
+        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
+        server->stats->accept_errors++;
+        return rc;
+    }
+    tsrvi_server_dress(server, fd, listener->tcp, true);
+    return TSRV_OK;
+}
+
+/* Accept has failed. false: no more for now. */
+static bool tsrvi_listener_failed(tsrvi_listener *listener, int code)
+{
+    switch (-code) {
     case EAGAIN:
 #if EAGAIN != EWOULDBLOCK
     case EWOULDBLOCK:
@@ -10037,27 +10145,30 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     case ENFILE:
     case ENOBUFS:
     case ENOMEM:
-        tsrvi_server_exhausted(server, fd);
+        tsrvi_server_exhausted(listener->server, code);
         return false;
-    case EBADF:
-    case EINVAL:
-    case ENOTSOCK:
-        tsrvi_log(TSRV_LOG_ERROR, "a listening socket is broken and is not used any more: %s",
-                  tsrv_strerror(fd));
-        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
-        return false;
-    default:
-        server->stats->accept_errors++; /* accept(2): errors of the network that belong to this
-                                          connection only */
-        return true;
-    }
-    if ((rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
-        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
-        server->stats->accept_errors++;
-        tsrvi_server_exhausted(server, rc);
+    default: /* accept(2): perhaps an error of the network, that belongs to this connection only;
+                perhaps one that comes for ever */
+        listener->server->stats->accept_errors++;
+        if (++listener->failures < TSRVI_FAILURES) {
+            return true;
+        }
+        tsrvi_listener_pause(listener, code);
         return false;
     }
-    tsrvi_server_dress(server, fd, listener->tcp, true);
+}
+
+/* Accept one connection and call its handler. false: no more for now. */
+static bool tsrvi_listener_accept(tsrvi_listener *listener)
+{
+    tsrv_server *server = listener->server;
+    tsrv_stream *stream;
+    int rc = tsrvi_listener_take(listener, &stream);
+    if (rc < 0) {
+        return tsrvi_listener_failed(listener, rc);
+    }
+    listener->failures = 0;
+    listener->backoff_ms = 0;
     listener->taken++;
     if (tsrvi_worker_id >= 0 &&
         (listener->taken == TSRVI_SHARE ||
@@ -10071,19 +10182,6 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     }
     server->backoff_ms = 0;
     return true;
-}
-
-/* Leave the connections that wait to other processes for a moment. */
-static void tsrvi_server_stay_away(tsrv_server *server)
-{
-    server->paused = true;
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
-    }
-    tsrvi_heap_set(&server->loop->heap, &server->retry,
-                   tsrvi_after(server->loop->now, TSRVI_AWAY_MS));
-    server->was_away = true;
 }
 
 static void tsrvi_listener_event(tsrvi_io *io, int events)
@@ -10100,14 +10198,16 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
     if (!loop->poller.backend->exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
-        tsrvi_server_stay_away(server);
+        server->was_away = true; /* the others may have them, for a moment */
+        tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
         return;
     }
     server->was_away = false;
     for (burst = listener->burst; burst > 0 && listener->io.interest != 0 && !server->freed;
          burst--) {
         if (tsrvi_server_is_full(server)) {
-            tsrvi_server_pause(server);
+            server->stats->accept_pauses++;
+            tsrvi_server_pause(server, TSRVI_FOREVER);
             break;
         }
         if (!tsrvi_listener_accept(listener)) {
@@ -10185,6 +10285,9 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
         return -ENOMEM;
     }
     listener->server = server;
+    listener->due = 0;
+    listener->backoff_ms = 0;
+    listener->failures = 0;
     listener->burst = 1;
     listener->hold = 0;
     listener->tcp = tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK &&
@@ -10210,6 +10313,7 @@ static void tsrvi_listener_close(tsrvi_listener *listener)
     if (fd >= 0) {
         tsrvi_poller_set(&loop->poller, &listener->io, 0);
         listener->io.fd = -1;
+        listener->due = 0;
         loop->active--;
         tsrvi_loop_close_fd(loop, fd);
     }
