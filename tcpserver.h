@@ -12724,16 +12724,17 @@ static void tsrvi_supervisor_act(tsrvi_supervisor *s)
             tsrvi_child_happens(s, i, TSRVI_CHILD_TIME);
         }
     }
+    if (s->born >= 0) {
+        return;
+    }
     if (s->watchdog <= s->clock) {
         s->watchdog = s->clock + tsrvi_watchdog_interval();
         tsrvi_notify("WATCHDOG=1");
     }
-    if (!s->settled && s->state == TSRVI_PARENT_RUNNING && s->born < 0) {
+    if (!s->settled && s->state == TSRVI_PARENT_RUNNING) {
         tsrvi_supervisor_settle(s);
     }
-    if (s->born < 0) {
-        tsrvi_reload_step(s);
-    }
+    tsrvi_reload_step(s);
 }
 
 /* A moment that lies ahead, else never. */

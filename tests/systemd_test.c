@@ -432,7 +432,7 @@ TEST_ONCE(variables_that_are_wrong_or_not_for_us_give_nothing)
         {"%lld", 0, "+1", TSRV_EINVAL},
         {"%lld", 0, " 1", TSRV_EINVAL},
         {"%lld", 0, "1x", TSRV_EINVAL},
-        {"%lld", 0, "65", TSRV_EINVAL},
+        {"%lld", 0, "4097", TSRV_EINVAL},
         {"%lld", 0, "2147483647", TSRV_EINVAL},
         {"%lld", 0, "2147483648", TSRV_EINVAL},
         {"%lld", 0, "4294967297", TSRV_EINVAL},
