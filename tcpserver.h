@@ -101,9 +101,11 @@
  *              tsrv_server_start and tsrv_serve return in the parent too, when its workers have
  *              ended: check what they return.
  *   Workers    The parent only supervises. It acts on SIGTERM, SIGINT, SIGQUIT (all end, in good
- *              order), SIGHUP (workers are replaced one by one) and, if asked to, SIGUSR2 (the
- *              program is replaced); workers end with it. In a worker tsrv_loop_run drains its
- *              servers on the first three, and returns.
+ *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and, if
+ *              asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
+ *              tsrv_loop_run drains its servers when the parent is told to end, and returns. What
+ *              stands behind tsrv_serve, and exit handlers, run in every worker: look at
+ *              tsrv_task_id.
  *   Ownership  The library owns streams: a server's stream is valid until its handler and on_close
  *              have returned. Timers, watches and signals are the caller's memory; stop them first.
  *              Options are copied. Slices are borrowed until the next read.
@@ -607,8 +609,10 @@ typedef struct tsrv_fork_options {
     void *context;    /* handed to it */
     int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
                          replaced; 0 = off */
-    char *const *upgrade_argv; /* on SIGUSR2 start this program, which takes over; see tsrv_serve;
-                                  NULL = SIGUSR2 is left alone */
+    char *const *upgrade_argv; /* on SIGUSR2 start this program: it gets the listening sockets, and
+                                  when all its workers have accepted for a second this one is drained
+                                  and ends; until then, and if it fails, this one goes on. NULL =
+                                  SIGUSR2 is left alone */
     const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
     int fd_count;
     int start_timeout_ms; /* for a new worker to accept, and for an upgrade's program to do so with
@@ -622,14 +626,19 @@ typedef struct tsrv_fork_options {
 
 /* Fork workers, and look after them. Each worker is a copy of this process, in which the call
  * returns its task id; the parent stays inside until all have ended. A worker that exits with
- * status 0 has finished; any other end is a failure: it is forked again with the same task id,
- * after 100 ms, doubling to 30 s, reset when it has lived for a minute. The parent acts on
- *   SIGTERM, SIGINT, SIGQUIT   forwarded; in a worker tsrv_loop_run answers by draining its
- *                              servers, and then returns (an own tsrv_signal_start for it replaces
- *                              that). What has not ended 5 s after the grace is killed
- *   SIGHUP                     a rolling restart: for one worker after the other a new one is
- *                              forked, and when it accepts the old one is told to end. If it ends
- *                              before, the old ones stay
+ * status 0 has finished, unless tsrv_server_start has made it, or a signal that was sent to it alone
+ * has ended it. Any other end that the parent has not asked for is a failure: the worker is forked
+ * again with the same task id, after 100 ms, doubling to 30 s, reset when it has lived for a minute.
+ * A fork that fails is tried again in the same way, but for the very first. The parent acts on
+ *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have ignored
+ *                              or blocked: in a worker tsrv_loop_run, on each thread, answers by
+ *                              draining its servers, and then returns (an own tsrv_signal_start for
+ *                              that signal replaces this). What has not ended 5 s after the grace is
+ *                              killed. A second signal ends the grace at once
+ *   SIGHUP                     a reload: for one worker after the other a new one is forked, and
+ *                              when it accepts the old one is told to end. If it ends before, or is
+ *                              late (start_timeout_ms), the old ones stay. A SIGHUP during a reload
+ *                              leads to another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
  * that is killed, within a second. Only its own children are waited for, but process 1 buries
@@ -639,8 +648,9 @@ typedef struct tsrv_fork_options {
  *   options        NULL = all defaults; used until the call returns
  * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
  * TSRV_ERESTARTS (gave up; the others have been stopped), TSRV_ETIMEOUT (some had to be killed at
- * the end), TSRV_EINVAL (this process has a loop, or is a worker itself), -ENOMEM, -EMFILE and the
- * like. */
+ * the end), TSRV_EINVAL (this process has a loop, or is a worker itself; no such user or group),
+ * TSRV_EBUSY (another thread is inside), -ENOMEM, -EMFILE, -EAGAIN (the first fork failed), -EPERM
+ * (it may not become the user) and the like. */
 TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options);
 
 /* Which worker this process is, from 0; the same again after a restart; -1 when it is none. Any
@@ -761,8 +771,9 @@ typedef struct tsrv_stats {
     uint64_t bytes_in;      /* received */
     uint64_t bytes_out;     /* taken by the kernel */
     uint64_t accept_pauses; /* times the listeners paused: max_connections, or the system was out of
-                               something */
-    uint64_t accept_errors; /* connections lost between the peer's connect and our accept */
+                               something; and times that one did, because accept failed for good */
+    uint64_t accept_errors; /* failures of accept, and connections lost between the peer's connect
+                               and our accept */
     uint64_t ended_well;    /* streams by the reason of their end: their handler's, or the peer's */
     uint64_t ended_reset;   /* the peer has reset it */
     uint64_t ended_timeout; /* TSRV_ETIMEOUT */
@@ -801,8 +812,9 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
 /* Accept on all that tsrv_server_bind has bound, in this process or in workers: as
  * tsrv_fork_processes, which it calls. Once for each server. A failure is logged. Source:
  * TCPServer.start.
- *   num_processes  1 = here, without a fork; 0 = one for each processor; else so many
- *   options        NULL = all defaults; without a fork not used
+ *   num_processes  1 = here, without a fork; 0 = a worker for each processor, also for a single
+ *                  one; else so many
+ *   options        NULL = all defaults; without a fork only user and group are used
  * Returns TSRV_OK where the server runs: run the loop; in the parent what tsrv_fork_processes
  * returns there; TSRV_EINVAL when nothing is bound, or at the second call. */
 TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
@@ -868,14 +880,18 @@ TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_sta
 /* A whole server: make, bind, start, run, and clean up. SIGTERM and SIGINT drain it, in a single
  * process and in workers; under a service manager it tells READY=1 and the like. To upgrade the
  * program without closing the port, set options->fork->upgrade_argv (main's argv, with a path in
- * argv[0]), run workers, and send SIGUSR2: the program is started anew, gets the listening
- * sockets, and when it accepts, this one is drained and ends.
+ * argv[0]), run workers, and send SIGUSR2. SIGHUP replaces the workers; a single process reads the
+ * files of options->tls anew. A second SIGTERM, SIGINT or SIGQUIT ends the grace. A single process
+ * acts on these signals whether it was started with them ignored or blocked, or not, but leaves
+ * them to a handler or a tsrv_signal_start of the program's. Once at a time in a process.
  *   port, address  as tsrv_server_bind
  *   num_processes  as tsrv_server_start: 1 = this process; 0 = one worker for each processor
  *   options        as tsrv_server_new; with loop NULL the thread's own loop is freed at the end
- * Returns, in the parent and in each worker, TSRV_OK after a drain, also if some connections had
- * to be aborted; else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or tsrv_loop_run
- * say. */
+ * It returns in the parent and in each worker, so a reload returns from it too: what is to be done
+ * once, at the very end, is for where tsrv_task_id() is -1.
+ * Returns TSRV_OK after a drain, also if some connections had to be aborted; TSRV_EBUSY (another
+ * thread is inside); else what tsrv_server_new, tsrv_server_bind, tsrv_server_start or
+ * tsrv_loop_run say. */
 TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
                         const tsrv_server_options *options);
 
@@ -1259,34 +1275,48 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_MAP_NORESERVE 0
 #endif
 
+/* How stacks are switched: by hand where >>switch knows the processor, else by ucontext where the C
+ * library has it. musl, Android and OpenBSD have not: on other processors there are no coroutines.
+ */
+#define TSRVI_NO_SWITCH 0
+#define TSRVI_UCONTEXT 1
+#define TSRVI_X86_64 2
+#define TSRVI_X86 3
+#define TSRVI_AARCH64 4
+#define TSRVI_ARM 5
+#define TSRVI_RISCV64 6
+#define TSRVI_PPC64 7 /* with the second ELF ABI, which all that is little-endian uses */
+#define TSRVI_S390X 8
 #if defined(TSRV_NO_COROUTINES)
+#define TSRVI_SWITCH TSRVI_NO_SWITCH
+#elif defined(TSRV_USE_UCONTEXT)
+#define TSRVI_SWITCH TSRVI_UCONTEXT
+#elif defined(__x86_64__) && !defined(__ILP32__)
+#define TSRVI_SWITCH TSRVI_X86_64
+#elif defined(__i386__)
+#define TSRVI_SWITCH TSRVI_X86
+#elif defined(__aarch64__)
+#define TSRVI_SWITCH TSRVI_AARCH64
+#elif defined(__arm__) && (!defined(__thumb__) || defined(__thumb2__))
+#define TSRVI_SWITCH TSRVI_ARM
+#elif defined(__riscv) && __riscv_xlen == 64 && !defined(__riscv_32e)
+#define TSRVI_SWITCH TSRVI_RISCV64
+#elif defined(__powerpc64__) && defined(_CALL_ELF) && _CALL_ELF == 2
+#define TSRVI_SWITCH TSRVI_PPC64
+#elif defined(__s390x__)
+#define TSRVI_SWITCH TSRVI_S390X
+#elif (defined(__linux__) && !defined(__GLIBC__)) || defined(__OpenBSD__)
+#define TSRVI_SWITCH TSRVI_NO_SWITCH
+#else
+#define TSRVI_SWITCH TSRVI_UCONTEXT
+#endif
+#if TSRVI_SWITCH == TSRVI_NO_SWITCH
 #define TSRVI_HAS_COROUTINES 0
 #else
 #define TSRVI_HAS_COROUTINES 1
 #endif
-
-/* How stacks are switched: by hand where the code below knows the processor, else by ucontext. */
-#if !TSRVI_HAS_COROUTINES
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 0
-#elif defined(TSRV_USE_UCONTEXT)
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 0
-#elif defined(__x86_64__) && !defined(__ILP32__)
-#define TSRVI_SWITCH_X86_64 1
-#define TSRVI_SWITCH_AARCH64 0
-#elif defined(__aarch64__)
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 1
-#else
-#define TSRVI_SWITCH_X86_64 0
-#define TSRVI_SWITCH_AARCH64 0
-#endif
-#if TSRVI_HAS_COROUTINES && !TSRVI_SWITCH_X86_64 && !TSRVI_SWITCH_AARCH64
-#define TSRVI_SWITCH_UCONTEXT 1
+#if TSRVI_SWITCH == TSRVI_UCONTEXT
 #include <ucontext.h>
-#else
-#define TSRVI_SWITCH_UCONTEXT 0
 #endif
 
 /* Sanitizers and Valgrind have to be told when the stack changes under them. */
@@ -1323,6 +1353,23 @@ typedef int tsrvi_kevent_count;
 #else
 #define TSRVI_STACK_REGISTER(low, high) 0u
 #define TSRVI_STACK_DEREGISTER(id) ((void)(id))
+#endif
+
+/* A function that is NULL where the program does not have it. Its own name is given as text, so that
+ * no declaration of others is contradicted. Mach-O wants it to be there when the program is linked.
+ */
+#define TSRVI_TEXT_OF(name) #name
+#define TSRVI_TEXT(name) TSRVI_TEXT_OF(name)
+#define TSRVI_WEAK(name) __asm__(TSRVI_TEXT(__USER_LABEL_PREFIX__) name) __attribute__((weak))
+#if defined(__ELF__)
+#define TSRVI_HAS_LSAN 1
+#else
+#define TSRVI_HAS_LSAN 0
+#endif
+#if defined(__ELF__) || defined(__cplusplus)
+#define TSRVI_HAS_EXCEPTIONS 1
+#else
+#define TSRVI_HAS_EXCEPTIONS 0
 #endif
 
 #if defined(TSRV_TLS_OPENSSL)
@@ -1884,11 +1931,17 @@ static void tsrvi_log_turn(int kind, uint32_t since, uint32_t now)
     }
 }
 
+/* Were lines suppressed that nobody was told of? Loops look at it, and wake up for it. */
+static bool tsrvi_log_owes(void)
+{
+    return __atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) != 0;
+}
+
 /* Tell of suppressed lines whose second is over; `all`: of the others too. */
 static void tsrvi_log_settle(bool all)
 {
     uint32_t now;
-    if (TSRVI_LIKELY(__atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) == 0)) {
+    if (!tsrvi_log_owes()) {
         return;
     }
     now = tsrvi_log_now_ms();
@@ -2860,13 +2913,19 @@ static const tsrvi_backend *const tsrvi_backends[] = {
  *
  * tsrvi_context_make prepares a stack so that the first switch to it calls
  * entry(context); tsrvi_context_switch saves the running code in `from` and goes
- * on with `to`. By hand this costs a few nanoseconds: the registers that a
- * function call must preserve are pushed, or left to the compiler by the clobber
- * list, and the other side is entered with jmp, because a ret to a changed stack
- * always misleads the return predictor. The floating point control words are
- * not switched. The assembly lives inside a function, with a numeric label, so
- * that two static copies of the library link. ucontext makes a system call per
- * switch, but runs everywhere.
+ * on with `to`. By hand this costs a few nanoseconds: the stack pointer, the
+ * frame pointer and where to go on are kept in the context, the other registers
+ * that a function call must preserve are in the clobber list, and the other side
+ * is entered with a jump, because a return on a changed stack always misleads
+ * the return predictor. The floating point control words are not switched.
+ *
+ * A signal handler may unwind from any instruction of a switch: nothing is
+ * pushed, and the function keeps a frame pointer, from which the compiler then
+ * describes the frame. So it finds the frame of one side as long as the frame
+ * pointer is that side's. Unwinding ends at entry, whose return address is 0.
+ *
+ * The assembly lives inside a function, with numeric labels, so that two static
+ * copies of the library link. ucontext makes a system call per switch.
  * ==========================================================================*/
 
 #if defined(__clang__)
@@ -2876,75 +2935,117 @@ static const tsrvi_backend *const tsrvi_backends[] = {
     __attribute__((noinline, noipa)) /* callers must assume that every register changes */
 #endif
 
-#if TSRVI_SWITCH_X86_64
+/* Make the compiler keep a frame pointer in the function that says so. */
+#define TSRVI_KEEP_FRAME() __asm__ volatile("" : : "r"(__builtin_frame_address(0)))
+
+#if TSRVI_SWITCH == TSRVI_X86_64
 typedef struct tsrvi_context {
-    void *stack_pointer;
+    void *stack, *frame, *resume;
 } tsrvi_context;
 
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    *--top = NULL; /* entry's return address: there is none, and debuggers stop here */
-    top--;
-    memcpy((void *)top, (const void *)&entry, sizeof(entry));
-    context->stack_pointer = top;
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->frame = top;
+    *--top = NULL; /* entry's return address */
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
+    TSRVI_KEEP_FRAME();
     __asm__ volatile(
-        "subq $128, %%rsp\n\t" /* the compiler may keep data below the stack pointer: the red zone
-                                */
-        "pushq %%rbp\n\t"
-        "pushq %%rbx\n\t"
         "leaq 1f(%%rip), %%rax\n\t"
-        "pushq %%rax\n\t"
         "movq %%rsp, (%%rdi)\n\t"
-        "movq (%%rsi), %%rsp\n\t"
+        "movq %%rbp, 8(%%rdi)\n\t"
+        "movq %%rax, 16(%%rdi)\n\t"
         "movq %%rsi, %%rdi\n\t" /* the argument of entry, when it is entered for the first time */
-        "popq %%rax\n\t"
-        "jmpq *%%rax\n"
-        "1:\n\t"
-        "popq %%rbx\n\t"
-        "popq %%rbp\n\t"
-        "addq $128, %%rsp"
+        "movq 8(%%rsi), %%rbp\n\t"
+        "movq (%%rsi), %%rsp\n\t"
+        "jmpq *16(%%rdi)\n"
+        "1:"
         : "+D"(from), "+S"(to)
         :
-        : "rax", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0", "xmm1",
-          "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
-          "xmm13", "xmm14", "xmm15", "memory", "cc");
+        : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0",
+          "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+          "xmm12", "xmm13", "xmm14", "xmm15", "memory", "cc");
 }
 #endif
 
-#if TSRVI_SWITCH_AARCH64
+#if TSRVI_SWITCH == TSRVI_X86
 typedef struct tsrvi_context {
-    void *stack_pointer;
+    void *stack, *frame, *resume;
 } tsrvi_context;
 
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top--;
-    memcpy((void *)top, (const void *)&entry, sizeof(entry));
-    *--top = NULL; /* the frame pointer: there is no caller */
-    context->stack_pointer = top;
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->frame = top;
+    top -= 2;
+    *top = context; /* entry's argument, aligned to 16 bytes */
+    *--top = NULL;  /* its return address */
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile("calll 2f\n" /* processors know that this is not a call */
+                     "2:\tpopl %%ecx\n\t"
+                     "addl $1f-2b, %%ecx\n\t"
+                     "movl %%esp, (%%eax)\n\t"
+                     "movl %%ebp, 4(%%eax)\n\t"
+                     "movl %%ecx, 8(%%eax)\n\t"
+                     "movl %%edx, %%eax\n\t" /* entry's argument too, with -mregparm */
+                     "movl 4(%%edx), %%ebp\n\t"
+                     "movl (%%edx), %%esp\n\t"
+                     "jmpl *8(%%eax)\n"
+                     "1:"
+                     : "+a"(from), "+d"(to)
+                     :
+                     : "ebx", "ecx", "esi", "edi", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_AARCH64
+typedef struct tsrvi_context {
+    void *stack, *frame, *resume;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->frame = top;
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
     register tsrvi_context *x0 __asm__("x0") = from;
     register tsrvi_context *x1 __asm__("x1") = to;
+    TSRVI_KEEP_FRAME();
     __asm__ volatile(
         "adr x16, 1f\n\t"
-        "stp x29, x16, [sp, #-16]!\n\t"
         "mov x9, sp\n\t"
-        "str x9, [x0]\n\t"
-        "ldr x9, [x1]\n\t"
-        "mov sp, x9\n\t"
+        "stp x9, x29, [x0]\n\t"
+        "str x16, [x0, #16]\n\t"
+        "ldr x16, [x1, #16]\n\t"
         "mov x0, x1\n\t" /* the argument of entry, when it is entered for the first time */
-        "ldp x29, x16, [sp], #16\n\t"
+        "mov x30, xzr\n\t"
+        "ldp x9, x29, [x1]\n\t"
+        "mov sp, x9\n\t"
         "br x16\n"
         "1:\n\t"
         "hint #36" /* bti j: a landing pad where branch protection asks for one */
@@ -2958,7 +3059,187 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 }
 #endif
 
-#if TSRVI_SWITCH_UCONTEXT
+#if TSRVI_SWITCH == TSRVI_ARM
+typedef struct tsrvi_context {
+    void *stack, *resume, *registers[8]; /* r4 to r11: the frame pointer is r7 or r11 */
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    context->stack = stack + (size & ~(size_t)15);
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+#if defined(__thumb__)
+#define TSRVI_ARM_RESUME "orr r3, r3, #1\n\t" /* bx goes on in Thumb code */
+#else
+#define TSRVI_ARM_RESUME ""
+#endif
+#if defined(__VFP_FP__) && !defined(__SOFTFP__)
+#define TSRVI_ARM_FLOATS "d8", "d9", "d10", "d11", "d12", "d13", "d14", "d15",
+#else
+#define TSRVI_ARM_FLOATS
+#endif
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *r0 __asm__("r0") = from;
+    register tsrvi_context *r1 __asm__("r1") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "mov r2, sp\n\t"
+        "adr r3, 1f\n\t" TSRVI_ARM_RESUME "stm r0, {r2-r11}\n\t"
+        "mov r0, r1\n\t" /* the argument of entry, when it is entered for the first time */
+        "ldm r1!, {r2, r3}\n\t"
+        "mov lr, #0\n\t"
+        "mov sp, r2\n\t"
+        "bx r3\n"
+        "1:\n\t"
+        "ldm r1, {r4-r11}"
+        : "+r"(r0), "+r"(r1)
+        :
+        : TSRVI_ARM_FLOATS "r2", "r3", "r12", "lr", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_RISCV64
+typedef struct tsrvi_context {
+    void *stack, *frame, *resume;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    context->frame = top;
+    *--top = NULL; /* a frame that has no caller */
+    *--top = NULL;
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+#if defined(__riscv_flen)
+#define TSRVI_RISCV_FLOATS \
+    "fs0", "fs1", "fs2", "fs3", "fs4", "fs5", "fs6", "fs7", "fs8", "fs9", "fs10", "fs11",
+#else
+#define TSRVI_RISCV_FLOATS
+#endif
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *a0 __asm__("a0") = from;
+    register tsrvi_context *a1 __asm__("a1") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "lla t1, 1f\n\t"
+        "sd sp, 0(a0)\n\t"
+        "sd s0, 8(a0)\n\t"
+        "sd t1, 16(a0)\n\t"
+        "ld t1, 16(a1)\n\t" /* a jump to t0 would count as a return */
+        "mv a0, a1\n\t"     /* the argument of entry, when it is entered for the first time */
+        "li ra, 0\n\t"
+        "ld s0, 8(a1)\n\t"
+        "ld sp, 0(a1)\n\t"
+        "jr t1\n"
+        "1:"
+        : "+r"(a0), "+r"(a1)
+        :
+        : TSRVI_RISCV_FLOATS "ra", "t0", "t1", "t2", "t3", "t4", "t5", "t6", "a2", "a3", "a4", "a5",
+          "a6", "a7", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9", "s10", "s11", "memory");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_PPC64
+typedef struct tsrvi_context {
+    void *stack, *frame, *resume;
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    top -= 12; /* what every caller has for the one that it calls: 96 bytes */
+    *top = NULL;
+    context->stack = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+#if defined(__ALTIVEC__)
+#define TSRVI_PPC_VECTORS \
+    "v20", "v21", "v22", "v23", "v24", "v25", "v26", "v27", "v28", "v29", "v30", "v31",
+#else
+#define TSRVI_PPC_VECTORS
+#endif
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *r3 __asm__("r3") = from;
+    register tsrvi_context *r4 __asm__("r4") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "bcl 20, 31, 2f\n" /* processors know that this is not a call */
+        "2:\tmflr 12\n\t"
+        "addi 12, 12, 1f-2b\n\t"
+        "std 1, 0(3)\n\t"
+        "std 31, 8(3)\n\t"
+        "std 12, 16(3)\n\t"
+        "ld 12, 16(4)\n\t" /* entry looks for its own address there */
+        "mr 3, 4\n\t"      /* the argument of entry, when it is entered for the first time */
+        "mtctr 12\n\t"
+        "li 0, 0\n\t"
+        "mtlr 0\n\t"
+        "ld 1, 0(4)\n\t"
+        "bctr\n"
+        "1:\tld 31, 8(4)"
+        : "+r"(r3), "+r"(r4)
+        :
+        : TSRVI_PPC_VECTORS "r0", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "r14", "r15",
+          "r16", "r17", "r18", "r19", "r20", "r21", "r22", "r23", "r24", "r25", "r26", "r27", "r28",
+          "r29", "r30", "fr14", "fr15", "fr16", "fr17", "fr18", "fr19", "fr20", "fr21", "fr22",
+          "fr23", "fr24", "fr25", "fr26", "fr27", "fr28", "fr29", "fr30", "fr31", "cr2", "cr3",
+          "cr4", "lr", "ctr", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_S390X
+typedef struct tsrvi_context {
+    void *resume, *registers[10]; /* r6 to r15: the frame pointer is r11, the stack pointer r15 */
+} tsrvi_context;
+
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
+    top -= 20; /* where every caller lets the one that it calls save registers */
+    *top = NULL;
+    context->registers[9] = top;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
+}
+
+static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    register tsrvi_context *r2 __asm__("r2") = from;
+    register tsrvi_context *r3 __asm__("r3") = to;
+    TSRVI_KEEP_FRAME();
+    __asm__ volatile(
+        "larl %%r1, 1f\n\t"
+        "stg %%r1, 0(%%r2)\n\t"
+        "stmg %%r6, %%r15, 8(%%r2)\n\t"
+        "lg %%r1, 0(%%r3)\n\t"
+        "lgr %%r2, %%r3\n\t" /* the argument of entry, when it is entered for the first time */
+        "lghi %%r14, 0\n\t"
+        "lg %%r15, 80(%%r3)\n\t"
+        "br %%r1\n"
+        "1:\tlmg %%r6, %%r13, 8(%%r3)"
+        : "+r"(r2), "+r"(r3)
+        :
+        : "r0", "r1", "r4", "r5", "r14", "f0", "f1", "f2", "f3", "f4", "f5", "f6", "f7", "f8", "f9",
+          "f10", "f11", "f12", "f13", "f14", "f15", "memory", "cc");
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_UCONTEXT
 typedef struct tsrvi_context {
     ucontext_t machine;
     void (*entry)(struct tsrvi_context *);
@@ -2989,6 +3270,29 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
 static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
     TSRV_SYS(swapcontext, (&from->machine, &to->machine));
+}
+#endif
+
+#if TSRVI_HAS_EXCEPTIONS
+/* What __cxa_get_globals points to, in libstdc++ and in libc++abi: the exceptions of this thread
+ * that are being handled, and how many are on their way to a handler. */
+typedef struct tsrvi_exceptions {
+    void *caught;
+    unsigned uncaught;
+#if defined(__ARM_EABI__) && !defined(__ARM_DWARF_EH__)
+    void *propagating;
+#endif
+} tsrvi_exceptions;
+
+extern tsrvi_exceptions *tsrvi_exceptions_of_thread(void) TSRVI_WEAK("__cxa_get_globals");
+
+/* The same in a program that has the C++ runtime: each side has its own exceptions, at first none. */
+static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsrvi_context *to)
+{
+    tsrvi_exceptions *exceptions = tsrvi_exceptions_of_thread(), kept = *exceptions;
+    memset(exceptions, 0, sizeof(*exceptions));
+    tsrvi_context_switch(from, to);
+    *exceptions = kept;
 }
 #endif
 
@@ -3024,26 +3328,47 @@ static void tsrvi_fiber_switch(tsrvi_fiber *from, tsrvi_fiber *to, bool ending)
 #else
     (void)ending;
 #endif
-    tsrvi_context_switch(&from->context, &to->context);
+#if TSRVI_HAS_EXCEPTIONS
+    if (TSRVI_UNLIKELY(tsrvi_exceptions_of_thread != NULL)) {
+        tsrvi_context_switch_exceptions(&from->context, &to->context);
+    } else
+#endif
+    {
+        tsrvi_context_switch(&from->context, &to->context);
+    }
     tsrvi_fiber_arrived(from, to);
 }
 
-/* Map a stack of `size` bytes, a multiple of `page`, whose lowest page faults when it is touched.
- * NULL: no memory. */
-static char *tsrvi_stack_map(size_t size, size_t page)
+#if TSRVI_HAS_LSAN
+extern void tsrvi_root_add(const void *, size_t) TSRVI_WEAK("__lsan_register_root_region");
+extern void tsrvi_root_remove(const void *, size_t) TSRVI_WEAK("__lsan_unregister_root_region");
+#endif
+
+/* What is below every stack and faults when it is touched: a frame of 1 MiB (64 KiB where addresses
+ * are scarce) does not reach past it, nor what is called from there. A multiple of every page. */
+#define TSRVI_STACK_GUARD ((size_t)(sizeof(void *) > 4 ? 1024 + 64 : 64 + 64) * 1024)
+
+/* Map a stack of `size` bytes, a multiple of the page, above its guard. NULL: no memory. */
+static char *tsrvi_stack_map(size_t size)
 {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | TSRVI_MAP_STACK | TSRVI_MAP_NORESERVE;
-    void *stack = TSRV_SYS(mmap, (NULL, size, PROT_READ | PROT_WRITE, flags, -1, 0));
-    if (stack == MAP_FAILED) {
+    void *guard =
+        TSRV_SYS(mmap, (NULL, TSRVI_STACK_GUARD + size, PROT_READ | PROT_WRITE, flags, -1, 0));
+    if (guard == MAP_FAILED) {
         return NULL;
     }
     if ((TSRVI_MADV_GUARD_INSTALL < 0 ||
-         TSRV_SYS(madvise, (stack, page, TSRVI_MADV_GUARD_INSTALL)) < 0) &&
-        TSRV_SYS(mprotect, (stack, page, PROT_NONE)) < 0) {
-        TSRV_SYS(munmap, (stack, size));
+         TSRV_SYS(madvise, (guard, TSRVI_STACK_GUARD, TSRVI_MADV_GUARD_INSTALL)) < 0) &&
+        TSRV_SYS(mprotect, (guard, TSRVI_STACK_GUARD, PROT_NONE)) < 0) {
+        TSRV_SYS(munmap, (guard, TSRVI_STACK_GUARD + size));
         return NULL;
     }
-    return (char *)stack;
+    return (char *)guard + TSRVI_STACK_GUARD;
+}
+
+static bool tsrvi_stack_unmap(char *stack, size_t size)
+{
+    return TSRV_SYS(munmap, (stack - TSRVI_STACK_GUARD, TSRVI_STACK_GUARD + size)) == 0;
 }
 #endif
 
@@ -3120,6 +3445,8 @@ struct tsrv_loop {
     struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
     tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
     tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
+    tsrv_stream *too_long;  /* whose last read met a limit; NULL = nobody's; for its log line */
+    size_t too_long_limit;  /* in bytes */
     int budget;             /* see TSRVI_BUDGET */
     size_t written;         /* bytes that were sent since what is running began */
     tsrvi_link coroutines;  /* all that are alive */
@@ -3694,6 +4021,9 @@ static int tsrvi_loop_sleep_ms(tsrv_loop *loop, uint64_t now)
     if (tsrvi_loop_has_work(loop)) {
         return 0;
     }
+    if (TSRVI_UNLIKELY(tsrvi_log_owes())) {
+        due = tsrvi_earlier(due, now + TSRVI_LOG_SECOND * TSRVI_MS);
+    }
     if (due == TSRVI_FOREVER) {
         return -1;
     }
@@ -3727,6 +4057,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     rc = loop->poller.backend->wait(&loop->poller, timeout_ms);
     loop->now = tsrvi_clock();
     loop->turns++;
+    tsrvi_log_settle(false);
     for (int i = 0; i < loop->poller.fired_count; i++) {
         tsrvi_poller_dispatch(&loop->poller, &loop->poller.fired[i]);
         tsrvi_loop_settle(loop);
@@ -3775,6 +4106,7 @@ TSRV_API int tsrv_loop_run(tsrv_loop *loop)
         return rc;
     }
     loop->stopping = false;
+    tsrvi_log_settle(true); /* nobody may be left who would tell of them later */
     return rc;
 }
 
@@ -3834,6 +4166,7 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
  * ==========================================================================*/
 
 #define TSRVI_STACK_SIZE ((size_t)256 * 1024)
+#define TSRVI_STACK_LEAST ((size_t)64 * 1024)
 #define TSRVI_STACK_POOL 256 /* free stacks that a loop keeps */
 
 typedef struct tsrvi_co {
@@ -3855,13 +4188,52 @@ typedef struct tsrvi_co {
     bool over;      /* its function has returned */
 } tsrvi_co;
 
+static void tsrvi_stacks_push(tsrvi_stacks *stacks, char *stack)
+{
+    memcpy(stack + stacks->size - sizeof(char *), &stacks->first, sizeof(char *));
+    stacks->first = stack;
+    stacks->count++;
+}
+
+static char *tsrvi_stacks_pop(tsrvi_stacks *stacks)
+{
+    char *stack = stacks->first;
+    memcpy(&stacks->first, stack + stacks->size - sizeof(char *), sizeof(char *));
+    stacks->count--;
+    return stack;
+}
+
+/* Unmap free stacks until there are no more than `count`. At vm.max_map_count munmap fails for a
+ * stack that lies between others, since that would make two mappings of one: it is kept. */
+static void tsrvi_stacks_trim(tsrvi_stacks *stacks, int count)
+{
+    while (stacks->count > count) {
+        char *stack = tsrvi_stacks_pop(stacks);
+        if (!tsrvi_stack_unmap(stack, stacks->size)) {
+            tsrvi_stacks_push(stacks, stack);
+            return;
+        }
+    }
+}
+
+/* Unmap all. What is at an edge of its mapping always can be, and then what was next to it; of what
+ * lies between the stacks of other loops at least the memory is given back. */
 static void tsrvi_stacks_free(tsrvi_stacks *stacks)
 {
+    int before;
+    do {
+        tsrvi_stacks kept = {NULL, 0, stacks->size};
+        before = stacks->count;
+        while (stacks->count > 0) {
+            char *stack = tsrvi_stacks_pop(stacks);
+            if (!tsrvi_stack_unmap(stack, stacks->size)) {
+                tsrvi_stacks_push(&kept, stack);
+            }
+        }
+        *stacks = kept;
+    } while (stacks->count < before);
     while (stacks->count > 0) {
-        char *stack = stacks->first;
-        memcpy(&stacks->first, stack + stacks->size - sizeof(char *), sizeof(char *));
-        stacks->count--;
-        TSRV_SYS(munmap, (stack, stacks->size));
+        TSRV_SYS(madvise, (tsrvi_stacks_pop(stacks), stacks->size, MADV_DONTNEED));
     }
 }
 
@@ -3879,25 +4251,14 @@ static tsrvi_stacks *tsrvi_stacks_for(tsrv_loop *loop, size_t size)
 static char *tsrvi_stack_take(tsrv_loop *loop, size_t size)
 {
     tsrvi_stacks *stacks = tsrvi_stacks_for(loop, size);
-    char *stack = stacks->first;
-    if (stacks->count == 0) {
-        return tsrvi_stack_map(size, loop->page_size);
-    }
-    memcpy(&stacks->first, stack + size - sizeof(char *), sizeof(char *));
-    stacks->count--;
-    return stack;
+    return stacks->count == 0 ? tsrvi_stack_map(size) : tsrvi_stacks_pop(stacks);
 }
 
 static void tsrvi_stack_give(tsrv_loop *loop, char *stack, size_t size)
 {
     tsrvi_stacks *stacks = tsrvi_stacks_for(loop, size);
-    if (stacks->count >= TSRVI_STACK_POOL) {
-        TSRV_SYS(munmap, (stack, size));
-        return;
-    }
-    memcpy(stack + size - sizeof(char *), &stacks->first, sizeof(char *));
-    stacks->first = stack;
-    stacks->count++;
+    tsrvi_stacks_push(stacks, stack);
+    tsrvi_stacks_trim(stacks, TSRVI_STACK_POOL);
 }
 
 static void tsrvi_co_entry(tsrvi_context *context)
@@ -3921,6 +4282,11 @@ static void tsrvi_co_free(tsrvi_co *co)
     TSRVI_STACK_DEREGISTER(co->valgrind_id);
 #if TSRVI_HAS_TSAN
     __tsan_destroy_fiber(co->fiber.tsan);
+#endif
+#if TSRVI_HAS_LSAN
+    if (tsrvi_root_remove != NULL) {
+        tsrvi_root_remove(co->stack, co->stack_size);
+    }
 #endif
     tsrvi_stack_give(loop, co->stack, co->stack_size);
 }
@@ -4029,7 +4395,7 @@ static int tsrvi_co_yield(tsrvi_co *co)
 static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback function, void *context,
                         tsrvi_co **made)
 {
-    size_t page = loop->page_size, size = (stack_size + page - 1) / page * page;
+    size_t page = loop->page_size, size = stack_size;
     tsrvi_co *co;
     char *stack;
     int rc = tsrvi_heap_reserve(&loop->heap);
@@ -4037,14 +4403,19 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     if (rc < 0) {
         return rc;
     }
-    stack = tsrvi_stack_take(loop, size < 4 * page ? 4 * page : size);
-    size = size < 4 * page ? 4 * page : size;
+    size = ((size < TSRVI_STACK_LEAST ? TSRVI_STACK_LEAST : size) + page - 1) / page * page;
+    stack = tsrvi_stack_take(loop, size);
     if (stack == NULL) {
         loop->heap.reserved--;
         return -ENOMEM;
     }
 #if TSRVI_HAS_ASAN
-    __asan_unpoison_memory_region(stack + page, size - page); /* what the last one left there */
+    __asan_unpoison_memory_region(stack, size); /* what the last one left there */
+#endif
+#if TSRVI_HAS_LSAN
+    if (tsrvi_root_add != NULL) {
+        tsrvi_root_add(stack, size);
+    }
 #endif
     co = (tsrvi_co *)(void *)(stack + size - ((sizeof(tsrvi_co) + 63) & ~(size_t)63));
     memset(co, 0, sizeof(*co));
@@ -4055,13 +4426,13 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     co->context = context;
     co->stack = stack;
     co->stack_size = size;
-    co->fiber.bottom = stack + page;
-    co->fiber.size = (size_t)((char *)co - stack) - page;
+    co->fiber.bottom = stack;
+    co->fiber.size = (size_t)((char *)co - stack);
     co->valgrind_id = TSRVI_STACK_REGISTER(stack, stack + size);
 #if TSRVI_HAS_TSAN
     co->fiber.tsan = __tsan_create_fiber(0);
 #endif
-    tsrvi_context_make(&co->fiber.context, stack + page, co->fiber.size, tsrvi_co_entry);
+    tsrvi_context_make(&co->fiber.context, stack, co->fiber.size, tsrvi_co_entry);
     tsrvi_list_append(&loop->coroutines, &co->link);
     loop->active++;
     *made = co;
@@ -5011,21 +5382,37 @@ static void tsrvi_tls_forget_errors(void)
     }
 }
 
-/* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. */
+/* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. The first one
+ * is the root: those behind it only say which calls it was handed up through. */
 static const char *tsrvi_tls_reason(char *buffer, size_t size)
 {
-    unsigned long code = ERR_peek_last_error();
+    unsigned long code = ERR_peek_error();
     const char *reason = code == 0 ? NULL : ERR_reason_error_string(code);
+    if (ERR_GET_LIB(code) == ERR_LIB_SYS) {
+        reason = strerror(ERR_GET_REASON(code)); /* OpenSSL 3 leaves these to the system */
+    }
+#ifdef ERR_LIB_OSSL_DECODER
+    if (ERR_GET_LIB(code) == ERR_LIB_OSSL_DECODER) {
+        reason = "no start line of a key in PEM format"; /* of OpenSSL 3: "unsupported" */
+    }
+#endif
     snprintf(buffer, size, "%s", reason == NULL ? "unknown reason" : reason);
     ERR_clear_error();
     return buffer;
 }
 
-static int tsrvi_tls_complain(const char *what, const char *file)
+/* An option cannot be followed.
+ *   value   a file's name, or what else it is set to; NULL = left out
+ *   reason  NULL = OpenSSL's */
+static int tsrvi_tls_complain(const char *option, const char *value, const char *reason)
 {
-    char reason[128];
-    tsrvi_log(TSRV_LOG_ERROR, "TLS: %s %s: %s", what, file == NULL ? "" : file,
-              tsrvi_tls_reason(reason, sizeof(reason)));
+    char buffer[128];
+    if (reason == NULL) {
+        reason = tsrvi_tls_reason(buffer, sizeof(buffer));
+    }
+    ERR_clear_error();
+    tsrvi_log(TSRV_LOG_ERROR, "TLS: %s%s%s: %s", option, value == NULL ? "" : " ",
+              value == NULL ? "" : value, reason);
     return TSRV_ETLS;
 }
 
@@ -5034,11 +5421,14 @@ static int tsrvi_tls_complain(const char *what, const char *file)
 /* A key with a passphrase is refused: a server has nobody to ask. */
 static int tsrvi_tls_no_passphrase(char *buffer, int size, int writing, void *context)
 {
+    bool *asked = (bool *)context;
     (void)buffer;
     (void)size;
     (void)writing;
-    (void)context;
-    return 0;
+    if (asked != NULL) {
+        *asked = true;
+    }
+    return -1;
 }
 
 /* "h2,http/1.1" as ALPN wants it: each name behind its size. */
@@ -5049,7 +5439,7 @@ static int tsrvi_tls_alpn_parse(const char *names, tsrvi_tls_set *set)
         const char *comma = strchr(names, ',');
         size_t size = comma == NULL ? strlen(names) : (size_t)(comma - names);
         if (size == 0 || size > 255 || set->alpn_size + size + 1 > sizeof(set->alpn)) {
-            tsrvi_log(TSRV_LOG_ERROR, "TLS: the ALPN list is malformed, or too long");
+            tsrvi_log(TSRV_LOG_ERROR, "TLS: the ALPN list (alpn) is malformed, or too long");
             return TSRV_EINVAL;
         }
         set->alpn[set->alpn_size] = (unsigned char)size;
@@ -5116,23 +5506,45 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
     return SSL_TLSEXT_ERR_OK;
 }
 
+/* Clients will refuse a certificate out of its time; that is no reason not to serve the others. */
+static void tsrvi_tls_check_dates(SSL_CTX *context, const char *file)
+{
+    const X509 *own = SSL_CTX_get0_certificate(context);
+    if (X509_cmp_current_time(X509_get0_notAfter(own)) < 0) {
+        tsrvi_log(TSRV_LOG_WARNING, "TLS: cert_file %s: the certificate has expired", file);
+    } else if (X509_cmp_current_time(X509_get0_notBefore(own)) > 0) {
+        tsrvi_log(TSRV_LOG_WARNING, "TLS: cert_file %s: the certificate is not valid yet", file);
+    }
+}
+
 /* Load a certificate with its chain, and its key, and see that they belong together. */
 static int tsrvi_tls_load_key(SSL_CTX *context, const char *certificate, const char *key)
 {
+    const char *option = key == NULL ? "the key in cert_file" : "key_file";
+    bool asked = false;
+    int loaded;
     SSL_CTX_set_default_passwd_cb(context, tsrvi_tls_no_passphrase);
     if (certificate == NULL) {
         return TSRV_OK;
     }
     if (SSL_CTX_use_certificate_chain_file(context, certificate) != 1) {
-        return tsrvi_tls_complain("certificate", certificate);
+        return tsrvi_tls_complain("cert_file", certificate, NULL);
     }
     key = key == NULL ? certificate : key;
-    if (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1) {
-        return tsrvi_tls_complain("key", key);
+    SSL_CTX_set_default_passwd_cb_userdata(context, &asked);
+    loaded = SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM);
+    SSL_CTX_set_default_passwd_cb_userdata(context, NULL);
+    if (loaded != 1 && asked) {
+        return tsrvi_tls_complain(option, key, "it is encrypted, and there is no password");
     }
-    if (SSL_CTX_check_private_key(context) != 1) {
-        return tsrvi_tls_complain("the certificate does not belong to the key", key);
+    if (loaded == 1 ? SSL_CTX_check_private_key(context) != 1
+                    : ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_X509) {
+        return tsrvi_tls_complain(option, key, "it does not belong to the certificate");
     }
+    if (loaded != 1) {
+        return tsrvi_tls_complain(option, key, NULL);
+    }
+    tsrvi_tls_check_dates(context, certificate);
     return TSRV_OK;
 }
 
@@ -5148,7 +5560,7 @@ static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *option
         return TSRV_OK; /* the system's, which are many: only when a client needs them */
     }
     if (SSL_CTX_load_verify_locations(context, options->ca_file, NULL) != 1) {
-        return tsrvi_tls_complain("CA file", options->ca_file);
+        return tsrvi_tls_complain("ca_file", options->ca_file, NULL);
     }
     if (verify != SSL_VERIFY_NONE) { /* the names that clients choose their certificate by */
         SSL_CTX_set_client_CA_list(context, SSL_load_client_CA_file(options->ca_file));
@@ -5179,9 +5591,9 @@ static SSL_CTX *tsrvi_tls_context(const tsrv_tls_options *options, const char *c
     if (SSL_CTX_set_min_proto_version(context, options->min_version == 0
                                                    ? TLS1_2_VERSION
                                                    : options->min_version) != 1) {
-        *rc = tsrvi_tls_complain("minimum version", NULL);
+        *rc = tsrvi_tls_complain("min_version", NULL, NULL);
     } else if (SSL_CTX_set_cipher_list(context, ciphers) != 1) {
-        *rc = tsrvi_tls_complain("ciphers", ciphers);
+        *rc = tsrvi_tls_complain("ciphers", ciphers, NULL);
     } else if ((*rc = tsrvi_tls_load_key(context, certificate, key)) == TSRV_OK) {
         *rc = tsrvi_tls_load_trust(context, options);
     }
@@ -5688,8 +6100,14 @@ static int tsrvi_tls_code(tsrvi_tls *tls, int result, char *reason, size_t size)
         ERR_clear_error();
         return TSRV_ETLS;
     }
-    if (ERR_peek_last_error() != 0) { /* else it has been told before */
-        tsrvi_tls_reason(reason, size);
+    if (ERR_peek_error() != 0) { /* else it has been told before */
+        bool refused = ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_SSL &&
+                       ERR_GET_REASON(ERR_peek_error()) == SSL_R_CERTIFICATE_VERIFY_FAILED;
+        size_t used = strlen(tsrvi_tls_reason(reason, size));
+        if (refused) {
+            snprintf(reason + used, size - used, ": %s",
+                     X509_verify_cert_error_string(SSL_get_verify_result(tls->ssl)));
+        }
     }
     return TSRV_ETLS;
 }
@@ -6054,8 +6472,9 @@ struct tsrv_server {
     int bound_count;
     bool started;           /* tsrv_server_start has been called */
     tsrvi_task task;        /* on_start, the end of a drain, the end */
-    tsrvi_timer retry;      /* when paused listeners try again */
-    uint64_t logged;        /* when accept's failures were last logged */
+    tsrvi_timer retry;      /* when what has paused goes on: the server, and single listeners */
+    uint64_t resume_due;    /* when the server does; TSRVI_FOREVER = when a descriptor is closed */
+    uint64_t logged;        /* when failures to accept were last logged */
     tsrvi_timer drain;      /* when streams are looked at again */
     uint64_t drain_due;     /* when the grace is over */
     tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
@@ -6063,12 +6482,11 @@ struct tsrv_server {
     bool draining;
     bool forced; /* the grace is over: what was left has been aborted */
     int backoff_ms;
-    bool starting;  /* task calls on_start */
-    bool paused;    /* no accepting for now */
-    bool was_away;  /* and it takes the next connection even if it is ahead of other workers */
-    bool exhausted; /* because the system was out of something */
-    bool freed;     /* by the program: goes with the last stream */
-    bool queued;    /* the task is in loop->ready */
+    bool starting; /* task calls on_start */
+    bool paused;   /* none of its listeners accepts for now */
+    bool was_away; /* and it takes the next connection even if it is ahead of other workers */
+    bool freed;    /* by the program: goes with the last stream */
+    bool queued;   /* the task is in loop->ready */
 };
 
 /* A peer's address as streams keep it. */
@@ -7898,6 +8316,10 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     if (rc == TSRVI_GONE) {
         return TSRV_ECLOSED;
     }
+    if (TSRVI_UNLIKELY(rc == TSRV_ETOOLONG)) {
+        loop->too_long = stream;
+        loop->too_long_limit = read->max;
+    }
     if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
         tsrvi_read_prime(stream);
     }
@@ -8012,6 +8434,7 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
     read.size = count;
     if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
         int rc = tsrvi_read_nothing(stream);
+        tsrvi_loop_of(stream)->too_long = NULL; /* the limit is max_buffer_size */
         return rc == TSRV_OK && count != 0 ? TSRV_ETOOLONG : rc;
     }
     return tsrvi_read_run(stream, &read, 0);
@@ -8839,6 +9262,42 @@ static bool tsrvi_code_is_quiet(int code)
            code == TSRV_ETLS || code == -ECONNRESET || code == -EPIPE; /* TLS has said why */
 }
 
+/* Which limit a handler's error is about; "" = none. */
+static const char *tsrvi_stream_limit_text(const tsrv_stream *stream, int code, char *text,
+                                           size_t size)
+{
+    const tsrv_server_options *options = &stream->server->options;
+    const tsrv_loop *loop = tsrvi_loop_of(stream);
+    text[0] = 0;
+    if (code == TSRV_EFULL) {
+        snprintf(text, size, ": more than %llu bytes unsent (max_write_buffer_size)",
+                 (unsigned long long)options->max_write_buffer_size);
+    } else if (code == TSRV_ETOOLONG) {
+        bool own = loop->too_long == stream && loop->too_long_limit < options->max_buffer_size;
+        snprintf(text, size, ": more than %llu bytes (%s)",
+                 (unsigned long long)(own ? loop->too_long_limit : options->max_buffer_size),
+                 own ? "max_bytes of the read" : "max_buffer_size");
+    }
+    return text;
+}
+
+/* Ends that are no news are not logged. */
+static void tsrvi_stream_log_end(const tsrv_stream *stream, int code)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE], limit[96];
+    if (!tsrvi_code_is_quiet(code)) {
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
+                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(code),
+                          tsrvi_stream_limit_text(stream, code, limit, sizeof(limit)));
+    }
+    if (loop->too_long == stream) {
+        loop->too_long = NULL;
+    }
+}
+
 /* The handler is done for good. */
 static void tsrvi_stream_over(tsrv_stream *stream, int rc)
 {
@@ -8848,13 +9307,7 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     stream->u.result = rc;
     stream->flags |= TSRVI_OVER;
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS);
-    if (!tsrvi_code_is_quiet(rc)) {
-        tsrv_address address;
-        char text[TSRV_ADDRESS_SIZE];
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s",
-                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc));
-    }
+    tsrvi_stream_log_end(stream, rc);
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
     }
@@ -9195,6 +9648,8 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
     }
     tsrvi_stream_release(stream);
     if (tsrvi_chunk_size(stream->in) != 0) {
+        tsrvi_stream_log_tls(stream, "plaintext came behind the command that starts TLS, as in a "
+                                     "STARTTLS injection: refused");
         return TSRV_ETLS;
     }
     if ((rc = tsrvi_stream_secure(stream, tls, server_name)) < 0) {
@@ -9290,10 +9745,15 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
  * connections come faster than turns, does the burst double; an accept that
  * finds nothing halves it.
  *
- * When the system has run out of descriptors or memory, all listeners of the
- * server pause: a level-triggered listener would spin. They go on when one of
- * our descriptors is closed, and try again by themselves after 50 ms, doubling
- * to a second.
+ * When the system has run out of descriptors or memory, the server pauses: a
+ * level-triggered listener would spin. It goes on when one of our descriptors
+ * is closed, and tries again by itself after 50 ms, doubling to a second.
+ * Apart from that each listener pauses for itself, for as long, when accept
+ * has failed TSRVI_FAILURES times with nothing accepted between (a security
+ * module forbids it, somebody has closed the descriptor), or when the backend
+ * has refused to wait for it. So a listener waits for connections if it is
+ * open and neither it nor the server is paused, which tsrvi_listener_settle
+ * sees to; and as what has paused has a time to go on, none stays deaf.
  *
  * In a worker the listener is shared with other processes. EPOLLEXCLUSIVE has
  * the kernel wake one of them, but always the one that came last: so each goes
@@ -9313,11 +9773,15 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
+#define TSRVI_FAILURES 8       /* of accept in a row, after which a listener pauses */
 
 typedef struct tsrvi_listener {
     tsrvi_io io;
     struct tsrvi_listener *next;
     tsrv_server *server;
+    uint64_t due;   /* when its own pause is over; 0 = it has none */
+    int backoff_ms; /* its last pause; 0 = it has accepted since */
+    int failures;   /* of accept since it last accepted or paused */
     int burst;
     int hold;
     uint32_t turn; /* the last in which it was ready */
@@ -9412,17 +9876,6 @@ static int tsrvi_listener_watch(tsrvi_listener *listener)
                             tsrvi_worker_id < 0 ? TSRV_READABLE : TSRV_READABLE | TSRVI_EXCLUSIVE);
 }
 
-/* Go behind the other processes that wait for a listener, and look whether it is ready. */
-static void tsrvi_listener_requeue(tsrvi_listener *listener)
-{
-    if (listener->io.interest != 0 && listener->server->loop->poller.fd >= 0) {
-        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
-        if (tsrvi_listener_watch(listener) < 0) {
-            listener->server->paused = true; /* the next descriptor that is closed ends that */
-        }
-    }
-}
-
 /* ---- pausing ---------------------------------------------------------------*/
 
 static bool tsrvi_server_is_full(const tsrv_server *server)
@@ -9431,27 +9884,102 @@ static bool tsrvi_server_is_full(const tsrv_server *server)
            server->open >= (uint64_t)server->options.max_connections;
 }
 
-static void tsrvi_server_pause(tsrv_server *server)
+static int tsrvi_backoff(int last_ms)
 {
-    server->paused = true;
-    server->stats->accept_pauses++;
+    return last_ms == 0 ? TSRVI_BACKOFF_MS : (int)tsrvi_min((size_t)last_ms * 2, TSRVI_BACKOFF_MAX);
+}
+
+/* Have the timer fire when the next of what has paused goes on. */
+static void tsrvi_server_arm(tsrv_server *server)
+{
+    uint64_t due = server->paused ? server->resume_due : TSRVI_FOREVER;
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
-        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+        due = tsrvi_earlier(due, listener->due == 0 ? TSRVI_FOREVER : listener->due);
     }
+    if (due == TSRVI_FOREVER) {
+        tsrvi_heap_remove(&server->loop->heap, &server->retry);
+    } else {
+        tsrvi_heap_set(&server->loop->heap, &server->retry, due);
+    }
+}
+
+/* Failures to accept are logged once a second. */
+static bool tsrvi_server_logs(tsrv_server *server)
+{
+    uint64_t now = server->loop->now;
+    if (server->logged != 0 && now - server->logged < 1000 * TSRVI_MS) {
+        return false;
+    }
+    server->logged = now;
+    return true;
+}
+
+/* Pause this listener alone: accept, or waiting for it, fails. */
+static void tsrvi_listener_pause(tsrvi_listener *listener, int code)
+{
+    tsrv_server *server = listener->server;
+    tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
+    server->stats->accept_pauses++;
+    listener->failures = 0;
+    listener->backoff_ms = tsrvi_backoff(listener->backoff_ms);
+    listener->due = tsrvi_after(server->loop->now, listener->backoff_ms);
+    tsrvi_server_arm(server);
+    if (tsrvi_server_logs(server)) {
+        tsrv_address address;
+        char text[TSRV_ADDRESS_SIZE];
+        memset(&address, 0, sizeof(address));
+        tsrvi_address_get(listener->io.fd, tsrvi_getsockname, &address);
+        tsrvi_log(TSRV_LOG_WARNING, "cannot accept on descriptor %d (%s), pausing: %s",
+                  listener->io.fd, tsrv_address_format(&address, text, sizeof(text)),
+                  tsrv_strerror(code));
+    }
+}
+
+/* Wait for a listener, or do not, as things stand now. */
+static void tsrvi_listener_settle(tsrvi_listener *listener)
+{
+    int rc;
+    if (listener->io.fd < 0 || listener->due != 0 || listener->server->paused) {
+        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
+    } else if ((rc = tsrvi_listener_watch(listener)) < 0) {
+        tsrvi_listener_pause(listener, rc);
+    }
+}
+
+/* Go behind the other processes that wait for a listener, and look whether it is ready. */
+static void tsrvi_listener_requeue(tsrvi_listener *listener)
+{
+    if (listener->io.interest != 0 && listener->server->loop->poller.fd >= 0) {
+        tsrvi_poller_set(&listener->server->loop->poller, &listener->io, 0);
+        tsrvi_listener_settle(listener);
+    }
+}
+
+static void tsrvi_server_settle(tsrv_server *server)
+{
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        tsrvi_listener_settle(listener);
+    }
+    tsrvi_server_arm(server);
+}
+
+/* Let no listener accept, for a while.
+ *   due  when they go on by themselves; TSRVI_FOREVER = when a descriptor is closed */
+static void tsrvi_server_pause(tsrv_server *server, uint64_t due)
+{
+    server->paused = true;
+    server->resume_due = due;
+    tsrvi_server_settle(server);
 }
 
 static void tsrvi_server_exhausted(tsrv_server *server, int code)
 {
-    tsrv_loop *loop = server->loop;
-    server->exhausted = true;
-    tsrvi_server_pause(server);
-    server->backoff_ms = server->backoff_ms == 0 ? TSRVI_BACKOFF_MS : server->backoff_ms * 2;
-    server->backoff_ms =
-        server->backoff_ms > TSRVI_BACKOFF_MAX ? TSRVI_BACKOFF_MAX : server->backoff_ms;
-    tsrvi_heap_set(&loop->heap, &server->retry, tsrvi_after(loop->now, server->backoff_ms));
-    if (server->logged == 0 || loop->now - server->logged >= 1000 * TSRVI_MS) {
-        server->logged = loop->now;
+    server->backoff_ms = tsrvi_backoff(server->backoff_ms);
+    server->stats->accept_pauses++;
+    tsrvi_server_pause(server, tsrvi_after(server->loop->now, server->backoff_ms));
+    if (tsrvi_server_logs(server)) {
         tsrvi_log(TSRV_LOG_WARNING, "cannot accept, pausing: %s (%llu connections open)",
                   tsrv_strerror(code), (unsigned long long)server->open);
     }
@@ -9464,21 +9992,23 @@ static void tsrvi_server_resume(tsrv_server *server)
         return; /* in a fork's child it would change what the parent waits for */
     }
     server->paused = false;
-    server->exhausted = false;
-    tsrvi_heap_remove(&server->loop->heap, &server->retry);
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        int rc = listener->io.fd < 0 ? TSRV_OK : tsrvi_listener_watch(listener);
-        if (rc < 0) {
-            tsrvi_server_exhausted(server, rc);
-            return;
-        }
-    }
+    tsrvi_server_settle(server);
 }
 
+/* The time of a pause is over. A server that is full goes on when a connection is closed. */
 static void tsrvi_server_retry(tsrvi_timer *timer)
 {
-    tsrvi_server_resume(TSRVI_CONTAINER(timer, tsrv_server, retry));
+    tsrv_server *server = TSRVI_CONTAINER(timer, tsrv_server, retry);
+    uint64_t now = server->loop->now;
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        listener->due = listener->due <= now ? 0 : listener->due;
+    }
+    if (server->resume_due <= now) {
+        server->resume_due = TSRVI_FOREVER;
+        tsrvi_server_resume(server);
+    }
+    tsrvi_server_settle(server);
 }
 
 /* A descriptor is free again: whoever ran out of them, or of connections, goes on. */
@@ -9562,16 +10092,48 @@ static bool tsrvi_server_is_ahead(const tsrv_server *server)
     return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
 }
 
-/* Accept one connection and call its handler. false: no more for now. */
-static bool tsrvi_listener_accept(tsrvi_listener *listener)
+/* The kernel has just given this number away: a listener that had it was closed by somebody, and
+ * must not take, wait for or close what is another's now. */
+static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
+{
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        for (tsrvi_listener *listener = TSRVI_CONTAINER(link, tsrv_server, link)->listeners;
+             listener != NULL; listener = listener->next) {
+            if (TSRVI_UNLIKELY(listener->io.fd == fd)) {
+                tsrvi_log(TSRV_LOG_ERROR, "somebody has closed the listening socket %d", fd);
+                tsrvi_poller_set(&loop->poller, &listener->io, 0);
+                listener->io.fd = -1;
+                loop->active--;
+            }
+        }
+    }
+}
+
+/* Make a stream of the connection that has waited longest. Its handler is to be called. Returns
+ * TSRV_OK, -EAGAIN (none waits), or what accept says, or -ENOMEM and the like: then that one is
+ * lost. */
+static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
 {
     tsrv_server *server = listener->server;
     tsrv_address peer;
-    tsrv_stream *stream;
     int fd = tsrvi_accept(listener->io.fd, &peer), rc;
-    switch (fd < 0 ? -fd : 0) {
-    case 0:
-        break;
+    if (fd < 0) {
+        return fd;
+    }
+    tsrvi_loop_disown(server->loop, fd);
+    if ((rc = tsrvi_stream_new(server, fd, &peer, stream)) < 0) {
+        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
+        server->stats->accept_errors++;
+        return rc;
+    }
+    tsrvi_server_dress(server, fd, listener->tcp, true);
+    return TSRV_OK;
+}
+
+/* Accept has failed. false: no more for now. */
+static bool tsrvi_listener_failed(tsrvi_listener *listener, int code)
+{
+    switch (-code) {
     case EAGAIN:
 #if EAGAIN != EWOULDBLOCK
     case EWOULDBLOCK:
@@ -9583,27 +10145,30 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     case ENFILE:
     case ENOBUFS:
     case ENOMEM:
-        tsrvi_server_exhausted(server, fd);
+        tsrvi_server_exhausted(listener->server, code);
         return false;
-    case EBADF:
-    case EINVAL:
-    case ENOTSOCK:
-        tsrvi_log(TSRV_LOG_ERROR, "a listening socket is broken and is not used any more: %s",
-                  tsrv_strerror(fd));
-        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
-        return false;
-    default:
-        server->stats->accept_errors++; /* accept(2): errors of the network that belong to this
-                                          connection only */
-        return true;
-    }
-    if ((rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
-        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
-        server->stats->accept_errors++;
-        tsrvi_server_exhausted(server, rc);
+    default: /* accept(2): perhaps an error of the network, that belongs to this connection only;
+                perhaps one that comes for ever */
+        listener->server->stats->accept_errors++;
+        if (++listener->failures < TSRVI_FAILURES) {
+            return true;
+        }
+        tsrvi_listener_pause(listener, code);
         return false;
     }
-    tsrvi_server_dress(server, fd, listener->tcp, true);
+}
+
+/* Accept one connection and call its handler. false: no more for now. */
+static bool tsrvi_listener_accept(tsrvi_listener *listener)
+{
+    tsrv_server *server = listener->server;
+    tsrv_stream *stream;
+    int rc = tsrvi_listener_take(listener, &stream);
+    if (rc < 0) {
+        return tsrvi_listener_failed(listener, rc);
+    }
+    listener->failures = 0;
+    listener->backoff_ms = 0;
     listener->taken++;
     if (tsrvi_worker_id >= 0 &&
         (listener->taken == TSRVI_SHARE ||
@@ -9617,19 +10182,6 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     }
     server->backoff_ms = 0;
     return true;
-}
-
-/* Leave the connections that wait to other processes for a moment. */
-static void tsrvi_server_stay_away(tsrv_server *server)
-{
-    server->paused = true;
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
-    }
-    tsrvi_heap_set(&server->loop->heap, &server->retry,
-                   tsrvi_after(server->loop->now, TSRVI_AWAY_MS));
-    server->was_away = true;
 }
 
 static void tsrvi_listener_event(tsrvi_io *io, int events)
@@ -9646,14 +10198,16 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
     if (!loop->poller.backend->exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
-        tsrvi_server_stay_away(server);
+        server->was_away = true; /* the others may have them, for a moment */
+        tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
         return;
     }
     server->was_away = false;
     for (burst = listener->burst; burst > 0 && listener->io.interest != 0 && !server->freed;
          burst--) {
         if (tsrvi_server_is_full(server)) {
-            tsrvi_server_pause(server);
+            server->stats->accept_pauses++;
+            tsrvi_server_pause(server, TSRVI_FOREVER);
             break;
         }
         if (!tsrvi_listener_accept(listener)) {
@@ -9731,6 +10285,9 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
         return -ENOMEM;
     }
     listener->server = server;
+    listener->due = 0;
+    listener->backoff_ms = 0;
+    listener->failures = 0;
     listener->burst = 1;
     listener->hold = 0;
     listener->tcp = tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK &&
@@ -9756,6 +10313,7 @@ static void tsrvi_listener_close(tsrvi_listener *listener)
     if (fd >= 0) {
         tsrvi_poller_set(&loop->poller, &listener->io, 0);
         listener->io.fd = -1;
+        listener->due = 0;
         loop->active--;
         tsrvi_loop_close_fd(loop, fd);
     }
@@ -10529,6 +11087,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
         tsrvi_own_loop = NULL;
     }
     tsrvi_loop_destroy(loop);
+    tsrvi_log_settle(true);
     return TSRV_OK;
 }
 
@@ -10764,6 +11323,7 @@ static struct {
     int by_signal;     /* and times */
     tsrvi_io line;     /* the life-line; fd -1 = none */
     tsrv_signal signals[4];
+    sigset_t mask; /* of the chief's thread, before signals were unblocked */
 } tsrvi_worker;
 
 TSRV_API int tsrv_task_id(void)
@@ -10912,7 +11472,7 @@ static void tsrvi_worker_watch_signals(tsrv_loop *loop)
             TSRV_SYS(sigaddset, (&unblocked, signals[i]));
         }
     }
-    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL));
+    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, &tsrvi_worker.mask));
 }
 
 /* Listen to the parent; what fails is tried again at the next beat. */
@@ -12164,16 +12724,17 @@ static void tsrvi_supervisor_act(tsrvi_supervisor *s)
             tsrvi_child_happens(s, i, TSRVI_CHILD_TIME);
         }
     }
+    if (s->born >= 0) {
+        return;
+    }
     if (s->watchdog <= s->clock) {
         s->watchdog = s->clock + tsrvi_watchdog_interval();
         tsrvi_notify("WATCHDOG=1");
     }
-    if (!s->settled && s->state == TSRVI_PARENT_RUNNING && s->born < 0) {
+    if (!s->settled && s->state == TSRVI_PARENT_RUNNING) {
         tsrvi_supervisor_settle(s);
     }
-    if (s->born < 0) {
-        tsrvi_reload_step(s);
-    }
+    tsrvi_reload_step(s);
 }
 
 /* A moment that lies ahead, else never. */
@@ -12508,6 +13069,7 @@ static int tsrvi_serve_alone(tsrv_server *server)
 
 static void tsrvi_serve_done(tsrv_loop *loop)
 {
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &tsrvi_worker.mask, NULL));
     for (int i = 0; i < 4; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }

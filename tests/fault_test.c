@@ -109,15 +109,15 @@ enum { ONCE, STICKY, LEAVING }; /* LEAVING: sticky, and it stays so while all is
 
 static const struct {
     const char *name;
-    int codes[10]; /* ended by 0; sticky runs use those that a kernel could repeat for ever */
+    int codes[11]; /* ended by 0; sticky runs use those that a kernel could repeat for ever */
 } f_table[] = {
     {"malloc", {ENOMEM}},
     {"realloc", {ENOMEM}},
     {"mmap", {ENOMEM, EAGAIN}},
     {"madvise", {EINVAL, ENOMEM}},
     {"mprotect", {ENOMEM}},
-    {"accept4", {ECONNABORTED, EAGAIN, EINTR, EMFILE, ENFILE, ENOMEM, EPROTO, EPERM, EBADF}},
-    {"accept", {ECONNABORTED, EAGAIN, EINTR, EMFILE, ENFILE, ENOMEM, EPROTO, EPERM, EBADF}},
+    {"accept4", {ECONNABORTED, EAGAIN, EINTR, EMFILE, ENFILE, ENOMEM, EPROTO, EPERM, EBADF, ENOSYS}},
+    {"accept", {ECONNABORTED, EAGAIN, EINTR, EMFILE, ENFILE, ENOMEM, EPROTO, EPERM, EBADF, ENOSYS}},
     {"recv", {ECONNRESET, EAGAIN, EINTR, ETIMEDOUT, ENOMEM, EBADF}},
     {"send", {EPIPE, ECONNRESET, EAGAIN, EINTR, ENOBUFS, ETIMEDOUT, EBADF}},
     {"sendmsg", {ECONNRESET, EPIPE, EAGAIN, EINTR, ENOBUFS, EBADF}},
@@ -607,16 +607,6 @@ static bool s_set_up(int (*function)(void), const char *what)
     return false;
 }
 
-/* EBADF of accept is said to break a listener: then another one has to do. */
-static bool s_relisten(long hits)
-{
-    if (f_errno != EBADF || t_fault_hits == hits || strncmp(t_fault_last, "accept", 6) != 0) {
-        return false;
-    }
-    tsrv_server_stop(s_server);
-    return s_set_up(s_now->start != NULL ? s_now->start : start_tcp, "listen again");
-}
-
 /* A connection after the fault has to be served as if nothing had happened. */
 static void s_probe(void)
 {
@@ -632,9 +622,6 @@ static void s_probe(void)
         }
         if (good) {
             return;
-        }
-        if (s_relisten(hits)) {
-            continue;
         }
         if (t_fault_hits == hits) {
             f_bad("the next connection is not served");
@@ -691,7 +678,6 @@ static void s_life(void)
         s_rest("after the trouble");
     }
     if (f_kind != LEAVING) {
-        s_relisten(0);
         s_probe();
     }
 }
@@ -772,8 +758,7 @@ static void s_fail(const scenario *s, const char *name, long at, int code, int k
  * right to try again. */
 static bool f_lasts(int code)
 {
-    return code != EINTR && code != EAGAIN && code != ECONNABORTED && code != EPROTO &&
-           code != EPERM;
+    return code != EINTR && code != EAGAIN;
 }
 
 static void s_prepare(const scenario *s)

@@ -1162,3 +1162,105 @@ TEST_LOOP(an_upgrade_to_nothing_changes_nothing)
     CHECK(kill(pid, SIGTERM) == 0);
     check_end(pid, 0, TSRV_EPARENT);
 }
+
+/* ---- tables -------------------------------------------------------------------------------*/
+
+static char banner[8192]; /* the comment above the supervisor, as it stands in the header */
+
+static void read_banner(void)
+{
+    static char text[1 << 20];
+    char path[256];
+    const char *slash = strrchr(__FILE__, '/');
+    snprintf(path, sizeof path, "%.*stcpserver.h", slash == NULL ? 0 : (int)(slash - __FILE__ - 5),
+             __FILE__);
+    FILE *file = fopen(path, "r");
+    CHECK(file != NULL);
+    text[fread(text, 1, sizeof text - 1, file)] = 0;
+    CHECK(fclose(file) == 0);
+    const char *start = strstr(text, "\n * >>process "), *end = NULL;
+    CHECK(start != NULL && (end = strstr(start, "*/")) != NULL);
+    CHECK((size_t)(end - start) < sizeof banner);
+    memcpy(banner, start, (size_t)(end - start));
+}
+
+/* The word in a column of the row that begins with a name, or "". */
+static const char *cell(const char *row, int column)
+{
+    static char word[32];
+    char start[48];
+    snprintf(start, sizeof start, "\n *     %s ", row);
+    const char *at = strstr(banner, start);
+    word[0] = 0;
+    if (at != NULL) {
+        at += strlen(start);
+        for (int i = 0; i <= column; i++) {
+            int used = 0;
+            word[0] = 0;
+            sscanf(at, " %31[^ \n]%n", word, &used);
+            at += used;
+        }
+    }
+    return word;
+}
+
+/* What can happen to a child, and to the parent, is what the table above the code says. */
+TEST_ONCE(the_tables_above_the_supervisor_are_those_of_the_code)
+{
+    static const char *const states[] = {"VACANT", "DUE", "STARTING", "SERVING", "LEAVING", "DYING"};
+    static const char *const parents[] = {"RUNNING", "STOPPING", "CUT"};
+    static const struct {
+        const char *name;
+        tsrvi_child_action action;
+    } actions[] = {
+        {".", NULL},
+        {"-", tsrvi_child_ignore},
+        {"fork", tsrvi_child_fork},
+        {"cancel", tsrvi_child_cancel},
+        {"late", tsrvi_child_late},
+        {"serve", tsrvi_child_serve},
+        {"tell", tsrvi_child_tell},
+        {"abort", tsrvi_child_abort},
+        {"kill", tsrvi_child_kill},
+        {"leave", tsrvi_child_leave},
+        {"replace", tsrvi_child_replace},
+        {"bury", tsrvi_child_bury},
+    };
+    static const struct {
+        const char *name;
+        tsrvi_parent_action action;
+    } parent_actions[] = {
+        {".", NULL},
+        {"-", tsrvi_parent_ignore},
+        {"stop", tsrvi_parent_stop},
+        {"cut", tsrvi_parent_cut},
+        {"reload", tsrvi_parent_reload},
+        {"upgrade", tsrvi_parent_upgrade},
+        {"refuse", tsrvi_parent_refuse},
+        {"yield", tsrvi_parent_yield},
+        {"give_up", tsrvi_parent_give_up},
+    };
+    read_banner();
+    for (int state = 0; state < TSRVI_CHILD_STATES; state++) {
+        for (int event = 0; event < TSRVI_CHILD_EVENTS; event++) {
+            size_t i = 0;
+            while (i < 12 && strcmp(actions[i].name, cell(states[state], event)) != 0) {
+                i++;
+            }
+            if (i == 12 || actions[i].action != tsrvi_child_table[state][event]) {
+                T_FAIL("%s, event %d: \"%s\"", states[state], event, cell(states[state], event));
+            }
+        }
+    }
+    for (int state = 0; state < TSRVI_PARENT_STATES; state++) {
+        for (int event = 0; event < TSRVI_PARENT_EVENTS; event++) {
+            size_t i = 0;
+            while (i < 9 && strcmp(parent_actions[i].name, cell(parents[state], event)) != 0) {
+                i++;
+            }
+            if (i == 9 || parent_actions[i].action != tsrvi_parent_table[state][event]) {
+                T_FAIL("%s, event %d: \"%s\"", parents[state], event, cell(parents[state], event));
+            }
+        }
+    }
+}

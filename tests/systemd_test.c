@@ -432,7 +432,7 @@ TEST_ONCE(variables_that_are_wrong_or_not_for_us_give_nothing)
         {"%lld", 0, "+1", TSRV_EINVAL},
         {"%lld", 0, " 1", TSRV_EINVAL},
         {"%lld", 0, "1x", TSRV_EINVAL},
-        {"%lld", 0, "65", TSRV_EINVAL},
+        {"%lld", 0, "4097", TSRV_EINVAL},
         {"%lld", 0, "2147483647", TSRV_EINVAL},
         {"%lld", 0, "2147483648", TSRV_EINVAL},
         {"%lld", 0, "4294967297", TSRV_EINVAL},
@@ -1576,14 +1576,14 @@ static int all_cpus(void)
 #endif
 }
 
-typedef struct group {
+typedef struct control_group {
     const char *what;
     int cpus;                /* that it grants */
     const char *files[4][2]; /* path and text */
-} group;
+} control_group;
 
 /* Counts with these files instead of the system's. */
-static void check_group(const group *g)
+static void check_group(const control_group *g)
 {
     const char *directory = make_directory();
     int all = all_cpus(), expected = g->cpus < all ? g->cpus : all;
@@ -1600,7 +1600,7 @@ static void check_group(const group *g)
     remove_directory(directory);
 }
 
-static void check_groups(const group *groups, size_t count)
+static void check_groups(const control_group *groups, size_t count)
 {
     for (size_t i = 0; i < count; i++) {
         check_group(&groups[i]);
@@ -1611,7 +1611,7 @@ static void check_groups(const group *groups, size_t count)
 
 TEST_ONCE(quota_of_a_group_counts)
 {
-    static const group groups[] = {
+    static const control_group groups[] = {
         {"no files", NO_LIMIT, {{NULL, NULL}}},
         {"no quota", NO_LIMIT, {{GROUP_FILE, "0::/a/b\n"}}},
         {"one and a half", 2, {{GROUP_FILE, "0::/a/b\n"}, {TOP "/a/cpu.max", "150000 100000\n"}}},
@@ -1642,7 +1642,7 @@ TEST_ONCE(quota_of_a_group_counts)
 
 TEST_ONCE(least_quota_of_all_levels_counts)
 {
-    static const group groups[] = {
+    static const control_group groups[] = {
         {"the parent's",
          1,
          {{GROUP_FILE, "0::/a/b\n"},
@@ -1676,7 +1676,7 @@ TEST_ONCE(least_quota_of_all_levels_counts)
 
 TEST_ONCE(quota_of_the_old_kind_counts)
 {
-    static const group groups[] = {
+    static const control_group groups[] = {
         {"half", 1, {{OLD_QUOTA, "50000\n"}, {OLD_PERIOD, "100000\n"}}},
         {"one and a half", 2, {{OLD_QUOTA, "150000\n"}, {OLD_PERIOD, "100000\n"}}},
         {"none", NO_LIMIT, {{OLD_QUOTA, "-1\n"}, {OLD_PERIOD, "100000\n"}}},
@@ -1712,11 +1712,11 @@ TEST_ONCE(malformed_quotas_are_no_limits)
     static const char *const lines[] = {"",         "\n",       "junk\n",    "0:\n",
                                         "0:x:/a\n", "10::/a\n", "1:cpu:/a\n"};
     for (size_t i = 0; i < sizeof quotas / sizeof quotas[0]; i++) {
-        group g = {quotas[i], NO_LIMIT, {{GROUP_FILE, "0::/a\n"}, {TOP "/a/cpu.max", quotas[i]}}};
+        control_group g = {quotas[i], NO_LIMIT, {{GROUP_FILE, "0::/a\n"}, {TOP "/a/cpu.max", quotas[i]}}};
         check_group(&g);
     }
     for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
-        group g = {lines[i], NO_LIMIT, {{GROUP_FILE, lines[i]}, {TOP "/a/cpu.max", "1 100000\n"}}};
+        control_group g = {lines[i], NO_LIMIT, {{GROUP_FILE, lines[i]}, {TOP "/a/cpu.max", "1 100000\n"}}};
         check_group(&g);
     }
 }
@@ -1724,7 +1724,7 @@ TEST_ONCE(malformed_quotas_are_no_limits)
 /* 2 to the 32nd processors, which the kernel takes. */
 TEST_ONCE(huge_quotas_are_no_limits)
 {
-    static const group groups[] = {
+    static const control_group groups[] = {
         {"2 to the 32nd",
          NO_LIMIT,
          {{GROUP_FILE, "0::/a\n"}, {TOP "/a/cpu.max", "4294967296000 1000\n"}}},
@@ -1741,7 +1741,7 @@ TEST_ONCE(huge_quotas_are_no_limits)
 TEST_ONCE(long_names_of_groups_do_no_harm)
 {
     static char line[3000];
-    group g = {"a long name", 1, {{GROUP_FILE, line}, {TOP "/a/cpu.max", "50000 100000\n"}}};
+    control_group g = {"a long name", 1, {{GROUP_FILE, line}, {TOP "/a/cpu.max", "50000 100000\n"}}};
     memset(line, 'x', sizeof line - 1);
     memcpy(line, "0::/a/", 6);
     check_group(&g);
@@ -1754,7 +1754,7 @@ TEST_ONCE(long_names_of_groups_do_no_harm)
 #ifdef __linux__
 TEST_ONCE(affinity_counts)
 {
-    group none = {"one processor", NO_LIMIT, {{NULL, NULL}}},
+    control_group none = {"one processor", NO_LIMIT, {{NULL, NULL}}},
           two = {"two of one", 2, {{GROUP_FILE, "0::/a\n"}, {TOP "/a/cpu.max", "200000 100000\n"}}};
     cpu_set_t set, one;
     size_t cpu = 0;

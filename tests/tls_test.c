@@ -149,10 +149,17 @@ static void make_files(void)
     save_new("wild.pem", &ca, "wild", "DNS:*.wild.test", "serverAuth", false);
     save_new("exact.pem", &ca, "exact", "DNS:exact.wild.test", "serverAuth", false);
     save_new("good.pem", &ca, "good", NULL, "clientAuth", false);
+    save_new("late.pem", &ca, "late", SERVER_NAMES, "serverAuth", true);
     save_new("expired.pem", &ca, "expired", NULL, "clientAuth", true);
     save_new("self.pem", NULL, "self", NULL, "clientAuth", false);
     save_new("foreign.pem", &foreign, "foreign", NULL, "clientAuth", false);
     save_new("purpose.pem", &ca, "purpose", NULL, "serverAuth", false);
+    EVP_PKEY *other_kind = NULL;
+    EVP_PKEY_CTX *maker = EVP_PKEY_CTX_new_id(EVP_PKEY_ED25519, NULL);
+    CHECK(maker != NULL && EVP_PKEY_keygen_init(maker) == 1 && EVP_PKEY_keygen(maker, &other_kind) == 1);
+    save("ed_key.pem", NULL, other_kind, NULL);
+    EVP_PKEY_CTX_free(maker);
+    EVP_PKEY_free(other_kind);
     FILE *file = create("garbage.pem");
     CHECK(fputs("this is no PEM\n", file) >= 0 && fclose(file) == 0);
     free_identity(&ca);
@@ -164,8 +171,8 @@ static void remove_files(void)
 {
     static const char *const names[] = {
         "ca.pem", "foreign_ca.pem", "server.pem", "server_cert.pem", "server_key.pem",
-        "locked_key.pem", "server2.pem", "other.pem", "wild.pem", "exact.pem", "good.pem",
-        "expired.pem", "self.pem", "foreign.pem", "purpose.pem", "garbage.pem", "reload.pem",
+        "locked_key.pem", "ed_key.pem", "server2.pem", "other.pem", "wild.pem", "exact.pem", "good.pem",
+        "expired.pem", "late.pem", "self.pem", "foreign.pem", "purpose.pem", "garbage.pem", "reload.pem",
         "big"};
     if (getpid() == folder_owner) {
         for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
@@ -559,27 +566,47 @@ static void expect_refused(const tsrv_tls_options *options, int code, const char
     }
 }
 
+/* The log names the option, the file and the reason at the root. */
 TEST_ONCE(test_context_files)
 {
     tsrv_tls_options options = server_options();
     options.cert_file = path("missing.pem");
-    expect_refused(&options, TSRV_ETLS, "missing.pem");
+    expect_refused(&options, TSRV_ETLS, "/missing.pem: No such file or directory");
+    expect_refused(&options, TSRV_ETLS, "TLS: cert_file /");
     options.cert_file = path("garbage.pem");
-    expect_refused(&options, TSRV_ETLS, "garbage.pem");
+    expect_refused(&options, TSRV_ETLS, "/garbage.pem: no start line");
     options.cert_file = path("server_cert.pem"); /* has no key in it */
-    expect_refused(&options, TSRV_ETLS, "server_cert.pem");
+    expect_refused(&options, TSRV_ETLS, "/server_cert.pem: no start line");
+    expect_refused(&options, TSRV_ETLS, "TLS: the key in cert_file /");
     options.key_file = path("missing.pem");
-    expect_refused(&options, TSRV_ETLS, "missing.pem");
+    expect_refused(&options, TSRV_ETLS, "/missing.pem: No such file or directory");
+    expect_refused(&options, TSRV_ETLS, "TLS: key_file /");
+    options.key_file = path("garbage.pem");
+    expect_refused(&options, TSRV_ETLS, "/garbage.pem: no start line");
     options.key_file = path("other.pem"); /* another certificate's */
-    expect_refused(&options, TSRV_ETLS, "other.pem");
+    expect_refused(&options, TSRV_ETLS, "/other.pem: it does not belong to the certificate");
+    options.key_file = path("ed_key.pem"); /* not even of its kind */
+    expect_refused(&options, TSRV_ETLS, "/ed_key.pem: it does not belong to the certificate");
     options.key_file = path("server_key.pem");
     options.ca_file = path("missing.pem");
-    expect_refused(&options, TSRV_ETLS, "missing.pem");
+    expect_refused(&options, TSRV_ETLS, "TLS: ca_file /");
+    expect_refused(&options, TSRV_ETLS, "/missing.pem: No such file or directory");
     options.ca_file = path("garbage.pem");
-    expect_refused(&options, TSRV_ETLS, "garbage.pem");
+    expect_refused(&options, TSRV_ETLS, "/garbage.pem: no ");
     options.ca_file = path("ca.pem");
     tsrv_tls_free(make_tls(&options));
     tsrv_tls_free(NULL);
+}
+
+/* It is used all the same, and the log says what clients will say. */
+TEST_ONCE(test_context_expired)
+{
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("expired.pem");
+    watch_log();
+    tsrv_tls_free(make_tls(&options));
+    CHECK_INT(logged(), 1);
+    CHECK(strstr(log_text, "/expired.pem: the certificate has expired") != NULL);
 }
 
 /* Whoever prompts gets the passphrase, from standard input. */
@@ -592,7 +619,7 @@ TEST_ONCE(test_context_key_with_passphrase)
     close(input[1]);
     options.cert_file = path("server_cert.pem");
     options.key_file = path("locked_key.pem");
-    expect_refused(&options, TSRV_ETLS, "locked_key.pem");
+    expect_refused(&options, TSRV_ETLS, "/locked_key.pem: it is encrypted, and there is no password");
     CHECK(dup2(saved, 0) == 0);
     close(input[0]);
     close(saved);
@@ -1709,6 +1736,35 @@ static void dial_expect_alert(SSL *ssl, int alert, size_t most)
     ERR_clear_error();
 }
 
+/* Lines are few, and yet none is uncounted. */
+static int flood_lines, flood_more;
+
+static void add_flood(int level, const char *message, void *context)
+{
+    const char *more = strstr(message, "TLS: and ");
+    (void)level, (void)context;
+    flood_lines += strstr(message, "TLS with 127.0.0.1:") != NULL;
+    flood_more += more != NULL ? atoi(more + 9) : 0;
+}
+
+static void flooding_client(int port, void *context)
+{
+    (void)context;
+    tsrv_set_log(add_flood, NULL);
+    for (unsigned i = 0; i < 100; i++) {
+        CHECK_INT(send_instead(port, "GET / HTTP/1.1\r\n\r\n", 18), TSRV_ETLS);
+    }
+    CHECK_INT(handshakes_failed(), 100);
+}
+
+TEST_SOFT(test_garbage_does_not_flood_the_log)
+{
+    t_case c = {read_code, t_record_reason, flooding_client, NULL, {0}};
+    run_tls(&c, NULL);
+    CHECK_INT(flood_lines + flood_more, 100);
+    CHECK(flood_lines >= 10);
+}
+
 /* A record that was tampered with ends the stream with an alert and one log line; behind: it comes
  * together with a good one. */
 static void forge(int port, const dial *how, bool behind)
@@ -2682,6 +2738,7 @@ static void injecting_client(int port, void *context)
     char buffer[256];
     (void)context;
     int fd = mail_dialogue(port);
+    watch_log();
     t_sends(fd, "STARTTLS\r\nMAIL evil\r\n");
     size_t size = 0;
     ssize_t n;
@@ -2699,12 +2756,14 @@ static void injecting_client(int port, void *context)
     } else {
         CHECK_INT(t_recorded(0), 100 - TSRV_ETLS);
         CHECK_STR(buffer, "220 go ahead\r\n");
+        CHECK(strstr(log_text, "STARTTLS injection") != NULL);
     }
+    CHECK_INT(logged(), 1);
+    CHECK(strstr(log_text, "TLS with 127.0.0.1:") == log_text);
 }
 
 TEST_STREAM(test_start_tls_with_input)
 {
-    tsrv_set_log(t_no_log, NULL);
     run_mail(injecting_client);
 }
 
@@ -2944,27 +3003,38 @@ TEST_STREAM(test_connect_wildcard)
     run_tls(&c, &options);
 }
 
+static const char *refusal; /* what one of the two ends must log */
+static int refusals;        /* atomic; lines that do */
+
+static void see_refusal(int level, const char *message, void *context)
+{
+    (void)level, (void)context;
+    __atomic_add_fetch(&refusals, strstr(message, refusal) != NULL, __ATOMIC_RELAXED);
+}
+
 static void refusing_client(int port, void *context)
 {
     tsrv_tls *ours = client_tls("ca.pem", NULL);
     (void)context;
-    attempt a = {"127.0.0.1", port, {0, ours, (const char *)context}, true, "", ""};
-    tsrv_set_log(t_no_log, NULL);
+    attempt a = {"127.0.0.1", port, {0, ours, NULL}, true, "", ""};
+    refusal = (const char *)context;
+    tsrv_set_log(see_refusal, NULL);
     CHECK_INT(try_connect(&a), TSRV_ETLS);
+    CHECK_INT(__atomic_load_n(&refusals, __ATOMIC_RELAXED), 1);
     tsrv_tls_free(ours);
 }
 
 TEST_STREAM(test_connect_expired)
 {
-    t_case c = {echo, NULL, refusing_client, NULL, {0}};
+    t_case c = {echo, NULL, refusing_client, (void *)"verify failed: certificate has expired", {0}};
     tsrv_tls_options options = server_options();
-    options.cert_file = path("expired.pem");
+    options.cert_file = path("late.pem");
     run_tls(&c, &options);
 }
 
 TEST_STREAM(test_connect_wrong_purpose)
 {
-    t_case c = {echo, NULL, refusing_client, NULL, {0}};
+    t_case c = {echo, NULL, refusing_client, (void *)" certificate purpose", {0}};
     tsrv_tls_options options = server_options();
     options.cert_file = path("good.pem");
     run_tls(&c, &options);
@@ -2973,7 +3043,7 @@ TEST_STREAM(test_connect_wrong_purpose)
 /* A plain server, which sends the hello back. */
 TEST_STREAM(test_connect_to_plain_server)
 {
-    t_case c = {echo, NULL, refusing_client, NULL, {0}};
+    t_case c = {echo, NULL, refusing_client, (void *)"TLS with ", {0}};
     t_run(&c);
 }
 
