@@ -2233,7 +2233,7 @@ static void next_start(tsrv_server *server, void *context)
 {
     int how = get(&board->next.how), id = tsrv_task_id();
     if (how == NEXT_WORKERS_HANG || (how == NEXT_ONE_HANGS && id == 1)) {
-        behave_as(HANGS_DEAF);
+        behave_as(HANGS);
     }
     if (how == NEXT_ONE_IS_SLOW && id == 1) {
         behave_as(IS_SLOW);
@@ -2736,6 +2736,7 @@ TEST_ONCE(an_upgrade_during_a_reload_that_hangs)
     AWAIT(get(&board->held) > 0);
     upgrade(pid);
     AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 50), forks_seen() >= 4)); /* at once, or after it */
+    AWAIT(has_exited(board->pids[0]) && has_exited(board->pids[1]));
     advance_until_end(pid);
     pid_t next = (pid_t)get(&board->next.pid);
     CHECK_INT(parent_that_answers(), next);
