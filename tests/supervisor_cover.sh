@@ -1,15 +1,19 @@
 #!/bin/sh
 # Which branches of the supervisor no test takes: builds the tests of workers with clang's coverage, runs them,
-# and prints the branches of the sections >>process, >>supervise and >>serve of tcpserver.h that were never true, or
-# never false, and how many were taken.
-#   tests/supervisor_cover.sh [build directory]        environment: BUILD TESTS LLVM CI
+# and prints the branches of the header's sections about processes that were never true, or never false, and how
+# many were taken.
+#   tests/supervisor_cover.sh [build directory]        environment: BUILD TESTS BACKEND SECTIONS LLVM CI
 # The counters are in files that the processes map (continuous mode), so that those of a worker that is killed, or
-# leaves by _exit, count too. What a fork's child counts is in its parent's file, an upgrade's program has its own.
+# leaves by _exit, count too. Counts of some branches are the differences of others, so that a fork's child needs a
+# file of its own that begins with what its parent had counted: in one file, the two ways out of a fork would be
+# more than the one way in.
 set -u
 
 cd "$(dirname "$0")/.." || exit 2
 build=${1:-${BUILD:-build}}/cover
 tests=${TESTS:-supervisor process systemd}
+sections=${SECTIONS:-worker identity process supervise serve}
+backend=${BACKEND:-epoll}
 llvm=${LLVM:-$(clang --version 2>/dev/null | sed -n '1s/.*version \([0-9]*\).*/-\1/p')}
 profdata=llvm-profdata$llvm cov=llvm-cov$llvm
 for tool in clang "$profdata" "$cov"; do
@@ -22,17 +26,82 @@ done
 
 rm -rf "$build"
 mkdir -p "$build/profiles" || exit 2
+cat >"$build/fork.c" <<'C'
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+extern intptr_t __llvm_profile_counter_bias __attribute__((visibility("hidden")));
+char *__llvm_profile_begin_counters(void);
+
+/* Where a file is mapped that this address is in. */
+static int find(uintptr_t address, uintptr_t *start, size_t *size, off_t *offset, char *path)
+{
+    char line[2000];
+    FILE *maps = fopen("/proc/self/maps", "r");
+    int found = 0;
+    while (maps != NULL && !found && fgets(line, sizeof line, maps) != NULL) {
+        unsigned long first, last, at;
+        found = sscanf(line, "%lx-%lx %*s %lx %*s %*s %999s", &first, &last, &at, path) == 4 &&
+                address >= first && address < last;
+        *start = first;
+        *size = last - first;
+        *offset = (off_t)at;
+    }
+    if (maps != NULL) {
+        fclose(maps);
+    }
+    return found;
+}
+
+/* In a fork's child: the counters go on in a copy of the file. */
+static void forked(void)
+{
+    char name[1000], from[1000];
+    uintptr_t start;
+    size_t size;
+    off_t offset;
+    struct stat info;
+    if (!find((uintptr_t)__llvm_profile_begin_counters() + (uintptr_t)__llvm_profile_counter_bias, &start, &size,
+              &offset, from)) {
+        return;
+    }
+    snprintf(name, sizeof name, "%s/%ld.fork.profraw", getenv("COVER_PROFILES"), (long)getpid());
+    int in = open(from, O_RDONLY), out = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
+    if (in >= 0 && out >= 0 && fstat(in, &info) == 0 && copy_file_range(in, NULL, out, NULL, (size_t)info.st_size, 0) ==
+        info.st_size) {
+        mmap((void *)start, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, out, offset);
+    }
+    close(in);
+    close(out);
+}
+
+__attribute__((constructor(101))) static void set_up(void)
+{
+    pthread_atfork(NULL, NULL, forked);
+}
+C
+clang -std=gnu99 -O1 -c -o "$build/fork.o" "$build/fork.c" || exit 2
 objects=
+export COVER_PROFILES="$PWD/$build/profiles"
 for test in $tests; do
-    clang -std=gnu99 -O0 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation \
-        -o "$build/${test}_test" "tests/${test}_test.c" -lpthread || exit 2
+    clang -std=gnu99 -O0 -g -fprofile-instr-generate -fprofile-update=atomic \
+        -fcoverage-mapping -mllvm -runtime-counter-relocation \
+        -o "$build/${test}_test" "tests/${test}_test.c" "$build/fork.o" -lpthread || exit 2
     objects="$objects ${objects:+-object }$build/${test}_test"
 done
 for test in $tests; do # several programs at once, and others' users write here too
     chmod 0777 "$build/profiles"
     (
         umask 0
-        LLVM_PROFILE_FILE="$PWD/$build/profiles/$test.%p%c.profraw" "$build/${test}_test" >"$build/$test.out" 2>&1
+        LLVM_PROFILE_FILE="$PWD/$build/profiles/$test.%p%c.profraw" "$build/${test}_test" --backend "$backend" \
+            >"$build/$test.out" 2>&1
         echo "$test: $(tail -n 1 "$build/$test.out")"
         grep '^FAIL' "$build/$test.out"
     ) &
@@ -47,7 +116,7 @@ done <"$build/list" >"$build/good"
 "$profdata" merge -sparse -f "$build/good" -o "$build/all.profdata" || exit 2
 # shellcheck disable=SC2086
 "$cov" export -format=text -instr-profile="$build/all.profdata" $objects tcpserver.h >"$build/all.json" || exit 2
-python3 - "$build/all.json" <<'PYTHON'
+python3 - "$build/all.json" "$sections" <<'PYTHON'
 import json, re, sys
 
 lines = open('tcpserver.h').read().split('\n')
@@ -70,8 +139,8 @@ for file in json.load(open(sys.argv[1]))['data'][0]['files']:
         old = taken.get(place, [0, 0])
         taken[place] = [old[0] + counts[0], old[1] + counts[1]]
 
-wanted, all_count, all_taken = ('process', 'supervise', 'serve'), 0, 0
-for section in wanted:
+all_count = all_taken = 0
+for section in sys.argv[2].split():
     count = good = 0
     for (line, column, _, end), (true, false) in sorted(taken.items()):
         if tags[line - 1] != section:
