@@ -4955,12 +4955,22 @@ static void tsrvi_handed_close_rest(void)
     tsrvi_unlock(&tsrvi_handed.lock);
 }
 
+/* Does the program that this one replaces still wait, and serve? */
+static bool tsrvi_handed_waits(void)
+{
+    bool waits;
+    tsrvi_lock(&tsrvi_handed.lock);
+    waits = tsrvi_handed.upgrade && tsrvi_handed.ready >= 0;
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return waits;
+}
+
 /* Take the pipe's end on which the program that this one replaces waits; -1 = there is none. */
 static int tsrvi_handed_take_ready(void)
 {
     int ready;
-    tsrvi_handed_lock();
-    ready = tsrvi_handed.ready;
+    tsrvi_lock(&tsrvi_handed.lock);
+    ready = tsrvi_handed.looked ? tsrvi_handed.ready : -1;
     tsrvi_handed.ready = -1;
     tsrvi_unlock(&tsrvi_handed.lock);
     return ready;
@@ -11443,12 +11453,16 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
     (void)events;
     if (got == 1) {
         tsrvi_worker_obey(signo);
-    } else if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
+        return;
+    }
+    tsrvi_poller_set(&tsrvi_chief->poller, io, 0);
+    if (got == 0 || TSRV_SYS(getppid, ()) != tsrvi_parent) {
         tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id);
-        tsrvi_poller_set(&tsrvi_chief->poller, io, 0);
         tsrvi_close_fd(io->fd);
         io->fd = -1;
         tsrvi_worker_tell(TSRVI_ORPHAN);
+    } else { /* a failure: the parent sends signals until the next beat listens again */
+        __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
     }
 }
 
@@ -11697,6 +11711,8 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
 #define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
 #define TSRVI_LOOK_MS 1000         /* at least so often the parent looks at its workers */
 #define TSRVI_LATE_MS 100          /* what it may oversleep before its clock stands still */
+#define TSRVI_ROUNDS 100  /* of the parent in a second; above that it takes TSRVI_BRAKE_MS */
+#define TSRVI_BRAKE_MS 10 /* for each, whatever call fails to put it to sleep */
 
 enum {
     TSRVI_CHILD_VACANT,
@@ -11734,6 +11750,7 @@ typedef struct tsrvi_child {
     uint64_t served; /* SERVING: since when */
     uint64_t due;    /* TSRVI_FOREVER = never */
     int backoff_ms;  /* before the last start; 0 = it was the first */
+    bool at_end;     /* LEAVING: told so because everything ends */
     unsigned beat;   /* of its loop, when that was last looked at, */
     uint64_t beaten; /* and when it last changed */
 } tsrvi_child;
@@ -11773,6 +11790,8 @@ typedef struct tsrvi_supervisor {
     uint64_t clock;    /* the real one, when it was last read */
     uint64_t slept;    /* how long the parent meant to sleep since */
     uint64_t watchdog; /* on the real clock */
+    uint64_t second;   /* the same; when it began, */
+    int rounds;        /* and the rounds since */
     sigset_t mask;     /* the host's, as its handlers are: */
     struct sigaction before[TSRVI_SUPERVISED];
     int installed;
@@ -12099,6 +12118,7 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
     c->line = lines[0];
     c->started = c->beaten = s->now;
     c->beat = 0;
+    c->at_end = false;
     c->due = s->serves ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
 }
 
@@ -12115,28 +12135,42 @@ static void tsrvi_child_cancel(tsrvi_supervisor *s, int child)
     s->children[child].state = TSRVI_CHILD_VACANT;
 }
 
+static int tsrvi_child_signal(tsrvi_supervisor *s, int child, int signo)
+{
+    int rc = TSRV_SYS(kill, (s->children[child].pid, signo)) < 0 ? tsrvi_error() : TSRV_OK;
+    char name[64];
+    if (rc < 0 && rc != -ESRCH) { /* it may have become another user's */
+        tsrvi_log(TSRV_LOG_ERROR, "%s cannot be sent signal %d: %s",
+                  tsrvi_child_name(s, child, name, sizeof(name)), signo, tsrv_strerror(rc));
+    }
+    return rc;
+}
+
 /* Who has no loop that listens to the life-line gets the signal itself. */
 static void tsrvi_child_say(tsrvi_supervisor *s, int child)
 {
-    tsrvi_child *c = &s->children[child];
     char signo = (char)s->signo;
-    bool program = tsrvi_child_is_program(s, child);
-    if (!program) {
-        TSRV_SYS(send, (c->line, &signo, 1, TSRVI_SEND_FLAGS));
+    if (tsrvi_child_is_program(s, child) ||
+        TSRV_SYS(send, (s->children[child].line, &signo, 1, TSRVI_SEND_FLAGS)) != 1 ||
+        !__atomic_load_n(&tsrvi_places[child].listens, __ATOMIC_ACQUIRE)) {
+        tsrvi_child_signal(s, child, s->signo);
     }
-    if (program || !__atomic_load_n(&tsrvi_places[child].listens, __ATOMIC_ACQUIRE)) {
-        TSRV_SYS(kill, (c->pid, s->signo));
-    }
+}
+
+/* When a child that is told to end now is killed. A program kills its own workers first. */
+static uint64_t tsrvi_child_limit(const tsrvi_supervisor *s, int child)
+{
+    uint64_t due = tsrvi_after(s->now, s->options.grace_ms);
+    int more = tsrvi_child_is_program(s, child) ? 2 * TSRVI_KILL_MS : TSRVI_KILL_MS;
+    return due == TSRVI_FOREVER ? due : tsrvi_after(due, more);
 }
 
 static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     c->state = TSRVI_CHILD_LEAVING;
-    c->due = tsrvi_after(s->now, s->options.grace_ms);
-    if (c->due != TSRVI_FOREVER) {
-        c->due = tsrvi_after(c->due, TSRVI_KILL_MS);
-    }
+    c->due = tsrvi_child_limit(s, child);
+    c->at_end = s->state != TSRVI_PARENT_RUNNING;
     tsrvi_child_say(s, child);
 }
 
@@ -12168,9 +12202,9 @@ static void tsrvi_child_end(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     bool program = tsrvi_child_is_program(s, child);
-    TSRV_SYS(kill, (c->pid, program ? SIGTERM : SIGABRT));
+    tsrvi_child_signal(s, child, program ? SIGTERM : SIGABRT);
     c->state = TSRVI_CHILD_DYING;
-    c->due = tsrvi_after(s->now, program ? TSRVI_KILL_MS : TSRVI_HUNG_MS);
+    c->due = program ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
 }
 
 static void tsrvi_child_late(tsrvi_supervisor *s, int child)
@@ -12195,9 +12229,9 @@ static void tsrvi_child_kill(tsrvi_supervisor *s, int child)
     char name[64];
     tsrvi_log(TSRV_LOG_WARNING, "%s does not end and is killed",
               tsrvi_child_name(s, child, name, sizeof(name)));
-    TSRV_SYS(kill, (c->pid, SIGKILL));
-    c->due = TSRVI_FOREVER;
-    if (s->state != TSRVI_PARENT_RUNNING && s->code == TSRV_EPARENT) {
+    c->due = tsrvi_child_signal(s, child, SIGKILL) == TSRV_OK ? TSRVI_FOREVER
+                                                              : tsrvi_after(s->now, TSRVI_KILL_MS);
+    if (c->at_end && s->code == TSRV_EPARENT) {
         s->code = TSRV_ETIMEOUT;
     }
 }
@@ -12258,16 +12292,25 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
     }
 }
 
-/* It is forked again, later; or too many ends were bad. */
+/* It is forked again, later; or too many ends were bad. While the program that this one is to replace
+ * still serves, one is too many. */
 static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
 {
     tsrvi_places[child].stats[0].restarts++;
+    if (tsrvi_handed_waits()) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: worker %d does not stay up; the old program goes on",
+                  child / TSRVI_GENERATIONS);
+        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+        return;
+    }
     if (s->now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
         s->failures = 0;
     }
     s->failed = s->now;
     s->failures++;
     if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
+        tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
+                  s->options.max_restarts);
         tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
     } else {
         tsrvi_child_back_off(s, &s->children[child]);
@@ -12391,38 +12434,50 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
 
 /* ---- upgrade ---------------------------------------------------------------*/
 
-/* Become the new program: it finds the listening sockets as systemd would hand them over, and
- * behind them the pipe. In the child; does not return.
- *   moved  room for one descriptor more than there are sockets */
-static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
+/* Put the listening sockets, and behind them the pipe, where systemd would put them: first all of
+ * them out of the way, and only then each to its place. */
+static int tsrvi_upgrade_place(const tsrvi_supervisor *s, int ready, int *moved)
 {
     int count = s->options.fd_count;
-    char number[16];
-    /* First all of them out of the way, and only then each to its place. */
     for (int i = 0; i <= count; i++) {
         moved[i] = TSRV_SYS(fcntl, (i < count ? s->options.fds[i] : ready, F_DUPFD_CLOEXEC,
                                     TSRVI_LISTEN_FIRST + count + 1));
         if (moved[i] < 0) {
-            tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s", tsrv_strerror(tsrvi_error()));
-            TSRV_SYS(_exit, (127));
+            return tsrvi_error();
         }
     }
     for (int i = 0; i <= count; i++) {
-        TSRV_SYS(dup2, (moved[i], TSRVI_LISTEN_FIRST + i));
+        if (TSRV_SYS(dup2, (moved[i], TSRVI_LISTEN_FIRST + i)) < 0) {
+            return tsrvi_error();
+        }
     }
-    snprintf(number, sizeof(number), "%d", count);
-    TSRV_SYS(setenv, ("LISTEN_FDS", number, 1));
-    snprintf(number, sizeof(number), "%ld", (long)TSRV_SYS(getpid, ()));
-    TSRV_SYS(setenv, ("LISTEN_PID", number, 1));
+    return TSRV_OK;
+}
+
+/* Set a variable of the environment to a number. */
+static int tsrvi_upgrade_set(const char *name, long value)
+{
+    char number[24];
+    snprintf(number, sizeof(number), "%ld", value);
+    return TSRV_SYS(setenv, (name, number, 1)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+/* Become the new program, in the child; does not return.
+ *   moved  room for one descriptor more than there are sockets */
+static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
+{
+    int count = s->options.fd_count, rc = tsrvi_upgrade_place(s, ready, moved);
+    long pid = (long)TSRV_SYS(getpid, ());
     TSRV_SYS(unsetenv, ("LISTEN_FDNAMES"));
-    if (TSRV_SYS(getenv, ("WATCHDOG_PID")) != NULL) {
-        TSRV_SYS(setenv, ("WATCHDOG_PID", number, 1));
+    if (rc == TSRV_OK && (rc = tsrvi_upgrade_set("LISTEN_FDS", count)) == TSRV_OK &&
+        (rc = tsrvi_upgrade_set("LISTEN_PID", pid)) == TSRV_OK &&
+        (rc = tsrvi_upgrade_set(TSRVI_READY_VARIABLE, TSRVI_LISTEN_FIRST + count)) == TSRV_OK &&
+        (TSRV_SYS(getenv, ("WATCHDOG_PID")) == NULL ||
+         (rc = tsrvi_upgrade_set("WATCHDOG_PID", pid)) == TSRV_OK)) {
+        TSRV_SYS(execvp, (s->options.upgrade_argv[0], s->options.upgrade_argv));
+        rc = tsrvi_error();
     }
-    snprintf(number, sizeof(number), "%d", TSRVI_LISTEN_FIRST + count);
-    TSRV_SYS(setenv, (TSRVI_READY_VARIABLE, number, 1));
-    TSRV_SYS(execvp, (s->options.upgrade_argv[0], s->options.upgrade_argv));
-    tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s: %s", s->options.upgrade_argv[0],
-              tsrv_strerror(tsrvi_error()));
+    tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s: %s", s->options.upgrade_argv[0], tsrv_strerror(rc));
     TSRV_SYS(_exit, (127));
 }
 
@@ -12459,22 +12514,21 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     return TSRV_OK;
 }
 
-/* Has the new program said that it serves? Without a word, and with the pipe closed, it never will.
- */
+/* Has the new program said that it serves? If it cannot any more it has ended, or is late. */
 static void tsrvi_upgrade_look(tsrvi_supervisor *s)
 {
     char byte;
     int program = s->upgrade;
-    ssize_t got = program < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
+    ssize_t got = s->upgrade_fd < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
     if (got < 0) {
-        return;
+        return; /* not yet */
     }
     tsrvi_close_fd(s->upgrade_fd);
-    s->upgrade = s->upgrade_fd = -1;
-    if (got == 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "upgrade: the new program cannot say that it serves");
+    s->upgrade_fd = -1;
+    if (got == 1) {
+        s->upgrade = -1;
+        tsrvi_child_happens(s, program, TSRVI_CHILD_READY);
     }
-    tsrvi_child_happens(s, program, got == 1 ? TSRVI_CHILD_READY : TSRVI_CHILD_TOLD);
 }
 
 /* ---- what happens to the parent --------------------------------------------*/
@@ -12491,13 +12545,13 @@ static void tsrvi_parent_refuse(tsrvi_supervisor *s)
 }
 
 /* Tell everybody to end, and refuse new connections from this moment on.
- *   files  unix sockets' are removed, as nobody takes them over */
+ *   files  unix sockets' are removed, unless another program serves on them */
 static void tsrvi_parent_leave(tsrvi_supervisor *s, bool files)
 {
     s->state = TSRVI_PARENT_STOPPING;
     s->rolling = false;
     s->fresh = -1;
-    tsrvi_bound_refuse_all(!files);
+    tsrvi_bound_refuse_all(!files || tsrvi_handed_waits());
     for (int i = 0; i < s->count; i++) {
         if (s->children[i].state != TSRVI_CHILD_VACANT) {
             tsrvi_child_happens(s, i, TSRVI_CHILD_TOLD);
@@ -12576,8 +12630,6 @@ static void tsrvi_parent_yield(tsrvi_supervisor *s)
 
 static void tsrvi_parent_give_up(tsrvi_supervisor *s)
 {
-    tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
-              s->options.max_restarts);
     s->code = TSRV_ERESTARTS;
     tsrvi_parent_stop(s);
 }
@@ -12632,11 +12684,7 @@ static void tsrvi_supervisor_signals(tsrvi_supervisor *s)
 /* Take the status of a child, if it has ended. Returns its pid, 0 or -1. */
 static pid_t tsrvi_wait_for(pid_t child, int *status)
 {
-    pid_t pid;
-    do {
-        pid = TSRV_SYS(waitpid, (child, status, WNOHANG));
-    } while (pid < 0 && errno == EINTR);
-    return pid;
+    return TSRV_SYS(waitpid, (child, status, WNOHANG));
 }
 
 /* Who is process 1 inherits every orphan, and has to bury them. */
@@ -12790,6 +12838,19 @@ static void tsrvi_supervisor_sleep(tsrvi_supervisor *s)
     }
 }
 
+/* Whatever wakes the parent, and whatever call fails, it does not spin. */
+static void tsrvi_supervisor_brake(tsrvi_supervisor *s)
+{
+    static const struct timespec pause = {0, TSRVI_BRAKE_MS * 1000000};
+    if (s->clock - s->second >= 1000 * TSRVI_MS) {
+        s->second = s->clock;
+        s->rounds = 0;
+    }
+    if (++s->rounds > TSRVI_ROUNDS) {
+        TSRV_SYS(nanosleep, (&pause, NULL));
+    }
+}
+
 /* Is there a process, or will there be one? */
 static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
 {
@@ -12801,6 +12862,20 @@ static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
     return false;
 }
 
+static void tsrvi_supervisor_tell_end(void)
+{
+    tsrv_stats all;
+    memset(&all, 0, sizeof(all));
+    for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
+        tsrvi_stats_gather(&all, number, -1);
+    }
+    tsrvi_log(TSRV_LOG_INFO,
+              "all workers have ended: %llu connections were accepted, %llu of them lost with a "
+              "worker or by an error, %llu restarts",
+              (unsigned long long)all.accepted, (unsigned long long)all.ended_error,
+              (unsigned long long)all.restarts);
+}
+
 /* Returns the task id in a worker, and in the parent when all is over, its result. Signals are looked
  * at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
@@ -12808,7 +12883,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
     for (int worker = 0; worker < s->workers; worker++) {
         s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
-    tsrvi_log(TSRV_LOG_INFO, "tcpserver.h %s: %d workers are started", TSRV_VERSION, s->workers);
+    tsrvi_log(TSRV_LOG_INFO, "%d workers are started (tcpserver.h %s)", s->workers, TSRV_VERSION);
     while (tsrvi_supervisor_busy(s)) {
         tsrvi_supervisor_tick(s);
         tsrvi_supervisor_signals(s);
@@ -12820,9 +12895,10 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
         }
         if (tsrvi_supervisor_busy(s)) {
             tsrvi_supervisor_sleep(s);
+            tsrvi_supervisor_brake(s);
         }
     }
-    tsrvi_log(TSRV_LOG_INFO, "all workers have ended");
+    tsrvi_supervisor_tell_end();
     return s->code;
 }
 
@@ -13039,6 +13115,8 @@ static int tsrvi_serving;
 
 static void tsrvi_serve_ready(void)
 {
+    tsrvi_log(TSRV_LOG_INFO, "ready: process %ld accepts (tcpserver.h %s)",
+              (long)TSRV_SYS(getpid, ()), TSRV_VERSION);
     tsrvi_worker.ready = tsrvi_clock();
     tsrvi_notify("READY=1");
 }
@@ -13115,6 +13193,8 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
             rc = tsrvi_serve_run(server, port, address, num_processes, options);
             tsrvi_serve_done(server->options.loop);
+            tsrvi_log(TSRV_LOG_INFO, "ended: %llu connections were accepted",
+                      (unsigned long long)server->own.accepted);
         }
     } else {
         rc = tsrvi_serve_run(server, port, address, num_processes, options);
