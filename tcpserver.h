@@ -3296,6 +3296,25 @@ static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsr
 }
 #endif
 
+#if TSRVI_HAS_LSAN
+extern void tsrvi_root_add(const void *, size_t) TSRVI_WEAK("__lsan_register_root_region");
+extern void tsrvi_root_remove(const void *, size_t) TSRVI_WEAK("__lsan_unregister_root_region");
+#endif
+
+/* Tell LeakSanitizer that what a stack points to is in use, or no longer. */
+static void tsrvi_stack_owns(const void *stack, size_t size, bool owns)
+{
+#if TSRVI_HAS_LSAN
+    if (TSRVI_UNLIKELY(tsrvi_root_add != NULL)) {
+        (owns ? tsrvi_root_add : tsrvi_root_remove)(stack, size);
+    }
+#else
+    (void)stack;
+    (void)size;
+    (void)owns;
+#endif
+}
+
 /* A context, and what the sanitizers want to know about it. */
 typedef struct tsrvi_fiber {
     tsrvi_context context;
@@ -3303,6 +3322,7 @@ typedef struct tsrvi_fiber {
     size_t size;
     void *fake_stack; /* ASan's */
     void *tsan;       /* TSan's fiber */
+    bool owns;        /* LeakSanitizer knows its stack for as long as it lives */
 } tsrvi_fiber;
 
 /* First thing on the other side of a switch. */
@@ -3310,6 +3330,12 @@ static void tsrvi_fiber_arrived(tsrvi_fiber *self, tsrvi_fiber *other)
 {
 #if TSRVI_HAS_ASAN
     __sanitizer_finish_switch_fiber(self->fake_stack, &other->bottom, &other->size);
+    if (!other->owns) { /* ASan takes self's stack for the thread's, so this one is nobody's */
+        tsrvi_stack_owns(other->bottom, other->size, true);
+    }
+    if (!self->owns) {
+        tsrvi_stack_owns(self->bottom, self->size, false);
+    }
 #else
     (void)self;
     (void)other;
@@ -3338,11 +3364,6 @@ static void tsrvi_fiber_switch(tsrvi_fiber *from, tsrvi_fiber *to, bool ending)
     }
     tsrvi_fiber_arrived(from, to);
 }
-
-#if TSRVI_HAS_LSAN
-extern void tsrvi_root_add(const void *, size_t) TSRVI_WEAK("__lsan_register_root_region");
-extern void tsrvi_root_remove(const void *, size_t) TSRVI_WEAK("__lsan_unregister_root_region");
-#endif
 
 /* What is below every stack and faults when it is touched: a frame of 1 MiB (64 KiB where addresses
  * are scarce) does not reach past it, nor what is called from there. A multiple of every page. */
@@ -4283,11 +4304,7 @@ static void tsrvi_co_free(tsrvi_co *co)
 #if TSRVI_HAS_TSAN
     __tsan_destroy_fiber(co->fiber.tsan);
 #endif
-#if TSRVI_HAS_LSAN
-    if (tsrvi_root_remove != NULL) {
-        tsrvi_root_remove(co->stack, co->stack_size);
-    }
-#endif
+    tsrvi_stack_owns(co->stack, co->stack_size, false);
     tsrvi_stack_give(loop, co->stack, co->stack_size);
 }
 
@@ -4412,11 +4429,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
 #if TSRVI_HAS_ASAN
     __asan_unpoison_memory_region(stack, size); /* what the last one left there */
 #endif
-#if TSRVI_HAS_LSAN
-    if (tsrvi_root_add != NULL) {
-        tsrvi_root_add(stack, size);
-    }
-#endif
+    tsrvi_stack_owns(stack, size, true);
     co = (tsrvi_co *)(void *)(stack + size - ((sizeof(tsrvi_co) + 63) & ~(size_t)63));
     memset(co, 0, sizeof(*co));
     co->task.run = tsrvi_co_run;
@@ -4426,6 +4439,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     co->context = context;
     co->stack = stack;
     co->stack_size = size;
+    co->fiber.owns = true;
     co->fiber.bottom = stack;
     co->fiber.size = (size_t)((char *)co - stack);
     co->valgrind_id = TSRVI_STACK_REGISTER(stack, stack + size);
