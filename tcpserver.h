@@ -6353,6 +6353,7 @@ typedef struct tsrvi_place {
     int listens;   /* atomic; its loop watches the life-line */
     int asked;     /* atomic; a signal that did not come from the parent has told it to end */
     int refused;   /* why it could not begin, a code; 0 = it could */
+    int used;      /* atomic; in the first of a worker's: how many have ever been used */
     unsigned beat; /* atomic; changes as long as its loop turns; 0 = it has not begun */
     tsrv_stats stats[TSRVI_SHARED_SERVERS];
 } tsrvi_place;
@@ -6397,13 +6398,30 @@ static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
     sum->lag_max_ms = sum->lag_max_ms - lag_max > lag_max ? sum->lag_max_ms - lag_max : lag_max;
 }
 
+/* A new process will have this place. */
+static void tsrvi_place_take(int place)
+{
+    tsrvi_place *own = &tsrvi_places[place];
+    int index = place % TSRVI_GENERATIONS;
+    own->refused = TSRV_OK;
+    __atomic_store_n(&own->ready, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->listens, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->asked, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->beat, 0u, __ATOMIC_RELEASE);
+    if ((own - index)->used <= index) {
+        __atomic_store_n(&(own - index)->used, index + 1, __ATOMIC_RELEASE);
+    }
+}
+
 /* Add what the workers' processes have counted for the server with that number.
  *   task_id  -1 = all */
 static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 {
-    for (int place = 0; number >= 0 && place < tsrvi_place_count; place++) {
-        if (task_id < 0 || place / TSRVI_GENERATIONS == task_id) {
-            tsrvi_stats_add(sum, &tsrvi_places[place].stats[number]);
+    for (int first = 0; number >= 0 && first < tsrvi_place_count; first += TSRVI_GENERATIONS) {
+        const tsrvi_place *places = &tsrvi_places[first];
+        int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
+        for (int i = 0; i < used && (task_id < 0 || first / TSRVI_GENERATIONS == task_id); i++) {
+            tsrvi_stats_add(sum, &places[i].stats[number]);
         }
     }
 }
@@ -11882,14 +11900,13 @@ static void tsrvi_supervised_handler(int signo)
     tsrvi_wake_write(tsrvi_supervised_wake);
 }
 
-/* Put the host's handlers and mask back. */
-static void tsrvi_supervisor_restore(tsrvi_supervisor *s)
+/* Put the host's handlers back; the mask, s->mask, comes after them. */
+static void tsrvi_supervisor_uninstall(tsrvi_supervisor *s)
 {
     while (s->installed > 0) {
         s->installed--;
         TSRV_SYS(sigaction, (tsrvi_supervised[s->installed], &s->before[s->installed], NULL));
     }
-    TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 
 static int tsrvi_supervisor_install(tsrvi_supervisor *s)
@@ -12027,11 +12044,21 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     tsrvi_on_ready = tsrvi_worker_ready;
     tsrvi_loop_entered = tsrvi_worker_entered;
     tsrvi_loop_told = tsrvi_worker_hear;
-    tsrvi_supervisor_restore(s);
+    tsrvi_supervisor_uninstall(s);
     tsrvi_worker_leave_to_parent(SIGHUP);
     if (s->options.upgrade_argv != NULL) {
         tsrvi_worker_leave_to_parent(SIGUSR2);
     }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
+}
+
+/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what the
+ * program has printed. */
+static void tsrvi_supervisor_flush(void)
+{
+    tsrvi_quiet quiet;
+    tsrvi_quiet_begin(&quiet);
+    tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (NULL)) == 0 ? 1 : 0, 1);
 }
 
 /* fork, with all signals blocked in both until each knows what it is. Returns the child's pid, 0 in
@@ -12040,7 +12067,7 @@ static pid_t tsrvi_supervisor_clone(tsrvi_supervisor *s, int child, int *lines)
 {
     pid_t parent = TSRV_SYS(getpid, ()), pid;
     sigset_t all, mask;
-    TSRV_SYS(fflush, (NULL)); /* else every process prints what is in the buffers */
+    tsrvi_supervisor_flush();
     TSRV_SYS(sigfillset, (&all));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
     pid = TSRV_SYS(fork, ());
@@ -12105,14 +12132,9 @@ static void tsrvi_child_unborn(tsrvi_supervisor *s, int child, int code)
 static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    tsrvi_place *place = &tsrvi_places[child];
     int lines[2], rc = tsrvi_socket_pair(lines);
     pid_t pid;
-    place->refused = TSRV_OK;
-    __atomic_store_n(&place->ready, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&place->listens, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&place->asked, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&place->beat, 0u, __ATOMIC_RELEASE);
+    tsrvi_place_take(child);
     c->generation = s->generation;
     pid = rc < 0 ? (pid_t)rc : tsrvi_supervisor_clone(s, child, lines);
     if (s->born >= 0) {
@@ -12503,10 +12525,11 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds);
     pid_t pid = -1;
     if (rc == TSRV_OK) {
-        TSRV_SYS(fflush, (NULL));
+        tsrvi_supervisor_flush();
         pid = TSRV_SYS(fork, ());
         if (pid == 0) {
-            tsrvi_supervisor_restore(s);
+            tsrvi_supervisor_uninstall(s);
+            TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
             tsrvi_upgrade_exec(s, fds[1], moved);
         }
         rc = pid < 0 ? tsrvi_error() : TSRV_OK;
@@ -12962,7 +12985,8 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
         rc = tsrvi_supervise(&supervisor);
     }
     if (tsrvi_worker_id < 0) {
-        tsrvi_supervisor_restore(&supervisor);
+        tsrvi_supervisor_uninstall(&supervisor);
+        TSRV_SYS(sigprocmask, (SIG_SETMASK, &supervisor.mask, NULL));
         tsrvi_supervised_wake = -1;
     }
     tsrvi_supervisor_close(&supervisor);
@@ -13207,6 +13231,8 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
             rc = tsrvi_serve_run(server, port, address, num_processes, options);
             tsrvi_serve_done(server->options.loop);
+        }
+        if (rc == TSRV_OK) {
             tsrvi_log(TSRV_LOG_INFO, "ended: %llu connections were accepted",
                       (unsigned long long)server->own.accepted);
         }
