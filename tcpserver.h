@@ -10004,14 +10004,22 @@ static int tsrvi_quota_round(long quota, long period)
     return cpus > INT_MAX ? INT_MAX : (int)cpus;
 }
 
+/* The number that a file of a control group begins with; -1 = none. */
+static long tsrvi_cgroup_number(const char *top, const char *group, const char *name)
+{
+    char path[1024], text[64];
+    snprintf(path, sizeof(path), "%s%s/%s", top, group, name);
+    return tsrvi_file_read(path, text, sizeof(text)) <= 0 ? -1 : tsrvi_leading_number(text);
+}
+
 /* Processors, rounded up, that a control group of version 2 grants: cpu.max is "quota period" in
  * microseconds. No limit: INT_MAX. */
-static int tsrvi_cgroup_cpus(const char *group)
+static int tsrvi_cgroup_cpus(const char *top, const char *group)
 {
     char path[1024], text[64];
     const char *blank;
     long quota, period;
-    snprintf(path, sizeof(path), "/sys/fs/cgroup%s/cpu.max", group);
+    snprintf(path, sizeof(path), "%s%s/cpu.max", top, group);
     if (tsrvi_file_read(path, text, sizeof(text)) <= 0 || (blank = strchr(text, ' ')) == NULL) {
         return INT_MAX;
     }
@@ -10020,45 +10028,84 @@ static int tsrvi_cgroup_cpus(const char *group)
     return tsrvi_quota_round(quota, period);
 }
 
-/* The same for version 1, where a container sees its own group as the root. */
-static int tsrvi_cgroup_old_cpus(void)
+/* The same for version 1. */
+static int tsrvi_cgroup_old_cpus(const char *top, const char *group)
 {
-    char text[64];
-    long quota = -1, period = -1;
-    if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", text, sizeof(text)) > 0) {
-        quota = tsrvi_leading_number(text);
-    }
-    if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", text, sizeof(text)) > 0) {
-        period = tsrvi_leading_number(text);
-    }
-    return tsrvi_quota_round(quota, period);
+    return tsrvi_quota_round(tsrvi_cgroup_number(top, group, "cpu.cfs_quota_us"),
+                             tsrvi_cgroup_number(top, group, "cpu.cfs_period_us"));
 }
 
-/* A group's quota holds for all groups below it: the least on the way to the root counts. */
-static int tsrvi_quota_cpus(void)
+/* A group's quota holds for all groups below it: the least on the way to the root counts. What a
+ * container sees as the root may be its own group. The group's name is cut shorter and shorter. */
+static int tsrvi_cgroup_least(const char *top, char *group,
+                              int (*cpus)(const char *top, const char *group))
 {
-    char text[1024], *group, *end;
-    int least = tsrvi_cgroup_old_cpus(), cpus;
-    if (tsrvi_file_read("/proc/self/cgroup", text, sizeof(text)) <= 0) {
-        return least;
-    }
-    group = strncmp(text, "0::", 3) == 0 ? text + 3 : strstr(text, "\n0::");
-    if (group == NULL) {
-        return least;
-    }
-    group += *group == '\n' ? 4 : 0;
-    end = strchr(group, '\n');
-    end = end == NULL ? group + strlen(group) : end;
+    char *end = group + strlen(group);
+    int least = INT_MAX, granted;
     for (;;) {
         *end = 0;
-        cpus = tsrvi_cgroup_cpus(group);
-        least = cpus < least ? cpus : least;
+        granted = cpus(top, group);
+        least = granted < least ? granted : least;
         if (end == group) {
             return least;
         }
         for (end--; end > group && *end != '/'; end--) {
         }
     }
+}
+
+/* Version 1 mounts the controllers of processors in one of these places. */
+static int tsrvi_cgroup_old_least(const char *group)
+{
+    static const char *const tops[] = {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct",
+                                       "/sys/fs/cgroup/cpuacct,cpu"};
+    int least = INT_MAX;
+    for (size_t i = 0; i < sizeof(tops) / sizeof(tops[0]); i++) {
+        char name[1024];
+        int granted;
+        snprintf(name, sizeof(name), "%s", group);
+        granted = tsrvi_cgroup_least(tops[i], name, tsrvi_cgroup_old_cpus);
+        least = granted < least ? granted : least;
+    }
+    return least;
+}
+
+/* The group of a line of /proc/self/cgroup, "number:controllers:group", if "cpu" is among its
+ * controllers; NULL = it is not. */
+static const char *tsrvi_cgroup_old_group(const char *line)
+{
+    const char *name = strchr(line, ':'), *group = name == NULL ? NULL : strchr(name + 1, ':');
+    while (group != NULL && name < group) {
+        size_t length = strcspn(++name, ",:");
+        if (length == 3 && memcmp(name, "cpu", 3) == 0) {
+            return group + 1;
+        }
+        name += length;
+    }
+    return NULL;
+}
+
+/* Processors that the quotas of this process's groups grant; INT_MAX = all. */
+static int tsrvi_quota_cpus(void)
+{
+    char text[8192], *line = text, *end;
+    int least = tsrvi_cgroup_old_least(""), granted;
+    if (tsrvi_file_read("/proc/self/cgroup", text, sizeof(text)) <= 0) {
+        return least;
+    }
+    for (bool more = true; more; line = end + 1) {
+        const char *group;
+        end = line + strcspn(line, "\n");
+        more = *end != 0;
+        *end = 0;
+        group = tsrvi_cgroup_old_group(line);
+        granted = strncmp(line, "0::", 3) == 0
+                      ? tsrvi_cgroup_least("/sys/fs/cgroup", line + 3, tsrvi_cgroup_cpus)
+                  : group != NULL ? tsrvi_cgroup_old_least(group)
+                                  : INT_MAX;
+        least = granted < least ? granted : least;
+    }
+    return least;
 }
 
 TSRV_API int tsrv_cpu_count(void)
