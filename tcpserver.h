@@ -1188,6 +1188,28 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #define TSRVI_HAS_ACCEPT4 0
 #endif
 
+/* Locks that go with the open file, so that they can be held on a directory. */
+#if defined(LOCK_EX) && defined(O_DIRECTORY)
+#define TSRVI_HAS_FLOCK 1
+#else
+#define TSRVI_HAS_FLOCK 0
+#endif
+
+/* Descriptors that name a file, without opening it; glibc shows O_PATH with _GNU_SOURCE only. */
+#ifdef O_PATH
+#define TSRVI_HAS_O_PATH 1
+#else
+#define TSRVI_HAS_O_PATH 0
+#endif
+
+/* Can a 64-bit number be read in one piece? Else __atomic_load_n of one would be a function of
+ * libatomic. */
+#if defined(__GCC_ATOMIC_LLONG_LOCK_FREE) && __GCC_ATOMIC_LLONG_LOCK_FREE == 2
+#define TSRVI_HAS_ATOMIC_64 1
+#else
+#define TSRVI_HAS_ATOMIC_64 0
+#endif
+
 #ifdef MSG_NOSIGNAL
 #define TSRVI_SEND_FLAGS (MSG_NOSIGNAL | MSG_DONTWAIT)
 #else
@@ -5329,8 +5351,8 @@ static void tsrvi_tls_notify_end(tsrvi_tls *tls)
 #define TSRVI_SHARED_SERVERS 8 /* more servers than that count for themselves only */
 
 typedef struct tsrvi_place {
-    int ready;     /* atomic; its first server accepts */
-    uint64_t beat; /* atomic; when its loop last turned; 0 = not yet */
+    int ready;        /* atomic; its first server accepts */
+    uint32_t beat_ms; /* atomic; see tsrvi_beat_store */
     tsrv_stats stats[TSRVI_SHARED_SERVERS];
 } tsrvi_place;
 
@@ -5339,6 +5361,22 @@ static int tsrvi_place_count;
 static tsrvi_place *tsrvi_place_own;  /* in a worker */
 static unsigned tsrvi_server_numbers; /* atomic; bits: the numbers in use */
 static void (*tsrvi_on_ready)(void); /* told when a server of this process accepts; NULL = nobody */
+
+/* A place's loop has turned just now; 0 = it has not yet. Milliseconds in 4 bytes, which every
+ * processor writes in one piece; they wrap after 49 days. */
+static void tsrvi_beat_store(tsrvi_place *place, uint64_t now)
+{
+    uint32_t ms = (uint32_t)(now / TSRVI_MS);
+    __atomic_store_n(&place->beat_ms, ms == 0 && now != 0 ? 1 : ms, __ATOMIC_RELEASE);
+}
+
+/* How long ago that was, in milliseconds; -1 = it has not turned yet. */
+static int tsrvi_beat_age_ms(const tsrvi_place *place, uint64_t now)
+{
+    uint32_t beat_ms = __atomic_load_n(&place->beat_ms, __ATOMIC_ACQUIRE),
+             age_ms = (uint32_t)(now / TSRVI_MS) - beat_ms;
+    return beat_ms == 0 ? -1 : age_ms > INT_MAX ? 0 : (int)age_ms; /* after now: not yet seen */
+}
 
 /* The lowest number that no server has; -1 = there is none. */
 static int tsrvi_server_number(void)
@@ -5359,6 +5397,24 @@ static void tsrvi_server_number_free(int number)
     }
 }
 
+/* A counter that its owner may be changing. Where it takes two loads, one that is between the two
+ * stores of a carry is read again; only an owner that is stopped just there can hide one. */
+static uint64_t tsrvi_counter_load(const uint64_t *counter)
+{
+#if TSRVI_HAS_ATOMIC_64
+    return __atomic_load_n(counter, __ATOMIC_RELAXED);
+#else
+    const volatile uint64_t *looked_at = counter;
+    uint64_t value, again = *looked_at;
+    do {
+        value = again;
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        again = *looked_at;
+    } while (value != again);
+    return value;
+#endif
+}
+
 /* Add counters that their owner may be changing: times are not added, the longest counts. */
 static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
 {
@@ -5367,7 +5423,7 @@ static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
     const uint64_t *from = (const uint64_t *)(const void *)stats;
     memcpy(to, sum, sizeof(to));
     for (size_t i = 0; i < sizeof(to) / sizeof(to[0]); i++) {
-        to[i] += __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+        to[i] += tsrvi_counter_load(&from[i]);
     }
     memcpy(sum, to, sizeof(to));
     sum->lag_ms = sum->lag_ms - lag > lag ? sum->lag_ms - lag : lag;
@@ -10259,7 +10315,7 @@ static void tsrvi_worker_beat(tsrvi_timer *timer)
     tsrv_loop *loop = tsrvi_worker.loop;
     uint64_t now = loop->now, lag_ms = (now - timer->due) / TSRVI_MS;
     if (tsrvi_place_own != NULL) {
-        __atomic_store_n(&tsrvi_place_own->beat, now, __ATOMIC_RELEASE);
+        tsrvi_beat_store(tsrvi_place_own, now);
     }
     for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
@@ -10568,7 +10624,7 @@ static bool tsrvi_supervisor_fork(tsrvi_supervisor *s, int place, uint64_t now)
     pid_t parent = TSRV_SYS(getpid, ()), pid;
     sigset_t all, mask;
     __atomic_store_n(&tsrvi_places[place].ready, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&tsrvi_places[place].beat, (uint64_t)0, __ATOMIC_RELEASE);
+    tsrvi_beat_store(&tsrvi_places[place], 0);
     TSRV_SYS(fflush, (NULL)); /* else every process prints what is in the buffers */
     TSRV_SYS(sigfillset, (&all));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
@@ -10834,13 +10890,13 @@ static void tsrvi_supervisor_signals(tsrvi_supervisor *s, uint64_t now)
 static void tsrvi_supervisor_check_beat(const tsrvi_supervisor *s, int place, uint64_t now)
 {
     tsrvi_child *child = &s->children[place];
-    uint64_t beat = __atomic_load_n(&tsrvi_places[place].beat, __ATOMIC_ACQUIRE);
-    if (s->options.heartbeat_ms <= 0 || beat == 0 || child->due != TSRVI_FOREVER || now < beat ||
-        now - beat < (uint64_t)s->options.heartbeat_ms * TSRVI_MS) {
+    int age_ms = tsrvi_beat_age_ms(&tsrvi_places[place], now);
+    if (s->options.heartbeat_ms <= 0 || age_ms < s->options.heartbeat_ms ||
+        child->due != TSRVI_FOREVER) {
         return;
     }
-    tsrvi_log(TSRV_LOG_ERROR, "worker %d (pid %ld) hangs: no beat for %llu ms", place / 2,
-              (long)child->pid, (unsigned long long)((now - beat) / TSRVI_MS));
+    tsrvi_log(TSRV_LOG_ERROR, "worker %d (pid %ld) hangs: no beat for %d ms", place / 2,
+              (long)child->pid, age_ms);
     TSRV_SYS(kill, (child->pid, SIGABRT));
     child->due = tsrvi_after(now, TSRVI_HUNG_MS);
 }

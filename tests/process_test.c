@@ -1359,6 +1359,28 @@ TEST_LOOP(a_worker_that_hangs_is_replaced)
     check_end(pid, 0, TSRV_EPARENT);
 }
 
+/* Milliseconds in 4 bytes: they wrap, and 0 means that there was none. */
+TEST_ONCE(beats_are_told_by_their_age)
+{
+    static const uint64_t wrap_ms = (uint64_t)1 << 32;
+    static const uint64_t starts_ms[] = {1, 1000, ((uint64_t)1 << 31) - 5, ((uint64_t)1 << 32) - 5,
+                                         (uint64_t)1 << 32, 5 * ((uint64_t)1 << 32) - 1};
+    tsrvi_place place;
+    memset(&place, 0, sizeof place);
+    CHECK_INT(tsrvi_beat_age_ms(&place, 12345 * TSRVI_MS), -1);
+    for (size_t i = 0; i < sizeof starts_ms / sizeof starts_ms[0]; i++) {
+        uint64_t start = starts_ms[i] * TSRVI_MS;
+        int late = starts_ms[i] % wrap_ms == 0; /* by 1 ms, so that it is not "none" */
+        tsrvi_beat_store(&place, start);
+        CHECK_INT(tsrvi_beat_age_ms(&place, start), 0);
+        CHECK_INT(tsrvi_beat_age_ms(&place, start + 999 * TSRVI_MS), 999 - late);
+        CHECK_INT(tsrvi_beat_age_ms(&place, start + 86400000 * TSRVI_MS), 86400000 - late);
+        CHECK_INT(tsrvi_beat_age_ms(&place, start - TSRVI_MS), 0); /* seen by who looked before it */
+        tsrvi_beat_store(&place, 0);
+        CHECK_INT(tsrvi_beat_age_ms(&place, start), -1);
+    }
+}
+
 /* ---- counters -----------------------------------------------------------------------------*/
 
 static int lost_streams; /* with a worker that died */
