@@ -1427,6 +1427,41 @@ static int tsrvi_error(void)
     return errno > 0 ? -errno : -EIO;
 }
 
+/* Does this code mean that the system does not have a call, or does not allow it: an old kernel, a
+ * filter of system calls, a security module? */
+static bool tsrvi_is_refusal(int code)
+{
+    return code == -ENOSYS || code == -EPERM || code == -EACCES || code == -EINVAL ||
+           code == -EOPNOTSUPP;
+}
+
+/* What was refused, and is done without; a worker inherits what its parent has learnt. */
+enum {
+    TSRVI_WITHOUT_BACKEND = 1,
+    TSRVI_WITHOUT_EVENTFD = 2,
+    TSRVI_WITHOUT_EXCLUSIVE = 4,
+    TSRVI_WITHOUT_FLAGS = 8,
+    TSRVI_WITHOUT_ACCEPT4 = 16,
+    TSRVI_WITHOUT_OPTION = 32,
+    TSRVI_WITHOUT_FAMILY = 64,
+    TSRVI_WITHOUT_SENDFILE = 128
+};
+static unsigned tsrvi_without; /* atomic; bits */
+
+static bool tsrvi_does_without(unsigned what)
+{
+    return (__atomic_load_n(&tsrvi_without, __ATOMIC_RELAXED) & what) != 0;
+}
+
+/* There is another way: take it, and say so once. */
+static void tsrvi_do_without(unsigned what, const char *name, int code)
+{
+    if ((__atomic_fetch_or(&tsrvi_without, what, __ATOMIC_ACQ_REL) & what) == 0) {
+        tsrvi_log(TSRV_LOG_INFO, "%s is refused here (%s): doing without it", name,
+                  tsrv_strerror(code));
+    }
+}
+
 #define TSRVI_FOREVER UINT64_MAX
 #define TSRVI_MS ((uint64_t)1000000) /* nanoseconds */
 
@@ -1455,6 +1490,12 @@ static uint64_t tsrvi_earlier(uint64_t a, uint64_t b)
 static size_t tsrvi_min(size_t a, size_t b)
 {
     return a < b ? a : b;
+}
+
+/* For numbers that count more than memory: what does not fit is the most. */
+static size_t tsrvi_size(uint64_t size)
+{
+    return size > SIZE_MAX ? SIZE_MAX : (size_t)size;
 }
 
 /* A decimal number from 0 to `most`, and nothing else; -1 = it is none. */
@@ -1721,6 +1762,7 @@ typedef struct tsrvi_block {
     size_t begin; /* bytes begin..end are unsent */
     size_t end;
     int file;       /* descriptor of a file range, else -1 */
+    bool copied;    /* sendfile does not take the file: it is read and sent */
     int64_t offset; /* of its next byte */
     uint64_t left;  /* its unsent bytes */
 } tsrvi_block;
@@ -1928,6 +1970,7 @@ typedef struct tsrvi_poller {
     pid_t pid; /* of its process: in a fork's child the kernel's part still belongs to the parent */
     int fd;    /* of epoll or kqueue; -1 with poll, and while epoll's cannot be made anew */
     bool embedded;      /* another loop waits for fd, so it must stay what it is */
+    bool exclusive;     /* the backend's, if the kernel knows it too */
     void *memory;       /* the backend's arrays */
     uint32_t used;      /* the backend's: poll's entries in use; epoll's last turn with a new set */
     uint32_t size;      /* the backend's: entries allocated */
@@ -2091,10 +2134,12 @@ static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int n
     int operation = new_interest == 0   ? EPOLL_CTL_DEL
                     : old_interest == 0 ? EPOLL_CTL_ADD
                                         : EPOLL_CTL_MOD;
+    int rc;
     memset(&event, 0, sizeof(event));
-    event.events = ((new_interest & TSRV_READABLE) != 0 ? (uint32_t)EPOLLIN : 0u) |
-                   ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u) |
-                   ((new_interest & TSRVI_EXCLUSIVE) != 0 ? TSRVI_EPOLLEXCLUSIVE : 0u);
+    event.events =
+        ((new_interest & TSRV_READABLE) != 0 ? (uint32_t)EPOLLIN : 0u) |
+        ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u) |
+        ((new_interest & TSRVI_EXCLUSIVE) != 0 && poller->exclusive ? TSRVI_EPOLLEXCLUSIVE : 0u);
     event.data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd;
     if (new_interest == 0) {
         slot->mark = poller->turn;
@@ -2102,7 +2147,20 @@ static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int n
     if (quiet || poller->fd < 0) {
         return TSRV_OK; /* without a set, the new one will be told */
     }
-    return TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) < 0 ? tsrvi_error() : TSRV_OK;
+    if (TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) == 0) {
+        return TSRV_OK;
+    }
+    rc = tsrvi_error();
+    if (rc != -EINVAL || (event.events & TSRVI_EPOLLEXCLUSIVE) == 0) {
+        return rc;
+    }
+    event.events &= ~TSRVI_EPOLLEXCLUSIVE; /* Linux before 4.5 */
+    if (TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) < 0) {
+        return tsrvi_error();
+    }
+    poller->exclusive = false;
+    tsrvi_do_without(TSRVI_WITHOUT_EXCLUSIVE, "EPOLLEXCLUSIVE", rc);
+    return TSRV_OK;
 }
 
 static int tsrvi_epoll_add_all(tsrvi_poller *poller)
@@ -2769,13 +2827,19 @@ static void tsrvi_wake_event(tsrvi_io *io, int events)
 
 static int tsrvi_wake_open(tsrv_loop *loop)
 {
+    int fds[2], rc;
 #if TSRVI_HAS_EVENTFD
     loop->wake.fd = TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK));
     loop->wake_write = loop->wake.fd;
-    return loop->wake.fd < 0 ? tsrvi_error() : TSRV_OK;
-#else
-    int fds[2];
-    int rc;
+    if (loop->wake.fd >= 0) {
+        return TSRV_OK;
+    }
+    rc = tsrvi_error();
+    if (!tsrvi_is_refusal(rc)) {
+        return rc;
+    }
+    tsrvi_do_without(TSRVI_WITHOUT_EVENTFD, "eventfd", rc);
+#endif
     if (TSRV_SYS(pipe, (fds)) < 0) {
         return tsrvi_error();
     }
@@ -2783,7 +2847,6 @@ static int tsrvi_wake_open(tsrv_loop *loop)
     loop->wake_write = fds[1];
     rc = tsrvi_set_flags(fds[0]);
     return rc < 0 ? rc : tsrvi_set_flags(fds[1]);
-#endif
 }
 
 static void tsrvi_wake_close(tsrv_loop *loop)
@@ -2796,14 +2859,39 @@ static void tsrvi_wake_close(tsrv_loop *loop)
 
 /* ---- a loop's life ---------------------------------------------------------*/
 
-static const tsrvi_backend *tsrvi_backend_find(int id)
+#define TSRVI_BACKENDS (sizeof(tsrvi_backends) / sizeof(tsrvi_backends[0]))
+
+/* Have a loop wait with this backend, for its wake-up to begin with. */
+static int tsrvi_loop_open(tsrv_loop *loop, const tsrvi_backend *backend)
 {
-    for (size_t i = 0; i < sizeof(tsrvi_backends) / sizeof(tsrvi_backends[0]); i++) {
+    tsrvi_poller *poller = &loop->poller;
+    int rc;
+    poller->backend = backend;
+    poller->exclusive = backend->exclusive && !tsrvi_does_without(TSRVI_WITHOUT_EXCLUSIVE);
+    if ((rc = backend->open(poller)) < 0 ||
+        (rc = tsrvi_poller_set(poller, &loop->wake, TSRV_READABLE)) < 0) {
+        backend->close(poller);
+        poller->backend = NULL;
+        poller->fd = -1;
+        poller->memory = NULL;
+    }
+    return rc;
+}
+
+/* The same with the one that is asked for, or with the best that is not refused. */
+static int tsrvi_loop_open_any(tsrv_loop *loop, int id)
+{
+    int rc = TSRV_ENOTSUP;
+    for (size_t i = 0; i < TSRVI_BACKENDS; i++) {
         if (id == TSRV_BACKEND_BEST || tsrvi_backends[i]->id == id) {
-            return tsrvi_backends[i];
+            rc = tsrvi_loop_open(loop, tsrvi_backends[i]);
+            if (rc == TSRV_OK || id != TSRV_BACKEND_BEST || !tsrvi_is_refusal(rc)) {
+                return rc;
+            }
+            tsrvi_do_without(TSRVI_WITHOUT_BACKEND, tsrvi_backends[i]->name, rc);
         }
     }
-    return NULL;
+    return rc;
 }
 
 /* Signal handlers that are running, on any thread; atomic. */
@@ -2833,7 +2921,9 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
     tsrvi_loop_quiesce(loop);
     tsrvi_loops_add(-1);
     tsrvi_wake_close(loop);
-    loop->poller.backend->close(&loop->poller);
+    if (loop->poller.backend != NULL) {
+        loop->poller.backend->close(&loop->poller);
+    }
     tsrvi_pool_free(&loop->pool);
     for (int page = 0; page < loop->poller.page_count; page++) {
         TSRV_FREE(loop->poller.pages[page]);
@@ -2851,22 +2941,15 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
 
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
 {
-    const tsrvi_backend *backend =
-        tsrvi_backend_find(options == NULL ? TSRV_BACKEND_BEST : options->backend);
-    tsrv_loop *made;
+    tsrv_loop *made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
     int rc;
     *loop = NULL;
-    if (backend == NULL) {
-        return TSRV_ENOTSUP;
-    }
-    made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
     if (made == NULL) {
         return -ENOMEM;
     }
     tsrvi_loops_add(1);
     made->poller.pid = TSRV_SYS(getpid, ());
     made->now = tsrvi_clock();
-    made->poller.backend = backend;
     made->poller.fd = -1;
     made->wake.fd = -1;
     made->wake.on_event = tsrvi_wake_event;
@@ -2875,8 +2958,9 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_list_init(&made->coroutines);
     tsrvi_list_init(&made->servers);
     tsrvi_list_init(&made->tls_recent);
-    if ((rc = backend->open(&made->poller)) < 0 || (rc = tsrvi_wake_open(made)) < 0 ||
-        (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0) {
+    if ((rc = tsrvi_wake_open(made)) < 0 ||
+        (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
+            0) {
         tsrvi_loop_destroy(made);
         return rc;
     }
@@ -3903,11 +3987,18 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
 /* A non-blocking, close-on-exec socket, or a code. */
 static int tsrvi_socket(int family, int type)
 {
+    int fd, rc, refusal = TSRV_OK;
 #if TSRVI_HAS_ACCEPT4
-    int fd = TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
-    return fd < 0 ? tsrvi_error() : fd;
-#else
-    int fd = TSRV_SYS(socket, (family, type, 0)), rc;
+    fd = TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0));
+    if (fd >= 0) {
+        return fd;
+    }
+    refusal = tsrvi_error();
+    if (!tsrvi_is_refusal(refusal)) {
+        return refusal;
+    }
+#endif
+    fd = TSRV_SYS(socket, (family, type, 0));
     if (fd < 0) {
         return tsrvi_error();
     }
@@ -3915,8 +4006,10 @@ static int tsrvi_socket(int family, int type)
         tsrvi_close_fd(fd);
         return rc;
     }
+    if (refusal < 0) {
+        tsrvi_do_without(TSRVI_WITHOUT_FLAGS, "SOCK_NONBLOCK | SOCK_CLOEXEC", refusal);
+    }
     return fd;
-#endif
 }
 
 static int tsrvi_option(int fd, int level, int name, int value)
@@ -3925,24 +4018,44 @@ static int tsrvi_option(int fd, int level, int name, int value)
                                                                               : TSRV_OK;
 }
 
+/* Switch an option on that a socket can do without where it is refused. */
+static int tsrvi_option_on(int fd, int level, int name)
+{
+    int rc = tsrvi_option(fd, level, name, 1);
+    if (rc == -ENOSYS || rc == -EPERM || rc == -EACCES) {
+        tsrvi_do_without(TSRVI_WITHOUT_OPTION, "an option of sockets", rc);
+        rc = TSRV_OK;
+    }
+    return rc;
+}
+
+/* Is fd a stream socket? TSRV_OK, TSRV_EINVAL or a code; who may not ask has to believe it. */
+static int tsrvi_streaming(int fd)
+{
+    int type = 0;
+    socklen_t size = sizeof(type);
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &type, &size)) == 0) {
+        return type == SOCK_STREAM ? TSRV_OK : TSRV_EINVAL;
+    }
+    if (errno == ENOSYS || errno == EPERM || errno == EACCES) {
+        return TSRV_OK;
+    }
+    return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
+}
+
 /* Is fd a listening stream socket? */
 static int tsrvi_listening(int fd)
 {
+    int rc = tsrvi_streaming(fd);
+#ifdef SO_ACCEPTCONN
     int value = 0;
     socklen_t size = sizeof(value);
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &value, &size)) < 0) {
-        return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
-    }
-    if (value != SOCK_STREAM) {
-        return TSRV_EINVAL;
-    }
-#ifdef SO_ACCEPTCONN
-    size = sizeof(value);
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
+    if (rc == TSRV_OK &&
+        TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
         return TSRV_EINVAL;
     }
 #endif
-    return tsrvi_set_flags(fd);
+    return rc < 0 ? rc : tsrvi_set_flags(fd);
 }
 
 /* ---- sockets that were handed over -----------------------------------------*/
@@ -4195,7 +4308,7 @@ static void tsrvi_close_fds(const int *fds, int count)
 /* The options that a listener must have before it is bound. */
 static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *options)
 {
-    int rc = tsrvi_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    int rc = tsrvi_option_on(fd, SOL_SOCKET, SO_REUSEADDR);
     if (rc == TSRV_OK && options != NULL && options->reuse_port) {
 #ifdef SO_REUSEPORT
         rc = tsrvi_option(fd, SOL_SOCKET, SO_REUSEPORT, 1);
@@ -4267,10 +4380,13 @@ static bool tsrvi_bind_skips(const struct addrinfo *all, const struct addrinfo *
     return false;
 }
 
-/* Errors that mean "this host does not have that family", while another address may do. */
+/* Errors that mean "not this family": the host does not have it, or a policy denies it. Another
+ * address may do. */
 static bool tsrvi_bind_forgives(int rc, int family, bool explicit_address)
 {
-    return rc == -EAFNOSUPPORT || (rc == -EADDRNOTAVAIL && family == AF_INET6 && !explicit_address);
+    return rc == -EAFNOSUPPORT || rc == -EPROTONOSUPPORT || rc == -ENOPROTOOPT || rc == -ENOSYS ||
+           rc == -EPERM || rc == -EACCES ||
+           (rc == -EADDRNOTAVAIL && family == AF_INET6 && !explicit_address);
 }
 
 /* Bind every result, IPv4 first. Returns how many, or an error with none open. *shared: the port
@@ -4310,6 +4426,9 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
                 *shared = true;
             }
         }
+    }
+    if (count > 0 && tsrvi_is_refusal(last)) {
+        tsrvi_do_without(TSRVI_WITHOUT_FAMILY, "a family of addresses", last);
     }
     return count > 0 ? count : last;
 }
@@ -4389,8 +4508,8 @@ typedef struct tsrvi_tls {
     int fd;
     tsrvi_block *sealed; /* records to send */
     tsrvi_block *sealed_last;
-    size_t sealed_size;
-    size_t counted;   /* how much of it the stream has counted as unsent */
+    uint64_t sealed_size;
+    uint64_t counted; /* how much of it the stream has counted as unsent */
     uint64_t due;     /* when the handshake must be done */
     size_t received;  /* bytes of the socket, in this call */
     int error;        /* of the socket, or -ENOMEM */
@@ -5609,8 +5728,8 @@ struct tsrv_stream {
     tsrvi_chunk *in;  /* unread input; NULL = none */
     tsrvi_block *out; /* unsent output; NULL = none */
     tsrvi_block *out_last;
-    size_t unsent;  /* bytes in out, file ranges and sealed records included */
-    tsrvi_tls *tls; /* NULL = plain; see >>tls */
+    uint64_t unsent; /* bytes in out, file ranges and sealed records included */
+    tsrvi_tls *tls;  /* NULL = plain; see >>tls */
     tsrvi_waiter *waiters;
     union {
         tsrvi_co *co;           /* coroutine mode: the handler's, while it runs */
@@ -6403,22 +6522,38 @@ static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
 }
 #endif
 
-/* Send a part of a file. */
+/* Send a part of a file by way of memory. */
+static TSRVI_APART ssize_t tsrvi_stream_send_copy(tsrv_stream *stream, const tsrvi_block *block,
+                                                  size_t *tried)
+{
+    char buffer[8192];
+    size_t size = block->left > sizeof(buffer) ? sizeof(buffer) : (size_t)block->left;
+    ssize_t got = TSRV_SYS(pread, (block->file, buffer, size, (off_t)block->offset));
+    if (got <= 0) {
+        return got;
+    }
+    *tried = (size_t)got;
+    return TSRV_SYS(send, (stream->io.fd, buffer, (size_t)got, TSRVI_SEND_FLAGS));
+}
+
+/* Send a part of a file. Some files, and some policies, do not have it sent by the kernel: nothing
+ * has been sent then. */
 static ssize_t tsrvi_stream_send_file(tsrv_stream *stream, tsrvi_block *block, size_t *tried)
 {
-    size_t size = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
+    ssize_t sent = -1;
 #if TSRVI_HAS_SENDFILE
-    ssize_t sent = tsrvi_sendfile(stream->io.fd, block->file, block->offset, size);
-#else
-    char buffer[8192];
-    ssize_t sent = TSRV_SYS(pread, (block->file, buffer, tsrvi_min(size, sizeof(buffer)),
-                                    (off_t)block->offset));
-    if (sent > 0) {
-        size = (size_t)sent;
-        sent = TSRV_SYS(send, (stream->io.fd, buffer, size, TSRVI_SEND_FLAGS));
+    if (!block->copied) {
+        *tried = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
+        sent = tsrvi_sendfile(stream->io.fd, block->file, block->offset, *tried);
+        if (sent < 0 && (errno == EOVERFLOW || tsrvi_is_refusal(-errno))) {
+            tsrvi_do_without(TSRVI_WITHOUT_SENDFILE, "sendfile", -errno);
+            block->copied = true;
+        }
     }
 #endif
-    *tried = size;
+    if (block->copied) {
+        sent = tsrvi_stream_send_copy(stream, block, tried);
+    }
     if (sent == 0) {
         errno = EIO; /* the file is shorter than was promised */
         return -1;
@@ -6708,8 +6843,8 @@ static bool tsrvi_stream_flush_small(tsrv_stream *stream)
         stream->unsent > TSRVI_BLOCK_SIZE) {
         return false;
     }
-    sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin, stream->unsent,
-                           TSRVI_SEND_FLAGS));
+    sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin,
+                           (size_t)stream->unsent, TSRVI_SEND_FLAGS));
     if (sent <= 0) {
         return false; /* whatever it is, it will be met again */
     }
@@ -7549,7 +7684,7 @@ static int tsrvi_write_broken(const tsrv_stream *stream)
 /* Unsent bytes that are in memory: file ranges do not count against the limit. */
 static size_t tsrvi_stream_queued(const tsrv_stream *stream)
 {
-    size_t queued = stream->unsent;
+    size_t queued = tsrvi_size(stream->unsent);
     if ((stream->flags & TSRVI_FILES) != 0) {
         queued = 0;
         for (const tsrvi_block *block = stream->out; block != NULL; block = block->next) {
@@ -7907,6 +8042,7 @@ static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t 
         tsrvi_block_free(&loop->pool, block);
         return rc;
     }
+    block->copied = !TSRVI_HAS_SENDFILE;
     block->offset = offset;
     block->left = size;
     stream->unsent += size;
@@ -7973,7 +8109,7 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (TSRV_SYS(fstat, (fd, &info)) < 0) {
         return tsrvi_error();
     }
-    if (!S_ISREG(info.st_mode) || offset < 0 || size > SIZE_MAX - stream->unsent) {
+    if (!S_ISREG(info.st_mode) || offset < 0 || size > UINT64_MAX - stream->unsent) {
         return TSRV_EINVAL;
     }
     if (locked && !waits) {
@@ -8205,7 +8341,7 @@ TSRV_API size_t tsrv_unread_size(tsrv_stream *stream)
 
 TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream)
 {
-    return stream->unsent;
+    return tsrvi_size(stream->unsent);
 }
 
 TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream)
@@ -8977,6 +9113,39 @@ static void tsrvi_loop_fd_closed(tsrv_loop *loop)
 
 /* ---- accepting -------------------------------------------------------------*/
 
+static int tsrvi_accept_plain(int fd, struct sockaddr *peer, socklen_t *size)
+{
+    int accepted = TSRV_SYS(accept, (fd, peer, size));
+    if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
+        tsrvi_close_fd(accepted);
+        errno = ECONNABORTED;
+        accepted = -1;
+    }
+    return accepted;
+}
+
+/* accept4, or where it is refused accept. Returns what they do. */
+static int tsrvi_accept_one(int fd, struct sockaddr *peer, socklen_t *size)
+{
+#if TSRVI_HAS_ACCEPT4
+    if (!tsrvi_does_without(TSRVI_WITHOUT_ACCEPT4)) {
+        socklen_t room = *size;
+        int accepted = TSRV_SYS(accept4, (fd, peer, size, SOCK_NONBLOCK | SOCK_CLOEXEC)), rc;
+        if (accepted >= 0 || (errno != ENOSYS && errno != EPERM && errno != EACCES)) {
+            return accepted;
+        }
+        rc = tsrvi_error();
+        *size = room;
+        accepted = tsrvi_accept_plain(fd, peer, size);
+        if (accepted >= 0) {
+            tsrvi_do_without(TSRVI_WITHOUT_ACCEPT4, "accept4", rc);
+        }
+        return accepted;
+    }
+#endif
+    return tsrvi_accept_plain(fd, peer, size);
+}
+
 static int tsrvi_accept(int fd, tsrv_address *peer)
 {
     tsrvi_sockaddr inside;
@@ -8984,16 +9153,7 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
     int accepted;
     do {
         size = sizeof(inside);
-#if TSRVI_HAS_ACCEPT4
-        accepted = TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC));
-#else
-        accepted = TSRV_SYS(accept, (fd, &inside.any, &size));
-        if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
-            tsrvi_close_fd(accepted);
-            errno = ECONNABORTED;
-            accepted = -1;
-        }
-#endif
+        accepted = tsrvi_accept_one(fd, &inside.any, &size);
     } while (accepted < 0 && errno == EINTR);
     if (accepted >= 0) {
         tsrvi_address_store(peer, &inside, size);
@@ -9010,10 +9170,10 @@ static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool
 #endif
     if (tcp && !inherited) {
         if (!server->options.nagle) {
-            tsrvi_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+            tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
         }
         if (server->options.keep_alive) {
-            tsrvi_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+            tsrvi_option_on(fd, SOL_SOCKET, SO_KEEPALIVE);
         }
     }
 }
@@ -9130,7 +9290,7 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
-    if (!loop->poller.backend->exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
+    if (!loop->poller.exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
         tsrvi_server_stay_away(server);
         return;
     }
@@ -9306,14 +9466,11 @@ TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *addre
 
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
 {
-    int type = 0, rc;
-    socklen_t size = sizeof(type);
+    int rc = tsrvi_streaming(fd);
     tsrv_address peer;
     tsrv_stream *stream;
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &type, &size)) < 0) {
-        rc = errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
-    } else {
-        rc = type == SOCK_STREAM ? tsrvi_server_attach(server) : TSRV_EINVAL;
+    if (rc == TSRV_OK) {
+        rc = tsrvi_server_attach(server);
     }
     if (rc == TSRV_OK && tsrvi_address_get(fd, tsrvi_getpeername, &peer) < 0) {
         peer.size = 0; /* a peer that has gone again: the handler will see */
