@@ -541,8 +541,12 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
                                int *fds, int capacity);
 
 /* Make one listening unix socket. A socket file that nobody serves is replaced; a live one is
- * -EADDRINUSE and any other file -EEXIST. The file is not removed when the socket is closed.
- * Source: netutil.bind_unix_socket.
+ * -EADDRINUSE and any other file -EEXIST. Of several that ask for one path at the same moment only
+ * one gets it: the others wait their turn, on a lock (flock) of the directory, for a second at
+ * most. The file goes when the library closes the socket (tsrv_server_stop, tsrv_server_free, the
+ * end of tsrv_serve) in the process that has bound it, not in its workers and other children, and
+ * not when the program closes it: then the next to ask for the path replaces it. Source:
+ * netutil.bind_unix_socket.
  *   path  of the file; "@name" = Linux's abstract name space
  *   fd    receives it
  * Returns TSRV_OK, -ENAMETOOLONG, or as above. */
@@ -756,9 +760,9 @@ typedef struct tsrv_stats {
  * *server is then NULL. */
 TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options);
 
-/* Stop listening, abort what is open, free. Outside the loop it returns after the last on_close;
- * inside it goes on in later turns, and the server is not to be used any more. NULL: nothing
- * happens. */
+/* Stop listening, as tsrv_server_stop does, abort what is open, free. Outside the loop it returns
+ * after the last on_close; inside it goes on in later turns, and the server is not to be used any
+ * more. NULL: nothing happens. */
 TSRV_API void tsrv_server_free(tsrv_server *server);
 
 /* Bind, listen and accept, at once; may be called many times. A failure is logged. Source:
@@ -797,8 +801,9 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
  * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
-/* Stop listening: the listeners are closed, streams go on. Again: nothing happens; a later
- * listen works.
+/* Stop listening: the listeners are closed, streams go on. The file of a unix socket is removed
+ * by the process that has bound it, if it is still there. Again: nothing happens; a later listen
+ * works.
  * Source: TCPServer.stop. */
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
@@ -1120,6 +1125,7 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -1544,6 +1550,28 @@ static void tsrvi_close_fd(int fd)
         TSRV_SYS(close, (fd));
     }
     errno = saved;
+}
+
+/* For what threads share, and use seldom and briefly: which process holds it, 0 = none; atomic. A
+ * fork may copy it from a thread that its child does not have, so another process's is free. The
+ * program's code, and so the log, must not be called inside. */
+static pid_t tsrvi_lock_holder;
+
+static void tsrvi_lock(void)
+{
+    pid_t pid = TSRV_SYS(getpid, ()), holder = 0;
+    while (!__atomic_compare_exchange_n(&tsrvi_lock_holder, &holder, pid, false, __ATOMIC_ACQUIRE,
+                                        __ATOMIC_RELAXED)) {
+        if (holder == pid) {
+            TSRV_SYS(sched_yield, ());
+            holder = 0;
+        }
+    }
+}
+
+static void tsrvi_unlock(void)
+{
+    __atomic_store_n(&tsrvi_lock_holder, (pid_t)0, __ATOMIC_RELEASE);
 }
 
 /* ============================================================================
@@ -4197,6 +4225,208 @@ TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
     return buffer;
 }
 
+/* ---- what this process has bound -------------------------------------------*/
+
+/* Listening sockets that are this process's own: the file of a unix socket goes with it, and the
+ * parent of workers can stop listening at once. The program may have closed one, and its number be
+ * another file's: the socket is told by its device and inode. A fork's child inherits the list, and
+ * owns nothing in it. */
+typedef struct tsrvi_bound_socket {
+    int fd;
+    pid_t pid; /* who has bound it */
+    dev_t device;
+    ino_t inode;
+    bool has_file;
+    dev_t file_device;
+    ino_t file_inode;
+} tsrvi_bound_socket;
+
+#define TSRVI_BOUND_FEW \
+    32 /* more take memory: from the system, since nothing tells when the program
+                              has closed them all */
+
+static struct {
+    tsrvi_bound_socket *many; /* NULL = few suffice */
+    int count;
+    int size; /* of many */
+    tsrvi_bound_socket few[TSRVI_BOUND_FEW];
+} tsrvi_bound_list; /* under tsrvi_lock */
+
+static tsrvi_bound_socket *tsrvi_bound_at(int index)
+{
+    return &(tsrvi_bound_list.many == NULL ? tsrvi_bound_list.few : tsrvi_bound_list.many)[index];
+}
+
+/* Is it this process's, and still the same listening socket? Some systems have no inodes for
+ * sockets. */
+static bool tsrvi_bound_is_ours(const tsrvi_bound_socket *bound)
+{
+    struct stat info;
+    int listens = 1;
+#ifdef SO_ACCEPTCONN
+    socklen_t size = sizeof(listens);
+    TSRV_SYS(getsockopt, (bound->fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size));
+#endif
+    return bound->pid == TSRV_SYS(getpid, ()) && TSRV_SYS(fstat, (bound->fd, &info)) == 0 &&
+           S_ISSOCK(info.st_mode) && info.st_dev == bound->device && info.st_ino == bound->inode &&
+           listens != 0;
+}
+
+/* Is this still the file, whatever else has its name by now? A link is not followed. */
+static bool tsrvi_file_is(const char *path, dev_t device, ino_t inode)
+{
+    struct stat info;
+    return TSRV_SYS(lstat, (path, &info)) == 0 && info.st_dev == device && info.st_ino == inode;
+}
+
+static void tsrvi_bound_unlink(const tsrvi_bound_socket *bound)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size = sizeof(inside);
+    memset(&inside, 0, sizeof(inside)); /* which ends the path */
+    if (bound->has_file && TSRV_SYS(getsockname, (bound->fd, &inside.any, &size)) == 0 &&
+        tsrvi_file_is(inside.local.sun_path, bound->file_device, bound->file_inode)) {
+        TSRV_SYS(unlink, (inside.local.sun_path));
+    }
+}
+
+static void tsrvi_bound_resize(tsrvi_bound_socket *many, int size)
+{
+    if (tsrvi_bound_list.many != NULL) {
+        TSRV_SYS(munmap, (tsrvi_bound_list.many, (size_t)tsrvi_bound_list.size * sizeof(*many)));
+    }
+    tsrvi_bound_list.many = many;
+    tsrvi_bound_list.size = size;
+}
+
+static void tsrvi_bound_drop(int index)
+{
+    *tsrvi_bound_at(index) = *tsrvi_bound_at(--tsrvi_bound_list.count);
+    if (tsrvi_bound_list.count == 0) {
+        tsrvi_bound_resize(NULL, 0);
+    }
+}
+
+static int tsrvi_bound_find(int fd)
+{
+    int index = tsrvi_bound_list.count - 1;
+    while (index >= 0 && tsrvi_bound_at(index)->fd != fd) {
+        index--;
+    }
+    return index;
+}
+
+/* Room for one more: the program may have closed some itself. */
+static int tsrvi_bound_reserve(void)
+{
+    int size = tsrvi_bound_list.many == NULL ? TSRVI_BOUND_FEW : tsrvi_bound_list.size;
+    void *many;
+    if (tsrvi_bound_list.count < size) {
+        return TSRV_OK;
+    }
+    for (int i = tsrvi_bound_list.count - 1; i >= 0; i--) {
+        if (!tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
+            tsrvi_bound_drop(i);
+        }
+    }
+    if (tsrvi_bound_list.count < size / 2) {
+        return TSRV_OK;
+    }
+    many = TSRV_SYS(mmap, (NULL, (size_t)size * 2 * sizeof(tsrvi_bound_socket),
+                           PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (many == MAP_FAILED) {
+        return -ENOMEM;
+    }
+    memcpy(many, tsrvi_bound_at(0), (size_t)tsrvi_bound_list.count * sizeof(tsrvi_bound_socket));
+    tsrvi_bound_resize((tsrvi_bound_socket *)many, size * 2);
+    return TSRV_OK;
+}
+
+/* From now on this listening socket is this process's own.
+ *   path  of a unix socket's file; NULL = it has none, or it is not ours */
+static int tsrvi_bound_remember(int fd, const char *path)
+{
+    tsrvi_bound_socket made;
+    struct stat info;
+    int index, rc = TSRV_OK;
+    memset(&made, 0, sizeof(made));
+    made.fd = fd;
+    made.pid = TSRV_SYS(getpid, ());
+    if (TSRV_SYS(fstat, (fd, &info)) < 0) {
+        return tsrvi_error();
+    }
+    made.device = info.st_dev;
+    made.inode = info.st_ino;
+    if (path != NULL && TSRV_SYS(lstat, (path, &info)) == 0 && S_ISSOCK(info.st_mode)) {
+        made.has_file = true;
+        made.file_device = info.st_dev;
+        made.file_inode = info.st_ino;
+    }
+    tsrvi_lock();
+    index = tsrvi_bound_find(fd);
+    if (index >= 0 || (rc = tsrvi_bound_reserve()) == TSRV_OK) {
+        *tsrvi_bound_at(index >= 0 ? index : tsrvi_bound_list.count++) = made;
+    }
+    tsrvi_unlock();
+    return rc;
+}
+
+/* It is about to be closed. In the process that has bound it, its file goes first: while it
+ * listens, nobody takes the path for a dead server's. */
+static void tsrvi_bound_forget(int fd)
+{
+    int index;
+    tsrvi_lock();
+    index = tsrvi_bound_find(fd);
+    if (index >= 0) {
+        if (tsrvi_bound_is_ours(tsrvi_bound_at(index))) {
+            tsrvi_bound_unlink(tsrvi_bound_at(index));
+        }
+        tsrvi_bound_drop(index);
+    }
+    tsrvi_unlock();
+}
+
+static void tsrvi_bound_close(int fd)
+{
+    tsrvi_bound_forget(fd);
+    tsrvi_close_fd(fd);
+}
+
+/* What takes the place of a listening socket: a descriptor that does nothing, or a code. */
+static int tsrvi_bound_blank(void)
+{
+    int fd = TSRV_SYS(open, ("/dev/null", O_RDWR | O_CLOEXEC));
+    return fd >= 0 ? fd : tsrvi_socket(AF_UNIX, SOCK_STREAM);
+}
+
+/* This process stops listening, at once and on every socket that it has bound; those that share
+ * them go on. Their descriptors stay open, on nothing, so that closing them is still right.
+ *   keep  leave the files of unix sockets to a program that has taken them over */
+static void tsrvi_bound_refuse_all(bool keep)
+{
+    int blank = tsrvi_bound_blank(), rc = blank < 0 ? blank : (int)TSRV_OK;
+    tsrvi_lock();
+    while (blank >= 0 && tsrvi_bound_list.count > 0) {
+        const tsrvi_bound_socket *bound = tsrvi_bound_at(tsrvi_bound_list.count - 1);
+        if (tsrvi_bound_is_ours(bound)) {
+            if (!keep) {
+                tsrvi_bound_unlink(bound);
+            }
+            if (TSRV_SYS(dup2, (blank, bound->fd)) < 0 ||
+                TSRV_SYS(fcntl, (bound->fd, F_SETFD, FD_CLOEXEC)) < 0) {
+                rc = tsrvi_error();
+            }
+        }
+        tsrvi_bound_drop(tsrvi_bound_list.count - 1);
+    }
+    tsrvi_unlock();
+    tsrvi_close_fd(blank);
+    if (rc < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot stop listening: %s", tsrv_strerror(rc));
+    }
+}
+
 /* ---- binding ---------------------------------------------------------------*/
 
 static int tsrvi_backlog(const tsrv_bind_options *options)
@@ -4262,37 +4492,146 @@ static int tsrvi_unix_address(const char *path, tsrvi_sockaddr *inside, socklen_
     return TSRV_OK;
 }
 
-TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd)
+#define TSRVI_UNIX_LOCK_TRIES 100 /* for a lock that somebody else holds, and the time */
+#define TSRVI_UNIX_LOCK_MS 10     /* between two */
+
+/* Between bind and listen a unix socket looks as if nobody served it, and whoever looks may take
+ * its path: so one at a time does either, in each directory. The lock is on the directory itself,
+ * and leaves nothing behind. -1 = there is none to be had: the directory cannot be read, its file
+ * system has no locks, or somebody holds it for other purposes, as flock(1) does. */
+static int tsrvi_unix_lock(const char *path)
 {
-    mode_t mode = options == NULL || options->unix_mode == 0 ? 0600 : (mode_t)options->unix_mode;
-    bool abstract = path[0] == '@';
-    tsrvi_sockaddr inside;
-    socklen_t size = 0;
-    int made, rc = tsrvi_unix_address(path, &inside, &size);
-    *fd = -1;
-    if (rc == TSRV_OK && (*fd = tsrvi_handed_take(&inside, size)) >= 0) {
+#if TSRVI_HAS_FLOCK
+    char directory[sizeof(struct sockaddr_un)];
+    const char *slash = strrchr(path, '/');
+    int fd, length = slash == NULL || slash == path ? 1 : (int)(slash - path);
+    snprintf(directory, sizeof(directory), "%.*s", length, slash == NULL ? "." : path);
+    fd = TSRV_SYS(open, (directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    for (int tries = 0; fd >= 0 && TSRV_SYS(flock, (fd, LOCK_EX | LOCK_NB)) < 0; tries++) {
+        if ((errno != EWOULDBLOCK && errno != EINTR) || tries == TSRVI_UNIX_LOCK_TRIES) {
+            tsrvi_close_fd(fd);
+            return -1;
+        }
+        TSRV_SYS(poll, (NULL, 0, TSRVI_UNIX_LOCK_MS));
+    }
+    return fd;
+#else
+    (void)path;
+    return -1;
+#endif
+}
+
+/* Not by closing alone: another thread's fork may have copied the descriptor, and the lock with
+ * it. */
+static void tsrvi_unix_unlock(int lock)
+{
+#if TSRVI_HAS_FLOCK
+    if (lock >= 0) {
+        TSRV_SYS(flock, (lock, LOCK_UN));
+    }
+#endif
+    tsrvi_close_fd(lock);
+}
+
+/* Give a socket's file its mode, and no other file that may have got its name: chmod follows links.
+ * Where fchmod before bind counts, this has only to add what the umask has taken away. */
+static int tsrvi_unix_chmod(const char *path, mode_t mode, const struct stat *made)
+{
+    int rc = TSRV_OK;
+    if ((made->st_mode & 07777) == mode) {
         return TSRV_OK;
     }
-    if (rc < 0 || (!abstract && (rc = tsrvi_unix_clear(&inside, size)) < 0)) {
+#if TSRVI_HAS_O_PATH
+    char name[32];
+    struct stat info;
+    int fd = TSRV_SYS(open, (path, O_PATH | O_NOFOLLOW | O_CLOEXEC));
+    if (fd < 0) {
+        return tsrvi_error();
+    }
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+    if (TSRV_SYS(fstat, (fd, &info)) < 0) {
+        rc = tsrvi_error();
+    } else if (info.st_dev != made->st_dev || info.st_ino != made->st_ino) {
+        rc = -EADDRINUSE;
+    } else if (TSRV_SYS(chmod, (name, mode)) < 0 &&
+               (errno != ENOENT || TSRV_SYS(chmod, (path, mode)) < 0)) { /* without a /proc */
+        rc = tsrvi_error();
+    }
+    tsrvi_close_fd(fd);
+#else
+    if (TSRV_SYS(fchmodat, (AT_FDCWD, path, mode, AT_SYMLINK_NOFOLLOW)) < 0) {
+        rc = tsrvi_error();
+    }
+#endif
+    return rc;
+}
+
+/* Bind a unix socket and listen. Its permissions are right before anybody can connect: that takes
+ * listen. Whoever had no lock may have taken the file for a dead server's meanwhile. */
+static int tsrvi_unix_listen(int fd, const char *path, const tsrvi_sockaddr *inside, socklen_t size,
+                             const tsrv_bind_options *options)
+{
+    mode_t mode = options == NULL || options->unix_mode == 0 ? 0600 : (mode_t)options->unix_mode;
+    bool has_file = path[0] != '@';
+    struct stat made;
+    int rc = TSRV_OK;
+    if (has_file) {
+        TSRV_SYS(fchmod, (fd, mode)); /* Linux makes the file so, less the umask */
+    }
+    if (TSRV_SYS(bind, (fd, &inside->any, size)) < 0) {
+        return tsrvi_error();
+    }
+    if (has_file && TSRV_SYS(lstat, (path, &made)) < 0) {
+        return tsrvi_error();
+    }
+    if (has_file && !S_ISSOCK(made.st_mode)) {
+        return -EADDRINUSE; /* the file that bind made is gone already */
+    }
+    rc = tsrvi_bound_remember(fd, has_file ? path : NULL);
+    if (rc == TSRV_OK && has_file) {
+        rc = tsrvi_unix_chmod(path, mode, &made);
+    }
+    if (rc == TSRV_OK && TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0) {
+        rc = tsrvi_error();
+    }
+    if (rc == TSRV_OK && has_file && !tsrvi_file_is(path, made.st_dev, made.st_ino)) {
+        rc = -EADDRINUSE;
+    }
+    return rc;
+}
+
+/* A new unix socket, or a code. */
+static int tsrvi_unix_new(const char *path, const tsrvi_sockaddr *inside, socklen_t size,
+                          const tsrv_bind_options *options)
+{
+    int fd, rc = path[0] == '@' ? (int)TSRV_OK : tsrvi_unix_clear(inside, size);
+    if (rc < 0) {
         return rc;
     }
-    if ((made = tsrvi_socket(AF_UNIX, SOCK_STREAM)) < 0) {
+    if ((fd = tsrvi_socket(AF_UNIX, SOCK_STREAM)) < 0) {
+        return fd;
+    }
+    if ((rc = tsrvi_unix_listen(fd, path, inside, size, options)) < 0) {
+        tsrvi_bound_close(fd);
+        return rc;
+    }
+    return fd;
+}
+
+TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size = 0;
+    int lock, made, rc = tsrvi_unix_address(path, &inside, &size);
+    *fd = -1;
+    if (rc < 0 || (*fd = tsrvi_handed_take(&inside, size)) >= 0) {
+        return rc;
+    }
+    lock = path[0] == '@' ? -1 : tsrvi_unix_lock(path);
+    made = tsrvi_unix_new(path, &inside, size, options);
+    tsrvi_unix_unlock(lock);
+    if (made < 0) {
         return made;
-    }
-    if (TSRV_SYS(bind, (made, &inside.any, size)) < 0) {
-        rc = tsrvi_error();
-        tsrvi_close_fd(made);
-        return rc;
-    }
-    /* The permissions are right before anybody can connect: that takes listen. */
-    if ((!abstract && TSRV_SYS(chmod, (path, mode)) < 0) ||
-        TSRV_SYS(listen, (made, tsrvi_backlog(options))) < 0) {
-        rc = tsrvi_error();
-        if (!abstract) {
-            TSRV_SYS(unlink, (path));
-        }
-        tsrvi_close_fd(made);
-        return rc;
     }
     *fd = made;
     return TSRV_OK;
@@ -4302,6 +4641,13 @@ static void tsrvi_close_fds(const int *fds, int count)
 {
     for (int i = 0; i < count; i++) {
         tsrvi_close_fd(fds[i]);
+    }
+}
+
+static void tsrvi_bound_close_all(const int *fds, int count)
+{
+    for (int i = 0; i < count; i++) {
+        tsrvi_bound_close(fds[i]);
     }
 }
 
@@ -4335,6 +4681,9 @@ static int tsrvi_bind_new(const tsrvi_sockaddr *inside, socklen_t size,
     if (rc == TSRV_OK && (TSRV_SYS(bind, (fd, &inside->any, size)) < 0 ||
                           TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0)) {
         rc = tsrvi_error();
+    }
+    if (rc == TSRV_OK) {
+        rc = tsrvi_bound_remember(fd, NULL);
     }
     if (rc < 0) {
         tsrvi_close_fd(fd);
@@ -4413,7 +4762,7 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
             }
             fd = count == capacity ? TSRV_EINVAL : tsrvi_bind_one(info, bound, options);
             if (fd < 0 && !tsrvi_bind_forgives(fd, info->ai_family, explicit_address)) {
-                tsrvi_close_fds(fds, count);
+                tsrvi_bound_close_all(fds, count);
                 return fd;
             }
             if (fd < 0) {
@@ -9402,6 +9751,7 @@ static void tsrvi_listener_close(tsrvi_listener *listener)
         tsrvi_poller_set(&loop->poller, &listener->io, 0);
         listener->io.fd = -1;
         loop->active--;
+        tsrvi_bound_forget(fd);
         tsrvi_loop_close_fd(loop, fd);
     }
 }
@@ -9421,7 +9771,7 @@ static void tsrvi_server_take_back(tsrv_server *server, const int *fds, int adde
         if (listener != NULL) {
             tsrvi_listener_close(listener);
         } else if (first == i) {
-            tsrvi_close_fd(fds[i]);
+            tsrvi_bound_close(fds[i]);
         }
     }
 }
@@ -9489,7 +9839,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
 static void tsrvi_server_unbind(tsrv_server *server)
 {
     for (int i = 0; i < server->bound_count; i++) {
-        tsrvi_close_fd(server->bound[i].fd);
+        tsrvi_bound_close(server->bound[i].fd);
     }
     server->bound_count = 0;
 }
@@ -9507,7 +9857,7 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
         bound = (tsrvi_bound *)TSRV_REALLOC(server->bound,
                                             (size_t)(server->bound_count + count) * sizeof(*bound));
         if (bound == NULL) {
-            tsrvi_close_fds(fds, count);
+            tsrvi_bound_close_all(fds, count);
             count = -ENOMEM;
         } else {
             server->bound = bound;
@@ -10705,6 +11055,7 @@ static void tsrvi_supervisor_stop(tsrvi_supervisor *s, int signo, uint64_t now)
 {
     if (!s->stopping) {
         tsrv_notify("STOPPING=1");
+        tsrvi_bound_refuse_all(false);
     }
     s->stopping = true;
     s->rolling = -1;
@@ -11005,6 +11356,7 @@ static void tsrvi_upgrade_look(tsrvi_supervisor *s, uint64_t now)
         snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->upgrade);
         tsrv_notify(state);
         s->upgrade = 0;
+        tsrvi_bound_refuse_all(true);
         tsrvi_supervisor_stop(s, SIGTERM, now);
     } else if (got == 0) {
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: the new program does not start, this one goes on");
