@@ -12331,7 +12331,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
 #define TSRVI_RESTART_MAX_MS 30000 /* longest */
 #define TSRVI_STABLE_MS 60000      /* a process that lived so long begins anew */
 #define TSRVI_KILL_MS 5000         /* after the grace */
-#define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
+#define TSRVI_HUNG_MS 1000         /* before SIGKILL for a worker that has nothing to drain */
 #define TSRVI_LOOK_MS 1000         /* at least so often the parent looks at its workers */
 #define TSRVI_LATE_MS 100          /* what it may oversleep before its clock stands still */
 #define TSRVI_ROUNDS 100  /* of the parent in a second; above that it takes TSRVI_BRAKE_MS */
@@ -12792,12 +12792,15 @@ static uint64_t tsrvi_child_limit(const tsrvi_supervisor *s, int child)
     return due == TSRVI_FOREVER ? due : tsrvi_after(due, more);
 }
 
+/* A worker that does not accept yet has nothing to drain, but the listening sockets, on which the
+ * kernel goes on to take connections as long as it lives. */
 static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
+    bool drains = c->state == TSRVI_CHILD_SERVING || !s->serves || tsrvi_child_is_program(s, child);
     c->state = TSRVI_CHILD_LEAVING;
-    c->due = tsrvi_child_limit(s, child);
-    c->at_end = s->state != TSRVI_PARENT_RUNNING;
+    c->due = drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
+    c->at_end = drains && s->state != TSRVI_PARENT_RUNNING;
     tsrvi_child_say(s, child);
 }
 
@@ -13036,9 +13039,7 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
     if (s->fresh >= 0 && tsrvi_child_is_up(s, s->fresh, 0)) {
         tsrvi_reload_replace(s);
     } else if (s->fresh >= 0 && tsrvi_reload_is_overtaken(s)) {
-        tsrvi_child *fresh = &s->children[s->fresh];
         tsrvi_child_happens(s, s->fresh, TSRVI_CHILD_TOLD);
-        fresh->due = tsrvi_earlier(fresh->due, tsrvi_after(s->now, TSRVI_KILL_MS));
         s->fresh = -1;
     }
     if (!s->rolling || s->fresh >= 0) {
