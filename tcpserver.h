@@ -559,8 +559,12 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
                                int *fds, int capacity);
 
 /* Make one listening unix socket. A socket file that nobody serves is replaced; a live one is
- * -EADDRINUSE and any other file -EEXIST. The file is not removed when the socket is closed.
- * Source: netutil.bind_unix_socket.
+ * -EADDRINUSE and any other file -EEXIST. Of several that ask for one path at the same moment only
+ * one gets it: the others wait their turn, on a lock (flock) of the directory, for a second at
+ * most. The file goes when the library closes the socket (tsrv_server_stop, tsrv_server_free, the
+ * end of tsrv_serve) in the process that has bound it, not in its workers and other children, and
+ * not when the program closes it: then the next to ask for the path replaces it. Source:
+ * netutil.bind_unix_socket.
  *   path  of the file; "@name" = Linux's abstract name space
  *   fd    receives it
  * Returns TSRV_OK, -ENAMETOOLONG, or as above. */
@@ -791,9 +795,9 @@ typedef struct tsrv_stats {
  * *server is then NULL. */
 TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options);
 
-/* Stop listening, abort what is open, free. Outside the loop it returns after the last on_close;
- * inside it goes on in later turns, and the server is not to be used any more. NULL: nothing
- * happens. */
+/* Stop listening, as tsrv_server_stop does, abort what is open, free. Outside the loop it returns
+ * after the last on_close; inside it goes on in later turns, and the server is not to be used any
+ * more. NULL: nothing happens. */
 TSRV_API void tsrv_server_free(tsrv_server *server);
 
 /* Bind, listen and accept, at once; may be called many times. A failure is logged. Source:
@@ -833,8 +837,9 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
  * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
-/* Stop listening: the listeners are closed, streams go on. Again: nothing happens; a later
- * listen works.
+/* Stop listening: the listeners are closed, streams go on. The file of a unix socket is removed
+ * by the process that has bound it, if it is still there. Again: nothing happens; a later listen
+ * works.
  * Source: TCPServer.stop. */
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
@@ -1160,6 +1165,7 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -1232,6 +1238,28 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_HAS_ACCEPT4 1
 #else
 #define TSRVI_HAS_ACCEPT4 0
+#endif
+
+/* Locks that go with the open file, so that they can be held on a directory. */
+#if defined(LOCK_EX) && defined(O_DIRECTORY)
+#define TSRVI_HAS_FLOCK 1
+#else
+#define TSRVI_HAS_FLOCK 0
+#endif
+
+/* Descriptors that name a file, without opening it; glibc shows O_PATH with _GNU_SOURCE only. */
+#ifdef O_PATH
+#define TSRVI_HAS_O_PATH 1
+#else
+#define TSRVI_HAS_O_PATH 0
+#endif
+
+/* Can a 64-bit number be read in one piece? Else __atomic_load_n of one would be a function of
+ * libatomic. */
+#if defined(__GCC_ATOMIC_LLONG_LOCK_FREE) && __GCC_ATOMIC_LLONG_LOCK_FREE == 2
+#define TSRVI_HAS_ATOMIC_64 1
+#else
+#define TSRVI_HAS_ATOMIC_64 0
 #endif
 
 #ifdef MSG_NOSIGNAL
@@ -1498,6 +1526,12 @@ static uint64_t tsrvi_earlier(uint64_t a, uint64_t b)
 static size_t tsrvi_min(size_t a, size_t b)
 {
     return a < b ? a : b;
+}
+
+/* For numbers that count more than memory: what does not fit is the most. */
+static size_t tsrvi_size(uint64_t size)
+{
+    return size > SIZE_MAX ? SIZE_MAX : (size_t)size;
 }
 
 /* A decimal number from 0 to `most`, and nothing else; -1 = it is none. */
@@ -2005,6 +2039,43 @@ static TSRVI_PRINTF(3, 4) void tsrvi_log_limited(int kind, int level, const char
     errno = saved;
 }
 
+/* ---- what is done without --------------------------------------------------*/
+
+/* Does this code mean that the system does not have a call, or does not allow it: an old kernel, a
+ * filter of system calls, a security module? */
+static bool tsrvi_is_refusal(int code)
+{
+    return code == -ENOSYS || code == -EPERM || code == -EACCES || code == -EINVAL ||
+           code == -EOPNOTSUPP;
+}
+
+/* What was refused, and is done without; a worker inherits what its parent has learnt. */
+enum {
+    TSRVI_WITHOUT_BACKEND = 1,
+    TSRVI_WITHOUT_EVENTFD = 2,
+    TSRVI_WITHOUT_EXCLUSIVE = 4,
+    TSRVI_WITHOUT_FLAGS = 8,
+    TSRVI_WITHOUT_ACCEPT4 = 16,
+    TSRVI_WITHOUT_OPTION = 32,
+    TSRVI_WITHOUT_FAMILY = 64,
+    TSRVI_WITHOUT_SENDFILE = 128
+};
+static unsigned tsrvi_without; /* atomic; bits */
+
+static bool tsrvi_does_without(unsigned what)
+{
+    return (__atomic_load_n(&tsrvi_without, __ATOMIC_RELAXED) & what) != 0;
+}
+
+/* There is another way: take it, and say so once. */
+static void tsrvi_do_without(unsigned what, const char *name, int code)
+{
+    if ((__atomic_fetch_or(&tsrvi_without, what, __ATOMIC_ACQ_REL) & what) == 0) {
+        tsrvi_log(TSRV_LOG_INFO, "%s is refused here (%s): doing without it", name,
+                  tsrv_strerror(code));
+    }
+}
+
 /* ============================================================================
  * >>list  Doubly linked list inside the objects it links
  *
@@ -2221,6 +2292,7 @@ typedef struct tsrvi_block {
     size_t begin; /* bytes begin..end are unsent */
     size_t end;
     int file;       /* descriptor of a file range, else -1 */
+    bool copied;    /* sendfile does not take the file: it is read and sent */
     int64_t offset; /* of its next byte */
     uint64_t left;  /* its unsent bytes */
 } tsrvi_block;
@@ -2428,6 +2500,7 @@ typedef struct tsrvi_poller {
     pid_t pid; /* of its process: in a fork's child the kernel's part still belongs to the parent */
     int fd;    /* of epoll or kqueue; -1 with poll, and while epoll's cannot be made anew */
     bool embedded;      /* another loop waits for fd, so it must stay what it is */
+    bool exclusive;     /* the backend's, if the kernel knows it too */
     void *memory;       /* the backend's arrays */
     uint32_t used;      /* the backend's: poll's entries in use; epoll's last turn with a new set */
     uint32_t size;      /* the backend's: entries allocated */
@@ -2591,10 +2664,12 @@ static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int n
     int operation = new_interest == 0   ? EPOLL_CTL_DEL
                     : old_interest == 0 ? EPOLL_CTL_ADD
                                         : EPOLL_CTL_MOD;
+    int rc;
     memset(&event, 0, sizeof(event));
-    event.events = ((new_interest & TSRV_READABLE) != 0 ? (uint32_t)EPOLLIN : 0u) |
-                   ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u) |
-                   ((new_interest & TSRVI_EXCLUSIVE) != 0 ? TSRVI_EPOLLEXCLUSIVE : 0u);
+    event.events =
+        ((new_interest & TSRV_READABLE) != 0 ? (uint32_t)EPOLLIN : 0u) |
+        ((new_interest & TSRV_WRITABLE) != 0 ? (uint32_t)EPOLLOUT : 0u) |
+        ((new_interest & TSRVI_EXCLUSIVE) != 0 && poller->exclusive ? TSRVI_EPOLLEXCLUSIVE : 0u);
     event.data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd;
     if (new_interest == 0) {
         slot->mark = poller->turn;
@@ -2602,7 +2677,20 @@ static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int n
     if (quiet || poller->fd < 0) {
         return TSRV_OK; /* without a set, the new one will be told */
     }
-    return TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) < 0 ? tsrvi_error() : TSRV_OK;
+    if (TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) == 0) {
+        return TSRV_OK;
+    }
+    rc = tsrvi_error();
+    if (rc != -EINVAL || (event.events & TSRVI_EPOLLEXCLUSIVE) == 0) {
+        return rc;
+    }
+    event.events &= ~TSRVI_EPOLLEXCLUSIVE; /* Linux before 4.5 */
+    if (TSRV_SYS(epoll_ctl, (poller->fd, operation, fd, &event)) < 0) {
+        return tsrvi_error();
+    }
+    poller->exclusive = false;
+    tsrvi_do_without(TSRVI_WITHOUT_EXCLUSIVE, "EPOLLEXCLUSIVE", rc);
+    return TSRV_OK;
 }
 
 static int tsrvi_epoll_add_all(tsrvi_poller *poller)
@@ -3296,6 +3384,25 @@ static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsr
 }
 #endif
 
+#if TSRVI_HAS_LSAN
+extern void tsrvi_root_add(const void *, size_t) TSRVI_WEAK("__lsan_register_root_region");
+extern void tsrvi_root_remove(const void *, size_t) TSRVI_WEAK("__lsan_unregister_root_region");
+#endif
+
+/* Tell LeakSanitizer that what a stack points to is in use, or no longer. */
+static void tsrvi_stack_owns(const void *stack, size_t size, bool owns)
+{
+#if TSRVI_HAS_LSAN
+    if (TSRVI_UNLIKELY(tsrvi_root_add != NULL)) {
+        (owns ? tsrvi_root_add : tsrvi_root_remove)(stack, size);
+    }
+#else
+    (void)stack;
+    (void)size;
+    (void)owns;
+#endif
+}
+
 /* A context, and what the sanitizers want to know about it. */
 typedef struct tsrvi_fiber {
     tsrvi_context context;
@@ -3303,6 +3410,7 @@ typedef struct tsrvi_fiber {
     size_t size;
     void *fake_stack; /* ASan's */
     void *tsan;       /* TSan's fiber */
+    bool owns;        /* LeakSanitizer knows its stack for as long as it lives */
 } tsrvi_fiber;
 
 /* First thing on the other side of a switch. */
@@ -3310,6 +3418,12 @@ static void tsrvi_fiber_arrived(tsrvi_fiber *self, tsrvi_fiber *other)
 {
 #if TSRVI_HAS_ASAN
     __sanitizer_finish_switch_fiber(self->fake_stack, &other->bottom, &other->size);
+    if (!other->owns) { /* ASan takes self's stack for the thread's, so this one is nobody's */
+        tsrvi_stack_owns(other->bottom, other->size, true);
+    }
+    if (!self->owns) {
+        tsrvi_stack_owns(self->bottom, self->size, false);
+    }
 #else
     (void)self;
     (void)other;
@@ -3338,11 +3452,6 @@ static void tsrvi_fiber_switch(tsrvi_fiber *from, tsrvi_fiber *to, bool ending)
     }
     tsrvi_fiber_arrived(from, to);
 }
-
-#if TSRVI_HAS_LSAN
-extern void tsrvi_root_add(const void *, size_t) TSRVI_WEAK("__lsan_register_root_region");
-extern void tsrvi_root_remove(const void *, size_t) TSRVI_WEAK("__lsan_unregister_root_region");
-#endif
 
 /* What is below every stack and faults when it is touched: a frame of 1 MiB (64 KiB where addresses
  * are scarce) does not reach past it, nor what is called from there. A multiple of every page. */
@@ -3566,16 +3675,23 @@ static void tsrvi_wake_event(tsrvi_io *io, int events)
 
 static int tsrvi_wake_open(tsrv_loop *loop)
 {
+    int fds[2], rc;
 #if TSRVI_HAS_EVENTFD
     loop->wake.fd = tsrvi_fd_own(TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK)));
     loop->wake_write = loop->wake.fd;
-    return loop->wake.fd < 0 ? tsrvi_error() : TSRV_OK;
-#else
-    int fds[2], rc = tsrvi_pipe(fds);
+    if (loop->wake.fd >= 0) {
+        return TSRV_OK;
+    }
+    rc = tsrvi_error();
+    if (!tsrvi_is_refusal(rc)) {
+        return rc;
+    }
+    tsrvi_do_without(TSRVI_WITHOUT_EVENTFD, "eventfd", rc);
+#endif
+    rc = tsrvi_pipe(fds);
     loop->wake.fd = fds[0];
     loop->wake_write = fds[1];
     return rc;
-#endif
 }
 
 static void tsrvi_wake_close(tsrv_loop *loop)
@@ -3588,14 +3704,39 @@ static void tsrvi_wake_close(tsrv_loop *loop)
 
 /* ---- a loop's life ---------------------------------------------------------*/
 
-static const tsrvi_backend *tsrvi_backend_find(int id)
+#define TSRVI_BACKENDS (sizeof(tsrvi_backends) / sizeof(tsrvi_backends[0]))
+
+/* Have a loop wait with this backend, for its wake-up to begin with. */
+static int tsrvi_loop_open(tsrv_loop *loop, const tsrvi_backend *backend)
 {
-    for (size_t i = 0; i < sizeof(tsrvi_backends) / sizeof(tsrvi_backends[0]); i++) {
+    tsrvi_poller *poller = &loop->poller;
+    int rc;
+    poller->backend = backend;
+    poller->exclusive = backend->exclusive && !tsrvi_does_without(TSRVI_WITHOUT_EXCLUSIVE);
+    if ((rc = backend->open(poller)) < 0 ||
+        (rc = tsrvi_poller_set(poller, &loop->wake, TSRV_READABLE)) < 0) {
+        backend->close(poller);
+        poller->backend = NULL;
+        poller->fd = -1;
+        poller->memory = NULL;
+    }
+    return rc;
+}
+
+/* The same with the one that is asked for, or with the best that is not refused. */
+static int tsrvi_loop_open_any(tsrv_loop *loop, int id)
+{
+    int rc = TSRV_ENOTSUP;
+    for (size_t i = 0; i < TSRVI_BACKENDS; i++) {
         if (id == TSRV_BACKEND_BEST || tsrvi_backends[i]->id == id) {
-            return tsrvi_backends[i];
+            rc = tsrvi_loop_open(loop, tsrvi_backends[i]);
+            if (rc == TSRV_OK || id != TSRV_BACKEND_BEST || !tsrvi_is_refusal(rc)) {
+                return rc;
+            }
+            tsrvi_do_without(TSRVI_WITHOUT_BACKEND, tsrvi_backends[i]->name, rc);
         }
     }
-    return NULL;
+    return rc;
 }
 
 /* Signal handlers that are running, on any thread; atomic. */
@@ -3654,7 +3795,9 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
                                 __ATOMIC_RELAXED);
     tsrvi_loop_quiesce(loop);
     tsrvi_wake_close(loop);
-    loop->poller.backend->close(&loop->poller);
+    if (loop->poller.backend != NULL) {
+        loop->poller.backend->close(&loop->poller);
+    }
     tsrvi_pool_free(&loop->pool);
     for (int page = 0; page < loop->poller.page_count; page++) {
         TSRV_FREE(loop->poller.pages[page]);
@@ -3672,15 +3815,9 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
 
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
 {
-    const tsrvi_backend *backend =
-        tsrvi_backend_find(options == NULL ? TSRV_BACKEND_BEST : options->backend);
-    tsrv_loop *made;
+    tsrv_loop *made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
     int rc;
     *loop = NULL;
-    if (backend == NULL) {
-        return TSRV_ENOTSUP;
-    }
-    made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
     if (made == NULL) {
         return -ENOMEM;
     }
@@ -3690,7 +3827,6 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_unlock(&tsrvi_loops.lock);
     made->poller.pid = TSRV_SYS(getpid, ());
     made->now = tsrvi_clock();
-    made->poller.backend = backend;
     made->poller.fd = -1;
     made->wake.fd = -1;
     made->wake.on_event = tsrvi_wake_event;
@@ -3699,8 +3835,9 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_list_init(&made->coroutines);
     tsrvi_list_init(&made->servers);
     tsrvi_list_init(&made->tls_recent);
-    if ((rc = tsrvi_wake_open(made)) < 0 || (rc = backend->open(&made->poller)) < 0 ||
-        (rc = tsrvi_poller_set(&made->poller, &made->wake, TSRV_READABLE)) < 0 ||
+    if ((rc = tsrvi_wake_open(made)) < 0 ||
+        (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
+            0 ||
         (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* for its beat */
         tsrvi_loop_destroy(made);
         return rc;
@@ -4283,11 +4420,7 @@ static void tsrvi_co_free(tsrvi_co *co)
 #if TSRVI_HAS_TSAN
     __tsan_destroy_fiber(co->fiber.tsan);
 #endif
-#if TSRVI_HAS_LSAN
-    if (tsrvi_root_remove != NULL) {
-        tsrvi_root_remove(co->stack, co->stack_size);
-    }
-#endif
+    tsrvi_stack_owns(co->stack, co->stack_size, false);
     tsrvi_stack_give(loop, co->stack, co->stack_size);
 }
 
@@ -4412,11 +4545,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
 #if TSRVI_HAS_ASAN
     __asan_unpoison_memory_region(stack, size); /* what the last one left there */
 #endif
-#if TSRVI_HAS_LSAN
-    if (tsrvi_root_add != NULL) {
-        tsrvi_root_add(stack, size);
-    }
-#endif
+    tsrvi_stack_owns(stack, size, true);
     co = (tsrvi_co *)(void *)(stack + size - ((sizeof(tsrvi_co) + 63) & ~(size_t)63));
     memset(co, 0, sizeof(*co));
     co->task.run = tsrvi_co_run;
@@ -4426,6 +4555,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     co->context = context;
     co->stack = stack;
     co->stack_size = size;
+    co->fiber.owns = true;
     co->fiber.bottom = stack;
     co->fiber.size = (size_t)((char *)co - stack);
     co->valgrind_id = TSRVI_STACK_REGISTER(stack, stack + size);
@@ -4776,11 +4906,18 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
 /* A non-blocking, close-on-exec socket, or a code. */
 static int tsrvi_socket(int family, int type)
 {
+    int fd, rc, refusal = TSRV_OK;
 #if TSRVI_HAS_ACCEPT4
-    int fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
-    return fd < 0 ? tsrvi_error() : fd;
-#else
-    int fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0))), rc;
+    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
+    if (fd >= 0) {
+        return fd;
+    }
+    refusal = tsrvi_error();
+    if (!tsrvi_is_refusal(refusal)) {
+        return refusal;
+    }
+#endif
+    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0)));
     if (fd < 0) {
         return tsrvi_error();
     }
@@ -4788,8 +4925,10 @@ static int tsrvi_socket(int family, int type)
         tsrvi_close_fd(fd);
         return rc;
     }
+    if (refusal < 0) {
+        tsrvi_do_without(TSRVI_WITHOUT_FLAGS, "SOCK_NONBLOCK | SOCK_CLOEXEC", refusal);
+    }
     return fd;
-#endif
 }
 
 static int tsrvi_option(int fd, int level, int name, int value)
@@ -4798,24 +4937,44 @@ static int tsrvi_option(int fd, int level, int name, int value)
                                                                               : TSRV_OK;
 }
 
+/* Switch an option on that a socket can do without where it is refused. */
+static int tsrvi_option_on(int fd, int level, int name)
+{
+    int rc = tsrvi_option(fd, level, name, 1);
+    if (rc == -ENOSYS || rc == -EPERM || rc == -EACCES) {
+        tsrvi_do_without(TSRVI_WITHOUT_OPTION, "an option of sockets", rc);
+        rc = TSRV_OK;
+    }
+    return rc;
+}
+
+/* Is fd a stream socket? TSRV_OK, TSRV_EINVAL or a code; who may not ask has to believe it. */
+static int tsrvi_streaming(int fd)
+{
+    int type = 0;
+    socklen_t size = sizeof(type);
+    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &type, &size)) == 0) {
+        return type == SOCK_STREAM ? TSRV_OK : TSRV_EINVAL;
+    }
+    if (errno == ENOSYS || errno == EPERM || errno == EACCES) {
+        return TSRV_OK;
+    }
+    return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
+}
+
 /* Is fd a listening stream socket? */
 static int tsrvi_listening(int fd)
 {
+    int rc = tsrvi_streaming(fd);
+#ifdef SO_ACCEPTCONN
     int value = 0;
     socklen_t size = sizeof(value);
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &value, &size)) < 0) {
-        return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
-    }
-    if (value != SOCK_STREAM) {
-        return TSRV_EINVAL;
-    }
-#ifdef SO_ACCEPTCONN
-    size = sizeof(value);
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
+    if (rc == TSRV_OK &&
+        TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ACCEPTCONN, &value, &size)) == 0 && value == 0) {
         return TSRV_EINVAL;
     }
 #endif
-    return tsrvi_set_flags(fd);
+    return rc < 0 ? rc : tsrvi_set_flags(fd);
 }
 
 /* ---- sockets that were handed over -----------------------------------------*/
@@ -4955,15 +5114,252 @@ static void tsrvi_handed_close_rest(void)
     tsrvi_unlock(&tsrvi_handed.lock);
 }
 
+/* Does the program that this one replaces still wait, and serve? */
+static bool tsrvi_handed_waits(void)
+{
+    bool waits;
+    tsrvi_lock(&tsrvi_handed.lock);
+    waits = tsrvi_handed.upgrade && tsrvi_handed.ready >= 0;
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return waits;
+}
+
 /* Take the pipe's end on which the program that this one replaces waits; -1 = there is none. */
 static int tsrvi_handed_take_ready(void)
 {
     int ready;
-    tsrvi_handed_lock();
-    ready = tsrvi_handed.ready;
+    tsrvi_lock(&tsrvi_handed.lock);
+    ready = tsrvi_handed.looked ? tsrvi_handed.ready : -1;
     tsrvi_handed.ready = -1;
     tsrvi_unlock(&tsrvi_handed.lock);
     return ready;
+}
+
+/* ---- what this process has bound -------------------------------------------*/
+
+/* Listening sockets that are this process's own: the file of a unix socket goes with it, and the
+ * parent of workers can stop listening at once. The program may have closed one, and its number be
+ * another file's: the socket is told by its device and inode. A fork's child inherits the list, and
+ * owns nothing in it. */
+typedef struct tsrvi_bound_socket {
+    int fd;
+    pid_t pid; /* who has bound it */
+    dev_t device;
+    ino_t inode;
+    bool has_file;
+    dev_t file_device;
+    ino_t file_inode;
+} tsrvi_bound_socket;
+
+#define TSRVI_BOUND_FEW \
+    32 /* more take memory: from the system, since nothing tells when the program
+                              has closed them all */
+
+static struct {
+    int lock;
+    tsrvi_bound_socket *many; /* NULL = few suffice */
+    int count;
+    int size; /* of many */
+    tsrvi_bound_socket few[TSRVI_BOUND_FEW];
+} tsrvi_bound_list;
+
+static tsrvi_bound_socket *tsrvi_bound_at(int index)
+{
+    return &(tsrvi_bound_list.many == NULL ? tsrvi_bound_list.few : tsrvi_bound_list.many)[index];
+}
+
+/* Is it this process's, and still the same listening socket? Some systems have no inodes for
+ * sockets. */
+static bool tsrvi_bound_is_ours(const tsrvi_bound_socket *bound)
+{
+    struct stat info;
+    int listens = 1;
+#ifdef SO_ACCEPTCONN
+    socklen_t size = sizeof(listens);
+    TSRV_SYS(getsockopt, (bound->fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size));
+#endif
+    return bound->pid == TSRV_SYS(getpid, ()) && TSRV_SYS(fstat, (bound->fd, &info)) == 0 &&
+           S_ISSOCK(info.st_mode) && info.st_dev == bound->device && info.st_ino == bound->inode &&
+           listens != 0;
+}
+
+/* Is this still the file, whatever else has its name by now? A link is not followed. */
+static bool tsrvi_file_is(const char *path, dev_t device, ino_t inode)
+{
+    struct stat info;
+    return TSRV_SYS(lstat, (path, &info)) == 0 && info.st_dev == device && info.st_ino == inode;
+}
+
+static void tsrvi_bound_unlink(const tsrvi_bound_socket *bound)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size = sizeof(inside);
+    memset(&inside, 0, sizeof(inside)); /* which ends the path */
+    if (bound->has_file && !tsrvi_handed_waits() &&
+        TSRV_SYS(getsockname, (bound->fd, &inside.any, &size)) == 0 &&
+        tsrvi_file_is(inside.local.sun_path, bound->file_device, bound->file_inode)) {
+        TSRV_SYS(unlink, (inside.local.sun_path));
+    }
+}
+
+static void tsrvi_bound_resize(tsrvi_bound_socket *many, int size)
+{
+    if (tsrvi_bound_list.many != NULL) {
+        TSRV_SYS(munmap, (tsrvi_bound_list.many, (size_t)tsrvi_bound_list.size * sizeof(*many)));
+    }
+    tsrvi_bound_list.many = many;
+    tsrvi_bound_list.size = size;
+}
+
+static void tsrvi_bound_drop(int index)
+{
+    *tsrvi_bound_at(index) = *tsrvi_bound_at(--tsrvi_bound_list.count);
+    if (tsrvi_bound_list.count == 0) {
+        tsrvi_bound_resize(NULL, 0);
+    }
+}
+
+static int tsrvi_bound_find(int fd)
+{
+    int index = tsrvi_bound_list.count - 1;
+    while (index >= 0 && tsrvi_bound_at(index)->fd != fd) {
+        index--;
+    }
+    return index;
+}
+
+/* Room for one more: the program may have closed some itself. */
+static int tsrvi_bound_reserve(void)
+{
+    int size = tsrvi_bound_list.many == NULL ? TSRVI_BOUND_FEW : tsrvi_bound_list.size;
+    void *many;
+    if (tsrvi_bound_list.count < size) {
+        return TSRV_OK;
+    }
+    for (int i = tsrvi_bound_list.count - 1; i >= 0; i--) {
+        if (!tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
+            tsrvi_bound_drop(i);
+        }
+    }
+    if (tsrvi_bound_list.count < size / 2) {
+        return TSRV_OK;
+    }
+    many = TSRV_SYS(mmap, (NULL, (size_t)size * 2 * sizeof(tsrvi_bound_socket),
+                           PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (many == MAP_FAILED) {
+        return -ENOMEM;
+    }
+    memcpy(many, tsrvi_bound_at(0), (size_t)tsrvi_bound_list.count * sizeof(tsrvi_bound_socket));
+    tsrvi_bound_resize((tsrvi_bound_socket *)many, size * 2);
+    return TSRV_OK;
+}
+
+/* From now on this listening socket is this process's own.
+ *   path  of a unix socket's file; NULL = it has none, or it is not ours */
+static int tsrvi_bound_remember(int fd, const char *path)
+{
+    tsrvi_bound_socket made;
+    struct stat info;
+    int index, rc = TSRV_OK;
+    memset(&made, 0, sizeof(made));
+    made.fd = fd;
+    made.pid = TSRV_SYS(getpid, ());
+    if (TSRV_SYS(fstat, (fd, &info)) < 0) {
+        return tsrvi_error();
+    }
+    made.device = info.st_dev;
+    made.inode = info.st_ino;
+    if (path != NULL && TSRV_SYS(lstat, (path, &info)) == 0 && S_ISSOCK(info.st_mode)) {
+        made.has_file = true;
+        made.file_device = info.st_dev;
+        made.file_inode = info.st_ino;
+    }
+    tsrvi_lock(&tsrvi_bound_list.lock);
+    index = tsrvi_bound_find(fd);
+    if (index >= 0 || (rc = tsrvi_bound_reserve()) == TSRV_OK) {
+        *tsrvi_bound_at(index >= 0 ? index : tsrvi_bound_list.count++) = made;
+    }
+    tsrvi_unlock(&tsrvi_bound_list.lock);
+    return rc;
+}
+
+/* It is about to be closed. In the process that has bound it, its file goes first: while it
+ * listens, nobody takes the path for a dead server's. */
+static void tsrvi_bound_forget(int fd)
+{
+    int index;
+    tsrvi_lock(&tsrvi_bound_list.lock);
+    index = tsrvi_bound_find(fd);
+    if (index >= 0) {
+        if (tsrvi_bound_is_ours(tsrvi_bound_at(index))) {
+            tsrvi_bound_unlink(tsrvi_bound_at(index));
+        }
+        tsrvi_bound_drop(index);
+    }
+    tsrvi_unlock(&tsrvi_bound_list.lock);
+}
+
+static void tsrvi_bound_close(int fd)
+{
+    tsrvi_bound_forget(fd);
+    tsrvi_close_fd(fd);
+}
+
+/* What takes the place of a listening socket: a descriptor that does nothing, or a code. */
+static int tsrvi_bound_blank(void)
+{
+    int fd = tsrvi_fd_own(TSRV_SYS(open, ("/dev/null", O_RDWR | O_CLOEXEC)));
+    return fd >= 0 ? fd : tsrvi_socket(AF_UNIX, SOCK_STREAM);
+}
+
+/* This process stops listening, at once and on every socket that it has bound; those that share
+ * them go on. Their descriptors stay open, on nothing, so that closing them is still right.
+ *   keep  leave the files of unix sockets to a program that has taken them over */
+static void tsrvi_bound_refuse_all(bool keep)
+{
+    int blank = tsrvi_bound_blank(), rc = blank < 0 ? blank : (int)TSRV_OK;
+    tsrvi_lock(&tsrvi_bound_list.lock);
+    while (blank >= 0 && tsrvi_bound_list.count > 0) {
+        const tsrvi_bound_socket *bound = tsrvi_bound_at(tsrvi_bound_list.count - 1);
+        if (tsrvi_bound_is_ours(bound)) {
+            if (!keep) {
+                tsrvi_bound_unlink(bound);
+            }
+            if (TSRV_SYS(dup2, (blank, bound->fd)) < 0 ||
+                TSRV_SYS(fcntl, (bound->fd, F_SETFD, FD_CLOEXEC)) < 0) {
+                rc = tsrvi_error();
+            }
+        }
+        tsrvi_bound_drop(tsrvi_bound_list.count - 1);
+    }
+    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_close_fd(blank);
+    if (rc < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot stop listening: %s", tsrv_strerror(rc));
+    }
+}
+
+/* A socket that was handed over is this process's own too. In an upgrade its file comes with it. */
+static int tsrvi_bound_adopt(int fd)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size = sizeof(inside);
+    memset(&inside, 0, sizeof(inside)); /* which ends the path */
+    if (!tsrvi_handed.upgrade || TSRV_SYS(getsockname, (fd, &inside.any, &size)) < 0 ||
+        inside.any.sa_family != AF_UNIX || inside.local.sun_path[0] == 0) {
+        return tsrvi_bound_remember(fd, NULL);
+    }
+    return tsrvi_bound_remember(fd, inside.local.sun_path);
+}
+
+/* A socket that was handed over, is bound to this address and has not been taken; -1 = none. */
+static int tsrvi_bound_take(const tsrvi_sockaddr *inside, size_t size)
+{
+    int fd = tsrvi_handed_take(inside, size);
+    if (fd >= 0) {
+        tsrvi_bound_adopt(fd); /* without memory the parent of workers stops listening later */
+    }
+    return fd;
 }
 
 TSRV_API int tsrv_listen_fds(int *fds, int capacity)
@@ -4982,6 +5378,9 @@ TSRV_API int tsrv_listen_fds(int *fds, int capacity)
         }
     }
     tsrvi_unlock(&tsrvi_handed.lock);
+    for (int i = 0; i < code; i++) {
+        tsrvi_bound_adopt(fds[i]);
+    }
     return code;
 }
 
@@ -5070,58 +5469,162 @@ static int tsrvi_unix_address(const char *path, tsrvi_sockaddr *inside, socklen_
     return TSRV_OK;
 }
 
-TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd)
+#define TSRVI_UNIX_LOCK_TRIES 100 /* for a lock that somebody else holds, and the time */
+#define TSRVI_UNIX_LOCK_MS 10     /* between two */
+
+/* Between bind and listen a unix socket looks as if nobody served it, and whoever looks may take
+ * its path: so one at a time does either, in each directory. The lock is on the directory itself,
+ * and leaves nothing behind. -1 = there is none to be had: the directory cannot be read, its file
+ * system has no locks, or somebody holds it for other purposes, as flock(1) does. */
+static int tsrvi_unix_lock(const char *path)
 {
-    mode_t mode = options == NULL || options->unix_mode == 0 ? 0600 : (mode_t)options->unix_mode;
-    bool abstract = path[0] == '@';
-    tsrvi_sockaddr inside;
-    socklen_t size = 0;
-    int made, rc = tsrvi_unix_address(path, &inside, &size);
-    *fd = -1;
-    if (rc == TSRV_OK && (*fd = tsrvi_handed_take(&inside, size)) >= 0) {
+#if TSRVI_HAS_FLOCK
+    char directory[sizeof(struct sockaddr_un)];
+    const char *slash = strrchr(path, '/');
+    int fd, length = slash == NULL || slash == path ? 1 : (int)(slash - path);
+    snprintf(directory, sizeof(directory), "%.*s", length, slash == NULL ? "." : path);
+    fd = tsrvi_fd_own(TSRV_SYS(open, (directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC)));
+    for (int tries = 0; fd >= 0 && TSRV_SYS(flock, (fd, LOCK_EX | LOCK_NB)) < 0; tries++) {
+        if ((errno != EWOULDBLOCK && errno != EINTR) || tries == TSRVI_UNIX_LOCK_TRIES) {
+            tsrvi_close_fd(fd);
+            return -1;
+        }
+        TSRV_SYS(poll, (NULL, 0, TSRVI_UNIX_LOCK_MS));
+    }
+    return fd;
+#else
+    (void)path;
+    return -1;
+#endif
+}
+
+/* Not by closing alone: another thread's fork may have copied the descriptor, and the lock with
+ * it. */
+static void tsrvi_unix_unlock(int lock)
+{
+#if TSRVI_HAS_FLOCK
+    if (lock >= 0) {
+        TSRV_SYS(flock, (lock, LOCK_UN));
+    }
+#endif
+    tsrvi_close_fd(lock);
+}
+
+/* Give a socket's file its mode, and no other file that may have got its name: chmod follows links.
+ * Where fchmod before bind counts, this has only to add what the umask has taken away. */
+static int tsrvi_unix_chmod(const char *path, mode_t mode, const struct stat *made)
+{
+    int rc = TSRV_OK;
+    if ((made->st_mode & 07777) == mode) {
         return TSRV_OK;
     }
-    if (rc < 0 || (!abstract && (rc = tsrvi_unix_clear(&inside, size)) < 0)) {
+#if TSRVI_HAS_O_PATH
+    char name[32];
+    struct stat info;
+    int fd = tsrvi_fd_own(TSRV_SYS(open, (path, O_PATH | O_NOFOLLOW | O_CLOEXEC)));
+    if (fd < 0) {
+        return tsrvi_error();
+    }
+    snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+    if (TSRV_SYS(fstat, (fd, &info)) < 0) {
+        rc = tsrvi_error();
+    } else if (info.st_dev != made->st_dev || info.st_ino != made->st_ino) {
+        rc = -EADDRINUSE;
+    } else if (TSRV_SYS(chmod, (name, mode)) < 0 &&
+               (errno != ENOENT || TSRV_SYS(chmod, (path, mode)) < 0)) { /* without a /proc */
+        rc = tsrvi_error();
+    }
+    tsrvi_close_fd(fd);
+#else
+    if (TSRV_SYS(fchmodat, (AT_FDCWD, path, mode, AT_SYMLINK_NOFOLLOW)) < 0) {
+        rc = tsrvi_error();
+    }
+#endif
+    return rc;
+}
+
+/* Bind a unix socket and listen. Its permissions are right before anybody can connect: that takes
+ * listen. Whoever had no lock may have taken the file for a dead server's meanwhile. */
+static int tsrvi_unix_listen(int fd, const char *path, const tsrvi_sockaddr *inside, socklen_t size,
+                             const tsrv_bind_options *options)
+{
+    mode_t mode = options == NULL || options->unix_mode == 0 ? 0600 : (mode_t)options->unix_mode;
+    bool has_file = path[0] != '@';
+    struct stat made;
+    int rc = TSRV_OK;
+    if (has_file) {
+        TSRV_SYS(fchmod, (fd, mode)); /* Linux makes the file so, less the umask */
+    }
+    if (TSRV_SYS(bind, (fd, &inside->any, size)) < 0) {
+        return tsrvi_error();
+    }
+    if (has_file && TSRV_SYS(lstat, (path, &made)) < 0) {
+        return tsrvi_error();
+    }
+    if (has_file && !S_ISSOCK(made.st_mode)) {
+        return -EADDRINUSE; /* the file that bind made is gone already */
+    }
+    rc = tsrvi_bound_remember(fd, has_file ? path : NULL);
+    if (rc == TSRV_OK && has_file) {
+        rc = tsrvi_unix_chmod(path, mode, &made);
+    }
+    if (rc == TSRV_OK && TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0) {
+        rc = tsrvi_error();
+    }
+    if (rc == TSRV_OK && has_file && !tsrvi_file_is(path, made.st_dev, made.st_ino)) {
+        rc = -EADDRINUSE;
+    }
+    return rc;
+}
+
+/* A new unix socket, or a code. */
+static int tsrvi_unix_new(const char *path, const tsrvi_sockaddr *inside, socklen_t size,
+                          const tsrv_bind_options *options)
+{
+    int fd, rc = path[0] == '@' ? (int)TSRV_OK : tsrvi_unix_clear(inside, size);
+    if (rc < 0) {
         return rc;
     }
-    if ((made = tsrvi_socket(AF_UNIX, SOCK_STREAM)) < 0) {
+    if ((fd = tsrvi_socket(AF_UNIX, SOCK_STREAM)) < 0) {
+        return fd;
+    }
+    if ((rc = tsrvi_unix_listen(fd, path, inside, size, options)) < 0) {
+        tsrvi_bound_close(fd);
+        return rc;
+    }
+    return fd;
+}
+
+TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd)
+{
+    tsrvi_sockaddr inside;
+    socklen_t size = 0;
+    int lock, made, rc = tsrvi_unix_address(path, &inside, &size);
+    *fd = -1;
+    if (rc < 0 || (*fd = tsrvi_bound_take(&inside, size)) >= 0) {
+        return rc;
+    }
+    lock = path[0] == '@' ? -1 : tsrvi_unix_lock(path);
+    made = tsrvi_unix_new(path, &inside, size, options);
+    tsrvi_unix_unlock(lock);
+    if (made < 0) {
         return made;
-    }
-    if (TSRV_SYS(bind, (made, &inside.any, size)) < 0) {
-        rc = tsrvi_error();
-        tsrvi_close_fd(made);
-        return rc;
-    }
-    /* The permissions are right before anybody can connect: that takes listen. */
-    if ((!abstract && TSRV_SYS(chmod, (path, mode)) < 0) ||
-        TSRV_SYS(listen, (made, tsrvi_backlog(options))) < 0) {
-        rc = tsrvi_error();
-        if (!abstract) {
-            TSRV_SYS(unlink, (path));
-        }
-        tsrvi_close_fd(made);
-        return rc;
     }
     *fd = made;
     return TSRV_OK;
 }
 
-/*STUB*/ static void tsrvi_bound_refuse_all(bool keep)
-{
-    (void)keep;
-}
-
-static void tsrvi_close_fds(const int *fds, int count)
+static void tsrvi_bound_close_all(const int *fds, int count)
 {
     for (int i = 0; i < count; i++) {
-        tsrvi_close_fd(fds[i]);
+        tsrvi_bound_close(fds[i]);
     }
 }
 
 /* The options that a listener must have before it is bound. */
 static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *options)
 {
-    int rc = tsrvi_option(fd, SOL_SOCKET, SO_REUSEADDR, 1);
+    int rc = tsrvi_option_on(fd, SOL_SOCKET, SO_REUSEADDR);
     if (rc == TSRV_OK && options != NULL && options->reuse_port) {
 #ifdef SO_REUSEPORT
         rc = tsrvi_option(fd, SOL_SOCKET, SO_REUSEPORT, 1);
@@ -5149,6 +5652,9 @@ static int tsrvi_bind_new(const tsrvi_sockaddr *inside, socklen_t size,
                           TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0)) {
         rc = tsrvi_error();
     }
+    if (rc == TSRV_OK) {
+        rc = tsrvi_bound_remember(fd, NULL);
+    }
     if (rc < 0) {
         tsrvi_close_fd(fd);
         return rc;
@@ -5169,7 +5675,7 @@ static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
     } else {
         inside.four.sin_port = port;
     }
-    fd = tsrvi_handed_take(&inside, info->ai_addrlen);
+    fd = tsrvi_bound_take(&inside, info->ai_addrlen);
     return fd >= 0 ? fd : tsrvi_bind_new(&inside, info->ai_addrlen, options);
 }
 
@@ -5193,10 +5699,13 @@ static bool tsrvi_bind_skips(const struct addrinfo *all, const struct addrinfo *
     return false;
 }
 
-/* Errors that mean "this host does not have that family", while another address may do. */
+/* Errors that mean "not this family": the host does not have it, or a policy denies it. Another
+ * address may do. */
 static bool tsrvi_bind_forgives(int rc, int family, bool explicit_address)
 {
-    return rc == -EAFNOSUPPORT || (rc == -EADDRNOTAVAIL && family == AF_INET6 && !explicit_address);
+    return rc == -EAFNOSUPPORT || rc == -EPROTONOSUPPORT || rc == -ENOPROTOOPT || rc == -ENOSYS ||
+           rc == -EPERM || rc == -EACCES ||
+           (rc == -EADDRNOTAVAIL && family == AF_INET6 && !explicit_address);
 }
 
 /* Bind every result, IPv4 first. Returns how many, or an error with none open. *shared: the port
@@ -5223,7 +5732,7 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
             }
             fd = count == capacity ? TSRV_EINVAL : tsrvi_bind_one(info, bound, options);
             if (fd < 0 && !tsrvi_bind_forgives(fd, info->ai_family, explicit_address)) {
-                tsrvi_close_fds(fds, count);
+                tsrvi_bound_close_all(fds, count);
                 return fd;
             }
             if (fd < 0) {
@@ -5236,6 +5745,9 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
                 *shared = true;
             }
         }
+    }
+    if (count > 0 && tsrvi_is_refusal(last)) {
+        tsrvi_do_without(TSRVI_WITHOUT_FAMILY, "a family of addresses", last);
     }
     return count > 0 ? count : last;
 }
@@ -5315,8 +5827,8 @@ typedef struct tsrvi_tls {
     int fd;
     tsrvi_block *sealed; /* records to send */
     tsrvi_block *sealed_last;
-    size_t sealed_size;
-    size_t counted;   /* how much of it the stream has counted as unsent */
+    uint64_t sealed_size;
+    uint64_t counted; /* how much of it the stream has counted as unsent */
     uint64_t due;     /* when the handshake must be done */
     size_t received;  /* bytes of the socket, in this call */
     int error;        /* of the socket, or -ENOMEM */
@@ -6329,6 +6841,7 @@ typedef struct tsrvi_place {
     int listens;   /* atomic; its loop watches the life-line */
     int asked;     /* atomic; a signal that did not come from the parent has told it to end */
     int refused;   /* why it could not begin, a code; 0 = it could */
+    int used;      /* atomic; in the first of a worker's: how many have ever been used */
     unsigned beat; /* atomic; changes as long as its loop turns; 0 = it has not begun */
     tsrv_stats stats[TSRVI_SHARED_SERVERS];
 } tsrvi_place;
@@ -6358,6 +6871,24 @@ static void tsrvi_server_number_free(int number)
     }
 }
 
+/* A counter that its owner may be changing. Where it takes two loads, one that is between the two
+ * stores of a carry is read again; only an owner that is stopped just there can hide one. */
+static uint64_t tsrvi_counter_load(const uint64_t *counter)
+{
+#if TSRVI_HAS_ATOMIC_64
+    return __atomic_load_n(counter, __ATOMIC_RELAXED);
+#else
+    const volatile uint64_t *looked_at = counter;
+    uint64_t value, again = *looked_at;
+    do {
+        value = again;
+        __atomic_thread_fence(__ATOMIC_ACQUIRE);
+        again = *looked_at;
+    } while (value != again);
+    return value;
+#endif
+}
+
 /* Add counters that their owner may be changing: times are not added, the longest counts. */
 static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
 {
@@ -6366,20 +6897,37 @@ static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
     const uint64_t *from = (const uint64_t *)(const void *)stats;
     memcpy(to, sum, sizeof(to));
     for (size_t i = 0; i < sizeof(to) / sizeof(to[0]); i++) {
-        to[i] += __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+        to[i] += tsrvi_counter_load(&from[i]);
     }
     memcpy(sum, to, sizeof(to));
     sum->lag_ms = sum->lag_ms - lag > lag ? sum->lag_ms - lag : lag;
     sum->lag_max_ms = sum->lag_max_ms - lag_max > lag_max ? sum->lag_max_ms - lag_max : lag_max;
 }
 
+/* A new process will have this place. */
+static void tsrvi_place_take(int place)
+{
+    tsrvi_place *own = &tsrvi_places[place];
+    int index = place % TSRVI_GENERATIONS;
+    own->refused = TSRV_OK;
+    __atomic_store_n(&own->ready, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->listens, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->asked, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->beat, 0u, __ATOMIC_RELEASE);
+    if ((own - index)->used <= index) {
+        __atomic_store_n(&(own - index)->used, index + 1, __ATOMIC_RELEASE);
+    }
+}
+
 /* Add what the workers' processes have counted for the server with that number.
  *   task_id  -1 = all */
 static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 {
-    for (int place = 0; number >= 0 && place < tsrvi_place_count; place++) {
-        if (task_id < 0 || place / TSRVI_GENERATIONS == task_id) {
-            tsrvi_stats_add(sum, &tsrvi_places[place].stats[number]);
+    for (int first = 0; number >= 0 && first < tsrvi_place_count; first += TSRVI_GENERATIONS) {
+        const tsrvi_place *places = &tsrvi_places[first];
+        int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
+        for (int i = 0; i < used && (task_id < 0 || first / TSRVI_GENERATIONS == task_id); i++) {
+            tsrvi_stats_add(sum, &places[i].stats[number]);
         }
     }
 }
@@ -6552,8 +7100,8 @@ struct tsrv_stream {
     tsrvi_chunk *in;  /* unread input; NULL = none */
     tsrvi_block *out; /* unsent output; NULL = none */
     tsrvi_block *out_last;
-    size_t unsent;  /* bytes in out, file ranges and sealed records included */
-    tsrvi_tls *tls; /* NULL = plain; see >>tls */
+    uint64_t unsent; /* bytes in out, file ranges and sealed records included */
+    tsrvi_tls *tls;  /* NULL = plain; see >>tls */
     tsrvi_waiter *waiters;
     union {
         tsrvi_co *co;           /* coroutine mode: the handler's, while it runs */
@@ -7332,22 +7880,38 @@ static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
 }
 #endif
 
-/* Send a part of a file. */
+/* Send a part of a file by way of memory. */
+static TSRVI_APART ssize_t tsrvi_stream_send_copy(tsrv_stream *stream, const tsrvi_block *block,
+                                                  size_t *tried)
+{
+    char buffer[8192];
+    size_t size = block->left > sizeof(buffer) ? sizeof(buffer) : (size_t)block->left;
+    ssize_t got = TSRV_SYS(pread, (block->file, buffer, size, (off_t)block->offset));
+    if (got <= 0) {
+        return got;
+    }
+    *tried = (size_t)got;
+    return TSRV_SYS(send, (stream->io.fd, buffer, (size_t)got, TSRVI_SEND_FLAGS));
+}
+
+/* Send a part of a file. Some files, and some policies, do not have it sent by the kernel: nothing
+ * has been sent then. */
 static ssize_t tsrvi_stream_send_file(tsrv_stream *stream, tsrvi_block *block, size_t *tried)
 {
-    size_t size = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
+    ssize_t sent = -1;
 #if TSRVI_HAS_SENDFILE
-    ssize_t sent = tsrvi_sendfile(stream->io.fd, block->file, block->offset, size);
-#else
-    char buffer[8192];
-    ssize_t sent = TSRV_SYS(pread, (block->file, buffer, tsrvi_min(size, sizeof(buffer)),
-                                    (off_t)block->offset));
-    if (sent > 0) {
-        size = (size_t)sent;
-        sent = TSRV_SYS(send, (stream->io.fd, buffer, size, TSRVI_SEND_FLAGS));
+    if (!block->copied) {
+        *tried = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
+        sent = tsrvi_sendfile(stream->io.fd, block->file, block->offset, *tried);
+        if (sent < 0 && (errno == EOVERFLOW || tsrvi_is_refusal(-errno))) {
+            tsrvi_do_without(TSRVI_WITHOUT_SENDFILE, "sendfile", -errno);
+            block->copied = true;
+        }
     }
 #endif
-    *tried = size;
+    if (block->copied) {
+        sent = tsrvi_stream_send_copy(stream, block, tried);
+    }
     if (sent == 0) {
         errno = EIO; /* the file is shorter than was promised */
         return -1;
@@ -7638,8 +8202,8 @@ static bool tsrvi_stream_flush_small(tsrv_stream *stream)
         stream->unsent > TSRVI_BLOCK_SIZE) {
         return false;
     }
-    sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin, stream->unsent,
-                           TSRVI_SEND_FLAGS));
+    sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin,
+                           (size_t)stream->unsent, TSRVI_SEND_FLAGS));
     if (sent <= 0) {
         return false; /* whatever it is, it will be met again */
     }
@@ -8484,7 +9048,7 @@ static int tsrvi_write_broken(const tsrv_stream *stream)
 /* Unsent bytes that are in memory: file ranges do not count against the limit. */
 static size_t tsrvi_stream_queued(const tsrv_stream *stream)
 {
-    size_t queued = stream->unsent;
+    size_t queued = tsrvi_size(stream->unsent);
     if ((stream->flags & TSRVI_FILES) != 0) {
         queued = 0;
         for (const tsrvi_block *block = stream->out; block != NULL; block = block->next) {
@@ -8842,6 +9406,7 @@ static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t 
         tsrvi_block_free(&loop->pool, block);
         return rc;
     }
+    block->copied = !TSRVI_HAS_SENDFILE;
     block->offset = offset;
     block->left = size;
     stream->unsent += size;
@@ -8908,7 +9473,7 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (TSRV_SYS(fstat, (fd, &info)) < 0) {
         return tsrvi_error();
     }
-    if (!S_ISREG(info.st_mode) || offset < 0 || size > SIZE_MAX - stream->unsent) {
+    if (!S_ISREG(info.st_mode) || offset < 0 || size > UINT64_MAX - stream->unsent) {
         return TSRV_EINVAL;
     }
     if (locked && !waits) {
@@ -9140,7 +9705,7 @@ TSRV_API size_t tsrv_unread_size(tsrv_stream *stream)
 
 TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream)
 {
-    return stream->unsent;
+    return tsrvi_size(stream->unsent);
 }
 
 TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream)
@@ -10021,6 +10586,39 @@ static void tsrvi_loop_fd_closed(tsrv_loop *loop)
 
 /* ---- accepting -------------------------------------------------------------*/
 
+static int tsrvi_accept_plain(int fd, struct sockaddr *peer, socklen_t *size)
+{
+    int accepted = TSRV_SYS(accept, (fd, peer, size));
+    if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
+        tsrvi_close_fd(accepted);
+        errno = ECONNABORTED;
+        accepted = -1;
+    }
+    return accepted;
+}
+
+/* accept4, or where it is refused accept. Returns what they do. */
+static int tsrvi_accept_one(int fd, struct sockaddr *peer, socklen_t *size)
+{
+#if TSRVI_HAS_ACCEPT4
+    if (!tsrvi_does_without(TSRVI_WITHOUT_ACCEPT4)) {
+        socklen_t room = *size;
+        int accepted = TSRV_SYS(accept4, (fd, peer, size, SOCK_NONBLOCK | SOCK_CLOEXEC)), rc;
+        if (accepted >= 0 || (errno != ENOSYS && errno != EPERM && errno != EACCES)) {
+            return accepted;
+        }
+        rc = tsrvi_error();
+        *size = room;
+        accepted = tsrvi_accept_plain(fd, peer, size);
+        if (accepted >= 0) {
+            tsrvi_do_without(TSRVI_WITHOUT_ACCEPT4, "accept4", rc);
+        }
+        return accepted;
+    }
+#endif
+    return tsrvi_accept_plain(fd, peer, size);
+}
+
 static int tsrvi_accept(int fd, tsrv_address *peer)
 {
     tsrvi_sockaddr inside;
@@ -10028,17 +10626,7 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
     int accepted;
     do {
         size = sizeof(inside);
-#if TSRVI_HAS_ACCEPT4
-        accepted =
-            tsrvi_fd_own(TSRV_SYS(accept4, (fd, &inside.any, &size, SOCK_NONBLOCK | SOCK_CLOEXEC)));
-#else
-        accepted = tsrvi_fd_own(TSRV_SYS(accept, (fd, &inside.any, &size)));
-        if (accepted >= 0 && tsrvi_set_flags(accepted) < 0) {
-            tsrvi_close_fd(accepted);
-            errno = ECONNABORTED;
-            accepted = -1;
-        }
-#endif
+        accepted = tsrvi_fd_own(tsrvi_accept_one(fd, &inside.any, &size));
     } while (accepted < 0 && errno == EINTR);
     if (accepted >= 0) {
         tsrvi_address_store(peer, &inside, size);
@@ -10055,10 +10643,10 @@ static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool
 #endif
     if (tcp && !inherited) {
         if (!server->options.nagle) {
-            tsrvi_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+            tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
         }
         if (server->options.keep_alive) {
-            tsrvi_option(fd, SOL_SOCKET, SO_KEEPALIVE, 1);
+            tsrvi_option_on(fd, SOL_SOCKET, SO_KEEPALIVE);
         }
     }
 }
@@ -10197,7 +10785,7 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
-    if (!loop->poller.backend->exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
+    if (!loop->poller.exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
         server->was_away = true; /* the others may have them, for a moment */
         tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
         return;
@@ -10315,6 +10903,7 @@ static void tsrvi_listener_close(tsrvi_listener *listener)
         listener->io.fd = -1;
         listener->due = 0;
         loop->active--;
+        tsrvi_bound_forget(fd);
         tsrvi_loop_close_fd(loop, fd);
     }
 }
@@ -10334,7 +10923,7 @@ static void tsrvi_server_take_back(tsrv_server *server, const int *fds, int adde
         if (listener != NULL) {
             tsrvi_listener_close(listener);
         } else if (first == i) {
-            tsrvi_close_fd(fds[i]);
+            tsrvi_bound_close(fds[i]);
         }
     }
 }
@@ -10379,14 +10968,11 @@ TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *addre
 
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
 {
-    int type = 0, rc;
-    socklen_t size = sizeof(type);
+    int rc = tsrvi_streaming(fd);
     tsrv_address peer;
     tsrv_stream *stream;
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_TYPE, &type, &size)) < 0) {
-        rc = errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
-    } else {
-        rc = type == SOCK_STREAM ? tsrvi_server_attach(server) : TSRV_EINVAL;
+    if (rc == TSRV_OK) {
+        rc = tsrvi_server_attach(server);
     }
     if (rc == TSRV_OK && tsrvi_address_get(fd, tsrvi_getpeername, &peer) < 0) {
         peer.size = 0; /* a peer that has gone again: the handler will see */
@@ -10405,7 +10991,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
 static void tsrvi_server_unbind(tsrv_server *server)
 {
     for (int i = 0; i < server->bound_count; i++) {
-        tsrvi_close_fd(server->bound[i].fd);
+        tsrvi_bound_close(server->bound[i].fd);
     }
     server->bound_count = 0;
 }
@@ -10416,7 +11002,7 @@ static int tsrvi_bound_add(tsrv_server *server, int fd, int backlog, int rank, i
     size_t count = (size_t)server->bound_count + 1;
     tsrvi_bound *bound = (tsrvi_bound *)TSRV_REALLOC(server->bound, count * sizeof(*bound));
     if (bound == NULL) {
-        tsrvi_close_fd(fd);
+        tsrvi_bound_close(fd);
         return -ENOMEM;
     }
     server->bound = bound;
@@ -10438,7 +11024,7 @@ static int tsrvi_bound_add_handed(tsrv_server *server, int fd, int backlog)
         return rc;
     }
     tsrvi_address_load(&address, &inside);
-    while (rc == TSRV_OK && (more = tsrvi_handed_take(&inside, address.size)) >= 0) {
+    while (rc == TSRV_OK && (more = tsrvi_bound_take(&inside, address.size)) >= 0) {
         rc = tsrvi_bound_add(server, more, backlog, rank++, -1);
     }
     return rc;
@@ -10454,14 +11040,14 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
     rc = count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
     for (int i = 0; i < count; i++) {
         if (rc < 0) {
-            tsrvi_close_fd(fds[i]);
+            tsrvi_bound_close(fds[i]);
         } else {
             rc = tsrvi_bound_add_handed(server, fds[i], tsrvi_backlog(options));
         }
     }
     if (rc < 0) {
         while (server->bound_count > had) {
-            tsrvi_close_fd(server->bound[--server->bound_count].fd);
+            tsrvi_bound_close(server->bound[--server->bound_count].fd);
         }
         tsrvi_server_log_failure("bind", port, address, rc);
         return rc;
@@ -11128,14 +11714,22 @@ static int tsrvi_quota_round(long quota, long period)
     return cpus > INT_MAX ? INT_MAX : (int)cpus;
 }
 
+/* The number that a file of a control group begins with; -1 = none. */
+static long tsrvi_cgroup_number(const char *top, const char *group, const char *name)
+{
+    char path[1024], text[64];
+    snprintf(path, sizeof(path), "%s%s/%s", top, group, name);
+    return tsrvi_file_read(path, text, sizeof(text)) <= 0 ? -1 : tsrvi_leading_number(text);
+}
+
 /* Processors, rounded up, that a control group of version 2 grants: cpu.max is "quota period" in
  * microseconds. No limit: INT_MAX. */
-static int tsrvi_cgroup_cpus(const char *group)
+static int tsrvi_cgroup_cpus(const char *top, const char *group)
 {
     char path[1024], text[64];
     const char *blank;
     long quota, period;
-    snprintf(path, sizeof(path), "/sys/fs/cgroup%s/cpu.max", group);
+    snprintf(path, sizeof(path), "%s%s/cpu.max", top, group);
     if (tsrvi_file_read(path, text, sizeof(text)) <= 0 || (blank = strchr(text, ' ')) == NULL) {
         return INT_MAX;
     }
@@ -11144,45 +11738,84 @@ static int tsrvi_cgroup_cpus(const char *group)
     return tsrvi_quota_round(quota, period);
 }
 
-/* The same for version 1, where a container sees its own group as the root. */
-static int tsrvi_cgroup_old_cpus(void)
+/* The same for version 1. */
+static int tsrvi_cgroup_old_cpus(const char *top, const char *group)
 {
-    char text[64];
-    long quota = -1, period = -1;
-    if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", text, sizeof(text)) > 0) {
-        quota = tsrvi_leading_number(text);
-    }
-    if (tsrvi_file_read("/sys/fs/cgroup/cpu/cpu.cfs_period_us", text, sizeof(text)) > 0) {
-        period = tsrvi_leading_number(text);
-    }
-    return tsrvi_quota_round(quota, period);
+    return tsrvi_quota_round(tsrvi_cgroup_number(top, group, "cpu.cfs_quota_us"),
+                             tsrvi_cgroup_number(top, group, "cpu.cfs_period_us"));
 }
 
-/* A group's quota holds for all groups below it: the least on the way to the root counts. */
-static int tsrvi_quota_cpus(void)
+/* A group's quota holds for all groups below it: the least on the way to the root counts. What a
+ * container sees as the root may be its own group. The group's name is cut shorter and shorter. */
+static int tsrvi_cgroup_least(const char *top, char *group,
+                              int (*cpus)(const char *top, const char *group))
 {
-    char text[1024], *group, *end;
-    int least = tsrvi_cgroup_old_cpus(), cpus;
-    if (tsrvi_file_read("/proc/self/cgroup", text, sizeof(text)) <= 0) {
-        return least;
-    }
-    group = strncmp(text, "0::", 3) == 0 ? text + 3 : strstr(text, "\n0::");
-    if (group == NULL) {
-        return least;
-    }
-    group += *group == '\n' ? 4 : 0;
-    end = strchr(group, '\n');
-    end = end == NULL ? group + strlen(group) : end;
+    char *end = group + strlen(group);
+    int least = INT_MAX, granted;
     for (;;) {
         *end = 0;
-        cpus = tsrvi_cgroup_cpus(group);
-        least = cpus < least ? cpus : least;
+        granted = cpus(top, group);
+        least = granted < least ? granted : least;
         if (end == group) {
             return least;
         }
         for (end--; end > group && *end != '/'; end--) {
         }
     }
+}
+
+/* Version 1 mounts the controllers of processors in one of these places. */
+static int tsrvi_cgroup_old_least(const char *group)
+{
+    static const char *const tops[] = {"/sys/fs/cgroup/cpu", "/sys/fs/cgroup/cpu,cpuacct",
+                                       "/sys/fs/cgroup/cpuacct,cpu"};
+    int least = INT_MAX;
+    for (size_t i = 0; i < sizeof(tops) / sizeof(tops[0]); i++) {
+        char name[1024];
+        int granted;
+        snprintf(name, sizeof(name), "%s", group);
+        granted = tsrvi_cgroup_least(tops[i], name, tsrvi_cgroup_old_cpus);
+        least = granted < least ? granted : least;
+    }
+    return least;
+}
+
+/* The group of a line of /proc/self/cgroup, "number:controllers:group", if "cpu" is among its
+ * controllers; NULL = it is not. */
+static const char *tsrvi_cgroup_old_group(const char *line)
+{
+    const char *name = strchr(line, ':'), *group = name == NULL ? NULL : strchr(name + 1, ':');
+    while (group != NULL && name < group) {
+        size_t length = strcspn(++name, ",:");
+        if (length == 3 && memcmp(name, "cpu", 3) == 0) {
+            return group + 1;
+        }
+        name += length;
+    }
+    return NULL;
+}
+
+/* Processors that the quotas of this process's groups grant; INT_MAX = all. */
+static int tsrvi_quota_cpus(void)
+{
+    char text[8192], *line = text, *end;
+    int least = tsrvi_cgroup_old_least(""), granted;
+    if (tsrvi_file_read("/proc/self/cgroup", text, sizeof(text)) <= 0) {
+        return least;
+    }
+    for (bool more = true; more; line = end + 1) {
+        const char *group;
+        end = line + strcspn(line, "\n");
+        more = *end != 0;
+        *end = 0;
+        group = tsrvi_cgroup_old_group(line);
+        granted = strncmp(line, "0::", 3) == 0
+                      ? tsrvi_cgroup_least("/sys/fs/cgroup", line + 3, tsrvi_cgroup_cpus)
+                  : group != NULL ? tsrvi_cgroup_old_least(group)
+                                  : INT_MAX;
+        least = granted < least ? granted : least;
+    }
+    return least;
 }
 
 TSRV_API int tsrv_cpu_count(void)
@@ -11443,12 +12076,16 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
     (void)events;
     if (got == 1) {
         tsrvi_worker_obey(signo);
-    } else if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
+        return;
+    }
+    tsrvi_poller_set(&tsrvi_chief->poller, io, 0);
+    if (got == 0 || TSRV_SYS(getppid, ()) != tsrvi_parent) {
         tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id);
-        tsrvi_poller_set(&tsrvi_chief->poller, io, 0);
         tsrvi_close_fd(io->fd);
         io->fd = -1;
         tsrvi_worker_tell(TSRVI_ORPHAN);
+    } else { /* a failure: the parent sends signals until the next beat listens again */
+        __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
     }
 }
 
@@ -11694,9 +12331,11 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
 #define TSRVI_RESTART_MAX_MS 30000 /* longest */
 #define TSRVI_STABLE_MS 60000      /* a process that lived so long begins anew */
 #define TSRVI_KILL_MS 5000         /* after the grace */
-#define TSRVI_HUNG_MS 1000         /* between SIGABRT and SIGKILL for a hung worker */
+#define TSRVI_HUNG_MS 1000         /* before SIGKILL for a worker that has nothing to drain */
 #define TSRVI_LOOK_MS 1000         /* at least so often the parent looks at its workers */
 #define TSRVI_LATE_MS 100          /* what it may oversleep before its clock stands still */
+#define TSRVI_ROUNDS 100  /* of the parent in a second; above that it takes TSRVI_BRAKE_MS */
+#define TSRVI_BRAKE_MS 10 /* for each, whatever call fails to put it to sleep */
 
 enum {
     TSRVI_CHILD_VACANT,
@@ -11734,6 +12373,7 @@ typedef struct tsrvi_child {
     uint64_t served; /* SERVING: since when */
     uint64_t due;    /* TSRVI_FOREVER = never */
     int backoff_ms;  /* before the last start; 0 = it was the first */
+    bool at_end;     /* LEAVING: told so because everything ends */
     unsigned beat;   /* of its loop, when that was last looked at, */
     uint64_t beaten; /* and when it last changed */
 } tsrvi_child;
@@ -11773,6 +12413,8 @@ typedef struct tsrvi_supervisor {
     uint64_t clock;    /* the real one, when it was last read */
     uint64_t slept;    /* how long the parent meant to sleep since */
     uint64_t watchdog; /* on the real clock */
+    uint64_t second;   /* the same; when it began, */
+    int rounds;        /* and the rounds since */
     sigset_t mask;     /* the host's, as its handlers are: */
     struct sigaction before[TSRVI_SUPERVISED];
     int installed;
@@ -11849,14 +12491,13 @@ static void tsrvi_supervised_handler(int signo)
     tsrvi_wake_write(tsrvi_supervised_wake);
 }
 
-/* Put the host's handlers and mask back. */
-static void tsrvi_supervisor_restore(tsrvi_supervisor *s)
+/* Put the host's handlers back; the mask, s->mask, comes after them. */
+static void tsrvi_supervisor_uninstall(tsrvi_supervisor *s)
 {
     while (s->installed > 0) {
         s->installed--;
         TSRV_SYS(sigaction, (tsrvi_supervised[s->installed], &s->before[s->installed], NULL));
     }
-    TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 
 static int tsrvi_supervisor_install(tsrvi_supervisor *s)
@@ -11994,11 +12635,21 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     tsrvi_on_ready = tsrvi_worker_ready;
     tsrvi_loop_entered = tsrvi_worker_entered;
     tsrvi_loop_told = tsrvi_worker_hear;
-    tsrvi_supervisor_restore(s);
+    tsrvi_supervisor_uninstall(s);
     tsrvi_worker_leave_to_parent(SIGHUP);
     if (s->options.upgrade_argv != NULL) {
         tsrvi_worker_leave_to_parent(SIGUSR2);
     }
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
+}
+
+/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what the
+ * program has printed. */
+static void tsrvi_supervisor_flush(void)
+{
+    tsrvi_quiet quiet;
+    tsrvi_quiet_begin(&quiet);
+    tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (NULL)) == 0 ? 1 : 0, 1);
 }
 
 /* fork, with all signals blocked in both until each knows what it is. Returns the child's pid, 0 in
@@ -12007,7 +12658,7 @@ static pid_t tsrvi_supervisor_clone(tsrvi_supervisor *s, int child, int *lines)
 {
     pid_t parent = TSRV_SYS(getpid, ()), pid;
     sigset_t all, mask;
-    TSRV_SYS(fflush, (NULL)); /* else every process prints what is in the buffers */
+    tsrvi_supervisor_flush();
     TSRV_SYS(sigfillset, (&all));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
     pid = TSRV_SYS(fork, ());
@@ -12072,14 +12723,9 @@ static void tsrvi_child_unborn(tsrvi_supervisor *s, int child, int code)
 static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    tsrvi_place *place = &tsrvi_places[child];
     int lines[2], rc = tsrvi_socket_pair(lines);
     pid_t pid;
-    place->refused = TSRV_OK;
-    __atomic_store_n(&place->ready, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&place->listens, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&place->asked, 0, __ATOMIC_RELEASE);
-    __atomic_store_n(&place->beat, 0u, __ATOMIC_RELEASE);
+    tsrvi_place_take(child);
     c->generation = s->generation;
     pid = rc < 0 ? (pid_t)rc : tsrvi_supervisor_clone(s, child, lines);
     if (s->born >= 0) {
@@ -12099,6 +12745,7 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
     c->line = lines[0];
     c->started = c->beaten = s->now;
     c->beat = 0;
+    c->at_end = false;
     c->due = s->serves ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
 }
 
@@ -12115,28 +12762,45 @@ static void tsrvi_child_cancel(tsrvi_supervisor *s, int child)
     s->children[child].state = TSRVI_CHILD_VACANT;
 }
 
+static int tsrvi_child_signal(tsrvi_supervisor *s, int child, int signo)
+{
+    int rc = TSRV_SYS(kill, (s->children[child].pid, signo)) < 0 ? tsrvi_error() : TSRV_OK;
+    char name[64];
+    if (rc < 0 && rc != -ESRCH) { /* it may have become another user's */
+        tsrvi_log(TSRV_LOG_ERROR, "%s cannot be sent signal %d: %s",
+                  tsrvi_child_name(s, child, name, sizeof(name)), signo, tsrv_strerror(rc));
+    }
+    return rc;
+}
+
 /* Who has no loop that listens to the life-line gets the signal itself. */
 static void tsrvi_child_say(tsrvi_supervisor *s, int child)
 {
-    tsrvi_child *c = &s->children[child];
     char signo = (char)s->signo;
-    bool program = tsrvi_child_is_program(s, child);
-    if (!program) {
-        TSRV_SYS(send, (c->line, &signo, 1, TSRVI_SEND_FLAGS));
-    }
-    if (program || !__atomic_load_n(&tsrvi_places[child].listens, __ATOMIC_ACQUIRE)) {
-        TSRV_SYS(kill, (c->pid, s->signo));
+    if (tsrvi_child_is_program(s, child) ||
+        TSRV_SYS(send, (s->children[child].line, &signo, 1, TSRVI_SEND_FLAGS)) != 1 ||
+        !__atomic_load_n(&tsrvi_places[child].listens, __ATOMIC_ACQUIRE)) {
+        tsrvi_child_signal(s, child, s->signo);
     }
 }
 
+/* When a child that is told to end now is killed. A program kills its own workers first. */
+static uint64_t tsrvi_child_limit(const tsrvi_supervisor *s, int child)
+{
+    uint64_t due = tsrvi_after(s->now, s->options.grace_ms);
+    int more = tsrvi_child_is_program(s, child) ? 2 * TSRVI_KILL_MS : TSRVI_KILL_MS;
+    return due == TSRVI_FOREVER ? due : tsrvi_after(due, more);
+}
+
+/* A worker that does not accept yet has nothing to drain, but the listening sockets, on which the
+ * kernel goes on to take connections as long as it lives. */
 static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
+    bool drains = c->state == TSRVI_CHILD_SERVING || !s->serves || tsrvi_child_is_program(s, child);
     c->state = TSRVI_CHILD_LEAVING;
-    c->due = tsrvi_after(s->now, s->options.grace_ms);
-    if (c->due != TSRVI_FOREVER) {
-        c->due = tsrvi_after(c->due, TSRVI_KILL_MS);
-    }
+    c->due = drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
+    c->at_end = drains && s->state != TSRVI_PARENT_RUNNING;
     tsrvi_child_say(s, child);
 }
 
@@ -12168,9 +12832,9 @@ static void tsrvi_child_end(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     bool program = tsrvi_child_is_program(s, child);
-    TSRV_SYS(kill, (c->pid, program ? SIGTERM : SIGABRT));
+    tsrvi_child_signal(s, child, program ? SIGTERM : SIGABRT);
     c->state = TSRVI_CHILD_DYING;
-    c->due = tsrvi_after(s->now, program ? TSRVI_KILL_MS : TSRVI_HUNG_MS);
+    c->due = program ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
 }
 
 static void tsrvi_child_late(tsrvi_supervisor *s, int child)
@@ -12195,9 +12859,9 @@ static void tsrvi_child_kill(tsrvi_supervisor *s, int child)
     char name[64];
     tsrvi_log(TSRV_LOG_WARNING, "%s does not end and is killed",
               tsrvi_child_name(s, child, name, sizeof(name)));
-    TSRV_SYS(kill, (c->pid, SIGKILL));
-    c->due = TSRVI_FOREVER;
-    if (s->state != TSRVI_PARENT_RUNNING && s->code == TSRV_EPARENT) {
+    c->due = tsrvi_child_signal(s, child, SIGKILL) == TSRV_OK ? TSRVI_FOREVER
+                                                              : tsrvi_after(s->now, TSRVI_KILL_MS);
+    if (c->at_end && s->code == TSRV_EPARENT) {
         s->code = TSRV_ETIMEOUT;
     }
 }
@@ -12258,16 +12922,25 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
     }
 }
 
-/* It is forked again, later; or too many ends were bad. */
+/* It is forked again, later; or too many ends were bad. While the program that this one is to replace
+ * still serves, one is too many. */
 static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
 {
     tsrvi_places[child].stats[0].restarts++;
+    if (tsrvi_handed_waits()) {
+        tsrvi_log(TSRV_LOG_ERROR, "upgrade: worker %d does not stay up; the old program goes on",
+                  child / TSRVI_GENERATIONS);
+        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+        return;
+    }
     if (s->now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
         s->failures = 0;
     }
     s->failed = s->now;
     s->failures++;
     if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
+        tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
+                  s->options.max_restarts);
         tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
     } else {
         tsrvi_child_back_off(s, &s->children[child]);
@@ -12366,9 +13039,7 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
     if (s->fresh >= 0 && tsrvi_child_is_up(s, s->fresh, 0)) {
         tsrvi_reload_replace(s);
     } else if (s->fresh >= 0 && tsrvi_reload_is_overtaken(s)) {
-        tsrvi_child *fresh = &s->children[s->fresh];
         tsrvi_child_happens(s, s->fresh, TSRVI_CHILD_TOLD);
-        fresh->due = tsrvi_earlier(fresh->due, tsrvi_after(s->now, TSRVI_KILL_MS));
         s->fresh = -1;
     }
     if (!s->rolling || s->fresh >= 0) {
@@ -12391,38 +13062,50 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
 
 /* ---- upgrade ---------------------------------------------------------------*/
 
-/* Become the new program: it finds the listening sockets as systemd would hand them over, and
- * behind them the pipe. In the child; does not return.
- *   moved  room for one descriptor more than there are sockets */
-static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
+/* Put the listening sockets, and behind them the pipe, where systemd would put them: first all of
+ * them out of the way, and only then each to its place. */
+static int tsrvi_upgrade_place(const tsrvi_supervisor *s, int ready, int *moved)
 {
     int count = s->options.fd_count;
-    char number[16];
-    /* First all of them out of the way, and only then each to its place. */
     for (int i = 0; i <= count; i++) {
         moved[i] = TSRV_SYS(fcntl, (i < count ? s->options.fds[i] : ready, F_DUPFD_CLOEXEC,
                                     TSRVI_LISTEN_FIRST + count + 1));
         if (moved[i] < 0) {
-            tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s", tsrv_strerror(tsrvi_error()));
-            TSRV_SYS(_exit, (127));
+            return tsrvi_error();
         }
     }
     for (int i = 0; i <= count; i++) {
-        TSRV_SYS(dup2, (moved[i], TSRVI_LISTEN_FIRST + i));
+        if (TSRV_SYS(dup2, (moved[i], TSRVI_LISTEN_FIRST + i)) < 0) {
+            return tsrvi_error();
+        }
     }
-    snprintf(number, sizeof(number), "%d", count);
-    TSRV_SYS(setenv, ("LISTEN_FDS", number, 1));
-    snprintf(number, sizeof(number), "%ld", (long)TSRV_SYS(getpid, ()));
-    TSRV_SYS(setenv, ("LISTEN_PID", number, 1));
+    return TSRV_OK;
+}
+
+/* Set a variable of the environment to a number. */
+static int tsrvi_upgrade_set(const char *name, long value)
+{
+    char number[24];
+    snprintf(number, sizeof(number), "%ld", value);
+    return TSRV_SYS(setenv, (name, number, 1)) < 0 ? tsrvi_error() : TSRV_OK;
+}
+
+/* Become the new program, in the child; does not return.
+ *   moved  room for one descriptor more than there are sockets */
+static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
+{
+    int count = s->options.fd_count, rc = tsrvi_upgrade_place(s, ready, moved);
+    long pid = (long)TSRV_SYS(getpid, ());
     TSRV_SYS(unsetenv, ("LISTEN_FDNAMES"));
-    if (TSRV_SYS(getenv, ("WATCHDOG_PID")) != NULL) {
-        TSRV_SYS(setenv, ("WATCHDOG_PID", number, 1));
+    if (rc == TSRV_OK && (rc = tsrvi_upgrade_set("LISTEN_FDS", count)) == TSRV_OK &&
+        (rc = tsrvi_upgrade_set("LISTEN_PID", pid)) == TSRV_OK &&
+        (rc = tsrvi_upgrade_set(TSRVI_READY_VARIABLE, TSRVI_LISTEN_FIRST + count)) == TSRV_OK &&
+        (TSRV_SYS(getenv, ("WATCHDOG_PID")) == NULL ||
+         (rc = tsrvi_upgrade_set("WATCHDOG_PID", pid)) == TSRV_OK)) {
+        TSRV_SYS(execvp, (s->options.upgrade_argv[0], s->options.upgrade_argv));
+        rc = tsrvi_error();
     }
-    snprintf(number, sizeof(number), "%d", TSRVI_LISTEN_FIRST + count);
-    TSRV_SYS(setenv, (TSRVI_READY_VARIABLE, number, 1));
-    TSRV_SYS(execvp, (s->options.upgrade_argv[0], s->options.upgrade_argv));
-    tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s: %s", s->options.upgrade_argv[0],
-              tsrv_strerror(tsrvi_error()));
+    tsrvi_log(TSRV_LOG_ERROR, "upgrade: %s: %s", s->options.upgrade_argv[0], tsrv_strerror(rc));
     TSRV_SYS(_exit, (127));
 }
 
@@ -12434,10 +13117,11 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds);
     pid_t pid = -1;
     if (rc == TSRV_OK) {
-        TSRV_SYS(fflush, (NULL));
+        tsrvi_supervisor_flush();
         pid = TSRV_SYS(fork, ());
         if (pid == 0) {
-            tsrvi_supervisor_restore(s);
+            tsrvi_supervisor_uninstall(s);
+            TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
             tsrvi_upgrade_exec(s, fds[1], moved);
         }
         rc = pid < 0 ? tsrvi_error() : TSRV_OK;
@@ -12459,22 +13143,21 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     return TSRV_OK;
 }
 
-/* Has the new program said that it serves? Without a word, and with the pipe closed, it never will.
- */
+/* Has the new program said that it serves? If it cannot any more it has ended, or is late. */
 static void tsrvi_upgrade_look(tsrvi_supervisor *s)
 {
     char byte;
     int program = s->upgrade;
-    ssize_t got = program < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
+    ssize_t got = s->upgrade_fd < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
     if (got < 0) {
-        return;
+        return; /* not yet */
     }
     tsrvi_close_fd(s->upgrade_fd);
-    s->upgrade = s->upgrade_fd = -1;
-    if (got == 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "upgrade: the new program cannot say that it serves");
+    s->upgrade_fd = -1;
+    if (got == 1) {
+        s->upgrade = -1;
+        tsrvi_child_happens(s, program, TSRVI_CHILD_READY);
     }
-    tsrvi_child_happens(s, program, got == 1 ? TSRVI_CHILD_READY : TSRVI_CHILD_TOLD);
 }
 
 /* ---- what happens to the parent --------------------------------------------*/
@@ -12491,7 +13174,7 @@ static void tsrvi_parent_refuse(tsrvi_supervisor *s)
 }
 
 /* Tell everybody to end, and refuse new connections from this moment on.
- *   files  unix sockets' are removed, as nobody takes them over */
+ *   files  unix sockets' are removed, unless another program serves on them */
 static void tsrvi_parent_leave(tsrvi_supervisor *s, bool files)
 {
     s->state = TSRVI_PARENT_STOPPING;
@@ -12576,8 +13259,6 @@ static void tsrvi_parent_yield(tsrvi_supervisor *s)
 
 static void tsrvi_parent_give_up(tsrvi_supervisor *s)
 {
-    tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
-              s->options.max_restarts);
     s->code = TSRV_ERESTARTS;
     tsrvi_parent_stop(s);
 }
@@ -12632,11 +13313,7 @@ static void tsrvi_supervisor_signals(tsrvi_supervisor *s)
 /* Take the status of a child, if it has ended. Returns its pid, 0 or -1. */
 static pid_t tsrvi_wait_for(pid_t child, int *status)
 {
-    pid_t pid;
-    do {
-        pid = TSRV_SYS(waitpid, (child, status, WNOHANG));
-    } while (pid < 0 && errno == EINTR);
-    return pid;
+    return TSRV_SYS(waitpid, (child, status, WNOHANG));
 }
 
 /* Who is process 1 inherits every orphan, and has to bury them. */
@@ -12790,6 +13467,19 @@ static void tsrvi_supervisor_sleep(tsrvi_supervisor *s)
     }
 }
 
+/* Whatever wakes the parent, and whatever call fails, it does not spin. */
+static void tsrvi_supervisor_brake(tsrvi_supervisor *s)
+{
+    static const struct timespec pause = {0, TSRVI_BRAKE_MS * 1000000};
+    if (s->clock - s->second >= 1000 * TSRVI_MS) {
+        s->second = s->clock;
+        s->rounds = 0;
+    }
+    if (++s->rounds > TSRVI_ROUNDS) {
+        TSRV_SYS(nanosleep, (&pause, NULL));
+    }
+}
+
 /* Is there a process, or will there be one? */
 static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
 {
@@ -12801,6 +13491,20 @@ static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
     return false;
 }
 
+static void tsrvi_supervisor_tell_end(void)
+{
+    tsrv_stats all;
+    memset(&all, 0, sizeof(all));
+    for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
+        tsrvi_stats_gather(&all, number, -1);
+    }
+    tsrvi_log(TSRV_LOG_INFO,
+              "all workers have ended: %llu connections were accepted, %llu of them lost with a "
+              "worker or by an error, %llu restarts",
+              (unsigned long long)all.accepted, (unsigned long long)all.ended_error,
+              (unsigned long long)all.restarts);
+}
+
 /* Returns the task id in a worker, and in the parent when all is over, its result. Signals are looked
  * at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
@@ -12808,7 +13512,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
     for (int worker = 0; worker < s->workers; worker++) {
         s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
-    tsrvi_log(TSRV_LOG_INFO, "tcpserver.h %s: %d workers are started", TSRV_VERSION, s->workers);
+    tsrvi_log(TSRV_LOG_INFO, "%d workers are started (tcpserver.h %s)", s->workers, TSRV_VERSION);
     while (tsrvi_supervisor_busy(s)) {
         tsrvi_supervisor_tick(s);
         tsrvi_supervisor_signals(s);
@@ -12820,9 +13524,10 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
         }
         if (tsrvi_supervisor_busy(s)) {
             tsrvi_supervisor_sleep(s);
+            tsrvi_supervisor_brake(s);
         }
     }
-    tsrvi_log(TSRV_LOG_INFO, "all workers have ended");
+    tsrvi_supervisor_tell_end();
     return s->code;
 }
 
@@ -12872,7 +13577,8 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
         rc = tsrvi_supervise(&supervisor);
     }
     if (tsrvi_worker_id < 0) {
-        tsrvi_supervisor_restore(&supervisor);
+        tsrvi_supervisor_uninstall(&supervisor);
+        TSRV_SYS(sigprocmask, (SIG_SETMASK, &supervisor.mask, NULL));
         tsrvi_supervised_wake = -1;
     }
     tsrvi_supervisor_close(&supervisor);
@@ -12949,7 +13655,7 @@ static int tsrvi_server_open_bound(tsrv_server *server, int worker)
     for (int i = 0; i < count; i++) {
         const tsrvi_bound *bound = &server->bound[i];
         if (rc < 0 || (worker >= 0 && bound->worker >= 0 && bound->worker != worker)) {
-            tsrvi_close_fd(bound->fd);
+            tsrvi_bound_close(bound->fd);
         } else {
             rc = tsrv_server_add_sockets(server, &bound->fd, 1);
         }
@@ -13039,6 +13745,8 @@ static int tsrvi_serving;
 
 static void tsrvi_serve_ready(void)
 {
+    tsrvi_log(TSRV_LOG_INFO, "ready: process %ld accepts (tcpserver.h %s)",
+              (long)TSRV_SYS(getpid, ()), TSRV_VERSION);
     tsrvi_worker.ready = tsrvi_clock();
     tsrvi_notify("READY=1");
 }
@@ -13115,6 +13823,10 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
             rc = tsrvi_serve_run(server, port, address, num_processes, options);
             tsrvi_serve_done(server->options.loop);
+        }
+        if (rc == TSRV_OK) {
+            tsrvi_log(TSRV_LOG_INFO, "ended: %llu connections were accepted",
+                      (unsigned long long)server->own.accepted);
         }
     } else {
         rc = tsrvi_serve_run(server, port, address, num_processes, options);

@@ -10,7 +10,6 @@
 #include <signal.h>
 #include <stdio.h>
 #include <sys/socket.h>
-#include <unistd.h>
 
 /* The kernel knows who called connect: nobody can lie about it. */
 static void greet(tsrv_stream *stream)
@@ -68,7 +67,6 @@ int main(int argc, char **argv)
     printf("unix_socket: listening on %s\n", path);
     fflush(stdout);
     rc = tsrv_loop_run(NULL);
-    unlink(path); /* the library leaves the file alone: it may be another process's by now */
-    tsrv_server_free(server);
+    tsrv_server_free(server); /* the socket's file goes too */
     return rc == TSRV_OK ? 0 : 1;
 }

@@ -298,7 +298,7 @@ TEXT
 # What cannot fail, or only reports; then what compilers and C libraries put in on their own.
 cat >"$work/allowed" <<'TEXT'
 t_seam_(lookup|malloc|realloc|free)
-mem(cpy|move|set|chr|cmp|rchr|mem)|str(len|cmp|ncmp|chr|rchr|str|error|error_r)|v?snprintf
+mem(cpy|move|set|chr|cmp|rchr|mem)|str(len|cmp|ncmp|chr|rchr|cspn|str|error|error_r)|v?snprintf
 __xpg_strerror_r|hton[sl]|ntoh[sl]|abort|fputs|fprintf|stderr
 __errno_location|__errno|__error|__isoc99_.*|__isoc23_.*scanf
 __assert_fail|__assert|__assert_rtn|__assert2|__assert13|__stderrp|__sF
@@ -346,6 +346,18 @@ else
     else
         skip "seam with TLS: no OpenSSL"
     fi
+fi
+
+# ---- linking -----------------------------------------------------------------------------------
+# A processor that cannot read and write 8 bytes in one piece has no 8-byte atomics but libatomic's.
+
+small='arm-linux-gnueabi-gcc -march=armv5te'
+if ! command -v "${small%% *}" >/dev/null 2>&1; then
+    skip "linking: no compiler for a small processor (${small%% *})"
+elif $small -std=gnu99 -O2 -o "$work/small" examples/echo.c -lpthread >"$work/bad" 2>&1; then
+    ok "linking: nothing is to be linked, on a small processor either"
+else
+    fail "linking: nothing is to be linked, on a small processor either" "$work/bad"
 fi
 
 # ---- functions ---------------------------------------------------------------------------------

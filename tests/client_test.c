@@ -293,7 +293,7 @@ TEST_COROUTINE(connects_to_unix_sockets)
     CHECK(mkdtemp(folder) != NULL);
     snprintf(name, sizeof name, "unix:%s/socket", folder);
     serve_unix(name);
-    CHECK(unlink(name + 5) == 0 && rmdir(folder) == 0);
+    CHECK(rmdir(folder) == 0); /* the socket's file went with the server */
 #ifdef __linux__
     snprintf(name, sizeof name, "unix:@client_test.%ld", (long)getpid());
     serve_unix(name);

@@ -2,6 +2,13 @@
 #include "test.h"
 
 #include <sys/resource.h>
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__i386__))
+#include <execinfo.h>
+#include <ucontext.h>
+#endif
+#if TSRVI_HAS_ASAN && defined(__linux__)
+#include <sanitizer/lsan_interface.h>
+#endif
 
 static void run_and_free(tsrv_loop *loop)
 {
@@ -373,7 +380,8 @@ static void dig_too_deep(void *context)
     CHECK_INT(dig(*(int *)context), 1);
 }
 
-TEST_LOOP(stack_overflow_ends_in_the_guard_page)
+/* Run function(context) in a child, which has to die of touching what it must not. */
+static void expect_crash(void (*function)(void *), void *context)
 {
     struct rlimit no_core = {0, 0};
     int status;
@@ -381,18 +389,267 @@ TEST_LOOP(stack_overflow_ends_in_the_guard_page)
     pid_t pid = fork();
     CHECK(pid >= 0);
     if (pid == 0) {
-        int depth = 1 << 20;
         setrlimit(RLIMIT_CORE, &no_core);
         signal(SIGSEGV, SIG_DFL); /* a sanitizer would catch it */
         signal(SIGBUS, SIG_DFL);
-        tsrv_loop *loop = t_new_loop();
-        CHECK_INT(tsrv_spawn(loop, dig_too_deep, &depth), TSRV_OK);
-        tsrv_loop_run(loop);
+        function(context);
         _exit(1);
     }
     CHECK(waitpid(pid, &status, 0) == pid);
     CHECK(WIFSIGNALED(status));
     CHECK(WTERMSIG(status) == SIGSEGV || WTERMSIG(status) == SIGBUS);
+}
+
+static void dig_in_a_loop(void *context)
+{
+    tsrv_loop *loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, dig_too_deep, context), TSRV_OK);
+    tsrv_loop_run(loop);
+}
+
+TEST_LOOP(stack_overflow_ends_in_the_guard)
+{
+    int depth = 1 << 20;
+    expect_crash(dig_in_a_loop, &depth);
+}
+
+/* Frames that are larger than what is left of the stack, whose lowest bytes are touched first, while
+ * other coroutines have their stacks around. */
+typedef struct leap {
+    size_t frame, stack_size;
+    bool refused; /* the kernel does not know guards that need no mapping */
+    bool handler; /* in a server's coroutine */
+} leap;
+
+__attribute__((noinline)) static void touch_lowest(size_t size)
+{
+    volatile char *frame = (volatile char *)__builtin_alloca(size);
+    frame[0] = 1;
+}
+
+/* Uses the stack up to its last 8 KiB before. */
+__attribute__((noinline)) static void leap_down(size_t frame)
+{
+    char *here = (char *)__builtin_frame_address(0);
+    size_t left = (size_t)(here - (const char *)tsrvi_co_self()->fiber.bottom);
+    volatile char *used = (volatile char *)__builtin_alloca(left - 8192);
+    used[0] = 1;
+    touch_lowest(frame);
+    CHECK(used[0] == 1);
+}
+
+static void leap_when_spawned(void *context)
+{
+    CHECK_INT(tsrv_sleep(0), TSRV_OK);
+    leap_down(((leap *)context)->frame);
+    _exit(1);
+}
+
+static int leap_in_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address;
+    leap_when_spawned(context);
+    return 0;
+}
+
+static void sleep_long(void *context)
+{
+    (void)context;
+    tsrv_sleep(3600000);
+}
+
+static void leap_among_others(void *context)
+{
+    leap *l = (leap *)context;
+    tsrv_loop *loop = t_new_loop();
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    int pair[2];
+    t_fault_name = "madvise";
+    t_fault_sticky = true;
+    t_fault_at = l->refused;
+    options.loop = loop;
+    options.handle_stream = leap_in_handler;
+    options.context = l;
+    options.stack_size = l->stack_size;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    for (int i = 0; i < 20; i++) {
+        CHECK_INT(tsrv_spawn(loop, i == 10 && !l->handler ? leap_when_spawned : sleep_long, l), TSRV_OK);
+        if (i == 10 && l->handler) {
+            CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+            CHECK_INT(tsrv_server_add_stream(server, pair[0]), TSRV_OK);
+            CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+        }
+    }
+    tsrv_loop_run(loop);
+}
+
+/* Emulators of other processors take the advice and do nothing. */
+static bool guards_need_no_mapping(void)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    int fds[2];
+    void *memory = mmap(NULL, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(memory != MAP_FAILED && pipe(fds) == 0);
+    bool guarded = madvise(memory, page, TSRVI_MADV_GUARD_INSTALL) == 0 && write(fds[1], memory, 1) < 0;
+    close(fds[0]);
+    close(fds[1]);
+    munmap(memory, page);
+    return guarded;
+}
+
+TEST_LOOP(frames_cannot_pass_over_the_guard)
+{
+    size_t most = (sizeof(void *) > 4 ? 1024 : 64) << 10;
+    bool known = guards_need_no_mapping();
+    for (unsigned i = 0; i < 12; i++) {
+        leap l = {most >> i / 4, i & 2 ? 512 << 10 : 0, !known || (i & 1) != 0, i & 2};
+        expect_crash(leap_among_others, &l);
+    }
+}
+
+/* ---- what finds its way on stacks ----------------------------------------------------------*/
+
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__i386__)) && !TSRVI_HAS_TSAN && \
+    !defined(TSRV_VALGRIND)
+static volatile bool stepping;
+static volatile int steps, endless;
+
+/* After every instruction, and once at the beginning and at the end. */
+static void unwind(int signo, siginfo_t *info, void *context)
+{
+    ucontext_t *machine = (ucontext_t *)context;
+    void *frames[100];
+    (void)signo, (void)info;
+    if (stepping) {
+        machine->uc_mcontext.gregs[REG_EFL] |= 0x100; /* the processor's trap flag */
+    } else {
+        machine->uc_mcontext.gregs[REG_EFL] &= ~0x100;
+    }
+    steps++;
+    endless += backtrace(frames, 100) == 100;
+}
+
+/* Profilers unwind in a signal handler, wherever the program is. */
+TEST_LOOP(every_instruction_of_a_switch_can_be_unwound_from)
+{
+    struct sigaction action;
+    void *frames[4];
+    int ids[2] = {1, 2};
+    tsrv_loop *loop = t_new_loop();
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = unwind;
+    action.sa_flags = SA_SIGINFO;
+    CHECK(sigaction(SIGTRAP, &action, NULL) == 0);
+    backtrace(frames, 4); /* loads what it needs */
+    CHECK_INT(tsrv_spawn(loop, yield_thrice, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, yield_thrice, &ids[1]), TSRV_OK);
+    stepping = true;
+    CHECK(raise(SIGTRAP) == 0);
+    while (tsrv_loop_run_once(loop, 0) > 0) {
+    }
+    stepping = false;
+    CHECK(raise(SIGTRAP) == 0);
+    CHECK_INT(t_record_count(), 6);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK(steps > 500);
+    CHECK_INT(endless, 0);
+}
+#endif
+
+#if TSRVI_HAS_ASAN && defined(__linux__)
+static int told_leaks; /* when only the stack of a coroutine knows of it */
+
+static void own_and_wait(void *context)
+{
+    char *volatile own = (char *)malloc(100);
+    CHECK(own != NULL);
+    while (tsrv_sleep(*(int *)context) == TSRV_OK) {
+    }
+    free(own);
+}
+
+static void look_for_leaks(void *context)
+{
+    (void)context;
+    told_leaks = __lsan_do_recoverable_leak_check();
+}
+
+/* What waits may own memory, and so may the function that called tsrv_loop_run. */
+TEST_LOOP(stacks_that_wait_are_looked_at_for_leaks)
+{
+    int hour = 3600000;
+    char *volatile own = (char *)malloc(100);
+    tsrv_loop *loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, own_and_wait, &hour), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    look_for_leaks(NULL);
+    CHECK_INT(told_leaks, 0);
+    CHECK_INT(tsrv_spawn(loop, look_for_leaks, NULL), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(told_leaks, 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    free(own);
+}
+#endif
+
+/* ---- stacks that cannot be unmapped --------------------------------------------------------*/
+
+static int maps, unmaps;
+
+static void count_mapping_calls(const char *name)
+{
+    maps += strcmp(name, "mmap") == 0;
+    unmaps += strcmp(name, "munmap") == 0;
+}
+
+static void do_nothing(void *context)
+{
+    (void)context;
+}
+
+static void run_at_once(tsrv_loop *loop, int count)
+{
+    for (int i = 0; i < count; i++) {
+        CHECK_INT(tsrv_spawn(loop, do_nothing, NULL), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+}
+
+/* As at vm.max_map_count, where unmapping the middle of a mapping fails. */
+TEST_LOOP(stacks_that_cannot_be_unmapped_are_used_again)
+{
+    enum { COUNT = TSRVI_STACK_POOL * 2 };
+    tsrv_loop *loop = t_new_loop();
+    t_seen = count_mapping_calls;
+    t_fault_name = "munmap";
+    t_fault_sticky = true;
+    t_fault_at = 1;
+    run_at_once(loop, COUNT);
+    CHECK_INT(maps, COUNT);
+    run_at_once(loop, COUNT);
+    CHECK_INT(maps, COUNT);
+    CHECK(unmaps <= 2 * COUNT);
+    t_fault_at = 0;
+    unmaps = 0;
+    run_at_once(loop, 1);
+    CHECK_INT(unmaps, COUNT - TSRVI_STACK_POOL);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(unmaps, COUNT);
+}
+
+/* The first time all fail, but the last: then its neighbours can be unmapped. */
+TEST_LOOP(all_stacks_are_unmapped_in_the_end)
+{
+    tsrv_loop *loop = t_new_loop();
+    run_at_once(loop, 100);
+    t_seen = count_mapping_calls;
+    t_fault_name = "munmap";
+    t_fault_sticky = false;
+    t_fault_calls = 0;
+    t_fault_at = 1;
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(unmaps, 101);
 }
 
 /* ---- the end of the loop ------------------------------------------------------------------*/

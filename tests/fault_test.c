@@ -9,7 +9,9 @@
 #include "seam.h"
 
 #include <poll.h>
+#include <sys/socket.h>
 #include <time.h>
+#include <unistd.h>
 #ifdef __linux__
 #include <sys/epoll.h>
 #endif
@@ -66,7 +68,25 @@ static int v_epoll_wait(int fd, struct epoll_event *events, int size, int timeou
 
 #undef t_sys_epoll_wait
 #define t_sys_epoll_wait(...) (t_fault("epoll_wait") ? v_waits++, -1 : v_epoll_wait(__VA_ARGS__))
+
+/* What an old kernel does not know in a call fails by a name of its own. */
+#undef t_sys_epoll_ctl
+#define t_sys_epoll_ctl(fd, operation, watched, event)                                             \
+    (t_fault(((event)->events & EPOLLEXCLUSIVE) != 0 ? "epoll_ctl_exclusive" : "epoll_ctl")        \
+         ? -1                                                                                      \
+         : epoll_ctl(fd, operation, watched, event))
+
+#undef t_sys_socket
+#define t_sys_socket(family, type, protocol)                                                       \
+    (t_fault(((type) & SOCK_NONBLOCK) != 0 ? "socket_flags" : "socket")                            \
+         ? -1                                                                                      \
+         : socket(family, type, protocol))
 #endif
+
+/* Reads of files are cut short, like sends. */
+#undef t_sys_pread
+#define t_sys_pread(fd, data, size, offset)                                                        \
+    (t_fault("pread") ? -1 : pread(fd, data, t_clipped(size), offset))
 
 #if defined(__has_include) && !defined(TSRV_NO_KQUEUE)
 #if __has_include(<sys/event.h>)
@@ -105,11 +125,12 @@ static bool v_kevent_fails(const struct kevent *changes, int count)
 
 /* ---- what fails ---------------------------------------------------------------------------*/
 
-enum { ONCE, STICKY, LEAVING }; /* LEAVING: sticky, and it stays so while all is freed */
+/* LEAVING: sticky, and it stays so while all is freed. DENIED: nothing of it may be felt. */
+enum { ONCE, STICKY, LEAVING, DENIED };
 
 static const struct {
     const char *name;
-    int codes[11]; /* ended by 0; sticky runs use those that a kernel could repeat for ever */
+    int codes[12]; /* ended by 0; sticky runs use those that a kernel could repeat for ever */
 } f_table[] = {
     {"malloc", {ENOMEM}},
     {"realloc", {ENOMEM}},
@@ -121,9 +142,10 @@ static const struct {
     {"recv", {ECONNRESET, EAGAIN, EINTR, ETIMEDOUT, ENOMEM, EBADF}},
     {"send", {EPIPE, ECONNRESET, EAGAIN, EINTR, ENOBUFS, ETIMEDOUT, EBADF}},
     {"sendmsg", {ECONNRESET, EPIPE, EAGAIN, EINTR, ENOBUFS, EBADF}},
-    {"sendfile", {EIO, EAGAIN, EINTR, EINVAL, EPIPE, ENOMEM, ENOSYS}},
+    {"sendfile", {EIO, EAGAIN, EINTR, EINVAL, EPIPE, ENOMEM, ENOSYS, EPERM, EOPNOTSUPP, EOVERFLOW}},
     {"pread", {EIO, EINTR}},
     {"socket", {EMFILE, ENFILE, ENOBUFS, EACCES, EAFNOSUPPORT}},
+    {"socket_flags", {EMFILE, ENFILE, ENOBUFS, EACCES, EAFNOSUPPORT, EINVAL}},
     {"bind", {EADDRINUSE, EACCES, EADDRNOTAVAIL}},
     {"listen", {EADDRINUSE, EOPNOTSUPP}},
     {"connect", {ECONNREFUSED, EINTR, EACCES}},
@@ -134,7 +156,7 @@ static const struct {
     {"kqueue", {EMFILE, ENOMEM}},
     {"epoll_create1", {EMFILE, ENFILE, ENOMEM}},
     {"epoll_ctl", {ENOMEM, ENOSPC, EBADF, ENOENT, EPERM}},
-    {"eventfd", {EMFILE, ENFILE, ENODEV}},
+    {"eventfd", {EMFILE, ENFILE, ENODEV, ENOSYS, EPERM}},
     {"pipe", {EMFILE, ENFILE}},
     {"close", {EINTR, EIO}},
     {"setsockopt", {ENOBUFS, EINVAL, ENOPROTOOPT}},
@@ -146,6 +168,9 @@ static const struct {
     {"lstat", {EACCES, ENOENT}},
     {"unlink", {EACCES, ENOENT}},
     {"chmod", {EPERM, ENOENT}},
+    {"fchmod", {EINVAL, EPERM, ENOSYS}},
+    {"flock", {EINTR, ENOLCK, EOPNOTSUPP, ENOSYS}},
+    {"open", {EACCES, EMFILE, ENOSYS}},
     {"read", {EAGAIN, EINTR}},
     {"write", {EAGAIN, EINTR}},
     {"shutdown", {ENOTCONN, EBADF}},
@@ -572,7 +597,7 @@ static void s_client(void)
     if (p.got > s_expected_size || memcmp(p.buffer, s_expected, p.got) != 0) {
         f_bad("the client got %zu wrong bytes", p.got);
     }
-    if ((t_fault_hits == 0 || (s_reason == TSRV_OK && !p.gave_up && !p.lost)) &&
+    if ((t_fault_hits == 0 || f_kind == DENIED || (s_reason == TSRV_OK && !p.gave_up && !p.lost)) &&
         p.got != s_expected_size) {
         f_bad("success, but the client got %zu of %zu bytes (hits %ld before)", p.got,
               s_expected_size, hits);
@@ -592,6 +617,9 @@ static bool s_set_up(int (*function)(void), const char *what)
         rc = function();
         if (rc >= 0) {
             return true;
+        }
+        if (f_kind == DENIED) {
+            break;
         }
         if (t_fault_hits == hits || !f_documented(rc) || rc == TSRV_EAGAIN) {
             f_bad("%s: %d (%s)", what, rc, tsrv_strerror(rc));
@@ -695,6 +723,7 @@ static void s_run(const scenario *s)
     t_fault_hits = 0;
     t_fault_calls = 0;
     t_fault_last = NULL;
+    tsrvi_without = 0; /* as in a new process */
     f_runs++;
     alarm((unsigned)(5 * t_scale()));
     s_life();
@@ -740,7 +769,7 @@ static void s_run(const scenario *s)
 
 static void s_fail(const scenario *s, const char *name, long at, int code, int kind)
 {
-    static const char *const kinds[] = {"once", "sticky", "leaving"};
+    static const char *const kinds[] = {"once", "sticky", "leaving", "denied"};
     const char *only = getenv("FAULT");
     snprintf(f_label, sizeof f_label, "%s:%ld:%d:%s", name, at, code, kinds[kind]);
     if (only != NULL && strcmp(only, f_label) != 0) {
@@ -752,6 +781,37 @@ static void s_fail(const scenario *s, const char *name, long at, int code, int k
     t_fault_sticky = kind != ONCE;
     f_kind = kind;
     s_run(s);
+}
+
+static int s_told; /* lines of the log: what is done without */
+
+static void s_see_log(int level, const char *message, void *context)
+{
+    (void)context;
+    if (level != TSRV_LOG_INFO) {
+        f_bad("logged: %s", message);
+    }
+    s_told++;
+}
+
+/* What a kernel does not have, or a policy denies: from the at-th call on these fail, and nothing of it
+ * is felt; it is said once at most. Returns how many calls failed. */
+static long s_deny(const scenario *s, const char *name, const int *codes)
+{
+    long hits = 0;
+    for (; *codes != 0; codes++) {
+        for (long at = 1; at <= 3; at++) {
+            tsrv_set_log(s_see_log, NULL);
+            s_told = 0;
+            s_fail(s, name, at, *codes, DENIED);
+            hits += t_fault_hits;
+            if (s_told > 1) {
+                f_bad("%d lines in the log", s_told);
+            }
+            tsrv_set_log(t_no_log, NULL);
+        }
+    }
+    return hits;
 }
 
 /* Can a kernel answer so for ever? EINTR and EAGAIN on a ready descriptor it cannot, and the loop is
@@ -1195,6 +1255,90 @@ TEST_STREAM(fault_sendfile)
     s_expect(s_pattern, t_hard ? 300 : s.big);
     s_expect("quit\n", 5);
     s_all(&s);
+}
+
+static void s_deny_end(void)
+{
+    if (s_file >= 0) {
+        close(s_file);
+    }
+    unlink(s_path);
+    rmdir(s_folder);
+    CHECK(f_runs > 0);
+    CHECK_INT(f_failures, 0);
+}
+
+#ifdef __linux__
+/* Calls that there is another way for, or that only make things better. */
+TEST_STREAM(denied_calls_are_done_without)
+{
+    static const struct {
+        const char *name;
+        int codes[8];
+        int (*start)(void);
+    } rows[] = {
+        {"eventfd", {ENOSYS, EPERM, EINVAL, EACCES}, start_tcp},
+        {"socket_flags", {EINVAL, EPERM, EACCES, EOPNOTSUPP}, start_tcp},
+        {"socket_flags", {EINVAL, EPERM, EACCES, EOPNOTSUPP}, start_unix},
+        {"accept4", {ENOSYS, EPERM, EACCES}, start_tcp},
+        {"accept4", {ENOSYS, EPERM, EACCES}, start_unix},
+        {"setsockopt", {ENOSYS, EPERM, EACCES}, start_both},
+        {"getsockopt", {ENOSYS, EPERM, EACCES}, start_tcp},
+        {"getpeername", {ENOSYS, EPERM, EACCES}, start_pair},
+        {"shutdown", {ENOSYS, EPERM, EACCES}, start_tcp},
+        {"madvise", {ENOSYS, EPERM, EINVAL}, start_tcp},
+        {"flock", {ENOSYS, EPERM, EACCES, EINVAL, ENOLCK, EOPNOTSUPP}, start_unix},
+        {"fchmod", {ENOSYS, EPERM, EACCES, EINVAL}, start_unix},
+        {"open", {ENOSYS, EPERM, EACCES, EINVAL}, start_unix},
+    };
+    scenario s = s_echo;
+    s_echo_expected("hello\nquit\n");
+    s_prepare(&s);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        s.start = rows[i].start;
+        long hits = s_deny(&s, rows[i].name, rows[i].codes);
+        bool maps = strcmp(rows[i].name, "madvise") != 0 || t_mode == TSRV_COROUTINE;
+        if (hits == 0 && maps && getenv("FAULT") == NULL) {
+            T_FAIL("%s is not called", rows[i].name);
+        }
+    }
+    s_deny_end();
+}
+#endif
+
+#if TSRVI_HAS_EPOLL
+/* Before Linux 4.5; only workers ask for it. */
+TEST_STREAM(epoll_without_exclusive_wake_ups)
+{
+    static const int codes[] = {EINVAL, 0};
+    if (t_backend != TSRV_BACKEND_EPOLL) {
+        return;
+    }
+    s_echo_expected("hello\nquit\n");
+    s_prepare(&s_echo);
+    tsrvi_worker_id = 0;
+    CHECK(s_deny(&s_echo, "epoll_ctl_exclusive", codes) > 0 || getenv("FAULT") != NULL);
+    tsrvi_worker_id = -1;
+    s_deny_end();
+}
+#endif
+
+/* Not a byte is lost or doubled when the kernel does not send the file, from whichever call on; also
+ * when it is read in small pieces, or reading it is interrupted. */
+TEST_STREAM(refused_sendfile_reads_and_sends)
+{
+    static const int codes[] = {ENOSYS, EINVAL, EPERM, EACCES, EOPNOTSUPP, EOVERFLOW, 0};
+    scenario s = {.handler = handle_file, .start = start_unix, .request = "go\ngo\nquit\n", .repeat = 1,
+                  .slow = true, .big = 120000};
+    s_prepare(&s);
+    s_big = s.big;
+    CHECK(pwrite(s_file, s_pattern, s_big, 0) == (ssize_t)s_big);
+    s_expected_size = 0;
+    s_expect(s_pattern, s.big);
+    s_expect(s_pattern, s.big);
+    s_expect("quit\n", 5);
+    CHECK(s_deny(&s, "sendfile", codes) > 0 || getenv("FAULT") != NULL);
+    s_deny_end();
 }
 
 TEST_STREAM(fault_upload)

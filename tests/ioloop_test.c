@@ -1190,6 +1190,89 @@ TEST_ONCE(backends_are_chosen_by_number)
     free_loop(by_default);
 }
 
+#if TSRVI_HAS_EPOLL
+static int lines_said;
+
+static void count_lines(int level, const char *message, void *context)
+{
+    (void)message;
+    (void)context;
+    CHECK_INT(level, TSRV_LOG_INFO);
+    lines_said++;
+}
+
+/* A kernel without epoll, or a policy against it: the best is the next one then, and that is said
+ * once. Who has asked for epoll is told. A lack of descriptors is no reason. */
+TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
+{
+    static const struct {
+        const char *call;
+        int code;
+        bool other;
+    } rows[] = {{"epoll_create1", ENOSYS, true}, {"epoll_create1", EPERM, true},
+                {"epoll_create1", EACCES, true}, {"epoll_create1", EINVAL, true},
+                {"epoll_ctl", ENOSYS, true},     {"epoll_ctl", EPERM, true},
+                {"epoll_create1", EMFILE, false}, {"epoll_create1", ENOMEM, false},
+                {"epoll_ctl", ENOMEM, false},    {"epoll_ctl", ENOSPC, false}};
+    tsrv_loop_options best = {TSRV_BACKEND_BEST}, asked = {TSRV_BACKEND_EPOLL};
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        int before = t_open_fds();
+        tsrv_loop *loop = NULL;
+        tsrvi_without = 0; /* as in a new process */
+        lines_said = 0;
+        tsrv_set_log(count_lines, NULL);
+        t_fault_name = rows[i].call;
+        t_fault_errno = rows[i].code;
+        t_fault_sticky = true;
+        t_fault_calls = 0;
+        t_fault_at = 1;
+        CHECK_INT(tsrv_loop_new(&loop, &asked), -rows[i].code);
+        CHECK(loop == NULL);
+        CHECK_INT(lines_said, 0);
+        for (int round = 0; round < 2; round++) {
+            tsrv_timer timer = {0};
+            int calls = 0;
+            CHECK_INT(tsrv_loop_new(&loop, round == 0 ? &best : NULL),
+                      rows[i].other ? TSRV_OK : -rows[i].code);
+            if (loop != NULL) {
+                CHECK(tsrv_loop_backend(loop) != TSRV_BACKEND_EPOLL);
+                CHECK_INT(tsrv_timer_start(loop, &timer, 1, count_call, &calls), TSRV_OK);
+                CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+                CHECK_INT(calls, 1);
+                free_loop(loop);
+            }
+        }
+        CHECK_INT(lines_said, rows[i].other);
+        t_fault_at = 0;
+        CHECK_INT(t_open_fds(), before);
+    }
+}
+#endif
+
+/* Without an eventfd a pipe wakes the loop; without either there is none. */
+TEST_LOOP(pipe_wakes_a_loop_without_eventfd)
+{
+    tsrv_loop_options options = {t_backend};
+    tsrv_loop *loop;
+    int calls = 0, before = t_open_fds();
+    t_fault_name = "eventfd";
+    t_fault_errno = ENOSYS;
+    t_fault_sticky = true;
+    t_fault_at = 1;
+    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    CHECK_INT(t_fault_hits, TSRVI_HAS_EVENTFD);
+    CHECK(loop->wake_write != loop->wake.fd);
+    CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
+    t_turn_until(loop, &calls, 1);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0); /* what has woken it is read */
+    free_loop(loop);
+    t_fault_errno = EMFILE;
+    t_fault_name = TSRVI_HAS_EVENTFD ? "eventfd" : "pipe";
+    CHECK_INT(tsrv_loop_new(&loop, &options), -EMFILE);
+    t_fault_at = 0;
+    CHECK_INT(t_open_fds(), before);
+}
+
 TEST_LOOP(loop_without_descriptors_is_a_code)
 {
     tsrv_loop_options options = {t_backend};

@@ -1766,6 +1766,33 @@ TEST_STREAM(test_sendfile_of_a_short_file)
     CHECK_INT(t_recorded(0), -EIO);
 }
 
+static int huge_file_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    size_t size = 4294967296u - 100;
+    int fd = pattern_file(100);
+    (void)address;
+    (void)context;
+    CHECK_INT(tsrv_sendfile(stream, fd, 0, size), TSRV_OK);
+    CHECK_INT(tsrv_unsent_size(stream), size);
+    for (size_t i = 1; i <= 5; i++) {
+        CHECK_INT(tsrv_write(stream, "thirty bytes, and no one fewer", 30), TSRV_OK);
+        CHECK(tsrv_unsent_size(stream) == (30 * i <= SIZE_MAX - size ? size + 30 * i : SIZE_MAX));
+    }
+    CHECK_INT(tsrv_sendfile(stream, fd, 0, size), TSRV_OK);
+    CHECK(tsrv_unsent_size(stream) >= size);
+    close(fd);
+    tsrv_abort(stream);
+    return 0;
+}
+
+/* What is unsent may be more than memory could hold, where that has 32 bits. In callback mode nothing
+ * is sent before the handler returns. */
+TEST_CALLBACK(unsent_output_of_more_than_4_gib)
+{
+    t_case c = {.handler = huge_file_handler, .on_close = t_record_reason, .client = drained_client};
+    t_run(&c);
+}
+
 static int no_file_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     int fd = *(int *)context;

@@ -1,4 +1,21 @@
 /* Making listening sockets, and addresses. Its core is what Tornado's netutil_test.py checks. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include "seam.h"
+
+#include <sys/socket.h>
+
+/* Sockets of each family fail by a name of their own. */
+#undef t_sys_socket
+#define t_sys_socket(family, type, protocol) \
+    (t_fault(socket_name(family)) ? -1 : socket(family, type, protocol))
+
+static const char *socket_name(int family)
+{
+    return family == AF_INET ? "socket4" : family == AF_INET6 ? "socket6" : "socket";
+}
+
 #include "test.h"
 
 #include <arpa/inet.h>
@@ -276,6 +293,83 @@ TEST_ONCE(chosen_port_that_is_taken_in_the_other_family_is_not_the_end)
         close_all(fds, 2);
     }
     close_all(taken, count);
+}
+
+/* ---- what a policy denies, or a kernel does not have --------------------------------------*/
+
+static int said; /* lines of the log, all of them INFO */
+
+static void count_lines(int level, const char *message, void *context)
+{
+    (void)message;
+    (void)context;
+    CHECK_INT(level, TSRV_LOG_INFO);
+    said++;
+}
+
+/* From now on calls of this name fail. */
+static void deny(const char *name, int code, bool sticky)
+{
+    t_fault_name = name;
+    t_fault_errno = code;
+    t_fault_sticky = sticky;
+    t_fault_calls = t_fault_hits = 0;
+    t_fault_at = 1;
+    tsrvi_without = 0; /* as in a new process */
+    said = 0;
+    tsrv_set_log(count_lines, NULL);
+}
+
+static void allow(void)
+{
+    t_fault_at = 0;
+}
+
+/* One family is refused: the other one is bound, and that is said once. */
+TEST_ONCE(refused_family_does_not_cost_the_other)
+{
+    static const int codes[] = {EPERM, EACCES, ENOSYS, EAFNOSUPPORT, EPROTONOSUPPORT};
+    static const struct {
+        const char *name;
+        int left; /* the family that is bound */
+    } rows[] = {{"socket6", AF_INET}, {"socket4", AF_INET6}};
+    if (!has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
+        for (int row = 0; row < 2; row++) {
+            static const char *const addresses[] = {NULL, ""};
+            int before = t_open_fds();
+            deny(rows[row].name, codes[i], true);
+            for (int round = 0; round < 2; round++) {
+                int fds[CAPACITY];
+                CHECK_INT(tsrv_bind_sockets(0, addresses[round], NULL, fds, CAPACITY), 1);
+                CHECK_INT(family_of(fds[0]), rows[row].left);
+                close_all(fds, 1);
+            }
+            CHECK(t_fault_hits >= 2);
+            CHECK_INT(said, codes[i] == EPERM || codes[i] == EACCES || codes[i] == ENOSYS);
+            /* Asked for alone, it is an error. */
+            int fd = -1;
+            CHECK_INT(tsrv_bind_sockets(0, row == 0 ? "::1" : "127.0.0.1", NULL, &fd, 1), -codes[i]);
+            allow();
+            CHECK_INT(t_open_fds(), before);
+        }
+    }
+}
+
+/* Both are refused: that is an error, and bind's own. */
+TEST_ONCE(refused_bind_is_an_error)
+{
+    static const int codes[] = {EPERM, EACCES};
+    for (int i = 0; i < 2; i++) {
+        int fds[CAPACITY], before = t_open_fds();
+        deny("bind", codes[i], true);
+        CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY), -codes[i]);
+        allow();
+        CHECK_INT(said, 0);
+        CHECK_INT(t_open_fds(), before);
+    }
 }
 
 /* ---- unix sockets -------------------------------------------------------------------------*/
@@ -558,6 +652,395 @@ TEST_ONCE(abstract_names_have_no_file)
     t_close(fd);
 }
 #endif
+
+/* ---- unix sockets: one at a time ----------------------------------------------------------*/
+
+typedef struct rival {
+    const char *path;
+    pthread_t thread;
+    int rc, fd;
+    int looked; /* atomic: it has asked for the lock, or is over */
+    bool joined;
+} rival;
+
+static rival other;
+static pthread_t first_binder;
+
+static void *bind_too(void *context)
+{
+    other.rc = tsrv_bind_unix_socket(other.path, NULL, &other.fd);
+    __atomic_store_n(&other.looked, 1, __ATOMIC_RELEASE);
+    return context;
+}
+
+static bool has_looked(void *context)
+{
+    (void)context;
+    return __atomic_load_n(&other.looked, __ATOMIC_ACQUIRE) != 0;
+}
+
+/* Just before the first binder listens, when its socket looks as if nobody served it, another one
+ * comes. With joined it is over before the first goes on. */
+static void rival_comes(const char *name)
+{
+    if (!pthread_equal(pthread_self(), first_binder)) {
+        if (strcmp(name, "flock") == 0) {
+            __atomic_store_n(&other.looked, 1, __ATOMIC_RELEASE);
+        }
+    } else if (strcmp(name, "listen") == 0) {
+        CHECK(pthread_create(&other.thread, NULL, bind_too, NULL) == 0);
+        CHECK(t_wait_until(has_looked, NULL));
+        if (other.joined) {
+            CHECK(pthread_join(other.thread, NULL) == 0);
+        }
+    }
+}
+
+static int bind_against_rival(const char *path, bool joined, int *fd)
+{
+    other = (rival){path, 0, 0, -1, 0, joined};
+    first_binder = pthread_self();
+    t_seen = rival_comes;
+    int rc = tsrv_bind_unix_socket(path, NULL, fd);
+    t_seen = NULL;
+    if (!joined) {
+        CHECK(pthread_join(other.thread, NULL) == 0);
+    }
+    return rc;
+}
+
+TEST_ONCE(unix_socket_bound_twice_at_once)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    int before = t_open_fds(), fd;
+    for (int stale = 0; stale < 2; stale++) { /* the second time over a dead server's file */
+        CHECK_INT(bind_against_rival(path, false, &fd), TSRV_OK);
+        CHECK_INT(other.rc, -EADDRINUSE);
+        CHECK_INT(other.fd, -1);
+        CHECK_INT(try_to_connect(path), 0);
+        t_close(fd);
+        CHECK_INT(t_open_fds(), before);
+    }
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* Where there is no lock, the one whose file was taken away finds out. */
+TEST_ONCE(unix_socket_bound_twice_at_once_without_locks)
+{
+    static const int codes[] = {ENOLCK, EOPNOTSUPP, ENOSYS, EINVAL, EPERM};
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    int before = t_open_fds(), fd = 0;
+    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
+        t_fault_name = "flock";
+        t_fault_errno = codes[i];
+        t_fault_sticky = true;
+        t_fault_at = 1;
+        CHECK_INT(bind_against_rival(path, true, &fd), -EADDRINUSE);
+        t_fault_at = 0;
+        CHECK_INT(fd, -1);
+        CHECK_INT(other.rc, TSRV_OK);
+        CHECK_INT(try_to_connect(path), 0); /* its file is still there */
+        t_close(other.fd);
+        CHECK_INT(t_open_fds(), before);
+    }
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+static int polls;
+
+static void count_polls(const char *name)
+{
+    polls += strcmp(name, "poll") == 0;
+}
+
+/* As `flock DIRECTORY server` does: that is no reason not to start, after a while. */
+TEST_ONCE(locked_directory_is_no_obstacle)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    int holder = open(directory, O_RDONLY), fd;
+    CHECK(holder >= 0 && flock(holder, LOCK_EX) == 0);
+    t_seen = count_polls;
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    t_seen = NULL;
+    CHECK_INT(polls, TSRVI_UNIX_LOCK_TRIES);
+    CHECK_INT(try_to_connect(path), 0);
+    t_close(fd);
+    t_close(holder);
+    holder = open(directory, O_RDONLY);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    CHECK(flock(holder, LOCK_EX | LOCK_NB) == 0); /* nothing is left locked */
+    t_close(holder);
+    t_close(fd);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* A directory that may be searched but not read cannot be locked. */
+TEST_ONCE(directory_that_cannot_be_opened_is_no_obstacle)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    int fd;
+    deny("open", EACCES, true);
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    allow();
+    CHECK_INT(t_fault_hits, 1);
+    CHECK_INT(try_to_connect(path), 0);
+    t_close(fd);
+    CHECK(unlink(path) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+static const char *swap_path, *swap_target;
+static int swap_at, swap_call;
+
+/* At one of the calls that follow bind, a link takes the place of the socket. */
+static void swap(const char *name)
+{
+    swap_call = swap_call > 0 ? swap_call + 1 : strcmp(name, "bind") == 0 ? 1 : 0;
+    if (swap_call == swap_at + 1) {
+        CHECK(unlink(swap_path) == 0 && symlink(swap_target, swap_path) == 0);
+    }
+}
+
+TEST_ONCE(mode_of_a_socket_does_not_go_to_what_takes_its_place)
+{
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *victim = path_in(directory, "victim");
+    tsrv_bind_options options = {0};
+    int before = t_open_fds(), tries = 0;
+    options.unix_mode = 0666;
+    make_file(victim, "secret");
+    umask(077); /* so that there is something to add */
+    for (swap_at = 1;; swap_at++) {
+        struct stat status;
+        int fd;
+        CHECK(chmod(victim, 0600) == 0);
+        swap_path = path;
+        swap_target = "victim";
+        swap_call = 0;
+        t_seen = swap;
+        int rc = tsrv_bind_unix_socket(path, &options, &fd);
+        t_seen = NULL;
+        CHECK(stat(victim, &status) == 0);
+        CHECK_INT(status.st_mode & 07777, 0600);
+        if (rc == TSRV_OK) {
+            t_close(fd);
+        }
+        CHECK_INT(t_open_fds(), before);
+        CHECK(lstat(path, &status) == 0);
+        CHECK(unlink(path) == 0);
+        if (!S_ISLNK(status.st_mode)) {
+            break; /* the calls are over before that one */
+        }
+        tries++;
+    }
+    CHECK(tries >= 3);
+    CHECK(unlink(victim) == 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* Without fchmod's help, and where there is no /proc. */
+TEST_ONCE(unix_mode_is_right_in_every_way)
+{
+    static const struct {
+        const char *denied;
+        int code, at;
+        bool sticky;
+    } rows[] = {{"fchmod", EINVAL, 1, true}, {"fchmod", EPERM, 1, true}, {"fchmod", ENOSYS, 1, true},
+                {"chmod", ENOENT, 1, false}};
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    umask(027);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_bind_options options = {0};
+        struct stat status;
+        int fd;
+        options.unix_mode = 0666;
+        deny(rows[i].denied, rows[i].code, rows[i].sticky);
+        CHECK_INT(tsrv_bind_unix_socket(path, &options, &fd), TSRV_OK);
+        CHECK_INT(t_fault_hits, 1);
+        allow();
+        CHECK(stat(path, &status) == 0);
+        CHECK_INT(status.st_mode & 07777, 0666);
+        t_close(fd);
+        CHECK(unlink(path) == 0);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+/* ---- what this process has bound ----------------------------------------------------------*/
+
+/* The server's work is not what is looked at. */
+static int no_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    return TSRV_OK;
+}
+
+static tsrv_server *new_server(void)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    options.handle_stream = no_handler;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    return server;
+}
+
+enum { STOP, FREE, UNBIND, REFUSE, CLOSE_ONLY, REPLACED, IN_CHILD, WAYS };
+
+/* One way for a server on a unix socket to end. Is the file still there? */
+static bool file_stays(const char *path, int way)
+{
+    tsrv_server *server = new_server();
+    char address[120];
+    struct stat status;
+    int fd = -1;
+    snprintf(address, sizeof address, "unix:%s", path);
+    if (way == UNBIND) {
+        CHECK_INT(tsrv_server_bind(server, 0, address, NULL), TSRV_OK);
+    } else {
+        CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+        if (way != CLOSE_ONLY) {
+            CHECK_INT(tsrv_server_add_sockets(server, &fd, 1), TSRV_OK);
+        }
+    }
+    CHECK_INT(try_to_connect(path), 0);
+    if (way == REPLACED) {
+        CHECK(unlink(path) == 0);
+        make_file(path, "another's");
+    }
+    if (way == CLOSE_ONLY) {
+        t_close(fd);
+    } else if (way == IN_CHILD) {
+        pid_t child = fork();
+        int ended;
+        if (child == 0) {
+            tsrvi_bound_forget(fd); /* as its tsrv_server_stop would */
+            _exit(0);
+        }
+        CHECK(child > 0 && waitpid(child, &ended, 0) == child && ended == 0);
+        CHECK(lstat(path, &status) == 0);
+        CHECK_INT(try_to_connect(path), 0);
+        tsrvi_bound_refuse_all(true); /* a new program has it */
+    } else if (way == REFUSE) {
+        tsrvi_bound_refuse_all(false);
+    } else if (way == STOP) {
+        tsrv_server_stop(server);
+        tsrv_server_stop(server);
+    }
+    if (way == STOP || way == REFUSE) { /* at once */
+        CHECK(lstat(path, &status) != 0 && errno == ENOENT);
+    }
+    tsrv_server_free(server);
+    return lstat(path, &status) == 0;
+}
+
+TEST_ONCE(socket_file_goes_with_the_server_that_bound_it)
+{
+    static const bool stays[WAYS] = {false, false, false, false, true, true, true};
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    int before = t_open_fds();
+    CHECK(tsrv_loop_current() != NULL);
+    for (int way = 0; way < WAYS; way++) {
+        if (file_stays(path, way) != stays[way]) {
+            T_FAIL("way %d: the file %s", way, stays[way] ? "has gone" : "stays");
+        }
+        if (stays[way]) {
+            CHECK(unlink(path) == 0);
+        }
+        tsrvi_bound_refuse_all(false); /* forgets what the program has closed itself */
+    }
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    CHECK_INT(t_open_fds(), before);
+    CHECK_INT(tsrvi_bound_list.count, 0);
+    CHECK(rmdir(directory) == 0);
+}
+
+/* More than the list has room for at first; some of them closed by the program, and their numbers
+ * in use for something else. */
+TEST_ONCE(listening_ends_at_once_and_only_for_what_was_bound)
+{
+    enum { COUNT = 150 };
+    int fds[COUNT], ports[COUNT], before = t_open_fds();
+    for (int i = 0; i < COUNT; i++) {
+        CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fds[i], 1), 1);
+        ports[i] = port_of(fds[i]);
+    }
+    for (int i = 0; i < COUNT; i += 3) {
+        struct sockaddr_in name;
+        memset(&name, 0, sizeof name);
+        name.sin_family = AF_INET;
+        name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        int fd = socket(AF_INET, SOCK_STREAM, 0);
+        CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&name, sizeof name) == 0 && listen(fd, 1) == 0);
+        CHECK(dup2(fd, fds[i]) == fds[i]); /* the program's own */
+        t_close(fd);
+        ports[i] = port_of(fds[i]);
+    }
+    tsrvi_bound_refuse_all(false);
+    CHECK_INT(tsrvi_bound_list.count, 0);
+    for (int i = 0; i < COUNT; i++) {
+        struct sockaddr_in name;
+        memset(&name, 0, sizeof name);
+        name.sin_family = AF_INET;
+        name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        name.sin_port = htons((uint16_t)ports[i]);
+        int client = socket(AF_INET, SOCK_STREAM, 0);
+        int error = connect(client, (struct sockaddr *)&name, sizeof name) == 0 ? 0 : errno;
+        CHECK_INT(error, i % 3 == 0 ? 0 : ECONNREFUSED);
+        CHECK((fcntl(fds[i], F_GETFD) & FD_CLOEXEC) != 0 || i % 3 == 0);
+        t_close(client);
+        t_close(fds[i]); /* still legal */
+    }
+    CHECK_INT(t_open_fds(), before);
+}
+
+/* Nothing to put in their place: that is said, and they go on. */
+TEST_ONCE(listening_that_cannot_be_ended_is_said)
+{
+    struct rlimit limit, low;
+    int fd, spare;
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), 1);
+    deny("open", ENOENT, true); /* without a /dev/null it is a socket */
+    tsrvi_bound_refuse_all(false);
+    CHECK_INT(t_fault_hits, 1);
+    allow();
+    CHECK_INT(t_socket_option(fd, SOL_SOCKET, SO_ACCEPTCONN), 0);
+    t_close(fd);
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), 1);
+    tsrv_set_log(t_no_log, NULL);
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    spare = dup(0);
+    CHECK(spare >= 0);
+    low = limit;
+    low.rlim_cur = (rlim_t)spare;
+    CHECK(close(spare) == 0 && setrlimit(RLIMIT_NOFILE, &low) == 0);
+    tsrvi_bound_refuse_all(false);
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    CHECK_INT(t_socket_option(fd, SOL_SOCKET, SO_ACCEPTCONN), 1);
+    t_close(fd);
+}
+
+/* A fork in one thread while another holds the lock: the child is not stuck. */
+TEST_ONCE(lock_of_a_thread_that_a_fork_left_behind_is_free)
+{
+    int status;
+    tsrvi_lock();
+    pid_t child = fork();
+    if (child == 0) {
+        alarm((unsigned)(T_PATIENCE * t_scale()));
+        tsrvi_lock();
+        tsrvi_unlock();
+        tsrvi_lock();
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_INT(status, 0);
+    tsrvi_unlock();
+    tsrvi_lock(); /* the child's is another one */
+    tsrvi_unlock();
+}
 
 /* ---- addresses ----------------------------------------------------------------------------*/
 

@@ -860,6 +860,82 @@ TEST_LOOP(a_worker_that_hangs_is_replaced)
     check_end(pid, 0, TSRV_EPARENT);
 }
 
+/* ---- started without stdin, stdout and stderr ---------------------------------------------*/
+
+static int program_without_stderr(void)
+{
+    for (int fd = 0; fd < 3; fd++) {
+        close(fd);
+    }
+    return program_bind_start();
+}
+
+/* What the parent logs goes nowhere, and not into the pipe by which workers learn of its death. */
+TEST_LOOP(a_log_line_without_stderr_reaches_no_worker)
+{
+    long died = 0, other = 0, now = 0;
+    workers = 2;
+    pid_t pid = launch(program_without_stderr);
+    await_forks(2);
+    t_close(connect_to(0, &died));
+    int fine = connect_to(1, &other), id = -1;
+    CHECK(kill((pid_t)died, SIGKILL) == 0);
+    await_forks(3); /* it is replaced, behind the line that says so */
+    ask_id(fine, &id, &now, NULL);
+    CHECK_INT(now, other);
+    CHECK_INT(exits_seen(), 1);
+    t_close(fine);
+    CHECK(kill(pid, SIGTERM) == 0);
+    check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* ---- a parent that dies while a worker prepares itself ------------------------------------*/
+
+static bool has_lost_parent(void *unused)
+{
+    (void)unused;
+    return getppid() != __atomic_load_n(&board->value, __ATOMIC_ACQUIRE);
+}
+
+static void lose_parent(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+    if (tsrv_task_id() == 0) {
+        CHECK(kill(__atomic_load_n(&board->value, __ATOMIC_ACQUIRE), SIGKILL) == 0);
+    }
+    CHECK(t_wait_until(has_lost_parent, NULL));
+}
+
+static int program_lose_parent(void)
+{
+    tsrv_server *server = new_bound_server();
+    __atomic_store_n(&board->value, getpid(), __ATOMIC_RELEASE);
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* To tell it that this worker is ready raises no SIGPIPE: the worker ends in good order. */
+TEST_LOOP(a_worker_that_is_ready_behind_its_parent_drains)
+{
+    int status;
+    pid_t worker;
+    workers = 2;
+    server_options.on_start = lose_parent;
+    tsrv_set_log(t_no_log, NULL);
+    pid_t pid = launch(program_lose_parent);
+    CHECK_INT(await_end(pid), SIGKILL);
+    while ((worker = waitpid(-1, &status, 0)) > 0) {
+        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+            T_FAIL("a worker's status is %d", status);
+        }
+    }
+    CHECK_INT(errno, ECHILD);
+}
+
 /* ---- counters -----------------------------------------------------------------------------*/
 
 static int lost_streams; /* with a worker that died */

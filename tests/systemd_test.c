@@ -1703,6 +1703,74 @@ TEST_ONCE(quota_of_the_old_kind_counts)
     CHECK_GROUPS(groups);
 }
 
+/* Where the old kind's controllers of processors are mounted together, and groups below the root. */
+TEST_ONCE(quota_of_the_old_kind_counts_wherever_it_is)
+{
+#define OLD(place, group, quota, period) \
+    {TOP "/" place group "/cpu.cfs_quota_us", quota}, \
+    { \
+        TOP "/" place group "/cpu.cfs_period_us", period \
+    }
+    static const group groups[] = {
+        {"cpu,cpuacct", 1, {OLD("cpu,cpuacct", "", "50000\n", "100000\n")}},
+        {"cpuacct,cpu", 1, {OLD("cpuacct,cpu", "", "50000\n", "100000\n")}},
+        {"cpuacct alone", NO_LIMIT, {OLD("cpuacct", "", "50000\n", "100000\n")}},
+        {"this one's group",
+         1,
+         {{GROUP_FILE, "12:pids:/x\n5:cpu,cpuacct:/a/b\n1:name=systemd:/a\n"},
+          OLD("cpu,cpuacct", "/a/b", "50000\n", "100000\n")}},
+        {"the group above",
+         1,
+         {{GROUP_FILE, "5:cpuacct,cpu:/a/b\n"}, OLD("cpuacct,cpu", "/a", "50000\n", "100000\n")}},
+        {"cpu alone", 1, {{GROUP_FILE, "5:cpu:/a\n"}, OLD("cpu", "/a", "50000\n", "100000\n")}},
+        {"the last of three",
+         1,
+         {{GROUP_FILE, "5:memory,cpuacct,cpu:/a\n"}, OLD("cpu", "/a", "50000\n", "100000\n")}},
+        {"a container's own as the root",
+         1,
+         {{GROUP_FILE, "5:cpu,cpuacct:/docker/1234\n"},
+          OLD("cpu,cpuacct", "", "50000\n", "100000\n")}},
+        {"both kinds",
+         1,
+         {{GROUP_FILE, "5:cpu,cpuacct:/a\n0::/b\n"},
+          OLD("cpu,cpuacct", "/a", "50000\n", "100000\n"),
+          {TOP "/b/cpu.max", "200000 100000\n"}}},
+        {"both kinds, the other way round",
+         1,
+         {{GROUP_FILE, "0::/b\n5:cpu,cpuacct:/a"},
+          OLD("cpu,cpuacct", "/a", "50000\n", "100000\n"),
+          {TOP "/b/cpu.max", "200000 100000\n"}}},
+        {"others' groups",
+         NO_LIMIT,
+         {{GROUP_FILE, "6:cpuset:/x\n5:cpu,cpuacct:/a\n4:cpuacct:/x\n3:name=cpu:/x\n"},
+          OLD("cpu,cpuacct", "/x", "50000\n", "100000\n")}},
+        {"no group",
+         NO_LIMIT,
+         {{GROUP_FILE, "5:cpu\n:cpu\ncpu:/a\n5::cpu:/a\n"},
+          OLD("cpu", "/a", "50000\n", "100000\n")}},
+    };
+#undef OLD
+    CHECK_GROUPS(groups);
+}
+
+/* As many and as long lines as a pod has. */
+TEST_ONCE(quota_is_found_behind_long_names)
+{
+    static const char *const controllers[] = {"hugetlb", "pids", "blkio", "memory", "devices", "freezer",
+                                              "perf_event", "cpuset", "net_cls,net_prio", "cpu,cpuacct"};
+    static char text[8000], name[300], quota[400], period[400];
+    group g = {"a pod", 1, {{GROUP_FILE, text}, {quota, "50000\n"}, {period, "100000\n"}}};
+    size_t used = 0;
+    snprintf(name, sizeof name, "/kubepods.slice/kubepods-burstable.slice/%0150d.slice/%064d.scope", 1, 2);
+    for (int i = 0; i < 10; i++) {
+        used += (size_t)snprintf(text + used, sizeof text - used, "%d:%s:%s\n", 12 - i, controllers[i], name);
+    }
+    CHECK(used > 2000 && used < sizeof text);
+    snprintf(quota, sizeof quota, TOP "/cpu,cpuacct%s/cpu.cfs_quota_us", name);
+    snprintf(period, sizeof period, TOP "/cpu,cpuacct%s/cpu.cfs_period_us", name);
+    check_group(&g);
+}
+
 TEST_ONCE(malformed_quotas_are_no_limits)
 {
     static const char *const quotas[] = {"",           "\n",          "junk\n",     "1",
