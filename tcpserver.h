@@ -12797,7 +12797,8 @@ static uint64_t tsrvi_child_limit(const tsrvi_supervisor *s, int child)
 static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    bool drains = c->state == TSRVI_CHILD_SERVING || !s->serves || tsrvi_child_is_program(s, child);
+    bool drains = tsrvi_child_is_program(s, child) || !s->serves ||
+                  __atomic_load_n(&tsrvi_places[child].ready, __ATOMIC_ACQUIRE);
     c->state = TSRVI_CHILD_LEAVING;
     c->due = drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
     c->at_end = drains && s->state != TSRVI_PARENT_RUNNING;
