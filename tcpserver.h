@@ -264,7 +264,7 @@ enum {
 
 /* Ways to wait for descriptors (tsrv_loop_options.backend). */
 enum {
-    TSRV_BACKEND_BEST = 0,   /* the first of the following that the system has */
+    TSRV_BACKEND_BEST = 0,   /* the first of the following that the system has, and allows */
     TSRV_BACKEND_EPOLL = 1,  /* Linux */
     TSRV_BACKEND_KQUEUE = 2, /* macOS and the BSDs */
     TSRV_BACKEND_POLL = 3    /* everywhere; the cost of a turn grows with the descriptors */
@@ -374,8 +374,8 @@ TSRV_API tsrv_loop *tsrv_loop_current(void);
 /* Make a loop. A NULL loop argument elsewhere means tsrv_loop_current(), so most programs never
  * call this.
  *   options  NULL = all defaults
- * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), -ENOMEM, -EMFILE and the like;
- * then *loop is NULL. Any thread; the loop belongs to the thread that runs it. */
+ * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), -ENOMEM, -EMFILE, -ENOSYS and
+ * the like; then *loop is NULL. Any thread; the loop belongs to the thread that runs it. */
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 
 /* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are
@@ -553,7 +553,8 @@ typedef struct tsrv_bind_options {
  *   fds       receives them; the caller closes them or hands them to tsrv_server_add_sockets
  *   capacity  how many fit: 2 suffice but for names with many addresses
  * Returns how many, at least 1; TSRV_ERESOLVE; TSRV_EINVAL (bad port, or more than capacity);
- * -EADDRINUSE, -EACCES and the like; after an error none is open. A name that is not a number is
+ * -EADDRINUSE, -EACCES and the like; after an error none is open. A family that the host does not
+ * have, or that a policy denies, is left out when there is an address of another one. A name that is not a number is
  * looked up by getaddrinfo, which blocks. Any thread, before and after a fork. */
 TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
                                int *fds, int capacity);
