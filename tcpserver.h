@@ -114,6 +114,11 @@
  *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
  *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
  *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
+ *   Log        Lines go to stderr, or to tsrv_set_log's function. The loop never waits for its log,
+ *              and peers cannot flood it. INFO is what a server does, see tsrv_set_log_level.
+ *   Descriptors
+ *              The library raises no SIGPIPE, and no descriptor of its own is ever 0, 1 or 2: when
+ *              one of these is closed and would be given to it, /dev/null takes that place.
  *   TLS        A stream over TLS is used like any other; what is unsent counts as it is sent, and
  *              an end without close_notify is TSRV_ETLS. A tsrv_tls belongs to one thread at a
  *              time.
@@ -8998,8 +9003,9 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
         tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice);
     read.size = count;
     if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
-        int rc = tsrvi_read_nothing(stream);
+        int rc;
         tsrvi_loop_of(stream)->too_long = NULL; /* the limit is max_buffer_size */
+        rc = tsrvi_read_nothing(stream);
         return rc == TSRV_OK && count != 0 ? TSRV_ETOOLONG : rc;
     }
     return tsrvi_read_run(stream, &read, 0);
@@ -10950,21 +10956,35 @@ static void tsrvi_server_log_failure(const char *what, int port, const char *add
               address == NULL || address[0] == 0 ? "*" : address, port, tsrv_strerror(code));
 }
 
+static void tsrvi_server_log_bound(const int *fds, int count)
+{
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE];
+    for (int i = 0; i < count; i++) {
+        if (tsrvi_address_get(fds[i], tsrvi_getsockname, &address) == TSRV_OK) {
+            tsrvi_log(TSRV_LOG_INFO, "listening on %s",
+                      tsrv_address_format(&address, text, sizeof(text)));
+        }
+    }
+}
+
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options)
 {
-    int fds[TSRVI_LISTEN_MAX];
+    int fds[TSRVI_LISTEN_MAX], count = 0;
     int rc = tsrvi_server_attach(server);
     if (rc == TSRV_OK) {
-        rc = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
+        rc = count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
     }
-    if (rc > 0) {
-        rc = tsrv_server_add_sockets(server, fds, rc);
+    if (count > 0) {
+        rc = tsrv_server_add_sockets(server, fds, count);
     }
     if (rc < 0) {
         tsrvi_server_log_failure("listen", port, address, rc);
+        return rc;
     }
-    return rc;
+    tsrvi_server_log_bound(fds, count);
+    return TSRV_OK;
 }
 
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
@@ -11053,6 +11073,7 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
         tsrvi_server_log_failure("bind", port, address, rc);
         return rc;
     }
+    tsrvi_server_log_bound(fds, count);
     return TSRV_OK;
 }
 

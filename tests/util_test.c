@@ -750,6 +750,23 @@ TEST_SOFT(line_names_the_limit_that_was_met)
     }
 }
 
+TEST_ONCE(what_a_server_listens_on_is_logged)
+{
+    tsrv_server_options options = {0};
+    char expected[100];
+    int calls = 0;
+    options.handle_stream = fail;
+    options.context = &calls;
+    s_open_loop();
+    tsrv_set_log(see_line, NULL);
+    s_server = s_new_server(options);
+    s_port = s_listen(s_server);
+    snprintf(expected, sizeof expected, "listening on 127.0.0.1:%d", s_port);
+    CHECK_STR(seen_text, expected);
+    CHECK_INT(seen_level, TSRV_LOG_INFO);
+    s_close();
+}
+
 /* ---- descriptors 0 to 2 ------------------------------------------------------------------*/
 
 static int low[3] = {-1, -1, -1}; /* the harness's */
