@@ -101,8 +101,8 @@
  *              tsrv_server_start and tsrv_serve return in the parent too, when its workers have
  *              ended: check what they return.
  *   Workers    The parent only supervises. It acts on SIGTERM, SIGINT, SIGQUIT (all end, in good
- *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and, if
- *              asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
+ *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and,
+ *              if asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
  *              tsrv_loop_run drains its servers when the parent is told to end, and returns. What
  *              stands behind tsrv_serve, and exit handlers, run in every worker: look at
  *              tsrv_task_id.
@@ -548,8 +548,8 @@ typedef struct tsrv_bind_options {
  * socket for each worker and keeps them all in the parent, so that a worker's death loses nothing;
  * a program that binds in each of its processes loses the queue of one that dies. */
 
-/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only,
- * IPv4 first. With port 0 the kernel chooses one port, the same for all of them. Source:
+/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only, IPv4
+ * first. With port 0 the kernel chooses one port, the same for all of them. Source:
  * netutil.bind_sockets.
  *   port      0 to 65535; not used for unix paths
  *   address   a name or number; "localhost"; "unix:/path", "unix:@abstract"; NULL or "" = every
@@ -559,8 +559,9 @@ typedef struct tsrv_bind_options {
  *   capacity  how many fit: 2 suffice but for names with many addresses
  * Returns how many, at least 1; TSRV_ERESOLVE; TSRV_EINVAL (bad port, or more than capacity);
  * -EADDRINUSE, -EACCES and the like; after an error none is open. A family that the host does not
- * have, or that a policy denies, is left out when there is an address of another one. A name that is not a number is
- * looked up by getaddrinfo, which blocks. Any thread, before and after a fork. */
+ * have, or that a policy denies, is left out when there is an address of another one. A name that
+ * is not a number is looked up by getaddrinfo, which blocks. Any thread, before and after a fork.
+ */
 TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
                                int *fds, int capacity);
 
@@ -620,15 +621,15 @@ typedef struct tsrv_fork_options {
     int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
                          replaced; 0 = off */
     char *const *upgrade_argv; /* on SIGUSR2 start this program: it gets the listening sockets, and
-                                  when all its workers have accepted for a second this one is drained
-                                  and ends; until then, and if it fails, this one goes on. NULL =
-                                  SIGUSR2 is left alone */
+                                  when all its workers have accepted for a second this one is
+                                  drained and ends; until then, and if it fails, this one goes on.
+                                  NULL = SIGUSR2 is left alone */
     const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
     int fd_count;
     int start_timeout_ms; /* for a new worker to accept, and for an upgrade's program to do so with
                              all of its; what is late is ended, in an upgrade and a reload with the
-                             old ones left in place; 0 = 60 s, in tsrv_fork_processes from the moment
-                             on at which its first worker accepts; TSRV_NEVER */
+                             old ones left in place; 0 = 60 s, in tsrv_fork_processes from the
+                             moment on at which its first worker accepts; TSRV_NEVER */
     const char *user;     /* name or number that workers become, after binding and before on_start;
                              with its supplementary groups; NULL = they stay who they are */
     const char *group;    /* name or number; NULL = the user's */
@@ -636,24 +637,26 @@ typedef struct tsrv_fork_options {
 
 /* Fork workers, and look after them. Each worker is a copy of this process, in which the call
  * returns its task id; the parent stays inside until all have ended. A worker that exits with
- * status 0 has finished, unless tsrv_server_start has made it, or a signal that was sent to it alone
- * has ended it. Any other end that the parent has not asked for is a failure: the worker is forked
- * again with the same task id, after 100 ms, doubling to 30 s, reset when it has lived for a minute.
- * A fork that fails is tried again in the same way, but for the very first. The parent acts on
- *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have ignored
- *                              or blocked: in a worker tsrv_loop_run, on each thread, answers by
- *                              draining its servers, and then returns (an own tsrv_signal_start for
- *                              that signal replaces this). What has not ended 5 s after the grace is
- *                              killed. A second signal ends the grace at once
+ * status 0 has finished, unless tsrv_server_start has made it, or a signal that was sent to it
+ * alone has ended it. Any other end that the parent has not asked for is a failure: the worker is
+ * forked again with the same task id, after 100 ms, doubling to 30 s, reset when it has lived for a
+ * minute. A fork that fails is tried again in the same way, but for the very first. The parent acts
+ * on
+ *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have
+ *                              ignored or blocked: in a worker tsrv_loop_run, on each thread,
+ *                              answers by draining its servers, and then returns (an own
+ *                              tsrv_signal_start for that signal replaces this). What has not ended
+ *                              5 s after the grace is killed. A second signal ends the grace at
+ *                              once
  *   SIGHUP                     a reload: for one worker after the other a new one is forked, and
  *                              when it accepts the old one is told to end. If it ends before, or is
  *                              late (start_timeout_ms), the old ones stay. A SIGHUP during a reload
  *                              leads to another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
- * that is killed, within a second. Only its own children are waited for, but process 1 buries
- * every orphan. Call it before anything else makes a loop or a thread. What follows the call runs
- * in the parent too: check the result. Source: process.fork_processes.
+ * that is killed, within a second. Only its own children are waited for, but process 1 buries every
+ * orphan. Call it before anything else makes a loop or a thread. What follows the call runs in the
+ * parent too: check the result. Source: process.fork_processes.
  *   num_processes  0 = one for each processor (tsrv_cpu_count)
  *   options        NULL = all defaults; used until the call returns
  * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
@@ -1389,9 +1392,9 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_STACK_DEREGISTER(id) ((void)(id))
 #endif
 
-/* A function that is NULL where the program does not have it. Its own name is given as text, so that
- * no declaration of others is contradicted. Mach-O wants it to be there when the program is linked.
- */
+/* A function that is NULL where the program does not have it. Its own name is given as text, so
+ * that no declaration of others is contradicted. Mach-O wants it to be there when the program is
+ * linked. */
 #define TSRVI_TEXT_OF(name) #name
 #define TSRVI_TEXT(name) TSRVI_TEXT_OF(name)
 #define TSRVI_WEAK(name) __asm__(TSRVI_TEXT(__USER_LABEL_PREFIX__) name) __attribute__((weak))
@@ -1588,8 +1591,8 @@ static void tsrvi_close_fd(int fd)
     errno = saved;
 }
 
-/* A lock for what all threads of the process share; held for a few lines. It holds the process id of
- * its owner, 0 = free: a child that was forked while another thread held it finds its parent's
+/* A lock for what all threads of the process share; held for a few lines. It holds the process id
+ * of its owner, 0 = free: a child that was forked while another thread held it finds its parent's
  * there, whom nobody in the child will ever release, and takes it. */
 static void tsrvi_lock(int *lock)
 {
@@ -3380,7 +3383,8 @@ typedef struct tsrvi_exceptions {
 
 extern tsrvi_exceptions *tsrvi_exceptions_of_thread(void) TSRVI_WEAK("__cxa_get_globals");
 
-/* The same in a program that has the C++ runtime: each side has its own exceptions, at first none. */
+/* The same in a program that has the C++ runtime: each side has its own exceptions, at first none.
+ */
 static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsrvi_context *to)
 {
     tsrvi_exceptions *exceptions = tsrvi_exceptions_of_thread(), kept = *exceptions;
@@ -11035,7 +11039,8 @@ static int tsrvi_bound_add(tsrv_server *server, int fd, int backlog, int rank, i
     return TSRV_OK;
 }
 
-/* In an upgrade all sockets of an address are taken, of which reuse_port has one for each worker. */
+/* In an upgrade all sockets of an address are taken, of which reuse_port has one for each worker.
+ */
 static int tsrvi_bound_add_handed(tsrv_server *server, int fd, int backlog)
 {
     tsrv_address address;
@@ -12407,10 +12412,11 @@ static int tsrvi_supervised_got[TSRVI_SUPERVISED]; /* atomic */
 static int tsrvi_supervised_wake = -1;             /* where handlers write to */
 
 typedef struct tsrvi_supervisor {
-    tsrv_fork_options options; /* the defaults filled in */
-    int worker_grace_ms;       /* as it was given; 0 = the server's */
-    tsrvi_identity identity;   /* who workers become */
-    int state;                 /* TSRVI_PARENT_RUNNING and so on */
+    void (*happens)(struct tsrvi_supervisor *, int event); /* to the parent; see >>supervise */
+    tsrv_fork_options options;                             /* the defaults filled in */
+    int worker_grace_ms;                                   /* as it was given; 0 = the server's */
+    tsrvi_identity identity;                               /* who workers become */
+    int state;                                             /* TSRVI_PARENT_RUNNING and so on */
     int workers;
     tsrvi_child *children; /* TSRVI_GENERATIONS for each worker, and for programs of upgrades */
     int count;             /* of children */
@@ -12445,11 +12451,6 @@ typedef struct tsrvi_supervisor {
 /* The tables of the banner; NULL cannot be. */
 typedef void (*tsrvi_child_action)(tsrvi_supervisor *, int child);
 typedef void (*tsrvi_parent_action)(tsrvi_supervisor *);
-
-static void tsrvi_child_happens(tsrvi_supervisor *s, int child, int event);
-static void tsrvi_parent_happens(tsrvi_supervisor *s, int event);
-/* forward: tsrvi_child_happens - what happens to a child can be an event of the parent's
- * forward: tsrvi_parent_happens - whose actions are events of its children */
 
 static bool tsrvi_child_is_program(const tsrvi_supervisor *s, int child)
 {
@@ -12665,8 +12666,8 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 
-/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what the
- * program has printed. */
+/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what
+ * the program has printed. */
 static void tsrvi_supervisor_flush(void)
 {
     tsrvi_quiet quiet;
@@ -12735,7 +12736,7 @@ static void tsrvi_child_unborn(tsrvi_supervisor *s, int child, int code)
     } else if (!s->forked) {
         c->state = TSRVI_CHILD_VACANT;
         s->code = code;
-        tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
+        s->happens(s, TSRVI_PARENT_STOP);
     } else {
         c->started = s->now;
         tsrvi_child_back_off(s, c);
@@ -12835,7 +12836,7 @@ static void tsrvi_child_serve(tsrvi_supervisor *s, int child)
     c->served = s->now;
     c->due = TSRVI_FOREVER;
     if (tsrvi_child_is_program(s, child)) {
-        tsrvi_parent_happens(s, TSRVI_PARENT_TAKEN);
+        s->happens(s, TSRVI_PARENT_TAKEN);
         return;
     }
     if (!s->announced) {
@@ -12907,8 +12908,8 @@ static void tsrvi_child_settle(int child)
     }
 }
 
-/* Has a worker that has ended come to its own end? Only one that tsrv_server_start has not made can,
- * and not because somebody has sent it a signal. */
+/* Has a worker that has ended come to its own end? Only one that tsrv_server_start has not made
+ * can, and not because somebody has sent it a signal. */
 static bool tsrvi_child_has_finished(const tsrvi_supervisor *s, int child)
 {
     return WIFEXITED(s->status) && WEXITSTATUS(s->status) == 0 && !s->server &&
@@ -12945,15 +12946,15 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
     }
 }
 
-/* It is forked again, later; or too many ends were bad. While the program that this one is to replace
- * still serves, one is too many. */
+/* It is forked again, later; or too many ends were bad. While the program that this one is to
+ * replace still serves, one is too many. */
 static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
 {
     tsrvi_places[child].stats[0].restarts++;
     if (tsrvi_handed_waits()) {
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: worker %d does not stay up; the old program goes on",
                   child / TSRVI_GENERATIONS);
-        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+        s->happens(s, TSRVI_PARENT_FAILS);
         return;
     }
     if (s->now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
@@ -12964,7 +12965,7 @@ static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
     if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
         tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
                   s->options.max_restarts);
-        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+        s->happens(s, TSRVI_PARENT_FAILS);
     } else {
         tsrvi_child_back_off(s, &s->children[child]);
     }
@@ -12983,7 +12984,7 @@ static void tsrvi_child_replace_worker(tsrvi_supervisor *s, int child)
     }
     if (place->refused < 0 && !s->announced) {
         s->code = place->refused;
-        tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
+        s->happens(s, TSRVI_PARENT_STOP);
     } else if (!tsrvi_child_has_finished(s, child)) {
         tsrvi_child_retry(s, child);
     }
@@ -13055,7 +13056,8 @@ static bool tsrvi_reload_is_overtaken(const tsrvi_supervisor *s)
            s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS;
 }
 
-/* One step. Where a worker has no place left for another process, the next one that ends makes it. */
+/* One step. Where a worker has no place left for another process, the next one that ends makes it.
+ */
 static void tsrvi_reload_step(tsrvi_supervisor *s)
 {
     int old, place;
@@ -13457,8 +13459,8 @@ static uint64_t tsrvi_child_next(const tsrvi_supervisor *s, const tsrvi_child *c
     return next;
 }
 
-/* Nanoseconds until something is due, but at most a second: the host's code in this process may take
- * our signal handlers away, and then only looking helps. */
+/* Nanoseconds until something is due, but at most a second: the host's code in this process may
+ * take our signal handlers away, and then only looking helps. */
 static uint64_t tsrvi_supervisor_rest(const tsrvi_supervisor *s)
 {
     uint64_t next = s->now + TSRVI_LOOK_MS * TSRVI_MS, rest;
@@ -13528,8 +13530,8 @@ static void tsrvi_supervisor_tell_end(void)
               (unsigned long long)all.restarts);
 }
 
-/* Returns the task id in a worker, and in the parent when all is over, its result. Signals are looked
- * at first: what ends by one that was sent to all of us was told to end. */
+/* Returns the task id in a worker, and in the parent when all is over, its result. Signals are
+ * looked at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
 {
     for (int worker = 0; worker < s->workers; worker++) {
@@ -13595,6 +13597,7 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
     rc = tsrvi_supervisor_open(&supervisor, num_processes == 0 ? tsrv_cpu_count() : num_processes,
                                options);
     if (rc == TSRV_OK) {
+        supervisor.happens = tsrvi_parent_happens;
         supervisor.server = server;
         supervisor.serves = supervisor.serves || server;
         rc = tsrvi_supervise(&supervisor);
