@@ -1290,6 +1290,14 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_HAS_SIGTIMEDWAIT 0
 #endif
 
+/* A socket address of BSD's and macOS' begins with its own length. */
+#if defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
+    defined(__DragonFly__)
+#define TSRVI_SET_LENGTH(member, size) ((member) = (uint8_t)(size))
+#else
+#define TSRVI_SET_LENGTH(member, size) ((void)0)
+#endif
+
 /* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
  * vm.max_map_count. Older C libraries do not name it. */
 #if defined(__linux__) && !defined(MADV_GUARD_INSTALL)
@@ -4913,32 +4921,30 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
     return TSRV_OK;
 }
 
-/* A non-blocking, close-on-exec socket, or a code. */
-static int tsrvi_socket(int family, int type)
+/* Is this the same address? Some of it says nothing, and systems fill it in as they like: a length
+ * at the front, padding, and what a unix socket's size counts behind the end of the path. */
+static bool tsrvi_address_same(const tsrv_address *one, const tsrv_address *other)
 {
-    int fd, rc, refusal = TSRV_OK;
-#if TSRVI_HAS_ACCEPT4
-    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
-    if (fd >= 0) {
-        return fd;
+    tsrvi_sockaddr a, b;
+    int family = tsrv_address_family(one);
+    tsrvi_address_load(one, &a);
+    tsrvi_address_load(other, &b);
+    if (family != tsrv_address_family(other)) {
+        return false;
     }
-    refusal = tsrvi_error();
-    if (!tsrvi_is_refusal(refusal)) {
-        return refusal;
+    switch (family) {
+    case AF_INET:
+        return a.four.sin_port == b.four.sin_port &&
+               a.four.sin_addr.s_addr == b.four.sin_addr.s_addr;
+    case AF_INET6:
+        return a.six.sin6_port == b.six.sin6_port && a.six.sin6_scope_id == b.six.sin6_scope_id &&
+               memcmp(&a.six.sin6_addr, &b.six.sin6_addr, sizeof(a.six.sin6_addr)) == 0;
+    default:
+        if (family == AF_UNIX && a.local.sun_path[0] != 0) {
+            return strncmp(a.local.sun_path, b.local.sun_path, sizeof(a.local.sun_path)) == 0;
+        }
+        return one->size == other->size && memcmp(one->storage, other->storage, one->size) == 0;
     }
-#endif
-    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0)));
-    if (fd < 0) {
-        return tsrvi_error();
-    }
-    if ((rc = tsrvi_set_flags(fd)) < 0) {
-        tsrvi_close_fd(fd);
-        return rc;
-    }
-    if (refusal < 0) {
-        tsrvi_do_without(TSRVI_WITHOUT_FLAGS, "SOCK_NONBLOCK | SOCK_CLOEXEC", refusal);
-    }
-    return fd;
 }
 
 static int tsrvi_option(int fd, int level, int name, int value)
@@ -4972,6 +4978,53 @@ static int tsrvi_streaming(int fd)
     return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
 }
 
+/* No SIGPIPE from this socket. XNU refuses options (EINVAL) for a connection that is over in both
+ * directions; but an accepted one has inherited it from its listener. */
+static int tsrvi_no_sigpipe(int fd)
+{
+    int rc = TSRV_OK;
+#if TSRVI_HAS_NOSIGPIPE
+    rc = tsrvi_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
+    if (rc < 0) {
+        int set = 0;
+        socklen_t size = sizeof(set);
+        TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_NOSIGPIPE, &set, &size));
+        rc = set != 0 ? TSRV_OK : rc;
+    }
+#else
+    (void)fd;
+#endif
+    return rc;
+}
+
+/* A non-blocking, close-on-exec socket, or a code. */
+static int tsrvi_socket(int family, int type)
+{
+    int fd = -1, rc = TSRV_OK, refusal = TSRV_OK;
+#if TSRVI_HAS_ACCEPT4
+    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
+    refusal = fd < 0 ? tsrvi_error() : TSRV_OK;
+    if (refusal < 0 && !tsrvi_is_refusal(refusal)) {
+        return refusal;
+    }
+#endif
+    if (fd < 0) {
+        fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0)));
+        if (fd < 0) {
+            return tsrvi_error();
+        }
+        rc = tsrvi_set_flags(fd);
+    }
+    if (rc < 0 || (rc = tsrvi_no_sigpipe(fd)) < 0) {
+        tsrvi_close_fd(fd);
+        return rc;
+    }
+    if (refusal < 0) {
+        tsrvi_do_without(TSRVI_WITHOUT_FLAGS, "SOCK_NONBLOCK | SOCK_CLOEXEC", refusal);
+    }
+    return fd;
+}
+
 /* Is fd a listening stream socket? */
 static int tsrvi_listening(int fd)
 {
@@ -4984,6 +5037,9 @@ static int tsrvi_listening(int fd)
         return TSRV_EINVAL;
     }
 #endif
+    if (rc == TSRV_OK) {
+        tsrvi_no_sigpipe(fd);
+    }
     return rc < 0 ? rc : tsrvi_set_flags(fd);
 }
 
@@ -5065,7 +5121,7 @@ static int tsrvi_handed_take(const tsrvi_sockaddr *inside, size_t size)
     for (int i = 0; i < tsrvi_handed.count && taken < 0; i++) {
         if (tsrvi_handed.free[i] &&
             tsrvi_address_get(TSRVI_LISTEN_FIRST + i, tsrvi_getsockname, &has) == TSRV_OK &&
-            has.size == wanted.size && memcmp(has.storage, wanted.storage, has.size) == 0) {
+            tsrvi_address_same(&has, &wanted)) {
             tsrvi_handed.free[i] = false;
             taken = TSRVI_LISTEN_FIRST + i;
         }
@@ -5476,6 +5532,7 @@ static int tsrvi_unix_address(const char *path, tsrvi_sockaddr *inside, socklen_
         length++;
     }
     *size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length);
+    TSRVI_SET_LENGTH(local->sun_len, *size);
     return TSRV_OK;
 }
 
@@ -7192,6 +7249,7 @@ static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
     if (peer->family == AF_INET) {
         struct sockaddr_in four;
         memset(&four, 0, sizeof(four));
+        TSRVI_SET_LENGTH(four.sin_len, sizeof(four));
         four.sin_family = AF_INET;
         four.sin_port = peer->port;
         memcpy(&four.sin_addr, peer->u.ip, 4);
@@ -7200,6 +7258,7 @@ static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
     } else if (peer->family == AF_INET6) {
         struct sockaddr_in6 six;
         memset(&six, 0, sizeof(six));
+        TSRVI_SET_LENGTH(six.sin6_len, sizeof(six));
         six.sin6_family = AF_INET6;
         six.sin6_port = peer->port;
         six.sin6_scope_id = peer->scope;
@@ -8042,6 +8101,13 @@ static void tsrvi_stream_drained(tsrv_stream *stream, bool was_above)
     }
 }
 
+/* Why a send failed. XNU says EPROTOTYPE when a reset comes in between its looks at the connection
+ * (tcp_usr_send). */
+static int tsrvi_send_error(void)
+{
+    return errno == EPROTOTYPE ? -ECONNRESET : tsrvi_error();
+}
+
 /* A failed send ends the output. A file that could not be read leaves a gap in it, which ends the
  * whole stream. */
 static void tsrvi_stream_send_failed(tsrv_stream *stream, int code)
@@ -8140,7 +8206,7 @@ static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, si
         }
         sent = tsrvi_stream_send_sealed(stream, &tried);
         if (sent < 0 && !tsrvi_would_block(errno)) {
-            tsrvi_stream_end_output(stream, tsrvi_error());
+            tsrvi_stream_end_output(stream, tsrvi_send_error());
             return taken;
         }
         total += sent > 0 ? (size_t)sent : 0;
@@ -8178,7 +8244,7 @@ static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t si
             continue;
         }
         if (sent < 0 && !tsrvi_would_block(errno)) {
-            tsrvi_stream_send_failed(stream, tsrvi_error());
+            tsrvi_stream_send_failed(stream, tsrvi_send_error());
             return taken;
         }
         if (sent > 0) {
@@ -10294,6 +10360,9 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->handler = server->options.handle_stream;
     stream->fresh = tsrvi_tick(loop);
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
+    if (tsrvi_no_sigpipe(fd) < 0) {
+        stream->out_end = -EPIPE; /* it is over already, which a send would raise the signal for */
+    }
     if (server->options.tls != NULL &&
         (rc = tsrvi_stream_secure(stream, server->options.tls, NULL)) < 0) {
         if (stream->peer.family == AF_UNIX) {
@@ -10649,9 +10718,6 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
  * reason to refuse the connection. */
 static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool inherited)
 {
-#if TSRVI_HAS_NOSIGPIPE
-    tsrvi_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
-#endif
     if (tcp && !inherited) {
         if (!server->options.nagle) {
             tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
@@ -11208,8 +11274,7 @@ static bool tsrvi_client_met_itself(int fd)
     tsrv_address here, there;
     return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
            tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
-           tsrv_address_family(&here) != AF_UNIX && here.size == there.size &&
-           memcmp(here.storage, there.storage, here.size) == 0;
+           tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
 }
 
 static int tsrvi_client_connect(int fd, const struct sockaddr *address, socklen_t size,

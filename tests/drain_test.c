@@ -791,8 +791,8 @@ static int full_unix_listener(char *name, size_t size, int *fillers, int count)
     socklen_t length = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + strlen(name + 6));
     CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, length) == 0 && listen(fd, 0) == 0);
     for (int i = 0; i < count; i++) {
-        fillers[i] = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
-        CHECK(fillers[i] >= 0);
+        fillers[i] = socket(AF_UNIX, SOCK_STREAM, 0);
+        CHECK(fillers[i] >= 0 && fcntl(fillers[i], F_SETFL, O_NONBLOCK) == 0);
         if (connect(fillers[i], (struct sockaddr *)&address, length) != 0) {
             CHECK_INT(errno, EAGAIN);
         }

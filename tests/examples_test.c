@@ -1537,6 +1537,8 @@ TEST_ONCE(threads_share_the_connections)
     }
 #ifdef __linux__
     CHECK(different > 1); /* by chance all of them on one: 4 to the power of -47 */
+#else
+    CHECK(different > 0);
 #endif
     for (int i = 0; i < COUNT; i++) {
         t_sends(fds[i], "hello\n");
