@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/un.h>
 
 enum { WORKERS_MAX = 8, PIDS = 64 };
 
@@ -1329,6 +1330,76 @@ TEST_LOOP(a_rolling_restart_that_fails_changes_nothing)
     t_close(fd);
     CHECK(kill(pid, SIGTERM) == 0);
     check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* ---- a unix socket's file -----------------------------------------------------------------*/
+
+static char unix_folder[64], unix_path[80];
+
+static void on_unix_start(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+    note_worker();
+}
+
+static int program_unix(void)
+{
+    char address[100];
+    server_options.on_start = on_unix_start;
+    tsrv_server *server = new_server();
+    snprintf(address, sizeof address, "unix:%s", unix_path);
+    CHECK_INT(tsrv_server_bind(server, 0, address, NULL), TSRV_OK);
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+static int connect_unix(void)
+{
+    struct sockaddr_un name;
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(fd >= 0);
+    t_prepare(fd);
+    memset(&name, 0, sizeof name);
+    name.sun_family = AF_UNIX;
+    snprintf(name.sun_path, sizeof name.sun_path, "%s", unix_path);
+    CHECK(connect(fd, (struct sockaddr *)&name, sizeof name) == 0);
+    return fd;
+}
+
+static bool has_gone(void *path)
+{
+    return access((const char *)path, F_OK) != 0;
+}
+
+/* Workers that end, and new ones, leave it alone; it goes when the parent begins to stop, while a
+ * worker still finishes what it has. */
+TEST_LOOP(socket_file_goes_when_the_parent_stops)
+{
+    workers = 2;
+    tsrv_set_log(t_no_log, NULL);
+    snprintf(unix_folder, sizeof unix_folder, "/tmp/tsrv-process-XXXXXX");
+    CHECK(mkdtemp(unix_folder) != NULL);
+    snprintf(unix_path, sizeof unix_path, "%s/socket", unix_folder);
+    pid_t pid = launch(program_unix);
+    await_forks(2);
+    CHECK(kill(pid, SIGHUP) == 0);
+    await_forks(4);
+    await_exits(2);
+    int fd = connect_unix();
+    t_sends(fd, "first\nsecond ");
+    t_expect(fd, "first\n");
+    CHECK(kill(pid, SIGTERM) == 0);
+    CHECK(t_wait_until(has_gone, unix_path));
+    CHECK(exits_seen() < 4);
+    t_sends(fd, "half\n");
+    t_expect(fd, "second half\n");
+    t_close(fd);
+    check_end(pid, 0, TSRV_EPARENT);
+    CHECK(rmdir(unix_folder) == 0);
 }
 
 /* ---- a hung worker ------------------------------------------------------------------------*/
