@@ -131,6 +131,9 @@ static const char *examples(void)
     return directory != NULL ? directory : "build/cc-c99";
 }
 
+/* What the names of the built programs begin with, for one that was built in another way. */
+static const char *variant = "";
+
 /* Starts a program with up to three arguments and its stdin, -1 for ours. Returns it, and in line
  * what it says it listens on. */
 static program launch(const char *name, const char *const *arguments, int input, char *line,
@@ -140,8 +143,8 @@ static program launch(const char *name, const char *const *arguments, int input,
     char path[4096], text[512];
     int fds[2], status;
     size_t prefix = strlen(name) + strlen(": listening on ");
-    snprintf(path, sizeof path, "%s/%s%s", examples(), t_mode == TSRV_CALLBACK ? "callback_" : "",
-             name);
+    snprintf(path, sizeof path, "%s/%s%s%s", examples(), variant,
+             t_mode == TSRV_CALLBACK ? "callback_" : "", name);
     if (access(path, X_OK) != 0) {
         SKIP("the built examples (make examples, and EXAMPLES=directory)");
     }
@@ -1383,13 +1386,31 @@ TEST_MODES(redis_keeps_what_it_is_given)
 TEST_MODES(redis_ends_after_a_protocol_error)
 {
     static const char *const errors[] = {
-        "*1\r\n$-1\r\n",        "*-1\r\n",
-        "*99999999999999999999\r\n", "*16\r\n",
-        "*x\r\n",               "*1x\r\n",
-        "*1\n$4\r\nPING\r\n",   "*1\r\n+PING\r\n",
-        "*1\r\n:4\r\nPING\r\n", "*1\r\n$2000000\r\n",
-        "*1\r\n$4x\r\nPING\r\n", "*1x\n",
-        "*1\r\n$4x\nPING\r\n", "*1\r\n$18446744073709551615\r\nPING\r\n",
+        "*1\r\n$-1\r\n",
+        "*-1\r\n",
+        "*99999999999999999999\r\n",
+        "*16\r\n",
+        "*x\r\n",
+        "*1x\r\n",
+        "*1\n$4\r\nPING\r\n",
+        "*1\r\n+PING\r\n",
+        "*1\r\n:4\r\nPING\r\n",
+        "*1\r\n$2000000\r\n",
+        "*1\r\n$4x\r\nPING\r\n",
+        "*1x\n",
+        "*1\r\n$4x\nPING\r\n",
+        "*1\r\n$18446744073709551615\r\nPING\r\n",
+        /* What a less strict reader takes for another number, and so for another command. */
+        "*\r\n",
+        "*1\r\n$\r\n\r\n",
+        "*+1\r\n",
+        "* 1\r\n",
+        "*-18446744073709551615\r\n$4\r\nPING\r\n",
+        "*1\r\n$+4\r\nPING\r\n",
+        "*1\r\n$ 4\r\nPING\r\n",
+        "*1\r\n$4\r\nPINGxx*1\r\n",
+        "*1\r\n$4\r\nPING\n\r*1\r\n",
+        "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n",
     };
     program p = start_with("redis", NULL, NULL);
     char *line = allocate(2 * 1024 * 1024);
@@ -1402,13 +1423,22 @@ TEST_MODES(redis_ends_after_a_protocol_error)
         t_expect_eof(fd);
         t_close(fd);
     }
-    /* A typed line without an end; the rest of it does not turn the answer into a reset. */
+    /* A typed line without an end; the rest of it does not turn the answer into a reset. One that is
+     * too long is so whether its end comes with it or not, and one with a 0 in it is not cut. */
     memset(line, 'x', 2 * 1024 * 1024);
-    int fd = t_connect(p.port);
-    t_send(fd, line, 2 * 1024 * 1024);
-    t_expect(fd, MALFORMED);
-    t_expect_eof(fd);
-    t_close(fd);
+    static const size_t sizes[] = {2 * 1024 * 1024, 5000, 4097, 6};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        int fd = t_connect(p.port);
+        line[sizes[i] - 1] = i > 0 ? '\n' : 'x';
+        if (i == 3) {
+            memcpy(line, "PING\0", 5);
+        }
+        t_send(fd, line, sizes[i]);
+        line[sizes[i] - 1] = 'x';
+        t_expect(fd, MALFORMED);
+        t_expect_eof(fd);
+        t_close(fd);
+    }
     free(line);
     stop(&p);
 }
@@ -1518,6 +1548,9 @@ TEST_ONCE(embed_loop_joins_stdin_and_clients)
     t_expect_eof(bob);
     t_close(bob);
     expect_end(&p);
+    /* As one types it: words between blanks. */
+    t_sends(fd, "SET k  word \r\n\tget k\n  \nDEL k\n");
+    t_expect(fd, "+OK\r\n$4\r\nword\r\n:1\r\n");
 }
 
 /* ---- threads ------------------------------------------------------------------------------*/
@@ -1591,6 +1624,76 @@ TEST_ONCE(graceful_stop_second_signal_cuts_off)
 {
     int idle, busy;
     program p = begin_graceful(&idle, &busy);
+/* Clients cannot fill the memory; what they delete or replace makes room. */
+TEST_MODES(redis_keeps_no_more_than_it_can)
+{
+    enum { LARGE = 1000000, MOST = 64 * 1024 * 1024 / LARGE };
+    program p = start_with("redis", NULL, NULL);
+    char *value = allocate(LARGE + 3), head[64];
+    int fd = t_connect(p.port);
+    memset(value, 'v', LARGE);
+    memcpy(value + LARGE, "\r\n", 3);
+    for (int i = 0; i < MOST + 4; i++) {
+        /* The last but two once more, then one too many, one of which was deleted, and again. */
+        int key = i < MOST ? i : i == MOST ? 7 : i == MOST + 2 ? 3 : 100;
+        if (i == MOST + 2) {
+            t_sends(fd, redis_text("DEL k3\n"));
+            t_expect(fd, ":1\r\n");
+        }
+        snprintf(head, sizeof head, "*3\r\n$3\r\nSET\r\n$%d\r\nk%d\r\n$%d\r\n",
+                 key < 10    ? 2
+                 : key < 100 ? 3
+                             : 4,
+                 key, LARGE);
+        t_sends(fd, head);
+        t_sends(fd, value);
+        t_expect(fd, i == MOST + 1 || i == MOST + 3 ? "-OOM\r\n" : "+OK\r\n");
+    }
+    leave(fd);
+    free(value);
+    stop(&p);
+}
+
+/* Each write waits: meanwhile another client changes the value. Each answer is one value or the
+ * other, and AddressSanitizer finds nothing that was freed too early. */
+T_TEST(redis_values_change_while_answers_wait, T_COROUTINES)
+{
+    enum { ASKERS = 4, ASKED = 20, CHANGES = 40 };
+    static const char one[] = "$0\r\n\r\n", other[] = "$9\r\nbbbbbbbbb\r\n";
+    char answers[ASKED * sizeof other];
+    int askers[ASKERS];
+    variant = "slow_";
+    program p = start_with("redis", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_sends(fd, redis_text("SET k bbbbbbbbb\n"));
+    t_expect(fd, "+OK\r\n");
+    for (int i = 0; i < ASKERS; i++) {
+        askers[i] = t_connect(p.port);
+        for (int k = 0; k < ASKED; k++) {
+            t_sends(askers[i], redis_text("GET k\n"));
+        }
+        t_shut(askers[i]);
+    }
+    for (int i = 0; i < CHANGES; i++) {
+        t_sends(fd, i % 2 ? redis_text("SET k bbbbbbbbb\n")
+                          : "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$0\r\n\r\n");
+        t_expect(fd, "+OK\r\n");
+    }
+    for (int i = 0; i < ASKERS; i++) {
+        size_t size = t_recv_all(askers[i], answers, sizeof answers), at = 0;
+        for (int k = 0; k < ASKED; k++) {
+            const char *expected = answers[at + 1] == '0' ? one : other;
+            CHECK(at + strlen(expected) <= size);
+            CHECK_MEM(answers + at, strlen(expected), expected, strlen(expected));
+            at += strlen(expected);
+        }
+        CHECK_INT(at, size);
+        t_close(askers[i]);
+    }
+    leave(fd);
+    stop(&p);
+}
+
     int64_t begin = t_now_ms();
     send_signal(&p, SIGINT);
     t_expect(idle, "good bye\n"); /* the first one has been seen */
