@@ -1070,7 +1070,8 @@ static void stop_http(site *s)
     CHECK(unlink(s->small_name) == 0);
     CHECK(rmdir(s->directory) == 0);
     free(s->big);
-    stop(&s->http);
+    send_signal(&s->http, SIGTERM);
+    expect_end(&s->http);
 }
 
 #define REPLY(status, size) "HTTP/1.1 " status "\r\nContent-Length: " size "\r\n\r\n"
@@ -1209,23 +1210,59 @@ TEST_MODES(http_refuses_what_it_does_not_understand)
     stop_http(&s);
 }
 
-/* Whatever its length is said to be, nothing of a body is taken for a request. */
-TEST_MODES(http_drops_bodies)
+/* Nothing of a body is taken for a request, and nobody is told that it was dealt with. */
+TEST_MODES(http_takes_no_bodies)
 {
-    static const char *const fields[] = {"Content-Length: 40", "content-length:0",
-                                         "Content-Length: 99999999999999999999999",
-                                         "Content-Length: -1", "Content-Length: 1 2",
-                                         "Transfer-Encoding: chunked"};
+    static const struct {
+        const char *field, *status;
+    } fields[] = {{"Content-Length: 40", "413 Content Too Large"},
+                  {"content-length:00040 ", "413 Content Too Large"},
+                  {"Content-Length: 99999999999999999999999", "413 Content Too Large"},
+                  {"Transfer-Encoding: chunked", "501 Not Implemented"},
+                  {"transfer-encoding:\tgzip, chunked", "501 Not Implemented"}};
     site s = start_http();
-    char request[256];
+    char request[256], expected[256];
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
         int size = snprintf(request, sizeof request,
                             "GET /small.txt HTTP/1.1\r\n%s\r\n\r\nGET / HTTP/1.1\r\n\r\n",
-                            fields[i]);
-        expect_reply(&s, request, (size_t)size, LAST("200 OK", "6") "small\n");
-        size = snprintf(request, sizeof request,
-                        "PUT /small.txt HTTP/1.1\r\n%s\r\n\r\nGET / HTTP/1.1\r\n\r\n", fields[i]);
-        expect_reply(&s, request, (size_t)size, LAST(NOT_ALLOWED, "0"));
+                            fields[i].field);
+        snprintf(expected, sizeof expected, LAST("%s", "0"), fields[i].status);
+        expect_reply(&s, request, (size_t)size, expected);
+    }
+    static const char put[] = "PUT /x HTTP/1.1\r\nContent-Length: 40\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    expect_reply(&s, put, sizeof put - 1, LAST(NOT_ALLOWED, "0"));
+    /* A body of no bytes is none. */
+    static const char none[] = "PUT /x HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
+                               "GET / HTTP/1.1\r\ncontent-length:00\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    expect_reply(&s, none, sizeof none - 1,
+                 REPLY(NOT_ALLOWED, "0")
+                     REPLY("200 OK", "10") "It works.\n" REPLY("200 OK", "10") "It works.\n");
+    stop_http(&s);
+}
+
+/* However a client writes that it wants no more, and only then. */
+TEST_MODES(http_closes_when_it_is_asked_to)
+{
+    static const char *const asks[] = {"Connection: close",
+                                       "connection:close",
+                                       "Connection:\tClose ",
+                                       "Connection: keep-alive, close",
+                                       "Connection: x,close,y",
+                                       "X: y\r\nConnection: close\r\nConnection: keep-alive"};
+    static const char *const others[] = {"Connection: keep-alive",
+                                         "Connection: closed, enclose",
+                                         "X-Connection: close",
+                                         "X: Connection: close",
+                                         "Connection: keep-alive\r\nReferer: /close",
+                                         "Connection:"};
+    site s = start_http();
+    char request[256];
+    for (size_t i = 0; i < 2 * sizeof asks / sizeof asks[0]; i++) {
+        const char *field = i % 2 ? others[i / 2] : asks[i / 2];
+        int size =
+            snprintf(request, sizeof request, "HEAD / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", field);
+        expect_reply(&s, request, (size_t)size,
+                     i % 2 ? REPLY("200 OK", "10") : LAST("200 OK", "10"));
     }
     stop_http(&s);
 }
@@ -1287,6 +1324,36 @@ static void add_command(char *to, const char *command, size_t size)
 
 /* What a step sends: it is written as it goes, or as commands, one a line. */
 static const char *redis_text(const char *send)
+        "GET/ HTTP/1.1\r\n\r\n",
+        "GET  / HTTP/1.1\r\n\r\n",
+        "GET /  HTTP/1.1\r\n\r\n",
+        "GET /\tHTTP/1.1\r\n\r\n",
+        "GET /a\tb HTTP/1.1\r\n\r\n",
+        "GET\r\n/ HTTP/1.1\r\n\r\n",
+        "GET /\r\nHTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1 \r\n\r\n",
+        "GET / HTTP/1.1\n\r\n\r\n",
+        "GET / http/1.1\r\n\r\n",
+        /* Fields that somebody else may take for another one. */
+        "GET / HTTP/1.1\r\nContent-Length : 5\r\n\r\n",
+        "GET / HTTP/1.1\r\n Content-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\r\n Content-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\r\n\tb\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\nContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\rContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\x01\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length\r\n\r\n",
+        "GET / HTTP/1.1\r\n: x\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length:\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 1 2\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\ncontent-length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding:chunked\r\n\r\n",
 {
     static char text[4096];
     text[0] = 0;
@@ -1339,6 +1406,41 @@ TEST_MODES(redis_pipelines_split_at_every_byte)
 /* Keys and values of any bytes, many of them, and one that takes nearly all of the buffer. */
 TEST_MODES(redis_keeps_what_it_is_given)
 {
+/* A pipe in the directory would hold up whoever opens it, and with it everybody. */
+TEST_MODES(http_is_not_held_up_by_a_pipe)
+{
+    static const char request[] = "GET /pipe HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    site s = start_http();
+    char name[600];
+    snprintf(name, sizeof name, "%s/pipe", s.directory);
+    CHECK(mkfifo(name, 0600) == 0);
+    expect_reply(&s, request, sizeof request - 1,
+                 REPLY("404 Not Found", "0") REPLY("200 OK", "10") "It works.\n");
+    CHECK(unlink(name) == 0);
+    stop_http(&s);
+}
+
+/* In a drain what is under way is answered, and the last answer says that it is the last. */
+TEST_MODES(http_says_which_answer_is_the_last)
+{
+    site s = start_http();
+    int idle = t_connect(s.http.port), busy = t_connect(s.http.port);
+    t_sends(idle, "HEAD / HTTP/1.1\r\n\r\n");
+    t_expect(idle, REPLY("200 OK", "10"));
+    t_sends(busy, "HEAD / HTTP/1.1\r\n\r\nHEAD / HT");
+    t_expect(busy, REPLY("200 OK", "10"));
+    send_signal(&s.http, SIGTERM);
+    t_expect_eof(idle); /* the drain has begun */
+    t_close(idle);
+    t_sends(busy, "TP/1.1\r\n\r\nGET /small.txt HTTP/1.1\r\n\r\n");
+    t_expect(busy, REPLY("200 OK", "10") LAST("200 OK", "6") "small\n");
+    t_expect_eof(busy);
+    t_close(busy);
+    expect_end(&s.http);
+    CHECK(unlink(s.big_name) == 0 && unlink(s.small_name) == 0 && rmdir(s.directory) == 0);
+    free(s.big);
+}
+
     enum { KEYS = 2000, LARGE = 1000000 };
     static const char binary[] = "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xff\r\n$3\r\n\0\0\n\r\n"
                                  "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xfe\r\n$1\r\n2\r\n"
