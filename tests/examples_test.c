@@ -938,6 +938,7 @@ TEST_MODES(smtp_takes_a_mail)
     for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
         expect_output(&p, printed[i]);
     }
+        {"MAIL FROM:<x@example.org>\r\n", "503 not now\r\n"},
     send_signal(&p, SIGTERM);
     expect_end(&p);
 }
@@ -945,9 +946,6 @@ TEST_MODES(smtp_takes_a_mail)
 TEST_MODES(smtp_too_long_a_line)
 {
     enum { MOST = 1000, FAR = 3 * 1024 * 1024 }; /* with CRLF; far behind every buffer */
-    static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
-                                            {"RCPT TO:<b>\r\n", "250 ok\r\n"},
-                                            {"DATA\r\n", "354 go on\r\n"}};
     char *line = allocate(FAR + 1);
     char text[MOST];
     program p = start_with("smtp", NULL, NULL);
@@ -963,13 +961,103 @@ TEST_MODES(smtp_too_long_a_line)
     t_send(fd, line, FAR);
     t_sends(fd, "\r\nNOOP\r\n");
     t_expect(fd, "500 line too long\r\n250 ok\r\n");
+static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
+                                        {"RCPT TO:<b>\r\n", "250 ok\r\n"},
+                                        {"DATA\r\n", "354 go on\r\n"}};
 
-    /* Within a mail it spoils the mail, of which the end is still found. */
+/* Two mails come line by line, in turn: each is printed in one piece. */
+TEST_MODES(smtp_does_not_mix_mails)
+{
+    program p = start_with("smtp", NULL, NULL);
+    int first = t_connect(p.port), second = t_connect(p.port), other = t_connect(p.port);
+    t_expect(first, "220 ready\r\n");
+    t_expect(second, "220 ready\r\n");
+    t_expect(other, "220 ready\r\n");
+    PLAY(first, to_data);
+    PLAY(second, to_data);
+    for (int i = 0; i < 3; i++) {
+        t_sends(i % 2 ? second : first, "a line\r\n");
+        t_sends(i % 2 ? first : second, "another\r\n");
+        t_sends(other, "NOOP\r\n");
+        t_expect(other, "250 ok\r\n");
+    }
+    t_sends(second, "end of the second\r\n.\r\n");
+    t_expect(second, "250 thank you\r\n");
+    t_sends(first, "end of the first\r\n.\r\n");
+    t_expect(first, "250 thank you\r\n");
+    static const char *const printed[] = {"another\r", "a line\r",
+                                          "another\r", "end of the second\r",
+                                          "a line\r",  "another\r",
+                                          "a line\r",  "end of the first\r"};
+    for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
+        expect_output(&p, printed[i]);
+    }
+    t_close(first);
+    t_close(second);
+    t_close(other);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* A mail of 1 MiB is taken, more is not, and the connection goes on. */
+TEST_MODES(smtp_refuses_too_large_a_mail)
+{
+    enum { MOST = 1024 * 1024, LINE = 512 };
+    char *text = allocate(MOST + LINE), line[LINE];
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port);
+    memset(line, 'x', LINE);
+    memcpy(line + LINE - 2, "\r\n", 2);
+    for (int i = 0; i <= MOST / LINE; i++) {
+        memcpy(text + i * LINE, line, LINE);
+    }
+    t_expect(fd, "220 ready\r\n");
+    PLAY(fd, to_data);
+    t_send(fd, text, MOST + LINE);
+    t_sends(fd, ".\r\n");
+    t_expect(fd, "552 too much mail\r\n");
+    PLAY(fd, to_data);
+    t_send(fd, text, MOST);
+    t_sends(fd, ".\r\n");
+    for (size_t at = 0; at < MOST;) {
+        ssize_t n = read(p.output, text, LINE - at % LINE);
+        CHECK(n > 0);
+        CHECK_MEM(text, (size_t)n, line + at % LINE, (size_t)n);
+        at += (size_t)n;
+    }
+    t_expect(fd, "250 thank you\r\n");
+    t_close(fd);
+    free(text);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* What cannot be printed is not acknowledged, and the server lives on. */
+TEST_MODES(smtp_does_not_acknowledge_what_is_lost)
+{
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port), null = open("/dev/null", O_RDONLY);
+    t_expect(fd, "220 ready\r\n");
+    CHECK(null >= 0 && dup2(null, p.output) == p.output); /* nobody reads what it prints */
+    t_close(null);
+    for (int i = 0; i < 2; i++) {
+        PLAY(fd, to_data);
+        t_sends(fd, "lost\r\n.\r\n");
+        t_expect(fd, "451 cannot keep it\r\n");
+    }
+    t_close(fd);
+    send_signal(&p, SIGTERM);
+    int status = end_of(&p);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+}
+
+
+    /* Within a mail it spoils the mail, of which the end is still found, and nothing is printed. */
     PLAY(fd, to_data);
     t_send(fd, line, MOST - 1);
     t_sends(fd, "\r\nrest\r\n.\r\n");
     t_expect(fd, "500 line too long\r\n");
-    expect_output(&p, "rest\r");
     PLAY(fd, to_data);
     t_send(fd, line, MOST - 2);
     t_sends(fd, "\r\n.\r\nQUIT\r\n");
@@ -987,6 +1075,7 @@ TEST_MODES(smtp_too_long_a_line)
 TEST_MODES(smtp_times_out)
 {
     program p = start_with("smtp", "1", NULL);
+    t_sends(fd, "begin\r\n");
     int silent = t_connect(p.port), half = t_connect(p.port);
     t_expect(silent, "220 ready\r\n");
     t_expect(half, "220 ready\r\n");
@@ -1005,16 +1094,13 @@ TEST_MODES(smtp_times_out)
 
 TEST_MODES(smtp_says_good_bye_when_it_stops)
 {
-    static const exchange_step to_data[] = {{"", "220 ready\r\n"},
-                                            {"MAIL FROM:<a>\r\n", "250 ok\r\n"},
-                                            {"RCPT TO:<b>\r\n", "250 ok\r\n"},
-                                            {"DATA\r\n", "354 go on\r\n"}};
     program p = start_with("smtp", NULL, NULL);
     int idle = t_connect(p.port), busy = t_connect(p.port);
     t_expect(idle, "220 ready\r\n");
     PLAY(busy, to_data);
     t_sends(busy, "first\r\nsec");
-    expect_output(&p, "first\r");
+    t_sends(idle, "NOOP\r\n");
+    t_expect(idle, "250 ok\r\n");
     send_signal(&p, SIGTERM);
     t_expect(idle, "421 good bye\r\n");
     t_expect_eof(idle);
@@ -1033,6 +1119,7 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
 enum { BIG = 1024 * 1024 };
 
 typedef struct site {
+    t_expect(busy, "220 ready\r\n");
     program http;
     char directory[512], big_name[600], small_name[600];
     char *big; /* the contents */
@@ -1045,6 +1132,7 @@ static void make_file(char *name, size_t capacity, const char *directory, const 
     int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, 0600);
     CHECK(fd >= 0);
     CHECK_INT(write(fd, data, size), size);
+    expect_output(&p, "first\r");
     t_close(fd);
 }
 
