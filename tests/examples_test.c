@@ -1983,9 +1983,11 @@ TEST_ONCE(production_serves_counts_and_ends)
     CHECK_INT(open, 2);
     t_sends(other, "unfinis");
     send_signal(&p, SIGTERM);
-    t_expect(fd, "bye: ");
-    t_sends(other, "hed\n");
-    t_expect(other, "unfinished\n");
+    t_expect(fd, "bye: the server ends\n");
+    t_expect_eof(fd);
+    t_sends(other, "hed\nand more\n");
+    t_expect(other, "unfinished\nand more\nbye: the server ends\n");
+    t_expect_eof(other);
     t_close(fd);
     t_close(other);
     expect_end(&p);
@@ -2002,6 +2004,8 @@ typedef struct tls_client {
 static char tls_folder[] = "/tmp/tcpserver-tls-XXXXXX";
 static char tls_cert[64], tls_key[64];
 
+    t_sends(fd, "statsx\n");
+    t_expect(fd, "statsx\n");
 /* A certificate for localhost that trusts itself, as make cert makes one. */
 static void make_certificate(void)
 {
