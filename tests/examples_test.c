@@ -524,6 +524,21 @@ TEST_MODES(chat_names_joins_and_leaves)
     stop(&p);
 }
 
+/* What a terminal would act on does not come through; letters of any language do. */
+TEST_MODES(chat_lets_no_control_characters_through)
+{
+    program p = start("chat");
+    int ann = join(&p, "ann", NULL, 0);
+    int eve = t_connect(p.port);
+    t_expect(eve, "your name? ");
+    t_sends(eve, "e\x1b[2Jve\n\x1b]0;mine\x07 \x7f\tb\xc3\xa9\n");
+    t_expect(ann, "e?[2Jve has joined\ne?[2Jve: ?]0;mine? ??b\xc3\xa9\n");
+    leave(eve);
+    t_expect(ann, "e?[2Jve has left\n");
+    leave(ann);
+    stop(&p);
+}
+
 /* Each speaks in turn. That the next thing a speaker receives is another's message shows that its
  * own did not come back; the first speaks twice, for the last one's sake. */
 TEST_MODES(chat_reaches_all_others)
@@ -860,13 +875,19 @@ TEST_ONCE(proxy_passes_a_reset_on)
     t_expect_reset(r.client);
     t_close(r.client);
 
-    /* Also after one direction has ended. */
+    /* Also after one direction has ended, whoever resets. */
     through(&r);
     t_shut(r.client);
     t_expect_eof(r.target);
     t_reset(r.target);
     t_expect_reset(r.client);
     t_close(r.client);
+    through(&r);
+    t_shut(r.target);
+    t_expect_eof(r.client);
+    t_reset(r.client);
+    t_expect_reset(r.target);
+    t_close(r.target);
     stop_proxy(&r);
 }
 
@@ -917,6 +938,7 @@ TEST_MODES(smtp_takes_a_mail)
         {"RSET\r\n", "250 ok\r\n"},
         {"RCPT TO:<b@example.org>\r\n", "503 not now\r\n"},
         {"mail from:<a@example.org>\r\n", "250 ok\r\n"},
+        {"MAIL FROM:<x@example.org>\r\n", "503 not now\r\n"},
         {"NOOP\r\n", "250 ok\r\n"},
         {"DATA\r\n", "503 not now\r\n"},
         {"RCPT TO:<b@example.org>\r\n", "250 ok\r\n"},
@@ -938,29 +960,10 @@ TEST_MODES(smtp_takes_a_mail)
     for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
         expect_output(&p, printed[i]);
     }
-        {"MAIL FROM:<x@example.org>\r\n", "503 not now\r\n"},
     send_signal(&p, SIGTERM);
     expect_end(&p);
 }
 
-TEST_MODES(smtp_too_long_a_line)
-{
-    enum { MOST = 1000, FAR = 3 * 1024 * 1024 }; /* with CRLF; far behind every buffer */
-    char *line = allocate(FAR + 1);
-    char text[MOST];
-    program p = start_with("smtp", NULL, NULL);
-    int fd = t_connect(p.port);
-    memset(line, 'x', FAR);
-    t_expect(fd, "220 ready\r\n");
-    t_send(fd, line, MOST - 2);
-    t_sends(fd, "\r\n");
-    t_expect(fd, "500 what?\r\n");
-    t_send(fd, line, MOST - 1);
-    t_sends(fd, "\r\n");
-    t_expect(fd, "500 line too long\r\n");
-    t_send(fd, line, FAR);
-    t_sends(fd, "\r\nNOOP\r\n");
-    t_expect(fd, "500 line too long\r\n250 ok\r\n");
 static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
                                         {"RCPT TO:<b>\r\n", "250 ok\r\n"},
                                         {"DATA\r\n", "354 go on\r\n"}};
@@ -1052,9 +1055,28 @@ TEST_MODES(smtp_does_not_acknowledge_what_is_lost)
     CHECK_INT(WEXITSTATUS(status), 0);
 }
 
+TEST_MODES(smtp_too_long_a_line)
+{
+    enum { MOST = 1000, FAR = 3 * 1024 * 1024 }; /* with CRLF; far behind every buffer */
+    char *line = allocate(FAR + 1);
+    char text[MOST];
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port);
+    memset(line, 'x', FAR);
+    t_expect(fd, "220 ready\r\n");
+    t_send(fd, line, MOST - 2);
+    t_sends(fd, "\r\n");
+    t_expect(fd, "500 what?\r\n");
+    t_send(fd, line, MOST - 1);
+    t_sends(fd, "\r\n");
+    t_expect(fd, "500 line too long\r\n");
+    t_send(fd, line, FAR);
+    t_sends(fd, "\r\nNOOP\r\n");
+    t_expect(fd, "500 line too long\r\n250 ok\r\n");
 
     /* Within a mail it spoils the mail, of which the end is still found, and nothing is printed. */
     PLAY(fd, to_data);
+    t_sends(fd, "begin\r\n");
     t_send(fd, line, MOST - 1);
     t_sends(fd, "\r\nrest\r\n.\r\n");
     t_expect(fd, "500 line too long\r\n");
@@ -1075,7 +1097,6 @@ TEST_MODES(smtp_does_not_acknowledge_what_is_lost)
 TEST_MODES(smtp_times_out)
 {
     program p = start_with("smtp", "1", NULL);
-    t_sends(fd, "begin\r\n");
     int silent = t_connect(p.port), half = t_connect(p.port);
     t_expect(silent, "220 ready\r\n");
     t_expect(half, "220 ready\r\n");
@@ -1097,6 +1118,7 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
     program p = start_with("smtp", NULL, NULL);
     int idle = t_connect(p.port), busy = t_connect(p.port);
     t_expect(idle, "220 ready\r\n");
+    t_expect(busy, "220 ready\r\n");
     PLAY(busy, to_data);
     t_sends(busy, "first\r\nsec");
     t_sends(idle, "NOOP\r\n");
@@ -1110,6 +1132,7 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
     t_expect(busy, "250 thank you\r\n421 good bye\r\n");
     t_expect_eof(busy);
     t_close(busy);
+    expect_output(&p, "first\r");
     expect_output(&p, "second\r");
     expect_end(&p);
 }
@@ -1119,7 +1142,6 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
 enum { BIG = 1024 * 1024 };
 
 typedef struct site {
-    t_expect(busy, "220 ready\r\n");
     program http;
     char directory[512], big_name[600], small_name[600];
     char *big; /* the contents */
@@ -1132,7 +1154,6 @@ static void make_file(char *name, size_t capacity, const char *directory, const 
     int fd = open(name, O_WRONLY | O_CREAT | O_EXCL, 0600);
     CHECK(fd >= 0);
     CHECK_INT(write(fd, data, size), size);
-    expect_output(&p, "first\r");
     t_close(fd);
 }
 
@@ -1267,6 +1288,36 @@ TEST_MODES(http_refuses_what_it_does_not_understand)
         "GET http://127.0.0.1/ HTTP/1.1\r\n\r\n",
         "GET ../echo HTTP/1.1\r\n\r\n",
         "GET * HTTP/1.1\r\n\r\n",
+        "GET/ HTTP/1.1\r\n\r\n",
+        "GET  / HTTP/1.1\r\n\r\n",
+        "GET /  HTTP/1.1\r\n\r\n",
+        "GET /\tHTTP/1.1\r\n\r\n",
+        "GET /a\tb HTTP/1.1\r\n\r\n",
+        "GET\r\n/ HTTP/1.1\r\n\r\n",
+        "GET /\r\nHTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1 \r\n\r\n",
+        "GET / HTTP/1.1\n\r\n\r\n",
+        "GET / http/1.1\r\n\r\n",
+        /* Fields that somebody else may take for another one. */
+        "GET / HTTP/1.1\r\nContent-Length : 5\r\n\r\n",
+        "GET / HTTP/1.1\r\n Content-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\r\n Content-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\r\n\tb\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\nContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\rContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\x01\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length\r\n\r\n",
+        "GET / HTTP/1.1\r\n: x\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length:\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 1 2\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\ncontent-length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding:chunked\r\n\r\n",
     };
     static const char zero[] = "GET / HTTP/1.1\r\n\0Content-Length: 5\r\n\r\n";
     site s = start_http();
@@ -1355,6 +1406,41 @@ TEST_MODES(http_closes_when_it_is_asked_to)
     stop_http(&s);
 }
 
+/* A pipe in the directory would hold up whoever opens it, and with it everybody. */
+TEST_MODES(http_is_not_held_up_by_a_pipe)
+{
+    static const char request[] = "GET /pipe HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    site s = start_http();
+    char name[600];
+    snprintf(name, sizeof name, "%s/pipe", s.directory);
+    CHECK(mkfifo(name, 0600) == 0);
+    expect_reply(&s, request, sizeof request - 1,
+                 REPLY("404 Not Found", "0") REPLY("200 OK", "10") "It works.\n");
+    CHECK(unlink(name) == 0);
+    stop_http(&s);
+}
+
+/* In a drain what is under way is answered, and the last answer says that it is the last. */
+TEST_MODES(http_says_which_answer_is_the_last)
+{
+    site s = start_http();
+    int idle = t_connect(s.http.port), busy = t_connect(s.http.port);
+    t_sends(idle, "HEAD / HTTP/1.1\r\n\r\n");
+    t_expect(idle, REPLY("200 OK", "10"));
+    t_sends(busy, "HEAD / HTTP/1.1\r\n\r\nHEAD / HT");
+    t_expect(busy, REPLY("200 OK", "10"));
+    send_signal(&s.http, SIGTERM);
+    t_expect_eof(idle); /* the drain has begun */
+    t_close(idle);
+    t_sends(busy, "TP/1.1\r\n\r\nGET /small.txt HTTP/1.1\r\n\r\n");
+    t_expect(busy, REPLY("200 OK", "10") LAST("200 OK", "6") "small\n");
+    t_expect_eof(busy);
+    t_close(busy);
+    expect_end(&s.http);
+    CHECK(unlink(s.big_name) == 0 && unlink(s.small_name) == 0 && rmdir(s.directory) == 0);
+    free(s.big);
+}
+
 /* ---- redis --------------------------------------------------------------------------------*/
 
 #define NOT_INTEGER "-ERR value is not an integer\r\n"
@@ -1412,36 +1498,6 @@ static void add_command(char *to, const char *command, size_t size)
 
 /* What a step sends: it is written as it goes, or as commands, one a line. */
 static const char *redis_text(const char *send)
-        "GET/ HTTP/1.1\r\n\r\n",
-        "GET  / HTTP/1.1\r\n\r\n",
-        "GET /  HTTP/1.1\r\n\r\n",
-        "GET /\tHTTP/1.1\r\n\r\n",
-        "GET /a\tb HTTP/1.1\r\n\r\n",
-        "GET\r\n/ HTTP/1.1\r\n\r\n",
-        "GET /\r\nHTTP/1.1\r\n\r\n",
-        "GET / HTTP/1.1 \r\n\r\n",
-        "GET / HTTP/1.1\n\r\n\r\n",
-        "GET / http/1.1\r\n\r\n",
-        /* Fields that somebody else may take for another one. */
-        "GET / HTTP/1.1\r\nContent-Length : 5\r\n\r\n",
-        "GET / HTTP/1.1\r\n Content-Length: 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nX: a\r\n Content-Length: 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nX: a\r\n\tb\r\n\r\n",
-        "GET / HTTP/1.1\r\nX: a\nContent-Length: 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nX: a\rContent-Length: 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nX: a\x01\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length\r\n\r\n",
-        "GET / HTTP/1.1\r\n: x\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length:\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 1 2\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 0\r\ncontent-length: 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding:chunked\r\n\r\n",
 {
     static char text[4096];
     text[0] = 0;
@@ -1465,6 +1521,9 @@ TEST_MODES(redis_answers_each_command)
     }
     t_sends(fd, "QUIT\r\nPING extra\r\n");
     t_expect(fd, UNKNOWN UNKNOWN);
+    /* As one types it: words between blanks. */
+    t_sends(fd, "SET k  word \r\n\tget k\n  \nDEL k\n");
+    t_expect(fd, "+OK\r\n$4\r\nword\r\n:1\r\n");
     leave(fd);
     stop(&p);
 }
@@ -1494,41 +1553,6 @@ TEST_MODES(redis_pipelines_split_at_every_byte)
 /* Keys and values of any bytes, many of them, and one that takes nearly all of the buffer. */
 TEST_MODES(redis_keeps_what_it_is_given)
 {
-/* A pipe in the directory would hold up whoever opens it, and with it everybody. */
-TEST_MODES(http_is_not_held_up_by_a_pipe)
-{
-    static const char request[] = "GET /pipe HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n";
-    site s = start_http();
-    char name[600];
-    snprintf(name, sizeof name, "%s/pipe", s.directory);
-    CHECK(mkfifo(name, 0600) == 0);
-    expect_reply(&s, request, sizeof request - 1,
-                 REPLY("404 Not Found", "0") REPLY("200 OK", "10") "It works.\n");
-    CHECK(unlink(name) == 0);
-    stop_http(&s);
-}
-
-/* In a drain what is under way is answered, and the last answer says that it is the last. */
-TEST_MODES(http_says_which_answer_is_the_last)
-{
-    site s = start_http();
-    int idle = t_connect(s.http.port), busy = t_connect(s.http.port);
-    t_sends(idle, "HEAD / HTTP/1.1\r\n\r\n");
-    t_expect(idle, REPLY("200 OK", "10"));
-    t_sends(busy, "HEAD / HTTP/1.1\r\n\r\nHEAD / HT");
-    t_expect(busy, REPLY("200 OK", "10"));
-    send_signal(&s.http, SIGTERM);
-    t_expect_eof(idle); /* the drain has begun */
-    t_close(idle);
-    t_sends(busy, "TP/1.1\r\n\r\nGET /small.txt HTTP/1.1\r\n\r\n");
-    t_expect(busy, REPLY("200 OK", "10") LAST("200 OK", "6") "small\n");
-    t_expect_eof(busy);
-    t_close(busy);
-    expect_end(&s.http);
-    CHECK(unlink(s.big_name) == 0 && unlink(s.small_name) == 0 && rmdir(s.directory) == 0);
-    free(s.big);
-}
-
     enum { KEYS = 2000, LARGE = 1000000 };
     static const char binary[] = "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xff\r\n$3\r\n\0\0\n\r\n"
                                  "*3\r\n$3\r\nSET\r\n$4\r\n\0\r\n\xfe\r\n$1\r\n2\r\n"
@@ -1570,6 +1594,76 @@ TEST_MODES(http_says_which_answer_is_the_last)
     leave(fd);
     leave(other);
     free(large);
+    stop(&p);
+}
+
+/* Clients cannot fill the memory; what they delete or replace makes room. */
+TEST_MODES(redis_keeps_no_more_than_it_can)
+{
+    enum { LARGE = 1000000, MOST = 64 * 1024 * 1024 / LARGE };
+    program p = start_with("redis", NULL, NULL);
+    char *value = allocate(LARGE + 3), head[64];
+    int fd = t_connect(p.port);
+    memset(value, 'v', LARGE);
+    memcpy(value + LARGE, "\r\n", 3);
+    for (int i = 0; i < MOST + 4; i++) {
+        /* The last but two once more, then one too many, one of which was deleted, and again. */
+        int key = i < MOST ? i : i == MOST ? 7 : i == MOST + 2 ? 3 : 100;
+        if (i == MOST + 2) {
+            t_sends(fd, redis_text("DEL k3\n"));
+            t_expect(fd, ":1\r\n");
+        }
+        snprintf(head, sizeof head, "*3\r\n$3\r\nSET\r\n$%d\r\nk%d\r\n$%d\r\n",
+                 key < 10    ? 2
+                 : key < 100 ? 3
+                             : 4,
+                 key, LARGE);
+        t_sends(fd, head);
+        t_sends(fd, value);
+        t_expect(fd, i == MOST + 1 || i == MOST + 3 ? "-OOM\r\n" : "+OK\r\n");
+    }
+    leave(fd);
+    free(value);
+    stop(&p);
+}
+
+/* Each write waits: meanwhile another client changes the value. Each answer is one value or the
+ * other, and AddressSanitizer finds nothing that was freed too early. */
+T_TEST(redis_values_change_while_answers_wait, T_COROUTINES)
+{
+    enum { ASKERS = 4, ASKED = 20, CHANGES = 40 };
+    static const char one[] = "$0\r\n\r\n", other[] = "$9\r\nbbbbbbbbb\r\n";
+    char answers[ASKED * sizeof other];
+    int askers[ASKERS];
+    variant = "slow_";
+    program p = start_with("redis", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_sends(fd, redis_text("SET k bbbbbbbbb\n"));
+    t_expect(fd, "+OK\r\n");
+    for (int i = 0; i < ASKERS; i++) {
+        askers[i] = t_connect(p.port);
+        for (int k = 0; k < ASKED; k++) {
+            t_sends(askers[i], redis_text("GET k\n"));
+        }
+        t_shut(askers[i]);
+    }
+    for (int i = 0; i < CHANGES; i++) {
+        t_sends(fd, i % 2 ? redis_text("SET k bbbbbbbbb\n")
+                          : "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$0\r\n\r\n");
+        t_expect(fd, "+OK\r\n");
+    }
+    for (int i = 0; i < ASKERS; i++) {
+        size_t size = t_recv_all(askers[i], answers, sizeof answers), at = 0;
+        for (int k = 0; k < ASKED; k++) {
+            const char *expected = answers[at + 1] == '0' ? one : other;
+            CHECK(at + strlen(expected) <= size);
+            CHECK_MEM(answers + at, strlen(expected), expected, strlen(expected));
+            at += strlen(expected);
+        }
+        CHECK_INT(at, size);
+        t_close(askers[i]);
+    }
+    leave(fd);
     stop(&p);
 }
 
@@ -1738,9 +1832,6 @@ TEST_ONCE(embed_loop_joins_stdin_and_clients)
     t_expect_eof(bob);
     t_close(bob);
     expect_end(&p);
-    /* As one types it: words between blanks. */
-    t_sends(fd, "SET k  word \r\n\tget k\n  \nDEL k\n");
-    t_expect(fd, "+OK\r\n$4\r\nword\r\n:1\r\n");
 }
 
 /* ---- threads ------------------------------------------------------------------------------*/
@@ -1814,76 +1905,6 @@ TEST_ONCE(graceful_stop_second_signal_cuts_off)
 {
     int idle, busy;
     program p = begin_graceful(&idle, &busy);
-/* Clients cannot fill the memory; what they delete or replace makes room. */
-TEST_MODES(redis_keeps_no_more_than_it_can)
-{
-    enum { LARGE = 1000000, MOST = 64 * 1024 * 1024 / LARGE };
-    program p = start_with("redis", NULL, NULL);
-    char *value = allocate(LARGE + 3), head[64];
-    int fd = t_connect(p.port);
-    memset(value, 'v', LARGE);
-    memcpy(value + LARGE, "\r\n", 3);
-    for (int i = 0; i < MOST + 4; i++) {
-        /* The last but two once more, then one too many, one of which was deleted, and again. */
-        int key = i < MOST ? i : i == MOST ? 7 : i == MOST + 2 ? 3 : 100;
-        if (i == MOST + 2) {
-            t_sends(fd, redis_text("DEL k3\n"));
-            t_expect(fd, ":1\r\n");
-        }
-        snprintf(head, sizeof head, "*3\r\n$3\r\nSET\r\n$%d\r\nk%d\r\n$%d\r\n",
-                 key < 10    ? 2
-                 : key < 100 ? 3
-                             : 4,
-                 key, LARGE);
-        t_sends(fd, head);
-        t_sends(fd, value);
-        t_expect(fd, i == MOST + 1 || i == MOST + 3 ? "-OOM\r\n" : "+OK\r\n");
-    }
-    leave(fd);
-    free(value);
-    stop(&p);
-}
-
-/* Each write waits: meanwhile another client changes the value. Each answer is one value or the
- * other, and AddressSanitizer finds nothing that was freed too early. */
-T_TEST(redis_values_change_while_answers_wait, T_COROUTINES)
-{
-    enum { ASKERS = 4, ASKED = 20, CHANGES = 40 };
-    static const char one[] = "$0\r\n\r\n", other[] = "$9\r\nbbbbbbbbb\r\n";
-    char answers[ASKED * sizeof other];
-    int askers[ASKERS];
-    variant = "slow_";
-    program p = start_with("redis", NULL, NULL);
-    int fd = t_connect(p.port);
-    t_sends(fd, redis_text("SET k bbbbbbbbb\n"));
-    t_expect(fd, "+OK\r\n");
-    for (int i = 0; i < ASKERS; i++) {
-        askers[i] = t_connect(p.port);
-        for (int k = 0; k < ASKED; k++) {
-            t_sends(askers[i], redis_text("GET k\n"));
-        }
-        t_shut(askers[i]);
-    }
-    for (int i = 0; i < CHANGES; i++) {
-        t_sends(fd, i % 2 ? redis_text("SET k bbbbbbbbb\n")
-                          : "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$0\r\n\r\n");
-        t_expect(fd, "+OK\r\n");
-    }
-    for (int i = 0; i < ASKERS; i++) {
-        size_t size = t_recv_all(askers[i], answers, sizeof answers), at = 0;
-        for (int k = 0; k < ASKED; k++) {
-            const char *expected = answers[at + 1] == '0' ? one : other;
-            CHECK(at + strlen(expected) <= size);
-            CHECK_MEM(answers + at, strlen(expected), expected, strlen(expected));
-            at += strlen(expected);
-        }
-        CHECK_INT(at, size);
-        t_close(askers[i]);
-    }
-    leave(fd);
-    stop(&p);
-}
-
     int64_t begin = t_now_ms();
     send_signal(&p, SIGINT);
     t_expect(idle, "good bye\n"); /* the first one has been seen */
@@ -1981,6 +2002,8 @@ TEST_ONCE(production_serves_counts_and_ends)
     CHECK_INT(sscanf(line, "accepted %llu, open %llu,", &accepted, &open), 2);
     CHECK_INT(accepted, 2);
     CHECK_INT(open, 2);
+    t_sends(fd, "statsx\n");
+    t_expect(fd, "statsx\n");
     t_sends(other, "unfinis");
     send_signal(&p, SIGTERM);
     t_expect(fd, "bye: the server ends\n");
@@ -2004,8 +2027,6 @@ typedef struct tls_client {
 static char tls_folder[] = "/tmp/tcpserver-tls-XXXXXX";
 static char tls_cert[64], tls_key[64];
 
-    t_sends(fd, "statsx\n");
-    t_expect(fd, "statsx\n");
 /* A certificate for localhost that trusts itself, as make cert makes one. */
 static void make_certificate(void)
 {
