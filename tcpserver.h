@@ -122,10 +122,18 @@
  *   TLS        A stream over TLS is used like any other; what is unsent counts as it is sent, and
  *              an end without close_notify is TSRV_ETLS. A tsrv_tls belongs to one thread at a
  *              time.
- *   C++        Coroutines must not be left by an exception: catch inside the handler.
- *   Stacks     256 KiB of address space each, touched as needed, with a guard page: an overflow
- *              is a SIGSEGV. Hardware shadow stacks need TSRV_USE_UCONTEXT. The floating point
- *              environment (rounding, exception masks) is not switched.
+ *   C++        Coroutines must not be left by an exception: catch inside the handler. It may wait
+ *              inside a catch block: the exceptions that are being handled go with the coroutine
+ *              (on macOS if the implementing file is C++).
+ *   Stacks     256 KiB each, touched as needed, above a guard of 1 MiB of address space (128 KiB on
+ *              32-bit systems): an overflow is a SIGSEGV, also by a local array of 1 MiB (64 KiB).
+ *              For larger ones compile the program with -fstack-clash-protection. Where memory
+ *              must not be overcommitted the guard counts. Hardware shadow stacks need
+ *              TSRV_USE_UCONTEXT. The floating point environment (rounding, exception masks) is
+ *              not switched.
+ *   Platforms  Coroutines are there on x86, x86-64, ARM, AArch64, 64-bit RISC-V, ppc64le and s390x,
+ *              and with every C library that has makecontext; on other processors with musl,
+ *              Android (from API level 23) or OpenBSD it is as with TSRV_NO_COROUTINES.
  *
  * CONFIGURATION
  *
@@ -513,7 +521,7 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal);
 
 /* Run a function as a coroutine, from the loop's next turn on. It may use every call that waits.
  * Source: IOLoop.spawn_callback.
- * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (compiled with TSRV_NO_COROUTINES), TSRV_EINVAL (a
+ * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (as with TSRV_NO_COROUTINES), TSRV_EINVAL (a
  * forked child). */
 TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context);
 
@@ -762,7 +770,8 @@ typedef struct tsrv_server_options {
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
     size_t write_high_water;  /* unsent output above which a writer waits; 0 = 256 KiB; at most the
                                 above */
-    size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB */
+    size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; at least
+                                64 KiB, which TLS, resolving a name and printf need */
     int max_connections;      /* open streams above which the listeners pause; 0 = no limit */
     int handshake_timeout_ms; /* of TLS, all of it; 0 = 10 s */
     int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
@@ -1402,7 +1411,7 @@ typedef int tsrvi_kevent_count;
 
 /* A function that is NULL where the program does not have it. Its own name is given as text, so
  * that no declaration of others is contradicted. Mach-O wants it to be there when the program is
- * linked. */
+ * linked, which is only certain in C++. */
 #define TSRVI_TEXT_OF(name) #name
 #define TSRVI_TEXT(name) TSRVI_TEXT_OF(name)
 #define TSRVI_WEAK(name) __asm__(TSRVI_TEXT(__USER_LABEL_PREFIX__) name) __attribute__((weak))
@@ -3026,8 +3035,8 @@ static const tsrvi_backend *const tsrvi_backends[] = {
  *
  * A signal handler may unwind from any instruction of a switch: nothing is
  * pushed, and the function keeps a frame pointer, from which the compiler then
- * describes the frame. So it finds the frame of one side as long as the frame
- * pointer is that side's. Unwinding ends at entry, whose return address is 0.
+ * describes the frame: as long as the frame pointer is one side's, that side's
+ * frame is found. Unwinding ends at entry, whose return address is 0.
  *
  * The assembly lives inside a function, with numeric labels, so that two static
  * copies of the library link. ucontext makes a system call per switch.
@@ -3264,8 +3273,9 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top -= 12; /* what every caller has for the one that it calls: 96 bytes */
-    *top = NULL;
+    top -= 80; /* where callees save registers; 0 also where the frame of a switch would have been,
+                  since clang describes it by the stack pointer */
+    memset(top, 0, 80 * sizeof(*top));
     context->stack = top;
     memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
@@ -3316,8 +3326,9 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top -= 20; /* where every caller lets the one that it calls save registers */
-    *top = NULL;
+    top -= 64; /* where callees save registers; 0 also where the frame of a switch would have been,
+                  since gcc describes it by the stack pointer */
+    memset(top, 0, 64 * sizeof(*top));
     context->registers[9] = top;
     memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
@@ -3391,8 +3402,8 @@ typedef struct tsrvi_exceptions {
 
 extern tsrvi_exceptions *tsrvi_exceptions_of_thread(void) TSRVI_WEAK("__cxa_get_globals");
 
-/* The same in a program that has the C++ runtime: each side has its own exceptions, at first none.
- */
+/* The same in a program that has the C++ runtime: each side has its own exceptions, at first
+ * none. */
 static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsrvi_context *to)
 {
     tsrvi_exceptions *exceptions = tsrvi_exceptions_of_thread(), kept = *exceptions;
@@ -4321,6 +4332,8 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
  * ==========================================================================*/
 
 #define TSRVI_STACK_SIZE ((size_t)256 * 1024)
+/* Seen: 23 KiB in a TLS handler, most of it a record, 17 in getaddrinfo, 38 in a printf of a long
+ * double, 27 with ASan; a signal's frame may take 11 on top. */
 #define TSRVI_STACK_LEAST ((size_t)64 * 1024)
 #define TSRVI_STACK_POOL 256 /* free stacks that a loop keeps */
 
@@ -10491,9 +10504,9 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
         return TSRV_EINVAL;
     }
     if (options->mode == TSRV_COROUTINE && !TSRVI_HAS_COROUTINES) {
-        tsrvi_log(
-            TSRV_LOG_ERROR,
-            "coroutine mode was compiled out by TSRV_NO_COROUTINES: use mode = TSRV_CALLBACK");
+        tsrvi_log(TSRV_LOG_ERROR,
+                  "no coroutines: TSRV_NO_COROUTINES is defined, or stacks cannot be switched on "
+                  "this processor with this C library: use mode = TSRV_CALLBACK");
         return TSRV_ENOTSUP;
     }
     made = (tsrv_server *)tsrvi_zalloc(sizeof(*made));
