@@ -304,7 +304,8 @@ typedef struct tsrv_tls tsrv_tls;       /* certificates and rules of TLS (SSLCon
 /* Bytes that a read hands out: borrowed, never freed by the caller. data[size] is 0 and not
  * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream
  * is called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not
- * touch it. After a read that failed it is "" with size 0. */
+ * touch it. Read where nothing can wait (a timer, another stream's callback-mode handler) it is
+ * valid until that returns. After a read that failed it is "" with size 0. */
 typedef struct tsrv_slice {
     const char *data; /* never NULL after a read */
     size_t size;      /* bytes */
@@ -756,7 +757,8 @@ typedef struct tsrv_server_options {
     tsrv_handler handle_stream; /* required */
     /* Called once for every stream whose handler was entered, last of all, after its descriptor is
      * closed; NULL = not wanted. reason: the error that ended the stream, else what the handler
-     * returned. In it only tsrv_data and the getters may be used. */
+     * returned. In it only tsrv_data and the getters may be used: every other call on the stream
+     * does nothing, and returns a code. */
     void (*on_close)(tsrv_stream *stream, int reason, void *context);
     /* Called once in each process that accepts, from its loop, before the first connection; NULL =
      * not wanted. The place for timers, and to learn the port of listen(0). */
@@ -777,7 +779,8 @@ typedef struct tsrv_server_options {
     int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
     int read_timeout_ms;      /* a whole read; 0 = off */
     int write_timeout_ms;     /* unsent output and no byte of it taken for so long; 0 = 60 s */
-    int close_timeout_ms;     /* after the last byte and FIN, to wait for the peer's; 0 = 5 s */
+    int close_timeout_ms;     /* after the last byte and FIN, to wait for the peer's; 0 = 5 s; see
+                                 tsrv_close */
     int grace_ms;             /* that a drain leaves to what is under way; 0 = 30 s */
     bool nagle;               /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
     bool keep_alive;          /* SO_KEEPALIVE */
@@ -855,21 +858,24 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
  * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
-/* Stop listening: the listeners are closed, streams go on. The file of a unix socket is removed
- * by the process that has bound it, if it is still there. Again: nothing happens; a later listen
- * works.
+/* Stop listening: connections that wait to be accepted already are, as far as max_connections
+ * allows; then the listeners are closed, and new ones are refused. The file of a unix socket is
+ * removed by the process that has bound it, if it is still there. Streams go on. Again: nothing
+ * happens; a later listen works.
  * Source: TCPServer.stop. */
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
-/* Stop listening, let what is under way come to its end, and close every stream. A stream that is
- * idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still write its good-bye; tsrv_wait
- * is woken at once. Idle means: it waits in a read of which nothing has arrived, with nothing
- * unread and nothing unsent, and its last act was a write, or nothing was received, and it was not
- * accepted, within the last second. So a request or an upload under way is finished, and a client
- * whose first request is in flight is served. When the grace is over, what is left is aborted,
- * every other wait of the handlers ends once with TSRV_ECLOSED, and a warning is logged. Called
- * again, it goes on with the same drain, and can only shorten its grace. Source:
- * HTTPServer.close_all_connections.
+/* Stop listening, as tsrv_server_stop, let what is under way come to its end, and close every
+ * stream. A stream that is idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still write
+ * its good-bye; tsrv_wait is woken at once. Idle means: it waits in a read of which nothing has
+ * arrived, with nothing unread, here or in the kernel, and nothing unsent, and nothing was
+ * received, and it was not accepted, within the last second, whatever it has written. So a request
+ * or an upload under way is finished, a client whose first request is in flight is served, and no
+ * request is cut of a client that sends at least one a second: the handler of its next one sees
+ * tsrv_stopping, and can say in its answer that it is the last. A stream whose client goes on like
+ * that is left until the grace is over. Then what is left is aborted, every other wait of the
+ * handlers ends once with TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the
+ * same drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
  *   grace_ms  0 = the server's grace_ms; TSRV_NEVER
  * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
  * and in one of this server's own handlers, it starts the drain and returns.
@@ -1042,8 +1048,11 @@ TSRV_API int tsrv_shutdown(tsrv_stream *stream);
 
 /* Close: every call on the stream, also one that waits, returns TSRV_ECLOSED at once; queued
  * output is sent in the background, then FIN, then input is dropped until the peer's end or
- * close_timeout_ms, so that the answer is not turned into a reset. The stream stays valid until
- * its handler and on_close have returned. Source: IOStream.close.
+ * close_timeout_ms, so that the answer is not turned into a reset: input that finds the descriptor
+ * closed does that. It is closed without waiting for the peer when that has ended its output
+ * before, and when it has let a read time out, with nothing unsent then, and nothing written or
+ * received since: then no answer can be on its way. The stream stays valid until its handler and
+ * on_close have returned. Source: IOStream.close.
  * Returns TSRV_OK, again too. */
 TSRV_API int tsrv_close(tsrv_stream *stream);
 
@@ -1090,7 +1099,8 @@ TSRV_API void *tsrv_tls_native(tsrv_stream *stream);
  * or simply time. The stream's end and the start of a drain wake too, once: check the condition in
  * a loop. The end of the input counts when nothing unread is before it, a reset at once.
  *   timeout_ms  0 = only look; TSRV_NEVER
- * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
+ * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait, TSRV_EINVAL in the
+ * stream's on_close. */
 TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
 
 /* End every tsrv_wait on the stream; with none, the next one. Loop's thread: from others by
@@ -3583,8 +3593,10 @@ struct tsrv_loop {
     struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
     tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
     tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
-    tsrv_stream *too_long;  /* whose last read met a limit; NULL = nobody's; for its log line */
-    size_t too_long_limit;  /* in bytes */
+    tsrv_stream *parting;   /* the stream whose on_close is running; NULL = none */
+    tsrv_stream *limited;   /* the stream that met a limit last, for the log; NULL = none */
+    const char *limit;      /* the name of that limit, */
+    size_t limit_size;      /* and how much it is */
     int budget;             /* see TSRVI_BUDGET */
     size_t written;         /* bytes that were sent since what is running began */
     tsrvi_link coroutines;  /* all that are alive */
@@ -7042,14 +7054,16 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 #define TSRVI_SEND_LIMIT ((size_t)1024 * 1024) /* bytes sent for a stream in one go */
 #define TSRVI_SEND_PIECES 64                   /* of one sendmsg */
 #define TSRVI_SMALL_CHUNK ((size_t)1024)       /* least room for unread bytes of a stream's own */
-#define TSRVI_FRESH 16                         /* ticks: a second at least */
+/* Ticks, more than a second of them: a client that sends every second by its own clock is late by
+ * what its request takes. */
+#define TSRVI_FRESH 18
 
 /* tsrv_stream.flags */
-#define TSRVI_ENTERED 0x1u                     /* the handler has been called */
-#define TSRVI_OVER 0x2u                        /* the handler will not be called any more */
-#define TSRVI_RUNNING 0x4u                     /* the handler is running, or suspended */
-#define TSRVI_SOON 0x8u                        /* the task is in loop->soon */
-#define TSRVI_READY 0x10u                      /* the task is in loop->ready */
+#define TSRVI_ENTERED 0x1u      /* the handler has been called */
+#define TSRVI_OVER 0x2u         /* the handler will not be called any more */
+#define TSRVI_RUNNING 0x4u      /* the handler is running, or suspended */
+#define TSRVI_SOON 0x8u         /* the task is in loop->soon */
+#define TSRVI_READY 0x10u       /* the task is in loop->ready */
 #define TSRVI_DIRTY 0x20u       /* there is output to send when the user code gives control back */
 #define TSRVI_CALL 0x40u        /* the handler is to be called */
 #define TSRVI_TOLD 0x80u        /* the handler has been called after the end of the input */
@@ -7075,9 +7089,10 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 #define TSRVI_FULL_READ 0x1000000u /* the last recv filled its room: there is more */
 #define TSRVI_LOOKED 0x2000000u    /* there is input that nobody wants: do not ask for it again */
 #define TSRVI_PART 0x4000000u      /* the pending read has dropped some bytes already */
+#define TSRVI_LENT \
+    0x8000000u /* a slice of it, read from outside, dies when that gives control back */
+#define TSRVI_SILENT 0x10000000u   /* a read has timed out; nothing came or was written since */
 /* drain */
-#define TSRVI_WROTE 0x8000000u     /* something has been written */
-#define TSRVI_ASKED 0x10000000u    /* something has been read since the last write */
 #define TSRVI_DRAINING 0x20000000u /* its server is being drained */
 #define TSRVI_STOPPED 0x40000000u  /* in_end is the drain's doing, not the peer's */
 #define TSRVI_TLS 0x80000000u      /* tls is there, and wants its say in everything */
@@ -7107,6 +7122,8 @@ struct tsrv_server {
     uint64_t drain_due;     /* when the grace is over */
     tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
     int drain_code;         /* of the last drain, until it is asked for: TSRV_OK or TSRV_ETIMEOUT */
+    uint64_t drained;       /* streams that have ended by themselves in it, */
+    uint64_t drain_aborted; /* and that its grace has left */
     bool draining;
     bool forced; /* the grace is over: what was left has been aborted */
     int backoff_ms;
@@ -7229,7 +7246,7 @@ static void tsrvi_server_later(tsrv_server *server)
 /* Flush when the user code that is running gives control back. */
 static void tsrvi_stream_soon(tsrv_stream *stream)
 {
-    stream->flags |= TSRVI_DIRTY | TSRVI_WROTE;
+    stream->flags |= TSRVI_DIRTY;
     if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
         stream->flags |= TSRVI_SOON;
         tsrvi_tasks_push(&tsrvi_loop_of(stream)->soon, &stream->task);
@@ -7534,9 +7551,8 @@ static inline TSRVI_INLINE bool tsrvi_stream_shakes_hands(const tsrv_stream *str
            stream->in_end == 0 && stream->killed == 0;
 }
 
-/* When something of this stream itself is due: its callback-mode handler's waits, its blocked
- * output, its lingering. */
-static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
+/* When a wait of its callback-mode handler is over. */
+static uint64_t tsrvi_stream_wait_due(const tsrv_stream *stream)
 {
     uint64_t due = TSRVI_FOREVER;
     if ((stream->flags & TSRVI_WAIT_READ) != 0 && (stream->flags & TSRVI_IN_READ) != 0) {
@@ -7549,19 +7565,29 @@ static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
     if ((stream->flags & TSRVI_WAIT_FLUSH) != 0) {
         due = tsrvi_earlier(due, tsrvi_stream_deadline(stream));
     }
-    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0) {
-        due = tsrvi_earlier(due, stream->out_due);
-    }
+    return due;
+}
+
+/* When its blocked output, its lingering or its handshake is over. */
+static uint64_t tsrvi_stream_own_due(const tsrv_stream *stream)
+{
+    uint64_t due =
+        (stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0 ? stream->out_due : TSRVI_FOREVER;
     return tsrvi_earlier(due, tsrvi_stream_handshake_due(stream));
 }
 
-/* Arm the timer, lazily: one that fires too early looks again. */
-static void tsrvi_stream_arm(tsrv_stream *stream)
+/* Have the timer fire at `due`, lazily: one that fires too early looks again. */
+static void tsrvi_stream_arm_at(tsrv_stream *stream, uint64_t due)
 {
-    uint64_t due = tsrvi_stream_due(stream);
     if (due != TSRVI_FOREVER && (stream->timer.position == 0 || stream->timer.due > due)) {
         tsrvi_heap_set(&tsrvi_loop_of(stream)->heap, &stream->timer, due);
     }
+}
+
+static void tsrvi_stream_arm(tsrv_stream *stream)
+{
+    tsrvi_stream_arm_at(stream,
+                        tsrvi_earlier(tsrvi_stream_wait_due(stream), tsrvi_stream_own_due(stream)));
 }
 
 static uint64_t tsrvi_stream_write_limit(const tsrv_stream *stream)
@@ -7678,8 +7704,10 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if ((stream->flags & TSRVI_LINGER) != 0) {
         code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
     } else if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
-               tsrvi_stream_output_failed(stream)) {
-        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
+               tsrvi_stream_output_failed(stream) &&
+               (stream->peer.family != AF_UNIX || stream->out_end != -EPIPE)) {
+        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it; but
+                                   EPIPE of a unix socket only says that the peer has closed */
     }
     stream->in_end = (int16_t)code;
     stream->flags &= ~TSRVI_STOPPED;
@@ -7747,6 +7775,40 @@ static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
     return end != 0 && (end != TSRV_ETLS || tsrvi_tls_is_over(stream->tls));
 }
 
+/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
+ * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
+static int tsrvi_stream_peek(tsrv_stream *stream)
+{
+    char byte;
+    ssize_t got;
+    if (stream->tls != NULL) {
+        char reason[128] = "";
+        int rc = stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
+                                          : (int)TSRV_EAGAIN;
+        tsrvi_stream_log_tls(stream, reason);
+        tsrvi_stream_count_sealed(stream);
+        if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0) {
+            tsrvi_stream_later(stream, TSRVI_DIRTY); /* an alert, or another answer of OpenSSL's */
+        }
+        return rc;
+    }
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
+    } while (got < 0 && errno == EINTR);
+    return got > 0                                   ? (int)TSRV_OK
+           : got == 0                                ? (int)TSRV_EOF
+           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
+                                                     : tsrvi_error();
+}
+
+/* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
+ * Then there is no answer that a reset could destroy. */
+static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
+{
+    return (stream->flags & (TSRVI_SILENT | TSRVI_LINGER)) == TSRVI_SILENT &&
+           tsrvi_stream_peek(stream) == TSRV_EAGAIN;
+}
+
 /* Go on with what follows the output: FIN, then lingering, then the descriptor's end. */
 static void tsrvi_stream_ending(tsrv_stream *stream)
 {
@@ -7764,7 +7826,8 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         tsrvi_stream_soon(stream); /* send it, and come here again */
         return;
     }
-    if ((stream->flags & TSRVI_CLOSING) != 0 && tsrvi_stream_peer_is_done(stream)) {
+    if ((stream->flags & TSRVI_CLOSING) != 0 &&
+        (tsrvi_stream_peer_is_done(stream) || tsrvi_stream_peer_is_silent(stream))) {
         tsrvi_stream_close_fd(stream); /* which sends what FIN there is to send */
         return;
     }
@@ -7857,32 +7920,6 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 
 /* ---- drain -----------------------------------------------------------------*/
 
-/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
- * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
-static int tsrvi_stream_peek(tsrv_stream *stream)
-{
-    char byte;
-    ssize_t got;
-    if (stream->tls != NULL) {
-        char reason[128] = "";
-        int rc = stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
-                                          : (int)TSRV_EAGAIN;
-        tsrvi_stream_log_tls(stream, reason);
-        tsrvi_stream_count_sealed(stream);
-        if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0) {
-            tsrvi_stream_later(stream, TSRVI_DIRTY); /* an alert, or another answer of OpenSSL's */
-        }
-        return rc;
-    }
-    do {
-        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
-    } while (got < 0 && errno == EINTR);
-    return got > 0                    ? (int)TSRV_OK
-           : got == 0                 ? (int)TSRV_EOF
-           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
-                                      : tsrvi_error();
-}
-
 /* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
  * nothing unread and nothing unsent? */
 static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
@@ -7900,22 +7937,25 @@ static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
            (stream->killed | stream->in_end) == 0;
 }
 
-/* The server is being drained: an idle stream reads TSRV_EOF. Not idle is a request that was read
- * and not answered, and a peer that sent something, or was accepted, within the last second: more
- * of its message may be on its way. */
+/* The server is being drained: an idle stream reads TSRV_EOF. Not idle is a peer that sent
+ * something, or was accepted, within the last second: more of its message, or the next request of a
+ * busy client, may be on its way. */
 static void tsrvi_stream_drain(tsrv_stream *stream)
 {
     uint16_t age = (uint16_t)(tsrvi_tick(tsrvi_loop_of(stream)) - stream->fresh);
-    bool answered = (stream->flags & (TSRVI_WROTE | TSRVI_ASKED)) == TSRVI_WROTE;
-    if (!tsrvi_stream_waits_empty(stream) || (!answered && age < TSRVI_FRESH)) {
+    int rc;
+    if (age < TSRVI_FRESH || !tsrvi_stream_waits_empty(stream)) {
         return;
     }
-    if (tsrvi_stream_peek(stream) != TSRV_EAGAIN ||
-        (stream->tls != NULL && !tsrvi_tls_is_empty(stream->tls))) {
+    rc = tsrvi_stream_peek(stream);
+    if (rc != TSRV_EAGAIN || (stream->tls != NULL && !tsrvi_tls_is_empty(stream->tls))) {
+        if (rc != TSRV_OK && rc != TSRV_EAGAIN && rc != TSRV_EOF) {
+            tsrvi_stream_end_input(stream, rc); /* the kernel tells an error once */
+        }
         if (tsrvi_stream_holds_more(stream)) {
             tsrvi_stream_later(stream, 0);
         }
-        return; /* else an event will tell the handler */
+        return; /* an event will tell the handler */
     }
     stream->flags |= TSRVI_STOPPED;
     stream->in_end = TSRV_EOF;
@@ -8445,7 +8485,7 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         if (chunk != NULL) {
             chunk->end += (size_t)got;
         }
-        stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED);
+        stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED | TSRVI_SILENT);
         stream->flags |= (size_t)got == size ? TSRVI_FULL_READ : 0u;
         stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
         stream->server->stats->bytes_in += (uint64_t)got;
@@ -8475,11 +8515,12 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
         tsrvi_stream_end_input(stream, rc);
     }
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
-     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error.
-     * */
+     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN), and a unix socket says so
+     * at every close of the peer's (unix_poll): a reset leaves an error. */
     if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
         !tsrvi_stream_output_failed(stream)) {
-        int error = (stream->flags & TSRVI_FIN) == 0 ? ECONNRESET : 0;
+        bool reset = (stream->flags & TSRVI_FIN) == 0 && stream->peer.family != AF_UNIX;
+        int error = reset ? ECONNRESET : 0;
         socklen_t size = sizeof(error);
         if (error == 0 &&
             TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
@@ -8502,9 +8543,26 @@ static void tsrvi_stream_linger(tsrv_stream *stream)
 
 /* ---- attempts: can this read be answered? ----------------------------------*/
 
+/* Remember which limit was met: the log names it if the handler fails for it. */
+static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit, size_t size)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    loop->limited = stream;
+    loop->limit = limit;
+    loop->limit_size = size;
+    return code;
+}
+
+static int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
+{
+    bool own = limit < stream->server->options.max_buffer_size;
+    return tsrvi_stream_limited(stream, TSRV_ETOOLONG, own ? "max_bytes" : "max_buffer_size",
+                                limit);
+}
+
 static void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
 {
-    stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
+    stream->flags = (stream->flags | TSRVI_CONSUMED) & ~TSRVI_LENT;
     if (read->slice != NULL) {
         tsrvi_chunk_take(stream->in, size, read->slice);
     } else {
@@ -8531,7 +8589,7 @@ static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
         return TSRV_EAGAIN;
     }
     read->need = size + 1;
-    return end != 0 || size > read->max ? TSRV_ETOOLONG : TSRV_EAGAIN;
+    return end != 0 || size > read->max ? tsrvi_read_too_long(stream, read->max) : TSRV_EAGAIN;
 }
 
 static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
@@ -8549,7 +8607,7 @@ static int tsrvi_attempt_close(tsrv_stream *stream, tsrvi_read *read)
     size_t size = tsrvi_chunk_size(stream->in);
     bool ended = stream->in_end == TSRV_EOF && (stream->flags & TSRVI_STOPPED) == 0;
     if (read->slice != NULL && size > read->max) {
-        return TSRV_ETOOLONG;
+        return tsrvi_read_too_long(stream, read->max);
     }
     if (size != 0 && (read->slice == NULL || ended)) {
         tsrvi_read_take(stream, read, size);
@@ -8581,7 +8639,7 @@ static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
         read->done += size;
     }
     if (read->done != 0) {
-        stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
+        stream->flags |= TSRVI_CONSUMED;
     }
     return read->done == read->size ? TSRV_OK : TSRV_EAGAIN;
 }
@@ -8597,9 +8655,12 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     data[size] = 0; /* there is always a byte more than the capacity */
     found = read->match(data, size, read->context);
     limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
-    if (found == SIZE_MAX || (found > read->max && read->slice != NULL) ||
-        (found == 0 && size > limit)) {
+    if (found == SIZE_MAX) {
+        tsrvi_loop_of(stream)->limited = NULL; /* it is malformed, of whatever size */
         return TSRV_ETOOLONG;
+    }
+    if ((found > read->max && read->slice != NULL) || (found == 0 && size > limit)) {
+        return tsrvi_read_too_long(stream, limit);
     }
     if (found > size && read->slice == NULL) {
         read->attempt = tsrvi_attempt_into; /* drop that many, however many they are */
@@ -8887,7 +8948,8 @@ static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
                : rc;
 }
 
-/* A read where nothing can wait: what is there, and what one recv brings. */
+/* A read where nothing can wait: what is there, and what one recv brings. The slice dies when the
+ * user code gives control back, since nobody else may read for a long time. */
 static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
 {
     int rc = tsrvi_read_attempt(stream, read);
@@ -8898,8 +8960,21 @@ static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
     }
     if (rc != TSRV_OK) {
         tsrvi_read_undo(stream, read);
+    } else if (stream->in != NULL && stream->in->held) {
+        stream->flags |= TSRVI_LENT;
+        tsrvi_stream_soon(stream);
     }
     return rc;
+}
+
+/* Somebody else has read while the handler waits for more input: there may be room for it again,
+ * and what is left of it has come. */
+static TSRVI_APART void tsrvi_read_beside(tsrv_stream *stream)
+{
+    tsrvi_stream_soon(stream);
+    if (tsrvi_chunk_size(stream->in) != 0) {
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_INPUT);
+    }
 }
 
 /* A read by a coroutine. */
@@ -8962,22 +9037,24 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     if (stream->in != NULL) {
         tsrvi_stream_release(stream);
     }
-    if (loop->co == NULL && !handling) {
-        return tsrvi_read_now(stream, read);
-    }
-    rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read) : tsrvi_read_handler(stream, read);
+    rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read)
+         : handling       ? tsrvi_read_handler(stream, read)
+                          : tsrvi_read_now(stream, read);
     if (rc == TSRVI_GONE) {
         return TSRV_ECLOSED;
     }
-    if (TSRVI_UNLIKELY(rc == TSRV_ETOOLONG)) {
-        loop->too_long = stream;
-        loop->too_long_limit = read->max;
-    }
-    if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
+    if (rc == TSRV_OK && stream->in != NULL && (stream->flags & TSRVI_LENT) == 0 &&
+        stream->in->held) {
         tsrvi_read_prime(stream);
     }
     if (read->slice == NULL && rc != TSRV_EAGAIN) {
         stream->flags &= ~TSRVI_PART;
+    }
+    if (TSRVI_UNLIKELY((stream->flags & TSRVI_WAIT_INPUT) != 0)) {
+        tsrvi_read_beside(stream);
+    }
+    if (TSRVI_UNLIKELY(rc == TSRV_ETIMEOUT) && stream->unsent == 0) {
+        stream->flags |= TSRVI_SILENT;
     }
     return rc;
 }
@@ -9024,7 +9101,7 @@ static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delim
     chunk->begin += slice->size; /* as tsrvi_chunk_take; nothing else is to be reset */
     chunk->saved = *last;
     *last = 0;
-    stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
+    stream->flags |= TSRVI_CONSUMED;
     return true;
 }
 
@@ -9086,10 +9163,9 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
         tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice);
     read.size = count;
     if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
-        int rc;
-        tsrvi_loop_of(stream)->too_long = NULL; /* the limit is max_buffer_size */
-        rc = tsrvi_read_nothing(stream);
-        return rc == TSRV_OK && count != 0 ? TSRV_ETOOLONG : rc;
+        size_t limit = stream->server->options.max_buffer_size;
+        int rc = tsrvi_read_nothing(stream);
+        return rc == TSRV_OK && count != 0 ? tsrvi_read_too_long(stream, limit) : rc;
     }
     return tsrvi_read_run(stream, &read, 0);
 }
@@ -9195,7 +9271,7 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
 {
     size_t taken = 0;
     int rc;
-    stream->flags = (stream->flags | TSRVI_WROTE) & ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     if (size >= TSRVI_DIRECT && (stream->flags & TSRVI_BLOCKED) == 0) {
         bool was_above = tsrvi_stream_above_mark(stream);
         taken = tsrvi_stream_push(stream, data, size);
@@ -9213,11 +9289,17 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
     return TSRV_OK;
 }
 
+static int tsrvi_write_full(tsrv_stream *stream)
+{
+    return tsrvi_stream_limited(stream, TSRV_EFULL, "max_write_buffer_size",
+                                stream->server->options.max_write_buffer_size);
+}
+
 /* A write was refused, which would leave a gap: the stream ends. */
 static int tsrvi_write_refuse(tsrv_stream *stream, int code)
 {
     tsrvi_stream_kill(stream, code);
-    return code;
+    return code == TSRV_EFULL ? tsrvi_write_full(stream) : code;
 }
 
 /* Has this coroutine written so much, even if the kernel has taken all of it, that it could have
@@ -9343,7 +9425,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     memcpy(tsrvi_block_data(block), data, size);
     block->end = size;
     block->limit = tsrvi_min(block->capacity, stream->server->options.write_high_water);
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     stream->unsent += size; /* the queue is empty, but sealed records may be unsent */
     stream->out = block;
     stream->out_last = block;
@@ -9363,7 +9445,6 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
         (stream->flags & (TSRVI_DIRTY | TSRVI_ODD_OUTPUT)) != TSRVI_DIRTY) {
         return tsrvi_write_any(stream, (const char *)data, size);
     }
-    stream->flags &= ~TSRVI_ASKED;
     stream->unsent += size;
     last->end += size;
     memcpy(tsrvi_block_data(last) + last->end - size, data, size);
@@ -9387,12 +9468,12 @@ TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
         }
     }
     if ((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size)) {
-        return TSRV_EFULL;
+        return tsrvi_write_full(stream);
     }
     if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) < 0) {
         return tsrvi_write_refuse(stream, rc);
     }
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     tsrvi_stream_soon(stream);
     return TSRV_OK;
 }
@@ -9408,7 +9489,7 @@ static int tsrvi_writev_queue(tsrv_stream *stream, const tsrv_slice *slices, int
             return tsrvi_write_refuse(stream, rc);
         }
     }
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     tsrvi_stream_soon(stream);
     return tsrvi_loop_of(stream)->co != NULL && tsrvi_write_is_long(stream)
                ? tsrvi_gone(tsrvi_write_pause(stream))
@@ -9500,7 +9581,7 @@ static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t 
     block->offset = offset;
     block->left = size;
     stream->unsent += size;
-    stream->flags = (stream->flags | TSRVI_FILES) & ~TSRVI_ASKED;
+    stream->flags = (stream->flags | TSRVI_FILES) & ~TSRVI_SILENT;
     tsrvi_queue_append(stream, block);
     tsrvi_stream_soon(stream);
     return TSRV_OK;
@@ -9533,7 +9614,7 @@ static int tsrvi_queue_file_bytes(tsrv_stream *stream, int fd, int64_t offset, s
     block->end += size;
     block->limit = block->limit < block->end ? block->end : block->limit;
     stream->unsent += size;
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     tsrvi_stream_soon(stream);
     return TSRV_OK;
 }
@@ -9669,9 +9750,10 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
     tsrv_loop *loop = tsrvi_loop_of(stream);
     bool handling = tsrvi_stream_handling(stream);
     uint64_t due = tsrvi_after(tsrvi_clock(), timeout_ms);
-    int rc = tsrvi_stream_pay(stream);
+    int rc = loop->parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream);
     if (rc < 0) {
-        return TSRV_OK; /* as the end of a stream that is waited for */
+        return rc == TSRV_EINVAL ? rc
+                                 : (int)TSRV_OK; /* as the end of a stream that is waited for */
     }
     if (handling) {
         stream->flags &= ~TSRVI_WAIT_WAKE;
@@ -9917,40 +9999,19 @@ static bool tsrvi_code_is_quiet(int code)
            code == TSRV_ETLS || code == -ECONNRESET || code == -EPIPE; /* TLS has said why */
 }
 
-/* Which limit a handler's error is about; "" = none. */
-static const char *tsrvi_stream_limit_text(const tsrv_stream *stream, int code, char *text,
-                                           size_t size)
+/* Say how the handler has failed, and which limit it has met if it was one. */
+static void tsrvi_stream_log_end(const tsrv_stream *stream, int rc)
 {
-    const tsrv_server_options *options = &stream->server->options;
     const tsrv_loop *loop = tsrvi_loop_of(stream);
-    text[0] = 0;
-    if (code == TSRV_EFULL) {
-        snprintf(text, size, ": more than %llu bytes unsent (max_write_buffer_size)",
-                 (unsigned long long)options->max_write_buffer_size);
-    } else if (code == TSRV_ETOOLONG) {
-        bool own = loop->too_long == stream && loop->too_long_limit < options->max_buffer_size;
-        snprintf(text, size, ": more than %llu bytes (%s)",
-                 (unsigned long long)(own ? loop->too_long_limit : options->max_buffer_size),
-                 own ? "max_bytes of the read" : "max_buffer_size");
-    }
-    return text;
-}
-
-/* Ends that are no news are not logged. */
-static void tsrvi_stream_log_end(const tsrv_stream *stream, int code)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrv_address address;
-    char text[TSRV_ADDRESS_SIZE], limit[96];
-    if (!tsrvi_code_is_quiet(code)) {
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
-                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(code),
-                          tsrvi_stream_limit_text(stream, code, limit, sizeof(limit)));
+    char text[TSRV_ADDRESS_SIZE], limit[96] = "";
+    if (loop->limited == stream && (rc == TSRV_ETOOLONG || rc == TSRV_EFULL)) {
+        snprintf(limit, sizeof(limit), ": more than %lu bytes (%s)",
+                 (unsigned long)loop->limit_size, loop->limit);
     }
-    if (loop->too_long == stream) {
-        loop->too_long = NULL;
-    }
+    tsrvi_peer_load(&stream->peer, &address);
+    tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
+                      tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc), limit);
 }
 
 /* The handler is done for good. */
@@ -9962,7 +10023,9 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     stream->u.result = rc;
     stream->flags |= TSRVI_OVER;
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS);
-    tsrvi_stream_log_end(stream, rc);
+    if (!tsrvi_code_is_quiet(rc)) {
+        tsrvi_stream_log_end(stream, rc);
+    }
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
     }
@@ -10111,7 +10174,10 @@ static void tsrvi_stream_feed_handler(tsrv_stream *stream)
     tsrvi_partial *partial =
         stream->server->options.mode == TSRV_CALLBACK ? stream->u.partial : NULL;
     size_t got;
-    if (partial != NULL && partial->into != NULL && tsrvi_chunk_size(stream->in) == 0) {
+    if (TSRVI_UNLIKELY(stream->in != NULL && stream->in->held)) {
+        got =
+            1; /* another coroutine has a slice of the buffer, which ends with this call's reads */
+    } else if (partial != NULL && partial->into != NULL && tsrvi_chunk_size(stream->in) == 0) {
         got = tsrvi_stream_receive(stream, partial->into + partial->done,
                                    partial->size - partial->done);
         partial->done += got;
@@ -10174,7 +10240,7 @@ static void tsrvi_stream_event(tsrvi_io *io, int events)
 static void tsrvi_stream_timer(tsrvi_timer *timer)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
-    uint64_t now = tsrvi_loop_of(stream)->now;
+    uint64_t now = tsrvi_loop_of(stream)->now, due;
     if ((stream->flags & TSRVI_LINGER) != 0 && stream->out_due <= now) {
         tsrvi_stream_close_fd(stream);
     } else if (tsrvi_stream_handshake_due(stream) <= now) {
@@ -10182,12 +10248,15 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
         tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
     } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
         tsrvi_stream_kill(stream, stream->out_end == TSRV_ETLS ? TSRV_ETLS : TSRV_ETIMEOUT);
-    } else if (tsrvi_stream_due(stream) <= now) {
+    }
+    /* There is one timer for all: what is not due yet needs it again, whatever this was for. */
+    due = tsrvi_stream_wait_due(stream);
+    if (due <= now) {
         tsrvi_stream_wake_handler(
             stream, TSRVI_WAITS); /* the call that it repeats finds that its time is over */
-    } else {
-        tsrvi_stream_arm(stream);
+        due = TSRVI_FOREVER;
     }
+    tsrvi_stream_arm_at(stream, tsrvi_earlier(due, tsrvi_stream_own_due(stream)));
 }
 
 /* Count an end under its reason. */
@@ -10223,8 +10292,12 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     loop->active--;
     tsrvi_stream_drop_input(stream);
     if ((stream->flags & TSRVI_ENTERED) != 0 && server->options.on_close != NULL) {
+        loop->parting = stream;
         server->options.on_close(stream, reason, server->options.context);
+        loop->parting = NULL;
     }
+    loop->limited = loop->limited == stream ? NULL : loop->limited;
+    server->drained += server->draining && !server->forced;
     if (stream->peer.family == AF_UNIX) {
         TSRV_FREE(stream->peer.u.whole);
     }
@@ -10245,6 +10318,10 @@ static void tsrvi_stream_run(tsrvi_task *task)
     stream->flags &= ~(TSRVI_SOON | TSRVI_READY);
     if ((stream->flags & TSRVI_DIRTY) != 0) {
         stream->flags &= ~TSRVI_DIRTY;
+        if (TSRVI_UNLIKELY((stream->flags & TSRVI_LENT) != 0)) {
+            stream->flags &= ~TSRVI_LENT;
+            tsrvi_stream_release(stream);
+        }
         tsrvi_stream_flush(stream);
         tsrvi_stream_rest(stream);
     }
@@ -10301,7 +10378,6 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
         (stream->flags & (TSRVI_LOCKED | TSRVI_WAIT_READ)) != 0) {
         return TSRV_EBUSY;
     }
-    tsrvi_stream_release(stream);
     if (tsrvi_chunk_size(stream->in) != 0) {
         tsrvi_stream_log_tls(stream, "plaintext came behind the command that starts TLS, as in a "
                                      "STARTTLS injection: refused");
@@ -10431,7 +10507,9 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
-#define TSRVI_FAILURES 8       /* of accept in a row, after which a listener pauses */
+#define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
+#define TSRVI_FAILURES_MORE 8  /* so many more before it pauses again */
+#define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
 typedef struct tsrvi_listener {
     tsrvi_io io;
@@ -10439,7 +10517,7 @@ typedef struct tsrvi_listener {
     tsrv_server *server;
     uint64_t due;   /* when its own pause is over; 0 = it has none */
     int backoff_ms; /* its last pause; 0 = it has accepted since */
-    int failures;   /* of accept since it last accepted or paused */
+    int failures;   /* of accept since it last accepted */
     int burst;
     int hold;
     uint32_t turn; /* the last in which it was ready */
@@ -10579,7 +10657,7 @@ static void tsrvi_listener_pause(tsrvi_listener *listener, int code)
     tsrv_server *server = listener->server;
     tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
     server->stats->accept_pauses++;
-    listener->failures = 0;
+    listener->failures = TSRVI_FAILURES - TSRVI_FAILURES_MORE;
     listener->backoff_ms = tsrvi_backoff(listener->backoff_ms);
     listener->due = tsrvi_after(server->loop->now, listener->backoff_ms);
     tsrvi_server_arm(server);
@@ -10982,6 +11060,25 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
     return TSRV_OK;
 }
 
+/* Take the connections that wait already, before the listener is closed: their clients have been
+ * told that they are connected, and would be reset. The handlers are called from the loop. Beyond
+ * max_connections there is no room for them, and a fork's child leaves them to its parent. */
+static void tsrvi_listener_empty(tsrvi_listener *listener)
+{
+    tsrv_server *server = listener->server;
+    bool own = server->loop->poller.pid == TSRV_SYS(getpid, ());
+    int failures = 0;
+    for (int left = TSRVI_LAST; own && left > 0 && !tsrvi_server_is_full(server); left--) {
+        tsrv_stream *stream;
+        int rc = tsrvi_listener_take(listener, &stream);
+        if (rc == TSRV_OK) {
+            tsrvi_stream_later(stream, TSRVI_CALL);
+        } else if (rc == -EAGAIN || ++failures == TSRVI_FAILURES) {
+            return;
+        }
+    }
+}
+
 /* Close a listener. Its memory stays until the server goes, since its event may be in this turn's
  * batch. */
 static void tsrvi_listener_close(tsrvi_listener *listener)
@@ -11079,7 +11176,11 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
         rc = tsrvi_server_attach(server);
     }
     if (rc == TSRV_OK && tsrvi_address_get(fd, tsrvi_getpeername, &peer) < 0) {
-        peer.size = 0; /* a peer that has gone again: the handler will see */
+        /* A peer that has gone again: the handler will see. Of a unix socket that much is known. */
+        peer.size = tsrvi_address_get(fd, tsrvi_getsockname, &peer) == TSRV_OK &&
+                            tsrv_address_family(&peer) == AF_UNIX
+                        ? (uint32_t)offsetof(struct sockaddr_un, sun_path)
+                        : 0;
     }
     if (rc < 0 || (rc = tsrvi_set_flags(fd)) < 0 ||
         (rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
@@ -11161,13 +11262,34 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
     return TSRV_OK;
 }
 
-TSRV_API void tsrv_server_stop(tsrv_server *server)
+/* Close all listeners, at once. Returns whether there were any. */
+static bool tsrvi_server_unlisten(tsrv_server *server)
 {
+    bool any = false;
     tsrvi_server_unbind(server);
     for (tsrvi_listener *listener = server->listeners; listener != NULL;
          listener = listener->next) {
+        any = any || listener->io.fd >= 0;
         tsrvi_listener_close(listener);
     }
+    return any;
+}
+
+/* The same, after what waits in their queues has been taken. */
+static bool tsrvi_server_stop(tsrv_server *server)
+{
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        if (listener->io.fd >= 0) {
+            tsrvi_listener_empty(listener);
+        }
+    }
+    return tsrvi_server_unlisten(server);
+}
+
+TSRV_API void tsrv_server_stop(tsrv_server *server)
+{
+    tsrvi_server_stop(server);
 }
 
 TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address)
@@ -11435,7 +11557,7 @@ static tsrvi_co *tsrvi_stream_coroutine(const tsrv_stream *stream)
  * once. */
 static void tsrvi_server_abort(tsrv_server *server)
 {
-    tsrv_server_stop(server);
+    tsrvi_server_unlisten(server);
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
         tsrv_abort(stream);
@@ -11487,6 +11609,8 @@ static void tsrvi_server_drained(tsrv_server *server)
 {
     int code = server->forced ? (int)TSRV_ETIMEOUT : (int)TSRV_OK;
     tsrvi_heap_remove(&server->loop->heap, &server->drain);
+    tsrvi_log(TSRV_LOG_INFO, "drain: over, %llu connections have ended, %llu were aborted",
+              (unsigned long long)server->drained, (unsigned long long)server->drain_aborted);
     server->draining = false;
     server->drain_code = tsrvi_server_wake_drains(server, code) ? (int)TSRV_OK : code;
     tsrvi_loop_left(server->loop);
@@ -11495,11 +11619,11 @@ static void tsrvi_server_drained(tsrv_server *server)
 /* The grace is over: abort what is left. */
 static void tsrvi_server_force(tsrv_server *server)
 {
-    unsigned long left = 0;
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        left++;
+        server->drain_aborted++;
     }
-    tsrvi_log(TSRV_LOG_WARNING, "drain: the grace is over, %lu connections are aborted", left);
+    tsrvi_log(TSRV_LOG_WARNING, "drain: the grace is over, %llu connections are aborted",
+              (unsigned long long)server->drain_aborted);
     server->forced = true;
     server->drain_due = tsrvi_after(server->loop->now, TSRVI_DRAIN_LAST_MS);
     tsrvi_server_abort(server);
@@ -11533,15 +11657,20 @@ static void tsrvi_server_drain_timer(tsrvi_timer *timer)
 /* Stop, tell every stream, and see which are idle already. */
 static void tsrvi_server_drain_start(tsrv_server *server)
 {
+    unsigned long open = 0;
     server->draining = true;
     server->forced = false;
+    server->drained = 0;
+    server->drain_aborted = 0;
     server->drain.fire = tsrvi_server_drain_timer;
     server->drain_due = TSRVI_FOREVER;
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
         stream->flags |= TSRVI_DRAINING;
         tsrv_wake(stream);
+        open++;
     }
+    tsrvi_log(TSRV_LOG_INFO, "drain: begins, %lu connections are open", open);
 }
 
 /* May the caller wait until the last stream has gone? Not where nothing waits, and not in one of
@@ -11563,6 +11692,7 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
 {
     tsrv_loop *loop = server->loop;
     tsrvi_drain_wait wait;
+    bool stopped;
     int rc = server->drain_code;
     server->drain_code = TSRV_OK;
     if (loop == NULL || rc != TSRV_OK) {
@@ -11571,8 +11701,11 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
         return rc;
     }
-    tsrv_server_stop(server);
+    stopped = tsrvi_server_stop(server);
     if (tsrvi_list_empty(&server->streams)) {
+        if (stopped) {
+            tsrvi_log(TSRV_LOG_INFO, "drain: over, no connection was open");
+        }
         return TSRV_OK;
     }
     if (!server->draining) {
@@ -11606,6 +11739,19 @@ static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
         }
     }
     tsrvi_loop_left(loop);
+}
+
+/* End the grace of all drains of the loop, when it is asked to end for the second time: what is
+ * left is aborted as soon as the loop looks at its timers. */
+static inline void tsrvi_loop_cut(tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+        if (server->draining && !server->forced) {
+            server->drain_due = loop->now;
+            tsrvi_heap_set(&loop->heap, &server->drain, loop->now);
+        }
+    }
 }
 
 /* ---- free ------------------------------------------------------------------*/
@@ -11689,7 +11835,7 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
     if (loop->poller.pid != TSRV_SYS(getpid, ())) {
         tsrvi_server_drop_streams(
             server); /* a fork's copy: the connections are the parent's, and go on there */
-        tsrv_server_stop(server);
+        tsrvi_server_unlisten(server);
         tsrvi_server_destroy(server);
         return;
     }

@@ -97,21 +97,6 @@ static int raw_socket(int type, bool listening, int *port)
     return fd;
 }
 
-static bool is_refused(int port)
-{
-    struct sockaddr_in address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(fd >= 0);
-    bool refused = connect(fd, (struct sockaddr *)&address, sizeof address) != 0 &&
-                   errno == ECONNREFUSED;
-    t_close(fd);
-    return refused;
-}
-
 static bool has_ipv6(void)
 {
     struct sockaddr_in6 address;
@@ -300,7 +285,7 @@ TEST_STREAM(test_stop_twice)
     tsrv_server_stop(s.server);
     tsrv_server_stop(s.server);
     CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
-    CHECK(is_refused(port));
+    CHECK(t_is_refused(port));
 
     /* What was accepted goes on, and the loop ends with it. */
     t_sends(fd, "still here\n");
@@ -348,7 +333,7 @@ TEST_STREAM(test_stop_in_callback)
     }
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     CHECK(entered >= 1 && entered <= CLIENTS);
-    CHECK(is_refused(port));
+    CHECK(t_is_refused(port));
     for (int i = 0; i < CLIENTS; i++) {
         drain_and_close(fds[i]);
     }
@@ -420,7 +405,7 @@ TEST_STREAM(one_server_listens_on_several_ports)
     tsrv_server_stop(s.server);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     for (int i = 0; i < PORTS; i++) {
-        CHECK(is_refused(ports[i]));
+        CHECK(t_is_refused(ports[i]));
         t_expect(fds[i], "hello\n");
         t_expect_eof(fds[i]);
         t_close(fds[i]);

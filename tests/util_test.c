@@ -725,11 +725,11 @@ TEST_SOFT(line_names_the_limit_that_was_met)
         tsrv_handler handler;
         size_t bytes;
         const char *text;
-    } rows[] = {{read_too_much, 100, "longer than allowed: more than 100 bytes (max_bytes of the read)"},
+    } rows[] = {{read_too_much, 100, "longer than allowed: more than 100 bytes (max_bytes)"},
                 {read_too_much, 0, "longer than allowed: more than 1000 bytes (max_buffer_size)"},
                 {read_too_much, 5000, "longer than allowed: more than 1000 bytes (max_buffer_size)"},
                 {read_too_many, 5000, "longer than allowed: more than 1000 bytes (max_buffer_size)"},
-                {write_too_much, 0, "the output queue is full: more than 4096 bytes unsent (max_write_buffer_size)"}};
+                {write_too_much, 0, "the output queue is full: more than 4096 bytes (max_write_buffer_size)"}};
     char data[2000];
     memset(data, 'x', sizeof data);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
