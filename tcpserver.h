@@ -536,8 +536,8 @@ typedef struct tsrv_bind_options {
  *   capacity  how many fit: 2 suffice but for names with many addresses
  * Returns how many, at least 1; TSRV_ERESOLVE; TSRV_EINVAL (bad port, or more than capacity);
  * -EADDRINUSE, -EACCES and the like; after an error none is open. A family that the host does not
- * have, or that a policy denies, is left out when there is an address of another one. A name that is not a number is
- * looked up by getaddrinfo, which blocks. Any thread, before and after a fork. */
+ * have, or that a policy denies, is left out when there is an address of another one. A name that
+ * is no number is looked up by getaddrinfo, which blocks. Any thread, before and after a fork. */
 TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
                                int *fds, int capacity);
 
