@@ -571,7 +571,7 @@ static void *log_limited_lines(void *context)
     return NULL;
 }
 
-/* The clock moves on with every look at it, so that seconds begin meanwhile; it is not atomic, which does not matter. */
+/* The clock moves on with every look at it, so that seconds begin meanwhile. */
 TEST_ONCE(no_thread_makes_a_line_uncounted)
 {
     pthread_t threads[4];
