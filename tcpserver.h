@@ -7795,10 +7795,10 @@ static int tsrvi_stream_peek(tsrv_stream *stream)
     do {
         got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
     } while (got < 0 && errno == EINTR);
-    return got > 0                                   ? (int)TSRV_OK
-           : got == 0                                ? (int)TSRV_EOF
-           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
-                                                     : tsrvi_error();
+    return got > 0                    ? (int)TSRV_OK
+           : got == 0                 ? (int)TSRV_EOF
+           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
+                                      : tsrvi_error();
 }
 
 /* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
@@ -10507,8 +10507,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
-#define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
-#define TSRVI_FAILURES_MORE 8  /* so many more before it pauses again */
+#define TSRVI_FAILURES 16      /* of accept in a row, after which a listener pauses; then it has */
+#define TSRVI_FAILURES_MORE 4  /* so many more before it pauses again */
 #define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
 typedef struct tsrvi_listener {
