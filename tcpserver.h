@@ -343,8 +343,8 @@ TSRV_API const char *tsrv_version(void);
 
 /* Send log messages elsewhere than to the default logger. For the whole process: call it before the
  * first loop runs. Of messages that a peer can cause, at most ten of a kind come in a second, and
- * then one that says how many more there were; in a flood that goes on, ten in two seconds, in four,
- * and so on up to 64. Control characters are escaped in all of them.
+ * then one that says how many more there were; in a flood that goes on, ten in two seconds, then in
+ * four, and so on up to 64. Control characters are escaped in all of them.
  *   function  NULL = the default again
  *   context   handed to it
  * The default logger writes to descriptor 2, one line with one write:
