@@ -1212,6 +1212,12 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #error "tcpserver.h: needs gcc or clang (__thread, __atomic_*, inline assembly)"
 #else
 
+/* The code is C that C++ takes too, and C has one cast only. */
+#ifdef __cplusplus
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wold-style-cast"
+#endif
+
 #if defined(__linux__) && !defined(TSRV_NO_EPOLL)
 #define TSRVI_HAS_EPOLL 1
 #include <sys/epoll.h>
@@ -14104,6 +14110,9 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
 
+#ifdef __cplusplus
+#pragma GCC diagnostic pop
+#endif
 #endif /* POSIX */
 #endif /* TCPSERVER_IMPLEMENTATION */
 
