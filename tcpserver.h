@@ -878,7 +878,8 @@ TSRV_API void tsrv_server_stop(tsrv_server *server);
  * that is left until the grace is over. Then what is left is aborted, every other wait of the
  * handlers ends once with TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the
  * same drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
- *   grace_ms  0 = the server's grace_ms; TSRV_NEVER
+ *   grace_ms  0 = the server's grace_ms; TSRV_NEVER; one below 1.5 s leaves a client that was busy
+ *             a moment ago no time to be found idle
  * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
  * and in one of this server's own handlers, it starts the drain and returns.
  * Returns TSRV_OK when nothing is open any more; TSRV_ETIMEOUT when that took an abort; TSRV_EAGAIN
@@ -1073,8 +1074,8 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream);
  * is not; the handshake begins. Does not wait. Source: IOStream.start_tls.
  *   server_name  NULL = this is the server, else the client, which accepts a certificate of that
  *                name or number only
- * Returns TSRV_OK; TSRV_ETLS when there is unread input, which must not count as having come over
- * TLS; TSRV_EBUSY (a read or a write waits); TSRV_EINVAL (TLS already; no certificate);
+ * Returns TSRV_OK; TSRV_ETLS, logged, when there is unread input, which must not count as having
+ * come over TLS; TSRV_EBUSY (a read or a write waits); TSRV_EINVAL (TLS already; no certificate);
  * TSRV_ENOTSUP, or the error that ended the stream. */
 TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name);
 
