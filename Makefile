@@ -48,8 +48,8 @@ LIBS        = -lpthread
 $(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test: LIBS += -lssl -lcrypto
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
-# Examples once more, for the tests: in callback mode.
-CALLBACKS = $(patsubst %,$(DIR)/callback_%,chat http redis smtp)
+# Examples once more, for the tests: in callback mode, and with writes that wait.
+VARIANTS = $(patsubst %,$(DIR)/callback_%,chat http redis smtp) $(DIR)/slow_redis
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)
 
 all: examples
@@ -71,7 +71,7 @@ run: $(DIR)/echo
 
 examples: $(EXAMPLES)
 
-test: $(EXAMPLES) $(CALLBACKS) $(PROGRAMS)
+test: $(EXAMPLES) $(VARIANTS) $(PROGRAMS)
 	@$(if $(NOT_BUILT),echo "left out for want of OpenSSL: $(NOT_BUILT)")
 	@EXAMPLES='$(DIR)' sh tests/run.sh '$(strip $(RUN))' '$(BACKEND)' $(PROGRAMS)
 
@@ -97,6 +97,9 @@ clean:
 
 $(DIR)/callback_%: examples/%.c tests/callback.h $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -include tests/callback.h -o $@ $< $(LIBS)
+
+$(DIR)/slow_%: examples/%.c tests/slow.h tests/seam.h $(wildcard examples/*.h) tcpserver.h | $(DIR)
+	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -include tests/slow.h -o $@ $< $(LIBS)
 
 $(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)

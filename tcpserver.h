@@ -101,8 +101,8 @@
  *              tsrv_server_start and tsrv_serve return in the parent too, when its workers have
  *              ended: check what they return.
  *   Workers    The parent only supervises. It acts on SIGTERM, SIGINT, SIGQUIT (all end, in good
- *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and, if
- *              asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
+ *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and,
+ *              if asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
  *              tsrv_loop_run drains its servers when the parent is told to end, and returns. What
  *              stands behind tsrv_serve, and exit handlers, run in every worker: look at
  *              tsrv_task_id.
@@ -114,13 +114,26 @@
  *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
  *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
  *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
+ *   Log        Lines go to stderr, or to tsrv_set_log's function. The loop never waits for its log,
+ *              and peers cannot flood it. INFO is what a server does, see tsrv_set_log_level.
+ *   Descriptors
+ *              The library raises no SIGPIPE, and no descriptor of its own is ever 0, 1 or 2: when
+ *              one of these is closed and would be given to it, /dev/null takes that place.
  *   TLS        A stream over TLS is used like any other; what is unsent counts as it is sent, and
  *              an end without close_notify is TSRV_ETLS. A tsrv_tls belongs to one thread at a
  *              time.
- *   C++        Coroutines must not be left by an exception: catch inside the handler.
- *   Stacks     256 KiB of address space each, touched as needed, with a guard page: an overflow
- *              is a SIGSEGV. Hardware shadow stacks need TSRV_USE_UCONTEXT. The floating point
- *              environment (rounding, exception masks) is not switched.
+ *   C++        Coroutines must not be left by an exception: catch inside the handler. It may wait
+ *              inside a catch block: the exceptions that are being handled go with the coroutine
+ *              (on macOS if the implementing file is C++).
+ *   Stacks     256 KiB each, touched as needed, above a guard of 1 MiB of address space (128 KiB on
+ *              32-bit systems): an overflow is a SIGSEGV, also by a local array of 1 MiB (64 KiB).
+ *              For larger ones compile the program with -fstack-clash-protection. Where memory
+ *              must not be overcommitted the guard counts. Hardware shadow stacks need
+ *              TSRV_USE_UCONTEXT. The floating point environment (rounding, exception masks) is
+ *              not switched.
+ *   Platforms  Coroutines are there on x86, x86-64, ARM, AArch64, 64-bit RISC-V, ppc64le and s390x,
+ *              and with every C library that has makecontext; on other processors with musl,
+ *              Android (from API level 23) or OpenBSD it is as with TSRV_NO_COROUTINES.
  *
  * CONFIGURATION
  *
@@ -264,7 +277,7 @@ enum {
 
 /* Ways to wait for descriptors (tsrv_loop_options.backend). */
 enum {
-    TSRV_BACKEND_BEST = 0,   /* the first of the following that the system has */
+    TSRV_BACKEND_BEST = 0,   /* the first of the following that the system has, and allows */
     TSRV_BACKEND_EPOLL = 1,  /* Linux */
     TSRV_BACKEND_KQUEUE = 2, /* macOS and the BSDs */
     TSRV_BACKEND_POLL = 3    /* everywhere; the cost of a turn grows with the descriptors */
@@ -291,7 +304,8 @@ typedef struct tsrv_tls tsrv_tls;       /* certificates and rules of TLS (SSLCon
 /* Bytes that a read hands out: borrowed, never freed by the caller. data[size] is 0 and not
  * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream
  * is called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not
- * touch it. After a read that failed it is "" with size 0. */
+ * touch it. Read where nothing can wait (a timer, another stream's callback-mode handler) it is
+ * valid until that returns. After a read that failed it is "" with size 0. */
 typedef struct tsrv_slice {
     const char *data; /* never NULL after a read */
     size_t size;      /* bytes */
@@ -374,8 +388,8 @@ TSRV_API tsrv_loop *tsrv_loop_current(void);
 /* Make a loop. A NULL loop argument elsewhere means tsrv_loop_current(), so most programs never
  * call this.
  *   options  NULL = all defaults
- * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), -ENOMEM, -EMFILE and the like;
- * then *loop is NULL. Any thread; the loop belongs to the thread that runs it. */
+ * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), -ENOMEM, -EMFILE, -ENOSYS and
+ * the like; then *loop is NULL. Any thread; the loop belongs to the thread that runs it. */
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 
 /* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are
@@ -508,7 +522,7 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal);
 
 /* Run a function as a coroutine, from the loop's next turn on. It may use every call that waits.
  * Source: IOLoop.spawn_callback.
- * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (compiled with TSRV_NO_COROUTINES), TSRV_EINVAL (a
+ * Returns TSRV_OK, -ENOMEM, TSRV_ENOTSUP (as with TSRV_NO_COROUTINES), TSRV_EINVAL (a
  * forked child). */
 TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context);
 
@@ -543,8 +557,8 @@ typedef struct tsrv_bind_options {
  * socket for each worker and keeps them all in the parent, so that a worker's death loses nothing;
  * a program that binds in each of its processes loses the queue of one that dies. */
 
-/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only,
- * IPv4 first. With port 0 the kernel chooses one port, the same for all of them. Source:
+/* Make listening sockets: non-blocking, close-on-exec, SO_REUSEADDR, IPv6 ones for IPv6 only, IPv4
+ * first. With port 0 the kernel chooses one port, the same for all of them. Source:
  * netutil.bind_sockets.
  *   port      0 to 65535; not used for unix paths
  *   address   a name or number; "localhost"; "unix:/path", "unix:@abstract"; NULL or "" = every
@@ -553,8 +567,10 @@ typedef struct tsrv_bind_options {
  *   fds       receives them; the caller closes them or hands them to tsrv_server_add_sockets
  *   capacity  how many fit: 2 suffice but for names with many addresses
  * Returns how many, at least 1; TSRV_ERESOLVE; TSRV_EINVAL (bad port, or more than capacity);
- * -EADDRINUSE, -EACCES and the like; after an error none is open. A name that is not a number is
- * looked up by getaddrinfo, which blocks. Any thread, before and after a fork. */
+ * -EADDRINUSE, -EACCES and the like; after an error none is open. A family that the host does not
+ * have, or that a policy denies, is left out when there is an address of another one. A name that
+ * is not a number is looked up by getaddrinfo, which blocks. Any thread, before and after a fork.
+ */
 TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_options *options,
                                int *fds, int capacity);
 
@@ -614,15 +630,15 @@ typedef struct tsrv_fork_options {
     int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
                          replaced; 0 = off */
     char *const *upgrade_argv; /* on SIGUSR2 start this program: it gets the listening sockets, and
-                                  when all its workers have accepted for a second this one is drained
-                                  and ends; until then, and if it fails, this one goes on. NULL =
-                                  SIGUSR2 is left alone */
+                                  when all its workers have accepted for a second this one is
+                                  drained and ends; until then, and if it fails, this one goes on.
+                                  NULL = SIGUSR2 is left alone */
     const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
     int fd_count;
     int start_timeout_ms; /* for a new worker to accept, and for an upgrade's program to do so with
                              all of its; what is late is ended, in an upgrade and a reload with the
-                             old ones left in place; 0 = 60 s, in tsrv_fork_processes from the moment
-                             on at which its first worker accepts; TSRV_NEVER */
+                             old ones left in place; 0 = 60 s, in tsrv_fork_processes from the
+                             moment on at which its first worker accepts; TSRV_NEVER */
     const char *user;     /* name or number that workers become, after binding and before on_start;
                              with its supplementary groups; NULL = they stay who they are */
     const char *group;    /* name or number; NULL = the user's */
@@ -630,24 +646,26 @@ typedef struct tsrv_fork_options {
 
 /* Fork workers, and look after them. Each worker is a copy of this process, in which the call
  * returns its task id; the parent stays inside until all have ended. A worker that exits with
- * status 0 has finished, unless tsrv_server_start has made it, or a signal that was sent to it alone
- * has ended it. Any other end that the parent has not asked for is a failure: the worker is forked
- * again with the same task id, after 100 ms, doubling to 30 s, reset when it has lived for a minute.
- * A fork that fails is tried again in the same way, but for the very first. The parent acts on
- *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have ignored
- *                              or blocked: in a worker tsrv_loop_run, on each thread, answers by
- *                              draining its servers, and then returns (an own tsrv_signal_start for
- *                              that signal replaces this). What has not ended 5 s after the grace is
- *                              killed. A second signal ends the grace at once
+ * status 0 has finished, unless tsrv_server_start has made it, or a signal that was sent to it
+ * alone has ended it. Any other end that the parent has not asked for is a failure: the worker is
+ * forked again with the same task id, after 100 ms, doubling to 30 s, reset when it has lived for a
+ * minute. A fork that fails is tried again in the same way, but for the very first. The parent acts
+ * on
+ *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have
+ *                              ignored or blocked: in a worker tsrv_loop_run, on each thread,
+ *                              answers by draining its servers, and then returns (an own
+ *                              tsrv_signal_start for that signal replaces this). What has not ended
+ *                              5 s after the grace is killed. A second signal ends the grace at
+ *                              once
  *   SIGHUP                     a reload: for one worker after the other a new one is forked, and
  *                              when it accepts the old one is told to end. If it ends before, or is
  *                              late (start_timeout_ms), the old ones stay. A SIGHUP during a reload
  *                              leads to another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
- * that is killed, within a second. Only its own children are waited for, but process 1 buries
- * every orphan. Call it before anything else makes a loop or a thread. What follows the call runs
- * in the parent too: check the result. Source: process.fork_processes.
+ * that is killed, within a second. Only its own children are waited for, but process 1 buries every
+ * orphan. Call it before anything else makes a loop or a thread. What follows the call runs in the
+ * parent too: check the result. Source: process.fork_processes.
  *   num_processes  0 = one for each processor (tsrv_cpu_count)
  *   options        NULL = all defaults; used until the call returns
  * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
@@ -739,7 +757,8 @@ typedef struct tsrv_server_options {
     tsrv_handler handle_stream; /* required */
     /* Called once for every stream whose handler was entered, last of all, after its descriptor is
      * closed; NULL = not wanted. reason: the error that ended the stream, else what the handler
-     * returned. In it only tsrv_data and the getters may be used. */
+     * returned. In it only tsrv_data and the getters may be used: every other call on the stream
+     * does nothing, and returns a code. */
     void (*on_close)(tsrv_stream *stream, int reason, void *context);
     /* Called once in each process that accepts, from its loop, before the first connection; NULL =
      * not wanted. The place for timers, and to learn the port of listen(0). */
@@ -753,13 +772,15 @@ typedef struct tsrv_server_options {
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
     size_t write_high_water;  /* unsent output above which a writer waits; 0 = 256 KiB; at most the
                                 above */
-    size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB */
+    size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; at least
+                                64 KiB, which TLS, resolving a name and printf need */
     int max_connections;      /* open streams above which the listeners pause; 0 = no limit */
     int handshake_timeout_ms; /* of TLS, all of it; 0 = 10 s */
     int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
     int read_timeout_ms;      /* a whole read; 0 = off */
     int write_timeout_ms;     /* unsent output and no byte of it taken for so long; 0 = 60 s */
-    int close_timeout_ms;     /* after the last byte and FIN, to wait for the peer's; 0 = 5 s */
+    int close_timeout_ms;     /* after the last byte and FIN, to wait for the peer's; 0 = 5 s; see
+                                 tsrv_close */
     int grace_ms;             /* that a drain leaves to what is under way; 0 = 30 s */
     bool nagle;               /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
     bool keep_alive;          /* SO_KEEPALIVE */
@@ -837,21 +858,24 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
  * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
-/* Stop listening: the listeners are closed, streams go on. The file of a unix socket is removed
- * by the process that has bound it, if it is still there. Again: nothing happens; a later listen
- * works.
+/* Stop listening: connections that wait to be accepted already are, as far as max_connections
+ * allows; then the listeners are closed, and new ones are refused. The file of a unix socket is
+ * removed by the process that has bound it, if it is still there. Streams go on. Again: nothing
+ * happens; a later listen works.
  * Source: TCPServer.stop. */
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
-/* Stop listening, let what is under way come to its end, and close every stream. A stream that is
- * idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still write its good-bye; tsrv_wait
- * is woken at once. Idle means: it waits in a read of which nothing has arrived, with nothing
- * unread and nothing unsent, and its last act was a write, or nothing was received, and it was not
- * accepted, within the last second. So a request or an upload under way is finished, and a client
- * whose first request is in flight is served. When the grace is over, what is left is aborted,
- * every other wait of the handlers ends once with TSRV_ECLOSED, and a warning is logged. Called
- * again, it goes on with the same drain, and can only shorten its grace. Source:
- * HTTPServer.close_all_connections.
+/* Stop listening, as tsrv_server_stop, let what is under way come to its end, and close every
+ * stream. A stream that is idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still write
+ * its good-bye; tsrv_wait is woken at once. Idle means: it waits in a read of which nothing has
+ * arrived, with nothing unread, here or in the kernel, and nothing unsent, and nothing was
+ * received, and it was not accepted, within the last second, whatever it has written. So a request
+ * or an upload under way is finished, a client whose first request is in flight is served, and no
+ * request is cut of a client that sends at least one a second: the handler of its next one sees
+ * tsrv_stopping, and can say in its answer that it is the last. A stream whose client goes on like
+ * that is left until the grace is over. Then what is left is aborted, every other wait of the
+ * handlers ends once with TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the
+ * same drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
  *   grace_ms  0 = the server's grace_ms; TSRV_NEVER
  * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
  * and in one of this server's own handlers, it starts the drain and returns.
@@ -1024,8 +1048,11 @@ TSRV_API int tsrv_shutdown(tsrv_stream *stream);
 
 /* Close: every call on the stream, also one that waits, returns TSRV_ECLOSED at once; queued
  * output is sent in the background, then FIN, then input is dropped until the peer's end or
- * close_timeout_ms, so that the answer is not turned into a reset. The stream stays valid until
- * its handler and on_close have returned. Source: IOStream.close.
+ * close_timeout_ms, so that the answer is not turned into a reset: input that finds the descriptor
+ * closed does that. It is closed without waiting for the peer when that has ended its output
+ * before, and when it has let a read time out, with nothing unsent then, and nothing written or
+ * received since: then no answer can be on its way. The stream stays valid until its handler and
+ * on_close have returned. Source: IOStream.close.
  * Returns TSRV_OK, again too. */
 TSRV_API int tsrv_close(tsrv_stream *stream);
 
@@ -1072,7 +1099,8 @@ TSRV_API void *tsrv_tls_native(tsrv_stream *stream);
  * or simply time. The stream's end and the start of a drain wake too, once: check the condition in
  * a loop. The end of the input counts when nothing unread is before it, a reset at once.
  *   timeout_ms  0 = only look; TSRV_NEVER
- * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait. */
+ * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait, TSRV_EINVAL in the
+ * stream's on_close. */
 TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
 
 /* End every tsrv_wait on the stream; with none, the next one. Loop's thread: from others by
@@ -1281,6 +1309,14 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_HAS_SIGTIMEDWAIT 0
 #endif
 
+/* A socket address of BSD's and macOS' begins with its own length. */
+#if defined(__APPLE__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
+    defined(__DragonFly__)
+#define TSRVI_SET_LENGTH(member, size) ((member) = (uint8_t)(size))
+#else
+#define TSRVI_SET_LENGTH(member, size) ((void)0)
+#endif
+
 /* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
  * vm.max_map_count. Older C libraries do not name it. */
 #if defined(__linux__) && !defined(MADV_GUARD_INSTALL)
@@ -1383,9 +1419,9 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_STACK_DEREGISTER(id) ((void)(id))
 #endif
 
-/* A function that is NULL where the program does not have it. Its own name is given as text, so that
- * no declaration of others is contradicted. Mach-O wants it to be there when the program is linked.
- */
+/* A function that is NULL where the program does not have it. Its own name is given as text, so
+ * that no declaration of others is contradicted. Mach-O wants it to be there when the program is
+ * linked, which is only certain in C++. */
 #define TSRVI_TEXT_OF(name) #name
 #define TSRVI_TEXT(name) TSRVI_TEXT_OF(name)
 #define TSRVI_WEAK(name) __asm__(TSRVI_TEXT(__USER_LABEL_PREFIX__) name) __attribute__((weak))
@@ -1582,8 +1618,8 @@ static void tsrvi_close_fd(int fd)
     errno = saved;
 }
 
-/* A lock for what all threads of the process share; held for a few lines. It holds the process id of
- * its owner, 0 = free: a child that was forked while another thread held it finds its parent's
+/* A lock for what all threads of the process share; held for a few lines. It holds the process id
+ * of its owner, 0 = free: a child that was forked while another thread held it finds its parent's
  * there, whom nobody in the child will ever release, and takes it. */
 static void tsrvi_lock(int *lock)
 {
@@ -3009,8 +3045,8 @@ static const tsrvi_backend *const tsrvi_backends[] = {
  *
  * A signal handler may unwind from any instruction of a switch: nothing is
  * pushed, and the function keeps a frame pointer, from which the compiler then
- * describes the frame. So it finds the frame of one side as long as the frame
- * pointer is that side's. Unwinding ends at entry, whose return address is 0.
+ * describes the frame: as long as the frame pointer is one side's, that side's
+ * frame is found. Unwinding ends at entry, whose return address is 0.
  *
  * The assembly lives inside a function, with numeric labels, so that two static
  * copies of the library link. ucontext makes a system call per switch.
@@ -3247,8 +3283,9 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top -= 12; /* what every caller has for the one that it calls: 96 bytes */
-    *top = NULL;
+    top -= 80; /* where callees save registers; 0 also where the frame of a switch would have been,
+                  since clang describes it by the stack pointer */
+    memset(top, 0, 80 * sizeof(*top));
     context->stack = top;
     memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
@@ -3299,8 +3336,9 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
     void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top -= 20; /* where every caller lets the one that it calls save registers */
-    *top = NULL;
+    top -= 64; /* where callees save registers; 0 also where the frame of a switch would have been,
+                  since gcc describes it by the stack pointer */
+    memset(top, 0, 64 * sizeof(*top));
     context->registers[9] = top;
     memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
@@ -3374,7 +3412,8 @@ typedef struct tsrvi_exceptions {
 
 extern tsrvi_exceptions *tsrvi_exceptions_of_thread(void) TSRVI_WEAK("__cxa_get_globals");
 
-/* The same in a program that has the C++ runtime: each side has its own exceptions, at first none. */
+/* The same in a program that has the C++ runtime: each side has its own exceptions, at first
+ * none. */
 static TSRVI_APART void tsrvi_context_switch_exceptions(tsrvi_context *from, tsrvi_context *to)
 {
     tsrvi_exceptions *exceptions = tsrvi_exceptions_of_thread(), kept = *exceptions;
@@ -3554,8 +3593,10 @@ struct tsrv_loop {
     struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
     tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
     tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
-    tsrv_stream *too_long;  /* whose last read met a limit; NULL = nobody's; for its log line */
-    size_t too_long_limit;  /* in bytes */
+    tsrv_stream *parting;   /* the stream whose on_close is running; NULL = none */
+    tsrv_stream *limited;   /* the stream that met a limit last, for the log; NULL = none */
+    const char *limit;      /* the name of that limit, */
+    size_t limit_size;      /* and how much it is */
     int budget;             /* see TSRVI_BUDGET */
     size_t written;         /* bytes that were sent since what is running began */
     tsrvi_link coroutines;  /* all that are alive */
@@ -4303,6 +4344,8 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
  * ==========================================================================*/
 
 #define TSRVI_STACK_SIZE ((size_t)256 * 1024)
+/* Seen: 23 KiB in a TLS handler, most of it a record, 17 in getaddrinfo, 38 in a printf of a long
+ * double, 27 with ASan; a signal's frame may take 11 on top. */
 #define TSRVI_STACK_LEAST ((size_t)64 * 1024)
 #define TSRVI_STACK_POOL 256 /* free stacks that a loop keeps */
 
@@ -4903,32 +4946,30 @@ static int tsrvi_address_get(int fd, int (*getname)(int, struct sockaddr *, sock
     return TSRV_OK;
 }
 
-/* A non-blocking, close-on-exec socket, or a code. */
-static int tsrvi_socket(int family, int type)
+/* Is this the same address? Some of it says nothing, and systems fill it in as they like: a length
+ * at the front, padding, and what a unix socket's size counts behind the end of the path. */
+static bool tsrvi_address_same(const tsrv_address *one, const tsrv_address *other)
 {
-    int fd, rc, refusal = TSRV_OK;
-#if TSRVI_HAS_ACCEPT4
-    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
-    if (fd >= 0) {
-        return fd;
+    tsrvi_sockaddr a, b;
+    int family = tsrv_address_family(one);
+    tsrvi_address_load(one, &a);
+    tsrvi_address_load(other, &b);
+    if (family != tsrv_address_family(other)) {
+        return false;
     }
-    refusal = tsrvi_error();
-    if (!tsrvi_is_refusal(refusal)) {
-        return refusal;
+    switch (family) {
+    case AF_INET:
+        return a.four.sin_port == b.four.sin_port &&
+               a.four.sin_addr.s_addr == b.four.sin_addr.s_addr;
+    case AF_INET6:
+        return a.six.sin6_port == b.six.sin6_port && a.six.sin6_scope_id == b.six.sin6_scope_id &&
+               memcmp(&a.six.sin6_addr, &b.six.sin6_addr, sizeof(a.six.sin6_addr)) == 0;
+    default:
+        if (family == AF_UNIX && a.local.sun_path[0] != 0) {
+            return strncmp(a.local.sun_path, b.local.sun_path, sizeof(a.local.sun_path)) == 0;
+        }
+        return one->size == other->size && memcmp(one->storage, other->storage, one->size) == 0;
     }
-#endif
-    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0)));
-    if (fd < 0) {
-        return tsrvi_error();
-    }
-    if ((rc = tsrvi_set_flags(fd)) < 0) {
-        tsrvi_close_fd(fd);
-        return rc;
-    }
-    if (refusal < 0) {
-        tsrvi_do_without(TSRVI_WITHOUT_FLAGS, "SOCK_NONBLOCK | SOCK_CLOEXEC", refusal);
-    }
-    return fd;
 }
 
 static int tsrvi_option(int fd, int level, int name, int value)
@@ -4962,6 +5003,53 @@ static int tsrvi_streaming(int fd)
     return errno == ENOTSOCK ? TSRV_EINVAL : tsrvi_error();
 }
 
+/* No SIGPIPE from this socket. XNU refuses options (EINVAL) for a connection that is over in both
+ * directions; but an accepted one has inherited it from its listener. */
+static int tsrvi_no_sigpipe(int fd)
+{
+    int rc = TSRV_OK;
+#if TSRVI_HAS_NOSIGPIPE
+    rc = tsrvi_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
+    if (rc < 0) {
+        int set = 0;
+        socklen_t size = sizeof(set);
+        TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_NOSIGPIPE, &set, &size));
+        rc = set != 0 ? TSRV_OK : rc;
+    }
+#else
+    (void)fd;
+#endif
+    return rc;
+}
+
+/* A non-blocking, close-on-exec socket, or a code. */
+static int tsrvi_socket(int family, int type)
+{
+    int fd = -1, rc = TSRV_OK, refusal = TSRV_OK;
+#if TSRVI_HAS_ACCEPT4
+    fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)));
+    refusal = fd < 0 ? tsrvi_error() : TSRV_OK;
+    if (refusal < 0 && !tsrvi_is_refusal(refusal)) {
+        return refusal;
+    }
+#endif
+    if (fd < 0) {
+        fd = tsrvi_fd_own(TSRV_SYS(socket, (family, type, 0)));
+        if (fd < 0) {
+            return tsrvi_error();
+        }
+        rc = tsrvi_set_flags(fd);
+    }
+    if (rc < 0 || (rc = tsrvi_no_sigpipe(fd)) < 0) {
+        tsrvi_close_fd(fd);
+        return rc;
+    }
+    if (refusal < 0) {
+        tsrvi_do_without(TSRVI_WITHOUT_FLAGS, "SOCK_NONBLOCK | SOCK_CLOEXEC", refusal);
+    }
+    return fd;
+}
+
 /* Is fd a listening stream socket? */
 static int tsrvi_listening(int fd)
 {
@@ -4974,6 +5062,9 @@ static int tsrvi_listening(int fd)
         return TSRV_EINVAL;
     }
 #endif
+    if (rc == TSRV_OK) {
+        tsrvi_no_sigpipe(fd);
+    }
     return rc < 0 ? rc : tsrvi_set_flags(fd);
 }
 
@@ -5055,7 +5146,7 @@ static int tsrvi_handed_take(const tsrvi_sockaddr *inside, size_t size)
     for (int i = 0; i < tsrvi_handed.count && taken < 0; i++) {
         if (tsrvi_handed.free[i] &&
             tsrvi_address_get(TSRVI_LISTEN_FIRST + i, tsrvi_getsockname, &has) == TSRV_OK &&
-            has.size == wanted.size && memcmp(has.storage, wanted.storage, has.size) == 0) {
+            tsrvi_address_same(&has, &wanted)) {
             tsrvi_handed.free[i] = false;
             taken = TSRVI_LISTEN_FIRST + i;
         }
@@ -5466,6 +5557,7 @@ static int tsrvi_unix_address(const char *path, tsrvi_sockaddr *inside, socklen_
         length++;
     }
     *size = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + length);
+    TSRVI_SET_LENGTH(local->sun_len, *size);
     return TSRV_OK;
 }
 
@@ -6962,14 +7054,16 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 #define TSRVI_SEND_LIMIT ((size_t)1024 * 1024) /* bytes sent for a stream in one go */
 #define TSRVI_SEND_PIECES 64                   /* of one sendmsg */
 #define TSRVI_SMALL_CHUNK ((size_t)1024)       /* least room for unread bytes of a stream's own */
-#define TSRVI_FRESH 16                         /* ticks: a second at least */
+/* Ticks, more than a second of them: a client that sends every second by its own clock is late by
+ * what its request takes. */
+#define TSRVI_FRESH 18
 
 /* tsrv_stream.flags */
-#define TSRVI_ENTERED 0x1u                     /* the handler has been called */
-#define TSRVI_OVER 0x2u                        /* the handler will not be called any more */
-#define TSRVI_RUNNING 0x4u                     /* the handler is running, or suspended */
-#define TSRVI_SOON 0x8u                        /* the task is in loop->soon */
-#define TSRVI_READY 0x10u                      /* the task is in loop->ready */
+#define TSRVI_ENTERED 0x1u      /* the handler has been called */
+#define TSRVI_OVER 0x2u         /* the handler will not be called any more */
+#define TSRVI_RUNNING 0x4u      /* the handler is running, or suspended */
+#define TSRVI_SOON 0x8u         /* the task is in loop->soon */
+#define TSRVI_READY 0x10u       /* the task is in loop->ready */
 #define TSRVI_DIRTY 0x20u       /* there is output to send when the user code gives control back */
 #define TSRVI_CALL 0x40u        /* the handler is to be called */
 #define TSRVI_TOLD 0x80u        /* the handler has been called after the end of the input */
@@ -6995,9 +7089,10 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 #define TSRVI_FULL_READ 0x1000000u /* the last recv filled its room: there is more */
 #define TSRVI_LOOKED 0x2000000u    /* there is input that nobody wants: do not ask for it again */
 #define TSRVI_PART 0x4000000u      /* the pending read has dropped some bytes already */
+#define TSRVI_LENT \
+    0x8000000u /* a slice of it, read from outside, dies when that gives control back */
+#define TSRVI_SILENT 0x10000000u   /* a read has timed out; nothing came or was written since */
 /* drain */
-#define TSRVI_WROTE 0x8000000u     /* something has been written */
-#define TSRVI_ASKED 0x10000000u    /* something has been read since the last write */
 #define TSRVI_DRAINING 0x20000000u /* its server is being drained */
 #define TSRVI_STOPPED 0x40000000u  /* in_end is the drain's doing, not the peer's */
 #define TSRVI_TLS 0x80000000u      /* tls is there, and wants its say in everything */
@@ -7027,6 +7122,8 @@ struct tsrv_server {
     uint64_t drain_due;     /* when the grace is over */
     tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
     int drain_code;         /* of the last drain, until it is asked for: TSRV_OK or TSRV_ETIMEOUT */
+    uint64_t drained;       /* streams that have ended by themselves in it, */
+    uint64_t drain_aborted; /* and that its grace has left */
     bool draining;
     bool forced; /* the grace is over: what was left has been aborted */
     int backoff_ms;
@@ -7149,7 +7246,7 @@ static void tsrvi_server_later(tsrv_server *server)
 /* Flush when the user code that is running gives control back. */
 static void tsrvi_stream_soon(tsrv_stream *stream)
 {
-    stream->flags |= TSRVI_DIRTY | TSRVI_WROTE;
+    stream->flags |= TSRVI_DIRTY;
     if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
         stream->flags |= TSRVI_SOON;
         tsrvi_tasks_push(&tsrvi_loop_of(stream)->soon, &stream->task);
@@ -7182,6 +7279,7 @@ static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
     if (peer->family == AF_INET) {
         struct sockaddr_in four;
         memset(&four, 0, sizeof(four));
+        TSRVI_SET_LENGTH(four.sin_len, sizeof(four));
         four.sin_family = AF_INET;
         four.sin_port = peer->port;
         memcpy(&four.sin_addr, peer->u.ip, 4);
@@ -7190,6 +7288,7 @@ static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
     } else if (peer->family == AF_INET6) {
         struct sockaddr_in6 six;
         memset(&six, 0, sizeof(six));
+        TSRVI_SET_LENGTH(six.sin6_len, sizeof(six));
         six.sin6_family = AF_INET6;
         six.sin6_port = peer->port;
         six.sin6_scope_id = peer->scope;
@@ -7452,9 +7551,8 @@ static inline TSRVI_INLINE bool tsrvi_stream_shakes_hands(const tsrv_stream *str
            stream->in_end == 0 && stream->killed == 0;
 }
 
-/* When something of this stream itself is due: its callback-mode handler's waits, its blocked
- * output, its lingering. */
-static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
+/* When a wait of its callback-mode handler is over. */
+static uint64_t tsrvi_stream_wait_due(const tsrv_stream *stream)
 {
     uint64_t due = TSRVI_FOREVER;
     if ((stream->flags & TSRVI_WAIT_READ) != 0 && (stream->flags & TSRVI_IN_READ) != 0) {
@@ -7467,19 +7565,29 @@ static uint64_t tsrvi_stream_due(const tsrv_stream *stream)
     if ((stream->flags & TSRVI_WAIT_FLUSH) != 0) {
         due = tsrvi_earlier(due, tsrvi_stream_deadline(stream));
     }
-    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0) {
-        due = tsrvi_earlier(due, stream->out_due);
-    }
+    return due;
+}
+
+/* When its blocked output, its lingering or its handshake is over. */
+static uint64_t tsrvi_stream_own_due(const tsrv_stream *stream)
+{
+    uint64_t due =
+        (stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0 ? stream->out_due : TSRVI_FOREVER;
     return tsrvi_earlier(due, tsrvi_stream_handshake_due(stream));
 }
 
-/* Arm the timer, lazily: one that fires too early looks again. */
-static void tsrvi_stream_arm(tsrv_stream *stream)
+/* Have the timer fire at `due`, lazily: one that fires too early looks again. */
+static void tsrvi_stream_arm_at(tsrv_stream *stream, uint64_t due)
 {
-    uint64_t due = tsrvi_stream_due(stream);
     if (due != TSRVI_FOREVER && (stream->timer.position == 0 || stream->timer.due > due)) {
         tsrvi_heap_set(&tsrvi_loop_of(stream)->heap, &stream->timer, due);
     }
+}
+
+static void tsrvi_stream_arm(tsrv_stream *stream)
+{
+    tsrvi_stream_arm_at(stream,
+                        tsrvi_earlier(tsrvi_stream_wait_due(stream), tsrvi_stream_own_due(stream)));
 }
 
 static uint64_t tsrvi_stream_write_limit(const tsrv_stream *stream)
@@ -7596,8 +7704,10 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if ((stream->flags & TSRVI_LINGER) != 0) {
         code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
     } else if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
-               tsrvi_stream_output_failed(stream)) {
-        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it */
+               tsrvi_stream_output_failed(stream) &&
+               (stream->peer.family != AF_UNIX || stream->out_end != -EPIPE)) {
+        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it; but
+                                   EPIPE of a unix socket only says that the peer has closed */
     }
     stream->in_end = (int16_t)code;
     stream->flags &= ~TSRVI_STOPPED;
@@ -7665,6 +7775,40 @@ static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
     return end != 0 && (end != TSRV_ETLS || tsrvi_tls_is_over(stream->tls));
 }
 
+/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
+ * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
+static int tsrvi_stream_peek(tsrv_stream *stream)
+{
+    char byte;
+    ssize_t got;
+    if (stream->tls != NULL) {
+        char reason[128] = "";
+        int rc = stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
+                                          : (int)TSRV_EAGAIN;
+        tsrvi_stream_log_tls(stream, reason);
+        tsrvi_stream_count_sealed(stream);
+        if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0) {
+            tsrvi_stream_later(stream, TSRVI_DIRTY); /* an alert, or another answer of OpenSSL's */
+        }
+        return rc;
+    }
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
+    } while (got < 0 && errno == EINTR);
+    return got > 0                                   ? (int)TSRV_OK
+           : got == 0                                ? (int)TSRV_EOF
+           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
+                                                     : tsrvi_error();
+}
+
+/* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
+ * Then there is no answer that a reset could destroy. */
+static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
+{
+    return (stream->flags & (TSRVI_SILENT | TSRVI_LINGER)) == TSRVI_SILENT &&
+           tsrvi_stream_peek(stream) == TSRV_EAGAIN;
+}
+
 /* Go on with what follows the output: FIN, then lingering, then the descriptor's end. */
 static void tsrvi_stream_ending(tsrv_stream *stream)
 {
@@ -7682,7 +7826,8 @@ static void tsrvi_stream_ending(tsrv_stream *stream)
         tsrvi_stream_soon(stream); /* send it, and come here again */
         return;
     }
-    if ((stream->flags & TSRVI_CLOSING) != 0 && tsrvi_stream_peer_is_done(stream)) {
+    if ((stream->flags & TSRVI_CLOSING) != 0 &&
+        (tsrvi_stream_peer_is_done(stream) || tsrvi_stream_peer_is_silent(stream))) {
         tsrvi_stream_close_fd(stream); /* which sends what FIN there is to send */
         return;
     }
@@ -7775,32 +7920,6 @@ static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
 
 /* ---- drain -----------------------------------------------------------------*/
 
-/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
- * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
-static int tsrvi_stream_peek(tsrv_stream *stream)
-{
-    char byte;
-    ssize_t got;
-    if (stream->tls != NULL) {
-        char reason[128] = "";
-        int rc = stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
-                                          : (int)TSRV_EAGAIN;
-        tsrvi_stream_log_tls(stream, reason);
-        tsrvi_stream_count_sealed(stream);
-        if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0) {
-            tsrvi_stream_later(stream, TSRVI_DIRTY); /* an alert, or another answer of OpenSSL's */
-        }
-        return rc;
-    }
-    do {
-        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
-    } while (got < 0 && errno == EINTR);
-    return got > 0                    ? (int)TSRV_OK
-           : got == 0                 ? (int)TSRV_EOF
-           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
-                                      : tsrvi_error();
-}
-
 /* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
  * nothing unread and nothing unsent? */
 static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
@@ -7818,22 +7937,25 @@ static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
            (stream->killed | stream->in_end) == 0;
 }
 
-/* The server is being drained: an idle stream reads TSRV_EOF. Not idle is a request that was read
- * and not answered, and a peer that sent something, or was accepted, within the last second: more
- * of its message may be on its way. */
+/* The server is being drained: an idle stream reads TSRV_EOF. Not idle is a peer that sent
+ * something, or was accepted, within the last second: more of its message, or the next request of a
+ * busy client, may be on its way. */
 static void tsrvi_stream_drain(tsrv_stream *stream)
 {
     uint16_t age = (uint16_t)(tsrvi_tick(tsrvi_loop_of(stream)) - stream->fresh);
-    bool answered = (stream->flags & (TSRVI_WROTE | TSRVI_ASKED)) == TSRVI_WROTE;
-    if (!tsrvi_stream_waits_empty(stream) || (!answered && age < TSRVI_FRESH)) {
+    int rc;
+    if (age < TSRVI_FRESH || !tsrvi_stream_waits_empty(stream)) {
         return;
     }
-    if (tsrvi_stream_peek(stream) != TSRV_EAGAIN ||
-        (stream->tls != NULL && !tsrvi_tls_is_empty(stream->tls))) {
+    rc = tsrvi_stream_peek(stream);
+    if (rc != TSRV_EAGAIN || (stream->tls != NULL && !tsrvi_tls_is_empty(stream->tls))) {
+        if (rc != TSRV_OK && rc != TSRV_EAGAIN && rc != TSRV_EOF) {
+            tsrvi_stream_end_input(stream, rc); /* the kernel tells an error once */
+        }
         if (tsrvi_stream_holds_more(stream)) {
             tsrvi_stream_later(stream, 0);
         }
-        return; /* else an event will tell the handler */
+        return; /* an event will tell the handler */
     }
     stream->flags |= TSRVI_STOPPED;
     stream->in_end = TSRV_EOF;
@@ -8032,6 +8154,13 @@ static void tsrvi_stream_drained(tsrv_stream *stream, bool was_above)
     }
 }
 
+/* Why a send failed. XNU says EPROTOTYPE when a reset comes in between its looks at the connection
+ * (tcp_usr_send). */
+static int tsrvi_send_error(void)
+{
+    return errno == EPROTOTYPE ? -ECONNRESET : tsrvi_error();
+}
+
 /* A failed send ends the output. A file that could not be read leaves a gap in it, which ends the
  * whole stream. */
 static void tsrvi_stream_send_failed(tsrv_stream *stream, int code)
@@ -8130,7 +8259,7 @@ static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, si
         }
         sent = tsrvi_stream_send_sealed(stream, &tried);
         if (sent < 0 && !tsrvi_would_block(errno)) {
-            tsrvi_stream_end_output(stream, tsrvi_error());
+            tsrvi_stream_end_output(stream, tsrvi_send_error());
             return taken;
         }
         total += sent > 0 ? (size_t)sent : 0;
@@ -8168,7 +8297,7 @@ static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t si
             continue;
         }
         if (sent < 0 && !tsrvi_would_block(errno)) {
-            tsrvi_stream_send_failed(stream, tsrvi_error());
+            tsrvi_stream_send_failed(stream, tsrvi_send_error());
             return taken;
         }
         if (sent > 0) {
@@ -8356,7 +8485,7 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
         if (chunk != NULL) {
             chunk->end += (size_t)got;
         }
-        stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED);
+        stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED | TSRVI_SILENT);
         stream->flags |= (size_t)got == size ? TSRVI_FULL_READ : 0u;
         stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
         stream->server->stats->bytes_in += (uint64_t)got;
@@ -8386,11 +8515,12 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
         tsrvi_stream_end_input(stream, rc);
     }
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
-     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN): a reset leaves an error.
-     * */
+     * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN), and a unix socket says so
+     * at every close of the peer's (unix_poll): a reset leaves an error. */
     if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
         !tsrvi_stream_output_failed(stream)) {
-        int error = (stream->flags & TSRVI_FIN) == 0 ? ECONNRESET : 0;
+        bool reset = (stream->flags & TSRVI_FIN) == 0 && stream->peer.family != AF_UNIX;
+        int error = reset ? ECONNRESET : 0;
         socklen_t size = sizeof(error);
         if (error == 0 &&
             TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
@@ -8413,9 +8543,26 @@ static void tsrvi_stream_linger(tsrv_stream *stream)
 
 /* ---- attempts: can this read be answered? ----------------------------------*/
 
+/* Remember which limit was met: the log names it if the handler fails for it. */
+static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit, size_t size)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    loop->limited = stream;
+    loop->limit = limit;
+    loop->limit_size = size;
+    return code;
+}
+
+static int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
+{
+    bool own = limit < stream->server->options.max_buffer_size;
+    return tsrvi_stream_limited(stream, TSRV_ETOOLONG, own ? "max_bytes" : "max_buffer_size",
+                                limit);
+}
+
 static void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
 {
-    stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
+    stream->flags = (stream->flags | TSRVI_CONSUMED) & ~TSRVI_LENT;
     if (read->slice != NULL) {
         tsrvi_chunk_take(stream->in, size, read->slice);
     } else {
@@ -8442,7 +8589,7 @@ static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
         return TSRV_EAGAIN;
     }
     read->need = size + 1;
-    return end != 0 || size > read->max ? TSRV_ETOOLONG : TSRV_EAGAIN;
+    return end != 0 || size > read->max ? tsrvi_read_too_long(stream, read->max) : TSRV_EAGAIN;
 }
 
 static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
@@ -8460,7 +8607,7 @@ static int tsrvi_attempt_close(tsrv_stream *stream, tsrvi_read *read)
     size_t size = tsrvi_chunk_size(stream->in);
     bool ended = stream->in_end == TSRV_EOF && (stream->flags & TSRVI_STOPPED) == 0;
     if (read->slice != NULL && size > read->max) {
-        return TSRV_ETOOLONG;
+        return tsrvi_read_too_long(stream, read->max);
     }
     if (size != 0 && (read->slice == NULL || ended)) {
         tsrvi_read_take(stream, read, size);
@@ -8492,7 +8639,7 @@ static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
         read->done += size;
     }
     if (read->done != 0) {
-        stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
+        stream->flags |= TSRVI_CONSUMED;
     }
     return read->done == read->size ? TSRV_OK : TSRV_EAGAIN;
 }
@@ -8508,9 +8655,12 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     data[size] = 0; /* there is always a byte more than the capacity */
     found = read->match(data, size, read->context);
     limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
-    if (found == SIZE_MAX || (found > read->max && read->slice != NULL) ||
-        (found == 0 && size > limit)) {
+    if (found == SIZE_MAX) {
+        tsrvi_loop_of(stream)->limited = NULL; /* it is malformed, of whatever size */
         return TSRV_ETOOLONG;
+    }
+    if ((found > read->max && read->slice != NULL) || (found == 0 && size > limit)) {
+        return tsrvi_read_too_long(stream, limit);
     }
     if (found > size && read->slice == NULL) {
         read->attempt = tsrvi_attempt_into; /* drop that many, however many they are */
@@ -8798,7 +8948,8 @@ static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
                : rc;
 }
 
-/* A read where nothing can wait: what is there, and what one recv brings. */
+/* A read where nothing can wait: what is there, and what one recv brings. The slice dies when the
+ * user code gives control back, since nobody else may read for a long time. */
 static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
 {
     int rc = tsrvi_read_attempt(stream, read);
@@ -8809,8 +8960,21 @@ static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
     }
     if (rc != TSRV_OK) {
         tsrvi_read_undo(stream, read);
+    } else if (stream->in != NULL && stream->in->held) {
+        stream->flags |= TSRVI_LENT;
+        tsrvi_stream_soon(stream);
     }
     return rc;
+}
+
+/* Somebody else has read while the handler waits for more input: there may be room for it again,
+ * and what is left of it has come. */
+static TSRVI_APART void tsrvi_read_beside(tsrv_stream *stream)
+{
+    tsrvi_stream_soon(stream);
+    if (tsrvi_chunk_size(stream->in) != 0) {
+        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_INPUT);
+    }
 }
 
 /* A read by a coroutine. */
@@ -8873,22 +9037,24 @@ static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_byte
     if (stream->in != NULL) {
         tsrvi_stream_release(stream);
     }
-    if (loop->co == NULL && !handling) {
-        return tsrvi_read_now(stream, read);
-    }
-    rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read) : tsrvi_read_handler(stream, read);
+    rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read)
+         : handling       ? tsrvi_read_handler(stream, read)
+                          : tsrvi_read_now(stream, read);
     if (rc == TSRVI_GONE) {
         return TSRV_ECLOSED;
     }
-    if (TSRVI_UNLIKELY(rc == TSRV_ETOOLONG)) {
-        loop->too_long = stream;
-        loop->too_long_limit = read->max;
-    }
-    if (rc == TSRV_OK && stream->in != NULL && stream->in->held) {
+    if (rc == TSRV_OK && stream->in != NULL && (stream->flags & TSRVI_LENT) == 0 &&
+        stream->in->held) {
         tsrvi_read_prime(stream);
     }
     if (read->slice == NULL && rc != TSRV_EAGAIN) {
         stream->flags &= ~TSRVI_PART;
+    }
+    if (TSRVI_UNLIKELY((stream->flags & TSRVI_WAIT_INPUT) != 0)) {
+        tsrvi_read_beside(stream);
+    }
+    if (TSRVI_UNLIKELY(rc == TSRV_ETIMEOUT) && stream->unsent == 0) {
+        stream->flags |= TSRVI_SILENT;
     }
     return rc;
 }
@@ -8935,7 +9101,7 @@ static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delim
     chunk->begin += slice->size; /* as tsrvi_chunk_take; nothing else is to be reset */
     chunk->saved = *last;
     *last = 0;
-    stream->flags |= TSRVI_CONSUMED | TSRVI_ASKED;
+    stream->flags |= TSRVI_CONSUMED;
     return true;
 }
 
@@ -8997,9 +9163,9 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
         tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice);
     read.size = count;
     if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
+        size_t limit = stream->server->options.max_buffer_size;
         int rc = tsrvi_read_nothing(stream);
-        tsrvi_loop_of(stream)->too_long = NULL; /* the limit is max_buffer_size */
-        return rc == TSRV_OK && count != 0 ? TSRV_ETOOLONG : rc;
+        return rc == TSRV_OK && count != 0 ? tsrvi_read_too_long(stream, limit) : rc;
     }
     return tsrvi_read_run(stream, &read, 0);
 }
@@ -9105,7 +9271,7 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
 {
     size_t taken = 0;
     int rc;
-    stream->flags = (stream->flags | TSRVI_WROTE) & ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     if (size >= TSRVI_DIRECT && (stream->flags & TSRVI_BLOCKED) == 0) {
         bool was_above = tsrvi_stream_above_mark(stream);
         taken = tsrvi_stream_push(stream, data, size);
@@ -9123,11 +9289,17 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
     return TSRV_OK;
 }
 
+static int tsrvi_write_full(tsrv_stream *stream)
+{
+    return tsrvi_stream_limited(stream, TSRV_EFULL, "max_write_buffer_size",
+                                stream->server->options.max_write_buffer_size);
+}
+
 /* A write was refused, which would leave a gap: the stream ends. */
 static int tsrvi_write_refuse(tsrv_stream *stream, int code)
 {
     tsrvi_stream_kill(stream, code);
-    return code;
+    return code == TSRV_EFULL ? tsrvi_write_full(stream) : code;
 }
 
 /* Has this coroutine written so much, even if the kernel has taken all of it, that it could have
@@ -9253,7 +9425,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     memcpy(tsrvi_block_data(block), data, size);
     block->end = size;
     block->limit = tsrvi_min(block->capacity, stream->server->options.write_high_water);
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     stream->unsent += size; /* the queue is empty, but sealed records may be unsent */
     stream->out = block;
     stream->out_last = block;
@@ -9273,7 +9445,6 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
         (stream->flags & (TSRVI_DIRTY | TSRVI_ODD_OUTPUT)) != TSRVI_DIRTY) {
         return tsrvi_write_any(stream, (const char *)data, size);
     }
-    stream->flags &= ~TSRVI_ASKED;
     stream->unsent += size;
     last->end += size;
     memcpy(tsrvi_block_data(last) + last->end - size, data, size);
@@ -9297,12 +9468,12 @@ TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
         }
     }
     if ((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size)) {
-        return TSRV_EFULL;
+        return tsrvi_write_full(stream);
     }
     if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) < 0) {
         return tsrvi_write_refuse(stream, rc);
     }
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     tsrvi_stream_soon(stream);
     return TSRV_OK;
 }
@@ -9318,7 +9489,7 @@ static int tsrvi_writev_queue(tsrv_stream *stream, const tsrv_slice *slices, int
             return tsrvi_write_refuse(stream, rc);
         }
     }
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     tsrvi_stream_soon(stream);
     return tsrvi_loop_of(stream)->co != NULL && tsrvi_write_is_long(stream)
                ? tsrvi_gone(tsrvi_write_pause(stream))
@@ -9410,7 +9581,7 @@ static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t 
     block->offset = offset;
     block->left = size;
     stream->unsent += size;
-    stream->flags = (stream->flags | TSRVI_FILES) & ~TSRVI_ASKED;
+    stream->flags = (stream->flags | TSRVI_FILES) & ~TSRVI_SILENT;
     tsrvi_queue_append(stream, block);
     tsrvi_stream_soon(stream);
     return TSRV_OK;
@@ -9443,7 +9614,7 @@ static int tsrvi_queue_file_bytes(tsrv_stream *stream, int fd, int64_t offset, s
     block->end += size;
     block->limit = block->limit < block->end ? block->end : block->limit;
     stream->unsent += size;
-    stream->flags &= ~TSRVI_ASKED;
+    stream->flags &= ~TSRVI_SILENT;
     tsrvi_stream_soon(stream);
     return TSRV_OK;
 }
@@ -9579,9 +9750,10 @@ TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
     tsrv_loop *loop = tsrvi_loop_of(stream);
     bool handling = tsrvi_stream_handling(stream);
     uint64_t due = tsrvi_after(tsrvi_clock(), timeout_ms);
-    int rc = tsrvi_stream_pay(stream);
+    int rc = loop->parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream);
     if (rc < 0) {
-        return TSRV_OK; /* as the end of a stream that is waited for */
+        return rc == TSRV_EINVAL ? rc
+                                 : (int)TSRV_OK; /* as the end of a stream that is waited for */
     }
     if (handling) {
         stream->flags &= ~TSRVI_WAIT_WAKE;
@@ -9827,40 +9999,19 @@ static bool tsrvi_code_is_quiet(int code)
            code == TSRV_ETLS || code == -ECONNRESET || code == -EPIPE; /* TLS has said why */
 }
 
-/* Which limit a handler's error is about; "" = none. */
-static const char *tsrvi_stream_limit_text(const tsrv_stream *stream, int code, char *text,
-                                           size_t size)
+/* Say how the handler has failed, and which limit it has met if it was one. */
+static void tsrvi_stream_log_end(const tsrv_stream *stream, int rc)
 {
-    const tsrv_server_options *options = &stream->server->options;
     const tsrv_loop *loop = tsrvi_loop_of(stream);
-    text[0] = 0;
-    if (code == TSRV_EFULL) {
-        snprintf(text, size, ": more than %llu bytes unsent (max_write_buffer_size)",
-                 (unsigned long long)options->max_write_buffer_size);
-    } else if (code == TSRV_ETOOLONG) {
-        bool own = loop->too_long == stream && loop->too_long_limit < options->max_buffer_size;
-        snprintf(text, size, ": more than %llu bytes (%s)",
-                 (unsigned long long)(own ? loop->too_long_limit : options->max_buffer_size),
-                 own ? "max_bytes of the read" : "max_buffer_size");
-    }
-    return text;
-}
-
-/* Ends that are no news are not logged. */
-static void tsrvi_stream_log_end(const tsrv_stream *stream, int code)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrv_address address;
-    char text[TSRV_ADDRESS_SIZE], limit[96];
-    if (!tsrvi_code_is_quiet(code)) {
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
-                          tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(code),
-                          tsrvi_stream_limit_text(stream, code, limit, sizeof(limit)));
+    char text[TSRV_ADDRESS_SIZE], limit[96] = "";
+    if (loop->limited == stream && (rc == TSRV_ETOOLONG || rc == TSRV_EFULL)) {
+        snprintf(limit, sizeof(limit), ": more than %lu bytes (%s)",
+                 (unsigned long)loop->limit_size, loop->limit);
     }
-    if (loop->too_long == stream) {
-        loop->too_long = NULL;
-    }
+    tsrvi_peer_load(&stream->peer, &address);
+    tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
+                      tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc), limit);
 }
 
 /* The handler is done for good. */
@@ -9872,7 +10023,9 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     stream->u.result = rc;
     stream->flags |= TSRVI_OVER;
     stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS);
-    tsrvi_stream_log_end(stream, rc);
+    if (!tsrvi_code_is_quiet(rc)) {
+        tsrvi_stream_log_end(stream, rc);
+    }
     if (stream->in != NULL) {
         tsrvi_chunk_release(stream->in);
     }
@@ -10021,7 +10174,10 @@ static void tsrvi_stream_feed_handler(tsrv_stream *stream)
     tsrvi_partial *partial =
         stream->server->options.mode == TSRV_CALLBACK ? stream->u.partial : NULL;
     size_t got;
-    if (partial != NULL && partial->into != NULL && tsrvi_chunk_size(stream->in) == 0) {
+    if (TSRVI_UNLIKELY(stream->in != NULL && stream->in->held)) {
+        got =
+            1; /* another coroutine has a slice of the buffer, which ends with this call's reads */
+    } else if (partial != NULL && partial->into != NULL && tsrvi_chunk_size(stream->in) == 0) {
         got = tsrvi_stream_receive(stream, partial->into + partial->done,
                                    partial->size - partial->done);
         partial->done += got;
@@ -10084,7 +10240,7 @@ static void tsrvi_stream_event(tsrvi_io *io, int events)
 static void tsrvi_stream_timer(tsrvi_timer *timer)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
-    uint64_t now = tsrvi_loop_of(stream)->now;
+    uint64_t now = tsrvi_loop_of(stream)->now, due;
     if ((stream->flags & TSRVI_LINGER) != 0 && stream->out_due <= now) {
         tsrvi_stream_close_fd(stream);
     } else if (tsrvi_stream_handshake_due(stream) <= now) {
@@ -10092,12 +10248,15 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
         tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
     } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
         tsrvi_stream_kill(stream, stream->out_end == TSRV_ETLS ? TSRV_ETLS : TSRV_ETIMEOUT);
-    } else if (tsrvi_stream_due(stream) <= now) {
+    }
+    /* There is one timer for all: what is not due yet needs it again, whatever this was for. */
+    due = tsrvi_stream_wait_due(stream);
+    if (due <= now) {
         tsrvi_stream_wake_handler(
             stream, TSRVI_WAITS); /* the call that it repeats finds that its time is over */
-    } else {
-        tsrvi_stream_arm(stream);
+        due = TSRVI_FOREVER;
     }
+    tsrvi_stream_arm_at(stream, tsrvi_earlier(due, tsrvi_stream_own_due(stream)));
 }
 
 /* Count an end under its reason. */
@@ -10133,8 +10292,12 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     loop->active--;
     tsrvi_stream_drop_input(stream);
     if ((stream->flags & TSRVI_ENTERED) != 0 && server->options.on_close != NULL) {
+        loop->parting = stream;
         server->options.on_close(stream, reason, server->options.context);
+        loop->parting = NULL;
     }
+    loop->limited = loop->limited == stream ? NULL : loop->limited;
+    server->drained += server->draining && !server->forced;
     if (stream->peer.family == AF_UNIX) {
         TSRV_FREE(stream->peer.u.whole);
     }
@@ -10155,6 +10318,10 @@ static void tsrvi_stream_run(tsrvi_task *task)
     stream->flags &= ~(TSRVI_SOON | TSRVI_READY);
     if ((stream->flags & TSRVI_DIRTY) != 0) {
         stream->flags &= ~TSRVI_DIRTY;
+        if (TSRVI_UNLIKELY((stream->flags & TSRVI_LENT) != 0)) {
+            stream->flags &= ~TSRVI_LENT;
+            tsrvi_stream_release(stream);
+        }
         tsrvi_stream_flush(stream);
         tsrvi_stream_rest(stream);
     }
@@ -10211,7 +10378,6 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
         (stream->flags & (TSRVI_LOCKED | TSRVI_WAIT_READ)) != 0) {
         return TSRV_EBUSY;
     }
-    tsrvi_stream_release(stream);
     if (tsrvi_chunk_size(stream->in) != 0) {
         tsrvi_stream_log_tls(stream, "plaintext came behind the command that starts TLS, as in a "
                                      "STARTTLS injection: refused");
@@ -10283,6 +10449,9 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->handler = server->options.handle_stream;
     stream->fresh = tsrvi_tick(loop);
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
+    if (tsrvi_no_sigpipe(fd) < 0) {
+        stream->out_end = -EPIPE; /* it is over already, which a send would raise the signal for */
+    }
     if (server->options.tls != NULL &&
         (rc = tsrvi_stream_secure(stream, server->options.tls, NULL)) < 0) {
         if (stream->peer.family == AF_UNIX) {
@@ -10338,7 +10507,9 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
-#define TSRVI_FAILURES 8       /* of accept in a row, after which a listener pauses */
+#define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
+#define TSRVI_FAILURES_MORE 8  /* so many more before it pauses again */
+#define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
 typedef struct tsrvi_listener {
     tsrvi_io io;
@@ -10346,7 +10517,7 @@ typedef struct tsrvi_listener {
     tsrv_server *server;
     uint64_t due;   /* when its own pause is over; 0 = it has none */
     int backoff_ms; /* its last pause; 0 = it has accepted since */
-    int failures;   /* of accept since it last accepted or paused */
+    int failures;   /* of accept since it last accepted */
     int burst;
     int hold;
     uint32_t turn; /* the last in which it was ready */
@@ -10411,9 +10582,9 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
         return TSRV_EINVAL;
     }
     if (options->mode == TSRV_COROUTINE && !TSRVI_HAS_COROUTINES) {
-        tsrvi_log(
-            TSRV_LOG_ERROR,
-            "coroutine mode was compiled out by TSRV_NO_COROUTINES: use mode = TSRV_CALLBACK");
+        tsrvi_log(TSRV_LOG_ERROR,
+                  "no coroutines: TSRV_NO_COROUTINES is defined, or stacks cannot be switched on "
+                  "this processor with this C library: use mode = TSRV_CALLBACK");
         return TSRV_ENOTSUP;
     }
     made = (tsrv_server *)tsrvi_zalloc(sizeof(*made));
@@ -10486,7 +10657,7 @@ static void tsrvi_listener_pause(tsrvi_listener *listener, int code)
     tsrv_server *server = listener->server;
     tsrvi_poller_set(&server->loop->poller, &listener->io, 0);
     server->stats->accept_pauses++;
-    listener->failures = 0;
+    listener->failures = TSRVI_FAILURES - TSRVI_FAILURES_MORE;
     listener->backoff_ms = tsrvi_backoff(listener->backoff_ms);
     listener->due = tsrvi_after(server->loop->now, listener->backoff_ms);
     tsrvi_server_arm(server);
@@ -10638,9 +10809,6 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
  * reason to refuse the connection. */
 static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool inherited)
 {
-#if TSRVI_HAS_NOSIGPIPE
-    tsrvi_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
-#endif
     if (tcp && !inherited) {
         if (!server->options.nagle) {
             tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
@@ -10892,6 +11060,25 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
     return TSRV_OK;
 }
 
+/* Take the connections that wait already, before the listener is closed: their clients have been
+ * told that they are connected, and would be reset. The handlers are called from the loop. Beyond
+ * max_connections there is no room for them, and a fork's child leaves them to its parent. */
+static void tsrvi_listener_empty(tsrvi_listener *listener)
+{
+    tsrv_server *server = listener->server;
+    bool own = server->loop->poller.pid == TSRV_SYS(getpid, ());
+    int failures = 0;
+    for (int left = TSRVI_LAST; own && left > 0 && !tsrvi_server_is_full(server); left--) {
+        tsrv_stream *stream;
+        int rc = tsrvi_listener_take(listener, &stream);
+        if (rc == TSRV_OK) {
+            tsrvi_stream_later(stream, TSRVI_CALL);
+        } else if (rc == -EAGAIN || ++failures == TSRVI_FAILURES) {
+            return;
+        }
+    }
+}
+
 /* Close a listener. Its memory stays until the server goes, since its event may be in this turn's
  * batch. */
 static void tsrvi_listener_close(tsrvi_listener *listener)
@@ -10949,21 +11136,35 @@ static void tsrvi_server_log_failure(const char *what, int port, const char *add
               address == NULL || address[0] == 0 ? "*" : address, port, tsrv_strerror(code));
 }
 
+static void tsrvi_server_log_bound(const int *fds, int count)
+{
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE];
+    for (int i = 0; i < count; i++) {
+        if (tsrvi_address_get(fds[i], tsrvi_getsockname, &address) == TSRV_OK) {
+            tsrvi_log(TSRV_LOG_INFO, "listening on %s",
+                      tsrv_address_format(&address, text, sizeof(text)));
+        }
+    }
+}
+
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options)
 {
-    int fds[TSRVI_LISTEN_MAX];
+    int fds[TSRVI_LISTEN_MAX], count = 0;
     int rc = tsrvi_server_attach(server);
     if (rc == TSRV_OK) {
-        rc = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
+        rc = count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
     }
-    if (rc > 0) {
-        rc = tsrv_server_add_sockets(server, fds, rc);
+    if (count > 0) {
+        rc = tsrv_server_add_sockets(server, fds, count);
     }
     if (rc < 0) {
         tsrvi_server_log_failure("listen", port, address, rc);
+        return rc;
     }
-    return rc;
+    tsrvi_server_log_bound(fds, count);
+    return TSRV_OK;
 }
 
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
@@ -10975,7 +11176,11 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
         rc = tsrvi_server_attach(server);
     }
     if (rc == TSRV_OK && tsrvi_address_get(fd, tsrvi_getpeername, &peer) < 0) {
-        peer.size = 0; /* a peer that has gone again: the handler will see */
+        /* A peer that has gone again: the handler will see. Of a unix socket that much is known. */
+        peer.size = tsrvi_address_get(fd, tsrvi_getsockname, &peer) == TSRV_OK &&
+                            tsrv_address_family(&peer) == AF_UNIX
+                        ? (uint32_t)offsetof(struct sockaddr_un, sun_path)
+                        : 0;
     }
     if (rc < 0 || (rc = tsrvi_set_flags(fd)) < 0 ||
         (rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
@@ -11014,7 +11219,8 @@ static int tsrvi_bound_add(tsrv_server *server, int fd, int backlog, int rank, i
     return TSRV_OK;
 }
 
-/* In an upgrade all sockets of an address are taken, of which reuse_port has one for each worker. */
+/* In an upgrade all sockets of an address are taken, of which reuse_port has one for each worker.
+ */
 static int tsrvi_bound_add_handed(tsrv_server *server, int fd, int backlog)
 {
     tsrv_address address;
@@ -11052,16 +11258,38 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
         tsrvi_server_log_failure("bind", port, address, rc);
         return rc;
     }
+    tsrvi_server_log_bound(fds, count);
     return TSRV_OK;
+}
+
+/* Close all listeners, at once. Returns whether there were any. */
+static bool tsrvi_server_unlisten(tsrv_server *server)
+{
+    bool any = false;
+    tsrvi_server_unbind(server);
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        any = any || listener->io.fd >= 0;
+        tsrvi_listener_close(listener);
+    }
+    return any;
+}
+
+/* The same, after what waits in their queues has been taken. */
+static bool tsrvi_server_stop(tsrv_server *server)
+{
+    for (tsrvi_listener *listener = server->listeners; listener != NULL;
+         listener = listener->next) {
+        if (listener->io.fd >= 0) {
+            tsrvi_listener_empty(listener);
+        }
+    }
+    return tsrvi_server_unlisten(server);
 }
 
 TSRV_API void tsrv_server_stop(tsrv_server *server)
 {
-    tsrvi_server_unbind(server);
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        tsrvi_listener_close(listener);
-    }
+    tsrvi_server_stop(server);
 }
 
 TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address)
@@ -11181,8 +11409,7 @@ static bool tsrvi_client_met_itself(int fd)
     tsrv_address here, there;
     return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
            tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
-           tsrv_address_family(&here) != AF_UNIX && here.size == there.size &&
-           memcmp(here.storage, there.storage, here.size) == 0;
+           tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
 }
 
 static int tsrvi_client_connect(int fd, const struct sockaddr *address, socklen_t size,
@@ -11330,7 +11557,7 @@ static tsrvi_co *tsrvi_stream_coroutine(const tsrv_stream *stream)
  * once. */
 static void tsrvi_server_abort(tsrv_server *server)
 {
-    tsrv_server_stop(server);
+    tsrvi_server_unlisten(server);
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
         tsrv_abort(stream);
@@ -11382,6 +11609,8 @@ static void tsrvi_server_drained(tsrv_server *server)
 {
     int code = server->forced ? (int)TSRV_ETIMEOUT : (int)TSRV_OK;
     tsrvi_heap_remove(&server->loop->heap, &server->drain);
+    tsrvi_log(TSRV_LOG_INFO, "drain: over, %llu connections have ended, %llu were aborted",
+              (unsigned long long)server->drained, (unsigned long long)server->drain_aborted);
     server->draining = false;
     server->drain_code = tsrvi_server_wake_drains(server, code) ? (int)TSRV_OK : code;
     tsrvi_loop_left(server->loop);
@@ -11390,11 +11619,11 @@ static void tsrvi_server_drained(tsrv_server *server)
 /* The grace is over: abort what is left. */
 static void tsrvi_server_force(tsrv_server *server)
 {
-    unsigned long left = 0;
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        left++;
+        server->drain_aborted++;
     }
-    tsrvi_log(TSRV_LOG_WARNING, "drain: the grace is over, %lu connections are aborted", left);
+    tsrvi_log(TSRV_LOG_WARNING, "drain: the grace is over, %llu connections are aborted",
+              (unsigned long long)server->drain_aborted);
     server->forced = true;
     server->drain_due = tsrvi_after(server->loop->now, TSRVI_DRAIN_LAST_MS);
     tsrvi_server_abort(server);
@@ -11428,15 +11657,20 @@ static void tsrvi_server_drain_timer(tsrvi_timer *timer)
 /* Stop, tell every stream, and see which are idle already. */
 static void tsrvi_server_drain_start(tsrv_server *server)
 {
+    unsigned long open = 0;
     server->draining = true;
     server->forced = false;
+    server->drained = 0;
+    server->drain_aborted = 0;
     server->drain.fire = tsrvi_server_drain_timer;
     server->drain_due = TSRVI_FOREVER;
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
         stream->flags |= TSRVI_DRAINING;
         tsrv_wake(stream);
+        open++;
     }
+    tsrvi_log(TSRV_LOG_INFO, "drain: begins, %lu connections are open", open);
 }
 
 /* May the caller wait until the last stream has gone? Not where nothing waits, and not in one of
@@ -11458,6 +11692,7 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
 {
     tsrv_loop *loop = server->loop;
     tsrvi_drain_wait wait;
+    bool stopped;
     int rc = server->drain_code;
     server->drain_code = TSRV_OK;
     if (loop == NULL || rc != TSRV_OK) {
@@ -11466,8 +11701,11 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
         return rc;
     }
-    tsrv_server_stop(server);
+    stopped = tsrvi_server_stop(server);
     if (tsrvi_list_empty(&server->streams)) {
+        if (stopped) {
+            tsrvi_log(TSRV_LOG_INFO, "drain: over, no connection was open");
+        }
         return TSRV_OK;
     }
     if (!server->draining) {
@@ -11501,6 +11739,19 @@ static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
         }
     }
     tsrvi_loop_left(loop);
+}
+
+/* End the grace of all drains of the loop, when it is asked to end for the second time: what is
+ * left is aborted as soon as the loop looks at its timers. */
+static inline void tsrvi_loop_cut(tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+        if (server->draining && !server->forced) {
+            server->drain_due = loop->now;
+            tsrvi_heap_set(&loop->heap, &server->drain, loop->now);
+        }
+    }
 }
 
 /* ---- free ------------------------------------------------------------------*/
@@ -11584,7 +11835,7 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
     if (loop->poller.pid != TSRV_SYS(getpid, ())) {
         tsrvi_server_drop_streams(
             server); /* a fork's copy: the connections are the parent's, and go on there */
-        tsrv_server_stop(server);
+        tsrvi_server_unlisten(server);
         tsrvi_server_destroy(server);
         return;
     }
@@ -12385,10 +12636,11 @@ static int tsrvi_supervised_got[TSRVI_SUPERVISED]; /* atomic */
 static int tsrvi_supervised_wake = -1;             /* where handlers write to */
 
 typedef struct tsrvi_supervisor {
-    tsrv_fork_options options; /* the defaults filled in */
-    int worker_grace_ms;       /* as it was given; 0 = the server's */
-    tsrvi_identity identity;   /* who workers become */
-    int state;                 /* TSRVI_PARENT_RUNNING and so on */
+    void (*happens)(struct tsrvi_supervisor *, int event); /* to the parent; see >>supervise */
+    tsrv_fork_options options;                             /* the defaults filled in */
+    int worker_grace_ms;                                   /* as it was given; 0 = the server's */
+    tsrvi_identity identity;                               /* who workers become */
+    int state;                                             /* TSRVI_PARENT_RUNNING and so on */
     int workers;
     tsrvi_child *children; /* TSRVI_GENERATIONS for each worker, and for programs of upgrades */
     int count;             /* of children */
@@ -12423,11 +12675,6 @@ typedef struct tsrvi_supervisor {
 /* The tables of the banner; NULL cannot be. */
 typedef void (*tsrvi_child_action)(tsrvi_supervisor *, int child);
 typedef void (*tsrvi_parent_action)(tsrvi_supervisor *);
-
-static void tsrvi_child_happens(tsrvi_supervisor *s, int child, int event);
-static void tsrvi_parent_happens(tsrvi_supervisor *s, int event);
-/* forward: tsrvi_child_happens - what happens to a child can be an event of the parent's
- * forward: tsrvi_parent_happens - whose actions are events of its children */
 
 static bool tsrvi_child_is_program(const tsrvi_supervisor *s, int child)
 {
@@ -12643,8 +12890,8 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 
-/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what the
- * program has printed. */
+/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what
+ * the program has printed. */
 static void tsrvi_supervisor_flush(void)
 {
     tsrvi_quiet quiet;
@@ -12713,7 +12960,7 @@ static void tsrvi_child_unborn(tsrvi_supervisor *s, int child, int code)
     } else if (!s->forked) {
         c->state = TSRVI_CHILD_VACANT;
         s->code = code;
-        tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
+        s->happens(s, TSRVI_PARENT_STOP);
     } else {
         c->started = s->now;
         tsrvi_child_back_off(s, c);
@@ -12797,7 +13044,8 @@ static uint64_t tsrvi_child_limit(const tsrvi_supervisor *s, int child)
 static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    bool drains = c->state == TSRVI_CHILD_SERVING || !s->serves || tsrvi_child_is_program(s, child);
+    bool drains = tsrvi_child_is_program(s, child) || !s->serves ||
+                  __atomic_load_n(&tsrvi_places[child].ready, __ATOMIC_ACQUIRE);
     c->state = TSRVI_CHILD_LEAVING;
     c->due = drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
     c->at_end = drains && s->state != TSRVI_PARENT_RUNNING;
@@ -12812,7 +13060,7 @@ static void tsrvi_child_serve(tsrvi_supervisor *s, int child)
     c->served = s->now;
     c->due = TSRVI_FOREVER;
     if (tsrvi_child_is_program(s, child)) {
-        tsrvi_parent_happens(s, TSRVI_PARENT_TAKEN);
+        s->happens(s, TSRVI_PARENT_TAKEN);
         return;
     }
     if (!s->announced) {
@@ -12884,8 +13132,8 @@ static void tsrvi_child_settle(int child)
     }
 }
 
-/* Has a worker that has ended come to its own end? Only one that tsrv_server_start has not made can,
- * and not because somebody has sent it a signal. */
+/* Has a worker that has ended come to its own end? Only one that tsrv_server_start has not made
+ * can, and not because somebody has sent it a signal. */
 static bool tsrvi_child_has_finished(const tsrvi_supervisor *s, int child)
 {
     return WIFEXITED(s->status) && WEXITSTATUS(s->status) == 0 && !s->server &&
@@ -12922,15 +13170,15 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
     }
 }
 
-/* It is forked again, later; or too many ends were bad. While the program that this one is to replace
- * still serves, one is too many. */
+/* It is forked again, later; or too many ends were bad. While the program that this one is to
+ * replace still serves, one is too many. */
 static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
 {
     tsrvi_places[child].stats[0].restarts++;
     if (tsrvi_handed_waits()) {
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: worker %d does not stay up; the old program goes on",
                   child / TSRVI_GENERATIONS);
-        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+        s->happens(s, TSRVI_PARENT_FAILS);
         return;
     }
     if (s->now - s->failed >= TSRVI_STABLE_MS * TSRVI_MS) {
@@ -12941,7 +13189,7 @@ static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
     if (s->options.max_restarts >= 0 && s->failures > s->options.max_restarts) {
         tsrvi_log(TSRV_LOG_ERROR, "giving up after %d restarts in a row (max_restarts)",
                   s->options.max_restarts);
-        tsrvi_parent_happens(s, TSRVI_PARENT_FAILS);
+        s->happens(s, TSRVI_PARENT_FAILS);
     } else {
         tsrvi_child_back_off(s, &s->children[child]);
     }
@@ -12960,7 +13208,7 @@ static void tsrvi_child_replace_worker(tsrvi_supervisor *s, int child)
     }
     if (place->refused < 0 && !s->announced) {
         s->code = place->refused;
-        tsrvi_parent_happens(s, TSRVI_PARENT_STOP);
+        s->happens(s, TSRVI_PARENT_STOP);
     } else if (!tsrvi_child_has_finished(s, child)) {
         tsrvi_child_retry(s, child);
     }
@@ -13032,7 +13280,8 @@ static bool tsrvi_reload_is_overtaken(const tsrvi_supervisor *s)
            s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS;
 }
 
-/* One step. Where a worker has no place left for another process, the next one that ends makes it. */
+/* One step. Where a worker has no place left for another process, the next one that ends makes it.
+ */
 static void tsrvi_reload_step(tsrvi_supervisor *s)
 {
     int old, place;
@@ -13434,8 +13683,8 @@ static uint64_t tsrvi_child_next(const tsrvi_supervisor *s, const tsrvi_child *c
     return next;
 }
 
-/* Nanoseconds until something is due, but at most a second: the host's code in this process may take
- * our signal handlers away, and then only looking helps. */
+/* Nanoseconds until something is due, but at most a second: the host's code in this process may
+ * take our signal handlers away, and then only looking helps. */
 static uint64_t tsrvi_supervisor_rest(const tsrvi_supervisor *s)
 {
     uint64_t next = s->now + TSRVI_LOOK_MS * TSRVI_MS, rest;
@@ -13505,8 +13754,8 @@ static void tsrvi_supervisor_tell_end(void)
               (unsigned long long)all.restarts);
 }
 
-/* Returns the task id in a worker, and in the parent when all is over, its result. Signals are looked
- * at first: what ends by one that was sent to all of us was told to end. */
+/* Returns the task id in a worker, and in the parent when all is over, its result. Signals are
+ * looked at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
 {
     for (int worker = 0; worker < s->workers; worker++) {
@@ -13572,6 +13821,7 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
     rc = tsrvi_supervisor_open(&supervisor, num_processes == 0 ? tsrv_cpu_count() : num_processes,
                                options);
     if (rc == TSRV_OK) {
+        supervisor.happens = tsrvi_parent_happens;
         supervisor.server = server;
         supervisor.serves = supervisor.serves || server;
         rc = tsrvi_supervise(&supervisor);

@@ -11,8 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAX_LINE 512
-
+enum { MAX_LINE = 512 };
 typedef struct member {
     bool asked;
     char nick[32]; /* "" until it has said who it is */
@@ -23,8 +22,7 @@ static member *member_of(tsrv_stream *stream)
     return (member *)tsrv_data(stream);
 }
 
-/* Send text to everybody in the room but one. tsrv_try_write never waits, so one slow reader
- * cannot hold up the walk. */
+/* To everybody in the room but one. tsrv_try_write never waits: no slow reader holds up the walk. */
 static void broadcast(tsrv_stream *from, const char *text, size_t size)
 {
     tsrv_server *server = tsrv_stream_server(from);
@@ -37,10 +35,14 @@ static void broadcast(tsrv_stream *from, const char *text, size_t size)
     }
 }
 
+/* Control characters would act on the terminals of the others. */
 static void say(tsrv_stream *from, const char *what, const char *text, int size)
 {
-    char line[MAX_LINE + 64];
+    char line[MAX_LINE + 64], *c;
     int used = snprintf(line, sizeof(line), "%s%s%.*s\n", member_of(from)->nick, what, size, text);
+    for (c = line; *c != '\n'; c++) {
+        *c = (unsigned char)*c < ' ' || *c == 127 ? '?' : *c;
+    }
     broadcast(from, line, (size_t)used);
 }
 
@@ -50,10 +52,7 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     tsrv_slice line;
     int rc;
     (void)address, (void)context;
-    if (!me->asked) {
-        me->asked = true;
-        tsrv_printf(stream, "your name? ");
-    }
+    me->asked = me->asked || tsrv_printf(stream, "your name? ") == TSRV_OK;
     while ((rc = tsrv_read_until(stream, "\n", MAX_LINE, &line)) == TSRV_OK) {
         int size = (int)strcspn(line.data, "\r\n");
         if (me->nick[0] != 0) {
@@ -70,11 +69,10 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     return rc;
 }
 
-/* Nobody hears a member leave before its descriptor is closed. */
+/* However it has ended. Of this stream only tsrv_data may be used here; the others go on. */
 static void on_close(tsrv_stream *stream, int reason, void *context)
 {
-    (void)reason;
-    (void)context;
+    (void)reason, (void)context;
     if (member_of(stream)->nick[0] != 0) {
         say(stream, " has left", "", 0);
     }
@@ -89,6 +87,8 @@ int main(int argc, char **argv)
     options.on_close = on_close;
     options.data_size = sizeof(member);
     options.max_write_buffer_size = 64 * 1024; /* what a reader may lag behind */
+    options.idle_timeout_ms = 3600000;         /* nothing was said, by anybody */
+    options.max_connections = 1000;
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_server_listen(server, port, NULL, NULL) != TSRV_OK) {
         return 1;

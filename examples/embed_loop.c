@@ -33,7 +33,7 @@ static bool send_stdin(tsrv_server *server)
     tsrv_stream *s;
     ssize_t size = read(STDIN_FILENO, text, sizeof(text));
     if (size <= 0) {
-        return size < 0 && errno == EINTR;
+        return size < 0 && (errno == EINTR || errno == EAGAIN);
     }
     for (s = tsrv_server_next(server, NULL); s != NULL; s = tsrv_server_next(server, s)) {
         if (tsrv_try_write(s, text, (size_t)size) == TSRV_EFULL) {
@@ -75,6 +75,7 @@ int main(int argc, char **argv)
     tsrv_server *server;
     tsrv_address bound;
     options.handle_stream = handle_stream;
+    options.idle_timeout_ms = 3600000; /* what is typed counts, too */
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_server_listen(server, port, "127.0.0.1", NULL) != TSRV_OK ||
         tsrv_server_address(server, 0, &bound) != TSRV_OK) {

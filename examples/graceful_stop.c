@@ -15,8 +15,8 @@
 static tsrv_signal interrupted, terminated;
 static bool stopping;
 
-/* The end of the input may be the client's or ours: a client that waits for its next line reads
- * TSRV_EOF when the drain begins, one that is in the middle of a line when that was answered. */
+/* The end of the input may be the client's or ours: while a client waits for its next line, the
+ * drain makes that read return TSRV_EOF. One that is never idle is told after an answer. */
 static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice line;
@@ -25,8 +25,11 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     (void)context;
     while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
         tsrv_write(stream, line.data, line.size);
+        if (tsrv_stopping(stream) && tsrv_unread_size(stream) == 0) {
+            break;
+        }
     }
-    if (rc == TSRV_EOF && tsrv_stopping(stream)) {
+    if (tsrv_stopping(stream)) {
         tsrv_printf(stream, "good bye\n");
     }
     return rc;
@@ -44,8 +47,10 @@ static void stop(void *context)
 static void on_signal(void *context)
 {
     tsrv_server *server = (tsrv_server *)context;
-    if (stopping || tsrv_spawn(NULL, stop, server) != TSRV_OK) {
+    if (stopping) {
         tsrv_server_drain(server, 1);
+    } else if (tsrv_spawn(NULL, stop, server) != TSRV_OK) {
+        tsrv_server_drain(server, GRACE_MS); /* no memory: it drains, and nobody waits for it */
     }
     stopping = true;
 }
@@ -57,6 +62,7 @@ int main(int argc, char **argv)
     tsrv_server *server;
     tsrv_address bound;
     options.handle_stream = handle_stream;
+    options.idle_timeout_ms = 300000;
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_signal_start(NULL, &interrupted, SIGINT, on_signal, server) != TSRV_OK ||
         tsrv_signal_start(NULL, &terminated, SIGTERM, on_signal, server) != TSRV_OK ||

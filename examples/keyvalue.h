@@ -1,15 +1,26 @@
-/* keyvalue.h - what redis.c keeps: a hash table of bytes by bytes, and nothing about connections. */
+/* keyvalue.h - what redis.c keeps: a hash table of bytes by bytes, and nothing about connections.
+ * What get returns is valid until the next set, unset or increment, whoever calls it. */
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define CHAINS 65536 /* it does not grow: it is slow with millions of keys */
+enum {
+    CHAINS = 65536,               /* it does not grow: it is slow with millions of keys */
+    MAX_STORED = 64 * 1024 * 1024 /* bytes: clients must not be able to fill the memory */
+};
+
+static size_t stored;
 
 static struct entry {
     struct entry *next;
     tsrv_slice key, value; /* their bytes follow, and a 0 */
 } * chains[CHAINS];
+
+static size_t size_of(const tsrv_slice *key, const tsrv_slice *value)
+{
+    return sizeof(struct entry) + key->size + value->size + 1;
+}
 
 /* The link to the entry of a key, or the one where it would be. */
 static struct entry **find(const tsrv_slice *key)
@@ -34,14 +45,17 @@ static const tsrv_slice *get(const tsrv_slice *key)
     return entry != NULL ? &entry->value : NULL;
 }
 
-/* Returns false when there is no memory; then the old value stays. */
+/* Returns false when there is no memory, or too much is stored; then the old value stays. */
 static bool set(const tsrv_slice *key, const tsrv_slice *value)
 {
     struct entry **link = find(key), *old = *link, *made;
+    size_t without = stored - (old != NULL ? size_of(key, &old->value) : 0);
     char *bytes;
-    if ((made = (struct entry *)malloc(sizeof(*made) + key->size + value->size + 1)) == NULL) {
+    if (size_of(key, value) > MAX_STORED - without ||
+        (made = (struct entry *)malloc(size_of(key, value))) == NULL) {
         return false;
     }
+    stored = without + size_of(key, value);
     bytes = (char *)(made + 1);
     made->next = old != NULL ? old->next : NULL;
     made->key.data = (char *)memcpy(bytes, key->data, key->size);
@@ -60,13 +74,14 @@ static bool unset(const tsrv_slice *key)
     struct entry **link = find(key), *old = *link;
     if (old != NULL) {
         *link = old->next;
+        stored -= size_of(key, &old->value);
         free(old);
     }
     return old != NULL;
 }
 
-/* Adds one; no value counts as 0. A value is a number if printing it gives the same text: no blanks,
- * no overflow. Returns false when it is none, or there is no memory. */
+/* Adds one; no value counts as 0. A value is a number if printing it gives the same text: no
+ * blanks, no overflow. Returns false when it is none, or as set. */
 static bool increment(const tsrv_slice *key, long long *number)
 {
     const tsrv_slice zero = {"0", 1}, *old = get(key) != NULL ? get(key) : &zero;

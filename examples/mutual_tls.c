@@ -51,6 +51,7 @@ int main(int argc, char **argv)
     tls_options.verify_client = TSRV_TLS_REQUIRED;
     tls_options.alpn = "upper,echo";
     options.handle_stream = handle_stream;
+    options.idle_timeout_ms = 300000; /* the handshake has its own, of 10 s */
     if (tsrv_tls_new(&options.tls, &tls_options) != TSRV_OK ||
         tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_server_listen(server, port, "127.0.0.1", NULL) != TSRV_OK) {

@@ -2,19 +2,21 @@
  *
  *   cc -O2 -o production examples/production.c
  *   ./production [port [processes]]   then: nc 127.0.0.1 8888, and say "stats"
- *
- *   kill -HUP   replaces the workers one by one     kill -TERM  finishes what is under way, and ends
  *   kill -USR2  starts the program anew, which takes the port over: an upgrade without a gap
+ *   kill -HUP   replaces the workers one by one; -TERM finishes what is under way (30 s), and ends
  *
- * As /etc/systemd/system/production.service, with or without a production.socket beside it (with
- * ListenStream=8888 systemd holds the port, and this program finds it by itself):
+ * As /etc/systemd/system/production.service; with ListenStream=127.0.0.1:8888 in production.socket
+ * beside it systemd holds the port, and this program finds it by itself; from systemd 253 on
+ * Type=notify-reload, in place of ExecReload, waits for the end of a reload:
  *
  *   [Service]
- *   Type=notify-reload
+ *   Type=notify
  *   NotifyAccess=main
  *   ExecStart=/usr/local/bin/production 8888
- *   WatchdogSec=10
+ *   ExecReload=/bin/kill -HUP $MAINPID
+ *   KillMode=mixed
  *   TimeoutStopSec=40
+ *   WatchdogSec=10
  *   Restart=on-failure
  *   DynamicUser=yes
  *   LimitNOFILE=65536
@@ -24,6 +26,7 @@
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -32,26 +35,32 @@
 static void tell_stats(tsrv_stream *stream)
 {
     tsrv_stats all;
-    tsrv_server_worker_stats(tsrv_stream_server(stream), -1, &all);
-    tsrv_printf(stream, "accepted %llu, open %llu, timeouts %llu, restarts %llu\n",
-                (unsigned long long)all.accepted, (unsigned long long)all.open,
-                (unsigned long long)all.ended_timeout, (unsigned long long)all.restarts);
+    if (tsrv_server_worker_stats(tsrv_stream_server(stream), -1, &all) == TSRV_OK) {
+        tsrv_printf(stream, "accepted %llu, open %llu, timeouts %llu, restarts %llu\n",
+                    (unsigned long long)all.accepted, (unsigned long long)all.open,
+                    (unsigned long long)all.ended_timeout, (unsigned long long)all.restarts);
+    }
 }
 
+/* In a drain it answers what has come, and says good bye: to a client that is never idle, too. */
 static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice line;
     int rc;
-    (void)address;
-    (void)context;
+    (void)address, (void)context;
     while ((rc = tsrv_read_until(stream, "\n", 4096, &line)) == TSRV_OK) {
-        if (strncmp(line.data, "stats", 5) == 0) {
+        if (strcmp(line.data, "stats\n") == 0 || strcmp(line.data, "stats\r\n") == 0) {
             tell_stats(stream);
         } else {
             tsrv_write(stream, line.data, line.size);
         }
+        if (tsrv_stopping(stream) && tsrv_unread_size(stream) == 0) {
+            break;
+        }
     }
-    if (rc == TSRV_ETIMEOUT || rc == TSRV_ETOOLONG || tsrv_stopping(stream)) {
+    if (tsrv_stopping(stream)) {
+        tsrv_printf(stream, "bye: the server ends\n");
+    } else if (rc == TSRV_ETIMEOUT || rc == TSRV_ETOOLONG) {
         tsrv_printf(stream, "bye: %s\n", tsrv_strerror(rc));
     }
     return rc;
@@ -68,27 +77,23 @@ static void on_start(tsrv_server *server, void *context)
     }
 }
 
-/* In the parent, which must not serve. */
-static void on_exit_of(int task_id, int pid, int status, void *context)
-{
-    (void)context;
-    fprintf(stderr, "production: worker %d (pid %d): status %d\n", task_id, pid, status);
-}
-
 int main(int argc, char **argv)
 {
-    int port = argc > 1 ? atoi(argv[1]) : 8888, processes = argc > 2 ? atoi(argv[2]) : 0;
+    int port = argc > 1 ? atoi(argv[1]) : 8888, processes = argc > 2 ? atoi(argv[2]) : 0, rc;
     tsrv_fork_options fork_options = {0};
     tsrv_server_options options = {0};
+    signal(SIGPIPE, SIG_IGN); /* for our own output: a worker must not die of a log that is gone */
     fork_options.heartbeat_ms = 5000; /* a worker that hangs for so long is replaced */
-    fork_options.on_exit = on_exit_of;
     fork_options.upgrade_argv = argv;
     options.handle_stream = handle_stream;
     options.on_start = on_start;
     options.max_connections = 10000; /* of each worker; the next ones wait in the kernel's queue */
     options.idle_timeout_ms = 60000;
-    options.grace_ms = 30000;
     options.keep_alive = true;
     options.fork = &fork_options;
-    return tsrv_serve(port, "127.0.0.1", processes, &options) == TSRV_OK ? 0 : 1;
+    rc = tsrv_serve(port, "127.0.0.1", processes, &options);
+    if (tsrv_task_id() < 0) { /* the parent: here, not in atexit, is what is done once at the end */
+        fprintf(stderr, "production: over, %s\n", rc == TSRV_OK ? "all well" : tsrv_strerror(rc));
+    }
+    return rc != TSRV_OK; /* each worker comes here, too, in a reload for instance */
 }

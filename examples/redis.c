@@ -1,48 +1,28 @@
 /* redis.c - Redis's protocol: a match function takes each command apart, pipelined or split.
- *   cc -O2 -o redis examples/redis.c && ./redis [port]     then: redis-cli -p 8888
+ *
+ *   cc -O2 -o redis examples/redis.c
+ *   ./redis [port]                    then: redis-cli -p 8888
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 #include "keyvalue.h"
+#include "redis_command.h"
 
-#include <stdio.h>
-#include <strings.h>
-
-enum { MAX_WORDS = 15, MAX_WORD = 1 << 20 };
-
-/* Takes "*2\r\n$3\r\nGET\r\n$1\r\nk\r\n" apart: word[0].size is how many words follow. Any other line
- * is one word. */
-static size_t match(const char *data, size_t size, void *context)
-{
-    tsrv_slice *word = (tsrv_slice *)context;
-    size_t at = 0, i;
-    for (i = word[0].size = 0; i <= word[0].size && at <= size; i++) {
-        const char *end = (const char *)memchr(data + at, '\n', size - at);
-        char *stop;
-        if (end == NULL) {
-            return size - at < 4096 ? 0 : SIZE_MAX;
-        }
-        if (*data != '*') {
-            word[1].data = data;
-            word[1].size = strcspn(data, "\r\n");
-            word[0].size = word[1].size > 0;
-            return (size_t)(end + 1 - data);
-        }
-        word[i].data = end + 1;
-        word[i].size = strtoul(data + at + 1, &stop, 10);
-        if (data[at] != (i == 0 ? '*' : '$') || word[i].size > (i == 0 ? MAX_WORDS : MAX_WORD) ||
-            *stop != '\r' || stop + 1 != end) {
-            return SIZE_MAX;
-        }
-        at = (size_t)(end + 1 - data) + (i == 0 ? 0 : word[i].size + 2);
-    }
-    return at; /* more than size: asks again when that much is there */
-}
-
+/* Is it the command name, of so many words? */
 static bool is(const tsrv_slice *word, const char *name, size_t count)
 {
     return word[0].size == count && word[1].size == strlen(name) &&
            strncasecmp(word[1].data, name, word[1].size) == 0;
+}
+
+/* One write, which has taken all of it before it waits: of three the first could wait, and another
+ * connection set the key anew meanwhile. */
+static void send_value(tsrv_stream *stream, const tsrv_slice *value)
+{
+    char size[32];
+    tsrv_slice parts[3] = {{size, 0}, *value, {"\r\n", 2}};
+    parts[0].size = (size_t)snprintf(size, sizeof(size), "$%zu\r\n", value->size);
+    tsrv_writev(stream, parts, 3);
 }
 
 static void execute(tsrv_stream *stream, const tsrv_slice *word)
@@ -52,9 +32,7 @@ static void execute(tsrv_stream *stream, const tsrv_slice *word)
     if (is(word, "PING", 1)) {
         tsrv_printf(stream, "+PONG\r\n");
     } else if (is(word, "GET", 2) && (value = get(key)) != NULL) {
-        tsrv_printf(stream, "$%zu\r\n", value->size);
-        tsrv_write(stream, value->data, value->size);
-        tsrv_printf(stream, "\r\n");
+        send_value(stream, value);
     } else if (is(word, "GET", 2)) {
         tsrv_printf(stream, "$-1\r\n");
     } else if (is(word, "SET", 3)) {
@@ -75,10 +53,12 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     int rc;
     (void)address;
     (void)context;
-    while ((rc = tsrv_read_until_match(stream, match, word, 0, &all)) == TSRV_OK) {
+    while ((rc = tsrv_read_until_match(stream, match_command, word, 0, &all)) == TSRV_OK) {
         execute(stream, word);
     }
-    tsrv_printf(stream, "%s", rc == TSRV_ETOOLONG ? "-ERR Protocol error\r\n" : "");
+    if (rc == TSRV_ETOOLONG) {
+        tsrv_printf(stream, "-ERR Protocol error\r\n");
+    }
     return rc;
 }
 
@@ -88,6 +68,8 @@ int main(int argc, char **argv)
     tsrv_server *server;
     tsrv_address bound;
     options.handle_stream = handle_stream;
+    options.max_connections = 10000;
+    options.idle_timeout_ms = 300000; /* clients that have gone without a word, too */
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_server_listen(server, argc > 1 ? atoi(argv[1]) : 8888, "127.0.0.1", NULL) != TSRV_OK ||
         tsrv_server_address(server, 0, &bound) != TSRV_OK) {

@@ -1,5 +1,4 @@
 /* threads.c - four threads, each with a loop, a server and a listener of its own on the same port.
- *
  *   cc -o threads examples/threads.c -lpthread
  *   ./threads [port]                  then: nc 127.0.0.1 8888; Ctrl-C ends it
  */
@@ -13,8 +12,7 @@
 #include <stdlib.h>
 #include <sys/socket.h>
 
-#define THREADS 4
-
+enum { THREADS = 4 };
 static struct worker {
     int fd; /* its listening socket */
     pthread_t thread;
@@ -25,9 +23,8 @@ static struct worker {
 static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice line;
-    int rc;
+    int rc = tsrv_printf(stream, "thread %d\n", (int)((struct worker *)context - workers));
     (void)address;
-    tsrv_printf(stream, "thread %d\n", (int)((struct worker *)context - workers));
     while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
            (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
     }
@@ -42,6 +39,7 @@ static void *run(void *context)
     options.handle_stream = handle_stream;
     options.context = w;
     options.loop = w->loop;
+    options.idle_timeout_ms = 300000;
     if (tsrv_server_new(&w->server, &options) != TSRV_OK ||
         tsrv_server_add_sockets(w->server, &w->fd, 1) != TSRV_OK ||
         tsrv_loop_run(w->loop) != TSRV_OK) {
@@ -89,7 +87,9 @@ int main(int argc, char **argv)
     fflush(stdout);
     sigwait(&ends, &signo);
     for (i = 0; i < THREADS; i++) {
-        tsrv_loop_post(workers[i].loop, drain, &workers[i]);
+        if (tsrv_loop_post(workers[i].loop, drain, &workers[i]) != TSRV_OK) {
+            return 1; /* no memory: nothing is waited for */
+        }
     }
     for (i = 0; i < THREADS; i++) {
         pthread_join(workers[i].thread, NULL);

@@ -54,6 +54,7 @@ int main(int argc, char **argv)
     int fd, rc;
     bind_options.unix_mode = 0660;
     options.handle_stream = handle_stream;
+    options.idle_timeout_ms = 300000;
     if ((rc = tsrv_bind_unix_socket(path, &bind_options, &fd)) != TSRV_OK) {
         fprintf(stderr, "unix_socket: %s: %s\n", path, tsrv_strerror(rc));
         return 1;

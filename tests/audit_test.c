@@ -1452,6 +1452,7 @@ static void check_late_request(int which)
     s_expect(fd, "ok\n");
     s_settle();
     int answers = late_answers;
+    s_run_ms(1500); /* now it is idle */
     /* The reader is told of the end, and before it runs the request is there. */
     CHECK_INT(tsrv_server_drain(s_server, 1000), TSRV_EAGAIN);
     t_sends(fd, "two\n");

@@ -305,7 +305,8 @@ __assert_fail|__assert|__assert_rtn|__assert2|__assert13|__stderrp|__sF
 bcmp|fwrite|fputc|__(v?snprintf|fprintf|fputs|mem[a-z]+|str[a-z]+)_chk
 __stack_chk_fail|__stack_chk_guard|__stack_chk_fail_local
 __tls_get_addr|_tlv_bootstrap|_GLOBAL_OFFSET_TABLE_
-__[a-z]+[dt]i[234]|__aarch64_.*|__emutls_.*|__(asan|tsan|ubsan|sanitizer|gcov|llvm)_.*
+__[a-z]+[dt]i[234]|__aarch64_.*|__emutls_.*|__(asan|lsan|tsan|ubsan|sanitizer|gcov|llvm)_.*
+__cxa_get_globals
 TEXT
 allowed=$(paste -s -d '|' "$work/allowed")
 
@@ -333,7 +334,10 @@ if ! command -v "$NM" >/dev/null 2>&1; then
     skip "seam: no nm ($NM)"
 else
     contexts='(get|make|swap)context'
-    case $(uname -m) in x86_64 | amd64 | aarch64 | arm64) else=  ;; *) else=$contexts ;; esac
+    case $(uname -m) in
+    x86_64 | amd64 | i?86 | aarch64 | arm64 | arm* | riscv64 | ppc64le | s390x) else= ;;
+    *) else=$contexts ;;
+    esac
     seam "every system call and allocation can be replaced" "$else" seam.c -O0
     seam "the same, optimised" "$else" seam.c -O2
     seam "the same, _GNU_SOURCE too late" "$else" seam_late.c -std=gnu99 -O0

@@ -139,21 +139,99 @@ static void leave(int fd)
 
 /* ---- who is idle --------------------------------------------------------------------------*/
 
-TEST_STREAM(answered_stream_ends_at_once_and_in_good_order)
+TEST_STREAM(answered_stream_ends_after_a_second_and_in_good_order)
 {
     open_server(echo, defaults);
     drainer d = spawn_drain(5000);
     int fd = join_and_ask();
     CHECK_INT(tsrv_stopping(tsrv_server_next(s_server, NULL)), false);
     begin(&d);
-    CHECK_INT(d.done, 0); /* the client has not gone yet */
+    s_run_ms(1000);
+    s_expect_silence(fd); /* its next request may be on its way */
     s_expect(fd, "BYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 0, 100);
+    check_drain(&d, TSRV_OK, 1000, 1400);
     CHECK_INT(closed, 1);
     CHECK_INT(reasons[0], TSRV_EOF);
     CHECK_INT(s_log_lines, 0);
     s_close();
+}
+
+/* Its requests come less than a second after each other, and each is answered; it is told to stop by
+ * the last of them, as the handlers of protocols that can say so do. */
+static int echo_until_stopping(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    enter(stream);
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, line.data, line.size);
+        if (++lines == 9) {
+            CHECK_INT(tsrv_stopping(stream), true);
+            return tsrv_write(stream, "BYE\n", 4);
+        }
+    }
+    return rc;
+}
+
+TEST_STREAM(busy_client_is_not_cut)
+{
+    open_server(echo_until_stopping, defaults);
+    drainer d = spawn_drain(0);
+    int fd = join_and_ask();
+    begin(&d);
+    for (int i = 0; i < 8; i++) {
+        s_run_ms(1000);
+        s_expect_silence(fd);
+        t_sends(fd, "next\n");
+        s_expect(fd, "next\n");
+    }
+    s_expect(fd, "BYE\n");
+    leave(fd);
+    check_drain(&d, TSRV_OK, 8000, 8400);
+    CHECK_INT(s_log_lines, 0);
+    s_close();
+}
+
+/* The kernel has accepted it when the drain begins, and the loop has not turned since. */
+static void check_accepted_by_the_kernel(bool drained)
+{
+    enum { CLIENTS = 5 };
+    tsrv_stats stats;
+    int fds[CLIENTS];
+    open_server(echo, defaults);
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = t_connect(s_port);
+        t_sends(fds[i], "hello\n");
+    }
+    if (drained) {
+        CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN);
+    } else {
+        tsrv_server_stop(s_server);
+    }
+    CHECK_INT(entered, 0); /* nothing calls back from inside a call */
+    CHECK(t_is_refused(s_port));
+    for (int i = 0; i < CLIENTS; i++) {
+        s_expect(fds[i], drained ? "hello\nBYE\n" : "hello\n");
+        t_shut(fds[i]);
+        leave(fds[i]);
+    }
+    s_until(&closed, CLIENTS);
+    tsrv_server_stats(s_server, &stats);
+    CHECK_INT(stats.accepted, CLIENTS);
+    CHECK_INT(stats.ended_well, CLIENTS);
+    s_close();
+}
+
+TEST_STREAM(connection_in_the_kernels_queue_is_served_by_a_drain)
+{
+    check_accepted_by_the_kernel(true);
+}
+
+TEST_STREAM(connection_in_the_kernels_queue_is_served_after_a_stop)
+{
+    check_accepted_by_the_kernel(false);
 }
 
 TEST_STREAM(fresh_connection_has_a_second_to_begin)
@@ -162,12 +240,11 @@ TEST_STREAM(fresh_connection_has_a_second_to_begin)
     drainer d = spawn_drain(0);
     int fd = join();
     begin(&d);
-    s_run_ms(900);
+    s_run_ms(1000);
     s_expect_silence(fd);
-    s_run_ms(300);
     s_expect(fd, "BYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 1000, 1300);
+    check_drain(&d, TSRV_OK, 1000, 1400);
     s_close();
 }
 
@@ -181,7 +258,7 @@ TEST_STREAM(first_request_in_flight_is_served)
     t_sends(fd, "one\n");
     s_expect(fd, "one\nBYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 450, 700);
+    check_drain(&d, TSRV_OK, 1500, 1900);
     CHECK_INT(reasons[0], TSRV_EOF);
     s_close();
 }
@@ -215,7 +292,7 @@ TEST_STREAM(stream_added_during_a_drain_is_drained)
     leave(pair[1]);
     s_expect(fd, "BYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 1000, 1300);
+    check_drain(&d, TSRV_OK, 1000, 1400);
     CHECK_INT(closed, 2);
     s_close();
 }
@@ -366,7 +443,7 @@ TEST_STREAM(request_whose_header_was_read_is_finished)
         t_sends(fd, "01234567");
         s_expect(fd, "8 bytes\nBYE\n");
         leave(fd);
-        check_drain(&d, TSRV_OK, 290, 450);
+        check_drain(&d, TSRV_OK, 1290, 1700);
         s_close();
     }
 }
@@ -383,7 +460,7 @@ TEST_STREAM(request_whose_body_does_not_begin_ends_after_a_second)
         begin(&d);
         s_expect(fd, "BYE\n");
         leave(fd);
-        check_drain(&d, TSRV_OK, 950, 1250);
+        check_drain(&d, TSRV_OK, 950, 1400);
         s_close();
     }
 }
@@ -405,7 +482,7 @@ TEST_STREAM(stalled_upload_is_not_cut)
         t_sends(fd, "4567");
         s_expect(fd, "8 bytes\nBYE\n");
         leave(fd);
-        check_drain(&d, TSRV_OK, 2990, 3200);
+        check_drain(&d, TSRV_OK, 3990, 4400);
         s_close();
     }
 }
@@ -445,7 +522,7 @@ TEST_STREAM(unread_bytes_are_not_idle)
     t_sends(fd, "ne\n");
     s_expect(fd, "line\nBYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 2490, 2700);
+    check_drain(&d, TSRV_OK, 3490, 3900);
     s_close();
 }
 
@@ -492,7 +569,7 @@ TEST_COROUTINE(requests_that_came_while_the_handler_slept_are_answered)
     t_sends(fd, "two\nthree\n");
     s_expect(fd, "one\ntwo\nthree\nBYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 890, 1000);
+    check_drain(&d, TSRV_OK, 1000, 1900);
     s_close();
 }
 
@@ -632,7 +709,7 @@ TEST_STREAM(one_way_stream_ends_after_a_second_of_silence)
     }
     s_expect(fd, "BYE\n");
     leave(fd);
-    check_drain(&d, TSRV_OK, 7 * 800 + 950, 7 * 800 + 1300);
+    check_drain(&d, TSRV_OK, 7 * 800 + 950, 7 * 800 + 1400);
     CHECK_INT(lines, 8);
     s_close();
 }
@@ -664,6 +741,7 @@ TEST_STREAM(chat_ends_listeners_first_and_the_speaker_after_a_second)
     for (int i = 0; i < 3; i++) {
         listeners[i] = join();
     }
+    s_run_ms(1500); /* the listeners have been silent since */
     t_sends(speaker, "hi all\n");
     s_until(&lines, 1);
     begin(&d);
@@ -791,8 +869,8 @@ static int full_unix_listener(char *name, size_t size, int *fillers, int count)
     socklen_t length = (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + strlen(name + 6));
     CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, length) == 0 && listen(fd, 0) == 0);
     for (int i = 0; i < count; i++) {
-        fillers[i] = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
-        CHECK(fillers[i] >= 0);
+        fillers[i] = socket(AF_UNIX, SOCK_STREAM, 0);
+        CHECK(fillers[i] >= 0 && fcntl(fillers[i], F_SETFL, O_NONBLOCK) == 0);
         if (connect(fillers[i], (struct sockaddr *)&address, length) != 0) {
             CHECK_INT(errno, EAGAIN);
         }
@@ -901,7 +979,7 @@ TEST_STREAM(peer_that_never_closes_is_waited_for_by_its_time_limit)
     int fd = join_and_ask();
     begin(&d);
     s_expect(fd, "BYE\n");
-    check_drain(&d, TSRV_OK, 4900, 5300); /* close_timeout_ms */
+    check_drain(&d, TSRV_OK, 5900, 6400); /* close_timeout_ms, after a second */
     t_close(fd);
     s_close();
 }
@@ -909,12 +987,12 @@ TEST_STREAM(peer_that_never_closes_is_waited_for_by_its_time_limit)
 TEST_STREAM(lingering_counts_towards_the_grace)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(1000);
+    drainer d = spawn_drain(3000);
     int fd = join_and_ask();
     begin(&d);
     s_expect(fd, "BYE\n");
     s_expect_eof(fd);
-    check_drain(&d, TSRV_ETIMEOUT, 1000, 1100);
+    check_drain(&d, TSRV_ETIMEOUT, 3000, 3100);
     CHECK_INT(s_log_lines, 1);
     t_close(fd);
     s_close();
@@ -945,6 +1023,63 @@ TEST_LOOP(grace_is_the_argument_else_the_option_else_30_s)
     check_grace(300, 800, 800);
     check_grace(TSRV_NEVER, 400, 400);
     check_grace(0, 1, 1);
+}
+
+/* Somebody asks for the second time. */
+TEST_LOOP(cut_ends_the_grace_at_once)
+{
+    tsrv_server_options options = defaults;
+    options.grace_ms = TSRV_NEVER;
+    open_server(echo, options);
+    drainer d = spawn_drain(0);
+    int fd = join();
+    t_sends(fd, "half a line");
+    s_settle();
+    tsrvi_loop_cut(s_loop); /* nothing is being drained */
+    begin(&d);
+    s_run_ms(5000);
+    s_expect_silence(fd);
+    tsrvi_loop_cut(s_loop);
+    tsrvi_loop_cut(s_loop);
+    s_expect_reset(fd);
+    check_drain(&d, TSRV_ETIMEOUT, 5000, 5100);
+    CHECK_INT(s_log_lines, 1);
+    t_close(fd);
+    s_close();
+}
+
+static char told[4][128]; /* what was logged for the curious */
+static int told_count;
+
+static void see_info(int level, const char *message, void *context)
+{
+    (void)context;
+    if (level == TSRV_LOG_INFO && told_count < 4) {
+        snprintf(told[told_count++], sizeof told[0], "%s", message);
+    }
+}
+
+TEST_LOOP(drain_tells_its_beginning_and_its_end)
+{
+    open_server(echo, defaults);
+    tsrv_set_log(see_info, NULL);
+    drainer d = spawn_drain(2000);
+    int good = join_and_ask(), stalled = join();
+    t_sends(stalled, "half a line");
+    s_settle();
+    begin(&d);
+    CHECK_INT(told_count, 1);
+    CHECK_STR(told[0], "drain: begins, 2 connections are open");
+    s_expect(good, "BYE\n");
+    leave(good);
+    s_expect_reset(stalled);
+    s_until(&d.done, 1);
+    CHECK_INT(told_count, 2);
+    CHECK_STR(told[1], "drain: over, 1 connections have ended, 1 were aborted");
+    CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK); /* again: nothing to tell */
+    CHECK_INT(told_count, 2);
+    t_close(stalled);
+    s_close();
 }
 
 TEST_LOOP(grace_can_be_without_limit_and_be_shortened_later)
@@ -1177,7 +1312,7 @@ TEST_STREAM(server_serves_again_after_a_drain)
         begin(&d);
         s_expect(fd, "BYE\n");
         leave(fd);
-        check_drain(&d, TSRV_OK, 0, 100);
+        check_drain(&d, TSRV_OK, 1000, 1400);
         s_port = s_listen(s_server);
     }
     CHECK_INT(closed, 3);
@@ -1543,9 +1678,10 @@ static void drain_it(cell *c)
 static void check_drained(cell *c)
 {
     tsrv_address address;
-    CHECK_INT(c->code, c->open == 0 || c->place == P_COROUTINE ? TSRV_OK : TSRV_EAGAIN);
+    /* In on_start the clients wait in the kernel's queue, and are taken. */
+    CHECK_INT(c->code, c->place == P_DRAINED || c->place == P_COROUTINE ? TSRV_OK : TSRV_EAGAIN);
     CHECK_INT(tsrv_server_address(s_server, 0, &address), TSRV_EINVAL);
-    if (c->open > 0) {
+    if (c->open > 0 || c->place == P_ON_START) {
         s_expect_eof(last_client(c));
     }
 }

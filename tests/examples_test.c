@@ -131,6 +131,9 @@ static const char *examples(void)
     return directory != NULL ? directory : "build/cc-c99";
 }
 
+/* What the names of the built programs begin with, for one that was built in another way. */
+static const char *variant = "";
+
 /* Starts a program with up to three arguments and its stdin, -1 for ours. Returns it, and in line
  * what it says it listens on. */
 static program launch(const char *name, const char *const *arguments, int input, char *line,
@@ -140,8 +143,8 @@ static program launch(const char *name, const char *const *arguments, int input,
     char path[4096], text[512];
     int fds[2], status;
     size_t prefix = strlen(name) + strlen(": listening on ");
-    snprintf(path, sizeof path, "%s/%s%s", examples(), t_mode == TSRV_CALLBACK ? "callback_" : "",
-             name);
+    snprintf(path, sizeof path, "%s/%s%s%s", examples(), variant,
+             t_mode == TSRV_CALLBACK ? "callback_" : "", name);
     if (access(path, X_OK) != 0) {
         SKIP("the built examples (make examples, and EXAMPLES=directory)");
     }
@@ -521,6 +524,21 @@ TEST_MODES(chat_names_joins_and_leaves)
     stop(&p);
 }
 
+/* What a terminal would act on does not come through; letters of any language do. */
+TEST_MODES(chat_lets_no_control_characters_through)
+{
+    program p = start("chat");
+    int ann = join(&p, "ann", NULL, 0);
+    int eve = t_connect(p.port);
+    t_expect(eve, "your name? ");
+    t_sends(eve, "e\x1b[2Jve\n\x1b]0;mine\x07 \x7f\tb\xc3\xa9\n");
+    t_expect(ann, "e?[2Jve has joined\ne?[2Jve: ?]0;mine? ??b\xc3\xa9\n");
+    leave(eve);
+    t_expect(ann, "e?[2Jve has left\n");
+    leave(ann);
+    stop(&p);
+}
+
 /* Each speaks in turn. That the next thing a speaker receives is another's message shows that its
  * own did not come back; the first speaks twice, for the last one's sake. */
 TEST_MODES(chat_reaches_all_others)
@@ -857,13 +875,19 @@ TEST_ONCE(proxy_passes_a_reset_on)
     t_expect_reset(r.client);
     t_close(r.client);
 
-    /* Also after one direction has ended. */
+    /* Also after one direction has ended, whoever resets. */
     through(&r);
     t_shut(r.client);
     t_expect_eof(r.target);
     t_reset(r.target);
     t_expect_reset(r.client);
     t_close(r.client);
+    through(&r);
+    t_shut(r.target);
+    t_expect_eof(r.client);
+    t_reset(r.client);
+    t_expect_reset(r.target);
+    t_close(r.target);
     stop_proxy(&r);
 }
 
@@ -914,6 +938,7 @@ TEST_MODES(smtp_takes_a_mail)
         {"RSET\r\n", "250 ok\r\n"},
         {"RCPT TO:<b@example.org>\r\n", "503 not now\r\n"},
         {"mail from:<a@example.org>\r\n", "250 ok\r\n"},
+        {"MAIL FROM:<x@example.org>\r\n", "503 not now\r\n"},
         {"NOOP\r\n", "250 ok\r\n"},
         {"DATA\r\n", "503 not now\r\n"},
         {"RCPT TO:<b@example.org>\r\n", "250 ok\r\n"},
@@ -939,12 +964,100 @@ TEST_MODES(smtp_takes_a_mail)
     expect_end(&p);
 }
 
+static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
+                                        {"RCPT TO:<b>\r\n", "250 ok\r\n"},
+                                        {"DATA\r\n", "354 go on\r\n"}};
+
+/* Two mails come line by line, in turn: each is printed in one piece. */
+TEST_MODES(smtp_does_not_mix_mails)
+{
+    program p = start_with("smtp", NULL, NULL);
+    int first = t_connect(p.port), second = t_connect(p.port), other = t_connect(p.port);
+    t_expect(first, "220 ready\r\n");
+    t_expect(second, "220 ready\r\n");
+    t_expect(other, "220 ready\r\n");
+    PLAY(first, to_data);
+    PLAY(second, to_data);
+    for (int i = 0; i < 3; i++) {
+        t_sends(i % 2 ? second : first, "a line\r\n");
+        t_sends(i % 2 ? first : second, "another\r\n");
+        t_sends(other, "NOOP\r\n");
+        t_expect(other, "250 ok\r\n");
+    }
+    t_sends(second, "end of the second\r\n.\r\n");
+    t_expect(second, "250 thank you\r\n");
+    t_sends(first, "end of the first\r\n.\r\n");
+    t_expect(first, "250 thank you\r\n");
+    static const char *const printed[] = {"another\r", "a line\r",
+                                          "another\r", "end of the second\r",
+                                          "a line\r",  "another\r",
+                                          "a line\r",  "end of the first\r"};
+    for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
+        expect_output(&p, printed[i]);
+    }
+    t_close(first);
+    t_close(second);
+    t_close(other);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* A mail of 1 MiB is taken, more is not, and the connection goes on. */
+TEST_MODES(smtp_refuses_too_large_a_mail)
+{
+    enum { MOST = 1024 * 1024, LINE = 512 };
+    char *text = allocate(MOST + LINE), line[LINE];
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port);
+    memset(line, 'x', LINE);
+    memcpy(line + LINE - 2, "\r\n", 2);
+    for (int i = 0; i <= MOST / LINE; i++) {
+        memcpy(text + i * LINE, line, LINE);
+    }
+    t_expect(fd, "220 ready\r\n");
+    PLAY(fd, to_data);
+    t_send(fd, text, MOST + LINE);
+    t_sends(fd, ".\r\n");
+    t_expect(fd, "552 too much mail\r\n");
+    PLAY(fd, to_data);
+    t_send(fd, text, MOST);
+    t_sends(fd, ".\r\n");
+    for (size_t at = 0; at < MOST;) {
+        ssize_t n = read(p.output, text, LINE - at % LINE);
+        CHECK(n > 0);
+        CHECK_MEM(text, (size_t)n, line + at % LINE, (size_t)n);
+        at += (size_t)n;
+    }
+    t_expect(fd, "250 thank you\r\n");
+    t_close(fd);
+    free(text);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* What cannot be printed is not acknowledged, and the server lives on. */
+TEST_MODES(smtp_does_not_acknowledge_what_is_lost)
+{
+    program p = start_with("smtp", NULL, NULL);
+    int fd = t_connect(p.port), null = open("/dev/null", O_RDONLY);
+    t_expect(fd, "220 ready\r\n");
+    CHECK(null >= 0 && dup2(null, p.output) == p.output); /* nobody reads what it prints */
+    t_close(null);
+    for (int i = 0; i < 2; i++) {
+        PLAY(fd, to_data);
+        t_sends(fd, "lost\r\n.\r\n");
+        t_expect(fd, "451 cannot keep it\r\n");
+    }
+    t_close(fd);
+    send_signal(&p, SIGTERM);
+    int status = end_of(&p);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+}
+
 TEST_MODES(smtp_too_long_a_line)
 {
     enum { MOST = 1000, FAR = 3 * 1024 * 1024 }; /* with CRLF; far behind every buffer */
-    static const exchange_step to_data[] = {{"MAIL FROM:<a>\r\n", "250 ok\r\n"},
-                                            {"RCPT TO:<b>\r\n", "250 ok\r\n"},
-                                            {"DATA\r\n", "354 go on\r\n"}};
     char *line = allocate(FAR + 1);
     char text[MOST];
     program p = start_with("smtp", NULL, NULL);
@@ -961,12 +1074,12 @@ TEST_MODES(smtp_too_long_a_line)
     t_sends(fd, "\r\nNOOP\r\n");
     t_expect(fd, "500 line too long\r\n250 ok\r\n");
 
-    /* Within a mail it spoils the mail, of which the end is still found. */
+    /* Within a mail it spoils the mail, of which the end is still found, and nothing is printed. */
     PLAY(fd, to_data);
+    t_sends(fd, "begin\r\n");
     t_send(fd, line, MOST - 1);
     t_sends(fd, "\r\nrest\r\n.\r\n");
     t_expect(fd, "500 line too long\r\n");
-    expect_output(&p, "rest\r");
     PLAY(fd, to_data);
     t_send(fd, line, MOST - 2);
     t_sends(fd, "\r\n.\r\nQUIT\r\n");
@@ -1002,16 +1115,14 @@ TEST_MODES(smtp_times_out)
 
 TEST_MODES(smtp_says_good_bye_when_it_stops)
 {
-    static const exchange_step to_data[] = {{"", "220 ready\r\n"},
-                                            {"MAIL FROM:<a>\r\n", "250 ok\r\n"},
-                                            {"RCPT TO:<b>\r\n", "250 ok\r\n"},
-                                            {"DATA\r\n", "354 go on\r\n"}};
     program p = start_with("smtp", NULL, NULL);
     int idle = t_connect(p.port), busy = t_connect(p.port);
     t_expect(idle, "220 ready\r\n");
+    t_expect(busy, "220 ready\r\n");
     PLAY(busy, to_data);
     t_sends(busy, "first\r\nsec");
-    expect_output(&p, "first\r");
+    t_sends(idle, "NOOP\r\n");
+    t_expect(idle, "250 ok\r\n");
     send_signal(&p, SIGTERM);
     t_expect(idle, "421 good bye\r\n");
     t_expect_eof(idle);
@@ -1021,6 +1132,7 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
     t_expect(busy, "250 thank you\r\n421 good bye\r\n");
     t_expect_eof(busy);
     t_close(busy);
+    expect_output(&p, "first\r");
     expect_output(&p, "second\r");
     expect_end(&p);
 }
@@ -1067,7 +1179,8 @@ static void stop_http(site *s)
     CHECK(unlink(s->small_name) == 0);
     CHECK(rmdir(s->directory) == 0);
     free(s->big);
-    stop(&s->http);
+    send_signal(&s->http, SIGTERM);
+    expect_end(&s->http);
 }
 
 #define REPLY(status, size) "HTTP/1.1 " status "\r\nContent-Length: " size "\r\n\r\n"
@@ -1175,6 +1288,36 @@ TEST_MODES(http_refuses_what_it_does_not_understand)
         "GET http://127.0.0.1/ HTTP/1.1\r\n\r\n",
         "GET ../echo HTTP/1.1\r\n\r\n",
         "GET * HTTP/1.1\r\n\r\n",
+        "GET/ HTTP/1.1\r\n\r\n",
+        "GET  / HTTP/1.1\r\n\r\n",
+        "GET /  HTTP/1.1\r\n\r\n",
+        "GET /\tHTTP/1.1\r\n\r\n",
+        "GET /a\tb HTTP/1.1\r\n\r\n",
+        "GET\r\n/ HTTP/1.1\r\n\r\n",
+        "GET /\r\nHTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1 \r\n\r\n",
+        "GET / HTTP/1.1\n\r\n\r\n",
+        "GET / http/1.1\r\n\r\n",
+        /* Fields that somebody else may take for another one. */
+        "GET / HTTP/1.1\r\nContent-Length : 5\r\n\r\n",
+        "GET / HTTP/1.1\r\n Content-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\r\n Content-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\r\n\tb\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\nContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\rContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nX: a\x01\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length\r\n\r\n",
+        "GET / HTTP/1.1\r\n: x\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length:\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: +1\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 1 2\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\ncontent-length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0\r\nTransfer-Encoding:chunked\r\n\r\n",
     };
     static const char zero[] = "GET / HTTP/1.1\r\n\0Content-Length: 5\r\n\r\n";
     site s = start_http();
@@ -1206,25 +1349,96 @@ TEST_MODES(http_refuses_what_it_does_not_understand)
     stop_http(&s);
 }
 
-/* Whatever its length is said to be, nothing of a body is taken for a request. */
-TEST_MODES(http_drops_bodies)
+/* Nothing of a body is taken for a request, and nobody is told that it was dealt with. */
+TEST_MODES(http_takes_no_bodies)
 {
-    static const char *const fields[] = {"Content-Length: 40", "content-length:0",
-                                         "Content-Length: 99999999999999999999999",
-                                         "Content-Length: -1", "Content-Length: 1 2",
-                                         "Transfer-Encoding: chunked"};
+    static const struct {
+        const char *field, *status;
+    } fields[] = {{"Content-Length: 40", "413 Content Too Large"},
+                  {"content-length:00040 ", "413 Content Too Large"},
+                  {"Content-Length: 99999999999999999999999", "413 Content Too Large"},
+                  {"Transfer-Encoding: chunked", "501 Not Implemented"},
+                  {"transfer-encoding:\tgzip, chunked", "501 Not Implemented"}};
     site s = start_http();
-    char request[256];
+    char request[256], expected[256];
     for (size_t i = 0; i < sizeof fields / sizeof fields[0]; i++) {
         int size = snprintf(request, sizeof request,
                             "GET /small.txt HTTP/1.1\r\n%s\r\n\r\nGET / HTTP/1.1\r\n\r\n",
-                            fields[i]);
-        expect_reply(&s, request, (size_t)size, LAST("200 OK", "6") "small\n");
-        size = snprintf(request, sizeof request,
-                        "PUT /small.txt HTTP/1.1\r\n%s\r\n\r\nGET / HTTP/1.1\r\n\r\n", fields[i]);
-        expect_reply(&s, request, (size_t)size, LAST(NOT_ALLOWED, "0"));
+                            fields[i].field);
+        snprintf(expected, sizeof expected, LAST("%s", "0"), fields[i].status);
+        expect_reply(&s, request, (size_t)size, expected);
+    }
+    static const char put[] = "PUT /x HTTP/1.1\r\nContent-Length: 40\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    expect_reply(&s, put, sizeof put - 1, LAST(NOT_ALLOWED, "0"));
+    /* A body of no bytes is none. */
+    static const char none[] = "PUT /x HTTP/1.1\r\nContent-Length: 0\r\n\r\n"
+                               "GET / HTTP/1.1\r\ncontent-length:00\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    expect_reply(&s, none, sizeof none - 1,
+                 REPLY(NOT_ALLOWED, "0")
+                     REPLY("200 OK", "10") "It works.\n" REPLY("200 OK", "10") "It works.\n");
+    stop_http(&s);
+}
+
+/* However a client writes that it wants no more, and only then. */
+TEST_MODES(http_closes_when_it_is_asked_to)
+{
+    static const char *const asks[] = {"Connection: close",
+                                       "connection:close",
+                                       "Connection:\tClose ",
+                                       "Connection: keep-alive, close",
+                                       "Connection: x,close,y",
+                                       "X: y\r\nConnection: close\r\nConnection: keep-alive"};
+    static const char *const others[] = {"Connection: keep-alive",
+                                         "Connection: closed, enclose",
+                                         "X-Connection: close",
+                                         "X: Connection: close",
+                                         "Connection: keep-alive\r\nReferer: /close",
+                                         "Connection:"};
+    site s = start_http();
+    char request[256];
+    for (size_t i = 0; i < 2 * sizeof asks / sizeof asks[0]; i++) {
+        const char *field = i % 2 ? others[i / 2] : asks[i / 2];
+        int size =
+            snprintf(request, sizeof request, "HEAD / HTTP/1.1\r\nHost: x\r\n%s\r\n\r\n", field);
+        expect_reply(&s, request, (size_t)size,
+                     i % 2 ? REPLY("200 OK", "10") : LAST("200 OK", "10"));
     }
     stop_http(&s);
+}
+
+/* A pipe in the directory would hold up whoever opens it, and with it everybody. */
+TEST_MODES(http_is_not_held_up_by_a_pipe)
+{
+    static const char request[] = "GET /pipe HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n";
+    site s = start_http();
+    char name[600];
+    snprintf(name, sizeof name, "%s/pipe", s.directory);
+    CHECK(mkfifo(name, 0600) == 0);
+    expect_reply(&s, request, sizeof request - 1,
+                 REPLY("404 Not Found", "0") REPLY("200 OK", "10") "It works.\n");
+    CHECK(unlink(name) == 0);
+    stop_http(&s);
+}
+
+/* In a drain what is under way is answered, and the last answer says that it is the last. */
+TEST_MODES(http_says_which_answer_is_the_last)
+{
+    site s = start_http();
+    int idle = t_connect(s.http.port), busy = t_connect(s.http.port);
+    t_sends(idle, "HEAD / HTTP/1.1\r\n\r\n");
+    t_expect(idle, REPLY("200 OK", "10"));
+    t_sends(busy, "HEAD / HTTP/1.1\r\n\r\nHEAD / HT");
+    t_expect(busy, REPLY("200 OK", "10"));
+    send_signal(&s.http, SIGTERM);
+    t_expect_eof(idle); /* the drain has begun */
+    t_close(idle);
+    t_sends(busy, "TP/1.1\r\n\r\nGET /small.txt HTTP/1.1\r\n\r\n");
+    t_expect(busy, REPLY("200 OK", "10") LAST("200 OK", "6") "small\n");
+    t_expect_eof(busy);
+    t_close(busy);
+    expect_end(&s.http);
+    CHECK(unlink(s.big_name) == 0 && unlink(s.small_name) == 0 && rmdir(s.directory) == 0);
+    free(s.big);
 }
 
 /* ---- redis --------------------------------------------------------------------------------*/
@@ -1307,6 +1521,9 @@ TEST_MODES(redis_answers_each_command)
     }
     t_sends(fd, "QUIT\r\nPING extra\r\n");
     t_expect(fd, UNKNOWN UNKNOWN);
+    /* As one types it: words between blanks. */
+    t_sends(fd, "SET k  word \r\n\tget k\n  \nDEL k\n");
+    t_expect(fd, "+OK\r\n$4\r\nword\r\n:1\r\n");
     leave(fd);
     stop(&p);
 }
@@ -1380,16 +1597,104 @@ TEST_MODES(redis_keeps_what_it_is_given)
     stop(&p);
 }
 
+/* Clients cannot fill the memory; what they delete or replace makes room. */
+TEST_MODES(redis_keeps_no_more_than_it_can)
+{
+    enum { LARGE = 1000000, MOST = 64 * 1024 * 1024 / LARGE };
+    program p = start_with("redis", NULL, NULL);
+    char *value = allocate(LARGE + 3), head[64];
+    int fd = t_connect(p.port);
+    memset(value, 'v', LARGE);
+    memcpy(value + LARGE, "\r\n", 3);
+    for (int i = 0; i < MOST + 4; i++) {
+        /* The last but two once more, then one too many, one of which was deleted, and again. */
+        int key = i < MOST ? i : i == MOST ? 7 : i == MOST + 2 ? 3 : 100;
+        if (i == MOST + 2) {
+            t_sends(fd, redis_text("DEL k3\n"));
+            t_expect(fd, ":1\r\n");
+        }
+        snprintf(head, sizeof head, "*3\r\n$3\r\nSET\r\n$%d\r\nk%d\r\n$%d\r\n",
+                 key < 10    ? 2
+                 : key < 100 ? 3
+                             : 4,
+                 key, LARGE);
+        t_sends(fd, head);
+        t_sends(fd, value);
+        t_expect(fd, i == MOST + 1 || i == MOST + 3 ? "-OOM\r\n" : "+OK\r\n");
+    }
+    leave(fd);
+    free(value);
+    stop(&p);
+}
+
+/* Each write waits: meanwhile another client changes the value. Each answer is one value or the
+ * other, and AddressSanitizer finds nothing that was freed too early. */
+T_TEST(redis_values_change_while_answers_wait, T_COROUTINES)
+{
+    enum { ASKERS = 4, ASKED = 20, CHANGES = 40 };
+    static const char one[] = "$0\r\n\r\n", other[] = "$9\r\nbbbbbbbbb\r\n";
+    char answers[ASKED * sizeof other];
+    int askers[ASKERS];
+    variant = "slow_";
+    program p = start_with("redis", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_sends(fd, redis_text("SET k bbbbbbbbb\n"));
+    t_expect(fd, "+OK\r\n");
+    for (int i = 0; i < ASKERS; i++) {
+        askers[i] = t_connect(p.port);
+        for (int k = 0; k < ASKED; k++) {
+            t_sends(askers[i], redis_text("GET k\n"));
+        }
+        t_shut(askers[i]);
+    }
+    for (int i = 0; i < CHANGES; i++) {
+        t_sends(fd, i % 2 ? redis_text("SET k bbbbbbbbb\n")
+                          : "*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$0\r\n\r\n");
+        t_expect(fd, "+OK\r\n");
+    }
+    for (int i = 0; i < ASKERS; i++) {
+        size_t size = t_recv_all(askers[i], answers, sizeof answers), at = 0;
+        for (int k = 0; k < ASKED; k++) {
+            const char *expected = answers[at + 1] == '0' ? one : other;
+            CHECK(at + strlen(expected) <= size);
+            CHECK_MEM(answers + at, strlen(expected), expected, strlen(expected));
+            at += strlen(expected);
+        }
+        CHECK_INT(at, size);
+        t_close(askers[i]);
+    }
+    leave(fd);
+    stop(&p);
+}
+
 TEST_MODES(redis_ends_after_a_protocol_error)
 {
     static const char *const errors[] = {
-        "*1\r\n$-1\r\n",        "*-1\r\n",
-        "*99999999999999999999\r\n", "*16\r\n",
-        "*x\r\n",               "*1x\r\n",
-        "*1\n$4\r\nPING\r\n",   "*1\r\n+PING\r\n",
-        "*1\r\n:4\r\nPING\r\n", "*1\r\n$2000000\r\n",
-        "*1\r\n$4x\r\nPING\r\n", "*1x\n",
-        "*1\r\n$4x\nPING\r\n", "*1\r\n$18446744073709551615\r\nPING\r\n",
+        "*1\r\n$-1\r\n",
+        "*-1\r\n",
+        "*99999999999999999999\r\n",
+        "*16\r\n",
+        "*x\r\n",
+        "*1x\r\n",
+        "*1\n$4\r\nPING\r\n",
+        "*1\r\n+PING\r\n",
+        "*1\r\n:4\r\nPING\r\n",
+        "*1\r\n$2000000\r\n",
+        "*1\r\n$4x\r\nPING\r\n",
+        "*1x\n",
+        "*1\r\n$4x\nPING\r\n",
+        "*1\r\n$18446744073709551615\r\nPING\r\n",
+        /* What a less strict reader takes for another number, and so for another command. */
+        "*\r\n",
+        "*1\r\n$\r\n\r\n",
+        "*+1\r\n",
+        "* 1\r\n",
+        "*-18446744073709551615\r\n$4\r\nPING\r\n",
+        "*1\r\n$+4\r\nPING\r\n",
+        "*1\r\n$ 4\r\nPING\r\n",
+        "*1\r\n$4\r\nPINGxx*1\r\n",
+        "*1\r\n$4\r\nPING\n\r*1\r\n",
+        "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16\n",
     };
     program p = start_with("redis", NULL, NULL);
     char *line = allocate(2 * 1024 * 1024);
@@ -1402,13 +1707,22 @@ TEST_MODES(redis_ends_after_a_protocol_error)
         t_expect_eof(fd);
         t_close(fd);
     }
-    /* A typed line without an end; the rest of it does not turn the answer into a reset. */
+    /* A typed line without an end; the rest of it does not turn the answer into a reset. One that is
+     * too long is so whether its end comes with it or not, and one with a 0 in it is not cut. */
     memset(line, 'x', 2 * 1024 * 1024);
-    int fd = t_connect(p.port);
-    t_send(fd, line, 2 * 1024 * 1024);
-    t_expect(fd, MALFORMED);
-    t_expect_eof(fd);
-    t_close(fd);
+    static const size_t sizes[] = {2 * 1024 * 1024, 5000, 4097, 6};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        int fd = t_connect(p.port);
+        line[sizes[i] - 1] = i > 0 ? '\n' : 'x';
+        if (i == 3) {
+            memcpy(line, "PING\0", 5);
+        }
+        t_send(fd, line, sizes[i]);
+        line[sizes[i] - 1] = 'x';
+        t_expect(fd, MALFORMED);
+        t_expect_eof(fd);
+        t_close(fd);
+    }
     free(line);
     stop(&p);
 }
@@ -1537,6 +1851,8 @@ TEST_ONCE(threads_share_the_connections)
     }
 #ifdef __linux__
     CHECK(different > 1); /* by chance all of them on one: 4 to the power of -47 */
+#else
+    CHECK(different > 0);
 #endif
     for (int i = 0; i < COUNT; i++) {
         t_sends(fds[i], "hello\n");
@@ -1688,11 +2004,15 @@ TEST_ONCE(production_serves_counts_and_ends)
     CHECK_INT(sscanf(line, "accepted %llu, open %llu,", &accepted, &open), 2);
     CHECK_INT(accepted, 2);
     CHECK_INT(open, 2);
+    t_sends(fd, "statsx\n");
+    t_expect(fd, "statsx\n");
     t_sends(other, "unfinis");
     send_signal(&p, SIGTERM);
-    t_expect(fd, "bye: ");
-    t_sends(other, "hed\n");
-    t_expect(other, "unfinished\n");
+    t_expect(fd, "bye: the server ends\n");
+    t_expect_eof(fd);
+    t_sends(other, "hed\nand more\n");
+    t_expect(other, "unfinished\nand more\nbye: the server ends\n");
+    t_expect_eof(other);
     t_close(fd);
     t_close(other);
     expect_end(&p);

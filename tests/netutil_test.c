@@ -869,6 +869,47 @@ TEST_ONCE(unix_mode_is_right_in_every_way)
     CHECK(rmdir(directory) == 0);
 }
 
+#ifdef __linux__
+static const char *watched_path;
+static mode_t first_mode;
+static bool bind_seen;
+
+/* The mode that the file has at the first call behind bind. */
+static void watch_mode(const char *name)
+{
+    struct stat status;
+    if (bind_seen && first_mode == 0) {
+        CHECK(lstat(watched_path, &status) == 0);
+        first_mode = status.st_mode & 07777;
+    }
+    bind_seen = bind_seen || strcmp(name, "bind") == 0;
+}
+
+/* Not for a moment is it wider than was asked for. */
+TEST_ONCE(unix_mode_is_narrow_from_the_beginning)
+{
+    static const mode_t modes[][3] = {
+        {0, 0600, 0600}, {0, 0666, 0666}, {077, 0666, 0600}, {022, 0660, 0640}};
+    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    watched_path = path;
+    for (int i = 0; i < 4; i++) {
+        tsrv_bind_options options = {0};
+        int fd;
+        umask(modes[i][0]);
+        options.unix_mode = modes[i][1];
+        first_mode = 0;
+        bind_seen = false;
+        t_seen = watch_mode;
+        CHECK_INT(tsrv_bind_unix_socket(path, &options, &fd), TSRV_OK);
+        t_seen = NULL;
+        CHECK_INT(first_mode, modes[i][2]);
+        t_close(fd);
+        CHECK(unlink(path) == 0);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+#endif
+
 /* ---- what this process has bound ----------------------------------------------------------*/
 
 /* The server's work is not what is looked at. */

@@ -117,8 +117,8 @@ static int log_lines;
 
 static void count_log(int level, const char *message, void *context)
 {
-    (void)level, (void)message, (void)context;
-    log_lines++;
+    (void)message, (void)context;
+    log_lines += level <= TSRV_LOG_WARNING;
 }
 
 TEST_ONCE(refused_when_a_loop_exists)
@@ -592,6 +592,7 @@ TEST_ONCE(buffered_output_is_printed_once)
 
 /* ---- process 1 ----------------------------------------------------------------------------*/
 
+#ifdef __linux__
 /* A worker makes an orphan, which process 1 inherits. */
 static int makes_an_orphan(void)
 {
@@ -642,6 +643,7 @@ TEST_ONCE(works_as_process_1)
     check_end(pid, 0, TSRV_EPARENT);
     CHECK_INT(forks_seen(), 2);
 }
+#endif
 
 /* ---- sharing a listener -------------------------------------------------------------------*/
 

@@ -98,15 +98,16 @@ static inline int64_t v_ms(void)
 static tsrv_loop *s_loop;
 static tsrv_server *s_server;
 static int s_port;
-static int s_log_lines; /* since site_open */
+static int s_log_lines; /* since site_open; without what is merely INFO */
 static char s_log[512]; /* the last line */
 
 static inline void s_see_log(int level, const char *message, void *context)
 {
-    (void)level;
     (void)context;
-    s_log_lines++;
-    snprintf(s_log, sizeof s_log, "%s", message);
+    if (level <= TSRV_LOG_WARNING) {
+        s_log_lines++;
+        snprintf(s_log, sizeof s_log, "%s", message);
+    }
 }
 
 static inline int s_listen(tsrv_server *server)

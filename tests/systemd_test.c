@@ -86,8 +86,10 @@ static char log_text[16384];
 static void keep_log(int level, const char *message, void *context)
 {
     size_t used = strlen(log_text);
-    (void)level, (void)context;
-    snprintf(log_text + used, sizeof log_text - used, "%s\n", message);
+    (void)context;
+    if (level <= TSRV_LOG_WARNING) {
+        snprintf(log_text + used, sizeof log_text - used, "%s\n", message);
+    }
 }
 
 /* How often the log says this. */

@@ -464,6 +464,22 @@ static inline void t_close(int fd)
     CHECK(close(fd) == 0);
 }
 
+/* Does nobody listen there? */
+static inline bool t_is_refused(int port)
+{
+    struct sockaddr_in address;
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    CHECK(fd >= 0);
+    bool refused = connect(fd, (struct sockaddr *)&address, sizeof address) != 0 &&
+                   errno == ECONNREFUSED;
+    t_close(fd);
+    return refused;
+}
+
 static inline void t_reset(int fd)
 {
     struct linger now = {1, 0};

@@ -2678,6 +2678,8 @@ static int serve_mail(tsrv_stream *stream, const tsrv_address *address, void *co
                 return rc;
             }
             CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_EINVAL);
+            CHECK(stream->in != NULL); /* what the slice is in; it lives until the next read */
+            CHECK_MEM(line.data, line.size, "STARTTLS\r\n", 10);
         } else {
             tsrv_printf(stream, "250 %s%.*s", tsrv_tls_version(stream), (int)line.size, line.data);
         }
@@ -2764,7 +2766,10 @@ static void injecting_client(int port, void *context)
 
 TEST_STREAM(test_start_tls_with_input)
 {
+    watch_log();
     run_mail(injecting_client);
+    CHECK_INT(logged(), 1);
+    CHECK(t_hard || strstr(log_text, "injection") != NULL);
 }
 
 /* What was written before is sent as it is, however much it is, and files too. */

@@ -725,11 +725,11 @@ TEST_SOFT(line_names_the_limit_that_was_met)
         tsrv_handler handler;
         size_t bytes;
         const char *text;
-    } rows[] = {{read_too_much, 100, "longer than allowed: more than 100 bytes (max_bytes of the read)"},
+    } rows[] = {{read_too_much, 100, "longer than allowed: more than 100 bytes (max_bytes)"},
                 {read_too_much, 0, "longer than allowed: more than 1000 bytes (max_buffer_size)"},
                 {read_too_much, 5000, "longer than allowed: more than 1000 bytes (max_buffer_size)"},
                 {read_too_many, 5000, "longer than allowed: more than 1000 bytes (max_buffer_size)"},
-                {write_too_much, 0, "the output queue is full: more than 4096 bytes unsent (max_write_buffer_size)"}};
+                {write_too_much, 0, "the output queue is full: more than 4096 bytes (max_write_buffer_size)"}};
     char data[2000];
     memset(data, 'x', sizeof data);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -748,6 +748,23 @@ TEST_SOFT(line_names_the_limit_that_was_met)
         t_close(fd);
         s_close();
     }
+}
+
+TEST_ONCE(what_a_server_listens_on_is_logged)
+{
+    tsrv_server_options options = {0};
+    char expected[100];
+    int calls = 0;
+    options.handle_stream = fail;
+    options.context = &calls;
+    s_open_loop();
+    tsrv_set_log(see_line, NULL);
+    s_server = s_new_server(options);
+    s_port = s_listen(s_server);
+    snprintf(expected, sizeof expected, "listening on 127.0.0.1:%d", s_port);
+    CHECK_STR(seen_text, expected);
+    CHECK_INT(seen_level, TSRV_LOG_INFO);
+    s_close();
 }
 
 /* ---- descriptors 0 to 2 ------------------------------------------------------------------*/

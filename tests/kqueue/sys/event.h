@@ -180,8 +180,8 @@ static int64_t kqshim_amount(int fd)
 {
     struct tcp_info tcp;
     int bytes;
-    if (kqshim_tcp(fd, &tcp) && tcp.tcpi_state == TCP_LISTEN) return tcp.tcpi_unacked;
-    return ioctl(fd, FIONREAD, &bytes) == 0 ? bytes : 1;
+    if (ioctl(fd, FIONREAD, &bytes) == 0) return bytes;
+    return kqshim_tcp(fd, &tcp) ? tcp.tcpi_unacked : 1;
 }
 
 /* Turn an epoll event into at most `room` kevents. Returns how many; -1 when it is about a file

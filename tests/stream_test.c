@@ -1,0 +1,587 @@
+/* A stream that more than its handler has to do with: reads from outside, the times of its ends, unix
+ * peers that go, what on_close may not call, and the log line of a limit that was met. */
+#include "script.h"
+
+static const tsrv_server_options defaults;
+static int entered, closed, reason_of_last;
+static int64_t closed_ms;
+
+static void on_close(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)context;
+    closed++;
+    closed_ms = v_ms();
+    reason_of_last = reason;
+}
+
+static void open_with(tsrv_handler handler, tsrv_server_options options)
+{
+    entered = closed = 0;
+    options.handle_stream = handler;
+    if (options.on_close == NULL) {
+        options.on_close = on_close;
+    }
+    s_open(options);
+}
+
+/* The client's end of a pair of unix sockets, whose other end is served. */
+static int add_pair(void)
+{
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+    CHECK_INT(tsrv_server_add_stream(s_server, pair[1]), TSRV_OK);
+    return pair[0];
+}
+
+static tsrv_stream *first_stream(void)
+{
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    CHECK(stream != NULL);
+    return stream;
+}
+
+/* ---- reads from outside -------------------------------------------------------------------*/
+
+enum { R_SOME, R_UNTIL, R_BYTES, R_MATCH, R_INTO, R_DROP, R_KINDS };
+enum { PLACE_TIMER, PLACE_POST, PLACE_HANDLER, PLACE_COROUTINE, PLACES };
+enum { PATTERN = 40000 };
+static char pattern[PATTERN];
+static size_t was_read;
+static int place, reads;
+static bool handler_echoes;
+static tsrv_stream *target; /* the stream that others read */
+
+static size_t match_nine(const char *data, size_t size, void *context)
+{
+    (void)data, (void)size, (void)context;
+    return 9;
+}
+
+/* One read of any kind; what it gives is what was sent. */
+static int read_a_piece(tsrv_stream *stream)
+{
+    char memory[7];
+    tsrv_slice slice = {memory, sizeof memory};
+    int rc;
+    switch (reads++ % R_KINDS) {
+    case R_SOME: rc = tsrv_read_some(stream, 100, &slice); break;
+    case R_UNTIL: rc = tsrv_read_until(stream, "k", 0, &slice); break;
+    case R_BYTES: rc = tsrv_read_bytes(stream, 33, &slice); break;
+    case R_MATCH: rc = tsrv_read_until_match(stream, match_nine, NULL, 0, &slice); break;
+    case R_INTO: rc = tsrv_read_into(stream, memory, sizeof memory); break;
+    default: rc = tsrv_read_until(stream, "k", 0, NULL); slice.size = 0;
+    }
+    if (rc == TSRV_OK && slice.size == 0) { /* dropped, up to the next k */
+        was_read = (size_t)((char *)memchr(pattern + was_read, 'k', PATTERN - was_read) - pattern) + 1;
+    } else if (rc == TSRV_OK) {
+        CHECK_MEM(slice.data, slice.size, pattern + was_read, slice.size);
+        CHECK(reads % R_KINDS == R_INTO + 1 || slice.data[slice.size] == 0);
+        was_read += slice.size;
+    }
+    return rc;
+}
+
+static tsrv_timer reader;
+
+static void read_outside(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    int rc = TSRV_OK;
+    for (int i = 0; i < 3 && rc == TSRV_OK; i++) {
+        rc = read_a_piece(stream);
+        CHECK(rc == TSRV_OK || rc == TSRV_EAGAIN || target == NULL);
+    }
+}
+
+static void read_in_timer(void *context)
+{
+    read_outside(context);
+    CHECK_INT(tsrv_timer_start(s_loop, &reader, 1, read_in_timer, context), TSRV_OK);
+}
+
+/* In a coroutine beside the handler, which lets others run while it has a slice. */
+static void read_in_coroutine(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    tsrv_slice slice;
+    while (tsrv_read_some(stream, 100, &slice) == TSRV_OK) {
+        CHECK_MEM(slice.data, slice.size, pattern + was_read, slice.size);
+        was_read += slice.size;
+        if (tsrv_sleep(1) != TSRV_OK) {
+            break;
+        }
+    }
+}
+
+/* The first stream leaves its input to others; the handler of the second one reads from it. */
+static int leave_to_others(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice byte;
+    int rc = TSRV_EAGAIN;
+    (void)address, (void)context;
+    entered++;
+    if (handler_echoes) {
+        while ((rc = tsrv_read_some(stream, 0, &byte)) == TSRV_OK) {
+            tsrv_write(stream, byte.data, byte.size);
+        }
+    } else if (target != NULL && stream != target) {
+        while ((rc = tsrv_read_some(stream, 0, &byte)) == TSRV_OK) {
+            read_outside(target);
+        }
+    }
+    return rc;
+}
+
+static void feed(int fd, size_t *sent, size_t size)
+{
+    size = size < PATTERN - *sent ? size : PATTERN - *sent;
+    ssize_t n = send(fd, pattern + *sent, size, MSG_DONTWAIT | T_NOSIGNAL);
+    *sent += n > 0 ? (size_t)n : 0;
+}
+
+static void check_outside(void)
+{
+    tsrv_server_options options = defaults;
+    size_t sent = 0;
+    options.read_chunk_size = t_hard ? 64 : 2000;
+    was_read = 0;
+    reads = 0;
+    handler_echoes = false;
+    open_with(leave_to_others, options);
+    int fd = add_pair(), other = add_pair();
+    target = first_stream();
+    s_settle();
+    if (place == PLACE_TIMER) {
+        read_in_timer(target);
+    } else if (place == PLACE_COROUTINE) {
+        CHECK_INT(tsrv_spawn(s_loop, read_in_coroutine, target), TSRV_OK);
+    }
+    int64_t limit = s_patience();
+    for (int i = 0; was_read < PATTERN - 200; i++) {
+        feed(fd, &sent, (size_t)(i * 37 % 900));
+        if (place == PLACE_POST) {
+            CHECK_INT(tsrv_loop_post(s_loop, read_outside, target), TSRV_OK);
+        } else if (place == PLACE_HANDLER) {
+            t_sends(other, "x");
+        }
+        s_turn_ms(1);
+        CHECK(t_now_ms() < limit);
+    }
+    tsrv_timer_stop(&reader);
+    target = NULL;
+    t_close(fd);
+    t_close(other);
+    s_close();
+}
+
+/* With 1-byte delimiters, sizes and matches of every kind in turn, while more input comes. */
+TEST_STREAM(reads_from_outside_get_every_byte_as_it_was_sent)
+{
+    for (size_t i = 0; i < PATTERN; i++) {
+        pattern[i] = (char)('a' + (i * 7 + i / 251) % 26);
+    }
+    for (place = 0; place < PLACES; place++) {
+        check_outside();
+    }
+}
+
+/* The handler waits for more input; its buffer is full, and so nobody waits for the descriptor. Then
+ * somebody else makes room. */
+TEST_STREAM(handler_hears_of_input_after_a_read_from_outside)
+{
+    tsrv_server_options options = defaults;
+    static const char line[] = "0123456789abcdef";
+    tsrv_slice slice;
+    options.max_buffer_size = 64;
+    handler_echoes = false;
+    open_with(leave_to_others, options);
+    int fd = add_pair();
+    s_settle();
+    CHECK_INT(entered, 1);
+    for (int i = 0; i < 16; i++) {
+        t_sends(fd, line);
+        s_settle();
+    }
+    int before = entered;
+    CHECK_INT(tsrv_read_bytes(first_stream(), 64, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, 16, line, 16);
+    s_settle();
+    CHECK(entered > before);
+    handler_echoes = true;
+    before = entered;
+    CHECK_INT(tsrv_read_bytes(first_stream(), 16, &slice), TSRV_OK);
+    s_settle();
+    CHECK(entered > before);
+    for (int i = 0; i < 16 - 5; i++) {
+        s_expect(fd, line);
+    }
+    t_close(fd);
+    s_close();
+}
+
+/* What a read from outside has dropped is no message that has begun: a drain ends the stream. */
+TEST_STREAM(drop_from_outside_is_over_when_it_is_over)
+{
+    handler_echoes = false;
+    open_with(leave_to_others, defaults);
+    int fd = add_pair();
+    s_settle();
+    t_sends(fd, "abc");
+    CHECK_INT(tsrv_read_until(first_stream(), "d", 0, NULL), TSRV_EAGAIN);
+    t_sends(fd, "d");
+    int64_t limit = s_patience();
+    while (tsrv_read_until(first_stream(), "d", 0, NULL) != TSRV_OK) {
+        s_turn();
+        CHECK(t_now_ms() < limit);
+    }
+    handler_echoes = true;
+    t_sends(fd, "line\n");
+    s_expect(fd, "line\n");
+    s_run_ms(1500);
+    CHECK_INT(tsrv_server_drain(s_server, TSRV_NEVER), TSRV_EAGAIN);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&closed, 1);
+    CHECK_INT(reason_of_last, TSRV_EOF);
+    s_close();
+}
+
+/* ---- one timer for all of a stream's times ------------------------------------------------*/
+
+static int wait_ms;
+
+static int wait_a_while(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    entered++;
+    while ((rc = tsrv_wait(stream, wait_ms)) == TSRV_OK) {
+    }
+    return rc == TSRV_EAGAIN ? rc : 0;
+}
+
+/* The peer does not close its side: lingering ends by its time, and the handler's wait by its own. */
+static void check_wait_and_linger(int own_ms, int linger_ms)
+{
+    tsrv_server_options options = defaults;
+    options.close_timeout_ms = linger_ms;
+    wait_ms = own_ms;
+    open_with(wait_a_while, options);
+    int fd = t_connect(s_port);
+    s_until(&entered, 1);
+    int64_t start = v_ms();
+    CHECK_INT(tsrv_close(first_stream()), TSRV_OK);
+    s_run_ms(own_ms + linger_ms + 1000);
+    CHECK_INT(closed, 1);
+    int64_t longest = own_ms > linger_ms ? own_ms : linger_ms;
+    CHECK(closed_ms - start >= longest - 1);
+    CHECK(closed_ms - start <= longest + 500);
+    t_close(fd);
+    s_close();
+}
+
+TEST_STREAM(wait_and_lingering_each_end_by_their_own_time)
+{
+    check_wait_and_linger(1000, 300);
+    check_wait_and_linger(300, 1000);
+    check_wait_and_linger(600, 600);
+}
+
+/* The peer takes nothing: the output of a stream that is closed ends by write_timeout_ms. */
+static int write_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char much[1 << 20];
+    if (entered == 0) {
+        int room = 4096;
+        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+        CHECK_INT(tsrv_try_write(stream, much, sizeof much), TSRV_OK);
+    }
+    return wait_a_while(stream, address, context);
+}
+
+TEST_STREAM(wait_outlives_the_timeout_of_a_closed_streams_output)
+{
+    tsrv_server_options options = defaults;
+    options.write_timeout_ms = 300;
+    wait_ms = 1500;
+    open_with(write_and_wait, options);
+    int fd = add_pair();
+    s_until(&entered, 1);
+    int64_t start = v_ms();
+    CHECK_INT(tsrv_close(first_stream()), TSRV_OK);
+    s_run_ms(4000);
+    CHECK_INT(closed, 1);
+    CHECK(closed_ms - start >= 1490 && closed_ms - start <= 2000);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- lingering, or not --------------------------------------------------------------------*/
+
+static const char *good_bye;
+
+/* Echoes lines until none comes for a while. */
+static int echo_until_silence(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, line.data, line.size);
+    }
+    if (rc == TSRV_ETIMEOUT && good_bye != NULL) {
+        tsrv_write(stream, good_bye, strlen(good_bye));
+    }
+    return rc;
+}
+
+/* How long after the connect, or the last line, it is closed. */
+static int64_t closes_after(const char *said, const char *answer, bool shut)
+{
+    tsrv_server_options options = defaults;
+    options.read_timeout_ms = 500;
+    options.close_timeout_ms = 2000;
+    open_with(echo_until_silence, options);
+    int fd = t_connect(s_port);
+    t_sends(fd, said);
+    s_expect(fd, answer);
+    s_settle();
+    int64_t start = v_ms();
+    if (shut) {
+        t_shut(fd);
+    }
+    s_until(&closed, 1);
+    s_expect(fd, good_bye != NULL && !shut ? good_bye : "");
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+    return closed_ms - start;
+}
+
+TEST_STREAM(silent_peer_is_not_waited_for)
+{
+    good_bye = NULL;
+    int64_t ms = closes_after("", "", false);
+    CHECK(ms >= 400 && ms <= 700);
+    ms = closes_after("hello\n", "hello\n", false);
+    CHECK(ms >= 400 && ms <= 700);
+    CHECK_INT(reason_of_last, TSRV_ETIMEOUT);
+    ms = closes_after("hello\nhalf a line", "hello\n", false); /* it is dropped */
+    CHECK(ms >= 400 && ms <= 700);
+}
+
+/* A good-bye must not be turned into a reset. */
+TEST_STREAM(peer_that_gets_a_good_bye_is_waited_for)
+{
+    good_bye = "421 bye\n";
+    int64_t ms = closes_after("hello\n", "hello\n", false);
+    CHECK(ms >= 2400 && ms <= 2800);
+}
+
+/* ---- unix peers ---------------------------------------------------------------------------*/
+
+enum { WRITES_NOTHING, WRITES_BEFORE, WRITES_AFTER, WRITINGS };
+static int writing, upload_rc;
+static size_t upload_size;
+static bool go_on;
+
+/* "PUT", then it is busy, then all of the upload. */
+static int take_upload(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *step = (int *)tsrv_data(stream), rc;
+    tsrv_slice slice;
+    (void)address, (void)context;
+    if (*step == 0) {
+        if ((rc = tsrv_read_until(stream, "\n", 0, &slice)) != TSRV_OK) {
+            return rc;
+        }
+        if (writing == WRITES_BEFORE) {
+            tsrv_write(stream, "100\n", 4);
+        }
+        *step = 1;
+        entered++;
+    }
+    while (*step == 1 && !go_on) {
+        if ((rc = tsrv_wait(stream, TSRV_NEVER)) != TSRV_OK) {
+            return rc;
+        }
+    }
+    if (*step == 1 && writing == WRITES_AFTER) {
+        tsrv_write(stream, "100\n", 4);
+        tsrv_flush(stream);
+    }
+    *step = 2;
+    if ((rc = tsrv_read_until_close(stream, 0, &slice)) != TSRV_EAGAIN) {
+        upload_rc = rc;
+        upload_size = rc == TSRV_OK ? slice.size : tsrv_unread_size(stream);
+    }
+    return rc;
+}
+
+/* The client sends and closes while the handler is busy. */
+static void check_upload(int how, int expected)
+{
+    tsrv_server_options options = defaults;
+    options.data_size = sizeof(int);
+    writing = how;
+    go_on = false;
+    upload_rc = 1;
+    open_with(take_upload, options);
+    int fd = add_pair();
+    t_sends(fd, "PUT\n");
+    s_until(&entered, 1);
+    s_settle();
+    t_sends(fd, "the upload");
+    t_close(fd); /* with unread input, when something was written before */
+    s_settle();
+    go_on = true;
+    tsrv_wake(first_stream());
+    s_until(&closed, 1);
+    CHECK_INT(upload_rc, expected);
+    CHECK_INT(upload_size, 10);
+    s_close();
+}
+
+TEST_STREAM(unix_peer_that_has_closed_in_good_order_has_sent_all)
+{
+    check_upload(WRITES_NOTHING, TSRV_OK);
+    check_upload(WRITES_AFTER, TSRV_OK);
+}
+
+/* It has not read all: that is a reset, and comes after the bytes. */
+TEST_STREAM(unix_peer_that_has_closed_with_unread_input_is_a_reset)
+{
+    check_upload(WRITES_BEFORE, -ECONNRESET);
+}
+
+/* It has gone before the stream is added, and so has its name. */
+TEST_STREAM(unix_peer_that_has_gone_before_is_none_that_has_reset)
+{
+    tsrv_server_options options = defaults;
+    int pair[2];
+    options.data_size = sizeof(int);
+    writing = WRITES_NOTHING;
+    go_on = false;
+    upload_rc = 1;
+    open_with(take_upload, options);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
+    t_sends(pair[0], "PUT\nthe upload");
+    t_close(pair[0]);
+    CHECK_INT(tsrv_server_add_stream(s_server, pair[1]), TSRV_OK);
+    s_until(&entered, 1);
+    s_settle();
+    go_on = true;
+    tsrv_wake(first_stream());
+    s_until(&closed, 1);
+    CHECK_INT(upload_rc, TSRV_OK);
+    CHECK_INT(upload_size, 10);
+    s_close();
+}
+
+/* ---- on_close -----------------------------------------------------------------------------*/
+
+static int end_at_once(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    entered++;
+    tsrv_wake(stream); /* nobody waits: it is kept for the next tsrv_wait */
+    return 7;
+}
+
+/* Each call that could do something returns a code, and does not. */
+static void call_everything(tsrv_stream *stream, int reason, void *context)
+{
+    char memory[4];
+    tsrv_slice slice = {"x", 1};
+    CHECK_INT(tsrv_wait(stream, 0), TSRV_EINVAL);
+    CHECK_INT(tsrv_wait(stream, 1000), TSRV_EINVAL);
+    CHECK_INT(tsrv_wait(stream, TSRV_NEVER), TSRV_EINVAL);
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_ECLOSED);
+    CHECK_INT(slice.size, 0);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &slice), TSRV_ECLOSED);
+    CHECK_INT(tsrv_read_bytes(stream, 1, NULL), TSRV_ECLOSED);
+    CHECK_INT(tsrv_read_bytes(stream, 0, &slice), TSRV_ECLOSED);
+    CHECK_INT(tsrv_read_into(stream, memory, sizeof memory), TSRV_ECLOSED);
+    CHECK_INT(tsrv_read_until_match(stream, match_nine, NULL, 0, &slice), TSRV_ECLOSED);
+    CHECK_INT(tsrv_read_until_close(stream, 0, &slice), TSRV_ECLOSED);
+    CHECK_INT(tsrv_write(stream, "x", 1), TSRV_ECLOSED);
+    CHECK_INT(tsrv_try_write(stream, "x", 1), TSRV_ECLOSED);
+    CHECK_INT(tsrv_writev(stream, &slice, 1), TSRV_ECLOSED);
+    CHECK_INT(tsrv_printf(stream, "%d", 1), TSRV_ECLOSED);
+    CHECK_INT(tsrv_sendfile(stream, 0, 0, 1), TSRV_ECLOSED);
+    CHECK_INT(tsrv_flush(stream), TSRV_ECLOSED);
+    CHECK_INT(tsrv_shutdown(stream), TSRV_ECLOSED);
+    CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_ECLOSED);
+    CHECK_INT(tsrv_start_tls(stream, NULL, NULL), TSRV_ECLOSED);
+    CHECK_INT(tsrv_set_nodelay(stream, true), TSRV_ECLOSED);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    CHECK_INT(tsrv_abort(stream), TSRV_OK);
+    tsrv_wake(stream);
+    tsrv_set_timeout(stream, 1, 1);
+    tsrv_set_deadline(stream, 1);
+    CHECK_INT(tsrv_sleep(0), TSRV_EINVAL);
+    CHECK_INT(tsrv_fd(stream), -1);
+    CHECK_INT(tsrv_error(stream), TSRV_OK);
+    on_close(stream, reason, context);
+}
+
+TEST_STREAM(on_close_can_call_nothing_that_waits_or_does)
+{
+    tsrv_server_options options = defaults;
+    options.on_close = call_everything;
+    open_with(end_at_once, options);
+    int fd = t_connect(s_port);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&closed, 1);
+    CHECK_INT(reason_of_last, 7);
+    s_run_ms(100);
+    CHECK_INT(closed, 1);
+    s_close();
+}
+
+/* ---- the log of a limit -------------------------------------------------------------------*/
+
+static int limited_by;
+
+static int meet_a_limit(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char much[4096];
+    tsrv_slice slice;
+    (void)address, (void)context;
+    switch (limited_by) {
+    case 0: return tsrv_read_until(stream, "\n", 100, &slice);
+    case 1: return tsrv_read_until(stream, "\n", 0, &slice);
+    case 2: return tsrv_read_bytes(stream, 2000, &slice);
+    case 3: return tsrv_read_until_close(stream, 50, &slice);
+    case 4: return tsrv_read_until_match(stream, match_nine, NULL, 8, &slice);
+    case 5: return tsrv_try_write(stream, much, sizeof much);
+    default: return TSRV_ETOOLONG; /* the program's own */
+    }
+}
+
+TEST_STREAM(log_names_the_limit_that_was_met)
+{
+    static const char *const names[] = {
+        "longer than allowed: more than 100 bytes (max_bytes)",        "longer than allowed: more than 1000 bytes (max_buffer_size)",
+        "longer than allowed: more than 1000 bytes (max_buffer_size)", "longer than allowed: more than 50 bytes (max_bytes)",
+        "longer than allowed: more than 8 bytes (max_bytes)",          "the output queue is full: more than 3000 bytes (max_write_buffer_size)",
+        "longer than allowed"};
+    char much[1500];
+    memset(much, 'x', sizeof much);
+    much[sizeof much - 1] = 0;
+    for (limited_by = 0; limited_by < (int)(sizeof names / sizeof names[0]); limited_by++) {
+        tsrv_server_options options = defaults;
+        options.max_buffer_size = 1000;
+        options.max_write_buffer_size = 3000;
+        open_with(meet_a_limit, options);
+        int fd = add_pair();
+        t_sends(fd, much);
+        t_shut(fd);
+        s_until(&closed, 1);
+        CHECK_INT(s_log_lines, 1);
+        CHECK_STR(s_log + strlen("handle_stream for unix:: "), names[limited_by]);
+        t_close(fd);
+        s_close();
+    }
+}
