@@ -36,6 +36,7 @@ cat >"$build/fork.c" <<'C'
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 extern intptr_t __llvm_profile_counter_bias __attribute__((visibility("hidden")));
@@ -71,12 +72,15 @@ static void forked(void)
     size_t size;
     off_t offset;
     struct stat info;
+    struct timespec now;
     if (__llvm_profile_counter_bias == 0 ||
         !find((uintptr_t)__llvm_profile_begin_counters() + (uintptr_t)__llvm_profile_counter_bias, &start, &size,
               &offset, from)) {
         return;
     }
-    snprintf(name, sizeof name, "%s/%ld.fork.profraw", getenv("COVER_PROFILES"), (long)getpid());
+    clock_gettime(CLOCK_MONOTONIC, &now); /* numbers of processes come again in name spaces */
+    snprintf(name, sizeof name, "%s/%ld.%ld%09ld.profraw", getenv("COVER_PROFILES"), (long)getpid(),
+             (long)now.tv_sec, now.tv_nsec);
     int in = open(from, O_RDONLY), out = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
     if (in >= 0 && out >= 0 && fstat(in, &info) == 0 && copy_file_range(in, NULL, out, NULL, (size_t)info.st_size, 0) ==
         info.st_size) {
