@@ -2615,15 +2615,25 @@ static void next_crash(void *context)
     raise(SIGKILL);
 }
 
-static void *next_parent_ends(void *context)
+/* In the new program's parent, which SIGUSR1 ends. */
+static void next_exit(int signo)
 {
-    await_forks(4);
-    poll(NULL, 0, 50);
-    if (*(int *)context == NEXT_PARENT_EXITS_0) {
+    (void)signo;
+    if (get(&board->next.how) == NEXT_PARENT_EXITS_0) {
         _exit(0);
     }
     raise(SIGKILL);
-    return NULL;
+}
+
+/* When both workers accept, their parent ends. */
+static void next_end_parent(void *context)
+{
+    (void)context;
+    if (forks_seen() < 4) {
+        CHECK_INT(tsrv_timer_start(NULL, &next_timer, 5, next_end_parent, NULL), TSRV_OK);
+    } else {
+        kill(getppid(), SIGUSR1);
+    }
 }
 
 static void next_start(tsrv_server *server, void *context)
@@ -2639,13 +2649,14 @@ static void next_start(tsrv_server *server, void *context)
     if (how == NEXT_CRASHES || (how == NEXT_ONE_CRASHES && id == 1)) {
         CHECK_INT(tsrv_timer_start(NULL, &next_timer, 50, next_crash, NULL), TSRV_OK);
     }
+    if ((how == NEXT_PARENT_EXITS_0 || how == NEXT_PARENT_CRASHES) && id == 1) {
+        CHECK_INT(tsrv_timer_start(NULL, &next_timer, 50, next_end_parent, NULL), TSRV_OK);
+    }
 }
 
 static int program_next(void)
 {
-    static int how;
-    pthread_t thread;
-    how = get(&board->next.how);
+    int how = get(&board->next.how);
     put(&board->next.pid, (int)getpid());
     __atomic_add_fetch(&board->next.count, 1, __ATOMIC_ACQ_REL);
     if (how == NEXT_EXITS_0 || how == NEXT_EXITS_1) {
@@ -2657,9 +2668,7 @@ static int program_next(void)
     if (how == NEXT_IS_SLOW) {
         behave_as(IS_SLOW);
     }
-    if (how == NEXT_PARENT_EXITS_0 || how == NEXT_PARENT_CRASHES) {
-        CHECK_INT(pthread_create(&thread, NULL, next_parent_ends, &how), 0);
-    }
+    signal(SIGUSR1, next_exit);
     workers = board->next.workers;
     server_options.on_start = next_start;
     server_options.bind = &bind_options;
