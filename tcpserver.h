@@ -359,15 +359,17 @@ TSRV_API const char *tsrv_version(void);
 
 /* Send log messages elsewhere than to the default logger. For the whole process: call it before the
  * first loop runs. Of messages that a peer can cause, at most ten of a kind come in a second, and
- * then one that says how many more there were; control characters are escaped in all of them.
+ * then one that says how many more there were; in a flood that goes on, ten in two seconds, then in
+ * four, and so on up to 64. Control characters are escaped in all of them.
  *   function  NULL = the default again
  *   context   handed to it
  * The default logger writes to descriptor 2, one line with one write:
  *     2026-01-31T23:59:59.999Z 4711 WARNING text       the time in UTC, the process, the level
- * It never waits and raises no signal. What cannot be written at once (a full pipe or disk, no such
- * descriptor, a reader that has gone) is lost, and the next line that can be written is preceded by
- * one that says how many were. A socket is not written to, for where stderr was closed it may be a
- * client's; but the one that JOURNAL_STREAM names is systemd's journal, and is. */
+ * It never waits and raises no signal. What cannot be written at once (a full pipe or disk, a
+ * descriptor that is closed, a reader that has gone) is lost, and the next line that can be written
+ * is preceded by one that says how many were. A socket is not written to, for where stderr was
+ * closed it may be a client's; but the one that JOURNAL_STREAM names is systemd's journal, and is.
+ */
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context);
 
 /* Up to which level the default logger prints; TSRV_LOG_INFO at first, so everything. Any thread.
@@ -1783,8 +1785,9 @@ enum {
 
 static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS"};
 
-#define TSRVI_LOG_RATE 10u        /* lines of a kind in a second */
-#define TSRVI_LOG_SECOND 1000u    /* in milliseconds */
+#define TSRVI_LOG_RATE 10u        /* lines of a kind in a window */
+#define TSRVI_LOG_WINDOW 1000u    /* in milliseconds; twice as long after each that was exceeded */
+#define TSRVI_LOG_LONGEST 64000u  /* a flood of an hour costs some 600 lines, and not 36,000 */
 #define TSRVI_LOG_LINE 512        /* bytes: _POSIX_PIPE_BUF, so that a pipe takes it whole */
 #define TSRVI_LOG_TEXT (512 - 64) /* without the time and its like */
 
@@ -1798,11 +1801,12 @@ static struct {
     uint32_t lost; /* atomic; lines that could not be written, and were not told of */
     uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
     struct {
-        uint32_t since; /* atomic; when its second began */
-        uint32_t count; /* atomic; lines since then, suppressed ones included */
-        int level;      /* atomic; of the last one */
+        uint32_t since;  /* atomic; when its window began */
+        uint32_t length; /* atomic; of the window, in milliseconds */
+        uint32_t count;  /* atomic; lines since then, suppressed ones included */
+        int level;       /* atomic; of the last one */
     } kinds[TSRVI_LOG_KINDS];
-} tsrvi_logs = {NULL, NULL, TSRV_LOG_INFO, 0, 0, 0, {{0, 0, 0}, {0, 0, 0}}};
+} tsrvi_logs = {NULL, NULL, TSRV_LOG_INFO, 0, 0, 0, {{0, 0, 0, 0}}};
 
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
 {
@@ -1983,17 +1987,28 @@ static void tsrvi_log_enter(void)
     }
 }
 
-/* A new second begins for a kind: say how many lines of the last one were suppressed. Of several
+static bool tsrvi_log_window_over(int kind, uint32_t since, uint32_t now)
+{
+    return now - since >= __atomic_load_n(&tsrvi_logs.kinds[kind].length, __ATOMIC_RELAXED);
+}
+
+/* A new window begins for a kind: say how many lines of the last one were suppressed. Of several
  * threads one does so. */
 static void tsrvi_log_turn(int kind, uint32_t since, uint32_t now)
 {
+    uint32_t began = since, count, length;
     char text[64];
-    uint32_t count;
     if (!__atomic_compare_exchange_n(&tsrvi_logs.kinds[kind].since, &since, now, false,
                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
         return;
     }
     count = __atomic_exchange_n(&tsrvi_logs.kinds[kind].count, 0, __ATOMIC_RELAXED);
+    length = 2 * __atomic_load_n(&tsrvi_logs.kinds[kind].length, __ATOMIC_RELAXED);
+    length = length > TSRVI_LOG_LONGEST ? TSRVI_LOG_LONGEST : length;
+    if (count <= TSRVI_LOG_RATE || length < TSRVI_LOG_WINDOW || now - began > 2 * length) {
+        length = TSRVI_LOG_WINDOW; /* the flood, if there was one, is over */
+    }
+    __atomic_store_n(&tsrvi_logs.kinds[kind].length, length, __ATOMIC_RELAXED);
     if (count > TSRVI_LOG_RATE) {
         snprintf(text, sizeof(text), "%s: and %lu more", tsrvi_log_kinds[kind],
                  (unsigned long)(count - TSRVI_LOG_RATE));
@@ -2007,7 +2022,7 @@ static bool tsrvi_log_owes(void)
     return __atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) != 0;
 }
 
-/* Tell of suppressed lines whose second is over; `all`: of the others too. */
+/* Tell of suppressed lines whose window is over; `all`: of the others too. */
 static void tsrvi_log_settle(bool all)
 {
     uint32_t now;
@@ -2021,7 +2036,7 @@ static void tsrvi_log_settle(bool all)
         if (__atomic_load_n(&tsrvi_logs.kinds[i].count, __ATOMIC_RELAXED) <= TSRVI_LOG_RATE) {
             continue;
         }
-        if (all || now - since >= TSRVI_LOG_SECOND) {
+        if (all || tsrvi_log_window_over(i, since, now)) {
             tsrvi_log_turn(i, since, now);
         } else {
             __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
@@ -2061,7 +2076,7 @@ static TSRVI_PRINTF(3, 4) void tsrvi_log_limited(int kind, int level, const char
     tsrvi_log_enter();
     tsrvi_log_settle(false);
     since = __atomic_load_n(&tsrvi_logs.kinds[kind].since, __ATOMIC_RELAXED);
-    if (now - since >= TSRVI_LOG_SECOND) {
+    if (tsrvi_log_window_over(kind, since, now)) {
         tsrvi_log_turn(kind, since, now);
     }
     __atomic_store_n(&tsrvi_logs.kinds[kind].level, level, __ATOMIC_RELAXED);
@@ -4200,7 +4215,7 @@ static int tsrvi_loop_sleep_ms(tsrv_loop *loop, uint64_t now)
         return 0;
     }
     if (TSRVI_UNLIKELY(tsrvi_log_owes())) {
-        due = tsrvi_earlier(due, now + TSRVI_LOG_SECOND * TSRVI_MS);
+        due = tsrvi_earlier(due, now + TSRVI_LOG_WINDOW * TSRVI_MS);
     }
     if (due == TSRVI_FOREVER) {
         return -1;
@@ -7795,10 +7810,10 @@ static int tsrvi_stream_peek(tsrv_stream *stream)
     do {
         got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
     } while (got < 0 && errno == EINTR);
-    return got > 0                                   ? (int)TSRV_OK
-           : got == 0                                ? (int)TSRV_EOF
-           : errno == EAGAIN || errno == EWOULDBLOCK ? (int)TSRV_EAGAIN
-                                                     : tsrvi_error();
+    return got > 0                    ? (int)TSRV_OK
+           : got == 0                 ? (int)TSRV_EOF
+           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
+                                      : tsrvi_error();
 }
 
 /* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
@@ -10507,8 +10522,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
-#define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
-#define TSRVI_FAILURES_MORE 8  /* so many more before it pauses again */
+#define TSRVI_FAILURES 16      /* of accept in a row, after which a listener pauses; then it has */
+#define TSRVI_FAILURES_MORE 4  /* so many more before it pauses again */
 #define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
 typedef struct tsrvi_listener {

@@ -7,7 +7,6 @@
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 
-#include <signal.h>
 #include <stdio.h>
 #include <sys/socket.h>
 
@@ -38,36 +37,27 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     return rc;
 }
 
-static void on_signal(void *context)
+static void on_start(tsrv_server *server, void *context)
 {
-    (void)context;
-    tsrv_loop_stop(NULL);
+    (void)server;
+    printf("unix_socket: listening on %s\n", (const char *)context);
+    fflush(stdout);
 }
 
+/* The library removes the file at the end. What a program has to tidy up itself stands behind
+ * tsrv_serve, where tsrv_task_id() is negative: workers, if there are any, come there too. */
 int main(int argc, char **argv)
 {
-    const char *path = argc > 1 ? argv[1] : "unix_socket.sock";
+    static char path[] = "unix_socket.sock";
+    char address[TSRV_ADDRESS_SIZE];
     tsrv_bind_options bind_options = {0};
     tsrv_server_options options = {0};
-    tsrv_signal interrupted = {0}, terminated = {0};
-    tsrv_server *server;
-    int fd, rc;
+    options.context = argc > 1 ? argv[1] : path;
+    snprintf(address, sizeof(address), "unix:%s", (const char *)options.context);
     bind_options.unix_mode = 0660;
     options.handle_stream = handle_stream;
+    options.on_start = on_start;
     options.idle_timeout_ms = 300000;
-    if ((rc = tsrv_bind_unix_socket(path, &bind_options, &fd)) != TSRV_OK) {
-        fprintf(stderr, "unix_socket: %s: %s\n", path, tsrv_strerror(rc));
-        return 1;
-    }
-    if (tsrv_server_new(&server, &options) != TSRV_OK ||
-        tsrv_server_add_sockets(server, &fd, 1) != TSRV_OK ||
-        tsrv_signal_start(NULL, &interrupted, SIGINT, on_signal, NULL) != TSRV_OK ||
-        tsrv_signal_start(NULL, &terminated, SIGTERM, on_signal, NULL) != TSRV_OK) {
-        return 1;
-    }
-    printf("unix_socket: listening on %s\n", path);
-    fflush(stdout);
-    rc = tsrv_loop_run(NULL);
-    tsrv_server_free(server); /* the socket's file goes too */
-    return rc == TSRV_OK ? 0 : 1;
+    options.bind = &bind_options;
+    return tsrv_serve(0, address, 1, &options) == TSRV_OK ? 0 : 1; /* the log has said why */
 }

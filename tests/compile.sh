@@ -26,13 +26,13 @@ sources=tests/compile
 # ---- one case: compile.sh --case <language> <standard> <options, with commas> <name>
 # $out comes from the environment: see below.
 
-compile() { # compile <c or c++> <standard> <source> <object>
+compile() { # compile <c or c++> <standard> <source> <object> [option for C++]
     if [ "$1" = c ]; then
         # shellcheck disable=SC2086
         $CC -std="$2" $options $warnings $c_warnings -I. -I"$out" -c "$3" -o "$4"
     else
         # shellcheck disable=SC2086
-        $CXX -std="$2" $options $warnings -I. -I"$out" -x c++ -c "$3" -o "$4"
+        $CXX -std="$2" $options $warnings -I. -I"$out" ${5:-} -x c++ -c "$3" -o "$4"
     fi
 }
 
@@ -57,6 +57,11 @@ build_case() {
             compile c++ "$standard" $sources/two_tus_b.c "$dir/b.o" &&
             link c++ "$dir/a.o" "$dir/b.o"
         ;;
+    c_and_exceptions)
+        compile c c99 $sources/two_tus_a.c "$dir/a.o" &&
+            compile c++ "$standard" $sources/exceptions.cpp "$dir/b.o" -DDECLARATIONS_ONLY &&
+            link c++ "$dir/a.o" "$dir/b.o"
+        ;;
     shadow)
         compile "$language" "$standard" $sources/two_tus_a.c "$dir/a.o" &&
             compile "$language" "$standard" $sources/shadow.c "$dir/b.o" &&
@@ -79,8 +84,8 @@ build_case() {
         LDLIBS="$LDLIBS -lssl -lcrypto"
         compile "$language" "$standard" $sources/tls.c "$dir/a.o" && link "$language" "$dir/a.o"
         ;;
-    cxx11)
-        compile c++ "$standard" $sources/cxx11.cpp "$dir/a.o" && link c++ "$dir/a.o"
+    cxx11 | exceptions)
+        compile c++ "$standard" "$sources/$name.cpp" "$dir/a.o" && link c++ "$dir/a.o"
         ;;
     *)
         compile "$language" "$standard" "$sources/$name.c" "$dir/a.o" && link "$language" "$dir/a.o"
@@ -161,8 +166,8 @@ common='two_tus static_twice no_coroutines ucontext second_include'
     cases c gnu17 "c99 two_tus late_gnu_source" "static_twice no_coroutines ucontext second_include shadow declarations_only"
     cases c gnu99 '' late_gnu_source
     if can c++; then
-        cases c++ c++11 "cxx11 $common $tls" 'shadow declarations_only c_and_cxx'
-        cases c++ c++20 'cxx11' "$common shadow declarations_only c_and_cxx"
+        cases c++ c++11 "cxx11 exceptions $common $tls" 'shadow declarations_only c_and_cxx'
+        cases c++ c++20 'cxx11 exceptions' "$common shadow declarations_only c_and_cxx c_and_exceptions"
     else
         skip "no C++ compiler ($CXX)"
     fi

@@ -891,6 +891,33 @@ TEST_ONCE(proxy_passes_a_reset_on)
     stop_proxy(&r);
 }
 
+/* A reset behind the end of the input: recv goes on to tell of the end, but poll knows it. */
+static void expect_broken(int fd)
+{
+    struct pollfd broken = {fd, 0, 0};
+    CHECK_INT(poll(&broken, 1, T_PATIENCE * 1000 * t_scale()), 1);
+    CHECK((broken.revents & (POLLERR | POLLHUP)) != 0);
+}
+
+/* The side that has ended its output, and from which nobody reads any more, resets. */
+TEST_ONCE(proxy_passes_a_reset_on_behind_an_end)
+{
+    route r = start_proxy();
+    t_shut(r.client);
+    t_expect_eof(r.target);
+    t_reset(r.client);
+    expect_broken(r.target);
+    t_close(r.target);
+
+    through(&r);
+    t_shut(r.target);
+    t_expect_eof(r.client);
+    t_reset(r.target);
+    expect_broken(r.client);
+    t_close(r.client);
+    stop_proxy(&r);
+}
+
 TEST_ONCE(proxy_without_a_target_resets)
 {
     route r = start_proxy();

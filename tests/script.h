@@ -10,6 +10,7 @@
 #include "seam.h"
 
 #include <poll.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <time.h>
 #ifdef __linux__
@@ -20,12 +21,16 @@
 
 static uint64_t v_now = 1000000000000u; /* the loop's clock, in nanoseconds; moves on a little whenever it is read */
 
+static pthread_mutex_t v_mutex = PTHREAD_MUTEX_INITIALIZER;
+
 static inline int v_clock(clockid_t id, struct timespec *now)
 {
     (void)id;
+    pthread_mutex_lock(&v_mutex); /* threads that log look at it too */
     v_now += 1000;
     now->tv_sec = (time_t)(v_now / 1000000000);
     now->tv_nsec = (long)(v_now % 1000000000);
+    pthread_mutex_unlock(&v_mutex);
     return 0;
 }
 

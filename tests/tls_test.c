@@ -3163,6 +3163,97 @@ TEST_COROUTINE(test_start_tls_of_client)
     run_mail(asking_client);
 }
 
+/* ---- 9b: small stacks ----------------------------------------------------------------------*/
+
+static tsrv_tls *asking_tls;
+
+/* What waits in a flush seals records on the handler's stack. */
+static int echo_lines(tsrv_stream *stream)
+{
+    tsrv_slice line;
+    int rc;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+        CHECK_INT(tsrv_flush(stream), TSRV_OK);
+    }
+    return rc;
+}
+
+/* The first connection's handler looks up a name, and asks the server itself over TLS. */
+static int relay_line(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static bool connected;
+    tsrv_connect_options options = {0};
+    tsrv_stream *other;
+    tsrv_address own;
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (!connected) {
+        connected = true;
+        options.tls = asking_tls;
+        CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+        CHECK_INT(tsrv_server_address(t_server, 0, &own), TSRV_OK);
+        CHECK_INT(tsrv_connect("localhost", tsrv_address_port(&own), &options, &other), TSRV_OK);
+        CHECK_INT(tsrv_write(other, line.data, line.size), TSRV_OK);
+        CHECK_INT(tsrv_flush(other), TSRV_OK);
+        CHECK_INT(tsrv_read_until(other, "\n", 0, &line), TSRV_OK);
+        CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+        tsrv_close(other);
+    }
+    return echo_lines(stream);
+}
+
+static int start_then_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK_INT(tsrv_write(stream, "go\n", 3), TSRV_OK);
+    CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_OK);
+    return echo_lines(stream);
+}
+
+static void small_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    dial_echo(ssl, "relayed\n");
+    dial_echo(ssl, "echoed\n");
+    dial_finish(ssl);
+}
+
+static void small_start_client(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    t_sends(fd, "STARTTLS\n");
+    t_expect(fd, "go\n");
+    SSL *ssl = dial_on(fd, &usual);
+    shake_hands(ssl);
+    dial_echo(ssl, "echoed\n");
+    dial_finish(ssl);
+}
+
+/* However small stack_size is, TLS has the stack that it needs. */
+TEST_COROUTINE(test_small_stack)
+{
+    t_case c = {relay_line, NULL, small_client, NULL, {0}};
+    c.options.stack_size = 1;
+    asking_tls = client_tls("ca.pem", NULL);
+    run_tls(&c, NULL);
+    tsrv_tls_free(asking_tls);
+}
+
+TEST_COROUTINE(test_small_stack_start_tls)
+{
+    t_case c = {start_then_echo, NULL, small_start_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    c.options.stack_size = 1;
+    server_tls = make_tls(&options);
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+}
+
 /* ---- 10: reload, and sessions that are resumed --------------------------------------------*/
 
 static void reload_now(void *context)

@@ -544,6 +544,29 @@ TEST_ONCE(lines_of_a_kind_are_limited)
     CHECK_INT(limit_more, 10);
 }
 
+/* However long it takes: windows grow while they are exceeded, and when it is over they are as short as before. */
+TEST_ONCE(flood_that_goes_on_costs_few_lines)
+{
+    enum { COUNT = 10000 };
+    tsrv_set_log(add_line, NULL);
+    for (int i = 0; i < COUNT; i++) {
+        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handler %d", i);
+        v_now += 60 * (uint64_t)SECOND / COUNT;
+    }
+    CHECK(limit_lines <= 10 * 6);
+    v_now += 200 * (uint64_t)SECOND;
+    tsrvi_log(TSRV_LOG_INFO, "it is over");
+    CHECK_INT(limit_lines - 1 + limit_more, COUNT);
+    v_now += 200 * (uint64_t)SECOND;
+    for (int i = 0; i < 12; i++) {
+        tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handler %d", i);
+    }
+    limit_more = 0;
+    v_now += SECOND;
+    tsrvi_log(TSRV_LOG_INFO, "the next");
+    CHECK_INT(limit_more, 2);
+}
+
 TEST_ONCE(suppressed_lines_are_told_of_with_level_and_kind)
 {
     tsrv_set_log(see_line, NULL);
@@ -571,7 +594,7 @@ static void *log_limited_lines(void *context)
     return NULL;
 }
 
-/* The clock moves on with every look at it, so that seconds begin meanwhile; it is not atomic, which does not matter. */
+/* The clock moves on with every look at it, so that seconds begin meanwhile. */
 TEST_ONCE(no_thread_makes_a_line_uncounted)
 {
     pthread_t threads[4];
