@@ -33,12 +33,15 @@ cat >"$build/fork.c" <<'C'
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 extern intptr_t __llvm_profile_counter_bias __attribute__((visibility("hidden")));
 char *__llvm_profile_begin_counters(void);
+void __llvm_profile_initialize(void);
 
 /* Where a file is mapped that this address is in. */
 static int find(uintptr_t address, uintptr_t *start, size_t *size, off_t *offset, char *path)
@@ -48,7 +51,8 @@ static int find(uintptr_t address, uintptr_t *start, size_t *size, off_t *offset
     int found = 0;
     while (maps != NULL && !found && fgets(line, sizeof line, maps) != NULL) {
         unsigned long first, last, at;
-        found = sscanf(line, "%lx-%lx %*s %lx %*s %*s %999s", &first, &last, &at, path) == 4 &&
+        found = strstr(line, ".profraw") != NULL &&
+                sscanf(line, "%lx-%lx %*s %lx %*s %*s %999s", &first, &last, &at, path) == 4 &&
                 address >= first && address < last;
         *start = first;
         *size = last - first;
@@ -68,11 +72,15 @@ static void forked(void)
     size_t size;
     off_t offset;
     struct stat info;
-    if (!find((uintptr_t)__llvm_profile_begin_counters() + (uintptr_t)__llvm_profile_counter_bias, &start, &size,
+    struct timespec now;
+    if (__llvm_profile_counter_bias == 0 ||
+        !find((uintptr_t)__llvm_profile_begin_counters() + (uintptr_t)__llvm_profile_counter_bias, &start, &size,
               &offset, from)) {
         return;
     }
-    snprintf(name, sizeof name, "%s/%ld.fork.profraw", getenv("COVER_PROFILES"), (long)getpid());
+    clock_gettime(CLOCK_MONOTONIC, &now); /* numbers of processes come again in name spaces */
+    snprintf(name, sizeof name, "%s/%ld.%ld%09ld.profraw", getenv("COVER_PROFILES"), (long)getpid(),
+             (long)now.tv_sec, now.tv_nsec);
     int in = open(from, O_RDONLY), out = open(name, O_RDWR | O_CREAT | O_TRUNC, 0666);
     if (in >= 0 && out >= 0 && fstat(in, &info) == 0 && copy_file_range(in, NULL, out, NULL, (size_t)info.st_size, 0) ==
         info.st_size) {
@@ -82,8 +90,10 @@ static void forked(void)
     close(out);
 }
 
+/* A program that an upgrade starts never comes to main. */
 __attribute__((constructor(101))) static void set_up(void)
 {
+    __llvm_profile_initialize();
     pthread_atfork(NULL, NULL, forked);
 }
 C
