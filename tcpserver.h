@@ -635,7 +635,9 @@ typedef struct tsrv_fork_options {
                                   when all its workers have accepted for a second this one is
                                   drained and ends; until then, and if it fails, this one goes on.
                                   NULL = SIGUSR2 is left alone */
-    const int *fds; /* the listening sockets that it gets; tsrv_server_start fills them in */
+    const int *fds; /* listening sockets of the program's own making: an upgrade's program gets them
+                       too, and the parent stops listening on them. What tsrv_server_bind,
+                       tsrv_bind_sockets and their kin have bound is known by itself */
     int fd_count;
     int start_timeout_ms; /* for a new worker to accept, and for an upgrade's program to do so with
                              all of its; what is late is ended, in an upgrade and a reload with the
@@ -665,8 +667,8 @@ typedef struct tsrv_fork_options {
  *                              leads to another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
- * that is killed, within a second. Only its own children are waited for, but process 1 buries every
- * orphan. Call it before anything else makes a loop or a thread. What follows the call runs in the
+ * that is killed, within a second. Only its own children are waited for, but process 1 buries
+ * whatever child ends. A stop, and giving up, closes what this process listens on: bind anew. Call it before anything else makes a loop or a thread. What follows the call runs in the
  * parent too: check the result. Source: process.fork_processes.
  *   num_processes  0 = one for each processor (tsrv_cpu_count)
  *   options        NULL = all defaults; used until the call returns
@@ -3656,6 +3658,7 @@ static int tsrvi_worker_id = -1;                /* its task id */
 static pid_t tsrvi_parent;                      /* who must not die before it; 0 = nobody */
 static tsrv_loop *tsrvi_chief;                  /* atomic; the loop that stands for the process */
 static void (*tsrvi_loop_entered)(tsrv_loop *); /* called when tsrv_loop_run begins, */
+static void (*tsrvi_loop_exited)(tsrv_loop *);  /* and when it ends, */
 static void (*tsrvi_loop_told)(tsrv_loop *);    /* and after tsrvi_loops_wake; NULL = nobody */
 
 static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
@@ -3851,8 +3854,10 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
 {
     tsrv_loop *self = loop;
     tsrvi_loops_lock();
-    tsrvi_list_remove(&loop->link);
-    tsrvi_loops.count--;
+    if (!tsrvi_list_empty(&loop->link)) {
+        tsrvi_list_remove(&loop->link);
+        tsrvi_loops.count--;
+    }
     tsrvi_unlock(&tsrvi_loops.lock);
     __atomic_compare_exchange_n(&tsrvi_chief, &self, (tsrv_loop *)NULL, false, __ATOMIC_ACQ_REL,
                                 __ATOMIC_RELAXED);
@@ -3884,10 +3889,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     if (made == NULL) {
         return -ENOMEM;
     }
-    tsrvi_loops_lock();
-    tsrvi_list_append(&tsrvi_loops.list, &made->link);
-    tsrvi_loops.count++;
-    tsrvi_unlock(&tsrvi_loops.lock);
+    tsrvi_list_init(&made->link);
     made->poller.pid = TSRV_SYS(getpid, ());
     made->now = tsrvi_clock();
     made->poller.fd = -1;
@@ -3905,6 +3907,10 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
         tsrvi_loop_destroy(made);
         return rc;
     }
+    tsrvi_loops_lock(); /* others may wake it from now on */
+    tsrvi_list_append(&tsrvi_loops.list, &made->link);
+    tsrvi_loops.count++;
+    tsrvi_unlock(&tsrvi_loops.lock);
     *loop = made;
     return TSRV_OK;
 }
@@ -4307,6 +4313,9 @@ TSRV_API int tsrv_loop_run(tsrv_loop *loop)
     }
     loop->stopping = false;
     tsrvi_log_settle(true); /* nobody may be left who would tell of them later */
+    if (tsrvi_loop_exited != NULL) {
+        tsrvi_loop_exited(loop);
+    }
     return rc;
 }
 
@@ -5098,6 +5107,7 @@ static int tsrvi_listening(int fd)
 #define TSRVI_LISTEN_MAX 64   /* sockets of one call of tsrv_server_listen or tsrv_server_bind */
 #define TSRVI_HANDED_MAX 4096 /* sockets that can be handed over */
 #define TSRVI_READY_VARIABLE "TSRV_READY_FD" /* whom to tell, in an upgrade, that we accept */
+#define TSRVI_FILES_VARIABLE "TSRV_FILE_FDS" /* the unix sockets whose files come with them */
 
 static struct {
     int lock;
@@ -5105,6 +5115,7 @@ static struct {
     int code;                    /* what was wrong with the variables */
     int count;                   /* descriptors from TSRVI_LISTEN_FIRST on */
     bool free[TSRVI_HANDED_MAX]; /* one of ours that nothing has taken yet */
+    bool file[TSRVI_HANDED_MAX]; /* a unix socket whose file we have to remove in the end */
     bool upgrade;                /* they come from the program that this one replaces */
     int ready;                   /* in an upgrade a pipe's end; -1 = nobody waits any more */
 } tsrvi_handed;
@@ -5124,6 +5135,19 @@ static void tsrvi_handed_adopt(int count)
     }
 }
 
+/* "3,7,": of these sockets the program before this one has made the files. */
+static void tsrvi_handed_read_files(const char *text)
+{
+    while (text != NULL && *text >= '0' && *text <= '9') {
+        long fd = strtol(text, NULL, 10);
+        if (fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + TSRVI_HANDED_MAX) {
+            tsrvi_handed.file[fd - TSRVI_LISTEN_FIRST] = true;
+        }
+        text = strchr(text, ',');
+        text = text == NULL ? NULL : text + 1;
+    }
+}
+
 /* The variables are read once, and removed: they are not meant for our children. The lock is held.
  */
 static void tsrvi_handed_read(void)
@@ -5131,10 +5155,16 @@ static void tsrvi_handed_read(void)
     const char *pid = TSRV_SYS(getenv, ("LISTEN_PID")), *fds = TSRV_SYS(getenv, ("LISTEN_FDS"));
     int count = (int)tsrvi_decimal(fds, INT_MAX);
     int ready = (int)tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)), INT_MAX);
+    struct stat info;
     tsrvi_handed.looked = true;
-    tsrvi_handed.upgrade = ready > 2 && tsrvi_set_flags(ready) == TSRV_OK;
+    tsrvi_handed.upgrade = ready > 2 && TSRV_SYS(fstat, (ready, &info)) == 0 &&
+                           S_ISFIFO(info.st_mode) && tsrvi_set_flags(ready) == TSRV_OK;
     tsrvi_handed.ready = tsrvi_handed.upgrade ? ready : -1;
+    if (tsrvi_handed.upgrade) {
+        tsrvi_handed_read_files(TSRV_SYS(getenv, (TSRVI_FILES_VARIABLE)));
+    }
     TSRV_SYS(unsetenv, (TSRVI_READY_VARIABLE));
+    TSRV_SYS(unsetenv, (TSRVI_FILES_VARIABLE));
     if (tsrvi_decimal(pid, INT_MAX) != (int64_t)TSRV_SYS(getpid, ())) {
         return; /* meant for another process */
     }
@@ -5227,14 +5257,19 @@ static void tsrvi_handed_close_rest(void)
     tsrvi_unlock(&tsrvi_handed.lock);
 }
 
-/* Does the program that this one replaces still wait, and serve? */
+/* Does the program that this one replaces still wait, and serve? If it has died, nobody reads the
+ * pipe, which poll(2) tells by POLLERR. */
 static bool tsrvi_handed_waits(void)
 {
+    struct pollfd entry;
     bool waits;
     tsrvi_lock(&tsrvi_handed.lock);
     waits = tsrvi_handed.upgrade && tsrvi_handed.ready >= 0;
+    entry.fd = tsrvi_handed.ready;
     tsrvi_unlock(&tsrvi_handed.lock);
-    return waits;
+    entry.events = POLLOUT;
+    entry.revents = 0;
+    return waits && (TSRV_SYS(poll, (&entry, 1, 0)) <= 0 || (entry.revents & POLLERR) == 0);
 }
 
 /* Take the pipe's end on which the program that this one replaces waits; -1 = there is none. */
@@ -5418,51 +5453,77 @@ static void tsrvi_bound_close(int fd)
     tsrvi_close_fd(fd);
 }
 
-/* What takes the place of a listening socket: a descriptor that does nothing, or a code. */
-static int tsrvi_bound_blank(void)
+/* Put something in the place of a listening socket. */
+static int tsrvi_bound_refuse(int fd, int blank)
 {
-    int fd = tsrvi_fd_own(TSRV_SYS(open, ("/dev/null", O_RDWR | O_CLOEXEC)));
-    return fd >= 0 ? fd : tsrvi_socket(AF_UNIX, SOCK_STREAM);
+    return TSRV_SYS(dup2, (blank, fd)) < 0 ? -1 : TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC));
 }
 
 /* This process stops listening, at once and on every socket that it has bound; those that share
  * them go on. Their descriptors stay open, on nothing, so that closing them is still right.
- *   keep  leave the files of unix sockets to a program that has taken them over */
-static void tsrvi_bound_refuse_all(bool keep)
+ *   keep   leave the files of unix sockets to a program that has taken them over
+ *   blank  a descriptor that is nothing to listen on: no new one may be free */
+static void tsrvi_bound_refuse_all(bool keep, int blank)
 {
-    int blank = tsrvi_bound_blank(), rc = blank < 0 ? blank : (int)TSRV_OK;
+    int rc = TSRV_OK;
     tsrvi_lock(&tsrvi_bound_list.lock);
-    while (blank >= 0 && tsrvi_bound_list.count > 0) {
+    while (tsrvi_bound_list.count > 0) {
         const tsrvi_bound_socket *bound = tsrvi_bound_at(tsrvi_bound_list.count - 1);
         if (tsrvi_bound_is_ours(bound)) {
             if (!keep) {
                 tsrvi_bound_unlink(bound);
             }
-            if (TSRV_SYS(dup2, (blank, bound->fd)) < 0 ||
-                TSRV_SYS(fcntl, (bound->fd, F_SETFD, FD_CLOEXEC)) < 0) {
-                rc = tsrvi_error();
-            }
+            rc = tsrvi_bound_refuse(bound->fd, blank) < 0 ? tsrvi_error() : rc;
         }
         tsrvi_bound_drop(tsrvi_bound_list.count - 1);
     }
     tsrvi_unlock(&tsrvi_bound_list.lock);
-    tsrvi_close_fd(blank);
     if (rc < 0) {
         tsrvi_log(TSRV_LOG_ERROR, "cannot stop listening: %s", tsrv_strerror(rc));
     }
 }
 
-/* A socket that was handed over is this process's own too. In an upgrade its file comes with it. */
+/* Which sockets this process has bound, or was handed over.
+ *   fds  has room for `capacity`
+ * Returns how many there are. */
+static int tsrvi_bound_get(int *fds, int capacity)
+{
+    int count = 0;
+    tsrvi_lock(&tsrvi_bound_list.lock);
+    for (int i = 0; i < tsrvi_bound_list.count; i++) {
+        if (tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
+            if (count < capacity) {
+                fds[count] = tsrvi_bound_at(i)->fd;
+            }
+            count++;
+        }
+    }
+    tsrvi_unlock(&tsrvi_bound_list.lock);
+    return count;
+}
+
+/* Is there a file that goes with this socket? */
+static bool tsrvi_bound_has_file(int fd)
+{
+    int index;
+    bool has_file;
+    tsrvi_lock(&tsrvi_bound_list.lock);
+    index = tsrvi_bound_find(fd);
+    has_file =
+        index >= 0 && tsrvi_bound_at(index)->has_file && tsrvi_bound_is_ours(tsrvi_bound_at(index));
+    tsrvi_unlock(&tsrvi_bound_list.lock);
+    return has_file;
+}
+
+/* A socket that was handed over is this process's own too, and so may be its file. */
 static int tsrvi_bound_adopt(int fd)
 {
     tsrvi_sockaddr inside;
     socklen_t size = sizeof(inside);
+    bool has_file = tsrvi_handed.file[fd - TSRVI_LISTEN_FIRST];
     memset(&inside, 0, sizeof(inside)); /* which ends the path */
-    if (!tsrvi_handed.upgrade || TSRV_SYS(getsockname, (fd, &inside.any, &size)) < 0 ||
-        inside.any.sa_family != AF_UNIX || inside.local.sun_path[0] == 0) {
-        return tsrvi_bound_remember(fd, NULL);
-    }
-    return tsrvi_bound_remember(fd, inside.local.sun_path);
+    has_file = has_file && TSRV_SYS(getsockname, (fd, &inside.any, &size)) == 0;
+    return tsrvi_bound_remember(fd, has_file ? inside.local.sun_path : NULL);
 }
 
 /* A socket that was handed over, is bound to this address and has not been taken; -1 = none. */
@@ -10529,7 +10590,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
-#define TSRVI_FAILURES 16      /* of accept in a row, after which a listener pauses; then it has */
+#define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
 #define TSRVI_FAILURES_MORE 4  /* so many more before it pauses again */
 #define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
@@ -11765,7 +11826,7 @@ static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
 
 /* End the grace of all drains of the loop, when it is asked to end for the second time: what is
  * left is aborted as soon as the loop looks at its timers. */
-static inline void tsrvi_loop_cut(tsrv_loop *loop)
+static void tsrvi_loop_cut(tsrv_loop *loop)
 {
     for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
@@ -12128,6 +12189,9 @@ static void tsrvi_tell_predecessor(void)
 
 #define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
+/* READY=1 did not fit into the service manager's queue: without it the service would be ended. */
+static bool tsrvi_notify_owes;
+
 static int tsrvi_notify(const char *state)
 {
     const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
@@ -12157,7 +12221,17 @@ static int tsrvi_notify(const char *state)
              ? tsrvi_error()
              : 1;
     tsrvi_close_fd(fd);
+    if (strcmp(state, "READY=1") == 0) {
+        tsrvi_notify_owes = rc == -EAGAIN || rc == -ENOBUFS;
+    }
     return rc;
+}
+
+static void tsrvi_notify_again(void)
+{
+    if (tsrvi_notify_owes) {
+        tsrvi_notify("READY=1");
+    }
 }
 
 TSRV_API int tsrv_notify(const char *state)
@@ -12207,7 +12281,6 @@ static uint64_t tsrvi_watchdog_interval(void)
 
 #define TSRVI_BEAT_MS 500   /* between two beats, or a quarter of the heartbeat */
 #define TSRVI_ORPHAN_MS 400 /* that a worker has left when its parent is dead */
-#define TSRVI_CUT_MS 1      /* the grace of a drain that is cut */
 #define TSRVI_SETTLED_MS \
     1000 /* a process that accepts has to live so long before it is relied on */
 
@@ -12276,9 +12349,10 @@ static void tsrvi_worker_hear(tsrv_loop *loop)
     int told = __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE);
     if (loop->beat.fire != NULL && told > loop->told) {
         loop->told = told;
-        tsrvi_loop_leave(loop, told == TSRVI_CUT      ? TSRVI_CUT_MS
-                               : told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS
-                                                      : tsrvi_worker.grace_ms);
+        tsrvi_loop_leave(loop, told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_worker.grace_ms);
+        if (told == TSRVI_CUT) {
+            tsrvi_loop_cut(loop);
+        }
     }
 }
 
@@ -12433,6 +12507,7 @@ static void tsrvi_worker_beat_process(tsrv_loop *loop)
         unsigned beat = tsrvi_place_own->beat + 1;
         __atomic_store_n(&tsrvi_place_own->beat, beat == 0 ? 1 : beat, __ATOMIC_RELEASE);
     }
+    tsrvi_notify_again();
     if (tsrvi_worker.watchdog <= loop->now) {
         tsrvi_worker.watchdog = loop->now + tsrvi_watchdog_interval();
         tsrvi_notify("WATCHDOG=1");
@@ -12471,6 +12546,26 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
     tsrvi_worker_hear(loop);
 }
 
+/* tsrv_loop_run has returned: a chief that turns no more hears nothing. Another loop takes its place
+ * at its next beat; until then, and where there is none, signals have their own effect. */
+static void tsrvi_worker_exited(tsrv_loop *loop)
+{
+    unsigned char signo = 0;
+    if (loop != __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
+        return;
+    }
+    for (int i = 0; i < 4; i++) {
+        tsrv_signal_stop(&tsrvi_worker.signals[i]);
+    }
+    tsrvi_poller_set(&loop->poller, &tsrvi_worker.line, 0);
+    __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+    if (tsrvi_worker.line.fd >= 0 &&
+        TSRV_SYS(recv, (tsrvi_worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1) {
+        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo)); /* it was told at this very moment */
+    }
+}
+
 /* Its first server accepts; on_start may have changed the user. */
 static void tsrvi_worker_ready(void)
 {
@@ -12487,7 +12582,7 @@ static void tsrvi_worker_ready(void)
 #include <pwd.h>
 
 typedef struct tsrvi_identity {
-    const char *name; /* whose supplementary groups it gets; NULL = none */
+    char name[256]; /* whose supplementary groups it gets; "" = none */
     uid_t uid;
     gid_t gid;
     bool wanted; /* false = the process stays who it is */
@@ -12506,7 +12601,7 @@ static int tsrvi_identity_find(const char *user, const char *group, tsrvi_identi
         entry = TSRV_SYS(getpwuid, ((uid_t)number));
     }
     if (entry != NULL) {
-        identity->name = user;
+        snprintf(identity->name, sizeof(identity->name), "%s", entry->pw_name);
         identity->uid = entry->pw_uid;
         identity->gid = entry->pw_gid;
     }
@@ -12525,28 +12620,37 @@ static int tsrvi_identity_find(const char *user, const char *group, tsrvi_identi
     return TSRV_OK;
 }
 
-/* Become that user, for good. The supplementary groups go first, as only root may change them, and
- * what was done is looked at: setuid(2) has been known not to. */
+/* Is the process this user, without a way back to root? */
+static bool tsrvi_identity_is_assumed(const tsrvi_identity *identity)
+{
+    return TSRV_SYS(getuid, ()) == identity->uid && TSRV_SYS(geteuid, ()) == identity->uid &&
+           TSRV_SYS(getgid, ()) == identity->gid && TSRV_SYS(getegid, ()) == identity->gid &&
+           (identity->uid == 0 || TSRV_SYS(seteuid, (0)) < 0);
+}
+
+/* Become that user, for good. Root that is only laid aside is taken up first, or the saved ids would
+ * keep it; the supplementary groups go before it, as only root may change them; and what was done is
+ * looked at: setuid(2) has been known not to. */
 static int tsrvi_identity_assume(const tsrvi_identity *identity)
 {
-    uid_t uid = identity->uid;
     gid_t gid = identity->gid;
     int rc = TSRV_OK;
-    if (!identity->wanted || (TSRV_SYS(geteuid, ()) != 0 && TSRV_SYS(geteuid, ()) == uid &&
-                              TSRV_SYS(getegid, ()) == gid)) {
+    if (!identity->wanted) {
         return TSRV_OK;
     }
-    if ((identity->name != NULL ? TSRV_SYS(initgroups, (identity->name, gid))
-                                : TSRV_SYS(setgroups, (1, &gid))) < 0 ||
-        TSRV_SYS(setgid, (gid)) < 0 || TSRV_SYS(setuid, (uid)) < 0) {
-        rc = tsrvi_error();
-    } else if (TSRV_SYS(getuid, ()) != uid || TSRV_SYS(geteuid, ()) != uid ||
-               TSRV_SYS(getegid, ()) != gid || (uid != 0 && TSRV_SYS(setuid, (0)) == 0)) {
+    if (TSRV_SYS(geteuid, ()) == 0 || TSRV_SYS(seteuid, (0)) == 0) {
+        if ((identity->name[0] != 0 ? TSRV_SYS(initgroups, (identity->name, gid))
+                                    : TSRV_SYS(setgroups, (1, &gid))) < 0 ||
+            TSRV_SYS(setgid, (gid)) < 0 || TSRV_SYS(setuid, (identity->uid)) < 0) {
+            rc = tsrvi_error();
+        }
+    }
+    if (rc == TSRV_OK && !tsrvi_identity_is_assumed(identity)) {
         rc = -EPERM;
     }
     if (rc < 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "cannot become user %ld, group %ld: %s", (long)uid, (long)gid,
-                  tsrv_strerror(rc));
+        tsrvi_log(TSRV_LOG_ERROR, "cannot become user %ld, group %ld: %s", (long)identity->uid,
+                  (long)gid, tsrv_strerror(rc));
     }
     return rc;
 }
@@ -12580,6 +12684,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
  *
  *                stop      reload    upgrade   taken     fails
  *     RUNNING    stop      reload    upgrade   yield     give_up
+ *     ENDING     hear      refuse    refuse    .         .
  *     STOPPING   cut       refuse    refuse    .         .
  *     CUT        -         refuse    refuse    .         .
  *
@@ -12627,7 +12732,13 @@ enum {
     TSRVI_CHILD_ENDS,
     TSRVI_CHILD_EVENTS
 };
-enum { TSRVI_PARENT_RUNNING, TSRVI_PARENT_STOPPING, TSRVI_PARENT_CUTTING, TSRVI_PARENT_STATES };
+enum {
+    TSRVI_PARENT_RUNNING,
+    TSRVI_PARENT_ENDING,
+    TSRVI_PARENT_STOPPING,
+    TSRVI_PARENT_CUTTING,
+    TSRVI_PARENT_STATES
+};
 enum {
     TSRVI_PARENT_STOP,
     TSRVI_PARENT_RELOAD,
@@ -12662,17 +12773,21 @@ typedef struct tsrvi_supervisor {
     tsrv_fork_options options;                             /* the defaults filled in */
     int worker_grace_ms;                                   /* as it was given; 0 = the server's */
     tsrvi_identity identity;                               /* who workers become */
-    int state;                                             /* TSRVI_PARENT_RUNNING and so on */
+    int *fds; /* all sockets that are listened on: for an upgrade, and to stop */
+    int fd_count;
+    int state; /* TSRVI_PARENT_RUNNING and so on */
     int workers;
     tsrvi_child *children; /* TSRVI_GENERATIONS for each worker, and for programs of upgrades */
     int count;             /* of children */
     int born;              /* in a new worker, its child; -1 = this is the parent */
     bool server;           /* tsrv_server_start has called: a worker never ends by itself */
-    bool serves;           /* workers accept: start_timeout_ms holds */
+    bool serves;           /* workers accept, so that all have to */
+    bool limited;          /* start_timeout_ms was given: it holds also before that is known */
     bool forked;           /* there has been a worker */
     bool announced;        /* READY=1 was sent */
     bool settled;          /* all workers have accepted for a second */
     bool rolling;          /* a reload goes on */
+    bool stalled;          /* it waits for a place, which was said */
     unsigned generation;   /* of the last reload */
     int fresh;             /* the child that is to take an old one's place; -1 = none */
     int failures;          /* in a row */
@@ -12818,6 +12933,33 @@ static void tsrvi_supervisor_close(tsrvi_supervisor *s)
     tsrvi_close_fd(s->wake[1]);
     tsrvi_close_fd(s->upgrade_fd);
     TSRV_FREE(s->children);
+    TSRV_FREE(s->fds);
+}
+
+/* Learn which sockets are listened on: those that the caller names, and those that the library has
+ * bound, for this server or for another one. */
+static int tsrvi_supervisor_find_sockets(tsrvi_supervisor *s)
+{
+    int given = s->options.fd_count, own = tsrvi_bound_get(NULL, 0), *fds;
+    if (given + own == 0) {
+        return TSRV_OK;
+    }
+    fds = s->fds = (int *)TSRV_MALLOC((size_t)(given + own) * sizeof(*fds));
+    if (fds == NULL) {
+        return -ENOMEM;
+    }
+    own = (int)tsrvi_min((size_t)tsrvi_bound_get(fds, own), (size_t)own);
+    for (int i = 0; i < given; i++) {
+        int same = 0;
+        while (same < own && fds[same] != s->options.fds[i]) {
+            same++;
+        }
+        if (same == own) {
+            fds[own++] = s->options.fds[i];
+        }
+    }
+    s->fd_count = own;
+    return TSRV_OK;
 }
 
 static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fork_options *options)
@@ -12830,7 +12972,7 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
     }
     s->worker_grace_ms = s->options.grace_ms;
     s->options.grace_ms = tsrvi_default_ms(s->options.grace_ms, 30000);
-    s->serves = s->options.start_timeout_ms != 0;
+    s->limited = s->options.start_timeout_ms > 0;
     s->options.start_timeout_ms = tsrvi_default_ms(s->options.start_timeout_ms, TSRVI_START_MS);
     s->options.max_restarts =
         s->options.max_restarts == 0 ? TSRVI_RESTARTS : s->options.max_restarts;
@@ -12850,7 +12992,8 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
     for (s->count = 0; s->count < count; s->count++) {
         s->children[s->count].line = -1;
     }
-    if ((rc = tsrvi_places_map(workers)) < 0 || (rc = tsrvi_pipe(s->wake)) < 0) {
+    if ((rc = tsrvi_supervisor_find_sockets(s)) < 0 || (rc = tsrvi_places_map(workers)) < 0 ||
+        (rc = tsrvi_pipe(s->wake)) < 0) {
         return rc;
     }
     tsrvi_supervised_wake = s->wake[1];
@@ -12892,7 +13035,9 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     s->born = child;
     tsrvi_chief = NULL;
     memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
-    beat_ms = beat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
+    beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS
+              : beat_ms == 0                                          ? 1
+                                                                      : beat_ms;
     tsrvi_worker.interval = (uint64_t)beat_ms * TSRVI_MS;
     tsrvi_worker.watchdog = TSRVI_FOREVER;
     tsrvi_worker.grace_ms = s->worker_grace_ms;
@@ -12903,6 +13048,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     tsrvi_close_fd(tsrvi_handed_take_ready());
     tsrvi_on_ready = tsrvi_worker_ready;
     tsrvi_loop_entered = tsrvi_worker_entered;
+    tsrvi_loop_exited = tsrvi_worker_exited;
     tsrvi_loop_told = tsrvi_worker_hear;
     tsrvi_supervisor_uninstall(s);
     tsrvi_worker_leave_to_parent(SIGHUP);
@@ -12912,22 +13058,12 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 
-/* Before a fork: else every process prints what is in the buffers. Nobody may read any more what
- * the program has printed. */
-static void tsrvi_supervisor_flush(void)
-{
-    tsrvi_quiet quiet;
-    tsrvi_quiet_begin(&quiet);
-    tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (NULL)) == 0 ? 1 : 0, 1);
-}
-
 /* fork, with all signals blocked in both until each knows what it is. Returns the child's pid, 0 in
  * the child, or a code. */
 static pid_t tsrvi_supervisor_clone(tsrvi_supervisor *s, int child, int *lines)
 {
     pid_t parent = TSRV_SYS(getpid, ()), pid;
     sigset_t all, mask;
-    tsrvi_supervisor_flush();
     TSRV_SYS(sigfillset, (&all));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
     pid = TSRV_SYS(fork, ());
@@ -13015,7 +13151,8 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
     c->started = c->beaten = s->now;
     c->beat = 0;
     c->at_end = false;
-    c->due = s->serves ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
+    c->due =
+        s->serves || s->limited ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
 }
 
 /* ---- what happens to a child -----------------------------------------------*/
@@ -13327,7 +13464,12 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
         s->children[place].state = TSRVI_CHILD_DUE;
         s->children[place].backoff_ms = 0;
         s->children[place].due = s->now;
+        s->stalled = false;
         tsrvi_child_happens(s, place, TSRVI_CHILD_TIME);
+    } else if (!s->stalled) {
+        s->stalled = true;
+        tsrvi_log(TSRV_LOG_WARNING, "reload: waits until one of the %d processes of worker %d ends",
+                  TSRVI_GENERATIONS, old / TSRVI_GENERATIONS);
     }
 }
 
@@ -13337,9 +13479,9 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
  * them out of the way, and only then each to its place. */
 static int tsrvi_upgrade_place(const tsrvi_supervisor *s, int ready, int *moved)
 {
-    int count = s->options.fd_count;
+    int count = s->fd_count;
     for (int i = 0; i <= count; i++) {
-        moved[i] = TSRV_SYS(fcntl, (i < count ? s->options.fds[i] : ready, F_DUPFD_CLOEXEC,
+        moved[i] = TSRV_SYS(fcntl, (i < count ? s->fds[i] : ready, F_DUPFD_CLOEXEC,
                                     TSRVI_LISTEN_FIRST + count + 1));
         if (moved[i] < 0) {
             return tsrvi_error();
@@ -13361,13 +13503,29 @@ static int tsrvi_upgrade_set(const char *name, long value)
     return TSRV_SYS(setenv, (name, number, 1)) < 0 ? tsrvi_error() : TSRV_OK;
 }
 
-/* Become the new program, in the child; does not return.
- *   moved  room for one descriptor more than there are sockets */
-static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
+/* Name the sockets whose files go with them; asked before the fork, as a child owns none. */
+static void tsrvi_upgrade_name_files(const tsrvi_supervisor *s, char *text, size_t size)
 {
-    int count = s->options.fd_count, rc = tsrvi_upgrade_place(s, ready, moved);
+    size_t used = 0;
+    text[0] = 0;
+    for (int i = 0; i < s->fd_count && used + 16 < size; i++) {
+        if (tsrvi_bound_has_file(s->fds[i])) {
+            used += (size_t)snprintf(text + used, size - used, "%d,", TSRVI_LISTEN_FIRST + i);
+        }
+    }
+}
+
+/* Become the new program, in the child; does not return.
+ *   moved  room for one descriptor more than there are sockets
+ *   files  which of them have files; see tsrvi_upgrade_name_files */
+static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved, const char *files)
+{
+    int count = s->fd_count, rc = tsrvi_upgrade_place(s, ready, moved);
     long pid = (long)TSRV_SYS(getpid, ());
     TSRV_SYS(unsetenv, ("LISTEN_FDNAMES"));
+    if (rc == TSRV_OK && TSRV_SYS(setenv, (TSRVI_FILES_VARIABLE, files, 1)) < 0) {
+        rc = tsrvi_error();
+    }
     if (rc == TSRV_OK && (rc = tsrvi_upgrade_set("LISTEN_FDS", count)) == TSRV_OK &&
         (rc = tsrvi_upgrade_set("LISTEN_PID", pid)) == TSRV_OK &&
         (rc = tsrvi_upgrade_set(TSRVI_READY_VARIABLE, TSRVI_LISTEN_FIRST + count)) == TSRV_OK &&
@@ -13380,22 +13538,27 @@ static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved)
     TSRV_SYS(_exit, (127));
 }
 
-/* Start the new program. */
+/* Start the new program. Signals are blocked until it does not have our handlers any more. */
 static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    int *moved = (int *)TSRV_MALLOC(((size_t)s->options.fd_count + 1) * sizeof(*moved));
+    int *moved = (int *)TSRV_MALLOC(((size_t)s->fd_count + 1) * sizeof(*moved));
     int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds);
+    sigset_t all, mask;
+    char files[512];
     pid_t pid = -1;
+    tsrvi_upgrade_name_files(s, files, sizeof(files));
     if (rc == TSRV_OK) {
-        tsrvi_supervisor_flush();
+        TSRV_SYS(sigfillset, (&all));
+        TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
         pid = TSRV_SYS(fork, ());
         if (pid == 0) {
             tsrvi_supervisor_uninstall(s);
             TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
-            tsrvi_upgrade_exec(s, fds[1], moved);
+            tsrvi_upgrade_exec(s, fds[1], moved, files);
         }
         rc = pid < 0 ? tsrvi_error() : TSRV_OK;
+        TSRV_SYS(sigprocmask, (SIG_SETMASK, &mask, NULL));
         tsrvi_close_fd(fds[1]);
         if (pid < 0) {
             tsrvi_close_fd(fds[0]);
@@ -13446,12 +13609,17 @@ static void tsrvi_parent_refuse(tsrvi_supervisor *s)
 
 /* Tell everybody to end, and refuse new connections from this moment on.
  *   files  unix sockets' are removed, unless another program serves on them */
-static void tsrvi_parent_leave(tsrvi_supervisor *s, bool files)
+static void tsrvi_parent_leave(tsrvi_supervisor *s, int state, bool files)
 {
-    s->state = TSRVI_PARENT_STOPPING;
+    s->state = state;
     s->rolling = false;
     s->fresh = -1;
-    tsrvi_bound_refuse_all(!files);
+    tsrvi_bound_refuse_all(!files, s->wake[0]);
+    for (int i = 0; i < s->options.fd_count; i++) {
+        if (tsrvi_listening(s->options.fds[i]) == TSRV_OK) {
+            tsrvi_bound_refuse(s->options.fds[i], s->wake[0]);
+        }
+    }
     for (int i = 0; i < s->count; i++) {
         if (s->children[i].state != TSRVI_CHILD_VACANT) {
             tsrvi_child_happens(s, i, TSRVI_CHILD_TOLD);
@@ -13464,7 +13632,14 @@ static void tsrvi_parent_stop(tsrvi_supervisor *s)
     tsrvi_log(TSRV_LOG_INFO, "stopping: no new connections, workers have %d ms to end",
               s->options.grace_ms);
     tsrvi_notify("STOPPING=1");
-    tsrvi_parent_leave(s, true);
+    tsrvi_parent_leave(s, TSRVI_PARENT_STOPPING, true);
+}
+
+/* Everything ends already, but nobody has asked for it: it is not the second time. */
+static void tsrvi_parent_hear(tsrvi_supervisor *s)
+{
+    tsrvi_log(TSRV_LOG_INFO, "stopping: everything ends already");
+    s->state = TSRVI_PARENT_STOPPING;
 }
 
 /* Told again: who still drains is told again too, and has little time left. */
@@ -13523,20 +13698,23 @@ static void tsrvi_parent_yield(tsrvi_supervisor *s)
             tsrvi_log(TSRV_LOG_INFO, "upgrade: done, process %ld serves; this program ends",
                       (long)s->children[i].pid);
             s->children[i].state = TSRVI_CHILD_VACANT; /* it is no business of ours any more */
+            s->children[i].pid = 0;
         }
     }
-    tsrvi_parent_leave(s, false);
+    tsrvi_parent_leave(s, TSRVI_PARENT_ENDING, false);
 }
 
 static void tsrvi_parent_give_up(tsrvi_supervisor *s)
 {
     s->code = TSRV_ERESTARTS;
-    tsrvi_parent_stop(s);
+    tsrvi_notify("STOPPING=1");
+    tsrvi_parent_leave(s, TSRVI_PARENT_ENDING, true);
 }
 
 static const tsrvi_parent_action tsrvi_parent_table[TSRVI_PARENT_STATES][TSRVI_PARENT_EVENTS] = {
     {tsrvi_parent_stop, tsrvi_parent_reload, tsrvi_parent_upgrade, tsrvi_parent_yield,
      tsrvi_parent_give_up},
+    {tsrvi_parent_hear, tsrvi_parent_refuse, tsrvi_parent_refuse, NULL, NULL},
     {tsrvi_parent_cut, tsrvi_parent_refuse, tsrvi_parent_refuse, NULL, NULL},
     {tsrvi_parent_ignore, tsrvi_parent_refuse, tsrvi_parent_refuse, NULL, NULL},
 };
@@ -13675,6 +13853,7 @@ static void tsrvi_supervisor_act(tsrvi_supervisor *s)
     if (s->born >= 0) {
         return;
     }
+    tsrvi_notify_again();
     if (s->watchdog <= s->clock) {
         s->watchdog = s->clock + tsrvi_watchdog_interval();
         tsrvi_notify("WATCHDOG=1");
@@ -13776,6 +13955,15 @@ static void tsrvi_supervisor_tell_end(void)
               (unsigned long long)all.restarts);
 }
 
+/* Before the first fork: else every worker prints what is in the buffers. Nobody may read any more
+ * what the program has printed. */
+static void tsrvi_supervisor_flush(void)
+{
+    tsrvi_quiet quiet;
+    tsrvi_quiet_begin(&quiet);
+    tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (NULL)) == 0 ? 1 : 0, 1);
+}
+
 /* Returns the task id in a worker, and in the parent when all is over, its result. Signals are
  * looked at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
@@ -13783,6 +13971,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
     for (int worker = 0; worker < s->workers; worker++) {
         s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
+    tsrvi_supervisor_flush();
     tsrvi_log(TSRV_LOG_INFO, "%d workers are started (tcpserver.h %s)", s->workers, TSRV_VERSION);
     while (tsrvi_supervisor_busy(s)) {
         tsrvi_supervisor_tick(s);
@@ -13941,10 +14130,8 @@ static int tsrvi_server_open_bound(tsrv_server *server, int worker)
 static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_options *options)
 {
     tsrv_fork_options resolved;
-    int rc, count, *fds = NULL;
+    int rc;
     workers = workers == 0 ? tsrv_cpu_count() : workers;
-    rc = tsrvi_bound_spread(server, workers);
-    count = server->bound_count;
     memset(&resolved, 0, sizeof(resolved));
     if (options != NULL) {
         resolved = *options;
@@ -13952,20 +14139,11 @@ static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_o
     if (resolved.grace_ms == 0) {
         resolved.grace_ms = server->options.grace_ms;
     }
-    if (rc == TSRV_OK && (fds = (int *)TSRV_MALLOC((size_t)count * sizeof(*fds))) == NULL) {
-        rc = -ENOMEM;
-    }
-    if (rc == TSRV_OK) {
-        for (int i = 0; i < count; i++) {
-            fds[i] = server->bound[i].fd;
-        }
-        resolved.fds = fds;
-        resolved.fd_count = count;
+    if ((rc = tsrvi_bound_spread(server, workers)) == TSRV_OK) {
         tsrvi_reloaded = server->options.tls;
         rc = tsrvi_fork(workers, &resolved, true);
         tsrvi_reloaded = NULL;
     }
-    TSRV_FREE(fds);
     if (rc >= 0) {
         return tsrvi_server_open_bound(server, rc);
     }
@@ -14091,7 +14269,7 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         tsrv_server_free(server);
         return TSRV_EBUSY;
     }
-    if (num_processes == 1) {
+    if (num_processes == 1 && tsrvi_worker_id < 0) { /* a worker has its parent */
         if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
             rc = tsrvi_serve_run(server, port, address, num_processes, options);
             tsrvi_serve_done(server->options.loop);

@@ -1286,7 +1286,7 @@ static const char *cell(const char *row, int column)
 TEST_ONCE(the_tables_above_the_supervisor_are_those_of_the_code)
 {
     static const char *const states[] = {"VACANT", "DUE", "STARTING", "SERVING", "LEAVING", "DYING"};
-    static const char *const parents[] = {"RUNNING", "STOPPING", "CUT"};
+    static const char *const parents[] = {"RUNNING", "ENDING", "STOPPING", "CUT"};
     static const struct {
         const char *name;
         tsrvi_child_action action;
@@ -1311,6 +1311,7 @@ TEST_ONCE(the_tables_above_the_supervisor_are_those_of_the_code)
         {".", NULL},
         {"-", tsrvi_parent_ignore},
         {"stop", tsrvi_parent_stop},
+        {"hear", tsrvi_parent_hear},
         {"cut", tsrvi_parent_cut},
         {"reload", tsrvi_parent_reload},
         {"upgrade", tsrvi_parent_upgrade},
@@ -1333,10 +1334,10 @@ TEST_ONCE(the_tables_above_the_supervisor_are_those_of_the_code)
     for (int state = 0; state < TSRVI_PARENT_STATES; state++) {
         for (int event = 0; event < TSRVI_PARENT_EVENTS; event++) {
             size_t i = 0;
-            while (i < 9 && strcmp(parent_actions[i].name, cell(parents[state], event)) != 0) {
+            while (i < 10 && strcmp(parent_actions[i].name, cell(parents[state], event)) != 0) {
                 i++;
             }
-            if (i == 9 || parent_actions[i].action != tsrvi_parent_table[state][event]) {
+            if (i == 10 || parent_actions[i].action != tsrvi_parent_table[state][event]) {
                 T_FAIL("%s, event %d: \"%s\"", parents[state], event, cell(parents[state], event));
             }
         }
