@@ -8587,11 +8587,12 @@ static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
 /* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
 static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 {
+    bool ended = stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0;
     int rc;
-    if ((stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0) || stream->io.fd < 0) {
+    if (stream->io.fd < 0) {
         return;
     }
-    rc = tsrvi_stream_peek(stream);
+    rc = ended ? (int)TSRV_EAGAIN : tsrvi_stream_peek(stream);
     if (rc == TSRV_OK) {
         stream->flags |= TSRVI_LOOKED;
     } else if (rc != TSRV_EAGAIN) {
@@ -8599,10 +8600,11 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
     }
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
      * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN), and a unix socket says so
-     * at every close of the peer's (unix_poll): a reset leaves an error. */
-    if (hangup && (stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0) &&
-        !tsrvi_stream_output_failed(stream)) {
-        bool reset = (stream->flags & TSRVI_FIN) == 0 && stream->peer.family != AF_UNIX;
+     * at every close of the peer's (unix_poll): a reset leaves an error, also behind the end of the
+     * input. */
+    if (hangup && !tsrvi_stream_output_failed(stream)) {
+        bool open = stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0;
+        bool reset = open && (stream->flags & TSRVI_FIN) == 0 && stream->peer.family != AF_UNIX;
         int error = reset ? ECONNRESET : 0;
         socklen_t size = sizeof(error);
         if (error == 0 &&
