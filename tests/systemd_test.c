@@ -1713,7 +1713,7 @@ TEST_ONCE(quota_of_the_old_kind_counts_wherever_it_is)
     { \
         TOP "/" place group "/cpu.cfs_period_us", period \
     }
-    static const group groups[] = {
+    static const control_group groups[] = {
         {"cpu,cpuacct", 1, {OLD("cpu,cpuacct", "", "50000\n", "100000\n")}},
         {"cpuacct,cpu", 1, {OLD("cpuacct,cpu", "", "50000\n", "100000\n")}},
         {"cpuacct alone", NO_LIMIT, {OLD("cpuacct", "", "50000\n", "100000\n")}},
@@ -1761,7 +1761,7 @@ TEST_ONCE(quota_is_found_behind_long_names)
     static const char *const controllers[] = {"hugetlb", "pids", "blkio", "memory", "devices", "freezer",
                                               "perf_event", "cpuset", "net_cls,net_prio", "cpu,cpuacct"};
     static char text[8000], name[300], quota[400], period[400];
-    group g = {"a pod", 1, {{GROUP_FILE, text}, {quota, "50000\n"}, {period, "100000\n"}}};
+    control_group g = {"a pod", 1, {{GROUP_FILE, text}, {quota, "50000\n"}, {period, "100000\n"}}};
     size_t used = 0;
     snprintf(name, sizeof name, "/kubepods.slice/kubepods-burstable.slice/%0150d.slice/%064d.scope", 1, 2);
     for (int i = 0; i < 10; i++) {

@@ -33,10 +33,8 @@ static inline int workers_clock(clockid_t id, struct timespec *now)
 #include <sched.h>
 #include <sys/mman.h>
 #ifdef __linux__
-#ifdef __linux__
 #include <sys/mount.h>
 #include <sys/prctl.h>
-#endif
 #endif
 #include <sys/un.h>
 
@@ -408,9 +406,7 @@ static inline void open_board(void)
     fork_options.on_exit = note_exit;
     fork_options.context = &fork_options;
 #ifdef __linux__ /* elsewhere orphans are init's, and not seen here */
-#ifdef __linux__ /* elsewhere orphans are init's, and not seen here */
     CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0);
-#endif
 #endif
 }
 
