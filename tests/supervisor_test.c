@@ -8,8 +8,6 @@
 #include <pwd.h>
 #include <sys/stat.h>
 
-enum { STEP_MS = 1000, NEVER_DUE_MS = 1000000, START_MS = 60000, GRACE_MS = 30000, KILL_MS = 5000 };
-
 /* What a process that begins does, by board->value: see behave_as. */
 enum {
     IS_FINE,
@@ -20,16 +18,6 @@ enum {
     FAILS_LATER, /* when board->go is set */
     IS_SLOW      /* goes on when board->go is set */
 };
-
-static int get(const int *where)
-{
-    return __atomic_load_n(where, __ATOMIC_ACQUIRE);
-}
-
-static void put(int *where, int value)
-{
-    __atomic_store_n(where, value, __ATOMIC_RELEASE);
-}
 
 /* In a process that begins. */
 static void behave_as(int how)
@@ -64,217 +52,6 @@ static void behave_in_start(tsrv_server *server, void *context)
     note_port(server);
     behave();
     on_start(server, context);
-}
-
-/* ---- the runner ---------------------------------------------------------------------------*/
-
-/* Before a program of so many workers is launched. */
-static void begin(int count)
-{
-    workers = count;
-    open_board();
-    clear_board();
-    tsrv_set_log(keep_log, NULL);
-}
-
-static void tell(pid_t pid, int signo)
-{
-    CHECK(kill(pid, signo) == 0);
-}
-
-/* Waits until the parent has seen everything that was there before the call, and sleeps again. */
-static void poke(pid_t pid)
-{
-    int before = get(&board->turns);
-    AWAIT((kill(pid, SIGCHLD), get(&board->turns) >= before + 2 || get(&board->results) > 0));
-}
-
-/* Sets the clock forward, by steps of what the parent at most means to sleep: a longer one is a time in
- * which it did not run. */
-static void advance(pid_t pid, int64_t ms)
-{
-    for (; ms > 0; ms -= STEP_MS) {
-        int64_t step = ms < STEP_MS ? ms : STEP_MS;
-        __atomic_add_fetch(&board->ahead_ns, step * 1000000, __ATOMIC_ACQ_REL);
-        poke(pid);
-    }
-}
-
-/* Time passes, at least so long, until so many workers have ended. */
-static void advance_until_exits(pid_t pid, int64_t ms, int count)
-{
-    advance(pid, ms);
-    AWAIT(exits_seen() >= count || (advance(pid, STEP_MS), exits_seen() >= count));
-}
-
-/* An hour passes in which nobody runs. */
-static void oversleep(void)
-{
-    __atomic_add_fetch(&board->ahead_ns, (int64_t)3600 * 1000000000, __ATOMIC_ACQ_REL);
-}
-
-/* Time passes until the program has ended: its wait status. */
-static int advance_until_end(pid_t pid)
-{
-    int status = 0;
-    AWAIT(waitpid(pid, &status, WNOHANG) == pid || (advance(pid, STEP_MS), false));
-    return status;
-}
-
-/* The parent of the workers has nothing to do: it is asleep most of the time. A state that spins makes
- * thousands of calls meanwhile. */
-static void check_rests(void)
-{
-    int before = get(&board->turns);
-    poll(NULL, 0, 200);
-    int turns = get(&board->turns) - before;
-    if (turns > 40) {
-        T_FAIL("%d turns of the parent in 200 ms\n%s", turns, board->log);
-    }
-}
-
-static bool has_exited(pid_t pid)
-{
-    for (int i = 0, count = exits_seen(); i < count; i++) {
-        if (board->exit[i].pid == pid) {
-            return true;
-        }
-    }
-    return false;
-}
-
-/* Do all workers that are there, and no more than that, come from the last version? */
-static bool is_settled(void)
-{
-    int live = 0, version = get(&board->version);
-    for (int i = 0, count = forks_seen(); i < count; i++) {
-        pid_t pid = __atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE);
-        if (!has_exited(pid)) {
-            if (pid == 0 || board->versions[i] != version) {
-                return false;
-            }
-            live++;
-        }
-    }
-    return live == workers;
-}
-
-/* Does every worker have a process of this version, whatever else is there still? */
-static bool has_version(int version)
-{
-    int seen = 0;
-    for (int i = 0, count = forks_seen(); i < count; i++) {
-        if (__atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE) != 0 &&
-            board->versions[i] == version) {
-            seen |= 1 << board->ids[i];
-        }
-    }
-    return seen == (1 << workers) - 1;
-}
-
-/* A new version of what workers are made of, and a signal that asks for it. */
-static void reload(pid_t pid)
-{
-    __atomic_add_fetch(&board->version, 1, __ATOMIC_ACQ_REL);
-    tell(pid, SIGHUP);
-}
-
-/* What workers have been ended by, or have exited with: 0 each. */
-static void check_exits_are_good(void)
-{
-    for (int i = 0; i < exits_seen(); i++) {
-        CHECK_INT(board->exit[i].status, 0);
-    }
-}
-
-/* The program stops, in good order. */
-static void stop_well(pid_t pid, int result)
-{
-    tell(pid, SIGTERM);
-    check_end(pid, 0, result);
-}
-
-static void check_served(void)
-{
-    int fd = reach();
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
-    t_close(fd);
-}
-
-/* A connection that has sent half of a request to a process that has accepted it. */
-static int start_request(void)
-{
-    int fd = reach(), id = 0;
-    long pid = 0;
-    ask_id(fd, &id, &pid, NULL);
-    t_sends(fd, "unfin");
-    return fd;
-}
-
-static void finish_request(int fd)
-{
-    t_sends(fd, "ished\n");
-    t_expect(fd, "unfinished\n");
-    t_close(fd);
-}
-
-/* Is a new connection refused? One that is not is served, or ended, but never left alone. */
-static bool is_refused(void)
-{
-    char byte;
-    int fd = dial();
-    if (fd >= 0) {
-        if (send(fd, "x\n", 2, T_NOSIGNAL) == 2 && recv(fd, &byte, 1, 0) < 0) {
-            CHECK(errno == ECONNRESET || errno == EPIPE);
-        }
-        t_close(fd);
-        return false;
-    }
-    if (fd == -ECONNRESET) {
-        return false; /* at the very moment */
-    }
-    if (fd != -ENOENT || unix_path == NULL) {
-        CHECK_INT(fd, -ECONNREFUSED);
-    }
-    return true;
-}
-
-/* A directory of this test, below build/ where there is one, and paths in it. */
-static char directory[64];
-
-static void make_directory(void)
-{
-    snprintf(directory, sizeof directory, "%s/tsrv-supervisor-XXXXXX",
-             access("build", W_OK) == 0 ? "build" : "/tmp");
-    CHECK(mkdtemp(directory) != NULL);
-    CHECK(chmod(directory, 0755) == 0);
-}
-
-static const char *path_of(const char *name)
-{
-    static char paths[4][100];
-    static int turn;
-    turn = (turn + 1) % 4;
-    snprintf(paths[turn], sizeof paths[turn], "%s/%s", directory, name);
-    return paths[turn];
-}
-
-static void remove_directory(void)
-{
-    static const char *const names[] = {"socket", "board", "next"};
-    for (int i = 0; i < 3; i++) {
-        unlink(path_of(names[i]));
-    }
-    CHECK(rmdir(directory) == 0);
-}
-
-static void use_unix_socket(void)
-{
-    static char path[100];
-    make_directory();
-    snprintf(path, sizeof path, "%s", path_of("socket"));
-    unix_path = path;
 }
 
 /* ---- signals that were ignored or blocked at the start -------------------------------------*/
@@ -1110,17 +887,17 @@ TEST_ONCE(a_reload_whose_forks_fail_leaves_the_old_ones)
     fork_options.max_restarts = 2;
     pid_t pid = launch(program_serve);
     await_forks(2);
-    put(&board->failing_forks, 1000);
+    fail_calls("fork", EAGAIN, false, 0, 1000);
     for (int i = 0; i < 5; i++) {
-        int before = get(&board->failing_forks), said = warnings();
+        int before = get(&board->fault.hits), said = warnings();
         tell(pid, SIGHUP);
-        AWAIT(get(&board->failing_forks) < before && warnings() > said);
+        AWAIT(get(&board->fault.hits) > before && warnings() > said);
         advance(pid, GRACE_MS);
     }
     check_rests();
     CHECK_INT(exits_seen(), 0);
     check_served();
-    put(&board->failing_forks, 0);
+    end_fault();
     reload(pid);
     AWAIT(is_settled());
     stop_well(pid, TSRV_OK);
@@ -1134,10 +911,10 @@ TEST_ONCE(a_restart_whose_fork_fails_is_tried_again)
     fork_options.start_timeout_ms = TSRV_NEVER;
     pid_t pid = launch(program_serve);
     await_forks(2);
-    put(&board->failing_forks, 6);
+    fail_calls("fork", EAGAIN, false, 0, 6);
     tell(board->pids[0], SIGKILL);
     await_exits(1);
-    AWAIT((advance(pid, STEP_MS), get(&board->failing_forks) == 0));
+    AWAIT((advance(pid, STEP_MS), get(&board->fault.hits) == 6));
     check_rests();
     AWAIT((advance(pid, STEP_MS), forks_seen() == 3));
     CHECK_INT(exits_seen(), 1);
@@ -1149,9 +926,9 @@ TEST_ONCE(a_restart_whose_fork_fails_is_tried_again)
 TEST_ONCE(a_start_whose_forks_all_fail_can_be_stopped)
 {
     begin(2);
-    put(&board->failing_forks, 1000000);
+    fail_calls("fork", EAGAIN, false, 0, 1000000);
     pid_t pid = launch(program_serve);
-    AWAIT(get(&board->failing_forks) <= 1000000 - 4 || get(&board->results) > 0);
+    AWAIT(get(&board->fault.hits) >= 4 || get(&board->results) > 0);
     if (get(&board->results) == 0) {
         check_rests();
         tell(pid, SIGTERM);

@@ -36,6 +36,7 @@ static inline int workers_clock(clockid_t id, struct timespec *now)
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #endif
+#include <sys/stat.h>
 #include <sys/un.h>
 
 enum { PIDS = 64 };
@@ -60,7 +61,12 @@ static struct board {
     int version;          /* of what workers are made from; atomic */
     int64_t ahead_ns;     /* see clock_ahead_ns */
     int turns;            /* times that a parent has called poll; atomic */
-    int failing_forks;    /* of a parent, that are to fail; atomic */
+    int calls;            /* that processes have made which a parent has forked; atomic */
+    struct {              /* calls that are to fail: see fail_calls */
+        char name[24];
+        int code, in_children;
+        int skip, left, hits; /* atomic */
+    } fault;
     struct {              /* of a program that an upgrade starts */
         int how, workers; /* see the test */
         int pid, count;   /* the last one, how many; atomic */
@@ -98,19 +104,21 @@ static tsrv_bind_options bind_options;
 
 static bool in_program, in_parent;
 
-/* Told of every call of the library: the parent's are counted, and its forks fail when they are to. */
+/* Told of every call of the library: they are counted, and fail when they are to. */
 static inline void look_at_call(const char *name)
 {
-    if (!in_parent) {
-        return;
-    }
-    if (strcmp(name, "poll") == 0) {
+    if (in_parent && strcmp(name, "poll") == 0) {
         __atomic_add_fetch(&board->turns, 1, __ATOMIC_ACQ_REL);
-    } else if (strcmp(name, "fork") == 0 &&
-               __atomic_load_n(&board->failing_forks, __ATOMIC_ACQUIRE) > 0) {
-        __atomic_sub_fetch(&board->failing_forks, 1, __ATOMIC_ACQ_REL);
-        t_fault_name = "fork";
-        t_fault_errno = EAGAIN;
+    } else if (!in_parent) {
+        __atomic_add_fetch(&board->calls, 1, __ATOMIC_ACQ_REL);
+    }
+    if (__atomic_load_n(&board->fault.left, __ATOMIC_ACQUIRE) > 0 &&
+        (board->fault.in_children != 0) == !in_parent && strcmp(name, board->fault.name) == 0 &&
+        __atomic_fetch_sub(&board->fault.skip, 1, __ATOMIC_ACQ_REL) <= 0 &&
+        __atomic_fetch_sub(&board->fault.left, 1, __ATOMIC_ACQ_REL) > 0) {
+        __atomic_add_fetch(&board->fault.hits, 1, __ATOMIC_ACQ_REL);
+        t_fault_name = board->fault.name;
+        t_fault_errno = board->fault.code;
         t_fault_calls = 0;
         t_fault_at = 1;
     }
@@ -123,7 +131,9 @@ static inline void forked(void)
     if (in_program) {
         in_parent = false;
         t_fault_at = 0; /* faults are for the parent */
+        t_seen = NULL;
         CHECK_INT(tsrv_loop_new(&tsrvi_own_loop, &options), TSRV_OK);
+        t_seen = look_at_call;
     }
 }
 
@@ -643,6 +653,249 @@ static inline void command(int worker, const char *text)
     ssize_t n = recv(fd, &byte, 1, 0);
     CHECK(n == 0 || (n < 0 && errno == ECONNRESET)); /* it is dead */
     t_close(fd);
+}
+
+/* ---- programs that are told ----------------------------------------------------------------*/
+
+enum { STEP_MS = 1000, NEVER_DUE_MS = 1000000, START_MS = 60000, GRACE_MS = 30000, KILL_MS = 5000 };
+
+static inline int get(const int *where)
+{
+    return __atomic_load_n(where, __ATOMIC_ACQUIRE);
+}
+
+static inline void put(int *where, int value)
+{
+    __atomic_store_n(where, value, __ATOMIC_RELEASE);
+}
+
+/* From now on calls of this name fail, so many of them behind the first `skip`: the parent's, or those of
+ * the processes that it has forked. */
+static inline void fail_calls(const char *name, int code, bool in_children, int skip, int count)
+{
+    put(&board->fault.left, 0);
+    CHECK(strlen(name) < sizeof board->fault.name);
+    strcpy(board->fault.name, name);
+    board->fault.code = code;
+    board->fault.in_children = in_children;
+    put(&board->fault.hits, 0);
+    put(&board->fault.skip, skip);
+    put(&board->fault.left, count);
+}
+
+/* No more calls fail. */
+static inline void end_fault(void)
+{
+    put(&board->fault.left, 0);
+}
+
+/* Before a program of so many workers is launched. */
+static inline void begin(int count)
+{
+    workers = count;
+    open_board();
+    clear_board();
+    tsrv_set_log(keep_log, NULL);
+}
+
+static inline void tell(pid_t pid, int signo)
+{
+    CHECK(kill(pid, signo) == 0);
+}
+
+/* Waits until the parent has seen everything that was there before the call, and sleeps again. */
+static inline void poke(pid_t pid)
+{
+    int before = get(&board->turns);
+    AWAIT((kill(pid, SIGCHLD), get(&board->turns) >= before + 2 || get(&board->results) > 0));
+}
+
+/* Sets the clock forward, by steps of what the parent at most means to sleep: a longer one is a time in
+ * which it did not run. */
+static inline void advance(pid_t pid, int64_t ms)
+{
+    for (; ms > 0; ms -= STEP_MS) {
+        int64_t step = ms < STEP_MS ? ms : STEP_MS;
+        __atomic_add_fetch(&board->ahead_ns, step * 1000000, __ATOMIC_ACQ_REL);
+        poke(pid);
+    }
+}
+
+/* Time passes, at least so long, until so many workers have ended. */
+static inline void advance_until_exits(pid_t pid, int64_t ms, int count)
+{
+    advance(pid, ms);
+    AWAIT(exits_seen() >= count || (advance(pid, STEP_MS), exits_seen() >= count));
+}
+
+/* An hour passes in which nobody runs. */
+static inline void oversleep(void)
+{
+    __atomic_add_fetch(&board->ahead_ns, (int64_t)3600 * 1000000000, __ATOMIC_ACQ_REL);
+}
+
+/* Time passes until the program has ended: its wait status. */
+static inline int advance_until_end(pid_t pid)
+{
+    int status = 0;
+    AWAIT(waitpid(pid, &status, WNOHANG) == pid || (advance(pid, STEP_MS), false));
+    return status;
+}
+
+/* The parent of the workers has nothing to do: it is asleep most of the time. A state that spins makes
+ * thousands of calls meanwhile. */
+static inline void check_rests(void)
+{
+    int before = get(&board->turns);
+    poll(NULL, 0, 200);
+    int turns = get(&board->turns) - before;
+    if (turns > 40) {
+        T_FAIL("%d turns of the parent in 200 ms\n%s", turns, board->log);
+    }
+}
+
+static inline bool has_exited(pid_t pid)
+{
+    for (int i = 0, count = exits_seen(); i < count; i++) {
+        if (board->exit[i].pid == pid) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Do all workers that are there, and no more than that, come from the last version? */
+static inline bool is_settled(void)
+{
+    int live = 0, version = get(&board->version);
+    for (int i = 0, count = forks_seen(); i < count; i++) {
+        pid_t pid = __atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE);
+        if (!has_exited(pid)) {
+            if (pid == 0 || board->versions[i] != version) {
+                return false;
+            }
+            live++;
+        }
+    }
+    return live == workers;
+}
+
+/* Does every worker have a process of this version, whatever else is there still? */
+static inline bool has_version(int version)
+{
+    int seen = 0;
+    for (int i = 0, count = forks_seen(); i < count; i++) {
+        if (__atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE) != 0 &&
+            board->versions[i] == version) {
+            seen |= 1 << board->ids[i];
+        }
+    }
+    return seen == (1 << workers) - 1;
+}
+
+/* A new version of what workers are made of, and a signal that asks for it. */
+static inline void reload(pid_t pid)
+{
+    __atomic_add_fetch(&board->version, 1, __ATOMIC_ACQ_REL);
+    tell(pid, SIGHUP);
+}
+
+/* What workers have been ended by, or have exited with: 0 each. */
+static inline void check_exits_are_good(void)
+{
+    for (int i = 0; i < exits_seen(); i++) {
+        CHECK_INT(board->exit[i].status, 0);
+    }
+}
+
+/* The program stops, in good order. */
+static inline void stop_well(pid_t pid, int result)
+{
+    tell(pid, SIGTERM);
+    check_end(pid, 0, result);
+}
+
+static inline void check_served(void)
+{
+    int fd = reach();
+    t_sends(fd, "hello\n");
+    t_expect(fd, "hello\n");
+    t_close(fd);
+}
+
+/* A connection that has sent half of a request to a process that has accepted it. */
+static inline int start_request(void)
+{
+    int fd = reach(), id = 0;
+    long pid = 0;
+    ask_id(fd, &id, &pid, NULL);
+    t_sends(fd, "unfin");
+    return fd;
+}
+
+static inline void finish_request(int fd)
+{
+    t_sends(fd, "ished\n");
+    t_expect(fd, "unfinished\n");
+    t_close(fd);
+}
+
+/* Is a new connection refused? One that is not is served, or ended, but never left alone. */
+static inline bool is_refused(void)
+{
+    char byte;
+    int fd = dial();
+    if (fd >= 0) {
+        if (send(fd, "x\n", 2, T_NOSIGNAL) == 2 && recv(fd, &byte, 1, 0) < 0) {
+            CHECK(errno == ECONNRESET || errno == EPIPE);
+        }
+        t_close(fd);
+        return false;
+    }
+    if (fd == -ECONNRESET) {
+        return false; /* at the very moment */
+    }
+    if (fd != -ENOENT || unix_path == NULL) {
+        CHECK_INT(fd, -ECONNREFUSED);
+    }
+    return true;
+}
+
+/* A directory of this test, below build/ where there is one, and paths in it. */
+static char directory[64];
+
+static inline void make_directory(void)
+{
+    snprintf(directory, sizeof directory, "%s/tsrv-supervisor-XXXXXX",
+             access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(directory) != NULL);
+    CHECK(chmod(directory, 0755) == 0);
+}
+
+static inline const char *path_of(const char *name)
+{
+    static char paths[4][100];
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(paths[turn], sizeof paths[turn], "%s/%s", directory, name);
+    return paths[turn];
+}
+
+static inline void remove_directory(void)
+{
+    static const char *const names[] = {"socket", "board", "next"};
+    for (int i = 0; i < 3; i++) {
+        unlink(path_of(names[i]));
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+static inline void use_unix_socket(void)
+{
+    static char path[100];
+    make_directory();
+    snprintf(path, sizeof path, "%s", path_of("socket"));
+    unix_path = path;
 }
 
 /* ---- load ---------------------------------------------------------------------------------*/
