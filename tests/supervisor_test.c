@@ -2252,6 +2252,37 @@ TEST_ONCE(an_upgrade_to_what_is_no_program_is_given_up)
     check_not_executed(true);
 }
 
+/* What the start of a new program needs fails: each of its calls, and it is said. Then all is there. */
+TEST_ONCE(an_upgrade_whose_calls_fail_is_given_up)
+{
+    static const struct {
+        const char *name;
+        int code;
+        bool in_child;
+    } faults[] = {{"malloc", ENOMEM, false}, {"pipe", ENFILE, false}, {"fork", EAGAIN, false},
+                  {"fcntl", EMFILE, true},   {"dup2", EBUSY, true},   {"setenv", ENOMEM, true},
+                  {"execvp", ETXTBSY, true}};
+    begin_upgradable();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int i = 0; i < 7; i++) {
+        for (int skip = 0; skip < (strcmp(faults[i].name, "setenv") == 0 ? 3 : 1); skip++) {
+            int before = warnings();
+            fail_calls(faults[i].name, faults[i].code, faults[i].in_child, skip, 1);
+            tell(pid, SIGUSR2);
+            AWAIT(get(&board->fault.hits) == 1 && warnings() > before + faults[i].in_child);
+            CHECK(strstr(board->log, tsrv_strerror(-faults[i].code)) != NULL);
+            poke(pid); /* and what could not become the program is buried */
+            end_fault();
+        }
+    }
+    CHECK_INT(get(&board->next.count), 0);
+    CHECK_INT(parent_that_answers(), pid);
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
 /* It is complete when all new workers accept, not only the first. */
 TEST_ONCE(an_upgrade_waits_for_all_new_workers)
 {
