@@ -128,12 +128,13 @@ static inline void look_at_call(const char *name)
 static inline void forked(void)
 {
     tsrv_loop_options options = {t_backend};
+    void (*seen)(const char *) = t_seen;
     if (in_program) {
         in_parent = false;
-        t_fault_at = 0; /* faults are for the parent */
-        t_seen = NULL;
+        t_fault_at = 0; /* faults are for the parent, */
+        t_seen = NULL;  /* or for the library alone */
         CHECK_INT(tsrv_loop_new(&tsrvi_own_loop, &options), TSRV_OK);
-        t_seen = look_at_call;
+        t_seen = seen;
     }
 }
 
