@@ -39,6 +39,7 @@ cat >"$build/fork.c" <<'C'
 
 extern intptr_t __llvm_profile_counter_bias __attribute__((visibility("hidden")));
 char *__llvm_profile_begin_counters(void);
+void __llvm_profile_initialize(void);
 
 /* Where a file is mapped that this address is in. */
 static int find(uintptr_t address, uintptr_t *start, size_t *size, off_t *offset, char *path)
@@ -82,8 +83,10 @@ static void forked(void)
     close(out);
 }
 
+/* Before the constructors of tests, some of which never return. */
 __attribute__((constructor(101))) static void set_up(void)
 {
+    __llvm_profile_initialize();
     pthread_atfork(NULL, NULL, forked);
 }
 C
