@@ -236,11 +236,10 @@ static bool has_begun(void)
     return forks_seen() >= 2 || get(&board->results) > 0;
 }
 
-/* It has begun, and serves; or it has ended, and said why. */
-static void check_start(pid_t pid)
+/* It ends in good order; or it has ended, and said why. */
+static void check_ended(pid_t pid)
 {
     if (get(&board->results) == 0) {
-        check_works(pid);
         stop_well(pid, TSRV_OK);
     } else {
         CHECK(board->result < 0);
@@ -262,9 +261,78 @@ static void fail_start(const fault_case *c)
         }
         AWAIT(has_begun());
         hits = get(&board->fault.hits);
-        check_start(pid);
+        if (get(&board->results) == 0) {
+            check_works(pid);
+        }
+        check_ended(pid);
         end_case(c);
     }
+}
+
+/* ---- faults of a single process ------------------------------------------------------------*/
+
+/* Its loop is made by the library. */
+static int program_alone(void)
+{
+    server_options.mode = t_mode;
+    server_options.handle_stream = serve_lines;
+    server_options.on_start = on_start;
+    server_options.fork = &fork_options;
+    return tsrv_serve(0, bound_address(), 1, &server_options);
+}
+
+static void fail_alone_at_start(const fault_case *c, int skip)
+{
+    begin_case(c);
+    workers = 1;
+    fail_case(c, skip);
+    pid_t pid = launch(program_alone);
+    if (!c->once) {
+        watch();
+        end_fault();
+    }
+    AWAIT(forks_seen() >= 1 || get(&board->results) > 0);
+    end_fault(); /* what a connection needs is the business of other tests */
+    if (get(&board->results) == 0) {
+        check_served();
+    }
+    check_ended(pid);
+    end_case(c);
+}
+
+static void fail_alone_at_stop(const fault_case *c)
+{
+    begin_case(c);
+    workers = 1;
+    pid_t pid = launch(program_alone);
+    await_forks(1);
+    int fd = start_request();
+    fail_case(c, 0);
+    tell(pid, SIGHUP);
+    tell(pid, SIGTERM);
+    watch();
+    end_fault();
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+    end_case(c);
+}
+
+/* In a single process there are no workers: it does what they do. */
+static void fail_alone(const fault_case *c)
+{
+    static const char *const others[] = {"sigaction", /* without a handler the signal ends it */
+                                         "epoll_ctl", "getsockname"}; /* of streams, and of on_start */
+    fault_case own = *c;
+    own.in_workers = false;
+    for (int i = 0; i < 3; i++) {
+        if (strcmp(calls[c->call].name, others[i]) == 0 || c->variant == 1) {
+            return;
+        }
+    }
+    for (int skip = 0; skip < (c->once ? 3 : 1); skip++) {
+        fail_alone_at_start(&own, skip);
+    }
+    fail_alone_at_stop(&own);
 }
 
 /* ---- all cases ----------------------------------------------------------------------------*/
@@ -361,6 +429,16 @@ TEST_ONCE(calls_that_fail_once_in_a_start_are_explained)
 TEST_ONCE(calls_that_go_on_failing_in_a_start_are_explained)
 {
     check_cases(fail_start, STARTS, false);
+}
+
+TEST_ONCE(calls_that_fail_once_in_a_single_process_harm_nobody)
+{
+    check_cases(fail_alone, 0, true);
+}
+
+TEST_ONCE(calls_that_go_on_failing_in_a_single_process_harm_nobody)
+{
+    check_cases(fail_alone, 0, false);
 }
 
 /* ---- calls that come only in cases of their own --------------------------------------------*/
