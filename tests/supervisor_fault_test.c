@@ -136,15 +136,15 @@ static void begin_case(const fault_case *c)
 
 static void end_case(const fault_case *c)
 {
-    __atomic_add_fetch(&reached[c->call], get(&board->fault.hits), __ATOMIC_ACQ_REL);
+    __atomic_add_fetch(&reached[c->call], get(&board->failed), __ATOMIC_ACQ_REL);
     CHECK(close(notes) == 0);
     remove_directory();
 }
 
 static void fail_case(const fault_case *c, int skip)
 {
-    fail_calls(calls[c->call].name, calls[c->call].codes[c->code], c->in_workers, skip,
-               c->once ? 1 : EVER);
+    fail_after(skip, calls[c->call].name, calls[c->call].codes[c->code], c->once ? 1 : EVER,
+               c->in_workers ? IN_CHILDREN : IN_PARENT);
 }
 
 /* For a while, in which the fault does what it does: the parent turns no more often than its brake lets it, its workers
@@ -169,9 +169,9 @@ static void watch(void)
 /* The log names the error of a call that has failed. */
 static void check_said(const fault_case *c)
 {
-    if (get(&board->fault.hits) > 0 && (calls[c->call].where & QUIET) == 0 &&
+    if (get(&board->failed) > 0 && (calls[c->call].where & QUIET) == 0 &&
         strstr(board->log, tsrv_strerror(-calls[c->call].codes[c->code])) == NULL) {
-        T_FAIL("%d calls have failed, of which nothing is said\n%s", get(&board->fault.hits),
+        T_FAIL("%d calls have failed, of which nothing is said\n%s", get(&board->failed),
                board->log);
     }
 }
@@ -260,7 +260,7 @@ static void fail_start(const fault_case *c)
             end_fault();
         }
         AWAIT(has_begun());
-        hits = get(&board->fault.hits);
+        hits = get(&board->failed);
         if (get(&board->results) == 0) {
             check_works(pid);
         }
@@ -452,10 +452,10 @@ TEST_ONCE(a_kill_that_fails_is_tried_again)
     await_forks(2);
     int fd = reach();
     t_sends(fd, "hang\n");
-    fail_calls("kill", EPERM, false, 0, EVER);
+    fail("kill", EPERM, EVER, IN_PARENT);
     tell(pid, SIGTERM);
     advance(pid, 1000 + 2 * KILL_MS);
-    AWAIT(get(&board->fault.hits) >= 1);
+    AWAIT(get(&board->failed) >= 1);
     check_rests();
     CHECK(strstr(board->log, tsrv_strerror(-EPERM)) != NULL);
     end_fault();
@@ -470,8 +470,8 @@ TEST_ONCE(a_brake_that_fails_does_not_make_the_parent_spin)
     begin(2);
     pid_t pid = launch(program_serve);
     await_forks(2);
-    fail_calls("nanosleep", EINTR, false, 0, EVER);
-    AWAIT((poke(pid), get(&board->fault.hits) >= 10));
+    fail("nanosleep", EINTR, EVER, IN_PARENT);
+    AWAIT((poke(pid), get(&board->failed) >= 10));
     poll(NULL, 0, 10);
     check_rests();
     check_works(pid);
@@ -484,9 +484,9 @@ TEST_ONCE(orphans_that_cannot_be_looked_for_make_process_1_not_spin)
     begin(2);
     pid_t pid = launch_as_process_1(program_serve);
     await_forks(2);
-    fail_calls("waitid", EINTR, false, 0, EVER);
+    fail("waitid", EINTR, EVER, IN_PARENT);
     command(0, "signal 9\n");
-    AWAIT(forks_seen() == 3 && get(&board->fault.hits) > 0);
+    AWAIT(forks_seen() == 3 && get(&board->failed) > 0);
     check_rests();
     check_works(pid);
     stop_well(pid, TSRV_OK);
@@ -508,10 +508,10 @@ TEST_ONCE(counters_that_cannot_be_unmapped_harm_nobody)
 {
     begin(2);
     bare_worker = ends;
-    fail_calls("munmap", ENOMEM, false, 0, EVER);
+    fail("munmap", ENOMEM, EVER, IN_PARENT);
     check_end(launch(program_twice), 0, TSRV_EPARENT);
     CHECK_INT(exits_seen(), 4);
-    CHECK(get(&board->fault.hits) > 0);
+    CHECK(get(&board->failed) > 0);
 }
 
 /* ---- the table ----------------------------------------------------------------------------*/

@@ -688,6 +688,34 @@ TEST_LOOP(ten_hangups_at_once_lead_to_the_last_version)
     stop_well(pid, TSRV_OK);
 }
 
+/* Every generation has a client that keeps it: where there is no room for more, the next one waits. */
+TEST_LOOP(many_generations_drain_side_by_side)
+{
+    enum { MANY = 20 };
+    int fds[MANY];
+    begin(0);
+    before_program = use_one_processor;
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    workers = 1; /* for is_settled */
+    for (int i = 0; i < MANY; i++) {
+        fds[i] = start_request();
+        reload(pid);
+        if (i < 10) {
+            AWAIT(has_version(i + 1));
+            poke(pid);
+        }
+    }
+    check_rests();
+    for (int i = 0; i < MANY; i++) {
+        finish_request(fds[i]);
+    }
+    AWAIT(is_settled());
+    check_served();
+    stop_well(pid, TSRV_OK);
+}
+
 /* The first ends badly after the second has come. */
 static void reload_again(int how)
 {
@@ -887,17 +915,17 @@ TEST_ONCE(a_reload_whose_forks_fail_leaves_the_old_ones)
     fork_options.max_restarts = 2;
     pid_t pid = launch(program_serve);
     await_forks(2);
-    fail_calls("fork", EAGAIN, false, 0, 1000);
+    fail("fork", EAGAIN, 1000, IN_PARENT);
     for (int i = 0; i < 5; i++) {
-        int before = get(&board->fault.hits), said = warnings();
+        int before = get(&board->failing), said = warnings();
         tell(pid, SIGHUP);
-        AWAIT(get(&board->fault.hits) > before && warnings() > said);
+        AWAIT(get(&board->failing) < before && warnings() > said);
         advance(pid, GRACE_MS);
     }
     check_rests();
     CHECK_INT(exits_seen(), 0);
     check_served();
-    end_fault();
+    put(&board->failing, 0);
     reload(pid);
     AWAIT(is_settled());
     stop_well(pid, TSRV_OK);
@@ -911,10 +939,10 @@ TEST_ONCE(a_restart_whose_fork_fails_is_tried_again)
     fork_options.start_timeout_ms = TSRV_NEVER;
     pid_t pid = launch(program_serve);
     await_forks(2);
-    fail_calls("fork", EAGAIN, false, 0, 6);
+    fail("fork", EAGAIN, 6, IN_PARENT);
     tell(board->pids[0], SIGKILL);
     await_exits(1);
-    AWAIT((advance(pid, STEP_MS), get(&board->fault.hits) == 6));
+    AWAIT((advance(pid, STEP_MS), get(&board->failing) == 0));
     check_rests();
     AWAIT((advance(pid, STEP_MS), forks_seen() == 3));
     CHECK_INT(exits_seen(), 1);
@@ -926,9 +954,9 @@ TEST_ONCE(a_restart_whose_fork_fails_is_tried_again)
 TEST_ONCE(a_start_whose_forks_all_fail_can_be_stopped)
 {
     begin(2);
-    fail_calls("fork", EAGAIN, false, 0, 1000000);
+    fail("fork", EAGAIN, 1000000, IN_PARENT);
     pid_t pid = launch(program_serve);
-    AWAIT(get(&board->fault.hits) >= 4 || get(&board->results) > 0);
+    AWAIT(get(&board->failing) <= 1000000 - 4 || get(&board->results) > 0);
     if (get(&board->results) == 0) {
         check_rests();
         tell(pid, SIGTERM);
@@ -937,6 +965,213 @@ TEST_ONCE(a_start_whose_forks_all_fail_can_be_stopped)
     check_no_child();
     CHECK_INT(forks_seen(), 0);
     CHECK(warnings() > 0);
+}
+
+/* ---- other calls that fail -----------------------------------------------------------------*/
+
+static int fault_at;
+
+static void stop_parent_in_start(tsrv_server *server, void *context)
+{
+    (void)server, (void)context; /* which may have been stopped already, by the other worker */
+    if (tsrv_task_id() == 0) {
+        CHECK(kill(getppid(), SIGTERM) == 0);
+    }
+}
+
+/* Returns what ends well, whatever the call's failure has led to: run_program checks the rest. */
+static int program_fault(void)
+{
+    server_options.on_start = stop_parent_in_start;
+    tsrv_server *server = new_bound_server();
+    t_fault_calls = 0;
+    t_fault_at = fault_at;
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    t_fault_at = 0;
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+    } else {
+        put(&board->value, (int)t_fault_hits);
+    }
+    tsrv_server_free(server);
+    return TSRV_OK;
+}
+
+/* Every call of the parent's fails in turn, once: it ends, nobody is left behind, and nothing leaks. */
+TEST_ONCE(every_call_of_a_parent_with_a_server_may_fail)
+{
+    bind_options.reuse_port = true;
+    fault_at = 0;
+    do {
+        fault_at++;
+        begin(2);
+        int status = await_end(launch(program_fault));
+        if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
+            T_FAIL("call %d: status %#x\n%s", fault_at, (unsigned)status, board->log);
+        }
+        check_no_child();
+    } while (board->value > 0);
+    CHECK(fault_at > 30);
+}
+
+/* A parent whose life-line to a worker fails sends signals; a worker that cannot read its own hears them. */
+TEST_LOOP(a_life_line_that_fails_is_made_good_by_signals)
+{
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    fail("send", EIO, 2, IN_PARENT);
+    stop_well(pid, TSRV_OK);
+
+    begin(2);
+    pid = launch(program_serve);
+    await_forks(2);
+    poke(pid);
+    fail("recv", EIO, 2, IN_CHILDREN);
+    stop_well(pid, TSRV_OK);
+}
+
+/* A signal that cannot be sent is sent again. */
+TEST_ONCE(a_worker_that_cannot_be_killed_at_first_is_killed_later)
+{
+    begin(2);
+    fork_options.start_timeout_ms = 1000;
+    put(&board->value, HANGS_DEAF);
+    pid_t pid = launch(program_behaves);
+    AWAIT(get(&board->held) == 2);
+    put(&board->value, IS_FINE);
+    fail("kill", EPERM, 4, IN_PARENT);
+    AWAIT((advance(pid, STEP_MS), get(&board->failing) == 0));
+    fork_options.start_timeout_ms = 0;
+    AWAIT(exits_seen() >= 2 || (advance(pid, STEP_MS), poll(NULL, 0, 50), false));
+    AWAIT(is_settled());
+    stop_well(pid, TSRV_EPARENT);
+}
+
+static FILE *full;
+
+static void print_to_full(void)
+{
+    full = fopen("/dev/full", "w");
+    CHECK(full != NULL);
+    fputs("text", full);
+}
+
+/* What the program has printed and nobody can take does not keep workers from being forked. */
+TEST_ONCE(output_that_cannot_be_flushed_is_no_obstacle)
+{
+    begin(2);
+    before_program = print_to_full;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    reload(pid);
+    AWAIT(is_settled());
+    stop_well(pid, TSRV_OK);
+}
+
+/* Somebody else takes the status of a worker: it has ended all the same. */
+static void take_another(int task_id, int pid, int status, void *context)
+{
+    note_exit(task_id, pid, status, context);
+    if (get(&board->go) == 1) {
+        put(&board->go, 2);
+        CHECK(waitpid(-1, NULL, 0) > 0);
+    }
+}
+
+static int program_takes_statuses(void)
+{
+    fork_options.on_exit = take_another;
+    return program_serve();
+}
+
+TEST_ONCE(a_worker_whose_status_was_taken_is_replaced)
+{
+    begin(2);
+    pid_t pid = launch(program_takes_statuses);
+    await_forks(2);
+    put(&board->go, 1);
+    tell(pid, SIGSTOP); /* so that it sees both at once */
+    tell(board->pids[0], SIGKILL);
+    tell(board->pids[1], SIGKILL);
+    tell(pid, SIGCONT);
+    await_forks(4);
+    check_served();
+    stop_well(pid, TSRV_OK);
+}
+
+/* More signals than it can act on do not keep the parent from its work. */
+TEST_ONCE(a_storm_of_signals_does_not_stop_the_parent)
+{
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int64_t end = t_now_ms() + 100; t_now_ms() < end;) {
+        kill(pid, SIGCHLD);
+        kill(pid, SIGCONT);
+    }
+    tell(board->pids[0], SIGKILL);
+    for (int i = 0; i < 2000; i++) {
+        kill(pid, SIGCHLD);
+    }
+    await_forks(3);
+    stop_well(pid, TSRV_OK);
+}
+
+/* ---- calls that are refused ----------------------------------------------------------------*/
+
+static void *fork_too(void *context)
+{
+    (void)context;
+    put(&board->value, tsrv_fork_processes(2, NULL));
+    return NULL;
+}
+
+/* A second supervisor in another thread, while the first is at work; and another one afterwards. */
+static void fork_in_exit(int task_id, int pid, int status, void *context)
+{
+    pthread_t thread;
+    note_exit(task_id, pid, status, context);
+    if (get(&board->go) == 0) {
+        put(&board->go, 1);
+        CHECK_INT(pthread_create(&thread, NULL, fork_too, NULL), 0);
+        CHECK_INT(pthread_join(thread, NULL), 0);
+    }
+}
+
+static int program_twice(void)
+{
+    CHECK_INT(tsrv_fork_processes(-1, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_fork_processes(5000, NULL), TSRV_EINVAL);
+    fork_options.on_exit = fork_in_exit;
+    int rc = program_bare();
+    if (rc == TSRV_EPARENT) {
+        rc = tsrv_fork_processes(2, NULL);
+        if (rc >= 0) {
+            note_worker();
+            rc = TSRV_OK;
+        }
+    }
+    return rc;
+}
+
+TEST_ONCE(one_supervisor_at_a_time)
+{
+    begin(2);
+    bare_worker = returns_well;
+    check_end(launch(program_twice), 0, TSRV_EPARENT);
+    CHECK_INT(board->value, TSRV_EBUSY);
+    CHECK_INT(forks_seen(), 4);
+}
+
+TEST_ONCE(too_many_processes_are_refused)
+{
+    begin(5000);
+    pid_t pid = launch(program_bind_start);
+    check_end(pid, 1, TSRV_EINVAL);
+    begin(5000);
+    pid = launch(program_serve);
+    check_end(pid, 1, TSRV_EINVAL);
 }
 
 /* ---- the end of a grace --------------------------------------------------------------------*/
@@ -989,6 +1224,24 @@ TEST_LOOP(a_second_signal_ends_the_grace_of_workers)
 TEST_LOOP(a_second_signal_ends_the_grace_of_bind_and_start)
 {
     end_graces(program_bind_start, 2);
+}
+
+/* A grace that has no end of its own. */
+TEST_LOOP(a_second_signal_ends_a_grace_without_an_end)
+{
+    for (int count = 1; count <= 2; count++) {
+        begin(count);
+        server_options.grace_ms = TSRV_NEVER;
+        fork_options.grace_ms = TSRV_NEVER;
+        pid_t pid = launch(program_serve);
+        await_forks(count);
+        int fd = start_request();
+        tell(pid, SIGTERM);
+        AWAIT(is_refused());
+        tell(pid, SIGTERM);
+        check_cut(fd);
+        check_end(pid, 0, TSRV_OK);
+    }
 }
 
 /* Old generations, which drain since a reload, are told too. */
@@ -1072,6 +1325,28 @@ TEST_LOOP(a_worker_that_hangs_in_a_stop_is_killed)
     CHECK(WIFSIGNALED(board->exit[1].status));
     CHECK_INT(WTERMSIG(board->exit[1].status), SIGKILL);
     t_close(fd);
+}
+
+/* Several of them, and after a supervisor has given up: that result stays. */
+TEST_LOOP(workers_that_hang_after_all_was_given_up_are_killed)
+{
+    long who = 0;
+    begin(3);
+    fork_options.grace_ms = 1000;
+    fork_options.max_restarts = 1;
+    pid_t pid = launch(program_bind_start);
+    await_forks(3);
+    int fds[2] = {connect_to(0, &who), connect_to(1, &who)};
+    command(2, "exit 1\n");
+    await_forks(4);
+    t_sends(fds[0], "hang\n");
+    t_sends(fds[1], "hang\n");
+    tell(board->pids[3], SIGKILL);
+    await_exits(2);
+    advance_until_exits(pid, 0, 4);
+    check_end(pid, 1, TSRV_ERESTARTS);
+    t_close(fds[0]);
+    t_close(fds[1]);
 }
 
 /* ---- states that must not spin -------------------------------------------------------------*/
@@ -1749,6 +2024,82 @@ TEST_ONCE(a_user_that_may_not_be_had_starts_no_worker)
     check_nobody_starts_at_all();
 }
 
+/* Numbers do where there are no names. */
+TEST_ONCE(users_and_groups_may_be_numbers)
+{
+    want_root();
+    static const char *const users[][2] = {{"54321", "54322"}, {"0", "54322"}, {NULL, "54322"}};
+    static const int uids[] = {54321, 0, 0};
+    for (int i = 0; i < 3; i++) {
+        begin(2);
+        fork_options.user = users[i][0];
+        fork_options.group = users[i][1];
+        server_options.on_start = note_rights_in_start;
+        pid_t pid = launch(program_serve);
+        await_forks(2);
+        for (int k = 0; k < 3; k++) {
+            CHECK_INT(board->facts[RIGHTS_UID + k], uids[i]);
+            CHECK_INT(board->facts[RIGHTS_GID + k], 54322);
+        }
+        stop_well(pid, TSRV_OK);
+    }
+    fork_options.user = "54321"; /* has no group that anybody knows */
+    fork_options.group = NULL;
+    check_nobody_starts_at_all();
+}
+
+/* Who is that user already needs no right to become it. */
+TEST_ONCE(a_user_that_one_is_already_is_no_obstacle)
+{
+    want_root();
+    before_program = become_nobody;
+    for (int count = 1; count <= 2; count++) {
+        begin(count);
+        fork_options.user = "nobody";
+        server_options.on_start = note_rights_in_start;
+        pid_t pid = launch(program_serve);
+        await_forks(count);
+        CHECK_INT(board->facts[RIGHTS_UID], (int)getpwnam("nobody")->pw_uid);
+        stop_well(pid, TSRV_OK);
+    }
+}
+
+/* A worker that cannot become its user: the first start is given up, a restart is tried again, a reload
+ * leaves the old ones. */
+TEST_ONCE(a_worker_that_cannot_become_its_user_does_not_start)
+{
+    static const char *const calls[] = {"initgroups", "setgid", "setuid"};
+    want_root();
+    fork_options.user = "nobody";
+    for (int i = 0; i < 3; i++) {
+        begin(2);
+        fail(calls[i], EAGAIN, 1000, IN_CHILDREN);
+        pid_t pid = launch(program_serve);
+        int status = await_end(pid);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1);
+        CHECK_INT(forks_seen(), 0);
+        CHECK(warnings() > 0);
+        check_no_child();
+
+        begin(2);
+        server_options.on_start = note_rights_in_start;
+        pid = launch(program_serve);
+        await_forks(2);
+        fail(calls[i], EAGAIN, 1, IN_CHILDREN);
+        tell(board->pids[0], SIGKILL);
+        AWAIT(get(&board->failing) == 0 && forks_seen() == 3);
+        CHECK_INT(board->facts[RIGHTS_UID], (int)getpwnam("nobody")->pw_uid);
+        int before = warnings();
+        fail(calls[i], EAGAIN, 1, IN_CHILDREN);
+        tell(pid, SIGHUP);
+        AWAIT(get(&board->failing) == 0 && warnings() > before);
+        check_served();
+        reload(pid);
+        AWAIT(is_settled());
+        stop_well(pid, TSRV_OK);
+    }
+}
+
 /* The kernel forgets that the parent's death is to be told when the user changes: a worker that hangs
  * has nothing else. */
 static void end_with_parent(int (*program)(void))
@@ -1832,6 +2183,49 @@ TEST_LOOP(an_own_watch_hears_of_the_parents_stop)
     check_end(pid, 0, TSRV_EPARENT);
     CHECK_INT(board->value, 2);
     check_exits_are_good();
+}
+
+static void on_own_signal(int signo)
+{
+    (void)signo;
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+    _exit(0);
+}
+
+static void on_own_info(int signo, siginfo_t *info, void *machine)
+{
+    (void)info, (void)machine;
+    on_own_signal(signo);
+}
+
+static bool wants_info;
+
+static void handle_term(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = on_own_signal;
+    if (wants_info) {
+        action.sa_flags = SA_SIGINFO;
+        action.sa_sigaction = on_own_info;
+    }
+    CHECK(sigaction(SIGTERM, &action, NULL) == 0);
+    CHECK(sigaction(SIGHUP, &action, NULL) == 0);
+}
+
+/* A handler of the program's own is called when the parent is told to stop. */
+TEST_LOOP(an_own_handler_hears_of_the_parents_stop)
+{
+    for (int i = 0; i < 2; i++) {
+        begin(2);
+        wants_info = i == 1;
+        before_loop = handle_term;
+        pid_t pid = launch(program_bind_start);
+        await_forks(2);
+        stop_well(pid, TSRV_EPARENT);
+        CHECK_INT(board->value, 2);
+        check_exits_are_good();
+    }
 }
 
 static pid_t foreign;
@@ -1998,15 +2392,25 @@ static void next_crash(void *context)
     raise(SIGKILL);
 }
 
-static void *next_parent_ends(void *context)
+/* In the new program's parent, which SIGUSR1 ends. */
+static void next_exit(int signo)
 {
-    await_forks(4);
-    poll(NULL, 0, 50);
-    if (*(int *)context == NEXT_PARENT_EXITS_0) {
+    (void)signo;
+    if (get(&board->next.how) == NEXT_PARENT_EXITS_0) {
         _exit(0);
     }
     raise(SIGKILL);
-    return NULL;
+}
+
+/* When both workers accept, their parent ends. */
+static void next_end_parent(void *context)
+{
+    (void)context;
+    if (forks_seen() < 4) {
+        CHECK_INT(tsrv_timer_start(NULL, &next_timer, 5, next_end_parent, NULL), TSRV_OK);
+    } else {
+        kill(getppid(), SIGUSR1);
+    }
 }
 
 static void next_start(tsrv_server *server, void *context)
@@ -2022,13 +2426,14 @@ static void next_start(tsrv_server *server, void *context)
     if (how == NEXT_CRASHES || (how == NEXT_ONE_CRASHES && id == 1)) {
         CHECK_INT(tsrv_timer_start(NULL, &next_timer, 50, next_crash, NULL), TSRV_OK);
     }
+    if ((how == NEXT_PARENT_EXITS_0 || how == NEXT_PARENT_CRASHES) && id == 1) {
+        CHECK_INT(tsrv_timer_start(NULL, &next_timer, 50, next_end_parent, NULL), TSRV_OK);
+    }
 }
 
 static int program_next(void)
 {
-    static int how;
-    pthread_t thread;
-    how = get(&board->next.how);
+    int how = get(&board->next.how);
     put(&board->next.pid, (int)getpid());
     __atomic_add_fetch(&board->next.count, 1, __ATOMIC_ACQ_REL);
     if (how == NEXT_EXITS_0 || how == NEXT_EXITS_1) {
@@ -2040,9 +2445,7 @@ static int program_next(void)
     if (how == NEXT_IS_SLOW) {
         behave_as(IS_SLOW);
     }
-    if (how == NEXT_PARENT_EXITS_0 || how == NEXT_PARENT_CRASHES) {
-        CHECK_INT(pthread_create(&thread, NULL, next_parent_ends, &how), 0);
-    }
+    signal(SIGUSR1, next_exit);
     workers = board->next.workers;
     server_options.on_start = next_start;
     server_options.bind = &bind_options;
@@ -2250,37 +2653,6 @@ TEST_ONCE(an_upgrade_to_a_program_that_is_missing_is_given_up)
 TEST_ONCE(an_upgrade_to_what_is_no_program_is_given_up)
 {
     check_not_executed(true);
-}
-
-/* What the start of a new program needs fails: each of its calls, and it is said. Then all is there. */
-TEST_ONCE(an_upgrade_whose_calls_fail_is_given_up)
-{
-    static const struct {
-        const char *name;
-        int code;
-        bool in_child;
-    } faults[] = {{"malloc", ENOMEM, false}, {"pipe", ENFILE, false}, {"fork", EAGAIN, false},
-                  {"fcntl", EMFILE, true},   {"dup2", EBUSY, true},   {"setenv", ENOMEM, true},
-                  {"execvp", ETXTBSY, true}};
-    begin_upgradable();
-    pid_t pid = launch(program_serve);
-    await_forks(2);
-    for (int i = 0; i < 7; i++) {
-        for (int skip = 0; skip < (strcmp(faults[i].name, "setenv") == 0 ? 3 : 1); skip++) {
-            int before = warnings();
-            fail_calls(faults[i].name, faults[i].code, faults[i].in_child, skip, 1);
-            tell(pid, SIGUSR2);
-            AWAIT(get(&board->fault.hits) == 1 && warnings() > before + faults[i].in_child);
-            CHECK(strstr(board->log, tsrv_strerror(-faults[i].code)) != NULL);
-            poke(pid); /* and what could not become the program is buried */
-            end_fault();
-        }
-    }
-    CHECK_INT(get(&board->next.count), 0);
-    CHECK_INT(parent_that_answers(), pid);
-    upgrade(pid);
-    check_upgraded(pid, 2);
-    end_upgradable();
 }
 
 /* It is complete when all new workers accept, not only the first. */
@@ -2689,5 +3061,37 @@ TEST_ONCE(an_upgrade_hands_sockets_over_that_were_added)
     await_forks(2);
     upgrade(pid);
     check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+/* What an upgrade needs and does not get, in the parent and in the child that becomes the new program. */
+TEST_ONCE(an_upgrade_whose_calls_fail_is_given_up)
+{
+    static const struct {
+        const char *name;
+        int code, where;
+    } rows[] = {{"fork", EAGAIN, IN_PARENT},    {"malloc", ENOMEM, IN_PARENT},
+                {"pipe", EMFILE, IN_PARENT},    {"fcntl", EMFILE, IN_CHILDREN},
+                {"dup2", EMFILE, IN_CHILDREN},  {"setenv", ENOMEM, IN_CHILDREN},
+                {"execvp", EACCES, IN_CHILDREN}};
+    begin_upgradable();
+    CHECK(setenv("WATCHDOG_PID", "1", 1) == 0); /* another variable that names the process */
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        int before = warnings();
+        fail(rows[i].name, rows[i].code, 1, rows[i].where);
+        tell(pid, SIGUSR2);
+        AWAIT(warnings() > before);
+        if (get(&board->failing) != 0) {
+            T_FAIL("%s was not called\n%s", rows[i].name, board->log);
+        }
+        poke(pid);
+        CHECK_INT(parent_that_answers(), pid);
+    }
+    CHECK_INT(exits_seen(), 0);
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    CHECK(unsetenv("WATCHDOG_PID") == 0);
     end_upgradable();
 }

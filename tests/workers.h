@@ -58,15 +58,15 @@ static struct board {
     int value;        /* for the test; atomic, as are the next two */
     int held;
     int go;
-    int version;          /* of what workers are made from; atomic */
-    int64_t ahead_ns;     /* see clock_ahead_ns */
-    int turns;            /* times that a parent has called poll; atomic */
-    int calls;            /* that processes have made which a parent has forked; atomic */
-    struct {              /* calls that are to fail: see fail_calls */
-        char name[24];
-        int code, in_children;
-        int skip, left, hits; /* atomic */
-    } fault;
+    int version;      /* of what workers are made from; atomic */
+    int64_t ahead_ns; /* see clock_ahead_ns */
+    int turns;        /* times that a parent has called poll; atomic */
+    int calls;        /* that all other processes have made; atomic */
+    int failing;      /* calls that are to fail; atomic; set by fail */
+    int passing;      /* those before them that are not; atomic */
+    int failed;       /* those that have; atomic */
+    int failing_in_children, failing_errno;
+    char failing_name[24];
     struct {              /* of a program that an upgrade starts */
         int how, workers; /* see the test */
         int pid, count;   /* the last one, how many; atomic */
@@ -104,24 +104,58 @@ static tsrv_bind_options bind_options;
 
 static bool in_program, in_parent;
 
-/* Told of every call of the library: they are counted, and fail when they are to. */
+/* Takes one away, of those that are left, whoever else does. */
+static inline bool take_one(int *left)
+{
+    int now = __atomic_load_n(left, __ATOMIC_ACQUIRE);
+    while (now > 0 && !__atomic_compare_exchange_n(left, &now, now - 1, false, __ATOMIC_ACQ_REL,
+                                                   __ATOMIC_ACQUIRE)) {
+    }
+    return now > 0;
+}
+
+/* Told of every call of the library: the parent's are counted, and some fail when they are to. */
 static inline void look_at_call(const char *name)
 {
-    if (in_parent && strcmp(name, "poll") == 0) {
-        __atomic_add_fetch(&board->turns, 1, __ATOMIC_ACQ_REL);
-    } else if (!in_parent) {
+    if (!in_parent) {
         __atomic_add_fetch(&board->calls, 1, __ATOMIC_ACQ_REL);
+    } else if (strcmp(name, "poll") == 0) {
+        __atomic_add_fetch(&board->turns, 1, __ATOMIC_ACQ_REL);
     }
-    if (__atomic_load_n(&board->fault.left, __ATOMIC_ACQUIRE) > 0 &&
-        (board->fault.in_children != 0) == !in_parent && strcmp(name, board->fault.name) == 0 &&
-        __atomic_fetch_sub(&board->fault.skip, 1, __ATOMIC_ACQ_REL) <= 0 &&
-        __atomic_fetch_sub(&board->fault.left, 1, __ATOMIC_ACQ_REL) > 0) {
-        __atomic_add_fetch(&board->fault.hits, 1, __ATOMIC_ACQ_REL);
-        t_fault_name = board->fault.name;
-        t_fault_errno = board->fault.code;
+    if (__atomic_load_n(&board->failing, __ATOMIC_ACQUIRE) > 0 &&
+        board->failing_in_children == !in_parent && strcmp(name, board->failing_name) == 0 &&
+        !take_one(&board->passing) && take_one(&board->failing)) {
+        __atomic_add_fetch(&board->failed, 1, __ATOMIC_ACQ_REL);
+        t_fault_name = board->failing_name;
+        t_fault_errno = board->failing_errno;
         t_fault_calls = 0;
         t_fault_at = 1;
     }
+}
+
+enum { IN_PARENT, IN_CHILDREN };
+
+/* Behind the next `passing` calls of that name so many fail, in the parent or in what it forks. */
+static inline void fail_after(int passing, const char *name, int code, int count, int where)
+{
+    __atomic_store_n(&board->failing, 0, __ATOMIC_RELEASE);
+    snprintf(board->failing_name, sizeof board->failing_name, "%s", name);
+    board->failing_errno = code;
+    board->failing_in_children = where;
+    __atomic_store_n(&board->passing, passing, __ATOMIC_RELEASE);
+    __atomic_store_n(&board->failed, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&board->failing, count, __ATOMIC_RELEASE);
+}
+
+static inline void fail(const char *name, int code, int count, int where)
+{
+    fail_after(0, name, code, count, where);
+}
+
+/* No more calls fail. */
+static inline void end_fault(void)
+{
+    __atomic_store_n(&board->failing, 0, __ATOMIC_RELEASE);
 }
 
 /* In each worker, before the library goes on: the thread's own loop has the backend of the test. */
@@ -496,6 +530,11 @@ static inline int await_end(pid_t pid)
 static inline void check_no_child(void)
 {
     pid_t pid = waitpid(-1, NULL, WNOHANG);
+#ifdef __SANITIZE_ADDRESS__
+    while (pid > 0) { /* LeakSanitizer looks from a process of its own, which ends last */
+        pid = waitpid(-1, NULL, WNOHANG);
+    }
+#endif
     if (pid != -1 || errno != ECHILD) {
         T_FAIL("a process has been left behind (%ld)\n%s", (long)pid, board->log);
     }
@@ -668,26 +707,6 @@ static inline int get(const int *where)
 static inline void put(int *where, int value)
 {
     __atomic_store_n(where, value, __ATOMIC_RELEASE);
-}
-
-/* From now on calls of this name fail, so many of them behind the first `skip`: the parent's, or those of
- * the processes that it has forked. */
-static inline void fail_calls(const char *name, int code, bool in_children, int skip, int count)
-{
-    put(&board->fault.left, 0);
-    CHECK(strlen(name) < sizeof board->fault.name);
-    strcpy(board->fault.name, name);
-    board->fault.code = code;
-    board->fault.in_children = in_children;
-    put(&board->fault.hits, 0);
-    put(&board->fault.skip, skip);
-    put(&board->fault.left, count);
-}
-
-/* No more calls fail. */
-static inline void end_fault(void)
-{
-    put(&board->fault.left, 0);
 }
 
 /* Before a program of so many workers is launched. */
