@@ -1247,15 +1247,7 @@ static char banner[8192]; /* the comment above the supervisor, as it stands in t
 
 static void read_banner(void)
 {
-    static char text[1 << 20];
-    char path[256];
-    const char *slash = strrchr(__FILE__, '/');
-    snprintf(path, sizeof path, "%.*stcpserver.h", slash == NULL ? 0 : (int)(slash - __FILE__ - 5),
-             __FILE__);
-    FILE *file = fopen(path, "r");
-    CHECK(file != NULL);
-    text[fread(text, 1, sizeof text - 1, file)] = 0;
-    CHECK(fclose(file) == 0);
+    const char *text = header_text();
     const char *start = strstr(text, "\n * >>process "), *end = NULL;
     CHECK(start != NULL && (end = strstr(start, "*/")) != NULL);
     CHECK((size_t)(end - start) < sizeof banner);

@@ -33,11 +33,10 @@ static inline int workers_clock(clockid_t id, struct timespec *now)
 #include <sched.h>
 #include <sys/mman.h>
 #ifdef __linux__
-#ifdef __linux__
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #endif
-#endif
+#include <sys/stat.h>
 #include <sys/un.h>
 
 enum { PIDS = 64 };
@@ -62,9 +61,12 @@ static struct board {
     int version;      /* of what workers are made from; atomic */
     int64_t ahead_ns; /* see clock_ahead_ns */
     int turns;        /* times that a parent has called poll; atomic */
+    int calls;        /* that all other processes have made; atomic */
     int failing;      /* calls that are to fail; atomic; set by fail */
+    int passing;      /* those before them that are not; atomic */
+    int failed;       /* those that have; atomic */
     int failing_in_children, failing_errno;
-    char failing_name[16];
+    char failing_name[24];
     struct {              /* of a program that an upgrade starts */
         int how, workers; /* see the test */
         int pid, count;   /* the last one, how many; atomic */
@@ -102,15 +104,28 @@ static tsrv_bind_options bind_options;
 
 static bool in_program, in_parent;
 
+/* Takes one away, of those that are left, whoever else does. */
+static inline bool take_one(int *left)
+{
+    int now = __atomic_load_n(left, __ATOMIC_ACQUIRE);
+    while (now > 0 && !__atomic_compare_exchange_n(left, &now, now - 1, false, __ATOMIC_ACQ_REL,
+                                                   __ATOMIC_ACQUIRE)) {
+    }
+    return now > 0;
+}
+
 /* Told of every call of the library: the parent's are counted, and some fail when they are to. */
 static inline void look_at_call(const char *name)
 {
-    if (in_parent && strcmp(name, "poll") == 0) {
+    if (!in_parent) {
+        __atomic_add_fetch(&board->calls, 1, __ATOMIC_ACQ_REL);
+    } else if (strcmp(name, "poll") == 0) {
         __atomic_add_fetch(&board->turns, 1, __ATOMIC_ACQ_REL);
     }
     if (__atomic_load_n(&board->failing, __ATOMIC_ACQUIRE) > 0 &&
-        board->failing_in_children == !in_parent && strcmp(name, board->failing_name) == 0) {
-        __atomic_sub_fetch(&board->failing, 1, __ATOMIC_ACQ_REL);
+        board->failing_in_children == !in_parent && strcmp(name, board->failing_name) == 0 &&
+        !take_one(&board->passing) && take_one(&board->failing)) {
+        __atomic_add_fetch(&board->failed, 1, __ATOMIC_ACQ_REL);
         t_fault_name = board->failing_name;
         t_fault_errno = board->failing_errno;
         t_fault_calls = 0;
@@ -120,23 +135,40 @@ static inline void look_at_call(const char *name)
 
 enum { IN_PARENT, IN_CHILDREN };
 
-/* The next so many calls of that name fail, in the parent or in what it forks. */
-static inline void fail(const char *name, int code, int count, int where)
+/* Behind the next `passing` calls of that name so many fail, in the parent or in what it forks. */
+static inline void fail_after(int passing, const char *name, int code, int count, int where)
 {
+    __atomic_store_n(&board->failing, 0, __ATOMIC_RELEASE);
     snprintf(board->failing_name, sizeof board->failing_name, "%s", name);
     board->failing_errno = code;
     board->failing_in_children = where;
+    __atomic_store_n(&board->passing, passing, __ATOMIC_RELEASE);
+    __atomic_store_n(&board->failed, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&board->failing, count, __ATOMIC_RELEASE);
+}
+
+static inline void fail(const char *name, int code, int count, int where)
+{
+    fail_after(0, name, code, count, where);
+}
+
+/* No more calls fail. */
+static inline void end_fault(void)
+{
+    __atomic_store_n(&board->failing, 0, __ATOMIC_RELEASE);
 }
 
 /* In each worker, before the library goes on: the thread's own loop has the backend of the test. */
 static inline void forked(void)
 {
     tsrv_loop_options options = {t_backend};
+    void (*seen)(const char *) = t_seen;
     if (in_program) {
         in_parent = false;
-        t_fault_at = 0; /* faults are for the parent */
+        t_fault_at = 0; /* faults are for the parent, */
+        t_seen = NULL;  /* or for the library alone */
         CHECK_INT(tsrv_loop_new(&tsrvi_own_loop, &options), TSRV_OK);
+        t_seen = seen;
     }
 }
 
@@ -419,9 +451,7 @@ static inline void open_board(void)
     fork_options.on_exit = note_exit;
     fork_options.context = &fork_options;
 #ifdef __linux__ /* elsewhere orphans are init's, and not seen here */
-#ifdef __linux__ /* elsewhere orphans are init's, and not seen here */
     CHECK(prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0);
-#endif
 #endif
 }
 
@@ -665,6 +695,229 @@ static inline void command(int worker, const char *text)
     t_close(fd);
 }
 
+/* ---- programs that are told ----------------------------------------------------------------*/
+
+enum { STEP_MS = 1000, NEVER_DUE_MS = 1000000, START_MS = 60000, GRACE_MS = 30000, KILL_MS = 5000 };
+
+static inline int get(const int *where)
+{
+    return __atomic_load_n(where, __ATOMIC_ACQUIRE);
+}
+
+static inline void put(int *where, int value)
+{
+    __atomic_store_n(where, value, __ATOMIC_RELEASE);
+}
+
+/* Before a program of so many workers is launched. */
+static inline void begin(int count)
+{
+    workers = count;
+    open_board();
+    clear_board();
+    tsrv_set_log(keep_log, NULL);
+}
+
+static inline void tell(pid_t pid, int signo)
+{
+    CHECK(kill(pid, signo) == 0);
+}
+
+/* Waits until the parent has seen everything that was there before the call, and sleeps again. */
+static inline void poke(pid_t pid)
+{
+    int before = get(&board->turns);
+    AWAIT((kill(pid, SIGCHLD), get(&board->turns) >= before + 2 || get(&board->results) > 0));
+}
+
+/* Sets the clock forward, by steps of what the parent at most means to sleep: a longer one is a time in
+ * which it did not run. */
+static inline void advance(pid_t pid, int64_t ms)
+{
+    for (; ms > 0; ms -= STEP_MS) {
+        int64_t step = ms < STEP_MS ? ms : STEP_MS;
+        __atomic_add_fetch(&board->ahead_ns, step * 1000000, __ATOMIC_ACQ_REL);
+        poke(pid);
+    }
+}
+
+/* Time passes, at least so long, until so many workers have ended. */
+static inline void advance_until_exits(pid_t pid, int64_t ms, int count)
+{
+    advance(pid, ms);
+    AWAIT(exits_seen() >= count || (advance(pid, STEP_MS), exits_seen() >= count));
+}
+
+/* An hour passes in which nobody runs. */
+static inline void oversleep(void)
+{
+    __atomic_add_fetch(&board->ahead_ns, (int64_t)3600 * 1000000000, __ATOMIC_ACQ_REL);
+}
+
+/* Time passes until the program has ended: its wait status. */
+static inline int advance_until_end(pid_t pid)
+{
+    int status = 0;
+    AWAIT(waitpid(pid, &status, WNOHANG) == pid || (advance(pid, STEP_MS), false));
+    return status;
+}
+
+/* The parent of the workers has nothing to do: it is asleep most of the time. A state that spins makes
+ * thousands of calls meanwhile. */
+static inline void check_rests(void)
+{
+    int before = get(&board->turns);
+    poll(NULL, 0, 200);
+    int turns = get(&board->turns) - before;
+    if (turns > 40) {
+        T_FAIL("%d turns of the parent in 200 ms\n%s", turns, board->log);
+    }
+}
+
+static inline bool has_exited(pid_t pid)
+{
+    for (int i = 0, count = exits_seen(); i < count; i++) {
+        if (board->exit[i].pid == pid) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Do all workers that are there, and no more than that, come from the last version? */
+static inline bool is_settled(void)
+{
+    int live = 0, version = get(&board->version);
+    for (int i = 0, count = forks_seen(); i < count; i++) {
+        pid_t pid = __atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE);
+        if (!has_exited(pid)) {
+            if (pid == 0 || board->versions[i] != version) {
+                return false;
+            }
+            live++;
+        }
+    }
+    return live == workers;
+}
+
+/* Does every worker have a process of this version, whatever else is there still? */
+static inline bool has_version(int version)
+{
+    int seen = 0;
+    for (int i = 0, count = forks_seen(); i < count; i++) {
+        if (__atomic_load_n(&board->pids[i], __ATOMIC_ACQUIRE) != 0 &&
+            board->versions[i] == version) {
+            seen |= 1 << board->ids[i];
+        }
+    }
+    return seen == (1 << workers) - 1;
+}
+
+/* A new version of what workers are made of, and a signal that asks for it. */
+static inline void reload(pid_t pid)
+{
+    __atomic_add_fetch(&board->version, 1, __ATOMIC_ACQ_REL);
+    tell(pid, SIGHUP);
+}
+
+/* What workers have been ended by, or have exited with: 0 each. */
+static inline void check_exits_are_good(void)
+{
+    for (int i = 0; i < exits_seen(); i++) {
+        CHECK_INT(board->exit[i].status, 0);
+    }
+}
+
+/* The program stops, in good order. */
+static inline void stop_well(pid_t pid, int result)
+{
+    tell(pid, SIGTERM);
+    check_end(pid, 0, result);
+}
+
+static inline void check_served(void)
+{
+    int fd = reach();
+    t_sends(fd, "hello\n");
+    t_expect(fd, "hello\n");
+    t_close(fd);
+}
+
+/* A connection that has sent half of a request to a process that has accepted it. */
+static inline int start_request(void)
+{
+    int fd = reach(), id = 0;
+    long pid = 0;
+    ask_id(fd, &id, &pid, NULL);
+    t_sends(fd, "unfin");
+    return fd;
+}
+
+static inline void finish_request(int fd)
+{
+    t_sends(fd, "ished\n");
+    t_expect(fd, "unfinished\n");
+    t_close(fd);
+}
+
+/* Is a new connection refused? One that is not is served, or ended, but never left alone. */
+static inline bool is_refused(void)
+{
+    char byte;
+    int fd = dial();
+    if (fd >= 0) {
+        if (send(fd, "x\n", 2, T_NOSIGNAL) == 2 && recv(fd, &byte, 1, 0) < 0) {
+            CHECK(errno == ECONNRESET || errno == EPIPE);
+        }
+        t_close(fd);
+        return false;
+    }
+    if (fd == -ECONNRESET) {
+        return false; /* at the very moment */
+    }
+    if (fd != -ENOENT || unix_path == NULL) {
+        CHECK_INT(fd, -ECONNREFUSED);
+    }
+    return true;
+}
+
+/* A directory of this test, below build/ where there is one, and paths in it. */
+static char directory[64];
+
+static inline void make_directory(void)
+{
+    snprintf(directory, sizeof directory, "%s/tsrv-supervisor-XXXXXX",
+             access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(directory) != NULL);
+    CHECK(chmod(directory, 0755) == 0);
+}
+
+static inline const char *path_of(const char *name)
+{
+    static char paths[4][100];
+    static int turn;
+    turn = (turn + 1) % 4;
+    snprintf(paths[turn], sizeof paths[turn], "%s/%s", directory, name);
+    return paths[turn];
+}
+
+static inline void remove_directory(void)
+{
+    static const char *const names[] = {"socket", "board", "next"};
+    for (int i = 0; i < 3; i++) {
+        unlink(path_of(names[i]));
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+static inline void use_unix_socket(void)
+{
+    static char path[100];
+    make_directory();
+    snprintf(path, sizeof path, "%s", path_of("socket"));
+    unix_path = path;
+}
+
 /* ---- load ---------------------------------------------------------------------------------*/
 
 /* Clients that come and go while something happens to the workers; long ones read slowly. */
@@ -745,6 +998,21 @@ static inline char *own_path(void)
     CHECK(size > 0);
     path[size] = 0;
     return path;
+}
+
+/* The header, as it stands in its file. */
+static inline const char *header_text(void)
+{
+    static char text[1 << 20];
+    char path[256];
+    const char *slash = strrchr(__FILE__, '/');
+    snprintf(path, sizeof path, "%.*stcpserver.h", slash == NULL ? 0 : (int)(slash - __FILE__ - 5),
+             __FILE__);
+    FILE *file = fopen(path, "r");
+    CHECK(file != NULL);
+    text[fread(text, 1, sizeof text - 1, file)] = 0;
+    CHECK(fclose(file) == 0);
+    return text;
 }
 
 #endif /* WORKERS_H */
