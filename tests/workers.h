@@ -63,6 +63,7 @@ static struct board {
     int64_t ahead_ns; /* see clock_ahead_ns */
     int turns;        /* times that a parent has called poll; atomic */
     int failing;      /* calls that are to fail; atomic; set by fail */
+    int failing_skip; /* calls before them that do not; atomic */
     int failing_in_children, failing_errno;
     char failing_name[16];
     struct {              /* of a program that an upgrade starts */
@@ -109,7 +110,8 @@ static inline void look_at_call(const char *name)
         __atomic_add_fetch(&board->turns, 1, __ATOMIC_ACQ_REL);
     }
     if (__atomic_load_n(&board->failing, __ATOMIC_ACQUIRE) > 0 &&
-        board->failing_in_children == !in_parent && strcmp(name, board->failing_name) == 0) {
+        board->failing_in_children == !in_parent && strcmp(name, board->failing_name) == 0 &&
+        __atomic_fetch_sub(&board->failing_skip, 1, __ATOMIC_ACQ_REL) <= 0) {
         __atomic_sub_fetch(&board->failing, 1, __ATOMIC_ACQ_REL);
         t_fault_name = board->failing_name;
         t_fault_errno = board->failing_errno;
@@ -120,13 +122,19 @@ static inline void look_at_call(const char *name)
 
 enum { IN_PARENT, IN_CHILDREN };
 
-/* The next so many calls of that name fail, in the parent or in what it forks. */
-static inline void fail(const char *name, int code, int count, int where)
+/* Calls of that name fail, in the parent or in what it forks: so many, after the next skip ones. */
+static inline void fail_after(int skip, const char *name, int code, int count, int where)
 {
+    board->failing_skip = skip;
     snprintf(board->failing_name, sizeof board->failing_name, "%s", name);
     board->failing_errno = code;
     board->failing_in_children = where;
     __atomic_store_n(&board->failing, count, __ATOMIC_RELEASE);
+}
+
+static inline void fail(const char *name, int code, int count, int where)
+{
+    fail_after(0, name, code, count, where);
 }
 
 /* In each worker, before the library goes on: the thread's own loop has the backend of the test. */
