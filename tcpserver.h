@@ -878,7 +878,8 @@ TSRV_API void tsrv_server_stop(tsrv_server *server);
  * that is left until the grace is over. Then what is left is aborted, every other wait of the
  * handlers ends once with TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the
  * same drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
- *   grace_ms  0 = the server's grace_ms; TSRV_NEVER
+ *   grace_ms  0 = the server's grace_ms; TSRV_NEVER; one below 1.5 s leaves a client that was busy
+ *             a moment ago no time to be found idle
  * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
  * and in one of this server's own handlers, it starts the drain and returns.
  * Returns TSRV_OK when nothing is open any more; TSRV_ETIMEOUT when that took an abort; TSRV_EAGAIN
@@ -1073,8 +1074,8 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream);
  * is not; the handshake begins. Does not wait. Source: IOStream.start_tls.
  *   server_name  NULL = this is the server, else the client, which accepts a certificate of that
  *                name or number only
- * Returns TSRV_OK; TSRV_ETLS when there is unread input, which must not count as having come over
- * TLS; TSRV_EBUSY (a read or a write waits); TSRV_EINVAL (TLS already; no certificate);
+ * Returns TSRV_OK; TSRV_ETLS, logged, when there is unread input, which must not count as having
+ * come over TLS; TSRV_EBUSY (a read or a write waits); TSRV_EINVAL (TLS already; no certificate);
  * TSRV_ENOTSUP, or the error that ended the stream. */
 TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name);
 
@@ -1211,6 +1212,12 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #elif !defined(__GNUC__)
 #error "tcpserver.h: needs gcc or clang (__thread, __atomic_*, inline assembly)"
 #else
+
+/* The code is C that C++ takes too, and C has one cast only. */
+#ifdef __cplusplus
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wold-style-cast"
+#endif
 
 #if defined(__linux__) && !defined(TSRV_NO_EPOLL)
 #define TSRVI_HAS_EPOLL 1
@@ -14104,6 +14111,9 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
 
+#ifdef __cplusplus
+#pragma GCC diagnostic pop
+#endif
 #endif /* POSIX */
 #endif /* TCPSERVER_IMPLEMENTATION */
 

@@ -61,7 +61,7 @@ static int run(tsrv_loop *loop, tsrv_server *server)
         }
         if (fds[0].revents != 0 && !send_stdin(server)) {
             fds[0].fd = -1;                  /* poll() leaves it out from now on */
-            tsrv_server_drain(server, 1000); /* after it nothing is left: the loop returns 0 */
+            tsrv_server_drain(server, 5000); /* after it nothing is left: the loop returns 0 */
         }
         rc = tsrv_loop_run_once(loop, 0);
     } while (rc > 0);

@@ -53,7 +53,7 @@ static void *run(void *context)
 /* Posted to each thread. When its last client is served its loop has nothing left, and ends. */
 static void drain(void *context)
 {
-    tsrv_server_drain(((struct worker *)context)->server, 1000);
+    tsrv_server_drain(((struct worker *)context)->server, 5000);
 }
 
 /* The kernel spreads the connections over the listeners. Returns the port: for 0 any free one. */

@@ -381,6 +381,7 @@ typedef struct deaf {
     int listener, port, fillers[FILLERS];
 } deaf;
 
+#ifdef __linux__
 static deaf open_deaf(const char *address, int port)
 {
     deaf d = {-1, port, {0}};
@@ -398,6 +399,7 @@ static deaf open_deaf(const char *address, int port)
     }
     return d;
 }
+#endif
 
 static void close_deaf(deaf *d)
 {
@@ -407,6 +409,7 @@ static void close_deaf(deaf *d)
     t_close(d->listener);
 }
 
+#ifdef __linux__
 static void expect_timeout(const char *host, int port, int timeout_ms, int expected_ms)
 {
     int64_t start = v_ms();
@@ -416,7 +419,6 @@ static void expect_timeout(const char *host, int port, int timeout_ms, int expec
     }
 }
 
-#ifdef __linux__
 static void time_out(void)
 {
     deaf d = open_deaf("127.0.0.1", 0);

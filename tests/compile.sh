@@ -21,18 +21,19 @@ export CC CXX LDLIBS
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wvla
     -Wwrite-strings -Werror"
 c_warnings="-Wstrict-prototypes -Wmissing-prototypes -Wold-style-definition -Wc++-compat"
+cxx_warnings=-Wold-style-cast
 sources=tests/compile
 
 # ---- one case: compile.sh --case <language> <standard> <options, with commas> <name>
-# $out comes from the environment: see below.
+# $out and $gcc_warnings come from the environment: see below.
 
 compile() { # compile <c or c++> <standard> <source> <object> [option for C++]
     if [ "$1" = c ]; then
         # shellcheck disable=SC2086
-        $CC -std="$2" $options $warnings $c_warnings -I. -I"$out" -c "$3" -o "$4"
+        $CC -std="$2" $options $warnings $c_warnings $gcc_warnings -I. -I"$out" -c "$3" -o "$4"
     else
         # shellcheck disable=SC2086
-        $CXX -std="$2" $options $warnings -I. -I"$out" ${5:-} -x c++ -c "$3" -o "$4"
+        $CXX -std="$2" $options $warnings $cxx_warnings $gcc_warnings -I. -I"$out" ${5:-} -x c++ -c "$3" -o "$4"
     fi
 }
 
@@ -133,6 +134,10 @@ can() { # can <language> <options...>
     # shellcheck disable=SC2086
     $compiler "$@" -x "$language" "$out/can.c" -o "$out/can" 2>"$out/can.log"
 }
+
+gcc_warnings=
+if can c -Wlogical-op -Werror; then gcc_warnings=-Wlogical-op; fi # clang does not have it
+export gcc_warnings
 
 sed -n 's/^TSRV_API [^(]*[ *]\(tsrv_[a-z0-9_]*\)(.*/FUNCTION(\1)/p' tcpserver.h |
     sort -u >"$out/functions.inc"

@@ -754,6 +754,9 @@ static void s_run(const scenario *s)
         f_bad("SIGPIPE was raised");
         f_pipes = 0;
     }
+    if (f_kind == STICKY && strncmp(t_fault_name, "accept", 6) == 0 && t_fault_hits > 300) {
+        f_bad("accept spins"); /* some calls a second, for the 15 s after which a client gives up */
+    }
     if (s_closed != s_entered) {
         f_bad("%d handlers, but %d on_close", s_entered, s_closed);
     }

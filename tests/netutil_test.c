@@ -1066,21 +1066,21 @@ TEST_ONCE(listening_that_cannot_be_ended_is_said)
 /* A fork in one thread while another holds the lock: the child is not stuck. */
 TEST_ONCE(lock_of_a_thread_that_a_fork_left_behind_is_free)
 {
-    int status;
-    tsrvi_lock();
+    int status, lock = 0;
+    tsrvi_lock(&lock);
     pid_t child = fork();
     if (child == 0) {
         alarm((unsigned)(T_PATIENCE * t_scale()));
-        tsrvi_lock();
-        tsrvi_unlock();
-        tsrvi_lock();
+        tsrvi_lock(&lock);
+        tsrvi_unlock(&lock);
+        tsrvi_lock(&lock);
         _exit(0);
     }
     CHECK(child > 0 && waitpid(child, &status, 0) == child);
     CHECK_INT(status, 0);
-    tsrvi_unlock();
-    tsrvi_lock(); /* the child's is another one */
-    tsrvi_unlock();
+    tsrvi_unlock(&lock);
+    tsrvi_lock(&lock); /* the child's is another one */
+    tsrvi_unlock(&lock);
 }
 
 /* ---- addresses ----------------------------------------------------------------------------*/

@@ -245,8 +245,8 @@ static void hand_over(int fd)
 {
     p_pads = true;
     tsrvi_handed.looked = true;
-    tsrvi_handed.count = 1;
-    tsrvi_handed.fds[0] = fd;
+    tsrvi_handed.count = fd - TSRVI_LISTEN_FIRST + 1;
+    tsrvi_handed.free[fd - TSRVI_LISTEN_FIRST] = true;
 }
 
 TEST_ONCE(a_unix_socket_is_known_by_its_path)

@@ -17,13 +17,19 @@
         }                                                                                          \
     } while (0)
 
+#ifdef __cplusplus
+#define SMOKE_CAST(type, value) static_cast<type>(value)
+#else
+#define SMOKE_CAST(type, value) ((type)(value))
+#endif
+
 static char smoke_log[32];
 static size_t smoke_log_size;
 
 /* Keeps integers and floating point in registers across a switch. */
 static void smoke_coroutine(void *context)
 {
-    const char *name = (const char *)context;
+    const char *name = SMOKE_CAST(const char *, context);
     double sum = 0.5;
     int round, code = 0;
     for (round = 1; round <= 3 && code == TSRV_OK; round++) {
@@ -34,7 +40,7 @@ static void smoke_coroutine(void *context)
     if (sum != 2.0 || code != TSRV_OK) smoke_log[smoke_log_size++] = '!';
 }
 
-static void smoke_timer(void *context) { *(int *)context += 1; }
+static void smoke_timer(void *context) { *SMOKE_CAST(int *, context) += 1; }
 
 /* Two coroutines take turns, and a timer fires. */
 static int smoke_loop(bool coroutines)
@@ -84,7 +90,8 @@ static int smoke_echo(int mode)
     options.mode = mode;
     options.handle_stream = smoke_handler;
     SMOKE_CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    SMOKE_CHECK(write(pair[1], text, sizeof(text) - 1) == (ssize_t)(sizeof(text) - 1));
+    SMOKE_CHECK(write(pair[1], text, sizeof(text) - 1) ==
+                SMOKE_CAST(ssize_t, sizeof(text) - 1));
     SMOKE_CHECK(shutdown(pair[1], SHUT_WR) == 0);
     SMOKE_CHECK(tsrv_loop_new(&loop, NULL) == TSRV_OK);
     options.loop = loop;
@@ -94,7 +101,7 @@ static int smoke_echo(int mode)
     tsrv_server_free(server);
     SMOKE_CHECK(tsrv_loop_free(loop) == TSRV_OK);
     while (size < sizeof(reply) && (got = read(pair[1], reply + size, sizeof(reply) - size)) > 0) {
-        size += (size_t)got;
+        size += SMOKE_CAST(size_t, got);
     }
     close(pair[1]);
     SMOKE_CHECK(size == sizeof(text) - 1);
