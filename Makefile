@@ -39,7 +39,7 @@ export TSAN_OPTIONS = atexit_sleep_ms=0
 export TEST_TIMEOUT_SCALE ?= $(if $(SAN),10,1)
 
 ALL_TESTS = $(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS)
-LONGEST   = tls iostream_tls iostream drain process # these begin first
+LONGEST   = tls iostream_tls iostream drain supervisor process # these begin first
 # What ends in tls needs OpenSSL. Tests named ..._tls are those without, run once more over TLS.
 HAS_OPENSSL := $(shell $(CC) -E -include openssl/ssl.h -x c /dev/null >/dev/null 2>&1 && echo yes)
 TLS_TESTS   = iostream_tls

@@ -971,47 +971,97 @@ TEST_ONCE(a_start_whose_forks_all_fail_can_be_stopped)
 
 static int fault_at;
 
-static void stop_parent_in_start(tsrv_server *server, void *context)
+static void end_in_start(tsrv_server *server, void *context)
 {
     (void)server, (void)context; /* which may have been stopped already, by the other worker */
     if (tsrv_task_id() == 0) {
         CHECK(kill(getppid(), SIGTERM) == 0);
+    } else if (tsrv_task_id() < 0) {
+        tsrv_loop_stop(NULL);
     }
 }
 
 /* Returns what ends well, whatever the call's failure has led to: run_program checks the rest. */
 static int program_fault(void)
 {
-    server_options.on_start = stop_parent_in_start;
+    server_options.on_start = end_in_start;
     tsrv_server *server = new_bound_server();
     t_fault_calls = 0;
     t_fault_at = fault_at;
     int rc = tsrv_server_start(server, workers, &fork_options);
     t_fault_at = 0;
-    if (rc == TSRV_OK) {
-        rc = tsrv_loop_run(NULL);
-    } else {
+    if (tsrv_task_id() < 0) {
         put(&board->value, (int)t_fault_hits);
+    }
+    if (rc == TSRV_OK) {
+        tsrv_loop_run(NULL);
     }
     tsrv_server_free(server);
     return TSRV_OK;
 }
 
-/* Every call of the parent's fails in turn, once: it ends, nobody is left behind, and nothing leaks. */
-TEST_ONCE(every_call_of_a_parent_with_a_server_may_fail)
+static int program_serve_fault(void)
 {
-    bind_options.reuse_port = true;
+    server_options.mode = t_mode;
+    server_options.handle_stream = serve_lines;
+    server_options.on_start = end_in_start;
+    server_options.fork = &fork_options;
+    t_fault_calls = 0;
+    t_fault_at = fault_at;
+    tsrv_serve(0, "127.0.0.1", workers, &server_options);
+    t_fault_at = 0;
+    if (tsrv_task_id() < 0) {
+        put(&board->value, (int)t_fault_hits);
+    }
+    return TSRV_OK;
+}
+
+/* Every call of the parent's fails in turn, once: it ends, nobody is left behind, and nothing leaks. */
+static void check_calls(int (*program)(void), int count)
+{
     fault_at = 0;
     do {
         fault_at++;
-        begin(2);
-        int status = await_end(launch(program_fault));
+        begin(count);
+        int status = await_end(launch(program));
         if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) {
             T_FAIL("call %d: status %#x\n%s", fault_at, (unsigned)status, board->log);
         }
         check_no_child();
     } while (board->value > 0);
-    CHECK(fault_at > 30);
+    CHECK(fault_at > 5);
+}
+
+TEST_ONCE(every_call_of_a_parent_with_a_server_may_fail)
+{
+    bind_options.reuse_port = true;
+    check_calls(program_fault, 2);
+}
+
+TEST_ONCE(every_call_of_a_start_without_a_fork_may_fail)
+{
+    fork_options.user = geteuid() == 0 ? "nobody" : NULL;
+    check_calls(program_fault, 1);
+}
+
+TEST_ONCE(every_call_of_serve_may_fail)
+{
+    check_calls(program_serve_fault, 1);
+    check_calls(program_serve_fault, 2);
+}
+
+/* A worker that cannot watch a signal, or its life-line, is told in another way. The first calls of
+ * sigaction give back what the parent had found, which does not fail. */
+TEST_LOOP(a_worker_whose_watches_fail_is_told)
+{
+    for (int i = 0; i < 10; i++) {
+        begin(0);
+        before_program = use_one_processor;
+        fail_after(i + 1, i < 5 ? "epoll_ctl" : "sigaction", ENOMEM, 1, IN_CHILDREN);
+        pid_t pid = launch(program_serve);
+        await_forks(1);
+        stop_well(pid, TSRV_OK);
+    }
 }
 
 /* A parent whose life-line to a worker fails sends signals; a worker that cannot read its own hears them. */
@@ -1577,6 +1627,78 @@ TEST_LOOP(a_second_signal_ends_the_grace_of_every_loop)
     check_cut(fds[0]);
     check_cut(fds[1]);
     check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* A loop that is run again is told too. */
+static int program_runs_twice(void)
+{
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        for (int i = 0; i < 3; i++) {
+            CHECK_INT(tsrv_loop_post(NULL, t_stop_loop, tsrv_loop_current()), TSRV_OK);
+            CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+        }
+        note_worker();
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+static void nothing_in_start(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+}
+
+TEST_LOOP(a_loop_that_runs_again_drains)
+{
+    begin(2);
+    server_options.on_start = nothing_in_start;
+    pid_t pid = launch(program_runs_twice);
+    await_forks(2);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    finish_request(fd);
+    check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* The loops of other threads are no business of tsrv_serve's in a single process. */
+static void *run_until_stopped(void *context)
+{
+    CHECK_INT(tsrv_loop_run((tsrv_loop *)context), TSRV_OK);
+    return NULL;
+}
+
+static tsrv_timer hour;
+
+static void in_an_hour(void *context)
+{
+    (void)context;
+}
+
+static int program_serves_beside_a_loop(void)
+{
+    pthread_t thread;
+    tsrv_loop *other = t_new_loop();
+    CHECK_INT(tsrv_timer_start(other, &hour, 3600000, in_an_hour, NULL), TSRV_OK);
+    CHECK_INT(pthread_create(&thread, NULL, run_until_stopped, other), 0);
+    int rc = program_serve();
+    CHECK_INT(tsrv_loop_post(other, t_stop_loop, other), TSRV_OK); /* it runs still */
+    CHECK_INT(pthread_join(thread, NULL), 0);
+    tsrv_timer_stop(&hour);
+    CHECK_INT(tsrv_loop_free(other), TSRV_OK);
+    return rc;
+}
+
+TEST_LOOP(serve_in_one_process_leaves_other_loops_alone)
+{
+    begin(1);
+    pid_t pid = launch(program_serves_beside_a_loop);
+    await_forks(1);
+    check_served();
+    stop_well(pid, TSRV_OK);
 }
 
 /* ---- one tsrv_serve at a time --------------------------------------------------------------*/
@@ -3052,6 +3174,26 @@ TEST_ONCE(a_new_program_lives_when_the_old_one_dies)
     die_in_upgrade(NEXT_ONE_IS_SLOW);
 }
 
+/* Without a server of tsrv_server_start's the end of a worker can be a good one; a program's cannot. */
+TEST_ONCE(an_upgrade_of_workers_with_sockets_that_were_added_may_fail)
+{
+    begin_upgradable();
+    hands_fds_over = true;
+    board->next.how = NEXT_EXITS_0;
+    pid_t pid = launch(program_add_sockets);
+    await_forks(2);
+    int before = warnings();
+    tell(pid, SIGUSR2);
+    AWAIT(warnings() > before);
+    poke(pid);
+    CHECK_INT(parent_that_answers(), pid);
+    CHECK_INT(exits_seen(), 0);
+    tell(pid, SIGTERM);
+    CHECK_INT(await_end(pid), 0);
+    check_no_child();
+    end_upgradable();
+}
+
 /* Sockets that were added are handed over when the options name them. */
 TEST_ONCE(an_upgrade_hands_sockets_over_that_were_added)
 {
@@ -3069,18 +3211,20 @@ TEST_ONCE(an_upgrade_whose_calls_fail_is_given_up)
 {
     static const struct {
         const char *name;
-        int code, where;
-    } rows[] = {{"fork", EAGAIN, IN_PARENT},    {"malloc", ENOMEM, IN_PARENT},
-                {"pipe", EMFILE, IN_PARENT},    {"fcntl", EMFILE, IN_CHILDREN},
-                {"dup2", EMFILE, IN_CHILDREN},  {"setenv", ENOMEM, IN_CHILDREN},
-                {"execvp", EACCES, IN_CHILDREN}};
+        int skip, code, where;
+    } rows[] = {{"fork", 0, EAGAIN, IN_PARENT},     {"malloc", 0, ENOMEM, IN_PARENT},
+                {"pipe", 0, EMFILE, IN_PARENT},     {"fcntl", 0, EMFILE, IN_CHILDREN},
+                {"fcntl", 1, EMFILE, IN_CHILDREN},  {"dup2", 0, EMFILE, IN_CHILDREN},
+                {"dup2", 1, EMFILE, IN_CHILDREN},   {"setenv", 0, ENOMEM, IN_CHILDREN},
+                {"setenv", 1, ENOMEM, IN_CHILDREN}, {"setenv", 2, ENOMEM, IN_CHILDREN},
+                {"setenv", 3, ENOMEM, IN_CHILDREN}, {"execvp", 0, EACCES, IN_CHILDREN}};
     begin_upgradable();
     CHECK(setenv("WATCHDOG_PID", "1", 1) == 0); /* another variable that names the process */
     pid_t pid = launch(program_serve);
     await_forks(2);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         int before = warnings();
-        fail(rows[i].name, rows[i].code, 1, rows[i].where);
+        fail_after(rows[i].skip, rows[i].name, rows[i].code, 1, rows[i].where);
         tell(pid, SIGUSR2);
         AWAIT(warnings() > before);
         if (get(&board->failing) != 0) {

@@ -39,6 +39,14 @@ static inline int workers_clock(clockid_t id, struct timespec *now)
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#define WITH_LEAK_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define WITH_LEAK_SANITIZER
+#endif
+#endif
+
 enum { PIDS = 64 };
 
 /* What all processes of a test share. */
@@ -530,7 +538,7 @@ static inline int await_end(pid_t pid)
 static inline void check_no_child(void)
 {
     pid_t pid = waitpid(-1, NULL, WNOHANG);
-#ifdef __SANITIZE_ADDRESS__
+#ifdef WITH_LEAK_SANITIZER
     while (pid > 0) { /* LeakSanitizer looks from a process of its own, which ends last */
         pid = waitpid(-1, NULL, WNOHANG);
     }
