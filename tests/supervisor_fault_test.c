@@ -11,6 +11,11 @@
 #define t_sys_recv(fd, data, size, flags) \
     ((size) == 1 && t_fault("recv") ? -1 : recv(fd, data, size, flags))
 
+/* Some systems' setuid has said that it went well when it did not; so does this one, when it is to fail so. */
+enum { LIES = 4000 };
+#undef t_sys_setuid
+#define t_sys_setuid(...) (t_fault("setuid") ? errno == LIES ? 0 : -1 : setuid(__VA_ARGS__))
+
 #include "workers.h"
 
 #include <grp.h>
@@ -33,7 +38,7 @@ static const struct {
     {"execvp", WORKERS | SERVES, {ENOENT, EACCES, ENOMEM, ETXTBSY}},
     {"fchmod", PARENT | QUIET | STARTS, {EINVAL}},
     {"fcntl", PARENT | WORKERS | SERVES, {EMFILE, EINVAL}},
-    {"fflush", PARENT | QUIET | SERVES, {EPIPE, ENOSPC}},
+    {"fflush", PARENT | QUIET | STARTS, {EPIPE, ENOSPC}},
     {"flock", PARENT | STARTS, {ENOLCK, EINTR}},
     {"fork", PARENT | SERVES | STARTS, {EAGAIN, ENOMEM}},
     {"fstat", PARENT | QUIET | STOPS, {ENOMEM}},
@@ -50,7 +55,7 @@ static const struct {
     {"mmap", PARENT | STARTS, {ENOMEM}},
     {"munmap", PARENT | QUIET | ALONE, {ENOMEM}},
     {"nanosleep", PARENT | QUIET | ALONE, {EINTR}},
-    {"open", PARENT | QUIET | STOPS, {EMFILE, ENOENT}},
+    {"open", PARENT | QUIET | STARTS, {EMFILE, ENOENT}},
     {"pipe", PARENT | SERVES | STARTS, {EMFILE, ENFILE}},
     {"poll", PARENT | QUIET | SERVES, {EINTR, ENOMEM}},
     {"prctl", WORKERS | QUIET | SERVES, {EINVAL}},
@@ -59,6 +64,7 @@ static const struct {
     {"send", PARENT | QUIET | SERVES | STOPS, {EAGAIN, EPIPE, ENOBUFS}},
     {"sendto", PARENT | QUIET | SERVES, {EAGAIN, ECONNREFUSED, ENOENT}},
     {"setenv", WORKERS | SERVES, {ENOMEM}},
+    {"seteuid", WORKERS | QUIET | SERVES, {EPERM}},
     {"setgid", WORKERS | SERVES, {EPERM}},
     {"setgroups", WORKERS | SERVES, {EPERM, ENOMEM}},
     {"setsockopt", PARENT | STARTS, {ENOBUFS}},
@@ -75,8 +81,9 @@ static const struct {
 enum { CALLS = sizeof calls / sizeof calls[0] };
 
 /* Calls that cannot fail with these arguments, and one that does not come back. */
-static const char *const safe[] = {"_exit",       "getegid",  "getenv",      "geteuid",    "getpid",      "getppid",
-                                   "getuid",      "sigaddset", "sigemptyset", "sigfillset", "sigprocmask", "unsetenv"};
+static const char *const safe[] = {"_exit",       "getegid", "getenv",    "geteuid",     "getgid",
+                                   "getpid",      "getppid", "getuid",    "sigaddset",   "sigemptyset",
+                                   "sigfillset",  "sigprocmask", "unsetenv"};
 
 enum { SAFE = sizeof safe / sizeof safe[0] };
 
@@ -512,6 +519,105 @@ TEST_ONCE(counters_that_cannot_be_unmapped_harm_nobody)
     check_end(launch(program_twice), 0, TSRV_EPARENT);
     CHECK_INT(exits_seen(), 4);
     CHECK(get(&board->failed) > 0);
+}
+
+/* Each variable that a new program needs. */
+TEST_ONCE(variables_that_cannot_be_set_end_an_upgrade)
+{
+    static char *ends_at_once[] = {(char *)"false", NULL};
+    CHECK(setenv("WATCHDOG_PID", "1", 1) == 0);
+    begin(2);
+    fork_options.upgrade_argv = ends_at_once;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int passing = 0; passing < 4; passing++) {
+        int before = warnings();
+        fail_after(passing, "setenv", ENOMEM, 1, IN_CHILDREN);
+        tell(pid, SIGUSR2);
+        AWAIT(warnings() >= before + 3); /* why, its end, and that the upgrade is given up */
+        CHECK_INT(get(&board->failed), 1);
+    }
+    check_works(pid);
+    stop_well(pid, TSRV_OK);
+}
+
+/* It says that the user was changed, and it was not. */
+TEST_ONCE(a_change_of_the_user_is_looked_at)
+{
+    if (getuid() != 0) {
+        SKIP("root");
+    }
+    begin(2);
+    fork_options.user = "nobody";
+    fail("setuid", LIES, EVER, IN_CHILDREN);
+    check_end(launch(program_serve), 1, -EPERM);
+    CHECK_INT(forks_seen(), 0);
+    CHECK(strstr(board->log, "cannot become user") != NULL);
+}
+
+/* READY=1 that the service manager has no room for comes later: it would end the service without. */
+TEST_ONCE(readiness_is_told_again_until_it_is_heard)
+{
+    static const fault_case c = {0, 0, false, false, 1};
+    static const int codes[] = {EAGAIN, ENOBUFS};
+    char note[200];
+    for (int i = 0; i < 2; i++) {
+        begin_case(&c);
+        fail("sendto", codes[i], 2, IN_PARENT);
+        pid_t pid = launch(program_serve);
+        ssize_t size = -1;
+        AWAIT((size = recv(notes, note, sizeof note, MSG_DONTWAIT)) >= 0);
+        CHECK_MEM(note, (size_t)size, "READY=1", 7);
+        CHECK_INT(get(&board->failed), 2);
+        stop_well(pid, TSRV_OK);
+        CHECK(close(notes) == 0);
+        remove_directory();
+    }
+}
+
+static void outlive_the_parent(void)
+{
+    pid_t parent = getppid();
+    if (in_program && !in_parent && get(&board->go) == 0) {
+        kill(parent, SIGKILL);
+        while (getppid() == parent) {
+            poll(NULL, 0, 1);
+        }
+    }
+}
+
+/* The parent dies just when it has forked: the worker, which nobody would tell, ends at once. */
+TEST_ONCE(a_worker_whose_parent_dies_at_its_birth_ends)
+{
+    begin(2);
+    CHECK(pthread_atfork(NULL, NULL, outlive_the_parent) == 0);
+    put(&board->go, 1);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    put(&board->go, 0);
+    tell(board->pids[0], SIGKILL);
+    CHECK(WIFSIGNALED(await_end(pid)));
+    AWAIT(no_child_left(NULL));
+    CHECK_INT(forks_seen(), 2);
+}
+
+static void wrap_beat(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    tsrvi_place_own->beat = UINT_MAX;
+}
+
+/* After billions of beats they begin anew, not with none. */
+TEST_ONCE(beats_that_wrap_around_hang_nobody)
+{
+    begin(2);
+    fork_options.heartbeat_ms = 80;
+    server_options.on_start = wrap_beat;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    poll(NULL, 0, 200);
+    check_served();
+    stop_well(pid, TSRV_OK);
 }
 
 /* ---- the table ----------------------------------------------------------------------------*/
