@@ -530,7 +530,7 @@ TEST_ONCE(variables_that_cannot_be_set_end_an_upgrade)
     fork_options.upgrade_argv = ends_at_once;
     pid_t pid = launch(program_serve);
     await_forks(2);
-    for (int passing = 0; passing < 4; passing++) {
+    for (int passing = 0; passing < 5; passing++) {
         int before = warnings();
         fail_after(passing, "setenv", ENOMEM, 1, IN_CHILDREN);
         tell(pid, SIGUSR2);
