@@ -668,8 +668,9 @@ typedef struct tsrv_fork_options {
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
  * that is killed, within a second. Only its own children are waited for, but process 1 buries
- * whatever child ends. A stop, and giving up, closes what this process listens on: bind anew. Call it before anything else makes a loop or a thread. What follows the call runs in the
- * parent too: check the result. Source: process.fork_processes.
+ * whatever child ends. A stop, and giving up, closes what this process listens on: bind anew. Call
+ * it before anything else makes a loop or a thread. What follows the call runs in the parent too:
+ * check the result. Source: process.fork_processes.
  *   num_processes  0 = one for each processor (tsrv_cpu_count)
  *   options        NULL = all defaults; used until the call returns
  * Returns in a worker its task id, from 0; in the parent TSRV_EPARENT when all have ended well,
@@ -5138,13 +5139,17 @@ static void tsrvi_handed_adopt(int count)
 /* "3,7,": of these sockets the program before this one has made the files. */
 static void tsrvi_handed_read_files(const char *text)
 {
-    while (text != NULL && *text >= '0' && *text <= '9') {
-        long fd = strtol(text, NULL, 10);
-        if (fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + TSRVI_HANDED_MAX) {
-            tsrvi_handed.file[fd - TSRVI_LISTEN_FIRST] = true;
+    int fd = 0;
+    for (; text != NULL && *text != 0 && fd < TSRVI_HANDED_MAX; text++) {
+        if (*text >= '0' && *text <= '9') {
+            fd = fd * 10 + (*text - '0');
+        } else {
+            fd -= TSRVI_LISTEN_FIRST;
+            if (fd >= 0 && fd < TSRVI_HANDED_MAX) {
+                tsrvi_handed.file[fd] = true;
+            }
+            fd = 0;
         }
-        text = strchr(text, ',');
-        text = text == NULL ? NULL : text + 1;
     }
 }
 
@@ -12548,8 +12553,8 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
     tsrvi_worker_hear(loop);
 }
 
-/* tsrv_loop_run has returned: a chief that turns no more hears nothing. Another loop takes its place
- * at its next beat; until then, and where there is none, signals have their own effect. */
+/* tsrv_loop_run has returned: a chief that turns no more hears nothing. Another loop takes its
+ * place at its next beat; until then, and where there is none, signals have their own effect. */
 static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     unsigned char signo = 0;
@@ -12630,9 +12635,9 @@ static bool tsrvi_identity_is_assumed(const tsrvi_identity *identity)
            (identity->uid == 0 || TSRV_SYS(seteuid, (0)) < 0);
 }
 
-/* Become that user, for good. Root that is only laid aside is taken up first, or the saved ids would
- * keep it; the supplementary groups go before it, as only root may change them; and what was done is
- * looked at: setuid(2) has been known not to. */
+/* Become that user, for good. Root that is only laid aside is taken up first, or the saved ids
+ * would keep it; the supplementary groups go before it, as only root may change them; and what was
+ * done is looked at: setuid(2) has been known not to. */
 static int tsrvi_identity_assume(const tsrvi_identity *identity)
 {
     gid_t gid = identity->gid;
