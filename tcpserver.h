@@ -12558,18 +12558,22 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
 static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     unsigned char signo = 0;
+    bool missed;
     if (loop != __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
         return;
     }
+    __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
+    tsrvi_poller_set(&loop->poller, &tsrvi_worker.line, 0);
+    missed = tsrvi_worker.line.fd >= 0 &&
+             TSRV_SYS(recv, (tsrvi_worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1 &&
+             __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY &&
+             !tsrvi_worker_is_watched(signo);
     for (int i = 0; i < 4; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }
-    tsrvi_poller_set(&loop->poller, &tsrvi_worker.line, 0);
-    __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
-    if (tsrvi_worker.line.fd >= 0 &&
-        TSRV_SYS(recv, (tsrvi_worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1) {
-        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo)); /* it was told at this very moment */
+    if (missed) { /* it was told at this very moment */
+        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo));
     }
 }
 
@@ -13037,7 +13041,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     tsrvi_place_own->refused = tsrvi_identity_assume(&s->identity);
     tsrvi_worker_follow_parent();
     if (tsrvi_place_own->refused < 0 || TSRV_SYS(getppid, ()) != parent) {
-        TSRV_SYS(_exit, (1)); /* or it died before it could be asked to tell */
+        TSRV_SYS(_exit, (tsrvi_place_own->refused < 0)); /* or the parent has died meanwhile */
     }
     s->born = child;
     tsrvi_chief = NULL;
