@@ -899,10 +899,18 @@ static bool has_lost_parent(void *unused)
     return getppid() != __atomic_load_n(&board->value, __ATOMIC_ACQUIRE);
 }
 
+static bool all_have_begun(void *unused)
+{
+    (void)unused;
+    return __atomic_load_n(&board->held, __ATOMIC_ACQUIRE) == workers;
+}
+
 static void lose_parent(tsrv_server *server, void *context)
 {
     (void)server, (void)context;
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
     if (tsrv_task_id() == 0) {
+        CHECK(t_wait_until(all_have_begun, NULL)); /* or its end finds one that is no worker yet */
         CHECK(kill(__atomic_load_n(&board->value, __ATOMIC_ACQUIRE), SIGKILL) == 0);
     }
     CHECK(t_wait_until(has_lost_parent, NULL));
