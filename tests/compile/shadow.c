@@ -30,7 +30,11 @@ static const struct {
     const char *name;
     shadow_function function;
 } shadow_functions[] = {
+#ifdef __cplusplus
+#define FUNCTION(name) {#name, reinterpret_cast<shadow_function>(name)},
+#else
 #define FUNCTION(name) {#name, (shadow_function)name},
+#endif
 #include "functions.inc"
 #undef FUNCTION
 };
