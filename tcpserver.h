@@ -1786,14 +1786,17 @@ static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
 
 /* ---- the default logger ----------------------------------------------------*/
 
-/* Lines that peers can cause, by kind. */
+/* Lines that peers can cause, or a fault that lasts, by kind. */
 enum {
     TSRVI_LOG_HANDLER, /* handlers that failed */
     TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
+    TSRVI_LOG_NOTIFY,  /* a service manager that cannot be told */
+    TSRVI_LOG_WAIT,    /* ends of processes that cannot be learnt */
     TSRVI_LOG_KINDS
 };
 
-static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS"};
+static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS",
+                                                             "NOTIFY_SOCKET", "waitpid"};
 
 #define TSRVI_LOG_RATE 10u        /* lines of a kind in a window */
 #define TSRVI_LOG_WINDOW 1000u    /* in milliseconds; twice as long after each that was exceeded */
@@ -4499,7 +4502,7 @@ static void tsrvi_co_free(tsrvi_co *co)
     tsrvi_stack_give(loop, co->stack, co->stack_size);
 }
 
-static void tsrvi_co_resume(tsrvi_co *co)
+static inline void tsrvi_co_resume(tsrvi_co *co)
 {
     tsrv_loop *loop = co->loop;
     loop->co = co;
@@ -4816,7 +4819,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     return TSRV_ENOTSUP;
 }
 
-static void tsrvi_co_resume(tsrvi_co *co)
+static inline void tsrvi_co_resume(tsrvi_co *co)
 {
     (void)co;
 }
@@ -5346,12 +5349,23 @@ static bool tsrvi_file_is(const char *path, dev_t device, ino_t inode)
 static void tsrvi_bound_unlink(const tsrvi_bound_socket *bound)
 {
     tsrvi_sockaddr inside;
+    struct stat info;
     socklen_t size = sizeof(inside);
+    const char *path = inside.local.sun_path;
     memset(&inside, 0, sizeof(inside)); /* which ends the path */
-    if (bound->has_file && !tsrvi_handed_waits() &&
-        TSRV_SYS(getsockname, (bound->fd, &inside.any, &size)) == 0 &&
-        tsrvi_file_is(inside.local.sun_path, bound->file_device, bound->file_inode)) {
-        TSRV_SYS(unlink, (inside.local.sun_path));
+    if (!bound->has_file || tsrvi_handed_waits()) {
+        return;
+    }
+    /* Whatever else has its name by now stays. A link is not followed. */
+    if (TSRV_SYS(getsockname, (bound->fd, &inside.any, &size)) == 0 &&
+        TSRV_SYS(lstat, (path, &info)) == 0 &&
+        (info.st_dev != bound->file_device || info.st_ino != bound->file_inode ||
+         TSRV_SYS(unlink, (path)) == 0)) {
+        return;
+    }
+    if (errno != ENOENT) {
+        tsrvi_log(TSRV_LOG_WARNING, "the file of a socket stays, unix:%s: %s", path,
+                  tsrv_strerror(tsrvi_error()));
     }
 }
 
@@ -5561,6 +5575,18 @@ TSRV_API int tsrv_listen_fds(int *fds, int capacity)
         tsrvi_bound_adopt(fds[i]);
     }
     return code;
+}
+
+#define TSRVI_FD_NAME_SIZE 256 /* bytes: systemd's names have at most 255 */
+
+/* The name of a descriptor that was handed over to this process; "" = it was not. */
+static const char *tsrvi_handed_name(int fd, char *buffer, size_t size)
+{
+    bool handed;
+    tsrvi_lock(&tsrvi_handed.lock);
+    handed = fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + tsrvi_handed.count;
+    tsrvi_unlock(&tsrvi_handed.lock);
+    return tsrv_listen_fd_name(handed ? fd : -1, buffer, size);
 }
 
 TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
@@ -10909,6 +10935,15 @@ static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool
     }
 }
 
+static bool tsrvi_server_listens(const tsrv_server *server)
+{
+    const tsrvi_listener *listener = server->listeners;
+    while (listener != NULL && listener->io.fd < 0) {
+        listener = listener->next;
+    }
+    return listener != NULL;
+}
+
 /* on_start comes before the first connection. */
 static void tsrvi_server_begin(tsrv_server *server)
 {
@@ -11888,7 +11923,7 @@ static void tsrvi_server_run(tsrvi_task *task)
     }
     if (server->freed && empty) {
         tsrvi_server_destroy(server);
-    } else if (!server->freed) {
+    } else if (!server->freed && tsrvi_server_listens(server)) { /* not stopped before its turn */
         tsrvi_server_begin(server);
     }
 }
@@ -12196,10 +12231,12 @@ static void tsrvi_tell_predecessor(void)
 
 #define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
-/* READY=1 did not fit into the service manager's queue: without it the service would be ended. */
+/* READY=1 was not taken, as when the service manager's queue is full: without it the service would
+ * be ended. */
 static bool tsrvi_notify_owes;
 
-static int tsrvi_notify(const char *state)
+/* Returns 1, 0 when nobody wants to know, or a code. */
+static int tsrvi_notify_send(const char *state)
 {
     const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
     char text[TSRVI_NOTIFY_SIZE + 64], stamp[64] = "";
@@ -12228,10 +12265,20 @@ static int tsrvi_notify(const char *state)
              ? tsrvi_error()
              : 1;
     tsrvi_close_fd(fd);
-    if (strcmp(state, "READY=1") == 0) {
-        tsrvi_notify_owes = rc == -EAGAIN || rc == -ENOBUFS;
-    }
     return rc;
+}
+
+static void tsrvi_notify(const char *state)
+{
+    int rc = tsrvi_notify_send(state);
+    if (rc < 0) {
+        tsrvi_log_limited(TSRVI_LOG_NOTIFY, TSRV_LOG_WARNING,
+                          "NOTIFY_SOCKET: the service manager cannot be told %s: %s", state,
+                          tsrv_strerror(rc));
+    }
+    if (strcmp(state, "READY=1") == 0) {
+        tsrvi_notify_owes = rc < 0;
+    }
 }
 
 static void tsrvi_notify_again(void)
@@ -12246,7 +12293,7 @@ TSRV_API int tsrv_notify(const char *state)
     if (strncmp(state, "READY=1", 7) == 0) {
         tsrvi_tell_predecessor();
     }
-    return tsrvi_notify(state);
+    return tsrvi_notify_send(state);
 }
 
 /* How often the service manager wants to hear from this process; TSRVI_FOREVER = never. See
@@ -12599,36 +12646,70 @@ typedef struct tsrvi_identity {
     bool wanted; /* false = the process stays who it is */
 } tsrvi_identity;
 
-/* Look up a user and a group, by name or number; NULL = the present user, the user's group. */
-static int tsrvi_identity_find(const char *user, const char *group, tsrvi_identity *identity)
+/* Say why a user or a group was not found: errno is 0 when the files were read and do not have it,
+ * getpwnam(3); some systems use these instead. Returns the code. */
+static int tsrvi_identity_missing(const char *kind, const char *name)
+{
+    if (errno == 0 || errno == ENOENT || errno == ESRCH) {
+        tsrvi_log(TSRV_LOG_ERROR, "%s: \"%s\" is not known", kind, name);
+        return TSRV_EINVAL;
+    }
+    tsrvi_log(TSRV_LOG_ERROR, "%s: \"%s\" cannot be looked up: %s", kind, name,
+              tsrv_strerror(tsrvi_error()));
+    return tsrvi_error();
+}
+
+/* Look up a user, by name or number. Who has no name is known by the number if there is a group. */
+static int tsrvi_identity_find_user(const char *user, bool has_group, tsrvi_identity *identity)
 {
     int64_t number = tsrvi_decimal(user, INT_MAX);
-    const struct passwd *entry = NULL;
-    const struct group *wanted = group == NULL ? NULL : TSRV_SYS(getgrnam, (group));
-    memset(identity, 0, sizeof(*identity));
-    identity->wanted = user != NULL || group != NULL;
-    identity->uid = number >= 0 ? (uid_t)number : TSRV_SYS(geteuid, ());
-    if (user != NULL && (entry = TSRV_SYS(getpwnam, (user))) == NULL && number >= 0) {
+    const struct passwd *entry;
+    errno = 0;
+    entry = TSRV_SYS(getpwnam, (user));
+    if (entry == NULL && number >= 0) {
+        errno = 0;
         entry = TSRV_SYS(getpwuid, ((uid_t)number));
     }
     if (entry != NULL) {
         snprintf(identity->name, sizeof(identity->name), "%s", entry->pw_name);
         identity->uid = entry->pw_uid;
         identity->gid = entry->pw_gid;
-    }
-    if (user != NULL && entry == NULL && (number < 0 || group == NULL)) {
-        tsrvi_log(TSRV_LOG_ERROR, "user: \"%s\" is not known", user);
-        return TSRV_EINVAL;
-    }
-    number = tsrvi_decimal(group, INT_MAX);
-    if (group != NULL && wanted == NULL && number < 0) {
-        tsrvi_log(TSRV_LOG_ERROR, "group: \"%s\" is not known", group);
-        return TSRV_EINVAL;
-    }
-    if (group != NULL) {
-        identity->gid = wanted != NULL ? wanted->gr_gid : (gid_t)number;
+    } else if (number >= 0 && has_group) {
+        identity->uid = (uid_t)number;
+    } else {
+        return tsrvi_identity_missing("user", user);
     }
     return TSRV_OK;
+}
+
+/* Look up a group, by name or number. */
+static int tsrvi_identity_find_group(const char *group, tsrvi_identity *identity)
+{
+    int64_t number = tsrvi_decimal(group, INT_MAX);
+    const struct group *entry;
+    errno = 0;
+    entry = TSRV_SYS(getgrnam, (group));
+    if (entry == NULL && number < 0) {
+        return tsrvi_identity_missing("group", group);
+    }
+    identity->gid = entry != NULL ? entry->gr_gid : (gid_t)number;
+    return TSRV_OK;
+}
+
+/* Look up both; NULL = the present user, the user's group. */
+static int tsrvi_identity_find(const char *user, const char *group, tsrvi_identity *identity)
+{
+    int rc = TSRV_OK;
+    memset(identity, 0, sizeof(*identity));
+    identity->wanted = user != NULL || group != NULL;
+    identity->uid = TSRV_SYS(geteuid, ());
+    if (user != NULL) {
+        rc = tsrvi_identity_find_user(user, group != NULL, identity);
+    }
+    if (rc == TSRV_OK && group != NULL) {
+        rc = tsrvi_identity_find_group(group, identity);
+    }
+    return rc;
 }
 
 /* Is the process this user, without a way back to root? */
@@ -13514,27 +13595,47 @@ static int tsrvi_upgrade_set(const char *name, long value)
     return TSRV_SYS(setenv, (name, number, 1)) < 0 ? tsrvi_error() : TSRV_OK;
 }
 
-/* Name the sockets whose files go with them; asked before the fork, as a child owns none. */
-static void tsrvi_upgrade_name_files(const tsrvi_supervisor *s, char *text, size_t size)
+/* What the new program is told of the sockets. */
+typedef struct tsrvi_upgrade {
+    int *moved;  /* room for one descriptor more than there are */
+    char *files; /* those whose files go with them: "3,7," */
+    char *names; /* LISTEN_FDNAMES: those that the service manager has given them */
+} tsrvi_upgrade;
+
+/* Learn it, before the fork, as a child owns none. All is in one piece of memory, at `moved`. */
+static int tsrvi_upgrade_describe(const tsrvi_supervisor *s, tsrvi_upgrade *upgrade)
 {
-    size_t used = 0;
-    text[0] = 0;
-    for (int i = 0; i < s->fd_count && used + 16 < size; i++) {
-        if (tsrvi_bound_has_file(s->fds[i])) {
-            used += (size_t)snprintf(text + used, size - used, "%d,", TSRVI_LISTEN_FIRST + i);
-        }
+    size_t count = (size_t)s->fd_count, files_size = 12 * count + 1,
+           names_size = TSRVI_FD_NAME_SIZE * count + 1, used = 0, named = 0;
+    upgrade->moved =
+        (int *)TSRV_MALLOC((count + 1) * sizeof(*upgrade->moved) + files_size + names_size);
+    if (upgrade->moved == NULL) {
+        return -ENOMEM;
     }
+    upgrade->files = (char *)(upgrade->moved + count + 1);
+    upgrade->names = upgrade->files + files_size;
+    upgrade->files[0] = upgrade->names[0] = 0;
+    for (int i = 0; i < s->fd_count; i++) {
+        char name[TSRVI_FD_NAME_SIZE];
+        if (tsrvi_bound_has_file(s->fds[i])) {
+            used += (size_t)snprintf(upgrade->files + used, files_size - used, "%d,",
+                                     TSRVI_LISTEN_FIRST + i);
+        }
+        named +=
+            (size_t)snprintf(upgrade->names + named, names_size - named, "%s%s", i == 0 ? "" : ":",
+                             tsrvi_handed_name(s->fds[i], name, sizeof(name)));
+    }
+    return TSRV_OK;
 }
 
-/* Become the new program, in the child; does not return.
- *   moved  room for one descriptor more than there are sockets
- *   files  which of them have files; see tsrvi_upgrade_name_files */
-static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved, const char *files)
+/* Become the new program, in the child; does not return. */
+static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, const tsrvi_upgrade *upgrade)
 {
-    int count = s->fd_count, rc = tsrvi_upgrade_place(s, ready, moved);
+    int count = s->fd_count, rc = tsrvi_upgrade_place(s, ready, upgrade->moved);
     long pid = (long)TSRV_SYS(getpid, ());
-    TSRV_SYS(unsetenv, ("LISTEN_FDNAMES"));
-    if (rc == TSRV_OK && TSRV_SYS(setenv, (TSRVI_FILES_VARIABLE, files, 1)) < 0) {
+    if (rc == TSRV_OK && (TSRV_SYS(setenv, (TSRVI_FILES_VARIABLE, upgrade->files, 1)) < 0 ||
+                          (TSRV_SYS(getenv, ("LISTEN_FDNAMES")) != NULL &&
+                           TSRV_SYS(setenv, ("LISTEN_FDNAMES", upgrade->names, 1)) < 0))) {
         rc = tsrvi_error();
     }
     if (rc == TSRV_OK && (rc = tsrvi_upgrade_set("LISTEN_FDS", count)) == TSRV_OK &&
@@ -13553,20 +13654,18 @@ static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, int *moved,
 static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    int *moved = (int *)TSRV_MALLOC(((size_t)s->fd_count + 1) * sizeof(*moved));
-    int fds[2], rc = moved == NULL ? -ENOMEM : tsrvi_pipe(fds);
+    tsrvi_upgrade upgrade;
+    int fds[2], rc = tsrvi_upgrade_describe(s, &upgrade);
     sigset_t all, mask;
-    char files[512];
     pid_t pid = -1;
-    tsrvi_upgrade_name_files(s, files, sizeof(files));
-    if (rc == TSRV_OK) {
+    if (rc == TSRV_OK && (rc = tsrvi_pipe(fds)) == TSRV_OK) {
         TSRV_SYS(sigfillset, (&all));
         TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
         pid = TSRV_SYS(fork, ());
         if (pid == 0) {
             tsrvi_supervisor_uninstall(s);
             TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
-            tsrvi_upgrade_exec(s, fds[1], moved, files);
+            tsrvi_upgrade_exec(s, fds[1], &upgrade);
         }
         rc = pid < 0 ? tsrvi_error() : TSRV_OK;
         TSRV_SYS(sigprocmask, (SIG_SETMASK, &mask, NULL));
@@ -13575,7 +13674,7 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
             tsrvi_close_fd(fds[0]);
         }
     }
-    TSRV_FREE(moved);
+    TSRV_FREE(upgrade.moved);
     if (rc < 0) {
         return rc;
     }
@@ -13702,6 +13801,9 @@ static void tsrvi_parent_upgrade(tsrvi_supervisor *s)
 static void tsrvi_parent_yield(tsrvi_supervisor *s)
 {
     char state[64];
+    if (s->rolling) {
+        tsrvi_notify("READY=1"); /* the reload ends with this program */
+    }
     for (int i = s->workers * TSRVI_GENERATIONS; i < s->count; i++) {
         if (s->children[i].state == TSRVI_CHILD_SERVING) {
             snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->children[i].pid);
@@ -13804,6 +13906,9 @@ static void tsrvi_supervisor_reap(tsrvi_supervisor *s)
         if (pid < 0 && errno == ECHILD) {
             s->status = SIGKILL; /* somebody else has taken its status; that it has ended is sure */
             pid = c->pid;
+        } else if (pid < 0) {
+            tsrvi_log_limited(TSRVI_LOG_WAIT, TSRV_LOG_ERROR, "waitpid: %s",
+                              tsrv_strerror(tsrvi_error()));
         }
         if (pid > 0) {
             tsrvi_child_happens(s, i, TSRVI_CHILD_ENDS);
