@@ -207,10 +207,13 @@ static void fail_while_serving(const fault_case *c)
     t_sends(fd, "unfin");
     fail_case(c, 0);
     tell(board->pids[board->pids[0] == busy], SIGKILL);
+    poke(pid);
     watch();
     reload(pid);
+    poke(pid);
     watch();
     tell(pid, SIGUSR2);
+    poke(pid);
     watch();
     check_said(c);
     check_works(pid);
@@ -228,6 +231,7 @@ static void fail_while_stopping(const fault_case *c)
     int fd = start_request();
     fail_case(c, 0);
     tell(pid, SIGTERM);
+    poke(pid);
     watch();
     check_said(c);
     end_fault();
@@ -241,6 +245,12 @@ static void fail_while_stopping(const fault_case *c)
 static bool has_begun(void)
 {
     return forks_seen() >= 2 || get(&board->results) > 0;
+}
+
+/* On a busy machine it can take a while until a program comes to the call that fails. */
+static bool has_met_it(void)
+{
+    return get(&board->failed) > 0 || has_begun();
 }
 
 /* It ends in good order; or it has ended, and said why. */
@@ -263,6 +273,7 @@ static void fail_start(const fault_case *c)
         fail_case(c, skip);
         pid_t pid = launch(program_serve);
         if (!c->once) {
+            AWAIT(has_met_it());
             watch();
             end_fault();
         }
@@ -295,6 +306,7 @@ static void fail_alone_at_start(const fault_case *c, int skip)
     fail_case(c, skip);
     pid_t pid = launch(program_alone);
     if (!c->once) {
+        AWAIT(has_met_it() || forks_seen() >= 1);
         watch();
         end_fault();
     }
