@@ -12647,6 +12647,12 @@ static void tsrvi_worker_ready(void)
 #include <grp.h>
 #include <pwd.h>
 
+#ifdef __APPLE__
+typedef int tsrvi_base_gid; /* what initgroups(3) takes */
+#else
+typedef gid_t tsrvi_base_gid;
+#endif
+
 typedef struct tsrvi_identity {
     char name[256]; /* whose supplementary groups it gets; "" = none */
     uid_t uid;
@@ -12739,7 +12745,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
         return TSRV_OK;
     }
     if (TSRV_SYS(geteuid, ()) == 0 || TSRV_SYS(seteuid, (0)) == 0) {
-        if ((identity->name[0] != 0 ? TSRV_SYS(initgroups, (identity->name, gid))
+        if ((identity->name[0] != 0 ? TSRV_SYS(initgroups, (identity->name, (tsrvi_base_gid)gid))
                                     : TSRV_SYS(setgroups, (1, &gid))) < 0 ||
             TSRV_SYS(setgid, (gid)) < 0 || TSRV_SYS(setuid, (identity->uid)) < 0) {
             rc = tsrvi_error();

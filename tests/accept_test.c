@@ -190,8 +190,8 @@ enum { OTHER_FILE, CLOSED, SHUT, OTHER_SOCKET, UNLISTENED, LOSSES };
 static void lose(int loss, int fd)
 {
     int other = loss == OTHER_FILE ? open("/dev/null", O_RDONLY | O_CLOEXEC)
-                : loss == OTHER_SOCKET ? socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0)
-                : loss == UNLISTENED ? socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0) : -1;
+                : loss == OTHER_SOCKET ? socket(AF_INET, SOCK_DGRAM, 0)
+                : loss == UNLISTENED ? socket(AF_INET, SOCK_STREAM, 0) : -1;
     if (other >= 0) {
         CHECK(dup2(other, fd) == fd);
         CHECK(close(other) == 0);

@@ -578,6 +578,7 @@ static inline bool no_child_left(void *unused)
     return waitpid(-1, NULL, WNOHANG) < 0 && errno == ECHILD;
 }
 
+#ifdef __linux__
 /* Starts the program as process 1 of a namespace, and returns its pid here. What makes the namespace is
  * a process of its own, which could not fork any more once process 1 has ended. */
 static inline pid_t launch_as_process_1(int (*program)(void))
@@ -607,6 +608,13 @@ static inline pid_t launch_as_process_1(int (*program)(void))
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     return board->pids[PIDS - 1];
 }
+#else
+static inline pid_t launch_as_process_1(int (*program)(void))
+{
+    (void)program;
+    SKIP("PID namespaces (Linux)");
+}
+#endif
 
 /* ---- clients ------------------------------------------------------------------------------*/
 
