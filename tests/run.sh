@@ -1,30 +1,40 @@
 #!/bin/sh
-# Runs test programs, eight at once, and adds up what they say: most of their time is spent waiting.
+# Runs test programs, each in three parts and eight of these at once, and adds up what they say: most of their time
+# is spent waiting.
 #   tests/run.sh 'command in front, or empty' 'backend, or empty' program...
 front=$1 backend=$2
 shift 2
 logs=$(mktemp -d) || exit 1
 trap 'rm -rf "$logs"' EXIT
-printf '%s\n' "$@" | FRONT=$front BACKEND=$backend LOGS=$logs xargs -P 8 -I PROGRAM sh -c '
+for program in "$@"; do
+    for part in 0 1 2; do echo "$program $part"; done
+done | FRONT=$front BACKEND=$backend LOGS=$logs xargs -P 8 -n 2 sh -c '
+    log=$LOGS/$(basename "$0").$1
     begin=$(date +%s)
-    $FRONT PROGRAM ${BACKEND:+--backend "$BACKEND"} >"$LOGS/$(basename PROGRAM)" 2>&1
-    echo $? >"$LOGS/$(basename PROGRAM).status"
-    echo $(($(date +%s) - begin)) >"$LOGS/$(basename PROGRAM).seconds"'
+    $FRONT "$0" --part "$1/3" ${BACKEND:+--backend "$BACKEND"} >"$log" 2>&1
+    echo $? >"$log.status"
+    echo $(($(date +%s) - begin)) >"$log.seconds"'
 passed=0 failed=0 skipped=0
 for program in "$@"; do
     name=$(basename "$program")
-    status=$(cat "$logs/$name.status")
-    last=$(tail -n 1 "$logs/$name")
-    if echo "$last" | grep -qE '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$'; then
-        eval "$(echo "$last" | sed 's/\([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) .*/p=\1 f=\2 s=\3/')"
-        passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-        [ "$status" -eq 0 ] || [ "$f" -ne 0 ] || failed=$((failed + 1))
-    else
-        last="ended with status $status and no summary"
-        failed=$((failed + 1))
-    fi
-    echo "$name: $last, $(cat "$logs/$name.seconds") s"
-    [ "$status" -eq 0 ] || sed '$d' "$logs/$name"
+    all_p=0 all_f=0 all_s=0 seconds=0
+    for part in 0 1 2; do
+        log=$logs/$name.$part
+        status=$(cat "$log.status")
+        last=$(tail -n 1 "$log")
+        seconds=$((seconds + $(cat "$log.seconds")))
+        if echo "$last" | grep -qE '^[0-9]+ passed, [0-9]+ failed, [0-9]+ skipped$'; then
+            eval "$(echo "$last" | sed 's/\([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) .*/p=\1 f=\2 s=\3/')"
+            [ "$status" -eq 0 ] || [ "$f" -ne 0 ] || f=1
+        else
+            p=0 f=1 s=0
+            echo "$name: ended with status $status and no summary"
+        fi
+        all_p=$((all_p + p)) all_f=$((all_f + f)) all_s=$((all_s + s))
+        sed '$d' "$log"
+    done
+    echo "$name: $all_p passed, $all_f failed, $all_s skipped, $seconds s"
+    passed=$((passed + all_p)) failed=$((failed + all_f)) skipped=$((skipped + all_s))
 done
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]

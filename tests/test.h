@@ -642,7 +642,7 @@ static inline void t_run(t_case *c)
 static const char *const t_backend_names[] = {"best", "epoll", "kqueue", "poll"};
 
 pid_t t_child; /* 0 = none */
-int t_passed, t_failed, t_skipped;
+int t_number, t_passed, t_failed, t_skipped;
 
 static inline int t_open_fds(void)
 {
@@ -765,6 +765,7 @@ static inline void t_run_variant(const t_test *test, const char *label, bool sho
 typedef struct t_choice {
     const char *filter;  /* a part of the label; NULL = all */
     const char *backend; /* NULL = all */
+    int part, parts;     /* every so manieth of them, so that several processes share them */
     bool list;
 } t_choice;
 
@@ -795,6 +796,9 @@ static inline void t_run_test(const t_test *test, const t_choice *choice, const 
                 strcmp(choice->backend, t_backend_names[t_backend]) != 0) {
                 continue;
             }
+            if (t_number++ % choice->parts != choice->part) {
+                continue;
+            }
             if (choice->list) {
                 puts(label);
             } else {
@@ -814,12 +818,15 @@ int main(int argc, char **argv)
         TSRV_BACKEND_KQUEUE,
 #endif
         TSRV_BACKEND_POLL};
-    t_choice choice = {NULL, NULL, false};
+    t_choice choice = {NULL, NULL, 0, 1, false};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--list") == 0) {
             choice.list = true;
         } else if (strcmp(argv[i], "--backend") == 0 && i + 1 < argc) {
             choice.backend = argv[++i];
+        } else if (strcmp(argv[i], "--part") == 0 && i + 1 < argc &&
+                   sscanf(argv[i + 1], "%d/%d", &choice.part, &choice.parts) == 2 && choice.parts > 0) {
+            i++;
         } else {
             choice.filter = argv[i];
         }
