@@ -2502,8 +2502,15 @@ enum {
     NEXT_ONE_CRASHES,    /* the second */
     NEXT_PARENT_EXITS_0, /* its parent, 50 ms after its workers accept */
     NEXT_PARENT_CRASHES,
-    NEXT_IS_SLOW /* before it serves, until board->go */
+    NEXT_IS_SLOW,     /* before it serves, until board->go */
+    NEXT_TWO_FILES,   /* serves on the unix sockets of program_two_files */
+    NEXT_TWO_SERVERS, /* is program_two_servers */
+    NEXT_MANY_FILES   /* is program_many_files */
 };
+
+static int program_two_files(void);
+static int program_two_servers(void);
+static int program_many_files(void);
 
 static char *next_argv[2];
 static tsrv_timer next_timer;
@@ -2553,9 +2560,47 @@ static void next_start(tsrv_server *server, void *context)
     }
 }
 
+enum { SIGNALS = 32, BLOCKED = 1, IGNORED = 2, HANDLED = 4 };
+
+/* What comes of each signal here. */
+static void note_signals(int *facts)
+{
+    struct sigaction action;
+    sigset_t mask;
+    CHECK(sigprocmask(SIG_SETMASK, NULL, &mask) == 0);
+    for (int signo = 1; signo < SIGNALS; signo++) {
+        CHECK(sigaction(signo, NULL, &action) == 0);
+        facts[signo] = (sigismember(&mask, signo) ? BLOCKED : 0) |
+                       (action.sa_handler == SIG_IGN   ? IGNORED
+                        : action.sa_handler == SIG_DFL ? 0
+                                                       : HANDLED);
+    }
+}
+
+/* The log says how the sockets are called that were handed over. */
+static void note_names(void)
+{
+    char name[300];
+    tsrv_address address;
+    for (int fd = 3; tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK; fd++) {
+        tsrvi_log(TSRV_LOG_INFO, "port %d is named \"%s\"", tsrv_address_port(&address),
+                  tsrv_listen_fd_name(fd, name, sizeof name));
+    }
+}
+
+static int run_next(int how)
+{
+    return how == NEXT_TWO_FILES     ? program_two_files()
+           : how == NEXT_TWO_SERVERS ? program_two_servers()
+           : how == NEXT_MANY_FILES  ? program_many_files()
+                                     : program_serve();
+}
+
 static int program_next(void)
 {
     int how = get(&board->next.how);
+    note_signals(board->facts);
+    note_names();
     put(&board->next.pid, (int)getpid());
     __atomic_add_fetch(&board->next.count, 1, __ATOMIC_ACQ_REL);
     if (how == NEXT_EXITS_0 || how == NEXT_EXITS_1) {
@@ -2571,7 +2616,7 @@ static int program_next(void)
     workers = board->next.workers;
     server_options.on_start = next_start;
     server_options.bind = &bind_options;
-    return program_serve();
+    return run_next(how);
 }
 
 /* This file again, started by an upgrade: found by its variable before the tests begin. The variable is
@@ -2590,6 +2635,7 @@ __attribute__((constructor(200))) static void be_upgraded(void)
     map_board(fd);
     t_close(fd);
     unix_path = local[0] != 0 ? local : NULL;
+    snprintf(directory, sizeof directory, "%.*s", (int)(strrchr(path, '/') - path), path);
     bind_options.reuse_port = reuse != 0;
     pthread_atfork(NULL, NULL, forked);
     in_program = true;
@@ -2669,12 +2715,17 @@ static void check_upgraded(pid_t old, int count)
     AWAIT(no_child_left(NULL)); /* orphans of programs that have failed are buried here */
 }
 
-static void upgrade(pid_t pid)
+static void upgrade_to(pid_t pid, int how)
 {
     put(&board->value, IS_FINE);
-    put(&board->next.how, NEXT_SERVES);
+    put(&board->next.how, how);
     put(&board->version, 100);
     tell(pid, SIGUSR2);
+}
+
+static void upgrade(pid_t pid)
+{
+    upgrade_to(pid, NEXT_SERVES);
 }
 
 /* Orphans of the new program are ours, and buried here. */
@@ -3238,5 +3289,433 @@ TEST_ONCE(an_upgrade_whose_calls_fail_is_given_up)
     upgrade(pid);
     check_upgraded(pid, 2);
     CHECK(unsetenv("WATCHDOG_PID") == 0);
+    end_upgradable();
+}
+
+/* ---- what an upgraded program finds --------------------------------------------------------*/
+
+static bool says(const char *text)
+{
+    return strstr(board->log, text) != NULL;
+}
+
+/* The old program leaves, and the new one then ends in good order. */
+static void check_taken(pid_t old)
+{
+    CHECK_INT(await_end(old), 0);
+    pid_t next = (pid_t)get(&board->next.pid);
+    check_served();
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    AWAIT(no_child_left(NULL));
+}
+
+static void spoil_two(void)
+{
+    spoiled = SIGALRM;
+    block_spoiled();
+    spoiled = SIGHUP;
+    ignore_spoiled();
+}
+
+/* Its mask and what it ignores are the host's, and no handler is left. */
+TEST_ONCE(an_upgraded_program_has_the_signals_of_the_host)
+{
+    static const int kinds[] = {SIGCHLD, SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGUSR1, SIGUSR2, SIGPIPE};
+    int facts[SIGNALS];
+    begin_upgradable();
+    before_program = spoil_two;
+    note_signals(facts);
+    facts[SIGALRM] |= BLOCKED;
+    facts[SIGHUP] |= IGNORED;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    upgrade(pid);
+    check_upgraded(pid, 2);
+    for (int signo = 1; signo < SIGNALS; signo++) {
+        CHECK_INT(board->facts[signo] & BLOCKED, facts[signo] & BLOCKED);
+    }
+    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+        CHECK_INT(board->facts[kinds[i]], facts[kinds[i]]);
+    }
+    end_upgradable();
+}
+
+/* The new program ends itself while the old one drains: that is no business of the old one's any more. */
+TEST_ONCE(a_new_program_that_ends_during_the_drain_of_the_old_one_disturbs_nobody)
+{
+    static const int signals[] = {SIGTERM, SIGKILL};
+    for (int i = 0; i < 2; i++) {
+        begin_upgradable();
+        fork_options.grace_ms = NEVER_DUE_MS;
+        pid_t pid = launch(program_serve);
+        await_forks(2);
+        int fd = start_request();
+        upgrade(pid);
+        AWAIT(says("this program ends"));
+        pid_t next = (pid_t)get(&board->next.pid);
+        tell(next, signals[i]);
+        AWAIT(is_refused());
+        for (int k = 0; k < 3; k++) {
+            advance(pid, STEP_MS);
+        }
+        check_rests();
+        CHECK_INT(waitpid(pid, NULL, WNOHANG), 0);
+        finish_request(fd);
+        CHECK_INT(await_end(pid), 0);
+        AWAIT(no_child_left(NULL));
+        end_upgradable();
+    }
+}
+
+/* After an upgrade everything old ends already, but nobody has asked for that: the first signal is not
+ * the second. */
+TEST_LOOP(the_first_signal_after_an_upgrade_cuts_no_grace)
+{
+    begin_upgradable();
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int first = start_request();
+    int second = start_request();
+    upgrade(pid);
+    AWAIT(says("this program ends"));
+    tell(pid, SIGTERM);
+    AWAIT(says("everything ends already"));
+    poke(pid);
+    finish_request(first);
+    tell(pid, SIGTERM);
+    check_cut(second);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+/* The predecessor is dead: who has nobody to leave the place to makes its workers good, and the file of
+ * its socket goes with it. */
+TEST_ONCE(a_new_program_whose_predecessor_is_dead_is_on_its_own)
+{
+    use_unix_socket();
+    begin_upgradable();
+    board->next.how = NEXT_IS_SLOW;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    tell(pid, SIGKILL);
+    await_end(pid);
+    AWAIT(is_gone(board->pids[0]) && is_gone(board->pids[1]));
+    put(&board->go, 1);
+    await_forks(4);
+    tell(board->pids[2], SIGKILL);
+    await_forks(5);
+    check_served();
+    pid_t next = (pid_t)get(&board->next.pid);
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    CHECK(access(unix_path, F_OK) != 0 && errno == ENOENT);
+    check_no_child();
+    end_upgradable();
+}
+
+/* Two servers, of two ports, in the same workers. */
+static int program_two_servers(void)
+{
+    if (server_options.on_start == NULL) {
+        server_options.on_start = on_start;
+    }
+    tsrv_server *first = new_bound_server(), *second;
+    tsrv_address address;
+    server_options.on_start = nothing_in_start;
+    second = new_server();
+    CHECK_INT(tsrv_server_bind(second, board->second_port, "127.0.0.1", &bind_options), TSRV_OK);
+    CHECK_INT(tsrv_server_address(second, 0, &address), TSRV_OK);
+    put(&board->second_port, tsrv_address_port(&address));
+    int rc = tsrv_server_start(first, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_server_start(second, 1, NULL), TSRV_OK);
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(second);
+    tsrv_server_free(first);
+    return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
+}
+
+TEST_ONCE(an_upgrade_hands_the_ports_of_two_servers_over)
+{
+    begin_upgradable();
+    pid_t pid = launch(program_two_servers);
+    await_forks(2);
+    int ports[2] = {board->port, board->second_port};
+    upgrade_to(pid, NEXT_TWO_SERVERS);
+    CHECK_INT(await_end(pid), 0);
+    pid_t next = (pid_t)get(&board->next.pid);
+    for (int i = 0; i < 2; i++) {
+        put(&board->port, ports[i]);
+        CHECK_INT(parent_that_answers(), next);
+    }
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    CHECK(is_refused());
+    check_no_child();
+    end_upgradable();
+}
+
+/* ---- sockets of a service manager over an upgrade ------------------------------------------*/
+
+static void close_above_2(void)
+{
+    for (int fd = 3; fd < T_MAX_FD; fd++) {
+        close(fd);
+    }
+}
+
+/* As a service manager hands so many sockets over, which are open from 3 on. */
+static void set_handed(int count)
+{
+    char text[24];
+    snprintf(text, sizeof text, "%ld", (long)getpid());
+    CHECK(setenv("LISTEN_PID", text, 1) == 0);
+    snprintf(text, sizeof text, "%d", count);
+    CHECK(setenv("LISTEN_FDS", text, 1) == 0);
+}
+
+/* One server on two unix sockets. */
+static int program_two_files(void)
+{
+    char second[120];
+    if (server_options.on_start == NULL) {
+        server_options.on_start = on_start;
+    }
+    tsrv_server *server = new_bound_server();
+    snprintf(second, sizeof second, "unix:%s", path_of("second"));
+    CHECK_INT(tsrv_server_bind(server, 0, second, &bind_options), TSRV_OK);
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    rc = rc == TSRV_OK ? tsrv_loop_run(NULL) : rc;
+    tsrv_server_free(server);
+    return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
+}
+
+/* A listening socket that the library knows nothing of.
+ *   path  of a unix socket; NULL = of a port, which is kept there */
+static int listen_plainly(const char *path, int *port_number)
+{
+    struct sockaddr_un local;
+    struct sockaddr_in tcp;
+    socklen_t size = sizeof tcp;
+    int fd = socket(path != NULL ? AF_UNIX : AF_INET, SOCK_STREAM, 0);
+    memset(&local, 0, sizeof local);
+    memset(&tcp, 0, sizeof tcp);
+    local.sun_family = AF_UNIX;
+    tcp.sin_family = AF_INET;
+    tcp.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (path != NULL) {
+        CHECK(snprintf(local.sun_path, sizeof local.sun_path, "%s", path) > 0);
+        CHECK(bind(fd, (struct sockaddr *)&local, sizeof local) == 0);
+    } else {
+        CHECK(bind(fd, (struct sockaddr *)&tcp, sizeof tcp) == 0);
+        CHECK(getsockname(fd, (struct sockaddr *)&tcp, &size) == 0);
+        put(port_number, ntohs(tcp.sin_port));
+    }
+    CHECK(listen(fd, 10) == 0);
+    return fd;
+}
+
+static int program_handed_file(void)
+{
+    CHECK_INT(listen_plainly(unix_path, NULL), 3);
+    set_handed(1);
+    return program_two_files();
+}
+
+/* The file of a socket that the service manager has made is the manager's: it stays, while our own goes. */
+TEST_ONCE(the_file_of_a_service_managers_socket_stays)
+{
+    use_unix_socket();
+    begin_upgradable();
+    before_program = close_above_2;
+    pid_t pid = launch(program_handed_file);
+    await_forks(2);
+    for (int i = 0; i < 2; i++) {
+        put(&board->next.count, 0);
+        upgrade_to(pid, NEXT_TWO_FILES);
+        AWAIT(get(&board->next.count) == 1);
+        CHECK_INT(await_end(pid), 0);
+        pid = (pid_t)get(&board->next.pid);
+        CHECK(access(unix_path, F_OK) == 0 && access(path_of("second"), F_OK) == 0);
+        CHECK_INT(parent_that_answers(), pid);
+    }
+    tell(pid, SIGTERM);
+    CHECK_INT(await_end(pid), 0);
+    CHECK(access(unix_path, F_OK) == 0);
+    CHECK(access(path_of("second"), F_OK) != 0 && errno == ENOENT);
+    check_no_child();
+    end_upgradable();
+}
+
+/* Two sockets that a service manager has named, behind one of our own. */
+static int program_handed_names(void)
+{
+    CHECK_INT(listen_plainly(NULL, &board->port), 3);
+    CHECK_INT(listen_plainly(NULL, &board->second_port), 4);
+    set_handed(2);
+    CHECK(setenv("LISTEN_FDNAMES", "web:api", 1) == 0);
+    tsrv_server *server = new_server();
+    tsrv_address address;
+    CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    put(&board->held, tsrv_address_port(&address));
+    CHECK_INT(tsrv_server_bind(server, board->second_port, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_bind(server, board->port, "127.0.0.1", NULL), TSRV_OK);
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        note_worker();
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(server);
+    return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
+}
+
+static bool is_named(int port_number, const char *name)
+{
+    char text[100];
+    snprintf(text, sizeof text, "port %d is named \"%s\"", port_number, name);
+    return says(text);
+}
+
+/* Each socket keeps its name; what the program has bound has none. */
+TEST_ONCE(an_upgrade_keeps_the_names_of_sockets)
+{
+    begin_upgradable();
+    before_program = close_above_2;
+    pid_t pid = launch(program_handed_names);
+    await_forks(2);
+    int web = get(&board->port), api = get(&board->second_port), own = get(&board->held);
+    upgrade(pid);
+    check_taken(pid);
+    CHECK(is_named(own, ""));
+    CHECK(is_named(web, "web"));
+    CHECK(is_named(api, "api"));
+    end_upgradable();
+}
+
+/* ---- many files ----------------------------------------------------------------------------*/
+
+enum { MANY_FILES = 200 };
+
+static const char *many_path(int number)
+{
+    static char path[120];
+    snprintf(path, sizeof path, "%s/%d", directory, number);
+    return path;
+}
+
+/* A server on a port, and on that many unix sockets. */
+static int program_many_files(void)
+{
+    if (server_options.on_start == NULL) {
+        server_options.on_start = on_start;
+    }
+    tsrv_server *server = new_bound_server();
+    for (int i = 0; i < MANY_FILES; i++) {
+        char address[140];
+        snprintf(address, sizeof address, "unix:%s", many_path(i));
+        CHECK_INT(tsrv_server_bind(server, 0, address, NULL), TSRV_OK);
+    }
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    rc = rc == TSRV_OK ? tsrv_loop_run(NULL) : rc;
+    tsrv_server_free(server);
+    return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
+}
+
+/* However many they are, the last program removes them. */
+TEST_ONCE(the_files_of_many_unix_sockets_go_after_an_upgrade)
+{
+    begin_upgradable();
+    pid_t pid = launch(program_many_files);
+    await_forks(2);
+    upgrade_to(pid, NEXT_MANY_FILES);
+    CHECK_INT(await_end(pid), 0);
+    for (int i = 0; i < MANY_FILES; i++) {
+        CHECK(access(many_path(i), F_OK) == 0);
+    }
+    check_taken(pid);
+    for (int i = 0; i < MANY_FILES; i++) {
+        CHECK(access(many_path(i), F_OK) != 0 && errno == ENOENT);
+    }
+    end_upgradable();
+}
+
+/* ---- what a service manager is told in an upgrade -------------------------------------------*/
+
+/* Where the service manager listens, who learns the sender's process id. */
+static int listen_for_notes(void)
+{
+    struct sockaddr_un local;
+    int on = 1, fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    memset(&local, 0, sizeof local);
+    local.sun_family = AF_UNIX;
+    snprintf(local.sun_path, sizeof local.sun_path, "%s", path_of("second"));
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&local, sizeof local) == 0);
+    CHECK(setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof on) == 0);
+    CHECK(setenv("NOTIFY_SOCKET", local.sun_path, 1) == 0);
+    return fd;
+}
+
+/* Adds what this process has told to the lines of the text. */
+static void take_notes(int notes, pid_t pid, char *text, size_t size)
+{
+    union {
+        struct cmsghdr header;
+        char room[256];
+    } control;
+    char note[200];
+    struct iovec part = {note, sizeof note - 1};
+    struct msghdr header;
+    struct ucred who;
+    for (;;) {
+        memset(&header, 0, sizeof header);
+        header.msg_iov = &part;
+        header.msg_iovlen = 1;
+        header.msg_control = &control;
+        header.msg_controllen = sizeof control;
+        ssize_t got = recvmsg(notes, &header, MSG_DONTWAIT);
+        if (got < 0) {
+            return;
+        }
+        note[got] = 0;
+        memcpy(&who, CMSG_DATA(CMSG_FIRSTHDR(&header)), sizeof who);
+        if (who.pid == pid) {
+            size_t used = strlen(text);
+            snprintf(text + used, size - used, "%.*s\n", (int)strcspn(note, "\n"), note);
+        }
+    }
+}
+
+/* A reload that an upgrade overtakes has its end: a service manager that waits for it (Type=notify-reload)
+ * would believe nothing else. */
+TEST_ONCE(a_reload_that_an_upgrade_overtakes_is_said_to_be_over)
+{
+    char text[1000] = "", expected[100];
+    begin_upgradable();
+    int notes = listen_for_notes();
+    fork_options.grace_ms = 100;
+    server_options.on_start = behave_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    put(&board->value, HANGS_DEAF);
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) > 0);
+    upgrade(pid);
+    AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 20), says("this program ends")));
+    advance_until_end(pid);
+    take_notes(notes, pid, text, sizeof text);
+    pid_t next = (pid_t)get(&board->next.pid);
+    snprintf(expected, sizeof expected, "READY=1\nRELOADING=1\nREADY=1\nMAINPID=%ld\n", (long)next);
+    CHECK_STR(text, expected);
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    check_no_child();
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
     end_upgradable();
 }

@@ -919,8 +919,8 @@ static inline const char *path_of(const char *name)
 
 static inline void remove_directory(void)
 {
-    static const char *const names[] = {"socket", "board", "next"};
-    for (int i = 0; i < 3; i++) {
+    static const char *const names[] = {"socket", "second", "board", "next"};
+    for (int i = 0; i < 4; i++) {
         unlink(path_of(names[i]));
     }
     CHECK(rmdir(directory) == 0);
