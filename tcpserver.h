@@ -12445,6 +12445,13 @@ static bool tsrvi_worker_is_handled(int signo)
              action.sa_handler != tsrvi_signal_handler));
 }
 
+/* Have the program's own watch called. */
+static void tsrvi_worker_tell_watch(int signo)
+{
+    __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
+    tsrvi_loops_wake();
+}
+
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
@@ -12468,8 +12475,7 @@ static void tsrvi_worker_signal(void *context)
 static void tsrvi_worker_obey(int signo)
 {
     if (tsrvi_worker_is_watched(signo)) {
-        __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
-        tsrvi_loops_wake();
+        tsrvi_worker_tell_watch(signo);
     } else if (tsrvi_worker_is_handled(signo)) {
         TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo));
     } else {
@@ -12613,7 +12619,7 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
 static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     unsigned char signo = 0;
-    bool missed;
+    bool missed, watched;
     if (loop != __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
         return;
     }
@@ -12621,13 +12627,15 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
     tsrvi_poller_set(&loop->poller, &tsrvi_worker.line, 0);
     missed = tsrvi_worker.line.fd >= 0 &&
              TSRV_SYS(recv, (tsrvi_worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1 &&
-             __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY &&
-             !tsrvi_worker_is_watched(signo);
+             __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
+    watched = missed && tsrvi_worker_is_watched(signo);
     for (int i = 0; i < 4; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }
     __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
-    if (missed) { /* it was told at this very moment */
+    if (watched) { /* it was told at this very moment */
+        tsrvi_worker_tell_watch(signo);
+    } else if (missed) {
         TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo));
     }
 }
