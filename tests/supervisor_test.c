@@ -6,6 +6,7 @@
 
 #include <grp.h>
 #include <pwd.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 /* What a process that begins does, by board->value: see behave_as. */
@@ -246,6 +247,126 @@ TEST_LOOP(a_stop_refuses_new_connections_of_unix_sockets)
     check_refusal(program_add_sockets, 2, SIGTERM);
     unix_path = NULL;
     remove_directory();
+}
+
+/* A listening socket that the library knows nothing of.
+ *   path  of a unix socket; NULL = of a port, which is kept there */
+static int listen_plainly(const char *path, int *port_number)
+{
+    struct sockaddr_un local;
+    struct sockaddr_in tcp;
+    socklen_t size = sizeof tcp;
+    int fd = socket(path != NULL ? AF_UNIX : AF_INET, SOCK_STREAM, 0);
+    memset(&local, 0, sizeof local);
+    memset(&tcp, 0, sizeof tcp);
+    local.sun_family = AF_UNIX;
+    tcp.sin_family = AF_INET;
+    tcp.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (path != NULL) {
+        CHECK(snprintf(local.sun_path, sizeof local.sun_path, "%s", path) > 0);
+        CHECK(bind(fd, (struct sockaddr *)&local, sizeof local) == 0);
+    } else {
+        CHECK(bind(fd, (struct sockaddr *)&tcp, sizeof tcp) == 0);
+        CHECK(getsockname(fd, (struct sockaddr *)&tcp, &size) == 0);
+        put(port_number, ntohs(tcp.sin_port));
+    }
+    CHECK(listen(fd, 10) == 0);
+    return fd;
+}
+
+/* Sockets that the library has not bound, of which one is named twice, and what is no listening socket. */
+static int program_own_sockets(void)
+{
+    int fds[4], pipe_fds[2];
+    CHECK(pipe(pipe_fds) == 0);
+    fds[0] = fds[2] = listen_plainly(NULL, &board->port);
+    fds[1] = listen_plainly(NULL, &board->second_port);
+    fds[3] = pipe_fds[0];
+    fork_options.fds = fds;
+    fork_options.fd_count = 4;
+    int rc = tsrv_fork_processes(workers, &fork_options);
+    close(pipe_fds[0]);
+    close(pipe_fds[1]);
+    if (rc < 0) {
+        close(fds[0]);
+        close(fds[1]);
+        return rc;
+    }
+    tsrv_server *server = new_server();
+    CHECK_INT(tsrv_server_add_sockets(server, fds, 2), TSRV_OK);
+    note_worker();
+    rc = tsrv_loop_run(NULL);
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* The parent stops listening on what the options name, too. */
+TEST_ONCE(a_stop_refuses_new_connections_of_sockets_that_are_named)
+{
+    begin(2);
+    pid_t pid = launch(program_own_sockets);
+    await_forks(2);
+    int ports[2] = {get(&board->port), get(&board->second_port)}, fds[2];
+    for (int i = 0; i < 2; i++) {
+        put(&board->port, ports[i]);
+        fds[i] = start_request();
+    }
+    tell(pid, SIGTERM);
+    for (int i = 0; i < 2; i++) {
+        put(&board->port, ports[i]);
+        AWAIT(is_refused());
+    }
+    finish_request(fds[0]);
+    finish_request(fds[1]);
+    check_end(pid, 0, TSRV_EPARENT);
+    check_exits_are_good();
+}
+
+static int fills[T_MAX_FD], fill_count;
+
+/* When the first worker has ended, the parent has no descriptor left. */
+static void fill_in_exit(int task_id, int pid, int status, void *context)
+{
+    struct rlimit limit;
+    int fd;
+    note_exit(task_id, pid, status, context);
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    limit.rlim_cur = 200;
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    while ((fd = open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0) {
+        fills[fill_count++] = fd;
+    }
+    CHECK_INT(errno, EMFILE);
+}
+
+static int program_full(void)
+{
+    fork_options.on_exit = fill_in_exit;
+    int rc = program_serve();
+    while (fill_count > 0) {
+        close(fills[--fill_count]);
+    }
+    return rc;
+}
+
+/* What the parent needs in order to refuse it has already. */
+TEST_ONCE(a_stop_at_the_limit_of_descriptors_refuses_new_connections)
+{
+    long who = 0;
+    begin(2);
+    pid_t pid = launch(program_full);
+    await_forks(2);
+    int fd = connect_to(1, &who);
+    t_sends(fd, "unfin");
+    command(0, "exit 1\n");
+    AWAIT(strstr(board->log, tsrv_strerror(-EMFILE)) != NULL);
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    for (int i = 0; i < 20; i++) {
+        CHECK(is_refused());
+    }
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
 }
 
 /* A supervisor that gives up stops the siblings. */
@@ -499,6 +620,24 @@ TEST_ONCE(bare_workers_have_no_start_timeout_of_their_own)
     stop_well(pid, TSRV_EPARENT);
 }
 
+/* But one that is given holds for them: who does not accept in time is ended, and made good. */
+TEST_ONCE(bare_workers_have_the_start_timeout_that_is_given)
+{
+    begin(2);
+    bare_worker = sleeps;
+    fork_options.start_timeout_ms = 5000;
+    pid_t pid = launch(program_bare);
+    await_forks(2);
+    advance(pid, 4000);
+    CHECK_INT(exits_seen(), 0);
+    advance_until_exits(pid, 1001, 2);
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(WTERMSIG(board->exit[i].status), SIGABRT);
+    }
+    AWAIT(forks_seen() >= 4 || (advance(pid, 100), false));
+    stop_well(pid, TSRV_EPARENT);
+}
+
 /* A stop reaches workers that are not ready yet. */
 static void stop_at_start(int how)
 {
@@ -713,6 +852,50 @@ TEST_LOOP(many_generations_drain_side_by_side)
     }
     AWAIT(is_settled());
     check_served();
+    stop_well(pid, TSRV_OK);
+}
+
+/* How often the log says this. */
+static int said(const char *text)
+{
+    int count = 0;
+    for (const char *at = strstr(board->log, text); at != NULL; at = strstr(at + 1, text)) {
+        count++;
+    }
+    return count;
+}
+
+/* A reload that has no place for one more process waits for an end, and says so once. */
+TEST_LOOP(a_reload_without_a_place_says_so_once)
+{
+    int fds[TSRVI_GENERATIONS];
+    begin(0);
+    before_program = use_one_processor;
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    workers = 1; /* for has_version */
+    for (int i = 0; i < TSRVI_GENERATIONS; i++) {
+        fds[i] = start_request();
+        reload(pid);
+        AWAIT(i == TSRVI_GENERATIONS - 1 || has_version(i + 1));
+        poke(pid);
+    }
+    for (int i = 0; i < 3; i++) {
+        reload(pid);
+        poke(pid);
+    }
+    CHECK_INT(said("reload: waits until"), 1);
+    CHECK(!has_version(get(&board->version)));
+    check_rests();
+    finish_request(fds[0]);
+    AWAIT(has_version(get(&board->version)));
+    AWAIT(said("reload: done") == TSRVI_GENERATIONS);
+    CHECK_INT(said("reload: waits until"), 1);
+    for (int i = 1; i < TSRVI_GENERATIONS; i++) {
+        finish_request(fds[i]);
+    }
+    AWAIT(is_settled());
     stop_well(pid, TSRV_OK);
 }
 
@@ -1116,6 +1299,22 @@ TEST_ONCE(output_that_cannot_be_flushed_is_no_obstacle)
     await_forks(2);
     reload(pid);
     AWAIT(is_settled());
+    stop_well(pid, TSRV_OK);
+}
+
+/* Buffers are flushed for the first fork alone: what on_exit prints later is its own business. */
+TEST_ONCE(output_is_flushed_before_the_first_fork_alone)
+{
+    begin(2);
+    fail("fflush", EPIPE, 1000, IN_PARENT);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(board->pids[0], SIGKILL);
+    await_forks(3);
+    reload(pid);
+    AWAIT(is_settled());
+    CHECK_INT(get(&board->failed), 1);
+    end_fault();
     stop_well(pid, TSRV_OK);
 }
 
@@ -1664,6 +1863,132 @@ TEST_LOOP(a_loop_that_runs_again_drains)
     check_end(pid, 0, TSRV_EPARENT);
 }
 
+/* ---- a loop that has ended -----------------------------------------------------------------*/
+
+static tsrv_signal own_watch;
+static bool wants_watch;
+
+/* In the last turn of a worker's loop, which goes on when board->go is set. */
+static void end_loop(void *context)
+{
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    while (get(&board->go) == 0) {
+        poll(NULL, 0, 1);
+    }
+    tsrv_loop_stop((tsrv_loop *)context);
+}
+
+static void count_term(void *context)
+{
+    (void)context;
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+    tsrv_loop_stop(NULL);
+}
+
+/* Its workers do something else when their loops have ended; or, with a watch of their own, run them again. */
+static int program_outlives_its_loop(void)
+{
+    server_options.on_start = nothing_in_start;
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        if (wants_watch) {
+            CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGTERM, count_term, NULL), TSRV_OK);
+        }
+        CHECK_INT(tsrv_loop_post(NULL, end_loop, tsrv_loop_current()), TSRV_OK);
+        CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+        note_worker();
+        rc = wants_watch ? tsrv_loop_run(NULL) : sleeps();
+        tsrv_signal_stop(&own_watch);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* Who has no loop any more is told by the signal itself. */
+TEST_LOOP(a_worker_whose_loop_has_ended_ends_with_a_stop)
+{
+    begin(2);
+    fork_options.grace_ms = NEVER_DUE_MS;
+    put(&board->go, 1);
+    pid_t pid = launch(program_outlives_its_loop);
+    await_forks(2);
+    stop_well(pid, TSRV_EPARENT);
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(board->exit[i].status, SIGTERM);
+    }
+}
+
+/* The stop comes when the loop will not look at the life-line any more. */
+static void stop_in_the_last_turn(void)
+{
+    begin(2);
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_outlives_its_loop);
+    AWAIT(get(&board->held) == 2);
+    poke(pid);
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: no new connections") == 1);
+    poke(pid);
+    put(&board->go, 1);
+    check_end(pid, 0, TSRV_EPARENT);
+}
+
+TEST_LOOP(a_stop_in_the_last_turn_of_a_loop_is_not_lost)
+{
+    stop_in_the_last_turn();
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(board->exit[i].status, SIGTERM);
+    }
+    wants_watch = true;
+    stop_in_the_last_turn();
+    check_exits_are_good();
+    CHECK_INT(board->value, 2);
+}
+
+/* ---- tsrv_serve in a worker ----------------------------------------------------------------*/
+
+static void note_port_in_start(tsrv_server *server, void *context)
+{
+    (void)context;
+    note_port(server);
+}
+
+static int serves_in_worker(void)
+{
+    server_options.mode = t_mode;
+    server_options.handle_stream = serve_lines;
+    server_options.on_start = note_port_in_start;
+    return tsrv_serve(0, "127.0.0.1", 1, &server_options);
+}
+
+/* A single process that is a worker has a parent, whom it obeys. */
+TEST_LOOP(serve_in_a_bare_worker_ends_with_the_parents_stop)
+{
+    for (int i = 0; i < 2; i++) {
+        begin(1);
+        fork_options.grace_ms = NEVER_DUE_MS;
+        fork_options.start_timeout_ms = 5000;
+        bare_worker = serves_in_worker;
+        pid_t pid = launch(program_bare);
+        AWAIT(get(&board->port) != 0);
+        int fd = start_request();
+        advance(pid, 6000); /* it has said in time that it accepts */
+        CHECK_INT(exits_seen(), 0);
+        if (i == 0) {
+            tell(pid, SIGTERM);
+            AWAIT(is_refused());
+            finish_request(fd);
+            check_end(pid, 0, TSRV_EPARENT);
+            check_exits_are_good();
+        } else {
+            tell(pid, SIGKILL);
+            check_cut(fd);
+            AWAIT(no_child_left(NULL));
+        }
+    }
+}
+
 /* The loops of other threads are no business of tsrv_serve's in a single process. */
 static void *run_until_stopped(void *context)
 {
@@ -2170,6 +2495,54 @@ TEST_ONCE(users_and_groups_may_be_numbers)
     check_nobody_starts_at_all();
 }
 
+/* What cannot be looked up may exist: it is not said to be unknown. */
+TEST_ONCE(a_user_that_cannot_be_looked_up_is_not_called_unknown)
+{
+    static const struct {
+        const char *call, *user, *group;
+        int code, result;
+        const char *text;
+    } rows[] = {
+        {"getpwnam", "nobody", NULL, EMFILE, -EMFILE, "user: \"nobody\" cannot be looked up: "},
+        {"getpwuid", "54321", NULL, EIO, -EIO, "user: \"54321\" cannot be looked up: "},
+        {"getgrnam", NULL, "daemon", EMFILE, -EMFILE, "group: \"daemon\" cannot be looked up: "},
+        {"getpwnam", "nobody", NULL, ENOENT, TSRV_EINVAL, "user: \"nobody\" is not known"},
+        {"getgrnam", NULL, "daemon", ESRCH, TSRV_EINVAL, "group: \"daemon\" is not known"},
+    };
+    for (int i = 0; i < 2 * (int)(sizeof rows / sizeof rows[0]); i++) {
+        int row = i / 2, count = 1 + i % 2;
+        begin(count);
+        fork_options.user = rows[row].user;
+        fork_options.group = rows[row].group;
+        fail(rows[row].call, rows[row].code, 1000, IN_PARENT);
+        check_end(launch(program_serve), 1, rows[row].result);
+        CHECK_INT(forks_seen(), 0);
+        CHECK(said(rows[row].text) > 0);
+    }
+}
+
+static void lay_root_aside(void)
+{
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setegid(nobody->pw_gid) == 0 && seteuid(nobody->pw_uid) == 0);
+}
+
+/* Root that is only laid aside could be taken up again: nothing of it is left. */
+TEST_ONCE(root_that_is_laid_aside_is_given_up)
+{
+    want_root();
+    for (int count = 1; count <= 2; count++) {
+        begin(count);
+        before_program = lay_root_aside;
+        fork_options.user = "nobody";
+        server_options.on_start = note_rights_in_start;
+        pid_t pid = launch(program_serve);
+        await_forks(count);
+        check_nobody(getpwnam("nobody")->pw_gid, count > 1);
+        stop_well(pid, TSRV_OK);
+    }
+}
+
 /* Who is that user already needs no right to become it. */
 TEST_ONCE(a_user_that_one_is_already_is_no_obstacle)
 {
@@ -2263,8 +2636,6 @@ TEST_LOOP(workers_that_have_changed_their_user_end_with_their_parent)
 }
 
 /* ---- the host ------------------------------------------------------------------------------*/
-
-static tsrv_signal own_watch;
 
 static void own_term(void *context)
 {
@@ -3294,11 +3665,6 @@ TEST_ONCE(an_upgrade_whose_calls_fail_is_given_up)
 
 /* ---- what an upgraded program finds --------------------------------------------------------*/
 
-static bool says(const char *text)
-{
-    return strstr(board->log, text) != NULL;
-}
-
 /* The old program leaves, and the new one then ends in good order. */
 static void check_taken(pid_t old)
 {
@@ -3352,7 +3718,7 @@ TEST_ONCE(a_new_program_that_ends_during_the_drain_of_the_old_one_disturbs_nobod
         await_forks(2);
         int fd = start_request();
         upgrade(pid);
-        AWAIT(says("this program ends"));
+        AWAIT(said("this program ends") == 1);
         pid_t next = (pid_t)get(&board->next.pid);
         tell(next, signals[i]);
         AWAIT(is_refused());
@@ -3379,9 +3745,9 @@ TEST_LOOP(the_first_signal_after_an_upgrade_cuts_no_grace)
     int first = start_request();
     int second = start_request();
     upgrade(pid);
-    AWAIT(says("this program ends"));
+    AWAIT(said("this program ends") == 1);
     tell(pid, SIGTERM);
-    AWAIT(says("everything ends already"));
+    AWAIT(said("everything ends already") == 1);
     poke(pid);
     finish_request(first);
     tell(pid, SIGTERM);
@@ -3495,31 +3861,6 @@ static int program_two_files(void)
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
 
-/* A listening socket that the library knows nothing of.
- *   path  of a unix socket; NULL = of a port, which is kept there */
-static int listen_plainly(const char *path, int *port_number)
-{
-    struct sockaddr_un local;
-    struct sockaddr_in tcp;
-    socklen_t size = sizeof tcp;
-    int fd = socket(path != NULL ? AF_UNIX : AF_INET, SOCK_STREAM, 0);
-    memset(&local, 0, sizeof local);
-    memset(&tcp, 0, sizeof tcp);
-    local.sun_family = AF_UNIX;
-    tcp.sin_family = AF_INET;
-    tcp.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (path != NULL) {
-        CHECK(snprintf(local.sun_path, sizeof local.sun_path, "%s", path) > 0);
-        CHECK(bind(fd, (struct sockaddr *)&local, sizeof local) == 0);
-    } else {
-        CHECK(bind(fd, (struct sockaddr *)&tcp, sizeof tcp) == 0);
-        CHECK(getsockname(fd, (struct sockaddr *)&tcp, &size) == 0);
-        put(port_number, ntohs(tcp.sin_port));
-    }
-    CHECK(listen(fd, 10) == 0);
-    return fd;
-}
-
 static int program_handed_file(void)
 {
     CHECK_INT(listen_plainly(unix_path, NULL), 3);
@@ -3579,7 +3920,7 @@ static bool is_named(int port_number, const char *name)
 {
     char text[100];
     snprintf(text, sizeof text, "port %d is named \"%s\"", port_number, name);
-    return says(text);
+    return said(text) > 0;
 }
 
 /* Each socket keeps its name; what the program has bound has none. */
@@ -3706,7 +4047,7 @@ TEST_ONCE(a_reload_that_an_upgrade_overtakes_is_said_to_be_over)
     tell(pid, SIGHUP);
     AWAIT(get(&board->held) > 0);
     upgrade(pid);
-    AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 20), says("this program ends")));
+    AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 20), said("this program ends") == 1));
     advance_until_end(pid);
     take_notes(notes, pid, text, sizeof text);
     pid_t next = (pid_t)get(&board->next.pid);
