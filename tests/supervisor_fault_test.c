@@ -588,6 +588,52 @@ TEST_ONCE(readiness_is_told_again_until_it_is_heard)
     }
 }
 
+/* How often the log says that. */
+static int said(const char *text)
+{
+    int count = 0;
+    for (const char *at = strstr(board->log, text); at != NULL; at = strstr(at + 1, text)) {
+        count++;
+    }
+    return count;
+}
+
+/* The service manager is not there yet: its socket is missing, or nobody listens on it. */
+static void tell_later(bool is_missing, int count)
+{
+    static const fault_case c = {0, 0, false, false, 1};
+    char note[200];
+    ssize_t size = -1;
+    begin_case(&c);
+    CHECK(close(notes) == 0);
+    if (is_missing) {
+        CHECK(unlink(path_of("board")) == 0);
+    }
+    workers = count;
+    pid_t pid = launch(count == 1 ? program_alone : program_serve);
+    await_forks(count);
+    for (int i = 0; i < 40 && count > 1; i++) {
+        poke(pid); /* who is told nothing is told it again whenever the parent is awake */
+    }
+    AWAIT(said("cannot be told READY=1") > 0);
+    CHECK(said("cannot be told READY=1") <= 2 * (int)TSRVI_LOG_RATE);
+    CHECK(said(tsrv_strerror(is_missing ? -ENOENT : -ECONNREFUSED)) > 0);
+    unlink(path_of("board"));
+    listen_for_notes();
+    AWAIT((size = recv(notes, note, sizeof note, MSG_DONTWAIT)) >= 0);
+    CHECK_MEM(note, (size_t)size, "READY=1", 7);
+    stop_well(pid, TSRV_OK);
+    CHECK(close(notes) == 0);
+    remove_directory();
+}
+
+TEST_ONCE(readiness_is_told_to_a_service_manager_that_comes_later)
+{
+    for (int i = 0; i < 4; i++) {
+        tell_later(i / 2 == 0, 1 + i % 2);
+    }
+}
+
 static void outlive_the_parent(void)
 {
     pid_t parent = getppid();

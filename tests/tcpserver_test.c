@@ -574,6 +574,27 @@ TEST_STREAM(failed_listen_does_not_start_the_server)
     t_close(taken);
 }
 
+/* Who is stopped before the loop turns has not begun: the next listener is its start. */
+TEST_STREAM(a_server_that_is_stopped_before_its_first_turn_does_not_start)
+{
+    static start_case c;
+    tsrv_server_options options = {0};
+    options.handle_stream = count_handler;
+    options.on_start = count_start;
+    options.context = &c;
+    options.close_timeout_ms = 10;
+    site s = open_site(options);
+    listen_locally(s.server);
+    tsrv_server_stop(s.server);
+    CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
+    CHECK_INT(c.starts, 0);
+    int fd = t_connect(listen_locally(s.server));
+    t_turn_until(s.loop, &c.entered, 1);
+    CHECK_INT(c.starts, 1);
+    close_site(&s);
+    t_close(fd);
+}
+
 static void free_at_start(tsrv_server *server, void *context)
 {
     ((start_case *)context)->starts++;
