@@ -12427,8 +12427,8 @@ static bool tsrvi_worker_is_watched(int signo)
         return loop != NULL;
     }
     for (tsrv_signal *watch = chief->signals; watch != NULL; watch = watch->next) {
-        bool own = watch >= tsrvi_worker.signals && watch < tsrvi_worker.signals + 4;
-        if (watch->signo == signo && !own) {
+        uintptr_t place = (uintptr_t)watch - (uintptr_t)tsrvi_worker.signals; /* or huge */
+        if (watch->signo == signo && place >= sizeof(tsrvi_worker.signals)) {
             return true;
         }
     }
@@ -13016,7 +13016,8 @@ static int tsrvi_supervisor_install(tsrvi_supervisor *s)
         }
         s->installed++;
     }
-    return TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL)) < 0 ? tsrvi_error() : TSRV_OK;
+    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, NULL));
+    return TSRV_OK;
 }
 
 /* The counters for this many workers, in memory that they will share; those of workers that have
@@ -13137,7 +13138,7 @@ static void tsrvi_worker_leave_to_parent(int signo)
 /* A fork's child becomes a worker: the signals and descriptors that were the parent's own go. */
 static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int line, pid_t parent)
 {
-    int beat_ms = s->options.heartbeat_ms / 4;
+    int beat_ms = s->options.heartbeat_ms / 4 + 1;
     tsrvi_parent = parent;
     tsrvi_worker_id = child / TSRVI_GENERATIONS;
     tsrvi_place_own = &tsrvi_places[child];
@@ -13149,9 +13150,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     s->born = child;
     tsrvi_chief = NULL;
     memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
-    beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS
-              : beat_ms == 0                                          ? 1
-                                                                      : beat_ms;
+    beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
     tsrvi_worker.interval = (uint64_t)beat_ms * TSRVI_MS;
     tsrvi_worker.watchdog = TSRVI_FOREVER;
     tsrvi_worker.grace_ms = s->worker_grace_ms;
@@ -13210,7 +13209,8 @@ static void tsrvi_child_back_off(tsrvi_supervisor *s, tsrvi_child *c)
 static void tsrvi_supervisor_give_reload_up(tsrvi_supervisor *s, int child)
 {
     s->fresh = -1;
-    if (s->rolling && s->children[child].generation == s->generation) {
+    TSRV_ASSERT(s->rolling);
+    if (s->children[child].generation == s->generation) {
         tsrvi_log(TSRV_LOG_ERROR,
                   "reload: given up, as the new worker %d does not come up; the old ones stay",
                   child / TSRVI_GENERATIONS);
@@ -13806,7 +13806,8 @@ static void tsrvi_parent_upgrade(tsrvi_supervisor *s)
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: process 1 cannot be replaced by another process");
         return;
     }
-    if (s->upgrade < 0 && child >= 0) {
+    TSRV_ASSERT(child >= 0); /* there is only one at a time */
+    if (s->upgrade < 0) {
         rc = tsrvi_upgrade_fork(s, child);
     }
     if (rc < 0) {
@@ -14033,7 +14034,7 @@ static uint64_t tsrvi_supervisor_rest(const tsrvi_supervisor *s)
         }
     }
     rest = next <= s->now ? 0 : next - s->now;
-    return s->watchdog <= s->clock ? 0 : tsrvi_earlier(rest, s->watchdog - s->clock);
+    return tsrvi_earlier(rest, s->watchdog - s->clock); /* which lies ahead */
 }
 
 static void tsrvi_supervisor_sleep(tsrvi_supervisor *s)
@@ -14135,14 +14136,8 @@ static int tsrvi_supervising;
 /* Claim what a process can do only once at a time, and what a fork's child does not have. */
 static bool tsrvi_claim(int *owner)
 {
-    int self = (int)TSRV_SYS(getpid, ()), held = __atomic_load_n(owner, __ATOMIC_ACQUIRE);
-    while (held != self) {
-        if (__atomic_compare_exchange_n(owner, &held, self, false, __ATOMIC_ACQ_REL,
-                                        __ATOMIC_ACQUIRE)) {
-            return true;
-        }
-    }
-    return false;
+    int self = (int)TSRV_SYS(getpid, ());
+    return __atomic_exchange_n(owner, self, __ATOMIC_ACQ_REL) != self;
 }
 
 /* As tsrv_fork_processes.
@@ -14172,7 +14167,7 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
     if (rc == TSRV_OK) {
         supervisor.happens = tsrvi_parent_happens;
         supervisor.server = server;
-        supervisor.serves = supervisor.serves || server;
+        supervisor.serves = server;
         rc = tsrvi_supervise(&supervisor);
     }
     if (tsrvi_worker_id < 0) {
