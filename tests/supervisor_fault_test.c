@@ -5,16 +5,26 @@
 #define _GNU_SOURCE
 #endif
 #include "seam.h"
+#include <unistd.h>
 
 /* Only what comes over life-lines fails: what connections receive is the business of other tests. */
 #undef t_sys_recv
 #define t_sys_recv(fd, data, size, flags) \
     ((size) == 1 && t_fault("recv") ? -1 : recv(fd, data, size, flags))
 
-/* Some systems' setuid has said that it went well when it did not; so does this one, when it is to fail so. */
-enum { LIES = 4000 };
+/* Some systems' setuid has said that it went well when it did nothing, or left the way back to root open; so does this
+ * one, when it is to fail so. */
+enum { LIES = 4000, LIES_IN_PART };
 #undef t_sys_setuid
-#define t_sys_setuid(...) (t_fault("setuid") ? errno == LIES ? 0 : -1 : setuid(__VA_ARGS__))
+#define t_sys_setuid(uid) (t_fault("setuid") ? lie(uid) : setuid(uid))
+
+static inline int lie(unsigned uid)
+{
+    if (errno == LIES_IN_PART) {
+        return setresuid(uid, uid, 0);
+    }
+    return errno == LIES ? 0 : -1;
+}
 
 #include "workers.h"
 
@@ -512,6 +522,24 @@ TEST_ONCE(orphans_that_cannot_be_looked_for_make_process_1_not_spin)
     stop_well(pid, TSRV_OK);
 }
 
+/* A worker of process 1 whose status cannot be taken is not buried as an orphan, which would lose its end. */
+TEST_ONCE(a_worker_that_cannot_be_waited_for_is_no_orphan)
+{
+    begin(2);
+    pid_t pid = launch_as_process_1(program_serve);
+    await_forks(2);
+    poke(pid);
+    fail("waitpid", EINTR, EVER, IN_PARENT);
+    command(0, "exit 7\n");
+    AWAIT(get(&board->failed) > 4);
+    check_rests();
+    CHECK_INT(exits_seen(), 0);
+    end_fault();
+    await_forks(3);
+    CHECK_INT(WEXITSTATUS(board->exit[0].status), 7);
+    stop_well(pid, TSRV_OK);
+}
+
 static int ends(void)
 {
     return TSRV_OK;
@@ -539,11 +567,12 @@ TEST_ONCE(variables_that_cannot_be_set_end_an_upgrade)
 {
     static char *ends_at_once[] = {(char *)"false", NULL};
     CHECK(setenv("WATCHDOG_PID", "1", 1) == 0);
+    CHECK(setenv("LISTEN_FDNAMES", "web", 1) == 0);
     begin(2);
     fork_options.upgrade_argv = ends_at_once;
     pid_t pid = launch(program_serve);
     await_forks(2);
-    for (int passing = 0; passing < 5; passing++) {
+    for (int passing = 0; passing < 6; passing++) {
         int before = warnings();
         fail_after(passing, "setenv", ENOMEM, 1, IN_CHILDREN);
         tell(pid, SIGUSR2);
@@ -554,18 +583,21 @@ TEST_ONCE(variables_that_cannot_be_set_end_an_upgrade)
     stop_well(pid, TSRV_OK);
 }
 
-/* It says that the user was changed, and it was not. */
+/* It says that the user was changed, and it was not, or not for good. */
 TEST_ONCE(a_change_of_the_user_is_looked_at)
 {
+    static const int lies[] = {LIES, LIES_IN_PART};
     if (getuid() != 0) {
         SKIP("root");
     }
-    begin(2);
-    fork_options.user = "nobody";
-    fail("setuid", LIES, EVER, IN_CHILDREN);
-    check_end(launch(program_serve), 1, -EPERM);
-    CHECK_INT(forks_seen(), 0);
-    CHECK(strstr(board->log, "cannot become user") != NULL);
+    for (int i = 0; i < 2; i++) {
+        begin(2);
+        fork_options.user = "nobody";
+        fail("setuid", lies[i], EVER, IN_CHILDREN);
+        check_end(launch(program_serve), 1, -EPERM);
+        CHECK_INT(forks_seen(), 0);
+        CHECK(strstr(board->log, "cannot become user") != NULL);
+    }
 }
 
 /* READY=1 that the service manager has no room for comes later: it would end the service without. */
@@ -659,6 +691,22 @@ TEST_ONCE(a_worker_whose_parent_dies_at_its_birth_ends)
     CHECK(WIFSIGNALED(status));
     AWAIT(no_child_left(NULL));
     CHECK_INT(forks_seen(), 2);
+}
+
+/* A worker that cannot read its life-line learns from a beat that the parent is dead. */
+TEST_ONCE(a_worker_whose_life_line_fails_ends_with_the_parent)
+{
+    begin(2);
+    fork_options.heartbeat_ms = 80;
+    fork_options.grace_ms = 1000000;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = start_request();
+    fail("recv", EIO, EVER, IN_CHILDREN);
+    tell(pid, SIGKILL);
+    AWAIT(said("the parent is dead") > 0);
+    AWAIT(no_child_left(NULL));
+    t_close(fd);
 }
 
 static void wrap_beat(tsrv_server *server, void *context)

@@ -55,6 +55,16 @@ static void behave_in_start(tsrv_server *server, void *context)
     on_start(server, context);
 }
 
+/* How often the log says this. */
+static int said(const char *text)
+{
+    int count = 0;
+    for (const char *at = strstr(board->log, text); at != NULL; at = strstr(at + 1, text)) {
+        count++;
+    }
+    return count;
+}
+
 /* ---- signals that were ignored or blocked at the start -------------------------------------*/
 
 static int spoiled;
@@ -638,6 +648,45 @@ TEST_ONCE(bare_workers_have_the_start_timeout_that_is_given)
     stop_well(pid, TSRV_EPARENT);
 }
 
+/* Only the second accepts, and that late. */
+static int program_serves_in_one(void)
+{
+    int fds[2], rc;
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, fds, 2), 1);
+    if ((rc = tsrv_fork_processes(workers, &fork_options)) < 0) {
+        close(fds[0]);
+        return rc;
+    }
+    note_worker();
+    if (rc == 0) {
+        sleeps();
+    }
+    behave_as(IS_SLOW);
+    tsrv_server *server = new_server();
+    CHECK_INT(tsrv_server_add_sockets(server, fds, 1), TSRV_OK);
+    rc = tsrv_loop_run(NULL);
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* When the first one accepts all have to, and who has had its time already is late at once. */
+TEST_ONCE(bare_workers_have_to_accept_when_one_does)
+{
+    begin(2);
+    pid_t pid = launch(program_serves_in_one);
+    await_forks(2);
+    AWAIT(get(&board->held) == 1);
+    advance(pid, START_MS + STEP_MS);
+    CHECK_INT(exits_seen(), 0);
+    put(&board->go, 1);
+    await_exits(1);
+    CHECK_INT(board->exit[0].id, 0);
+    CHECK_INT(WTERMSIG(board->exit[0].status), SIGABRT);
+    CHECK_INT(said("worker 0 (pid"), 2); /* it is late, and has ended */
+    await_forks(3);
+    stop_well(pid, TSRV_EPARENT);
+}
+
 /* A stop reaches workers that are not ready yet. */
 static void stop_at_start(int how)
 {
@@ -855,16 +904,6 @@ TEST_LOOP(many_generations_drain_side_by_side)
     stop_well(pid, TSRV_OK);
 }
 
-/* How often the log says this. */
-static int said(const char *text)
-{
-    int count = 0;
-    for (const char *at = strstr(board->log, text); at != NULL; at = strstr(at + 1, text)) {
-        count++;
-    }
-    return count;
-}
-
 /* A reload that has no place for one more process waits for an end, and says so once. */
 TEST_LOOP(a_reload_without_a_place_says_so_once)
 {
@@ -962,6 +1001,28 @@ TEST_ONCE(a_reload_to_workers_that_end_leaves_the_old_ones)
         AWAIT(is_settled());
         stop_well(pid, i == 0 ? TSRV_EPARENT : TSRV_OK);
     }
+}
+
+static int second_finishes(void)
+{
+    return tsrv_task_id() == 1 ? TSRV_OK : sleeps();
+}
+
+/* Who has finished is not begun anew by a reload. */
+TEST_ONCE(a_reload_leaves_bare_workers_that_have_finished)
+{
+    begin(2);
+    bare_worker = second_finishes;
+    pid_t pid = launch(program_bare);
+    await_forks(2);
+    await_exits(1);
+    tell(pid, SIGHUP);
+    await_forks(3);
+    advance_until_exits(pid, STEP_MS, 2);
+    AWAIT(said("reload: done") == 1);
+    CHECK_INT(forks_seen(), 3);
+    CHECK_INT(board->ids[2], 0);
+    stop_well(pid, TSRV_EPARENT);
 }
 
 /* The old worker dies while its replacement hangs: there is one in the end. */
@@ -1150,6 +1211,8 @@ TEST_ONCE(a_start_whose_forks_all_fail_can_be_stopped)
     CHECK(warnings() > 0);
 }
 
+static int program_two_ports(void);
+
 /* ---- other calls that fail -----------------------------------------------------------------*/
 
 static int fault_at;
@@ -1233,18 +1296,43 @@ TEST_ONCE(every_call_of_serve_may_fail)
     check_calls(program_serve_fault, 2);
 }
 
+/* A listener of its own that a worker cannot have ends the start, whatever was to be made next. */
+TEST_ONCE(listeners_that_cannot_be_made_for_all_workers_end_the_start)
+{
+    begin(3);
+    bind_options.reuse_port = true;
+    fail_after(2, "listen", EADDRINUSE, 1, IN_PARENT); /* behind those of the two ports */
+    check_end(launch(program_two_ports), 1, -EADDRINUSE);
+    CHECK_INT(forks_seen(), 0);
+}
+
 /* A worker that cannot watch a signal, or its life-line, is told in another way. The first calls of
  * sigaction give back what the parent had found, which does not fail. */
 TEST_LOOP(a_worker_whose_watches_fail_is_told)
 {
-    for (int i = 0; i < 10; i++) {
+    for (int i = 0; i < 11; i++) {
         begin(0);
         before_program = use_one_processor;
-        fail_after(i + 1, i < 5 ? "epoll_ctl" : "sigaction", ENOMEM, 1, IN_CHILDREN);
+        fail_after(i < 5 ? i + 1 : i, i < 5 ? "epoll_ctl" : "sigaction", ENOMEM, 1, IN_CHILDREN);
         pid_t pid = launch(program_serve);
         await_forks(1);
         stop_well(pid, TSRV_OK);
     }
+}
+
+/* Whether the program has a handler of its own cannot be learnt: the worker drains. */
+TEST_LOOP(a_worker_that_cannot_look_for_handlers_drains)
+{
+    begin(2);
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = start_request();
+    fail("sigaction", ENOMEM, 2, IN_CHILDREN);
+    tell(pid, SIGTERM);
+    AWAIT(get(&board->failed) == 2);
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+    check_exits_are_good();
 }
 
 /* A parent whose life-line to a worker fails sends signals; a worker that cannot read its own hears them. */
@@ -1347,6 +1435,37 @@ TEST_ONCE(a_worker_whose_status_was_taken_is_replaced)
     await_forks(4);
     check_served();
     stop_well(pid, TSRV_OK);
+}
+
+/* Takes the status of a worker that the parent has not looked at, and asks for a stop. */
+static void take_and_stop(int task_id, int pid, int status, void *context)
+{
+    note_exit(task_id, pid, status, context);
+    if (task_id == 1 && get(&board->go) == 0) {
+        pid_t other = board->pids[board->pids[0] == pid];
+        put(&board->go, 1);
+        CHECK(kill(other, SIGKILL) == 0);
+        CHECK_INT(waitpid(other, NULL, 0), other);
+        CHECK(kill(getpid(), SIGTERM) == 0);
+    }
+}
+
+static int program_takes_and_stops(void)
+{
+    fork_options.on_exit = take_and_stop;
+    return program_serve();
+}
+
+/* Who is told to end and is not there any more needs no word about it. */
+TEST_ONCE(a_worker_whose_status_was_taken_can_be_told)
+{
+    begin(2);
+    pid_t pid = launch(program_takes_and_stops);
+    await_forks(2);
+    command(1, "exit 1\n");
+    check_end(pid, 0, TSRV_OK);
+    CHECK_INT(exits_seen(), 2);
+    CHECK_INT(said("cannot be sent"), 0);
 }
 
 /* More signals than it can act on do not keep the parent from its work. */
@@ -1996,23 +2115,24 @@ static void *run_until_stopped(void *context)
     return NULL;
 }
 
-static tsrv_timer hour;
+static tsrv_timer ticks;
 
-static void in_an_hour(void *context)
+static void count_tick(void *context)
 {
-    (void)context;
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+    CHECK_INT(tsrv_timer_start((tsrv_loop *)context, &ticks, 2, count_tick, context), TSRV_OK);
 }
 
 static int program_serves_beside_a_loop(void)
 {
     pthread_t thread;
     tsrv_loop *other = t_new_loop();
-    CHECK_INT(tsrv_timer_start(other, &hour, 3600000, in_an_hour, NULL), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(other, &ticks, 2, count_tick, other), TSRV_OK);
     CHECK_INT(pthread_create(&thread, NULL, run_until_stopped, other), 0);
     int rc = program_serve();
     CHECK_INT(tsrv_loop_post(other, t_stop_loop, other), TSRV_OK); /* it runs still */
     CHECK_INT(pthread_join(thread, NULL), 0);
-    tsrv_timer_stop(&hour);
+    tsrv_timer_stop(&ticks);
     CHECK_INT(tsrv_loop_free(other), TSRV_OK);
     return rc;
 }
@@ -2022,8 +2142,13 @@ TEST_LOOP(serve_in_one_process_leaves_other_loops_alone)
     begin(1);
     pid_t pid = launch(program_serves_beside_a_loop);
     await_forks(1);
-    check_served();
-    stop_well(pid, TSRV_OK);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    int before = get(&board->value);
+    AWAIT(get(&board->value) >= before + 3);
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
 }
 
 /* ---- one tsrv_serve at a time --------------------------------------------------------------*/
@@ -2471,6 +2596,32 @@ TEST_ONCE(a_user_that_may_not_be_had_starts_no_worker)
     check_nobody_starts_at_all();
 }
 
+static void be_nobody_with_the_rights_of_others(void)
+{
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setgroups(0, NULL) == 0 && setgid(nobody->pw_gid) == 0);
+    CHECK(setresuid(nobody->pw_uid, 54321, 54321) == 0);
+}
+
+static void be_nobody_with_the_group_of_others(void)
+{
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setgroups(0, NULL) == 0 && setresgid(nobody->pw_gid, 54321, 54321) == 0);
+    CHECK(setuid(nobody->pw_uid) == 0);
+}
+
+/* A program with the set-user-ID or set-group-ID bit of somebody who is not root cannot give that up: it
+ * does not start as a user that it is only in part. */
+TEST_ONCE(a_user_that_one_is_only_in_part_starts_no_worker)
+{
+    want_root();
+    fork_options.user = "nobody";
+    before_program = be_nobody_with_the_rights_of_others;
+    check_nobody_starts_at_all();
+    before_program = be_nobody_with_the_group_of_others;
+    check_nobody_starts_at_all();
+}
+
 /* Numbers do where there are no names. */
 TEST_ONCE(users_and_groups_may_be_numbers)
 {
@@ -2719,6 +2870,36 @@ TEST_LOOP(an_own_handler_hears_of_the_parents_stop)
         CHECK_INT(board->value, 2);
         check_exits_are_good();
     }
+}
+
+static void count_info(int signo, siginfo_t *info, void *machine)
+{
+    (void)signo, (void)info, (void)machine;
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+}
+
+static void handle_hangups(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_flags = SA_SIGINFO | SA_RESTART;
+    action.sa_sigaction = count_info;
+    CHECK(sigaction(SIGHUP, &action, NULL) == 0);
+}
+
+/* A handler that the host has installed before the fork stays its workers'. */
+TEST_ONCE(a_worker_keeps_the_hosts_handler_of_hangups)
+{
+    begin(2);
+    before_program = handle_hangups;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(board->pids[0], SIGHUP);
+    AWAIT(get(&board->value) == 1);
+    check_served();
+    stop_well(pid, TSRV_OK);
+    CHECK_INT(get(&board->value), 1);
+    check_exits_are_good();
 }
 
 static pid_t foreign;
@@ -3302,8 +3483,6 @@ static void fill_all_but_a_few(void)
         close(fd);
     }
 }
-
-static int program_two_ports(void);
 
 static void check_holes(void (*make)(void), bool reuse, int (*program)(void))
 {
