@@ -2672,10 +2672,16 @@ TEST_ONCE(a_user_that_cannot_be_looked_up_is_not_called_unknown)
     }
 }
 
-static void lay_root_aside(void)
+/* Only the parent of workers can take root up again. */
+static int program_lays_root_aside(void)
 {
     const struct passwd *nobody = getpwnam("nobody");
     CHECK(setegid(nobody->pw_gid) == 0 && seteuid(nobody->pw_uid) == 0);
+    int rc = program_serve();
+    if (tsrv_task_id() < 0) {
+        CHECK_INT(seteuid(0), workers > 1 ? 0 : -1);
+    }
+    return rc;
 }
 
 /* Root that is only laid aside could be taken up again: nothing of it is left. */
@@ -2684,10 +2690,9 @@ TEST_ONCE(root_that_is_laid_aside_is_given_up)
     want_root();
     for (int count = 1; count <= 2; count++) {
         begin(count);
-        before_program = lay_root_aside;
         fork_options.user = "nobody";
         server_options.on_start = note_rights_in_start;
-        pid_t pid = launch(program_serve);
+        pid_t pid = launch(program_lays_root_aside);
         await_forks(count);
         check_nobody(getpwnam("nobody")->pw_gid, count > 1);
         stop_well(pid, TSRV_OK);
