@@ -2082,6 +2082,44 @@ TEST_LOOP(a_stop_in_the_last_turn_of_a_loop_is_not_lost)
     CHECK_INT(board->value, 2);
 }
 
+/* SIGUSR1 ends the loops of its workers. */
+static int program_with_an_end(void)
+{
+    server_options.on_start = on_start;
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGUSR1, end_loop, NULL), TSRV_OK);
+        rc = tsrv_loop_run(NULL);
+        tsrv_signal_stop(&own_watch);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* Who drains already has been told: what it does after its loop is not cut. */
+TEST_LOOP(a_stop_in_the_last_turn_of_a_drain_cuts_nothing)
+{
+    long who = 0;
+    begin(2);
+    fork_options.grace_ms = NEVER_DUE_MS;
+    pid_t pid = launch(program_with_an_end);
+    await_forks(2);
+    int fd = connect_to(0, &who);
+    t_sends(fd, "unfin");
+    tell((pid_t)who, SIGTERM);
+    AWAIT(said("drain: begins") == 1);
+    tell((pid_t)who, SIGUSR1);
+    AWAIT(get(&board->held) == 1);
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: no new connections") == 1);
+    poke(pid);
+    put(&board->go, 1);
+    check_cut(fd);
+    check_end(pid, 0, TSRV_EPARENT);
+    check_exits_are_good();
+}
+
 /* ---- tsrv_serve in a worker ----------------------------------------------------------------*/
 
 static void note_port_in_start(tsrv_server *server, void *context)
@@ -2140,17 +2178,25 @@ static void count_tick(void *context)
     CHECK_INT(tsrv_timer_start((tsrv_loop *)context, &ticks, 2, count_tick, context), TSRV_OK);
 }
 
+static tsrv_loop *other_loop;
+static pthread_t other_thread;
+
+static void run_other_in_start(tsrv_server *server, void *context)
+{
+    CHECK_INT(pthread_create(&other_thread, NULL, run_until_stopped, other_loop), 0);
+    on_start(server, context);
+}
+
 static int program_serves_beside_a_loop(void)
 {
-    pthread_t thread;
-    tsrv_loop *other = t_new_loop();
-    CHECK_INT(tsrv_timer_start(other, &ticks, 2, count_tick, other), TSRV_OK);
-    CHECK_INT(pthread_create(&thread, NULL, run_until_stopped, other), 0);
+    other_loop = t_new_loop();
+    CHECK_INT(tsrv_timer_start(other_loop, &ticks, 2, count_tick, other_loop), TSRV_OK);
+    server_options.on_start = run_other_in_start;
     int rc = program_serve();
-    CHECK_INT(tsrv_loop_post(other, t_stop_loop, other), TSRV_OK); /* it runs still */
-    CHECK_INT(pthread_join(thread, NULL), 0);
+    CHECK_INT(tsrv_loop_post(other_loop, t_stop_loop, other_loop), TSRV_OK); /* it runs still */
+    CHECK_INT(pthread_join(other_thread, NULL), 0);
     tsrv_timer_stop(&ticks);
-    CHECK_INT(tsrv_loop_free(other), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(other_loop), TSRV_OK);
     return rc;
 }
 
@@ -2159,6 +2205,7 @@ TEST_LOOP(serve_in_one_process_leaves_other_loops_alone)
     begin(1);
     pid_t pid = launch(program_serves_beside_a_loop);
     await_forks(1);
+    AWAIT(get(&board->value) > 0);
     int fd = start_request();
     tell(pid, SIGTERM);
     AWAIT(is_refused());
