@@ -12231,7 +12231,7 @@ static void tsrvi_tell_predecessor(void)
 
 #define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
-/* READY=1 could not be sent now, as when the service manager's queue is full: without it the service
+/* READY=1 could not be sent, as when the service manager's queue is full: without it the service
  * would be ended. */
 static bool tsrvi_notify_owes;
 
@@ -12268,13 +12268,6 @@ static int tsrvi_notify_send(const char *state)
     return rc;
 }
 
-/* Is this a failure that passes? Where nobody listens it is no use to try again. */
-static bool tsrvi_notify_passes(int code)
-{
-    return code == -EAGAIN || code == -ENOBUFS || code == -EMFILE || code == -ENFILE ||
-           code == -ENOMEM;
-}
-
 static void tsrvi_notify(const char *state)
 {
     int rc = tsrvi_notify_send(state);
@@ -12284,7 +12277,7 @@ static void tsrvi_notify(const char *state)
                           tsrv_strerror(rc));
     }
     if (strcmp(state, "READY=1") == 0) {
-        tsrvi_notify_owes = tsrvi_notify_passes(rc);
+        tsrvi_notify_owes = rc < 0;
     }
 }
 
@@ -12292,7 +12285,7 @@ static void tsrvi_notify(const char *state)
 static void tsrvi_notify_again(void)
 {
     if (tsrvi_notify_owes) {
-        tsrvi_notify_owes = tsrvi_notify_passes(tsrvi_notify_send("READY=1"));
+        tsrvi_notify_owes = tsrvi_notify_send("READY=1") < 0;
     }
 }
 
