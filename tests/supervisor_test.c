@@ -4292,6 +4292,7 @@ TEST_ONCE(a_reload_that_an_upgrade_overtakes_is_said_to_be_over)
     server_options.on_start = behave_in_start;
     pid_t pid = launch(program_serve);
     await_forks(2);
+    poke(pid); /* it has seen that they accept, and said so */
     put(&board->value, HANGS_DEAF);
     tell(pid, SIGHUP);
     AWAIT(get(&board->held) > 0);
