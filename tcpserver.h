@@ -6541,6 +6541,7 @@ TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
     }
     set = tsrvi_tls_set_new(&tls->options, &rc);
     if (set == NULL) {
+        tsrvi_log(TSRV_LOG_ERROR, "TLS: certificates and keys stay as they are");
         return rc;
     }
     tsrvi_tls_keep_tickets(tls->set->context, set->context);
@@ -11257,8 +11258,12 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
 
 static void tsrvi_server_log_failure(const char *what, int port, const char *address, int code)
 {
-    tsrvi_log(TSRV_LOG_ERROR, "cannot %s on %s port %d: %s", what,
-              address == NULL || address[0] == 0 ? "*" : address, port, tsrv_strerror(code));
+    const char *name = address == NULL || address[0] == 0 ? "*" : address;
+    char number[24] = "";
+    if (strncmp(name, "unix:", 5) != 0) {
+        snprintf(number, sizeof(number), " port %d", port);
+    }
+    tsrvi_log(TSRV_LOG_ERROR, "cannot %s on %s%s: %s", what, name, number, tsrv_strerror(code));
 }
 
 static void tsrvi_server_log_bound(const int *fds, int count)
@@ -12339,6 +12344,8 @@ static uint64_t tsrvi_watchdog_interval(void)
 #define TSRVI_SETTLED_MS \
     1000 /* a process that accepts has to live so long before it is relied on */
 
+#define TSRVI_WORKER_SIGNALS 5
+
 enum { TSRVI_STAY, TSRVI_LEAVE, TSRVI_ORPHAN, TSRVI_CUT };
 
 /* Whose files are read anew on SIGHUP: in tsrv_serve, and in the parent of workers; NULL =
@@ -12356,8 +12363,9 @@ static struct {
     int by_parent;     /* times, */
     int by_signal;     /* and times */
     tsrvi_io line;     /* the life-line; fd -1 = none */
-    tsrv_signal signals[4];
-    sigset_t mask; /* of the chief's thread, before signals were unblocked */
+    tsrv_signal signals[TSRVI_WORKER_SIGNALS];
+    bool upgradable; /* the program expects SIGUSR2 to do something */
+    sigset_t mask;   /* of the chief's thread, before signals were unblocked */
 } tsrvi_worker;
 
 TSRV_API int tsrv_task_id(void)
@@ -12385,7 +12393,7 @@ static void tsrvi_worker_tell(int how)
         return;
     }
     /* What else comes of the signals must not cut what the program does after its loop. */
-    for (int i = 0; i < 4 && tsrvi_worker_id >= 0; i++) {
+    for (int i = 0; i < TSRVI_WORKER_SIGNALS && tsrvi_worker_id >= 0; i++) {
         int signo = tsrvi_worker.signals[i].signo;
         if (signo != 0) {
             tsrvi_signals[signo].before.sa_handler = SIG_IGN;
@@ -12457,6 +12465,11 @@ static void tsrvi_worker_signal(void *context)
         }
         return;
     }
+    if (own->signo == SIGUSR2) {
+        tsrvi_log(TSRV_LOG_WARNING, "upgrade: refused, a single process has no parent that could "
+                                    "hand its sockets over: it needs workers");
+        return;
+    }
     if (tsrvi_place_own != NULL) {
         __atomic_store_n(&tsrvi_place_own->asked, 1, __ATOMIC_RELEASE);
     }
@@ -12503,10 +12516,11 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
  * tells it. What is acted on is unblocked in this thread, whatever mask the process was given. */
 static void tsrvi_worker_watch_signals(tsrv_loop *loop)
 {
-    static const int signals[] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP};
+    static const int signals[TSRVI_WORKER_SIGNALS] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR2};
+    int count = tsrvi_worker_id >= 0 ? 3 : tsrvi_worker.upgradable ? 5 : 4;
     sigset_t unblocked;
     TSRV_SYS(sigemptyset, (&unblocked));
-    for (int i = 0; i < (tsrvi_worker_id >= 0 ? 3 : 4); i++) {
+    for (int i = 0; i < count; i++) {
         tsrv_signal *own = &tsrvi_worker.signals[i];
         struct sigaction action;
         if (TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
@@ -12622,7 +12636,7 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
              TSRV_SYS(recv, (tsrvi_worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1 &&
              __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
     watched = missed && tsrvi_worker_is_watched(signo);
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }
     __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
@@ -13419,7 +13433,7 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
               tsrvi_child_name(s, child, name, sizeof(name)),
               WIFEXITED(status) ? "exited with status" : "was ended by signal",
               WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status),
-              expected ? "" : ", unasked");
+              expected || c->state == TSRVI_CHILD_DYING ? "" : ", unasked");
     tsrvi_close_fd(c->line);
     c->line = -1;
     c->pid = 0;
@@ -13458,6 +13472,8 @@ static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
         s->happens(s, TSRVI_PARENT_FAILS);
     } else {
         tsrvi_child_back_off(s, &s->children[child]);
+        tsrvi_log(TSRV_LOG_INFO, "worker %d is started again in %d ms, bad end %d in a row",
+                  child / TSRVI_GENERATIONS, s->children[child].backoff_ms, s->failures);
     }
 }
 
@@ -14305,7 +14321,7 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
         rc = num_processes == 1 ? tsrvi_server_start_here(server, options)
                                 : tsrvi_server_fork(server, num_processes, options);
     }
-    if (rc < 0 && rc != TSRV_EPARENT) {
+    if (rc < 0 && rc != TSRV_EPARENT && rc != TSRV_ETIMEOUT && rc != TSRV_ERESTARTS) {
         tsrvi_log(TSRV_LOG_ERROR, "cannot start %d processes on %s: %s", num_processes, text,
                   tsrv_strerror(rc));
     }
@@ -14343,6 +14359,8 @@ static int tsrvi_serve_alone(tsrv_server *server)
     tsrvi_worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
     tsrvi_worker.line.fd = -1;
     tsrvi_worker.wake = -1;
+    tsrvi_worker.upgradable =
+        server->options.fork != NULL && server->options.fork->upgrade_argv != NULL;
     tsrvi_reloaded = server->options.tls;
     tsrvi_on_ready = tsrvi_serve_ready;
     tsrvi_loop_entered = tsrvi_worker_entered;
@@ -14354,7 +14372,7 @@ static int tsrvi_serve_alone(tsrv_server *server)
 static void tsrvi_serve_done(tsrv_loop *loop)
 {
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &tsrvi_worker.mask, NULL));
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
         tsrv_signal_stop(&tsrvi_worker.signals[i]);
     }
     tsrvi_heap_remove(&loop->heap, &loop->beat);

@@ -1138,6 +1138,39 @@ TEST_LOOP(a_hangup_does_not_end_a_single_process)
     check_end(pid, 0, TSRV_OK);
 }
 
+/* It has no parent that could hand its sockets over. */
+TEST_LOOP(an_upgrade_of_a_single_process_is_refused_and_explained)
+{
+    static char *argv[] = {(char *)"false", NULL};
+    begin(1);
+    fork_options.upgrade_argv = argv;
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    tell(pid, SIGUSR2);
+    AWAIT(strstr(board->log, "upgrade: refused") != NULL);
+    check_served();
+    stop_well(pid, TSRV_OK);
+}
+
+/* How it ended has been told; "cannot start" would be said of what has served for hours. */
+TEST_LOOP(what_ends_by_force_is_not_called_a_start_that_failed)
+{
+    begin(2);
+    fork_options.grace_ms = 1000;
+    pid_t pid = launch(program_bind_start);
+    await_forks(2);
+    int fd = reach();
+    t_sends(fd, "hang\n");
+    poke(pid);
+    tell(pid, SIGTERM);
+    advance(pid, 1000 + KILL_MS);
+    advance_until_end(pid);
+    CHECK_INT(board->result, TSRV_ETIMEOUT);
+    CHECK(strstr(board->log, "is killed") != NULL);
+    CHECK(strstr(board->log, "cannot start") == NULL);
+    t_close(fd);
+}
+
 TEST_LOOP(a_hangup_during_a_drain_changes_nothing)
 {
     begin(2);
