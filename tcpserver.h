@@ -6541,7 +6541,6 @@ TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
     }
     set = tsrvi_tls_set_new(&tls->options, &rc);
     if (set == NULL) {
-        tsrvi_log(TSRV_LOG_ERROR, "TLS: certificates and keys stay as they are");
         return rc;
     }
     tsrvi_tls_keep_tickets(tls->set->context, set->context);
@@ -12453,6 +12452,16 @@ static void tsrvi_worker_tell_watch(int signo)
     tsrvi_loops_wake();
 }
 
+/* SIGHUP: what of the files cannot be read has been logged, and changes nothing. */
+static void tsrvi_worker_read_files(void)
+{
+    if (tsrvi_reloaded != NULL && tsrv_tls_reload(tsrvi_reloaded) == TSRV_OK) {
+        tsrvi_log(TSRV_LOG_INFO, "SIGHUP: certificates and keys have been read anew");
+    } else if (tsrvi_reloaded != NULL) {
+        tsrvi_log(TSRV_LOG_WARNING, "SIGHUP: certificates and keys stay as they are");
+    }
+}
+
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
@@ -12460,9 +12469,7 @@ static void tsrvi_worker_signal(void *context)
         return; /* the program's watch takes the place of ours */
     }
     if (own->signo == SIGHUP) {
-        if (tsrvi_reloaded != NULL && tsrv_tls_reload(tsrvi_reloaded) == TSRV_OK) {
-            tsrvi_log(TSRV_LOG_INFO, "SIGHUP: certificates and keys have been read anew");
-        }
+        tsrvi_worker_read_files();
         return;
     }
     if (own->signo == SIGUSR2) {
@@ -13801,9 +13808,7 @@ static void tsrvi_parent_reload(tsrvi_supervisor *s)
 {
     tsrvi_log(TSRV_LOG_INFO, "reload: %d workers are replaced, one after the other", s->workers);
     tsrvi_notify("RELOADING=1");
-    if (tsrvi_reloaded != NULL) {
-        tsrv_tls_reload(tsrvi_reloaded); /* what fails is logged, and changes nothing */
-    }
+    tsrvi_worker_read_files();
     s->generation++;
     s->rolling = true;
 }
