@@ -1862,8 +1862,9 @@ static bool tsrvi_log_put(const char *line, size_t size)
     }
     /* O_NONBLOCK on descriptor 2 itself would reach all who share it. Linux opens a pipe anew, and
      * then no other process can fill it between a look and the write. */
-    if (S_ISFIFO(info.st_mode)) {
-        fd = tsrvi_fd_own(TSRV_SYS(open, ("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_CLOEXEC)));
+    if (S_ISFIFO(info.st_mode) || S_ISCHR(info.st_mode)) { /* a terminal takes a part, and waits */
+        fd = tsrvi_fd_own(
+            TSRV_SYS(open, ("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)));
     }
     entry.fd = 2;
     entry.events = POLLOUT;
@@ -4093,6 +4094,16 @@ static struct {
     struct sigaction before;
 } tsrvi_signals[TSRVI_SIGNALS];
 
+/* End this process in a second, whatever SIGALRM has been made to do. Async-signal-safe. */
+static void tsrvi_signal_alarm(void)
+{
+    struct sigaction action;
+    memset(&action, 0, sizeof(action));
+    action.sa_handler = SIG_DFL;
+    TSRV_SYS(sigaction, (SIGALRM, &action, NULL));
+    TSRV_SYS(alarm, (1));
+}
+
 /* Async-signal-safe: flags and write(2) only. */
 static void tsrvi_signal_handler(int signo)
 {
@@ -4105,7 +4116,7 @@ static void tsrvi_signal_handler(int signo)
         tsrvi_wake_write(loop->wake_write);
     }
     if (tsrvi_parent != 0 && TSRV_SYS(getppid, ()) != tsrvi_parent) {
-        TSRV_SYS(alarm, (1)); /* nobody is left to end this worker if it hangs */
+        tsrvi_signal_alarm(); /* nobody is left to end this worker if it hangs */
     }
     __atomic_fetch_sub(&tsrvi_signal_handlers, 1, __ATOMIC_SEQ_CST);
 }
@@ -5519,6 +5530,19 @@ static int tsrvi_bound_get(int *fds, int capacity)
     }
     tsrvi_unlock(&tsrvi_bound_list.lock);
     return count;
+}
+
+/* A program may bind, and then go on in a fork's child, as daemon(3) does: who starts workers on a
+ * socket owns it. */
+static void tsrvi_bound_claim(int fd)
+{
+    int index;
+    tsrvi_lock(&tsrvi_bound_list.lock);
+    index = tsrvi_bound_find(fd);
+    if (index >= 0) {
+        tsrvi_bound_at(index)->pid = TSRV_SYS(getpid, ());
+    }
+    tsrvi_unlock(&tsrvi_bound_list.lock);
 }
 
 /* Is there a file that goes with this socket? */
@@ -12293,6 +12317,14 @@ static void tsrvi_notify_again(void)
     }
 }
 
+/* This program ends; but not the service, as long as the one before it serves. */
+static void tsrvi_notify_stopping(void)
+{
+    if (!tsrvi_handed_waits()) {
+        tsrvi_notify("STOPPING=1");
+    }
+}
+
 TSRV_API int tsrv_notify(const char *state)
 {
     if (strncmp(state, "READY=1", 7) == 0) {
@@ -12399,7 +12431,7 @@ static void tsrvi_worker_tell(int how)
         }
     }
     if (tsrvi_worker_id < 0 && how == TSRVI_LEAVE) {
-        tsrvi_notify("STOPPING=1");
+        tsrvi_notify_stopping();
     }
     __atomic_store_n(&tsrvi_worker.told, how, __ATOMIC_RELEASE);
     tsrvi_loops_wake();
@@ -13162,6 +13194,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
         TSRV_SYS(_exit, (tsrvi_place_own->refused < 0)); /* or the parent has died meanwhile */
     }
     s->born = child;
+    tsrvi_notify_owes = false;
     tsrvi_chief = NULL;
     memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
     beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
@@ -13561,12 +13594,29 @@ static int tsrvi_reload_next(const tsrvi_supervisor *s)
     return -1;
 }
 
-/* Has a newer reload waited long enough for what the one before has begun? */
+/* Has a newer reload waited long enough for what the one before has begun? The old process may have
+ * ended meanwhile: then it has to have a place for another one. */
 static bool tsrvi_reload_is_overtaken(const tsrvi_supervisor *s)
 {
     const tsrvi_child *fresh = &s->children[s->fresh];
+    int worker = s->fresh / TSRVI_GENERATIONS;
     return fresh->generation != s->generation &&
-           s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS;
+           s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS &&
+           (tsrvi_child_beside(s, worker, s->fresh) >= 0 || tsrvi_child_vacant(s, worker) >= 0);
+}
+
+/* What the reload before has begun is told to end; a worker that has no other process gets one. */
+static void tsrvi_reload_overtake(tsrvi_supervisor *s)
+{
+    int worker = s->fresh / TSRVI_GENERATIONS, place = tsrvi_child_vacant(s, worker);
+    bool alone = tsrvi_child_beside(s, worker, s->fresh) < 0;
+    tsrvi_child_happens(s, s->fresh, TSRVI_CHILD_TOLD);
+    s->fresh = -1;
+    if (alone) {
+        s->children[place].state = TSRVI_CHILD_DUE;
+        s->children[place].backoff_ms = 0;
+        s->children[place].due = s->now;
+    }
 }
 
 /* One step. Where a worker has no place left for another process, the next one that ends makes it.
@@ -13577,8 +13627,7 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
     if (s->fresh >= 0 && tsrvi_child_is_up(s, s->fresh, 0)) {
         tsrvi_reload_replace(s);
     } else if (s->fresh >= 0 && tsrvi_reload_is_overtaken(s)) {
-        tsrvi_child_happens(s, s->fresh, TSRVI_CHILD_TOLD);
-        s->fresh = -1;
+        tsrvi_reload_overtake(s);
     }
     if (!s->rolling || s->fresh >= 0) {
         return;
@@ -13720,6 +13769,9 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     c->pid = pid;
     c->started = s->now;
     c->due = tsrvi_after(s->now, s->options.start_timeout_ms);
+    if (c->due != TSRVI_FOREVER) {
+        c->due += TSRVI_SETTLED_MS * TSRVI_MS; /* in which its workers accept already */
+    }
     s->upgrade = child;
     s->upgrade_fd = fds[0];
     return TSRV_OK;
@@ -13779,7 +13831,7 @@ static void tsrvi_parent_stop(tsrvi_supervisor *s)
 {
     tsrvi_log(TSRV_LOG_INFO, "stopping: no new connections, workers have %d ms to end",
               s->options.grace_ms);
-    tsrvi_notify("STOPPING=1");
+    tsrvi_notify_stopping();
     tsrvi_parent_leave(s, TSRVI_PARENT_STOPPING, true);
 }
 
@@ -13857,7 +13909,7 @@ static void tsrvi_parent_yield(tsrvi_supervisor *s)
 static void tsrvi_parent_give_up(tsrvi_supervisor *s)
 {
     s->code = TSRV_ERESTARTS;
-    tsrvi_notify("STOPPING=1");
+    tsrvi_notify_stopping();
     tsrvi_parent_leave(s, TSRVI_PARENT_ENDING, true);
 }
 
@@ -14285,6 +14337,9 @@ static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_o
     }
     if (resolved.grace_ms == 0) {
         resolved.grace_ms = server->options.grace_ms;
+    }
+    for (int i = 0; i < server->bound_count; i++) {
+        tsrvi_bound_claim(server->bound[i].fd);
     }
     if ((rc = tsrvi_bound_spread(server, workers)) == TSRV_OK) {
         tsrvi_reloaded = server->options.tls;

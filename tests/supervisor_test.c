@@ -995,6 +995,64 @@ TEST_ONCE(a_hangup_during_a_reload_that_hangs_is_not_lost)
     reload_again(HANGS_DEAF);
 }
 
+/* The worker that a reload is about to replace dies meanwhile, and a newer reload overtakes the one that has been
+ * begun: it is forked again. */
+TEST_ONCE(a_worker_that_dies_in_a_reload_that_is_overtaken_is_replaced)
+{
+    begin(2);
+    pid_t pid = launch(program_behaves);
+    await_forks(2);
+    put(&board->value, HANGS_DEAF);
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) == 1);
+    tell(board->pids[board->ids[0] == 0 ? 0 : 1], SIGKILL);
+    await_exits(1);
+    put(&board->value, IS_FINE);
+    reload(pid);
+    int version = get(&board->version);
+    AWAIT((advance(pid, STEP_MS), has_version(version)));
+    check_served();
+    stop_well(pid, TSRV_EPARENT);
+}
+
+/* What a daemon(3) between bind and start does: the parent of the workers is a fork of who has bound. */
+static int program_daemon(void)
+{
+    server_options.on_start = on_start;
+    tsrv_server *server = new_bound_server();
+    in_program = false; /* this fork makes no worker */
+    pid_t pid = fork();
+    in_program = true;
+    CHECK(pid >= 0);
+    if (pid > 0) {
+        int status = 0;
+        CHECK(waitpid(pid, &status, 0) == pid);
+        _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
+    }
+    put(&board->value, getpid());
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+TEST_ONCE(a_daemon_refuses_new_connections_and_removes_its_file)
+{
+    begin(2);
+    use_unix_socket();
+    pid_t pid = launch(program_daemon);
+    await_forks(2);
+    int fd = start_request();
+    tell((pid_t)get(&board->value), SIGTERM);
+    AWAIT(is_refused());
+    CHECK(access(unix_path, F_OK) != 0);
+    finish_request(fd);
+    CHECK_INT(await_end(pid), 0);
+    remove_directory();
+}
+
 TEST_ONCE(a_reload_to_workers_that_end_leaves_the_old_ones)
 {
     static const int kinds[] = {EXITS_0, EXITS_1};
