@@ -13594,18 +13594,16 @@ static int tsrvi_reload_next(const tsrvi_supervisor *s)
     return -1;
 }
 
-/* Has a newer reload waited long enough for what the one before has begun? The old process may have
- * ended meanwhile: then it has to have a place for another one. */
+/* Has a newer reload waited long enough for what the one before has begun? */
 static bool tsrvi_reload_is_overtaken(const tsrvi_supervisor *s)
 {
     const tsrvi_child *fresh = &s->children[s->fresh];
-    int worker = s->fresh / TSRVI_GENERATIONS;
     return fresh->generation != s->generation &&
-           s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS &&
-           (tsrvi_child_beside(s, worker, s->fresh) >= 0 || tsrvi_child_vacant(s, worker) >= 0);
+           s->now - fresh->started >= TSRVI_SETTLED_MS * TSRVI_MS;
 }
 
-/* What the reload before has begun is told to end; a worker that has no other process gets one. */
+/* What the reload before has begun is told to end. The worker whose old process has ended meanwhile
+ * gets another one, in the place that this has left. */
 static void tsrvi_reload_overtake(tsrvi_supervisor *s)
 {
     int worker = s->fresh / TSRVI_GENERATIONS, place = tsrvi_child_vacant(s, worker);
@@ -13613,6 +13611,7 @@ static void tsrvi_reload_overtake(tsrvi_supervisor *s)
     tsrvi_child_happens(s, s->fresh, TSRVI_CHILD_TOLD);
     s->fresh = -1;
     if (alone) {
+        TSRV_ASSERT(place >= 0);
         s->children[place].state = TSRVI_CHILD_DUE;
         s->children[place].backoff_ms = 0;
         s->children[place].due = s->now;
