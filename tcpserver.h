@@ -10317,7 +10317,8 @@ static void tsrvi_stream_feed_handler(tsrv_stream *stream)
     if (TSRVI_UNLIKELY(stream->in != NULL && stream->in->held)) {
         got =
             1; /* another coroutine has a slice of the buffer, which ends with this call's reads */
-    } else if (partial != NULL && partial->into != NULL && tsrvi_chunk_size(stream->in) == 0) {
+    } else if (partial != NULL && partial->into != NULL && partial->done < partial->size &&
+               tsrvi_chunk_size(stream->in) == 0) {
         got = tsrvi_stream_receive(stream, partial->into + partial->done,
                                    partial->size - partial->done);
         partial->done += got;
@@ -11956,12 +11957,20 @@ static void tsrvi_server_run(tsrvi_task *task)
     }
 }
 
+/* Whoever waited for the server's streams was on the stacks that are gone. */
+static void tsrvi_server_forget_waiters(tsrv_server *server)
+{
+    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
+        TSRVI_CONTAINER(link, tsrv_stream, link)->waiters = NULL;
+    }
+}
+
 /* End streams whose handlers will not run any more. */
 static void tsrvi_server_drop_streams(tsrv_server *server)
 {
     while (!tsrvi_list_empty(&server->streams)) {
         tsrv_stream *stream = TSRVI_CONTAINER(server->streams.next, tsrv_stream, link);
-        stream->waiters = NULL; /* they were on the stacks that are gone */
+        stream->waiters = NULL; /* in a fork's child they wait in the parent */
         if ((stream->flags & TSRVI_OVER) == 0) {
             stream->flags &= ~TSRVI_RUNNING;
             tsrvi_stream_over(stream, TSRV_ECLOSED);
@@ -12056,6 +12065,9 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     }
     tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */
     dropped = tsrvi_co_drop_all(loop);
+    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+        tsrvi_server_forget_waiters(TSRVI_CONTAINER(link, tsrv_server, link));
+    }
     if (dropped != 0) {
         tsrvi_log(TSRV_LOG_WARNING, "tsrv_loop_free: %lu coroutines still waited and were dropped",
                   (unsigned long)dropped);

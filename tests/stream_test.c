@@ -585,3 +585,110 @@ TEST_STREAM(log_names_the_limit_that_was_met)
         s_close();
     }
 }
+
+/* ---- on_close while a loop is being freed -------------------------------------------------*/
+
+static tsrv_stream *pair_of_streams[2];
+static int pair_begun, pair_ended;
+
+/* Not to be moved: tsrv_loop_free drops it where it stands. */
+static int wait_for_ever(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    pair_of_streams[pair_begun++] = stream;
+    for (;;) {
+        tsrv_wait(stream, TSRV_NEVER);
+    }
+    return TSRV_OK;
+}
+
+static void wake_the_other(tsrv_stream *stream, int reason, void *context)
+{
+    (void)reason, (void)context;
+    if (pair_ended++ == 0) {
+        tsrv_wake(pair_of_streams[stream == pair_of_streams[0]]);
+    }
+}
+
+/* Whoever waited for it was on a stack that is gone. */
+TEST_ONCE(on_close_may_wake_a_stream_whose_coroutine_was_dropped)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    int ends[2][2];
+    options.handle_stream = wait_for_ever;
+    options.on_close = wake_the_other;
+    CHECK_INT(tsrv_loop_new(&options.loop, NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    for (int i = 0; i < 2; i++) {
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends[i]) == 0);
+        CHECK_INT(tsrv_server_add_stream(server, ends[i][1]), TSRV_OK);
+    }
+    while (pair_begun < 2) {
+        CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
+    }
+    CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
+    CHECK_INT(pair_ended, 2);
+    tsrv_server_free(server);
+    t_close(ends[0][0]);
+    t_close(ends[1][0]);
+}
+
+/* ---- a read_into that is complete, and not asked for yet ------------------------------------*/
+
+enum { INTO = 16, MUCH = 400000 };
+
+static char into[INTO], much[MUCH];
+static bool writes_first;
+static int into_codes[3], into_calls;
+
+/* It writes what others have left for it before it asks for its read again. */
+static int write_and_read_into(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    if (writes_first) {
+        writes_first = false;
+        CHECK_INT(tsrv_write(stream, much, MUCH), TSRV_OK);
+    }
+    rc = tsrv_read_into(stream, into, INTO);
+    if (rc == TSRV_OK) {
+        into_codes[into_calls++] = rc;
+        rc = tsrv_read_into(stream, into, INTO);
+        into_codes[into_calls++] = rc;
+    }
+    return rc;
+}
+
+/* More input and room for output come at once: a recv of no bytes must not be taken for the end. */
+TEST_ONCE(read_into_that_is_complete_does_not_see_an_end)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    static char got[65536];
+    int ends[2];
+    options.handle_stream = write_and_read_into;
+    options.mode = TSRV_CALLBACK;
+    options.write_high_water = 100000;
+    CHECK_INT(tsrv_loop_new(&options.loop, NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
+    CHECK_INT(tsrv_server_add_stream(server, ends[1]), TSRV_OK);
+    CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
+    writes_first = true;
+    t_sends(ends[0], "0123456789abcdef");
+    for (int i = 0; i < 2; i++) {
+        CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
+    }
+    t_sends(ends[0], "next");
+    for (int i = 0; i < 1000 && into_calls < 2; i++) {
+        while (recv(ends[0], got, sizeof got, MSG_DONTWAIT) > 0) {
+        }
+        CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
+    }
+    CHECK_INT(into_codes[0], TSRV_OK);
+    CHECK_INT(into_codes[1], TSRV_EAGAIN);
+    tsrv_server_free(server);
+    CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
+    t_close(ends[0]);
+}
