@@ -12563,9 +12563,9 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
 
 /* ---- the chief -------------------------------------------------------------*/
 
-/* Act on signals that nobody else acts on: SIGHUP and SIGUSR2 are the parent's business, and this
- * process's only where there is none. In a worker one that is ignored stays so: its parent tells it.
- * What is acted on is unblocked in this thread, whatever mask the process was given. */
+/* Act on signals that nobody else acts on; SIGHUP and SIGUSR2 only where there is no parent, whose
+ * business they are. In a worker one that is ignored stays so: its parent tells it. What is acted
+ * on is unblocked in this thread, whatever mask the process was given. */
 static void tsrvi_worker_watch_signals(tsrv_loop *loop)
 {
     static const int signals[TSRVI_WORKER_SIGNALS] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR2};
