@@ -764,6 +764,7 @@ static inline void t_run_variant(const t_test *test, const char *label, bool sho
 
 typedef struct t_choice {
     const char *filter;  /* a part of the label; NULL = all */
+    bool exact;          /* the whole label */
     const char *backend; /* NULL = all */
     int part, parts;     /* every so manieth of them, so that several processes share them */
     bool list;
@@ -789,7 +790,8 @@ static inline void t_run_test(const t_test *test, const t_choice *choice, const 
             t_hard = hard;
             snprintf(label, sizeof label, "%s/%s%s%s", test->name, t_backend_names[t_backend],
                      modes == 0 ? "" : callback ? "/callback" : "/coroutine", hard ? "/hard" : "");
-            if (choice->filter != NULL && strstr(label, choice->filter) == NULL) {
+            if (choice->filter != NULL && (choice->exact ? strcmp(label, choice->filter) != 0
+                                                         : strstr(label, choice->filter) == NULL)) {
                 continue;
             }
             if ((test->kind & T_PER_BACKEND) && choice->backend != NULL &&
@@ -802,7 +804,7 @@ static inline void t_run_test(const t_test *test, const t_choice *choice, const 
             if (choice->list) {
                 puts(label);
             } else {
-                t_run_variant(test, label, choice->filter != NULL);
+                t_run_variant(test, label, choice->filter != NULL && !choice->exact);
             }
         }
     }
@@ -818,10 +820,12 @@ int main(int argc, char **argv)
         TSRV_BACKEND_KQUEUE,
 #endif
         TSRV_BACKEND_POLL};
-    t_choice choice = {NULL, NULL, 0, 1, false};
+    t_choice choice = {NULL, false, NULL, 0, 1, false};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--list") == 0) {
             choice.list = true;
+        } else if (strcmp(argv[i], "--exact") == 0) {
+            choice.exact = true;
         } else if (strcmp(argv[i], "--backend") == 0 && i + 1 < argc) {
             choice.backend = argv[++i];
         } else if (strcmp(argv[i], "--part") == 0 && i + 1 < argc &&

@@ -52,7 +52,8 @@ enum { PIDS = 64 };
 /* What all processes of a test share. */
 static struct board {
     int port;      /* of the program's server; 0 = not bound yet; atomic */
-    int forks;     /* processes that have begun to accept, or bare workers; atomic */
+    int begun;     /* processes that have begun to accept, or bare workers; atomic */
+    int forks;     /* those of them that stand in ids, versions and pids; atomic */
     int results;   /* programs whose parent has got its result; atomic */
     int result;    /* the last of them */
     int ids[PIDS]; /* of the workers in the order in which they began */
@@ -198,11 +199,12 @@ static inline void note_exit(int task_id, int pid, int status, void *context)
 
 static inline void note_worker(void)
 {
-    int index = __atomic_fetch_add(&board->forks, 1, __ATOMIC_ACQ_REL);
+    int index = __atomic_fetch_add(&board->begun, 1, __ATOMIC_ACQ_REL);
     CHECK(index < PIDS);
     board->ids[index] = tsrv_task_id();
     board->versions[index] = __atomic_load_n(&board->version, __ATOMIC_ACQUIRE);
     __atomic_store_n(&board->pids[index], getpid(), __ATOMIC_RELEASE);
+    __atomic_add_fetch(&board->forks, 1, __ATOMIC_ACQ_REL); /* who sees it, finds all of the above */
 }
 
 static inline void note_port(tsrv_server *server)
@@ -736,6 +738,7 @@ static inline void begin(int count)
 
 static inline void tell(pid_t pid, int signo)
 {
+    CHECK(pid != 0 && pid != -1); /* which would be the test itself, and everybody */
     CHECK(kill(pid, signo) == 0);
 }
 
