@@ -15,9 +15,10 @@ TESTS   = $(filter-out $(NOT_BUILT),$(LONGEST) $(filter-out $(LONGEST),$(ALL_TES
 WARNINGS = -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wvla \
            -Wwrite-strings -Wstrict-prototypes -Wmissing-prototypes -Wold-style-definition
 CFLAGS   = -std=$(STD) $(OPT) -g $(WARNINGS) -Werror
-# Tests use GNU's and POSIX's functions around the header, and are not held to all of its warnings.
+# Tests use GNU's and POSIX's functions around the header, and are not held to all of its warnings. With TSRV_DEBUG the
+# header verifies itself.
 T_OPT    = $(if $(COMPILED),-O0,-O1)
-T_CFLAGS = -std=$(STD:c%=gnu%) $(T_OPT) -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror
+T_CFLAGS = -std=$(STD:c%=gnu%) $(T_OPT) -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -DTSRV_DEBUG
 
 # The compilers' sanitizers see most at -O0, and a build takes a quarter of the time.
 COMPILED = $(filter address undefined thread,$(SAN))

@@ -152,37 +152,72 @@
  *   TSRV_NO_COROUTINES            callback mode only; the waiting calls return TSRV_ENOTSUP
  *   TSRV_USE_UCONTEXT             switch stacks by ucontext instead of by hand
  *   TSRV_TLS_OPENSSL              compile TLS in; link -lssl -lcrypto
+ *   TSRV_DEBUG                    name mistakes in the log, each once: a handler in callback mode
+ *                                 that waits in one read and goes on with another, a loop over
+ *                                 calls that fail, a wait where nothing can wait; overwrite what a
+ *                                 slice held when it dies; and verify the library itself
  *   TSRV_VALGRIND                 tell Valgrind about stacks (needs valgrind/valgrind.h)
  *
  * CONTENTS, in the order of the layers; search for the tag
  *
- *     >>api         declarations
+ *     >>api         declarations: codes, the log, the loop, sockets
+ *     >>api_server  declarations: processes, TLS, servers, clients
+ *     >>api_stream  declarations: streams
  *     >>platform    what the system offers, and the seams
- *     >>util        codes, log, clock
  *     >>list        doubly linked list
- *     >>chunk       received bytes
- *     >>queue       bytes and file ranges to send
+ *     >>globals     what all of a process shares
+ *     >>util        codes, clock, descriptors
+ *     >>log         the log: its default, its limits
+ *     >>buffer      bytes that have come, and bytes to send
  *     >>heap        timers, the earliest first
  *     >>backend     the seam to epoll, kqueue and poll
  *     >>epoll       Linux
  *     >>kqueue      macOS and the BSDs
  *     >>poll        everywhere
  *     >>switch      stacks, and the jump from one to another
- *     >>loop        turns, tasks, timers, watches, posts, signals
+ *     >>loop        tasks, and a loop's life
+ *     >>sources     timers, watches, posts, signals
+ *     >>turn        turns
  *     >>coroutine   functions that can wait
- *     >>socket      addresses, listening sockets
- *     >>tls         contexts and sessions
+ *     >>socket      addresses, sockets
+ *     >>handed      sockets that were handed over
+ *     >>bound       what this process has bound
+ *     >>bind        binding
+ *     >>tls         contexts: certificates, names, protocols
+ *     >>tls_options contexts from options
  *     >>shared      counters of all workers
- *     >>stream      one connection
- *     >>server      listeners, accepting
+ *     >>peer        a peer's address
+ *     >>stream      one connection: what is known of it
+ *     >>debug       mistakes of a program, named
+ *     >>transport   what carries its bytes
+ *     >>tls_session sessions: their socket, as OpenSSL sees it
+ *     >>tls_transport TLS as a transport
+ *     >>wait        who waits for a stream
+ *     >>output      what is queued, and how it goes
+ *     >>ends        how a stream comes to its end
+ *     >>input       what comes, and where it is kept
+ *     >>attempt     can this read be answered?
+ *     >>read        reads
+ *     >>write       writes
+ *     >>state       waiting for something else, and what a stream tells
+ *     >>tls_stream  TLS, as a program asks for it
+ *     >>handler     the handler: when it is called, and what its return means
+ *     >>settle      what follows from facts
+ *     >>event       what happens to a stream
+ *     >>server      servers: their options
+ *     >>accept      listeners: accepting, and pausing
+ *     >>listen      servers: starting and stopping
  *     >>client      connecting
- *     >>ends        draining servers, freeing servers and loops
+ *     >>drain       draining servers, freeing servers and loops
  *     >>cpus        processors that this process may use
  *     >>notify      telling the service manager, and the program before this one
  *     >>worker      a process that is told when to end
  *     >>identity    the user that workers run as
- *     >>process     workers, and the supervisor that keeps them
- *     >>supervise   reloads, upgrades, and the rounds of the supervisor
+ *     >>process     the supervisor: its state, its signals
+ *     >>children    workers: their birth, and what happens to them
+ *     >>supervise   reloads and upgrades
+ *     >>rounds      rounds of the supervisor
+ *     >>start       servers in workers
  *     >>serve       a whole server in one call
  *     >>history     what changed
  *     >>license     MIT
@@ -232,7 +267,7 @@ extern "C" {
 #endif
 
 /* ============================================================================
- * >>api  Declarations
+ * >>api  Declarations: codes, the log, the loop, sockets
  *
  * Unless a comment says otherwise: a function is called on the loop's thread
  * (before the loop runs, the thread that will run it), also from inside any
@@ -618,6 +653,10 @@ TSRV_API int tsrv_address_port(const tsrv_address *address);
 /* AF_INET, AF_INET6 or AF_UNIX; 0 = unknown. Any thread. */
 TSRV_API int tsrv_address_family(const tsrv_address *address);
 
+/* ============================================================================
+ * >>api_server  Declarations: processes, TLS, servers, clients
+ * ==========================================================================*/
+
 /* ---- processes (process) ---------------------------------------------------*/
 
 typedef struct tsrv_fork_options {
@@ -955,6 +994,10 @@ typedef struct tsrv_connect_options {
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream);
 
+/* ============================================================================
+ * >>api_stream  Declarations: streams
+ * ==========================================================================*/
+
 /* ---- stream: reads (IOStream) ----------------------------------------------
  *
  * All of them:
@@ -1017,8 +1060,9 @@ TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_s
 
 /* Write bytes; afterwards data is the caller's again. Source: IOStream.write.
  *   size  0 = nothing happens, but the stream's state is returned; more than
- *         max_write_buffer_size: a coroutine has it taken in pieces, with no other write between
- *         them, and must leave data alone until the call returns */
+ *         max_write_buffer_size: a coroutine has it sent from where it lies, in its place among the
+ *         other writes, and must leave data alone until the call returns; if that is ended by
+ *         tsrv_close, what is left is copied, and still goes */
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
@@ -1106,7 +1150,8 @@ TSRV_API void *tsrv_tls_native(tsrv_stream *stream);
  * a loop. The end of the input counts when nothing unread is before it, a reset at once.
  *   timeout_ms  0 = only look; TSRV_NEVER
  * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait, TSRV_EINVAL in the
- * stream's on_close. */
+ * stream's on_close, TSRV_ECLOSED to a helper coroutine when nothing but on_close is left to
+ * come. */
 TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms);
 
 /* End every tsrv_wait on the stream; with none, the next one. Loop's thread: from others by
@@ -1176,6 +1221,30 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 
 #if defined(TCPSERVER_IMPLEMENTATION) && !defined(TSRVI_IMPLEMENTED)
 #define TSRVI_IMPLEMENTED
+
+/* A map for whoever has to change this.
+ *
+ * A byte that comes: the kernel -> tsrvi_epoll_wait -> tsrvi_poller_dispatch -> tsrvi_stream_event
+ * (>>event) -> tsrvi_stream_feed -> tsrvi_stream_receive (>>input) -> tsrvi_plain_recv
+ * (>>transport), or a session's -> the loop's buffer. Then tsrvi_stream_settle (>>settle) ->
+ * tsrvi_wait_end -> tsrvi_attempt_until and its kin (>>attempt) -> the slice -> the coroutine goes
+ * on, or tsrvi_stream_call (>>handler) calls the handler, whose read attempts the same.
+ *
+ * A byte that goes: tsrv_write (>>write) -> a buffer of the queue (>>buffer) -> when the handler
+ * waits or returns, tsrvi_stream_settle -> tsrvi_stream_flush (>>ends) -> tsrvi_plain_send
+ * (>>transport), or a session's -> the kernel. Large ones go from tsrvi_write_take straight to
+ * tsrvi_stream_send.
+ *
+ * Where to change what
+ *   a new kind of wait        a TSRVI_FOR_... and its predicate in tsrvi_wait_is_over (>>settle)
+ *   a new read                an attempt (>>attempt), and a public function around it (>>read)
+ *   a new end, or phase       the table in >>stream, >>ends, tsrvi_stream_verify (>>settle)
+ *   a new transport           a table as in >>transport
+ *   another event interface   a table as in >>backend, and a line in tsrvi_backends (>>poll)
+ *   another processor         >>switch
+ *   accepting                 >>accept; a drain: >>drain; processes: the tables in >>process
+ *   an option                 its declaration, its default in tsrvi_server_defaults (>>server)
+ * Tests are named after what they test, and tests/check_header.sh holds the rules of this text. */
 
 /* ============================================================================
  * >>platform  What the system offers, and the seams
@@ -1490,7 +1559,195 @@ typedef int tsrvi_kevent_count;
     ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
 /* ============================================================================
- * >>util  Codes, log, clock
+ * >>list  Doubly linked list inside the objects it links
+ *
+ * The head is a link like the others, so no case is special. A link that is in
+ * no list points at itself, so removing it twice does no harm.
+ * ==========================================================================*/
+
+typedef struct tsrvi_link {
+    struct tsrvi_link *next;
+    struct tsrvi_link *previous;
+} tsrvi_link;
+
+static void tsrvi_list_init(tsrvi_link *link)
+{
+    link->next = link;
+    link->previous = link;
+}
+
+static bool tsrvi_list_empty(const tsrvi_link *head)
+{
+    return head->next == head;
+}
+
+static void tsrvi_list_append(tsrvi_link *head, tsrvi_link *link)
+{
+    link->previous = head->previous;
+    link->next = head;
+    head->previous->next = link;
+    head->previous = link;
+}
+
+static void tsrvi_list_remove(tsrvi_link *link)
+{
+    link->previous->next = link->next;
+    link->next->previous = link->previous;
+    tsrvi_list_init(link);
+}
+
+/* ============================================================================
+ * >>globals  What all of a process shares
+ *
+ * Each layer has its part of one struct, which is all zeros at first. What is
+ * atomic says so; the rest belongs to who holds the lock of its part, or to the
+ * one thread that supervises, or serves.
+ * ==========================================================================*/
+
+/* Lines that peers can cause, or a fault that lasts, by kind. */
+enum {
+    TSRVI_LOG_HANDLER, /* handlers that failed */
+    TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
+    TSRVI_LOG_NOTIFY,  /* a service manager that cannot be told */
+    TSRVI_LOG_WAIT,    /* ends of processes that cannot be learnt */
+    TSRVI_LOG_KINDS
+};
+
+#ifdef NSIG
+#define TSRVI_SIGNALS NSIG
+#else
+#define TSRVI_SIGNALS 65
+#endif
+#define TSRVI_HANDED_MAX 4096 /* sockets that can be handed over */
+#define TSRVI_BOUND_FEW 32    /* more take memory: see >>bound */
+#define TSRVI_WORKER_SIGNALS 5
+#define TSRVI_SUPERVISED_MAX 8
+
+/* One that this process has bound; see >>bound. */
+typedef struct tsrvi_bound_socket {
+    int fd;
+    pid_t pid; /* who has bound it */
+    dev_t device;
+    ino_t inode;
+    bool has_file;
+    dev_t file_device;
+    ino_t file_inode;
+} tsrvi_bound_socket;
+
+struct tsrvi_place;
+
+static struct tsrvi_process {
+    /* Of >>log. All but the level are of one process: a fork's child begins anew. 32 bits, since
+     * some processors have no atomics of 64. */
+    struct {
+        tsrv_log_function function; /* NULL = the default logger */
+        void *context;
+        int level;     /* atomic; how far above TSRV_LOG_INFO the default logger prints */
+        pid_t pid;     /* atomic */
+        uint32_t lost; /* atomic; lines that could not be written, and were not told of */
+        uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
+        struct {
+            uint32_t since;  /* atomic; when its window began */
+            uint32_t length; /* atomic; of the window, in milliseconds */
+            uint32_t count;  /* atomic; lines since then, suppressed ones included */
+            int level;       /* atomic; of the last one */
+        } kinds[TSRVI_LOG_KINDS];
+    } log;
+    unsigned without; /* atomic; bits of TSRVI_WITHOUT_... */
+
+    /* Of >>loop: the loops of this process, on all threads. */
+    struct {
+        int lock;
+        tsrvi_link list;
+        int count;
+        pid_t pid; /* whose they are: those that a fork copied do not count */
+    } loops;
+    tsrv_loop *chief;                  /* atomic; the loop that stands for the process */
+    void (*loop_entered)(tsrv_loop *); /* called when tsrv_loop_run begins, */
+    void (*loop_exited)(tsrv_loop *);  /* and when it ends, */
+    void (*loop_told)(tsrv_loop *);    /* and after tsrvi_loops_wake; NULL = nobody */
+
+    /* Of >>sources: as signal dispositions are, which loop watches a signal, and what was there
+     * before. */
+    int signal_handlers; /* atomic; that are running, on any thread */
+    struct {
+        tsrv_loop *loop; /* atomic; NULL = not watched */
+        int pending;     /* atomic */
+        struct sigaction before;
+    } signals[TSRVI_SIGNALS];
+
+    /* Of >>handed */
+    struct {
+        int lock;
+        bool looked;
+        int code;                    /* what was wrong with the variables */
+        int count;                   /* descriptors from TSRVI_LISTEN_FIRST on */
+        bool free[TSRVI_HANDED_MAX]; /* one of ours that nothing has taken yet */
+        bool file[TSRVI_HANDED_MAX]; /* a unix socket whose file we have to remove in the end */
+        bool upgrade;                /* they come from the program that this one replaces */
+        int ready;                   /* in an upgrade a pipe's end; -1 = nobody waits any more */
+    } handed;
+
+    /* Of >>bound */
+    struct {
+        int lock;
+        tsrvi_bound_socket *many; /* NULL = few suffice */
+        int count;
+        int size; /* of many */
+        tsrvi_bound_socket few[TSRVI_BOUND_FEW];
+    } bound;
+
+    /* Of >>shared */
+    struct tsrvi_place *places; /* TSRVI_GENERATIONS for each worker; NULL = there are none */
+    int place_count;
+    struct tsrvi_place *place_own; /* in a worker */
+    unsigned server_numbers;       /* atomic; bits: the numbers in use */
+    void (*on_ready)(void);        /* told when a server of this process accepts; NULL = nobody */
+
+    /* Of >>notify: READY=1 could not be sent, as when the service manager's queue is full: without
+     * it the service would be ended. */
+    bool notify_owes;
+
+    /* Of >>worker. What is not atomic is the chief's. */
+    int number;                  /* its task id and 1; 0 = this is not a worker */
+    pid_t parent;                /* who must not die before it; 0 = nobody */
+    const tsrv_server *reloaded; /* whose files are read anew on SIGHUP; NULL = nobody's */
+    struct {
+        int wake;          /* the parent's pipe; -1 = no worker */
+        int grace_ms;      /* of the drain; 0 = each server's own */
+        uint64_t interval; /* between two beats */
+        uint64_t watchdog; /* TSRVI_FOREVER = nobody waits for it */
+        uint64_t ready;    /* when a single process began to accept; 0 = not yet */
+        int told;          /* atomic; TSRVI_STAY and the like */
+        int by_parent;     /* times, */
+        int by_signal;     /* and times */
+        tsrvi_io line;     /* the life-line; fd -1 = none */
+        tsrv_signal signals[TSRVI_WORKER_SIGNALS];
+        bool upgradable; /* the program expects SIGUSR2 to do something */
+        sigset_t mask;   /* of the chief's thread, before signals were unblocked */
+    } worker;
+
+    /* Of >>process: the signals that the parent has got, and where handlers write to */
+    int supervised_got[TSRVI_SUPERVISED_MAX]; /* atomic */
+    int supervised_wake;
+    int supervising; /* atomic; who supervises: a process id; 0 = nobody */
+    int serving;     /* atomic; who is inside tsrv_serve; the same */
+} tsrvi_process;
+
+/* This thread's own loop, and the one that is running on it. */
+static __thread struct {
+    tsrv_loop *own;
+    tsrv_loop *running;
+} tsrvi_thread;
+
+/* The task id of this process; -1 = it is no worker. */
+static int tsrvi_worker_id(void)
+{
+    return tsrvi_process.number - 1;
+}
+
+/* ============================================================================
+ * >>util  Codes, clock, descriptors
  *
  * No descriptor of the library is 0, 1 or 2: a program that was started without
  * them still prints to these numbers. Every descriptor goes through tsrvi_fd_own
@@ -1784,16 +2041,9 @@ static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
     return written;
 }
 
-/* ---- the default logger ----------------------------------------------------*/
-
-/* Lines that peers can cause, or a fault that lasts, by kind. */
-enum {
-    TSRVI_LOG_HANDLER, /* handlers that failed */
-    TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
-    TSRVI_LOG_NOTIFY,  /* a service manager that cannot be told */
-    TSRVI_LOG_WAIT,    /* ends of processes that cannot be learnt */
-    TSRVI_LOG_KINDS
-};
+/* ============================================================================
+ * >>log  The log: its default, its limits, what is done without
+ * ==========================================================================*/
 
 static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS",
                                                              "NOTIFY_SOCKET", "waitpid"};
@@ -1804,32 +2054,15 @@ static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "T
 #define TSRVI_LOG_LINE 512        /* bytes: _POSIX_PIPE_BUF, so that a pipe takes it whole */
 #define TSRVI_LOG_TEXT (512 - 64) /* without the time and its like */
 
-/* All but the level are of one process: a fork's child begins anew. 32 bits, since some processors
- * have no atomics of 64. */
-static struct {
-    tsrv_log_function function; /* NULL = the default logger */
-    void *context;
-    int level;     /* atomic; up to which the default logger prints */
-    pid_t pid;     /* atomic */
-    uint32_t lost; /* atomic; lines that could not be written, and were not told of */
-    uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
-    struct {
-        uint32_t since;  /* atomic; when its window began */
-        uint32_t length; /* atomic; of the window, in milliseconds */
-        uint32_t count;  /* atomic; lines since then, suppressed ones included */
-        int level;       /* atomic; of the last one */
-    } kinds[TSRVI_LOG_KINDS];
-} tsrvi_logs = {NULL, NULL, TSRV_LOG_INFO, 0, 0, 0, {{0, 0, 0, 0}}};
-
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context)
 {
-    tsrvi_logs.function = function;
-    tsrvi_logs.context = context;
+    tsrvi_process.log.function = function;
+    tsrvi_process.log.context = context;
 }
 
 TSRV_API void tsrv_set_log_level(int level)
 {
-    __atomic_store_n(&tsrvi_logs.level, level, __ATOMIC_RELAXED);
+    __atomic_store_n(&tsrvi_process.log.level, level - TSRV_LOG_INFO, __ATOMIC_RELAXED);
 }
 
 #ifndef TSRV_LOG
@@ -1915,14 +2148,14 @@ static bool tsrvi_log_print(int level, const char *message)
 static void tsrvi_log_write(int level, const char *message)
 {
     uint32_t lost;
-    if (tsrvi_logs.function != NULL) {
-        tsrvi_logs.function(level, message, tsrvi_logs.context);
+    if (tsrvi_process.log.function != NULL) {
+        tsrvi_process.log.function(level, message, tsrvi_process.log.context);
         return;
     }
-    if (level > __atomic_load_n(&tsrvi_logs.level, __ATOMIC_RELAXED)) {
+    if (level - TSRV_LOG_INFO > __atomic_load_n(&tsrvi_process.log.level, __ATOMIC_RELAXED)) {
         return;
     }
-    lost = __atomic_exchange_n(&tsrvi_logs.lost, 0, __ATOMIC_RELAXED);
+    lost = __atomic_exchange_n(&tsrvi_process.log.lost, 0, __ATOMIC_RELAXED);
     if (lost != 0) {
         char text[64];
         snprintf(text, sizeof(text), "%lu log lines were lost", (unsigned long)lost);
@@ -1931,7 +2164,7 @@ static void tsrvi_log_write(int level, const char *message)
         }
     }
     if (lost != 0 || !tsrvi_log_print(level, message)) {
-        __atomic_fetch_add(&tsrvi_logs.lost, lost + 1, __ATOMIC_RELAXED);
+        __atomic_fetch_add(&tsrvi_process.log.lost, lost + 1, __ATOMIC_RELAXED);
     }
 }
 #endif
@@ -1993,17 +2226,17 @@ static uint32_t tsrvi_log_now_ms(void)
 static void tsrvi_log_enter(void)
 {
     pid_t pid = TSRV_SYS(getpid, ());
-    if (__atomic_exchange_n(&tsrvi_logs.pid, pid, __ATOMIC_RELAXED) != pid) {
-        __atomic_store_n(&tsrvi_logs.lost, 0, __ATOMIC_RELAXED);
+    if (__atomic_exchange_n(&tsrvi_process.log.pid, pid, __ATOMIC_RELAXED) != pid) {
+        __atomic_store_n(&tsrvi_process.log.lost, 0, __ATOMIC_RELAXED);
         for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
-            __atomic_store_n(&tsrvi_logs.kinds[i].count, 0, __ATOMIC_RELAXED);
+            __atomic_store_n(&tsrvi_process.log.kinds[i].count, 0, __ATOMIC_RELAXED);
         }
     }
 }
 
 static bool tsrvi_log_window_over(int kind, uint32_t since, uint32_t now)
 {
-    return now - since >= __atomic_load_n(&tsrvi_logs.kinds[kind].length, __ATOMIC_RELAXED);
+    return now - since >= __atomic_load_n(&tsrvi_process.log.kinds[kind].length, __ATOMIC_RELAXED);
 }
 
 /* A new window begins for a kind: say how many lines of the last one were suppressed. Of several
@@ -2012,28 +2245,28 @@ static void tsrvi_log_turn(int kind, uint32_t since, uint32_t now)
 {
     uint32_t began = since, count, length;
     char text[64];
-    if (!__atomic_compare_exchange_n(&tsrvi_logs.kinds[kind].since, &since, now, false,
+    if (!__atomic_compare_exchange_n(&tsrvi_process.log.kinds[kind].since, &since, now, false,
                                      __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
         return;
     }
-    count = __atomic_exchange_n(&tsrvi_logs.kinds[kind].count, 0, __ATOMIC_RELAXED);
-    length = 2 * __atomic_load_n(&tsrvi_logs.kinds[kind].length, __ATOMIC_RELAXED);
+    count = __atomic_exchange_n(&tsrvi_process.log.kinds[kind].count, 0, __ATOMIC_RELAXED);
+    length = 2 * __atomic_load_n(&tsrvi_process.log.kinds[kind].length, __ATOMIC_RELAXED);
     length = length > TSRVI_LOG_LONGEST ? TSRVI_LOG_LONGEST : length;
     if (count <= TSRVI_LOG_RATE || length < TSRVI_LOG_WINDOW || now - began > 2 * length) {
         length = TSRVI_LOG_WINDOW; /* the flood, if there was one, is over */
     }
-    __atomic_store_n(&tsrvi_logs.kinds[kind].length, length, __ATOMIC_RELAXED);
+    __atomic_store_n(&tsrvi_process.log.kinds[kind].length, length, __ATOMIC_RELAXED);
     if (count > TSRVI_LOG_RATE) {
         snprintf(text, sizeof(text), "%s: and %lu more", tsrvi_log_kinds[kind],
                  (unsigned long)(count - TSRVI_LOG_RATE));
-        TSRV_LOG(__atomic_load_n(&tsrvi_logs.kinds[kind].level, __ATOMIC_RELAXED), text);
+        TSRV_LOG(__atomic_load_n(&tsrvi_process.log.kinds[kind].level, __ATOMIC_RELAXED), text);
     }
 }
 
 /* Were lines suppressed that nobody was told of? Loops look at it, and wake up for it. */
 static bool tsrvi_log_owes(void)
 {
-    return __atomic_load_n(&tsrvi_logs.owed, __ATOMIC_RELAXED) != 0;
+    return __atomic_load_n(&tsrvi_process.log.owed, __ATOMIC_RELAXED) != 0;
 }
 
 /* Tell of suppressed lines whose window is over; `all`: of the others too. */
@@ -2044,16 +2277,17 @@ static void tsrvi_log_settle(bool all)
         return;
     }
     now = tsrvi_log_now_ms();
-    __atomic_store_n(&tsrvi_logs.owed, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&tsrvi_process.log.owed, 0, __ATOMIC_RELAXED);
     for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
-        uint32_t since = __atomic_load_n(&tsrvi_logs.kinds[i].since, __ATOMIC_RELAXED);
-        if (__atomic_load_n(&tsrvi_logs.kinds[i].count, __ATOMIC_RELAXED) <= TSRVI_LOG_RATE) {
+        uint32_t since = __atomic_load_n(&tsrvi_process.log.kinds[i].since, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&tsrvi_process.log.kinds[i].count, __ATOMIC_RELAXED) <=
+            TSRVI_LOG_RATE) {
             continue;
         }
         if (all || tsrvi_log_window_over(i, since, now)) {
             tsrvi_log_turn(i, since, now);
         } else {
-            __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
+            __atomic_store_n(&tsrvi_process.log.owed, 1, __ATOMIC_RELAXED);
         }
     }
 }
@@ -2089,17 +2323,18 @@ static TSRVI_PRINTF(3, 4) void tsrvi_log_limited(int kind, int level, const char
     va_list arguments;
     tsrvi_log_enter();
     tsrvi_log_settle(false);
-    since = __atomic_load_n(&tsrvi_logs.kinds[kind].since, __ATOMIC_RELAXED);
+    since = __atomic_load_n(&tsrvi_process.log.kinds[kind].since, __ATOMIC_RELAXED);
     if (tsrvi_log_window_over(kind, since, now)) {
         tsrvi_log_turn(kind, since, now);
     }
-    __atomic_store_n(&tsrvi_logs.kinds[kind].level, level, __ATOMIC_RELAXED);
-    if (__atomic_fetch_add(&tsrvi_logs.kinds[kind].count, 1, __ATOMIC_RELAXED) < TSRVI_LOG_RATE) {
+    __atomic_store_n(&tsrvi_process.log.kinds[kind].level, level, __ATOMIC_RELAXED);
+    if (__atomic_fetch_add(&tsrvi_process.log.kinds[kind].count, 1, __ATOMIC_RELAXED) <
+        TSRVI_LOG_RATE) {
         va_start(arguments, format);
         tsrvi_log_format(level, format, arguments);
         va_end(arguments);
     } else {
-        __atomic_store_n(&tsrvi_logs.owed, 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&tsrvi_process.log.owed, 1, __ATOMIC_RELAXED);
     }
     errno = saved;
 }
@@ -2125,161 +2360,236 @@ enum {
     TSRVI_WITHOUT_FAMILY = 64,
     TSRVI_WITHOUT_SENDFILE = 128
 };
-static unsigned tsrvi_without; /* atomic; bits */
-
 static bool tsrvi_does_without(unsigned what)
 {
-    return (__atomic_load_n(&tsrvi_without, __ATOMIC_RELAXED) & what) != 0;
+    return (__atomic_load_n(&tsrvi_process.without, __ATOMIC_RELAXED) & what) != 0;
 }
 
 /* There is another way: take it, and say so once. */
 static void tsrvi_do_without(unsigned what, const char *name, int code)
 {
-    if ((__atomic_fetch_or(&tsrvi_without, what, __ATOMIC_ACQ_REL) & what) == 0) {
+    if ((__atomic_fetch_or(&tsrvi_process.without, what, __ATOMIC_ACQ_REL) & what) == 0) {
         tsrvi_log(TSRV_LOG_INFO, "%s is refused here (%s): doing without it", name,
                   tsrv_strerror(code));
     }
 }
 
 /* ============================================================================
- * >>list  Doubly linked list inside the objects it links
+ * >>buffer  Bytes that have come, and bytes to send
  *
- * The head is a link like the others, so no case is special. A link that is in
- * no list points at itself, so removing it twice does no harm.
+ * Input and output use one kind of buffer: a header, and capacity bytes of which
+ * begin..end are unread, or unsent. One byte more is allocated, so that a slice
+ * can always be terminated; what the 0 replaces is kept in `saved` until the
+ * slice dies. `scanned` remembers how far a search has come, so that no byte is
+ * searched twice.
+ *
+ * A queue is a list of buffers; the first one knows the last. Small writes fill
+ * buffers of one size, which come from the loop's pool; a large one has a buffer
+ * of its own. Two kinds hold no bytes: a part of a file, and what a suspended
+ * writer has lent, which stays where it lies. A queue that is empty holds no
+ * memory.
  * ==========================================================================*/
 
-typedef struct tsrvi_link {
-    struct tsrvi_link *next;
-    struct tsrvi_link *previous;
-} tsrvi_link;
+#define TSRVI_POOLED ((size_t)16384) /* bytes of a buffer that the pool keeps, header included */
+#define TSRVI_POOL_MOST 64           /* of them */
 
-static void tsrvi_list_init(tsrvi_link *link)
-{
-    link->next = link;
-    link->previous = link;
-}
+#define TSRVI_DEAD 0xDD /* TSRV_DEBUG: what is in a slice that has died */
 
-static bool tsrvi_list_empty(const tsrvi_link *head)
-{
-    return head->next == head;
-}
+enum { TSRVI_OWNED, TSRVI_LENT, TSRVI_DROPPED, TSRVI_FILE }; /* tsrvi_buffer.kind */
 
-static void tsrvi_list_append(tsrvi_link *head, tsrvi_link *link)
-{
-    link->previous = head->previous;
-    link->next = head;
-    head->previous->next = link;
-    head->previous = link;
-}
-
-static void tsrvi_list_remove(tsrvi_link *link)
-{
-    link->previous->next = link->next;
-    link->next->previous = link->previous;
-    tsrvi_list_init(link);
-}
-
-/* ============================================================================
- * >>chunk  Received bytes
- *
- * A chunk is one block with a header: capacity bytes of which begin..end hold
- * unread input. One byte more is allocated, so that a slice can always be
- * terminated; the byte which the 0 replaces is kept in `saved` until the slice
- * dies. `scanned` remembers how far a search has come, so that no byte is
- * searched twice, and `need` how many unread bytes the next try wants.
- * ==========================================================================*/
-
-typedef struct tsrvi_chunk {
-    size_t capacity;
+typedef struct tsrvi_buffer {
+    struct tsrvi_buffer *next;
+    struct tsrvi_buffer *last; /* of the first in a queue: the last */
+    char *data;
     size_t begin;
     size_t end;
-    size_t scanned;     /* bytes from begin that hold no delimiter with this hash */
-    uint64_t delimiter; /* hash of the delimiter that was searched */
-    size_t need;        /* unread bytes below which the pending read cannot be satisfied */
-    char saved;         /* what the terminator replaced */
-    bool held; /* a slice of it is in the program's hands, and data[begin] is its terminator */
-} tsrvi_chunk;
+    size_t scanned; /* input: bytes from begin that hold no delimiter with this hash */
+    size_t room;    /* output: bytes that small writes may add without a further look */
+    size_t capacity;
+    uint64_t delimiter; /* the same: hash of the delimiter that was searched */
+    int64_t offset;     /* TSRVI_FILE: where byte 0 is in the file */
+    int file;           /* the same: a descriptor of ours */
+    uint8_t kind;       /* TSRVI_DROPPED: was lent, and has been dropped */
+    bool copied;        /* TSRVI_FILE: sendfile does not take it, so it is read and sent */
+    bool held;    /* a slice of it is in the program's hands, and data[begin] is its terminator */
+    char saved;   /* what the terminator replaced */
+#ifdef TSRV_DEBUG
+    size_t taken; /* where that slice begins */
+#endif
+} tsrvi_buffer;
 
-static char *tsrvi_chunk_data(tsrvi_chunk *chunk)
+/* Empty buffers of TSRVI_POOLED bytes. */
+typedef struct tsrvi_pool {
+    tsrvi_buffer *first;
+    int count;
+} tsrvi_pool;
+
+static inline TSRVI_INLINE void tsrvi_buffer_reset(tsrvi_buffer *buffer)
 {
-    return (char *)(chunk + 1);
+    buffer->next = NULL;
+    buffer->begin = 0;
+    buffer->end = 0;
+    buffer->room = 0;
+    buffer->scanned = 0;
+    buffer->kind = TSRVI_OWNED;
+    buffer->held = false;
 }
 
-/* A chunk for `capacity` bytes, or NULL. */
-static tsrvi_chunk *tsrvi_chunk_new(size_t capacity)
+/* A buffer for `capacity` bytes, or NULL. */
+static tsrvi_buffer *tsrvi_buffer_new(size_t capacity)
 {
-    tsrvi_chunk *chunk;
+    tsrvi_buffer *buffer;
     if (capacity > SIZE_MAX / 2) {
         return NULL;
     }
-    chunk = (tsrvi_chunk *)TSRV_MALLOC(sizeof(tsrvi_chunk) + capacity + 1);
-    if (chunk != NULL) {
-        memset(chunk, 0, sizeof(*chunk));
-        chunk->capacity = capacity;
+    buffer = (tsrvi_buffer *)TSRV_MALLOC(sizeof(tsrvi_buffer) + capacity + 1);
+    if (buffer != NULL) {
+        buffer->data = (char *)(buffer + 1);
+        buffer->capacity = capacity;
+        tsrvi_buffer_reset(buffer);
     }
-    return chunk;
+    return buffer;
 }
 
-static size_t tsrvi_chunk_size(const tsrvi_chunk *chunk)
+/* One from the pool if `size` bytes fit into it, else one of its own; NULL: no memory. */
+static inline TSRVI_INLINE tsrvi_buffer *tsrvi_pool_take(tsrvi_pool *pool, size_t size)
 {
-    return chunk == NULL ? 0 : chunk->end - chunk->begin;
+    const size_t usual = TSRVI_POOLED - sizeof(tsrvi_buffer) - 1;
+    tsrvi_buffer *buffer = pool->first;
+    if (buffer == NULL || size > usual) {
+        return tsrvi_buffer_new(size > usual ? size : usual);
+    }
+    pool->first = buffer->next;
+    pool->count--;
+    tsrvi_buffer_reset(buffer);
+    return buffer;
 }
 
-static void tsrvi_chunk_reset(tsrvi_chunk *chunk)
+static inline TSRVI_INLINE void tsrvi_pool_give(tsrvi_pool *pool, tsrvi_buffer *buffer)
 {
-    chunk->begin = 0;
-    chunk->end = 0;
-    chunk->scanned = 0;
-    chunk->need = 0;
-    chunk->held = false;
+    if (buffer->capacity == TSRVI_POOLED - sizeof(tsrvi_buffer) - 1 &&
+        pool->count < TSRVI_POOL_MOST) {
+        buffer->next = pool->first;
+        pool->first = buffer;
+        pool->count++;
+    } else {
+        TSRV_FREE(buffer);
+    }
 }
+
+static void tsrvi_pool_free(tsrvi_pool *pool)
+{
+    while (pool->first != NULL) {
+        tsrvi_buffer *buffer = pool->first;
+        pool->first = buffer->next;
+        TSRV_FREE(buffer);
+    }
+    pool->count = 0;
+}
+
+/* Bytes that are unread, or unsent. */
+static inline TSRVI_INLINE size_t tsrvi_buffer_size(const tsrvi_buffer *buffer)
+{
+    return buffer == NULL ? 0 : buffer->end - buffer->begin;
+}
+
+/* ---- queues ----------------------------------------------------------------*/
+
+static inline TSRVI_INLINE void tsrvi_queue_append(tsrvi_buffer **first, tsrvi_buffer *buffer)
+{
+    buffer->next = NULL;
+    if (*first == NULL) {
+        *first = buffer;
+    } else {
+        (*first)->last->next = buffer;
+    }
+    (*first)->last = buffer;
+}
+
+/* Take the first buffer off. */
+static inline TSRVI_INLINE tsrvi_buffer *tsrvi_queue_pop(tsrvi_buffer **first)
+{
+    tsrvi_buffer *buffer = *first;
+    *first = buffer->next;
+    if (*first != NULL) {
+        (*first)->last = buffer->last;
+    }
+    return buffer;
+}
+
+/* Copy data to the end of a queue: all of it, or nothing and -ENOMEM. */
+static int tsrvi_queue_copy(tsrvi_buffer **first, tsrvi_pool *pool, const char *data, size_t size)
+{
+    tsrvi_buffer *last = *first == NULL ? NULL : (*first)->last;
+    size_t head =
+        last == NULL || last->kind != TSRVI_OWNED ? 0 : tsrvi_min(size, last->capacity - last->end);
+    if (size > head) {
+        tsrvi_buffer *more = tsrvi_pool_take(pool, size - head);
+        if (more == NULL) {
+            return -ENOMEM;
+        }
+        memcpy(more->data, data + head, size - head);
+        more->end = size - head;
+        tsrvi_queue_append(first, more);
+    }
+    if (head != 0) {
+        memcpy(last->data + last->end, data, head);
+        last->end += head;
+        last->room -= tsrvi_min(last->room, head);
+    }
+    return TSRV_OK;
+}
+
+/* ---- input -----------------------------------------------------------------*/
 
 /* Hand out the first `size` unread bytes, terminated. They count as read. */
-static void tsrvi_chunk_take(tsrvi_chunk *chunk, size_t size, tsrv_slice *slice)
+static inline TSRVI_INLINE void tsrvi_buffer_take(tsrvi_buffer *buffer, size_t size,
+                                                  tsrv_slice *slice)
 {
-    slice->data = tsrvi_chunk_data(chunk) + chunk->begin;
+    slice->data = buffer->data + buffer->begin;
     slice->size = size;
-    chunk->begin += size;
-    chunk->scanned = 0;
-    chunk->need = 0;
-    chunk->saved = tsrvi_chunk_data(chunk)[chunk->begin];
-    tsrvi_chunk_data(chunk)[chunk->begin] = 0;
-    chunk->held = true;
+#ifdef TSRV_DEBUG
+    buffer->taken = buffer->begin;
+#endif
+    buffer->begin += size;
+    buffer->scanned = 0;
+    buffer->saved = buffer->data[buffer->begin];
+    buffer->data[buffer->begin] = 0;
+    buffer->held = true;
 }
 
 /* Drop the first `size` unread bytes. */
-static void tsrvi_chunk_drop(tsrvi_chunk *chunk, size_t size)
+static void tsrvi_buffer_drop(tsrvi_buffer *buffer, size_t size)
 {
-    chunk->begin += size;
-    chunk->scanned = 0;
-    chunk->need = 0;
+    buffer->begin += size;
+    buffer->scanned = 0;
 }
 
 /* The slice that was handed out dies: put back what its terminator replaced. */
-static void tsrvi_chunk_release(tsrvi_chunk *chunk)
+static inline TSRVI_INLINE void tsrvi_buffer_release(tsrvi_buffer *buffer)
 {
-    if (chunk->held) {
-        tsrvi_chunk_data(chunk)[chunk->begin] = chunk->saved;
-        chunk->held = false;
+    if (buffer->held) {
+        buffer->data[buffer->begin] = buffer->saved;
+        buffer->held = false;
+#ifdef TSRV_DEBUG
+        memset(buffer->data + buffer->taken, TSRVI_DEAD, buffer->begin - buffer->taken);
+#endif
     }
 }
 
-/* Move the unread bytes into a chunk of another capacity; the old one is freed, unless there is no
- * memory for the new one: then NULL is returned and nothing has changed. */
-static tsrvi_chunk *tsrvi_chunk_resize(tsrvi_chunk *chunk, size_t capacity)
+/* The unread bytes in a buffer of another capacity, or NULL; the old one stays as it is. */
+static tsrvi_buffer *tsrvi_buffer_copy(const tsrvi_buffer *buffer, size_t capacity)
 {
-    tsrvi_chunk *resized = tsrvi_chunk_new(capacity);
-    size_t size = tsrvi_chunk_size(chunk);
-    TSRV_ASSERT(!chunk->held && capacity >= size);
-    if (resized != NULL) {
-        resized->end = size;
-        resized->scanned = chunk->scanned;
-        resized->delimiter = chunk->delimiter;
-        resized->need = chunk->need;
-        memcpy(tsrvi_chunk_data(resized), tsrvi_chunk_data(chunk) + chunk->begin, size);
-        TSRV_FREE(chunk);
+    tsrvi_buffer *copy = tsrvi_buffer_new(capacity);
+    size_t size = tsrvi_buffer_size(buffer);
+    TSRV_ASSERT(!buffer->held && capacity >= size);
+    if (copy != NULL) {
+        copy->end = size;
+        copy->scanned = buffer->scanned;
+        copy->delimiter = buffer->delimiter;
+        memcpy(copy->data, buffer->data + buffer->begin, size);
     }
-    return resized;
+    return copy;
 }
 
 /* FNV-1a: tells delimiters apart, so that a search with another one starts anew. */
@@ -2305,7 +2615,7 @@ static size_t tsrvi_search(const char *data, size_t size, const char *delimiter,
             return 0;
         }
         offset = (size_t)(last - data) + 1;
-        if (memcmp(data + offset - delimiter_size, delimiter, delimiter_size) == 0) {
+        if (memcmp(data + offset - delimiter_size, delimiter, delimiter_size - 1) == 0) {
             return offset;
         }
     }
@@ -2314,117 +2624,31 @@ static size_t tsrvi_search(const char *data, size_t size, const char *delimiter,
 
 /* Offset behind the first delimiter among the unread bytes, or 0; only bytes that came since the
  * last search for the same delimiter are looked at. */
-static size_t tsrvi_chunk_find(tsrvi_chunk *chunk, const char *delimiter, size_t delimiter_size)
+static inline TSRVI_INLINE size_t tsrvi_buffer_find(tsrvi_buffer *buffer, const char *delimiter,
+                                                    size_t delimiter_size)
 {
-    const char *data = tsrvi_chunk_data(chunk) + chunk->begin;
-    size_t size = tsrvi_chunk_size(chunk), start = 0, found;
-    if (chunk->scanned != 0 && chunk->delimiter == tsrvi_hash(delimiter, delimiter_size)) {
-        start = chunk->scanned;
+    const char *data = buffer->data + buffer->begin;
+    size_t size = tsrvi_buffer_size(buffer), start = 0, found;
+    if (TSRVI_UNLIKELY(buffer->scanned != 0) &&
+        buffer->delimiter == tsrvi_hash(delimiter, delimiter_size)) {
+        start = buffer->scanned;
     }
-    if (delimiter_size == 1) {
+    if (TSRVI_LIKELY(delimiter_size == 1)) {
         const char *last = (const char *)memchr(data + start, delimiter[0], size - start);
-        found = last == NULL ? 0 : (size_t)(last - data) + 1 - start;
+        if (TSRVI_LIKELY(last != NULL)) {
+            return (size_t)(last - data) + 1;
+        }
     } else {
         found = tsrvi_search(data + start, size - start, delimiter, delimiter_size);
-    }
-    if (found != 0) {
-        return start + found;
+        if (found != 0) {
+            return start + found;
+        }
     }
     if (size >= delimiter_size) {
-        chunk->scanned = size - (delimiter_size - 1);
-        chunk->delimiter = tsrvi_hash(delimiter, delimiter_size);
+        buffer->scanned = size - (delimiter_size - 1);
+        buffer->delimiter = tsrvi_hash(delimiter, delimiter_size);
     }
     return 0;
-}
-
-/* ============================================================================
- * >>queue  Bytes and file ranges to send
- *
- * Output is a list of blocks. A block of the standard capacity comes from the
- * loop's pool and is filled by small writes; what the kernel did not take of a
- * large write gets a block of its own size; a file range is a block without
- * bytes. A queue that is empty holds no memory.
- * ==========================================================================*/
-
-#define TSRVI_BLOCK_SIZE ((size_t)16384) /* standard block, header included */
-#define TSRVI_BLOCK_POOL 64              /* free standard blocks that a loop keeps */
-
-typedef struct tsrvi_block {
-    struct tsrvi_block *next;
-    size_t capacity; /* of the bytes behind this header */
-    size_t limit; /* up to which small writes may fill it: capacity, or less where the high water is
-                     nearer */
-    size_t begin; /* bytes begin..end are unsent */
-    size_t end;
-    int file;       /* descriptor of a file range, else -1 */
-    bool copied;    /* sendfile does not take the file: it is read and sent */
-    int64_t offset; /* of its next byte */
-    uint64_t left;  /* its unsent bytes */
-} tsrvi_block;
-
-typedef struct tsrvi_pool {
-    tsrvi_block *first;
-    int count;
-} tsrvi_pool;
-
-static char *tsrvi_block_data(tsrvi_block *block)
-{
-    return (char *)(block + 1);
-}
-
-/* A block for at least `size` bytes, or NULL. */
-static inline TSRVI_INLINE tsrvi_block *tsrvi_block_new(tsrvi_pool *pool, size_t size)
-{
-    size_t capacity = TSRVI_BLOCK_SIZE - sizeof(tsrvi_block);
-    tsrvi_block *block;
-    if (size <= capacity && pool->first != NULL) {
-        block = pool->first;
-        pool->first = block->next;
-        pool->count--;
-    } else {
-        if (size > capacity) {
-            capacity = size;
-        }
-        if (capacity > SIZE_MAX - sizeof(tsrvi_block)) {
-            return NULL;
-        }
-        block = (tsrvi_block *)TSRV_MALLOC(sizeof(tsrvi_block) + capacity);
-        if (block == NULL) {
-            return NULL;
-        }
-        block->capacity = capacity;
-    }
-    block->next = NULL;
-    block->limit = 0;
-    block->begin = 0;
-    block->end = 0;
-    block->file = -1;
-    return block;
-}
-
-static inline TSRVI_INLINE void tsrvi_block_free(tsrvi_pool *pool, tsrvi_block *block)
-{
-    if (block->file >= 0) {
-        tsrvi_close_fd(block->file);
-    }
-    if (block->capacity == TSRVI_BLOCK_SIZE - sizeof(tsrvi_block) &&
-        pool->count < TSRVI_BLOCK_POOL) {
-        block->next = pool->first;
-        pool->first = block;
-        pool->count++;
-    } else {
-        TSRV_FREE(block);
-    }
-}
-
-static void tsrvi_pool_free(tsrvi_pool *pool)
-{
-    while (pool->first != NULL) {
-        tsrvi_block *block = pool->first;
-        pool->first = block->next;
-        TSRV_FREE(block);
-    }
-    pool->count = 0;
 }
 
 /* ============================================================================
@@ -2604,7 +2828,7 @@ static int tsrvi_poller_fire(tsrvi_poller *poller, int fd, uint32_t generation, 
 /* The slot of a descriptor that has been registered before. */
 static tsrvi_slot *tsrvi_poller_slot(const tsrvi_poller *poller, int fd)
 {
-    return &poller->pages[fd / TSRVI_PAGE][fd % TSRVI_PAGE];
+    return &poller->pages[(unsigned)fd / TSRVI_PAGE][(unsigned)fd % TSRVI_PAGE];
 }
 
 /* Make sure that a descriptor has a slot. Pages never move, and one large descriptor costs one
@@ -3550,7 +3774,7 @@ static bool tsrvi_stack_unmap(char *stack, size_t size)
 #endif
 
 /* ============================================================================
- * >>loop  Turns, tasks, timers, watches, posts, signals
+ * >>loop  Tasks, and a loop's life
  *
  * One turn: wait for events, then handle them, then what other threads and
  * signals left, then the timers that are due, then the tasks that were ready
@@ -3599,6 +3823,7 @@ struct tsrv_loop {
     tsrvi_tasks ready; /* run in the next turn */
     tsrvi_tasks soon;  /* run when the piece of user code that is running gives control back */
     uint64_t now;
+    uint32_t now_ms; /* the same for streams, in milliseconds; wraps */
     size_t
         active; /* what keeps the loop running: timers, watches, listeners, streams, coroutines */
     bool running;
@@ -3621,7 +3846,6 @@ struct tsrv_loop {
 
     struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
     tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
-    tsrv_stream *quick;     /* see tsrvi_read_quick; forgotten whenever other code may have run */
     tsrv_stream *parting;   /* the stream whose on_close is running; NULL = none */
     tsrv_stream *limited;   /* the stream that met a limit last, for the log; NULL = none */
     const char *limit;      /* the name of that limit, */
@@ -3638,33 +3862,14 @@ struct tsrv_loop {
     tsrvi_link servers;                 /* that have used this loop */
     tsrv_server *clients;               /* what tsrv_connect's streams belong to */
     void (*fd_closed)(tsrv_loop *loop); /* the server layer's; NULL before the first server */
-    struct tsrvi_chunk *chunk;          /* the buffer that all streams receive into */
-    tsrv_stream *chunk_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
-    tsrvi_pool pool;                    /* output blocks */
-    tsrvi_link tls_recent;              /* sessions that keep their buffers, the last used last */
-    int tls_recent_count;
-    tsrv_address address; /* the peer's, while a handler is called */
+    tsrvi_buffer *input;                /* what all streams receive into */
+    tsrv_stream *input_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
+    tsrvi_pool pool;                    /* of output buffers */
+    tsrvi_link sessions;                /* that keep their buffers, the last used last */
+    int session_count;                  /* of them */
+    tsrv_address address;               /* the peer's, while a handler is called */
+    tsrv_stream *addressed;             /* whose it is; NULL = nobody's */
 };
-
-/* This thread's own loop, and the one that is running on it. */
-static __thread tsrv_loop *tsrvi_own_loop;
-static __thread tsrv_loop *tsrvi_running_loop;
-
-/* The loops of this process, on all threads. */
-static struct {
-    int lock;
-    tsrvi_link list;
-    int count;
-    pid_t pid; /* whose they are: those that a fork copied do not count */
-} tsrvi_loops;
-
-/* In a worker, and in tsrv_serve, set by the process layer: */
-static int tsrvi_worker_id = -1;                /* its task id */
-static pid_t tsrvi_parent;                      /* who must not die before it; 0 = nobody */
-static tsrv_loop *tsrvi_chief;                  /* atomic; the loop that stands for the process */
-static void (*tsrvi_loop_entered)(tsrv_loop *); /* called when tsrv_loop_run begins, */
-static void (*tsrvi_loop_exited)(tsrv_loop *);  /* and when it ends, */
-static void (*tsrvi_loop_told)(tsrv_loop *);    /* and after tsrvi_loops_wake; NULL = nobody */
 
 static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
 {
@@ -3693,6 +3898,13 @@ static void tsrvi_loop_close_fd(tsrv_loop *loop, int fd)
     }
 }
 
+/* Read the clock, once a turn. */
+static void tsrvi_loop_tick(tsrv_loop *loop)
+{
+    loop->now = tsrvi_clock();
+    loop->now_ms = (uint32_t)(loop->now / TSRVI_MS);
+}
+
 /* Run what the last piece of user code left to be done at its end. */
 static void tsrvi_loop_settle(tsrv_loop *loop)
 {
@@ -3707,11 +3919,11 @@ static void tsrvi_loop_settle(tsrv_loop *loop)
 static int tsrvi_loop_use(tsrv_loop **loop)
 {
     if (*loop == NULL) {
-        *loop = tsrvi_running_loop != NULL ? tsrvi_running_loop : tsrvi_own_loop;
+        *loop = tsrvi_thread.running != NULL ? tsrvi_thread.running : tsrvi_thread.own;
     }
     if (*loop == NULL) {
-        int rc = tsrv_loop_new(&tsrvi_own_loop, NULL);
-        *loop = tsrvi_own_loop;
+        int rc = tsrv_loop_new(&tsrvi_thread.own, NULL);
+        *loop = tsrvi_thread.own;
         return rc;
     }
     if ((*loop)->poller.pid != TSRV_SYS(getpid, ())) {
@@ -3810,14 +4022,11 @@ static int tsrvi_loop_open_any(tsrv_loop *loop, int id)
     return rc;
 }
 
-/* Signal handlers that are running, on any thread; atomic. */
-static int tsrvi_signal_handlers;
-
 /* Nobody knows the loop any more, but another thread may be about to wake it. */
 static void tsrvi_loop_quiesce(tsrv_loop *loop)
 {
     while (__atomic_load_n(&loop->posting, __ATOMIC_ACQUIRE) != 0 ||
-           __atomic_load_n(&tsrvi_signal_handlers, __ATOMIC_SEQ_CST) != 0) {
+           __atomic_load_n(&tsrvi_process.signal_handlers, __ATOMIC_SEQ_CST) != 0) {
         TSRV_SYS(sched_yield, ());
     }
 }
@@ -3826,11 +4035,11 @@ static void tsrvi_loop_quiesce(tsrv_loop *loop)
 static void tsrvi_loops_lock(void)
 {
     pid_t pid = TSRV_SYS(getpid, ());
-    tsrvi_lock(&tsrvi_loops.lock);
-    if (tsrvi_loops.pid != pid) {
-        tsrvi_loops.pid = pid;
-        tsrvi_loops.count = 0;
-        tsrvi_list_init(&tsrvi_loops.list);
+    tsrvi_lock(&tsrvi_process.loops.lock);
+    if (tsrvi_process.loops.pid != pid) {
+        tsrvi_process.loops.pid = pid;
+        tsrvi_process.loops.count = 0;
+        tsrvi_list_init(&tsrvi_process.loops.list);
     }
 }
 
@@ -3838,21 +4047,22 @@ static int tsrvi_loops_count(void)
 {
     int count;
     tsrvi_loops_lock();
-    count = tsrvi_loops.count;
-    tsrvi_unlock(&tsrvi_loops.lock);
+    count = tsrvi_process.loops.count;
+    tsrvi_unlock(&tsrvi_process.loops.lock);
     return count;
 }
 
-/* Wake every loop of the process, so that each calls tsrvi_loop_told. Any thread. */
+/* Wake every loop of the process, so that each calls tsrvi_process.loop_told. Any thread. */
 static void tsrvi_loops_wake(void)
 {
     tsrvi_loops_lock();
-    for (tsrvi_link *link = tsrvi_loops.list.next; link != &tsrvi_loops.list; link = link->next) {
+    for (tsrvi_link *link = tsrvi_process.loops.list.next; link != &tsrvi_process.loops.list;
+         link = link->next) {
         tsrv_loop *loop = TSRVI_CONTAINER(link, tsrv_loop, link);
         __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->wake_write);
     }
-    tsrvi_unlock(&tsrvi_loops.lock);
+    tsrvi_unlock(&tsrvi_process.loops.lock);
 }
 
 static void tsrvi_loop_destroy(tsrv_loop *loop)
@@ -3861,11 +4071,11 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
     tsrvi_loops_lock();
     if (!tsrvi_list_empty(&loop->link)) {
         tsrvi_list_remove(&loop->link);
-        tsrvi_loops.count--;
+        tsrvi_process.loops.count--;
     }
-    tsrvi_unlock(&tsrvi_loops.lock);
-    __atomic_compare_exchange_n(&tsrvi_chief, &self, (tsrv_loop *)NULL, false, __ATOMIC_ACQ_REL,
-                                __ATOMIC_RELAXED);
+    tsrvi_unlock(&tsrvi_process.loops.lock);
+    __atomic_compare_exchange_n(&tsrvi_process.chief, &self, (tsrv_loop *)NULL, false,
+                                __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
     tsrvi_loop_quiesce(loop);
     tsrvi_wake_close(loop);
     if (loop->poller.backend != NULL) {
@@ -3877,7 +4087,7 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
     }
     TSRV_FREE(loop->poller.pages);
     TSRV_FREE(loop->heap.items);
-    TSRV_FREE(loop->chunk);
+    TSRV_FREE(loop->input);
     while (loop->posts != NULL) {
         tsrvi_post *post = loop->posts;
         loop->posts = post->next;
@@ -3896,7 +4106,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     }
     tsrvi_list_init(&made->link);
     made->poller.pid = TSRV_SYS(getpid, ());
-    made->now = tsrvi_clock();
+    tsrvi_loop_tick(made);
     made->poller.fd = -1;
     made->wake.fd = -1;
     made->wake.on_event = tsrvi_wake_event;
@@ -3904,7 +4114,6 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     made->page_size = (size_t)TSRV_SYS(sysconf, (_SC_PAGESIZE));
     tsrvi_list_init(&made->coroutines);
     tsrvi_list_init(&made->servers);
-    tsrvi_list_init(&made->tls_recent);
     if ((rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
             0 ||
@@ -3913,9 +4122,9 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
         return rc;
     }
     tsrvi_loops_lock(); /* others may wake it from now on */
-    tsrvi_list_append(&tsrvi_loops.list, &made->link);
-    tsrvi_loops.count++;
-    tsrvi_unlock(&tsrvi_loops.lock);
+    tsrvi_list_append(&tsrvi_process.loops.list, &made->link);
+    tsrvi_process.loops.count++;
+    tsrvi_unlock(&tsrvi_process.loops.lock);
     *loop = made;
     return TSRV_OK;
 }
@@ -3926,7 +4135,9 @@ TSRV_API tsrv_loop *tsrv_loop_current(void)
     return tsrvi_loop_use(&loop) < 0 ? NULL : loop;
 }
 
-/* ---- timers ----------------------------------------------------------------*/
+/* ============================================================================
+ * >>sources  Timers, watches, posts, signals
+ * ==========================================================================*/
 
 static void tsrvi_loop_timer_fire(tsrvi_timer *node)
 {
@@ -4051,7 +4262,7 @@ TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *conte
                                           __ATOMIC_RELAXED));
     /* The first one wakes the loop; but on its own thread it is awake, and looks before it sleeps.
      */
-    if (newest == NULL && tsrvi_running_loop != loop) {
+    if (newest == NULL && tsrvi_thread.running != loop) {
         tsrvi_wake_write(loop->wake_write);
     }
     __atomic_fetch_sub(&loop->posting, 1, __ATOMIC_RELEASE);
@@ -4080,20 +4291,6 @@ static void tsrvi_loop_run_posts(tsrv_loop *loop)
 
 /* ---- signals ---------------------------------------------------------------*/
 
-#ifdef NSIG
-#define TSRVI_SIGNALS NSIG
-#else
-#define TSRVI_SIGNALS 65
-#endif
-
-/* Process-wide, as signal dispositions are: which loop watches a signal, and what was there before.
- */
-static struct {
-    tsrv_loop *loop; /* atomic; NULL = not watched */
-    int pending;     /* atomic */
-    struct sigaction before;
-} tsrvi_signals[TSRVI_SIGNALS];
-
 /* End this process in a second, whatever SIGALRM has been made to do. Async-signal-safe. */
 static void tsrvi_signal_alarm(void)
 {
@@ -4108,24 +4305,24 @@ static void tsrvi_signal_alarm(void)
 static void tsrvi_signal_handler(int signo)
 {
     tsrv_loop *loop;
-    __atomic_fetch_add(&tsrvi_signal_handlers, 1, __ATOMIC_SEQ_CST);
-    loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_SEQ_CST);
+    __atomic_fetch_add(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
+    loop = __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_SEQ_CST);
     if (loop != NULL) {
-        __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_process.signals[signo].pending, 1, __ATOMIC_RELEASE);
         __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->wake_write);
     }
-    if (tsrvi_parent != 0 && TSRV_SYS(getppid, ()) != tsrvi_parent) {
+    if (tsrvi_process.parent != 0 && TSRV_SYS(getppid, ()) != tsrvi_process.parent) {
         tsrvi_signal_alarm(); /* nobody is left to end this worker if it hangs */
     }
-    __atomic_fetch_sub(&tsrvi_signal_handlers, 1, __ATOMIC_SEQ_CST);
+    __atomic_fetch_sub(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
 }
 
 static int tsrvi_signal_install(tsrv_loop *loop, int signo)
 {
     tsrv_loop *nobody = NULL;
     struct sigaction action;
-    if (!__atomic_compare_exchange_n(&tsrvi_signals[signo].loop, &nobody, loop, false,
+    if (!__atomic_compare_exchange_n(&tsrvi_process.signals[signo].loop, &nobody, loop, false,
                                      __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
         return nobody == loop ? TSRV_OK : TSRV_EBUSY;
     }
@@ -4133,10 +4330,10 @@ static int tsrvi_signal_install(tsrv_loop *loop, int signo)
     action.sa_handler = tsrvi_signal_handler;
     action.sa_flags = SA_RESTART;
     TSRV_SYS(sigfillset, (&action.sa_mask));
-    __atomic_store_n(&tsrvi_signals[signo].pending, 0, __ATOMIC_RELEASE);
-    if (TSRV_SYS(sigaction, (signo, &action, &tsrvi_signals[signo].before)) < 0) {
+    __atomic_store_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_RELEASE);
+    if (TSRV_SYS(sigaction, (signo, &action, &tsrvi_process.signals[signo].before)) < 0) {
         int rc = tsrvi_error();
-        __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_process.signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
         return rc;
     }
     return TSRV_OK;
@@ -4194,8 +4391,8 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
     }
     signal->signo = 0;
     if (others == 0) {
-        TSRV_SYS(sigaction, (signo, &tsrvi_signals[signo].before, NULL));
-        __atomic_store_n(&tsrvi_signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
+        TSRV_SYS(sigaction, (signo, &tsrvi_process.signals[signo].before, NULL));
+        __atomic_store_n(&tsrvi_process.signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
     }
 }
 
@@ -4203,8 +4400,8 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
 {
     __atomic_store_n(&loop->signal_seen, 0, __ATOMIC_RELAXED);
     for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
-        if (__atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE) != loop ||
-            __atomic_exchange_n(&tsrvi_signals[signo].pending, 0, __ATOMIC_ACQ_REL) == 0) {
+        if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != loop ||
+            __atomic_exchange_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_ACQ_REL) == 0) {
             continue;
         }
         for (loop->signal_cursor = loop->signals; loop->signal_cursor != NULL;) {
@@ -4216,13 +4413,15 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
             }
         }
     }
-    if (tsrvi_loop_told != NULL) {
-        tsrvi_loop_told(loop);
+    if (tsrvi_process.loop_told != NULL) {
+        tsrvi_process.loop_told(loop);
         tsrvi_loop_settle(loop);
     }
 }
 
-/* ---- turns -----------------------------------------------------------------*/
+/* ============================================================================
+ * >>turn  Turns of a loop
+ * ==========================================================================*/
 
 static bool tsrvi_loop_has_work(tsrv_loop *loop)
 {
@@ -4276,7 +4475,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     }
     loop->poller.fired_count = 0;
     rc = loop->poller.backend->wait(&loop->poller, timeout_ms);
-    loop->now = tsrvi_clock();
+    tsrvi_loop_tick(loop);
     loop->turns++;
     tsrvi_log_settle(false);
     for (int i = 0; i < loop->poller.fired_count; i++) {
@@ -4297,14 +4496,14 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
 /* Turn as long as asked: once = one turn, else until stopped or nothing is left. */
 static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
 {
-    tsrv_loop *outer = tsrvi_running_loop;
+    tsrv_loop *outer = tsrvi_thread.running;
     int rc = TSRV_OK;
     if (loop->running) {
         return TSRV_EBUSY;
     }
-    tsrvi_running_loop = loop;
+    tsrvi_thread.running = loop;
     loop->running = true;
-    loop->now = tsrvi_clock();
+    tsrvi_loop_tick(loop);
     tsrvi_loop_settle(loop); /* what was written from outside */
     while (rc == TSRV_OK && tsrvi_loop_alive(loop) && (once || !loop->stopping)) {
         rc = tsrvi_loop_turn(loop, limit_ms);
@@ -4313,23 +4512,23 @@ static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
         }
     }
     loop->running = false;
-    tsrvi_running_loop = outer;
+    tsrvi_thread.running = outer;
     return rc;
 }
 
 TSRV_API int tsrv_loop_run(tsrv_loop *loop)
 {
     int rc = tsrvi_loop_use(&loop);
-    if (rc == TSRV_OK && tsrvi_loop_entered != NULL) {
-        tsrvi_loop_entered(loop);
+    if (rc == TSRV_OK && tsrvi_process.loop_entered != NULL) {
+        tsrvi_process.loop_entered(loop);
     }
     if (rc < 0 || (rc = tsrvi_loop_turns(loop, false, TSRV_NEVER)) == TSRV_EBUSY) {
         return rc;
     }
     loop->stopping = false;
     tsrvi_log_settle(true); /* nobody may be left who would tell of them later */
-    if (tsrvi_loop_exited != NULL) {
-        tsrvi_loop_exited(loop);
+    if (tsrvi_process.loop_exited != NULL) {
+        tsrvi_process.loop_exited(loop);
     }
     return rc;
 }
@@ -4517,12 +4716,10 @@ static inline void tsrvi_co_resume(tsrvi_co *co)
 {
     tsrv_loop *loop = co->loop;
     loop->co = co;
-    loop->quick = NULL;
     loop->budget = TSRVI_BUDGET;
     loop->written = 0;
     tsrvi_fiber_switch(&loop->main, &co->fiber, false);
     loop->co = NULL;
-    loop->quick = NULL;
     if (co->over) {
         tsrvi_co_free(co);
     }
@@ -4587,17 +4784,6 @@ static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
     co->waiting = true;
     tsrvi_fiber_switch(&co->fiber, &loop->main, false);
     return co->result;
-}
-
-/* A coroutine that waits is to wait no longer than until `due`. */
-static void tsrvi_co_limit(tsrvi_co *co, uint64_t due)
-{
-    if (co->waiting && due < co->due) {
-        co->due = due;
-        if (co->timer.position == 0 || co->timer.due > due) {
-            tsrvi_heap_set(&co->loop->heap, &co->timer, due);
-        }
-    }
 }
 
 /* Let everything else that is ready run first. */
@@ -4708,7 +4894,7 @@ static size_t tsrvi_co_drop_all(tsrv_loop *loop)
 /* The coroutine that calls, or NULL. */
 static tsrvi_co *tsrvi_co_self(void)
 {
-    return tsrvi_running_loop == NULL ? NULL : tsrvi_running_loop->co;
+    return tsrvi_thread.running == NULL ? NULL : tsrvi_thread.running->co;
 }
 
 TSRV_API int tsrv_sleep(int delay_ms)
@@ -4788,18 +4974,6 @@ static int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
     return TSRV_ENOTSUP;
 }
 
-static int tsrvi_co_yield(tsrvi_co *co)
-{
-    (void)co;
-    return TSRV_ENOTSUP;
-}
-
-static void tsrvi_co_limit(tsrvi_co *co, uint64_t due)
-{
-    (void)co;
-    (void)due;
-}
-
 static bool tsrvi_co_wake(tsrvi_co *co, int result)
 {
     (void)co;
@@ -4875,7 +5049,7 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
 #endif
 
 /* ============================================================================
- * >>socket  Addresses, listening sockets
+ * >>socket  Addresses, sockets
  * ==========================================================================*/
 
 #include <arpa/inet.h>
@@ -5114,34 +5288,24 @@ static int tsrvi_listening(int fd)
     return rc < 0 ? rc : tsrvi_set_flags(fd);
 }
 
-/* ---- sockets that were handed over -----------------------------------------*/
+/* ============================================================================
+ * >>handed  Sockets that were handed over: LISTEN_FDS, TSRV_FDS
+ * ==========================================================================*/
 
 /* Listening sockets from systemd, or from the program that this one replaces: descriptors from 3
  * on, as the environment says. See sd_listen_fds(3). */
 #define TSRVI_LISTEN_FIRST 3
-#define TSRVI_LISTEN_MAX 64   /* sockets of one call of tsrv_server_listen or tsrv_server_bind */
-#define TSRVI_HANDED_MAX 4096 /* sockets that can be handed over */
+#define TSRVI_LISTEN_MAX 64 /* sockets of one call of tsrv_server_listen or tsrv_server_bind */
 #define TSRVI_READY_VARIABLE "TSRV_READY_FD" /* whom to tell, in an upgrade, that we accept */
 #define TSRVI_FILES_VARIABLE "TSRV_FILE_FDS" /* the unix sockets whose files come with them */
-
-static struct {
-    int lock;
-    bool looked;
-    int code;                    /* what was wrong with the variables */
-    int count;                   /* descriptors from TSRVI_LISTEN_FIRST on */
-    bool free[TSRVI_HANDED_MAX]; /* one of ours that nothing has taken yet */
-    bool file[TSRVI_HANDED_MAX]; /* a unix socket whose file we have to remove in the end */
-    bool upgrade;                /* they come from the program that this one replaces */
-    int ready;                   /* in an upgrade a pipe's end; -1 = nobody waits any more */
-} tsrvi_handed;
 
 /* Take the descriptors into our care. */
 static void tsrvi_handed_adopt(int count)
 {
-    tsrvi_handed.count = count;
+    tsrvi_process.handed.count = count;
     for (int i = 0; i < count; i++) {
         int fd = TSRVI_LISTEN_FIRST + i, rc = tsrvi_listening(fd);
-        tsrvi_handed.free[i] = rc == TSRV_OK;
+        tsrvi_process.handed.free[i] = rc == TSRV_OK;
         if (rc < 0) {
             TSRV_SYS(fcntl, (fd, F_SETFD, FD_CLOEXEC));
             tsrvi_log(TSRV_LOG_WARNING, "LISTEN_FDS: descriptor %d is no listening stream socket",
@@ -5160,7 +5324,7 @@ static void tsrvi_handed_read_files(const char *text)
         } else {
             fd -= TSRVI_LISTEN_FIRST;
             if (fd >= 0 && fd < TSRVI_HANDED_MAX) {
-                tsrvi_handed.file[fd] = true;
+                tsrvi_process.handed.file[fd] = true;
             }
             fd = 0;
         }
@@ -5175,11 +5339,11 @@ static void tsrvi_handed_read(void)
     int count = (int)tsrvi_decimal(fds, INT_MAX);
     int ready = (int)tsrvi_decimal(TSRV_SYS(getenv, (TSRVI_READY_VARIABLE)), INT_MAX);
     struct stat info;
-    tsrvi_handed.looked = true;
-    tsrvi_handed.upgrade = ready > 2 && TSRV_SYS(fstat, (ready, &info)) == 0 &&
-                           S_ISFIFO(info.st_mode) && tsrvi_set_flags(ready) == TSRV_OK;
-    tsrvi_handed.ready = tsrvi_handed.upgrade ? ready : -1;
-    if (tsrvi_handed.upgrade) {
+    tsrvi_process.handed.looked = true;
+    tsrvi_process.handed.upgrade = ready > 2 && TSRV_SYS(fstat, (ready, &info)) == 0 &&
+                                   S_ISFIFO(info.st_mode) && tsrvi_set_flags(ready) == TSRV_OK;
+    tsrvi_process.handed.ready = tsrvi_process.handed.upgrade ? ready : -1;
+    if (tsrvi_process.handed.upgrade) {
         tsrvi_handed_read_files(TSRV_SYS(getenv, (TSRVI_FILES_VARIABLE)));
     }
     TSRV_SYS(unsetenv, (TSRVI_READY_VARIABLE));
@@ -5190,7 +5354,7 @@ static void tsrvi_handed_read(void)
     if (count < 0 || count > TSRVI_HANDED_MAX) {
         tsrvi_log(TSRV_LOG_ERROR, "LISTEN_FDS is \"%s\": expected 0 to %d", fds == NULL ? "" : fds,
                   TSRVI_HANDED_MAX);
-        tsrvi_handed.code = TSRV_EINVAL;
+        tsrvi_process.handed.code = TSRV_EINVAL;
         count = 0;
     }
     TSRV_SYS(unsetenv, ("LISTEN_PID"));
@@ -5201,8 +5365,8 @@ static void tsrvi_handed_read(void)
 /* Lock what was handed over, and see to it that the variables have been read. */
 static void tsrvi_handed_lock(void)
 {
-    tsrvi_lock(&tsrvi_handed.lock);
-    if (!tsrvi_handed.looked) {
+    tsrvi_lock(&tsrvi_process.handed.lock);
+    if (!tsrvi_process.handed.looked) {
         tsrvi_handed_read();
     }
 }
@@ -5214,15 +5378,15 @@ static int tsrvi_handed_take(const tsrvi_sockaddr *inside, size_t size)
     int taken = -1;
     tsrvi_address_store(&wanted, inside, size);
     tsrvi_handed_lock();
-    for (int i = 0; i < tsrvi_handed.count && taken < 0; i++) {
-        if (tsrvi_handed.free[i] &&
+    for (int i = 0; i < tsrvi_process.handed.count && taken < 0; i++) {
+        if (tsrvi_process.handed.free[i] &&
             tsrvi_address_get(TSRVI_LISTEN_FIRST + i, tsrvi_getsockname, &has) == TSRV_OK &&
             tsrvi_address_same(&has, &wanted)) {
-            tsrvi_handed.free[i] = false;
+            tsrvi_process.handed.free[i] = false;
             taken = TSRVI_LISTEN_FIRST + i;
         }
     }
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_unlock(&tsrvi_process.handed.lock);
     return taken;
 }
 
@@ -5248,10 +5412,10 @@ static bool tsrvi_handed_covers(in_port_t port)
 {
     bool covers = false;
     tsrvi_handed_lock();
-    for (int i = 0; i < tsrvi_handed.count && !covers; i++) {
-        covers = tsrvi_handed.free[i] && tsrvi_handed_is_dual(TSRVI_LISTEN_FIRST + i, port);
+    for (int i = 0; i < tsrvi_process.handed.count && !covers; i++) {
+        covers = tsrvi_process.handed.free[i] && tsrvi_handed_is_dual(TSRVI_LISTEN_FIRST + i, port);
     }
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_unlock(&tsrvi_process.handed.lock);
     return covers;
 }
 
@@ -5260,20 +5424,21 @@ static bool tsrvi_handed_covers(in_port_t port)
 static void tsrvi_handed_close_rest(void)
 {
     tsrvi_handed_lock();
-    for (int i = 0; i < tsrvi_handed.count && tsrvi_handed.upgrade; i++) {
+    for (int i = 0; i < tsrvi_process.handed.count && tsrvi_process.handed.upgrade; i++) {
         char text[TSRV_ADDRESS_SIZE] = "";
         tsrv_address address;
         int fd = TSRVI_LISTEN_FIRST + i;
-        if (tsrvi_handed.free[i] && tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK) {
+        if (tsrvi_process.handed.free[i] &&
+            tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK) {
             tsrv_address_format(&address, text, sizeof(text));
         }
-        if (tsrvi_handed.free[i]) {
+        if (tsrvi_process.handed.free[i]) {
             tsrvi_log(TSRV_LOG_WARNING, "upgrade: nothing listens on %s any more", text);
             tsrvi_close_fd(fd);
-            tsrvi_handed.free[i] = false;
+            tsrvi_process.handed.free[i] = false;
         }
     }
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_unlock(&tsrvi_process.handed.lock);
 }
 
 /* Does the program that this one replaces still wait, and serve? If it has died, nobody reads the
@@ -5282,10 +5447,10 @@ static bool tsrvi_handed_waits(void)
 {
     struct pollfd entry;
     bool waits;
-    tsrvi_lock(&tsrvi_handed.lock);
-    waits = tsrvi_handed.upgrade && tsrvi_handed.ready >= 0;
-    entry.fd = tsrvi_handed.ready;
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_lock(&tsrvi_process.handed.lock);
+    waits = tsrvi_process.handed.upgrade && tsrvi_process.handed.ready >= 0;
+    entry.fd = tsrvi_process.handed.ready;
+    tsrvi_unlock(&tsrvi_process.handed.lock);
     entry.events = POLLOUT;
     entry.revents = 0;
     return waits && (TSRV_SYS(poll, (&entry, 1, 0)) <= 0 || (entry.revents & POLLERR) == 0);
@@ -5295,44 +5460,25 @@ static bool tsrvi_handed_waits(void)
 static int tsrvi_handed_take_ready(void)
 {
     int ready;
-    tsrvi_lock(&tsrvi_handed.lock);
-    ready = tsrvi_handed.looked ? tsrvi_handed.ready : -1;
-    tsrvi_handed.ready = -1;
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_lock(&tsrvi_process.handed.lock);
+    ready = tsrvi_process.handed.looked ? tsrvi_process.handed.ready : -1;
+    tsrvi_process.handed.ready = -1;
+    tsrvi_unlock(&tsrvi_process.handed.lock);
     return ready;
 }
 
-/* ---- what this process has bound -------------------------------------------*/
+/* ============================================================================
+ * >>bound  What this process has bound, and may have to remove
+ * ==========================================================================*/
 
 /* Listening sockets that are this process's own: the file of a unix socket goes with it, and the
  * parent of workers can stop listening at once. The program may have closed one, and its number be
  * another file's: the socket is told by its device and inode. A fork's child inherits the list, and
  * owns nothing in it. */
-typedef struct tsrvi_bound_socket {
-    int fd;
-    pid_t pid; /* who has bound it */
-    dev_t device;
-    ino_t inode;
-    bool has_file;
-    dev_t file_device;
-    ino_t file_inode;
-} tsrvi_bound_socket;
-
-#define TSRVI_BOUND_FEW \
-    32 /* more take memory: from the system, since nothing tells when the program
-                              has closed them all */
-
-static struct {
-    int lock;
-    tsrvi_bound_socket *many; /* NULL = few suffice */
-    int count;
-    int size; /* of many */
-    tsrvi_bound_socket few[TSRVI_BOUND_FEW];
-} tsrvi_bound_list;
-
 static tsrvi_bound_socket *tsrvi_bound_at(int index)
 {
-    return &(tsrvi_bound_list.many == NULL ? tsrvi_bound_list.few : tsrvi_bound_list.many)[index];
+    return &(tsrvi_process.bound.many == NULL ? tsrvi_process.bound.few
+                                              : tsrvi_process.bound.many)[index];
 }
 
 /* Is it this process's, and still the same listening socket? Some systems have no inodes for
@@ -5382,24 +5528,25 @@ static void tsrvi_bound_unlink(const tsrvi_bound_socket *bound)
 
 static void tsrvi_bound_resize(tsrvi_bound_socket *many, int size)
 {
-    if (tsrvi_bound_list.many != NULL) {
-        TSRV_SYS(munmap, (tsrvi_bound_list.many, (size_t)tsrvi_bound_list.size * sizeof(*many)));
+    if (tsrvi_process.bound.many != NULL) {
+        TSRV_SYS(munmap,
+                 (tsrvi_process.bound.many, (size_t)tsrvi_process.bound.size * sizeof(*many)));
     }
-    tsrvi_bound_list.many = many;
-    tsrvi_bound_list.size = size;
+    tsrvi_process.bound.many = many;
+    tsrvi_process.bound.size = size;
 }
 
 static void tsrvi_bound_drop(int index)
 {
-    *tsrvi_bound_at(index) = *tsrvi_bound_at(--tsrvi_bound_list.count);
-    if (tsrvi_bound_list.count == 0) {
+    *tsrvi_bound_at(index) = *tsrvi_bound_at(--tsrvi_process.bound.count);
+    if (tsrvi_process.bound.count == 0) {
         tsrvi_bound_resize(NULL, 0);
     }
 }
 
 static int tsrvi_bound_find(int fd)
 {
-    int index = tsrvi_bound_list.count - 1;
+    int index = tsrvi_process.bound.count - 1;
     while (index >= 0 && tsrvi_bound_at(index)->fd != fd) {
         index--;
     }
@@ -5409,17 +5556,17 @@ static int tsrvi_bound_find(int fd)
 /* Room for one more: the program may have closed some itself. */
 static int tsrvi_bound_reserve(void)
 {
-    int size = tsrvi_bound_list.many == NULL ? TSRVI_BOUND_FEW : tsrvi_bound_list.size;
+    int size = tsrvi_process.bound.many == NULL ? TSRVI_BOUND_FEW : tsrvi_process.bound.size;
     void *many;
-    if (tsrvi_bound_list.count < size) {
+    if (tsrvi_process.bound.count < size) {
         return TSRV_OK;
     }
-    for (int i = tsrvi_bound_list.count - 1; i >= 0; i--) {
+    for (int i = tsrvi_process.bound.count - 1; i >= 0; i--) {
         if (!tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
             tsrvi_bound_drop(i);
         }
     }
-    if (tsrvi_bound_list.count < size / 2) {
+    if (tsrvi_process.bound.count < size / 2) {
         return TSRV_OK;
     }
     many = TSRV_SYS(mmap, (NULL, (size_t)size * 2 * sizeof(tsrvi_bound_socket),
@@ -5427,7 +5574,7 @@ static int tsrvi_bound_reserve(void)
     if (many == MAP_FAILED) {
         return -ENOMEM;
     }
-    memcpy(many, tsrvi_bound_at(0), (size_t)tsrvi_bound_list.count * sizeof(tsrvi_bound_socket));
+    memcpy(many, tsrvi_bound_at(0), (size_t)tsrvi_process.bound.count * sizeof(tsrvi_bound_socket));
     tsrvi_bound_resize((tsrvi_bound_socket *)many, size * 2);
     return TSRV_OK;
 }
@@ -5452,12 +5599,12 @@ static int tsrvi_bound_remember(int fd, const char *path)
         made.file_device = info.st_dev;
         made.file_inode = info.st_ino;
     }
-    tsrvi_lock(&tsrvi_bound_list.lock);
+    tsrvi_lock(&tsrvi_process.bound.lock);
     index = tsrvi_bound_find(fd);
     if (index >= 0 || (rc = tsrvi_bound_reserve()) == TSRV_OK) {
-        *tsrvi_bound_at(index >= 0 ? index : tsrvi_bound_list.count++) = made;
+        *tsrvi_bound_at(index >= 0 ? index : tsrvi_process.bound.count++) = made;
     }
-    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_unlock(&tsrvi_process.bound.lock);
     return rc;
 }
 
@@ -5466,7 +5613,7 @@ static int tsrvi_bound_remember(int fd, const char *path)
 static void tsrvi_bound_forget(int fd)
 {
     int index;
-    tsrvi_lock(&tsrvi_bound_list.lock);
+    tsrvi_lock(&tsrvi_process.bound.lock);
     index = tsrvi_bound_find(fd);
     if (index >= 0) {
         if (tsrvi_bound_is_ours(tsrvi_bound_at(index))) {
@@ -5474,7 +5621,7 @@ static void tsrvi_bound_forget(int fd)
         }
         tsrvi_bound_drop(index);
     }
-    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_unlock(&tsrvi_process.bound.lock);
 }
 
 static void tsrvi_bound_close(int fd)
@@ -5496,18 +5643,18 @@ static int tsrvi_bound_refuse(int fd, int blank)
 static void tsrvi_bound_refuse_all(bool keep, int blank)
 {
     int rc = TSRV_OK;
-    tsrvi_lock(&tsrvi_bound_list.lock);
-    while (tsrvi_bound_list.count > 0) {
-        const tsrvi_bound_socket *bound = tsrvi_bound_at(tsrvi_bound_list.count - 1);
+    tsrvi_lock(&tsrvi_process.bound.lock);
+    while (tsrvi_process.bound.count > 0) {
+        const tsrvi_bound_socket *bound = tsrvi_bound_at(tsrvi_process.bound.count - 1);
         if (tsrvi_bound_is_ours(bound)) {
             if (!keep) {
                 tsrvi_bound_unlink(bound);
             }
             rc = tsrvi_bound_refuse(bound->fd, blank) < 0 ? tsrvi_error() : rc;
         }
-        tsrvi_bound_drop(tsrvi_bound_list.count - 1);
+        tsrvi_bound_drop(tsrvi_process.bound.count - 1);
     }
-    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_unlock(&tsrvi_process.bound.lock);
     if (rc < 0) {
         tsrvi_log(TSRV_LOG_ERROR, "cannot stop listening: %s", tsrv_strerror(rc));
     }
@@ -5519,8 +5666,8 @@ static void tsrvi_bound_refuse_all(bool keep, int blank)
 static int tsrvi_bound_get(int *fds, int capacity)
 {
     int count = 0;
-    tsrvi_lock(&tsrvi_bound_list.lock);
-    for (int i = 0; i < tsrvi_bound_list.count; i++) {
+    tsrvi_lock(&tsrvi_process.bound.lock);
+    for (int i = 0; i < tsrvi_process.bound.count; i++) {
         if (tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
             if (count < capacity) {
                 fds[count] = tsrvi_bound_at(i)->fd;
@@ -5528,7 +5675,7 @@ static int tsrvi_bound_get(int *fds, int capacity)
             count++;
         }
     }
-    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_unlock(&tsrvi_process.bound.lock);
     return count;
 }
 
@@ -5537,12 +5684,12 @@ static int tsrvi_bound_get(int *fds, int capacity)
 static void tsrvi_bound_claim(int fd)
 {
     int index;
-    tsrvi_lock(&tsrvi_bound_list.lock);
+    tsrvi_lock(&tsrvi_process.bound.lock);
     index = tsrvi_bound_find(fd);
     if (index >= 0) {
         tsrvi_bound_at(index)->pid = TSRV_SYS(getpid, ());
     }
-    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_unlock(&tsrvi_process.bound.lock);
 }
 
 /* Is there a file that goes with this socket? */
@@ -5550,11 +5697,11 @@ static bool tsrvi_bound_has_file(int fd)
 {
     int index;
     bool has_file;
-    tsrvi_lock(&tsrvi_bound_list.lock);
+    tsrvi_lock(&tsrvi_process.bound.lock);
     index = tsrvi_bound_find(fd);
     has_file =
         index >= 0 && tsrvi_bound_at(index)->has_file && tsrvi_bound_is_ours(tsrvi_bound_at(index));
-    tsrvi_unlock(&tsrvi_bound_list.lock);
+    tsrvi_unlock(&tsrvi_process.bound.lock);
     return has_file;
 }
 
@@ -5563,7 +5710,7 @@ static int tsrvi_bound_adopt(int fd)
 {
     tsrvi_sockaddr inside;
     socklen_t size = sizeof(inside);
-    bool has_file = tsrvi_handed.file[fd - TSRVI_LISTEN_FIRST];
+    bool has_file = tsrvi_process.handed.file[fd - TSRVI_LISTEN_FIRST];
     memset(&inside, 0, sizeof(inside)); /* which ends the path */
     has_file = has_file && TSRV_SYS(getsockname, (fd, &inside.any, &size)) == 0;
     return tsrvi_bound_remember(fd, has_file ? inside.local.sun_path : NULL);
@@ -5583,18 +5730,18 @@ TSRV_API int tsrv_listen_fds(int *fds, int capacity)
 {
     int count = 0, code;
     tsrvi_handed_lock();
-    code = tsrvi_handed.code;
-    for (int i = 0; i < tsrvi_handed.count; i++) {
-        count += tsrvi_handed.free[i];
+    code = tsrvi_process.handed.code;
+    for (int i = 0; i < tsrvi_process.handed.count; i++) {
+        count += tsrvi_process.handed.free[i];
     }
     code = code < 0 ? code : count > capacity ? TSRV_EINVAL : count;
     for (int i = 0, taken = 0; taken < code; i++) {
-        if (tsrvi_handed.free[i]) {
+        if (tsrvi_process.handed.free[i]) {
             fds[taken++] = TSRVI_LISTEN_FIRST + i;
-            tsrvi_handed.free[i] = false;
+            tsrvi_process.handed.free[i] = false;
         }
     }
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_unlock(&tsrvi_process.handed.lock);
     for (int i = 0; i < code; i++) {
         tsrvi_bound_adopt(fds[i]);
     }
@@ -5607,9 +5754,9 @@ TSRV_API int tsrv_listen_fds(int *fds, int capacity)
 static const char *tsrvi_handed_name(int fd, char *buffer, size_t size)
 {
     bool handed;
-    tsrvi_lock(&tsrvi_handed.lock);
-    handed = fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + tsrvi_handed.count;
-    tsrvi_unlock(&tsrvi_handed.lock);
+    tsrvi_lock(&tsrvi_process.handed.lock);
+    handed = fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + tsrvi_process.handed.count;
+    tsrvi_unlock(&tsrvi_process.handed.lock);
     return tsrv_listen_fd_name(handed ? fd : -1, buffer, size);
 }
 
@@ -5633,7 +5780,9 @@ TSRV_API const char *tsrv_listen_fd_name(int fd, char *buffer, size_t size)
     return buffer;
 }
 
-/* ---- binding ---------------------------------------------------------------*/
+/* ============================================================================
+ * >>bind  Binding
+ * ==========================================================================*/
 
 static int tsrvi_backlog(const tsrv_bind_options *options)
 {
@@ -6031,51 +6180,12 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 }
 
 /* ============================================================================
- * >>tls  Contexts and sessions
+ * >>tls  Contexts: certificates, names, protocols
  *
- * A session turns plaintext into records and back. It never waits, and never
- * writes to the socket itself: what OpenSSL has to send is collected in `sealed`,
- * for the stream to send like any other output, so that no write is ever half
- * done or has to be repeated. What it wants to read it takes from the socket, at
- * most once a turn unless the socket was full: that is told by a short read, as
- * for plain streams, and not by a failing call.
- *
- * Without TSRV_TLS_OPENSSL there are no sessions, and the functions that make
- * one say so. The layers above ask for stream->tls, which then is always NULL.
+ * Without TSRV_TLS_OPENSSL the functions that make one say so.
  * ==========================================================================*/
 
-/* A session; see above. */
-typedef struct tsrvi_tls {
 #if TSRVI_HAS_TLS
-    SSL *ssl;
-    unsigned char *certificate; /* the peer's, once it was asked for */
-    char alpn[256];
-#endif
-    struct tsrvi_tls_set *set; /* what it was made from */
-    tsrv_loop *loop;
-    tsrvi_link recent; /* in loop->tls_recent */
-    int fd;
-    tsrvi_block *sealed; /* records to send */
-    tsrvi_block *sealed_last;
-    uint64_t sealed_size;
-    uint64_t counted; /* how much of it the stream has counted as unsent */
-    uint64_t due;     /* when the handshake must be done */
-    size_t received;  /* bytes of the socket, in this call */
-    int error;        /* of the socket, or -ENOMEM */
-    bool established; /* the handshake is done */
-    bool notified;    /* close_notify is sealed */
-    bool drained;     /* the socket had no more */
-    bool more;        /* the session holds input that no event will tell of */
-    bool ended;       /* the socket's end came */
-    bool truncated;   /* without close_notify */
-} tsrvi_tls;
-
-#if TSRVI_HAS_TLS
-#define TSRVI_TLS_RECORD ((size_t)16384) /* bytes of plaintext in a record: RFC 8446, 5.1 */
-#define TSRVI_TLS_SEAL ((size_t)65536)   /* sealed at a time, so that one send takes several */
-#define TSRVI_TLS_REPLIES ((size_t)256 * 1024) /* sealed, and not by us: see tsrvi_stream_unseal */
-#define TSRVI_TLS_TAKE ((size_t)128 * 1024)    /* received at a time, whatever the records hold */
-#define TSRVI_TLS_RECENT 128                   /* sessions of a loop that keep their buffers */
 #define TSRVI_TLS_CIPHERS "ECDHE+AESGCM:ECDHE+CHACHA20" /* forward-secret AEAD; for TLS 1.2 */
 
 /* What a tsrv_tls was made of; sessions keep it when the tsrv_tls gets another. */
@@ -6309,6 +6419,10 @@ static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *option
     }
     return TSRV_OK;
 }
+
+/* ============================================================================
+ * >>tls_options  Contexts from options
+ * ==========================================================================*/
 
 /* Secure by default: TLS 1.2 at least, forward-secret AEAD ciphers, our preference, no
  * compression, no renegotiation, stateless sessions only. */
@@ -6582,364 +6696,6 @@ static bool tsrvi_tls_serves(const tsrv_tls *tls)
     return tls->options.native_context != NULL || tls->options.cert_file != NULL;
 }
 
-/* ---- the session's socket, as OpenSSL sees it ------------------------------*/
-
-/* Everything that OpenSSL writes goes to `sealed`. */
-static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
-{
-    tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
-    tsrvi_block *last = tls->sealed_last;
-    size_t left = size < 0 ? 0 : (size_t)size, head;
-    BIO_clear_retry_flags(bio);
-    head = last == NULL || last->file >= 0 ? 0 : tsrvi_min(left, last->capacity - last->end);
-    if (left > head) {
-        tsrvi_block *block = tsrvi_block_new(&tls->loop->pool, left - head);
-        if (block == NULL) {
-            tls->error = -ENOMEM;
-            return -1;
-        }
-        memcpy(tsrvi_block_data(block), data + head, left - head);
-        block->end = left - head;
-        if (last == NULL) {
-            tls->sealed = block;
-        } else {
-            last->next = block;
-        }
-        tls->sealed_last = block;
-    }
-    if (head != 0) {
-        memcpy(tsrvi_block_data(last) + last->end, data, head);
-        last->end += head;
-    }
-    tls->sealed_size += left;
-    return size;
-}
-
-static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
-{
-    tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
-    ssize_t got;
-    BIO_clear_retry_flags(bio);
-    if (tls->ended) {
-        return 0;
-    }
-    if (tls->drained || tls->received >= TSRVI_TLS_TAKE) {
-        BIO_set_retry_read(bio);
-        return -1;
-    }
-    do {
-        got = TSRV_SYS(recv, (tls->fd, buffer, (size_t)size, MSG_DONTWAIT));
-    } while (got < 0 && errno == EINTR);
-    tls->drained = got < size;
-    if (got > 0) {
-        tls->received += (size_t)got;
-        return (int)got;
-    }
-    if (got == 0) {
-        tls->ended = true;
-        return 0;
-    }
-    if (tsrvi_would_block(errno)) {
-        BIO_set_retry_read(bio);
-    } else {
-        tls->error = tsrvi_error();
-    }
-    return -1;
-}
-
-static long tsrvi_tls_bio_control(BIO *bio, int command, long number, void *pointer)
-{
-    const tsrvi_tls *tls = (const tsrvi_tls *)BIO_get_data(bio);
-    (void)number;
-    (void)pointer;
-    switch (command) {
-    case BIO_CTRL_EOF:
-        return tls->ended;
-    case BIO_CTRL_FLUSH:
-        return 1;
-    default:
-        return 0;
-    }
-}
-
-/* Made once, by whoever comes first; never freed, like OpenSSL's own tables. */
-static BIO_METHOD *tsrvi_tls_bio_method(void)
-{
-    static BIO_METHOD *method; /* atomic */
-    BIO_METHOD *made = __atomic_load_n(&method, __ATOMIC_ACQUIRE), *nobodys = NULL;
-    if (made != NULL) {
-        return made;
-    }
-    made = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "tcpserver.h");
-    if (made == NULL) {
-        return NULL;
-    }
-    BIO_meth_set_write(made, tsrvi_tls_bio_write);
-    BIO_meth_set_read(made, tsrvi_tls_bio_read);
-    BIO_meth_set_ctrl(made, tsrvi_tls_bio_control);
-    if (!__atomic_compare_exchange_n(&method, &nobodys, made, false, __ATOMIC_ACQ_REL,
-                                     __ATOMIC_ACQUIRE)) {
-        BIO_meth_free(made);
-        return nobodys;
-    }
-    return made;
-}
-
-/* ---- sessions --------------------------------------------------------------*/
-
-static void tsrvi_tls_drop_sealed(tsrvi_tls *tls)
-{
-    while (tls->sealed != NULL) {
-        tsrvi_block *block = tls->sealed;
-        tls->sealed = block->next;
-        tsrvi_block_free(&tls->loop->pool, block);
-    }
-    tls->sealed_last = NULL;
-    tls->sealed_size = 0;
-}
-
-/* Does the session hold nothing of a record, not even its header? */
-static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
-{
-    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
-}
-
-/* Has the socket below ended or failed, or the peer sent the alert that is its last word? */
-static bool tsrvi_tls_is_over(const tsrvi_tls *tls)
-{
-    return tls->ended || tls->error != 0 ||
-           (SSL_get_shutdown(tls->ssl) & SSL_RECEIVED_SHUTDOWN) != 0; /* RFC 8446, 6.2 */
-}
-
-static void tsrvi_tls_unuse(tsrvi_tls *tls)
-{
-    if (!tsrvi_list_empty(&tls->recent)) {
-        tsrvi_list_remove(&tls->recent);
-        tls->loop->tls_recent_count--;
-    }
-}
-
-/* This session is about to need its buffers, which are 35 KiB. The one that has not needed its own
- * for longest gives them up; not if they hold something, which older versions of OpenSSL would free
- * all the same (CVE-2024-4741). SSL_MODE_RELEASE_BUFFERS does so behind every record, and for a
- * tenth of what an echo costs. */
-static void tsrvi_tls_use(tsrvi_tls *tls)
-{
-    tsrv_loop *loop = tls->loop;
-    if (loop->tls_recent.previous == &tls->recent) {
-        return;
-    }
-    tsrvi_tls_unuse(tls);
-    tsrvi_list_append(&loop->tls_recent, &tls->recent);
-    if (++loop->tls_recent_count > TSRVI_TLS_RECENT) {
-        tsrvi_tls *oldest = TSRVI_CONTAINER(loop->tls_recent.next, tsrvi_tls, recent);
-        tsrvi_tls_unuse(oldest);
-        if (tsrvi_tls_is_empty(oldest)) {
-            SSL_free_buffers(oldest->ssl);
-        }
-    }
-}
-
-static void tsrvi_tls_end(tsrvi_tls *tls)
-{
-    if (tls != NULL) {
-        tsrvi_tls_drop_sealed(tls);
-        tsrvi_tls_unuse(tls);
-        SSL_free(tls->ssl);
-        OPENSSL_free(tls->certificate);
-        tsrvi_tls_set_drop(tls->set);
-        TSRV_FREE(tls);
-    }
-}
-
-/* The client's side: whom it wants to reach, and how it makes sure. */
-static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
-{
-    unsigned char number[16];
-    bool numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
-                   TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
-    SSL_set_connect_state(tls->ssl);
-    SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
-    if (tls->set->alpn_size != 0) {
-        SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size);
-    }
-    if (numeric) {
-        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1
-                   ? TSRV_OK
-                   : TSRV_EINVAL;
-    }
-    return SSL_set1_host(tls->ssl, server_name) == 1 &&
-                   SSL_set_tlsext_host_name(tls->ssl, server_name) == 1
-               ? TSRV_OK
-               : TSRV_EINVAL;
-}
-
-/* A session on a socket.
- *   server_name  NULL = this is the server
- *   due          when the handshake must be done */
-static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrv_loop *loop,
-                           uint64_t due, tsrvi_tls **made)
-{
-    tsrvi_tls *tls = (tsrvi_tls *)tsrvi_zalloc(sizeof(*tls));
-    BIO_METHOD *method = tsrvi_tls_bio_method();
-    BIO *bio = tls == NULL || method == NULL ? NULL : BIO_new(method);
-    int rc = -ENOMEM;
-    if (server_name != NULL && from->set->system) {
-        from->set->system = false;
-        SSL_CTX_set_default_verify_paths(from->set->context);
-    }
-    if (bio != NULL && (tls->ssl = SSL_new(from->set->context)) != NULL) {
-        rc = TSRV_OK;
-    }
-    if (rc < 0) {
-        ERR_clear_error();
-        BIO_free(bio);
-        TSRV_FREE(tls);
-        return rc;
-    }
-    tls->set = from->set;
-    __atomic_add_fetch(&tls->set->references, 1, __ATOMIC_ACQ_REL);
-    tls->fd = fd;
-    tls->loop = loop;
-    tsrvi_list_init(&tls->recent);
-    tls->due = due;
-    BIO_set_data(bio, tls);
-    BIO_set_init(bio, 1);
-    SSL_set_bio(tls->ssl, bio, bio);
-    SSL_set_mode(tls->ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-#ifdef SSL_OP_IGNORE_UNEXPECTED_EOF
-    /* OpenSSL 3 would make an end without close_notify a fatal error; we tell it by `ended`, and
-     * can still answer who has only stopped sending. */
-    SSL_set_options(tls->ssl, SSL_OP_IGNORE_UNEXPECTED_EOF);
-#endif
-    if (server_name == NULL) {
-        SSL_set_accept_state(tls->ssl);
-    } else if ((rc = tsrvi_tls_expect(tls, server_name)) < 0) {
-        tsrvi_tls_end(tls);
-        return rc;
-    }
-    *made = tls;
-    return TSRV_OK;
-}
-
-/* What a call that failed means: TSRV_EAGAIN, TSRV_EOF, TSRV_ETLS or the socket's error. `reason`
- * receives OpenSSL's when the peer has broken the protocol. */
-static int tsrvi_tls_code(tsrvi_tls *tls, int result, char *reason, size_t size)
-{
-    int kind = SSL_get_error(tls->ssl, result);
-    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) {
-        return TSRV_EAGAIN;
-    }
-    if (kind == SSL_ERROR_ZERO_RETURN && !tls->ended) {
-        return TSRV_EOF;
-    }
-    if (tls->error != 0) {
-        ERR_clear_error();
-        return tls->error;
-    }
-    if (tls->ended) { /* the socket's end, and no close_notify before it */
-        tls->truncated = true;
-        ERR_clear_error();
-        return TSRV_ETLS;
-    }
-    if (ERR_peek_error() != 0) { /* else it has been told before */
-        bool refused = ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_SSL &&
-                       ERR_GET_REASON(ERR_peek_error()) == SSL_R_CERTIFICATE_VERIFY_FAILED;
-        size_t used = strlen(tsrvi_tls_reason(reason, size));
-        if (refused) {
-            snprintf(reason + used, size - used, ": %s",
-                     X509_verify_cert_error_string(SSL_get_verify_result(tls->ssl)));
-        }
-    }
-    return TSRV_ETLS;
-}
-
-/* Begin to look at the socket anew. */
-static void tsrvi_tls_look(tsrvi_tls *tls)
-{
-    tls->drained = false;
-    tls->received = 0;
-    tsrvi_tls_use(tls);
-    tsrvi_tls_forget_errors();
-}
-
-/* Go on with the handshake: TSRV_OK when it is done, or as tsrvi_tls_code. */
-static int tsrvi_tls_handshake(tsrvi_tls *tls, char *reason, size_t size)
-{
-    int result;
-    tsrvi_tls_look(tls);
-    result = SSL_do_handshake(tls->ssl);
-    if (result != 1) {
-        return tsrvi_tls_code(tls, result, reason, size);
-    }
-    tls->established = true;
-    tls->more = true; /* what the client has sent behind it may be in the session */
-    return TSRV_OK;
-}
-
-/* Receive plaintext: how much; else *code as tsrvi_tls_code. */
-static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *code, char *reason,
-                                size_t reason_size)
-{
-    size_t done = 0;
-    tsrvi_tls_look(tls);
-    *code = TSRV_OK;
-    while (done < size) {
-        size_t got = 0;
-        int result = SSL_read_ex(tls->ssl, into + done, size - done, &got);
-        if (result != 1) {
-            *code = tsrvi_tls_code(tls, result, reason, reason_size);
-            break;
-        }
-        done += got;
-        if (tls->drained && SSL_has_pending(tls->ssl) == 0) {
-            *code = TSRV_EAGAIN;
-            break;
-        }
-    }
-    /* An end or an error that came behind data is met again by the next call. */
-    tls->more = done != 0 && *code != TSRV_EAGAIN;
-    return done;
-}
-
-/* Is there plaintext, without taking it? TSRV_OK: yes, and the session holds it; else as
- * tsrvi_tls_code. */
-static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
-{
-    char byte;
-    size_t got = 0;
-    int result, rc = TSRV_OK;
-    tsrvi_tls_look(tls);
-    result = SSL_peek_ex(tls->ssl, &byte, 1, &got);
-    if (result != 1) {
-        rc = tsrvi_tls_code(tls, result, reason, size);
-    }
-    tls->more = rc != TSRV_EAGAIN; /* data or an end, which the kernel has no more */
-    return rc;
-}
-
-/* Make records of plaintext: how much of it, at most one record; 0 = no memory. */
-static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
-{
-    size_t taken = 0;
-    tsrvi_tls_use(tls);
-    tsrvi_tls_forget_errors();
-    if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
-        ERR_clear_error();
-        return 0;
-    }
-    return taken;
-}
-
-/* Say that nothing more will be sent. */
-static void tsrvi_tls_notify_end(tsrvi_tls *tls)
-{
-    tls->notified = true;
-    ERR_clear_error();
-    SSL_shutdown(tls->ssl);
-    ERR_clear_error();
-}
-
 #else
 static int tsrvi_tls_absent(void)
 {
@@ -6973,83 +6729,6 @@ static bool tsrvi_tls_serves(const tsrv_tls *tls)
     return false;
 }
 
-static void tsrvi_tls_drop_sealed(tsrvi_tls *tls)
-{
-    (void)tls;
-}
-
-static void tsrvi_tls_end(tsrvi_tls *tls)
-{
-    (void)tls;
-}
-
-static int tsrvi_tls_begin(const tsrv_tls *from, int fd, const char *server_name, tsrv_loop *loop,
-                           uint64_t due, tsrvi_tls **made)
-{
-    (void)from;
-    (void)fd;
-    (void)server_name;
-    (void)loop;
-    (void)due;
-    *made = NULL;
-    return tsrvi_tls_absent();
-}
-
-static int tsrvi_tls_handshake(tsrvi_tls *tls, char *reason, size_t size)
-{
-    (void)tls;
-    (void)reason;
-    (void)size;
-    return TSRV_ENOTSUP;
-}
-
-static size_t tsrvi_tls_receive(tsrvi_tls *tls, char *into, size_t size, int *code, char *reason,
-                                size_t reason_size)
-{
-    (void)tls;
-    (void)into;
-    (void)size;
-    (void)reason;
-    (void)reason_size;
-    *code = TSRV_ENOTSUP;
-    return 0;
-}
-
-static bool tsrvi_tls_is_empty(const tsrvi_tls *tls)
-{
-    (void)tls;
-    return true;
-}
-
-static bool tsrvi_tls_is_over(const tsrvi_tls *tls)
-{
-    (void)tls;
-    return true;
-}
-
-static int tsrvi_tls_peek(tsrvi_tls *tls, char *reason, size_t size)
-{
-    (void)tls;
-    (void)reason;
-    (void)size;
-    return TSRV_ENOTSUP;
-}
-
-static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
-{
-    (void)tls;
-    (void)data;
-    (void)size;
-    return 0;
-}
-
-static void tsrvi_tls_notify_end(tsrvi_tls *tls)
-{
-    (void)tls;
-}
-#define TSRVI_TLS_RECORD ((size_t)16384)
-#define TSRVI_TLS_SEAL ((size_t)65536)
-#define TSRVI_TLS_REPLIES ((size_t)262144)
 #endif
 
 /* ============================================================================
@@ -7076,18 +6755,12 @@ typedef struct tsrvi_place {
     tsrv_stats stats[TSRVI_SHARED_SERVERS];
 } tsrvi_place;
 
-static tsrvi_place *tsrvi_places; /* TSRVI_GENERATIONS for each worker; NULL = there are none */
-static int tsrvi_place_count;
-static tsrvi_place *tsrvi_place_own;  /* in a worker */
-static unsigned tsrvi_server_numbers; /* atomic; bits: the numbers in use */
-static void (*tsrvi_on_ready)(void); /* told when a server of this process accepts; NULL = nobody */
-
 /* The lowest number that no server has; -1 = there is none. */
 static int tsrvi_server_number(void)
 {
     for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
         unsigned bit = 1u << number;
-        if ((__atomic_fetch_or(&tsrvi_server_numbers, bit, __ATOMIC_ACQ_REL) & bit) == 0) {
+        if ((__atomic_fetch_or(&tsrvi_process.server_numbers, bit, __ATOMIC_ACQ_REL) & bit) == 0) {
             return number;
         }
     }
@@ -7097,7 +6770,7 @@ static int tsrvi_server_number(void)
 static void tsrvi_server_number_free(int number)
 {
     if (number >= 0) {
-        __atomic_fetch_and(&tsrvi_server_numbers, ~(1u << number), __ATOMIC_ACQ_REL);
+        __atomic_fetch_and(&tsrvi_process.server_numbers, ~(1u << number), __ATOMIC_ACQ_REL);
     }
 }
 
@@ -7137,7 +6810,7 @@ static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
 /* A new process will have this place. */
 static void tsrvi_place_take(int place)
 {
-    tsrvi_place *own = &tsrvi_places[place];
+    tsrvi_place *own = &tsrvi_process.places[place];
     int index = place % TSRVI_GENERATIONS;
     own->refused = TSRV_OK;
     __atomic_store_n(&own->ready, 0, __ATOMIC_RELEASE);
@@ -7153,8 +6826,9 @@ static void tsrvi_place_take(int place)
  *   task_id  -1 = all */
 static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 {
-    for (int first = 0; number >= 0 && first < tsrvi_place_count; first += TSRVI_GENERATIONS) {
-        const tsrvi_place *places = &tsrvi_places[first];
+    for (int first = 0; number >= 0 && first < tsrvi_process.place_count;
+         first += TSRVI_GENERATIONS) {
+        const tsrvi_place *places = &tsrvi_process.places[first];
         int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
         for (int i = 0; i < used && (task_id < 0 || first / TSRVI_GENERATIONS == task_id); i++) {
             tsrvi_stats_add(sum, &places[i].stats[number]);
@@ -7163,116 +6837,9 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 }
 
 /* ============================================================================
- * >>stream  One connection
- *
- * A stream records what its handler and its coroutines wait for; events, timers
- * and the ends of the stream wake them. That is the whole model: everything
- * else here computes whether a call can be answered now.
- *
- * Reading. When the descriptor is readable and somebody wants input, there is one
- * recv, into the loop's shared chunk, or behind the stream's unread bytes. The
- * pending read then looks whether it is satisfied. Unread bytes stay in the
- * shared chunk until another stream needs it; only then are they copied to a
- * chunk of the stream's own, and if the program still holds a slice, the whole
- * chunk changes hands instead. So an idle stream owns no buffer, and a message
- * that arrives whole is never copied.
- *
- * Writing. Small writes are collected and sent when the piece of user code that
- * wrote gives control back; large ones are sent at once from the caller's memory
- * together with what is queued, and only the rest is copied. Each turn sends at
- * most TSRVI_SEND_LIMIT bytes.
- *
- * Ends. in_end and out_end say how each direction ended, killed ends both at
- * once, before unread input. Closing sends the rest, then FIN, then reads and
- * drops until the peer's FIN. The stream is freed by its task, when the
- * descriptor is closed, the handler has returned and on_close has been called.
+ * >>peer  A peer's address, as streams keep it
  * ==========================================================================*/
 
-#define TSRVI_DIRECT ((size_t)16384) /* writes from here on are sent from the caller's memory */
-#define TSRVI_SEND_LIMIT ((size_t)1024 * 1024) /* bytes sent for a stream in one go */
-#define TSRVI_SEND_PIECES 64                   /* of one sendmsg */
-#define TSRVI_SMALL_CHUNK ((size_t)1024)       /* least room for unread bytes of a stream's own */
-/* Ticks, more than a second of them: a client that sends every second by its own clock is late by
- * what its request takes. */
-#define TSRVI_FRESH 18
-
-/* tsrv_stream.flags */
-#define TSRVI_ENTERED 0x1u      /* the handler has been called */
-#define TSRVI_OVER 0x2u         /* the handler will not be called any more */
-#define TSRVI_RUNNING 0x4u      /* the handler is running, or suspended */
-#define TSRVI_SOON 0x8u         /* the task is in loop->soon */
-#define TSRVI_READY 0x10u       /* the task is in loop->ready */
-#define TSRVI_DIRTY 0x20u       /* there is output to send when the user code gives control back */
-#define TSRVI_CALL 0x40u        /* the handler is to be called */
-#define TSRVI_TOLD 0x80u        /* the handler has been called after the end of the input */
-#define TSRVI_CONSUMED 0x100u   /* the handler has read something in this call */
-/* output */
-#define TSRVI_BLOCKED 0x200u    /* the kernel did not take all: wait until it is writable */
-#define TSRVI_SHUT 0x400u       /* FIN follows the output */
-#define TSRVI_FIN 0x800u        /* FIN is sent */
-#define TSRVI_CLOSING 0x1000u   /* the descriptor will be closed */
-#define TSRVI_LINGER 0x2000u    /* waiting for the peer's FIN, dropping input */
-#define TSRVI_LOCKED 0x4000u    /* a write that is taken in pieces is under way */
-#define TSRVI_FILES 0x8000u     /* the queue may hold file ranges */
-#define TSRVI_FLUSHING 0x10000u /* somebody waits for an empty queue */
-/* what the callback-mode handler waits for, and in both modes just more input */
-#define TSRVI_WAIT_READ 0x20000u
-#define TSRVI_WAIT_WAKE 0x40000u
-#define TSRVI_WAIT_FLUSH 0x80000u
-#define TSRVI_WAIT_INPUT 0x100000u
-#define TSRVI_IN_READ 0x200000u    /* read_due belongs to a read that is repeated */
-#define TSRVI_IN_WAKE 0x400000u    /* wake_ms belongs to a tsrv_wait that is repeated */
-#define TSRVI_WOKEN 0x800000u      /* tsrv_wake came, and nobody waited */
-/* input */
-#define TSRVI_FULL_READ 0x1000000u /* the last recv filled its room: there is more */
-#define TSRVI_LOOKED 0x2000000u    /* there is input that nobody wants: do not ask for it again */
-#define TSRVI_PART 0x4000000u      /* the pending read has dropped some bytes already */
-#define TSRVI_LENT \
-    0x8000000u /* a slice of it, read from outside, dies when that gives control back */
-#define TSRVI_SILENT 0x10000000u   /* a read has timed out; nothing came or was written since */
-/* drain */
-#define TSRVI_DRAINING 0x20000000u /* its server is being drained */
-#define TSRVI_STOPPED 0x40000000u  /* in_end is the drain's doing, not the peer's */
-#define TSRVI_TLS 0x80000000u      /* tls is there, and wants its say in everything */
-
-#define TSRVI_WAITS (TSRVI_WAIT_READ | TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT)
-/* A write must take the long way. */
-#define TSRVI_ODD_OUTPUT (TSRVI_LOCKED | TSRVI_FILES | TSRVI_SHUT)
-
-struct tsrv_server {
-    tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
-    tsrv_loop *loop;             /* NULL until the first listen */
-    tsrvi_link link;             /* in loop->servers */
-    tsrvi_link streams;
-    struct tsrvi_listener *listeners;
-    tsrv_stats own;            /* its counters, */
-    tsrv_stats *stats;         /* or this process's place among those of all workers */
-    int number;                /* see >>shared; -1 = none */
-    uint64_t open;             /* streams whose descriptor is open */
-    struct tsrvi_bound *bound; /* what tsrv_server_bind has bound for tsrv_server_start */
-    int bound_count;
-    bool started;           /* tsrv_server_start has been called */
-    tsrvi_task task;        /* on_start, the end of a drain, the end */
-    tsrvi_timer retry;      /* when what has paused goes on: the server, and single listeners */
-    uint64_t resume_due;    /* when the server does; TSRVI_FOREVER = when a descriptor is closed */
-    uint64_t logged;        /* when failures to accept were last logged */
-    tsrvi_timer drain;      /* when streams are looked at again */
-    uint64_t drain_due;     /* when the grace is over */
-    tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
-    int drain_code;         /* of the last drain, until it is asked for: TSRV_OK or TSRV_ETIMEOUT */
-    uint64_t drained;       /* streams that have ended by themselves in it, */
-    uint64_t drain_aborted; /* and that its grace has left */
-    bool draining;
-    bool forced; /* the grace is over: what was left has been aborted */
-    int backoff_ms;
-    bool starting; /* task calls on_start */
-    bool paused;   /* none of its listeners accepts for now */
-    bool was_away; /* and it takes the next connection even if it is ahead of other workers */
-    bool freed;    /* by the program: goes with the last stream */
-    bool queued;   /* the task is in loop->ready */
-};
-
-/* A peer's address as streams keep it. */
 typedef struct tsrvi_peer {
     uint16_t family;
     uint16_t port; /* network order */
@@ -7282,133 +6849,6 @@ typedef struct tsrvi_peer {
         tsrv_address *whole; /* a unix socket with a name; its own memory */
     } u;
 } tsrvi_peer;
-
-/* One read call, on the caller's stack. attempt looks at the unread bytes only: TSRV_OK with the
- * result taken, TSRV_EAGAIN when more is needed, or an error. */
-typedef struct tsrvi_read {
-    int (*attempt)(tsrv_stream *stream, struct tsrvi_read *read);
-    tsrv_slice *slice; /* NULL = drop */
-    size_t max;        /* bytes of the result */
-    size_t size;       /* of the delimiter, or how many bytes */
-    const char *delimiter;
-    tsrv_match match;
-    void *context;
-    size_t need; /* unread bytes below which attempt need not be asked */
-    char *into;  /* the caller's memory; NULL with done: bytes are dropped */
-    size_t done; /* bytes that are there, or dropped */
-} tsrvi_read;
-
-/* A read into the caller's memory, or a drop, that a callback-mode handler has to repeat. */
-typedef struct tsrvi_partial {
-    char *into;
-    size_t size;
-    size_t done;
-} tsrvi_partial;
-
-/* What a coroutine waits for. */
-enum {
-    TSRVI_FOR_READ = 1,  /* its read */
-    TSRVI_FOR_ROOM = 2,  /* output below the high water */
-    TSRVI_FOR_FLUSH = 4, /* no output */
-    TSRVI_FOR_LOCK = 8,  /* the end of a write that is taken in pieces */
-    TSRVI_FOR_WAKE = 16, /* tsrv_wake */
-    TSRVI_FOR_HANDSHAKE = 32,
-    TSRVI_FOR_OUTPUT = TSRVI_FOR_ROOM | TSRVI_FOR_FLUSH | TSRVI_FOR_LOCK | TSRVI_FOR_HANDSHAKE,
-    TSRVI_FOR_ANY = 63
-};
-
-typedef struct tsrvi_waiter {
-    struct tsrvi_waiter *next;
-    tsrv_stream *stream; /* NULL when the stream has gone */
-    tsrvi_co *co;
-    tsrvi_read *read;
-    int kind;
-} tsrvi_waiter;
-
-/* 10,000 idle connections are 10,000 of these: tests hold it below 224 bytes. */
-struct tsrv_stream {
-    tsrvi_io io;
-    tsrvi_task task; /* flush, call the handler, or finish: see tsrvi_stream_run */
-    tsrv_server *server;
-    tsrvi_link link; /* in server->streams */
-    tsrv_handler handler;
-    tsrvi_chunk *in;  /* unread input; NULL = none */
-    tsrvi_block *out; /* unsent output; NULL = none */
-    tsrvi_block *out_last;
-    uint64_t unsent; /* bytes in out, file ranges and sealed records included */
-    tsrvi_tls *tls;  /* NULL = plain; see >>tls */
-    tsrvi_waiter *waiters;
-    union {
-        tsrvi_co *co;           /* coroutine mode: the handler's, while it runs */
-        tsrvi_partial *partial; /* callback mode: see there */
-        int result;             /* what the handler returned, when it is over */
-    } u;
-    tsrvi_timer timer;
-    uint64_t read_due; /* of the callback-mode handler's read */
-    uint64_t out_due;  /* of a blocked output, then of lingering */
-    uint32_t wake_ms;  /* when the callback-mode handler's tsrv_wait is over: see tsrvi_ms_due */
-    uint32_t deadline_ms;
-    uint32_t flags;
-    uint32_t active_ms; /* when a byte last went either way, or a read began; wraps */
-    int read_ms;        /* 0 = the server's */
-    int write_ms;
-    int16_t in_end;  /* how the input ended: TSRV_EOF or an error; 0 = not yet */
-    int16_t out_end; /* how the output ended: TSRV_ECLOSED after tsrv_shutdown, or an error */
-    int16_t killed;  /* how both ended at once */
-    uint16_t fresh;  /* when bytes last came, or it was accepted: see tsrvi_tick; wraps */
-    tsrvi_peer peer;
-};
-
-static tsrv_loop *tsrvi_loop_of(const tsrv_stream *stream)
-{
-    return stream->server->loop;
-}
-
-/* Is this the callback-mode handler of this stream that calls? */
-static bool tsrvi_stream_handling(const tsrv_stream *stream)
-{
-    return tsrvi_loop_of(stream)->handling == stream;
-}
-
-/* ---- tasks -----------------------------------------------------------------*/
-
-/* Run the server's task in the next turn. */
-static void tsrvi_server_later(tsrv_server *server)
-{
-    if (!server->queued) {
-        server->queued = true;
-        tsrvi_tasks_push(&server->loop->ready, &server->task);
-    }
-}
-
-/* Flush when the user code that is running gives control back. */
-static void tsrvi_stream_soon(tsrv_stream *stream)
-{
-    stream->flags |= TSRVI_DIRTY;
-    if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
-        stream->flags |= TSRVI_SOON;
-        tsrvi_tasks_push(&tsrvi_loop_of(stream)->soon, &stream->task);
-    }
-}
-
-/* Run the task in the next turn. */
-static void tsrvi_stream_later(tsrv_stream *stream, uint32_t flag)
-{
-    stream->flags |= flag;
-    if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) == 0) {
-        stream->flags |= TSRVI_READY;
-        tsrvi_tasks_push(&tsrvi_loop_of(stream)->ready, &stream->task);
-    }
-}
-
-/* Nothing will happen any more but on_close. */
-static bool tsrvi_stream_finished(const tsrv_stream *stream)
-{
-    return stream->io.fd < 0 && (stream->flags & TSRVI_OVER) != 0 &&
-           (stream->flags & TSRVI_RUNNING) == 0;
-}
-
-/* ---- the peer's address -----------------------------------------------------*/
 
 /* Only the first address->size bytes are written: this is done before every call of a callback-mode
  * handler. */
@@ -7466,664 +6906,589 @@ static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
     return TSRV_OK;
 }
 
-/* ---- waiters ---------------------------------------------------------------*/
-
-/* Have the callback-mode handler called, if it waits for this; what comes while it runs, by its own
- * doing, is seen to when it has returned. */
-static void tsrvi_stream_wake_handler(tsrv_stream *stream, uint32_t waits)
+static void tsrvi_peer_free(tsrvi_peer *peer)
 {
-    if ((stream->flags & waits) == 0) {
-        return;
-    }
-    stream->flags |= TSRVI_CALL;
-    if ((stream->flags & TSRVI_RUNNING) == 0) {
-        tsrvi_stream_later(stream, TSRVI_CALL);
+    if (peer->family == AF_UNIX) {
+        TSRV_FREE(peer->u.whole);
     }
 }
 
-/* Wake the coroutines that wait for one of these. They leave the list when they run. */
-static void tsrvi_stream_wake_kind(tsrv_stream *stream, int kinds, int result)
-{
-    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
-        if ((waiter->kind & kinds) != 0) {
-            tsrvi_co_wake(waiter->co, result);
-        }
-    }
-}
+/* ============================================================================
+ * >>stream  One connection: what is known of it
+ *
+ * The core is one idea: a wait is a predicate, and a stream is settled in one
+ * place. Calls and events only set facts: bytes came, bytes were queued, the
+ * input has ended, the program has closed, a time has passed. A fact puts the
+ * stream on one of the loop's lists; tsrvi_stream_settle, in >>handler, then
+ *
+ *     sends what is queued, and goes on with what follows the output (FIN ...),
+ *     ends each wait whose predicate holds, the oldest first,
+ *     has the backend wait for what the stream waits for,
+ *     arms the timer for the earliest of its times.
+ *
+ * Nothing else sends (but for large writes, from the caller's memory), ends a
+ * wait, arms a timer or registers a descriptor. A fact that an event brings is
+ * settled at once. One that a call brings is settled when the piece of user code
+ * that made it gives control back (IN_SOON); what then is over runs in the next
+ * turn (IN_READY), so that streams which wake each other stop nobody.
+ *
+ * Reading. When the descriptor is readable and somebody waits for input, there is
+ * one recv, into the loop's shared buffer, or behind the stream's unread bytes.
+ * Unread bytes stay in the shared buffer until another stream needs it; only
+ * then are they copied to one of the stream's own, and if the program still
+ * holds a slice, the whole buffer changes hands instead. So an idle stream owns
+ * no buffer, and a message that arrives whole is never copied.
+ *
+ * Writing. Small writes are collected and sent when the stream is settled. Large
+ * ones are sent at once from the caller's memory, behind what is queued, and
+ * only the rest is copied. A coroutine's write that is larger than the limit is
+ * lent: it is queued where it lies. At most TSRVI_SEND_LIMIT bytes go at a time.
+ *
+ * Ends. in_end and out_end say how each direction has ended, `end` how both have
+ * at once, before unread input. FEIGNED is an end of the input that is a drain's
+ * doing, and no end of anything else.
+ *
+ * Phases, and what leads from one to the next:
+ *
+ *                 tsrv_shutdown  all is sent      tsrv_close,    the peer's  its end is known,
+ *                                                 handler over   end         abort, error, time
+ *     OPEN        SHUTTING       -                CLOSING        -           CLOSED
+ *     SHUTTING    -              SHUT, by FIN     CLOSING        -           CLOSED
+ *     SHUT        -              -                CLOSING        -           CLOSED
+ *     CLOSING     -              LINGER, by FIN   -              -           CLOSED
+ *     LINGER      -              -                -              CLOSED      CLOSED
+ *
+ * ("All is sent" includes a lent write, and the last words of the transport; FIN
+ * is not sent twice. CLOSING with all sent and a peer that has finished, or from
+ * which no answer can be on its way, is CLOSED without LINGER.)
+ *
+ * The handler: NEW -> RUNNING -> WAITING -> RUNNING ... -> OVER. In coroutine
+ * mode it is RUNNING while it is suspended, too; WAITING means that it has
+ * returned TSRV_EAGAIN. The stream is freed when it is CLOSED, the handler is
+ * OVER, no wait is left on it, and on_close has been called: a wait pins it.
+ * ==========================================================================*/
 
-static tsrvi_waiter *tsrvi_stream_waiter(const tsrv_stream *stream, int kind)
-{
-    tsrvi_waiter *waiter = stream->waiters;
-    while (waiter != NULL && waiter->kind != kind) {
-        waiter = waiter->next;
-    }
-    return waiter;
-}
+#define TSRVI_DIRECT ((size_t)16384) /* writes from here on are sent from the caller's memory */
+#define TSRVI_SEND_LIMIT ((size_t)1024 * 1024) /* bytes sent for a stream in one go */
+#define TSRVI_SMALL_INPUT ((size_t)1024)       /* least room for unread bytes of a stream's own */
+/* For so long after it has sent something a peer is not idle in a drain: one that sends every
+ * second by its own clock is late by what its request takes. */
+#define TSRVI_FRESH_MS 1200
 
-static void tsrvi_waiter_remove(tsrvi_waiter *waiter)
-{
-    tsrvi_waiter **link;
-    if (waiter->stream != NULL) {
-        for (link = &waiter->stream->waiters; *link != waiter; link = &(*link)->next) {
-        }
-        *link = waiter->next;
-    }
-}
+enum { /* tsrv_stream.phase: see above */
+       TSRVI_OPEN,
+       TSRVI_SHUTTING,
+       TSRVI_SHUT,
+       TSRVI_CLOSING,
+       TSRVI_LINGER,
+       TSRVI_CLOSED
+};
 
-TSRV_API void tsrv_wake(tsrv_stream *stream)
-{
-    bool coroutine = tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL;
-    tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE, TSRV_OK);
-    if (!coroutine || (stream->flags & TSRVI_WAIT_WAKE) != 0) {
-        stream->flags |= TSRVI_WOKEN;
-        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
-    }
-}
+enum { TSRVI_NEW, TSRVI_RUNNING, TSRVI_WAITING, TSRVI_OVER }; /* tsrv_stream.state */
 
-/* Take the wake-up that came when nobody waited. One that ends the callback-mode handler's wait is
- * the handler's, which has been called for it and will ask. */
-static bool tsrvi_stream_take_wake(tsrv_stream *stream)
-{
-    const uint32_t waits = TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
-    if ((stream->flags & TSRVI_WOKEN) == 0 || (stream->flags & waits) == waits) {
-        return false;
-    }
-    stream->flags &= ~TSRVI_WOKEN;
-    return true;
-}
+enum { /* tsrv_stream.queued */
+       TSRVI_NOWHERE,
+       TSRVI_IN_SOON,  /* in loop->soon: settled when the user code that runs gives control back */
+       TSRVI_IN_READY, /* in loop->ready: settled in the next turn, and what is over runs */
+       TSRVI_IN_SETTLE /* it is being settled: facts that are set now are seen to */
+};
 
-/* ---- the shared chunk ------------------------------------------------------*/
+/* tsrv_stream.flags: facts */
+#define TSRVI_ENDED 0x1       /* end, in_end or out_end is set */
+#define TSRVI_FEIGNED 0x2     /* a drain has ended the input */
+#define TSRVI_DRAINING 0x4    /* its server is being drained */
+#define TSRVI_SESSION 0x8     /* it has one: see >>transport */
+#define TSRVI_SHAKING 0x10    /* which must shake hands first */
+#define TSRVI_BLOCKED 0x20    /* the kernel did not take all: wait until it is writable */
+#define TSRVI_BORROWED 0x40   /* a slice, read from outside, dies when that gives control back */
+#define TSRVI_FIN 0x80        /* FIN is sent */
+#define TSRVI_LOST 0x100      /* some of the output has been dropped */
+#define TSRVI_TRUNCATED 0x200 /* the input has ended, but not as the transport wants it */
+#define TSRVI_FILLED 0x400    /* the last recv filled its room: there is more */
+#define TSRVI_LOOKED 0x800    /* there is input that nobody wants: do not ask for it again */
+#define TSRVI_PARTIAL 0x1000  /* a read has taken, or dropped, a part of what it wants */
+#define TSRVI_SILENT 0x2000   /* a read has timed out; nothing came or was written since */
+#define TSRVI_WOKEN 0x4000    /* tsrv_wake came, and nobody waited */
+/* A stream without any of these is the common case, which is looked for first. */
+#define TSRVI_ODD                                                                   \
+    (TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_DRAINING | TSRVI_SESSION | TSRVI_SHAKING | \
+     TSRVI_BLOCKED | TSRVI_BORROWED)
 
-/* Take the loop's chunk away from the stream that has used it last. */
-static void tsrvi_loop_vacate(tsrv_loop *loop)
-{
-    tsrv_stream *owner = loop->chunk_owner;
-    tsrvi_chunk *copy;
+/* What is waited for: tsrvi_wait.kinds, tsrv_stream.kinds */
+enum {
+    TSRVI_FOR_READ = 1,    /* input for a read */
+    TSRVI_FOR_INPUT = 2,   /* any more input: a handler that waits for nothing else */
+    TSRVI_FOR_ROOM = 4,    /* unsent output below the high water */
+    TSRVI_FOR_SENT = 8,    /* no unsent output */
+    TSRVI_FOR_LENT = 16,   /* a lent write to be sent */
+    TSRVI_FOR_SECURE = 32, /* the end of the handshake */
+    TSRVI_FOR_WAKE = 64,   /* tsrv_wake */
+    TSRVI_FOR_TURN = 128,  /* the next turn */
+    TSRVI_FOR_OUTPUT = TSRVI_FOR_ROOM | TSRVI_FOR_SENT | TSRVI_FOR_LENT | TSRVI_FOR_SECURE
+};
+
+/* tsrvi_wait.facts of a stream's own: the handler's */
+#define TSRVI_IN_READ TSRVI_FOR_READ /* a read is being repeated, whose limit is set; */
+#define TSRVI_IN_WAKE TSRVI_FOR_WAKE /* a tsrv_wait */
+#define TSRVI_PARTLY 128             /* u.partial is there */
+#define TSRVI_ENTERED 2              /* it has been called; */
+#define TSRVI_TOLD 4                 /* after the end of the input */
+#define TSRVI_CONSUMED 8             /* it has read something in this call */
+
+/* Bytes that a callback-mode handler's read into its own memory, or its drop, has got so far. */
+typedef struct tsrvi_partial {
+    char *into; /* NULL = they are dropped */
     size_t size;
-    if (owner == NULL) {
-        return;
-    }
-    loop->chunk_owner = NULL;
-    size = tsrvi_chunk_size(loop->chunk);
-    if (size == 0 && !loop->chunk->held) {
-        owner->in = NULL;
-        return;
-    }
-    copy = loop->chunk->held
-               ? NULL
-               : tsrvi_chunk_new(size < TSRVI_SMALL_CHUNK / 2 ? TSRVI_SMALL_CHUNK : size * 2);
-    if (copy == NULL) {
-        loop->chunk =
-            NULL; /* a slice of it is in use, or there is no memory for a copy: it changes hands */
-        return;
-    }
-    copy->end = size;
-    copy->scanned = loop->chunk->scanned;
-    copy->delimiter = loop->chunk->delimiter;
-    copy->need = loop->chunk->need;
-    memcpy(tsrvi_chunk_data(copy), tsrvi_chunk_data(loop->chunk) + loop->chunk->begin, size);
-    owner->in = copy;
+    size_t done;
+    size_t need; /* as tsrvi_wait.u.need, while the read is not being repeated */
+} tsrvi_partial;
+
+/* Who waits for a stream: a coroutine, with this on its stack and one kind, or the stream's
+ * handler, between its calls. */
+typedef struct tsrvi_wait {
+    struct tsrvi_wait *next; /* the younger ones */
+    union {
+        tsrvi_co *co; /* a coroutine's; of a stream's own: the handler's, while it runs */
+        size_t need;  /* of a stream's own: unread bytes below which a read gets no further */
+        tsrvi_partial *partial; /* the same, with PARTLY in `facts` */
+        int result;             /* the same, OVER: what the handler has returned */
+    } u;
+    uint32_t due_ms; /* its own limit; see tsrvi_ms_after */
+    uint8_t kinds;   /* 0 = it is in no list */
+    uint8_t facts;   /* of a stream's own */
+    bool woken;      /* tsrv_wake has ended it */
+} tsrvi_wait;
+
+struct tsrv_server {
+    tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
+    tsrv_loop *loop;             /* NULL until the first listen */
+    tsrvi_link link;             /* in loop->servers */
+    tsrvi_link streams;
+    struct tsrvi_listener *listeners;
+    tsrv_stats own;            /* its counters, */
+    tsrv_stats *stats;         /* or this process's place among those of all workers */
+    int number;                /* see >>shared; -1 = none */
+    uint64_t open;             /* streams whose descriptor is open */
+    struct tsrvi_bound *bound; /* what tsrv_server_bind has bound for tsrv_server_start */
+    int bound_count;
+    bool started;           /* tsrv_server_start has been called */
+    tsrvi_task task;        /* on_start, the end of a drain, the end */
+    tsrvi_timer retry;      /* when what has paused goes on: the server, and single listeners */
+    uint64_t resume_due;    /* when the server does; TSRVI_FOREVER = when a descriptor is closed */
+    uint64_t logged;        /* when failures to accept were last logged */
+    tsrvi_timer drain;      /* when streams are looked at again */
+    uint64_t drain_due;     /* when the grace is over */
+    tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
+    int drain_code;         /* of the last drain, until it is asked for: TSRV_OK or TSRV_ETIMEOUT */
+    uint64_t drained;       /* streams that have ended by themselves in it, */
+    uint64_t drain_aborted; /* and that its grace has left */
+    bool draining;
+    bool forced; /* the grace is over: what was left has been aborted */
+    int backoff_ms;
+    bool starting; /* task calls on_start */
+    bool paused;   /* none of its listeners accepts for now */
+    bool was_away; /* and it takes the next connection even if it is ahead of other workers */
+    bool freed;    /* by the program: goes with the last stream */
+    bool queued;   /* the task is in loop->ready */
+};
+
+struct tsrvi_session;
+
+/* 10,000 idle connections are 10,000 of these: at most 216 bytes, which tests hold. */
+struct tsrv_stream {
+    tsrvi_io io;
+    tsrvi_task task; /* settles it */
+    tsrv_server *server;
+    struct tsrvi_session *session; /* NULL = plain: see >>transport */
+    tsrvi_buffer *in;              /* unread input; NULL = none */
+    tsrvi_buffer *out;             /* the queue of unsent output; NULL = none */
+    uint64_t unsent;               /* bytes in it, and in the transport */
+    tsrvi_wait *waits;             /* the oldest first */
+    uint8_t phase, state, queued;
+    uint8_t kinds; /* of all waits */
+    uint16_t flags;
+    int16_t end;          /* how both directions have ended at once; 0 = they have not */
+    int16_t in_end;       /* how the input has: TSRV_EOF or an error */
+    int16_t out_end;      /* how the output has: TSRV_ECLOSED after tsrv_shutdown, or an error */
+    uint32_t active_ms;   /* when a byte last went either way, or a read began */
+    uint32_t fresh_ms;    /* when bytes last came, or it was accepted */
+    uint32_t own_due_ms;  /* when the handshake, the blocked output or the lingering must be over */
+    uint32_t deadline_ms; /* of all reads and waits */
+    uint32_t wake_due_ms; /* of the callback-mode handler's tsrv_wait */
+    int read_ms;          /* 0 = the server's */
+    int write_ms;
+    tsrvi_wait own; /* the handler's */
+    tsrv_handler handler;
+    tsrvi_link link; /* in server->streams */
+    tsrvi_timer timer;
+    tsrvi_peer peer;
+#ifdef TSRV_DEBUG
+    const char *waited;   /* the read that the callback-mode handler has waited in */
+    const char *waits_in; /* the same, in this call */
+    uint32_t failed_turn; /* of the loop, when a call last failed */
+    unsigned failures;    /* in a row */
+#endif
+};
+
+static tsrv_loop *tsrvi_loop_of(const tsrv_stream *stream)
+{
+    return stream->server->loop;
 }
 
-/* The loop's chunk, empty, for a stream; NULL: no memory. */
-static tsrvi_chunk *tsrvi_loop_chunk(tsrv_loop *loop, tsrv_stream *stream)
+static inline TSRVI_INLINE bool tsrvi_is(const tsrv_stream *stream, int facts)
 {
-    size_t capacity = stream->server->options.read_chunk_size;
-    tsrvi_loop_vacate(loop);
-    if (loop->chunk != NULL && loop->chunk->capacity < capacity) {
-        TSRV_FREE(loop->chunk);
-        loop->chunk = NULL;
-    }
-    if (loop->chunk == NULL) {
-        loop->chunk = tsrvi_chunk_new(capacity);
-    } else {
-        tsrvi_chunk_reset(loop->chunk);
-    }
-    if (loop->chunk != NULL) {
-        loop->chunk_owner = stream;
-        stream->in = loop->chunk;
-    }
-    return loop->chunk;
+    return (stream->flags & facts) != 0;
 }
 
-/* Give back the input buffer and what is in it. */
-static void tsrvi_stream_drop_input(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_set(tsrv_stream *stream, int facts)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (stream->in != NULL && loop->chunk_owner == stream) {
-        loop->chunk_owner = NULL;
-    } else {
-        TSRV_FREE(stream->in);
-    }
-    stream->in = NULL;
+    stream->flags = (uint16_t)(stream->flags | facts);
 }
 
-/* The slice that was handed out last dies; a buffer without unread bytes goes too. */
-static inline TSRVI_INLINE void tsrvi_stream_release(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_clear(tsrv_stream *stream, int facts)
 {
-    if (stream->in != NULL) {
-        tsrvi_chunk_release(stream->in);
-        if (tsrvi_chunk_size(stream->in) == 0) {
-            tsrvi_stream_drop_input(stream);
-        }
-    }
+    stream->flags = (uint16_t)(stream->flags & ~facts);
 }
 
-/* ---- interest and times ----------------------------------------------------*/
-
-static bool tsrvi_stream_above_mark(const tsrv_stream *stream)
+/* The same of the handler. */
+static inline TSRVI_INLINE void tsrvi_own_set(tsrv_stream *stream, int facts)
 {
-    return stream->unsent > stream->server->options.write_high_water &&
-           stream->out_end != TSRV_ETLS;
+    stream->own.facts = (uint8_t)(stream->own.facts | facts);
 }
 
-/* A byte went either way. */
-static void tsrvi_stream_touch(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_own_clear(tsrv_stream *stream, int facts)
 {
-    if (stream->server->options.idle_timeout_ms >= 0) {
-        stream->active_ms = (uint32_t)(tsrvi_loop_of(stream)->now / TSRVI_MS);
-    }
+    stream->own.facts = (uint8_t)(stream->own.facts & ~facts);
 }
 
-/* A clock for what came within the last second: 2^26 ns are 67 ms, so two bytes suffice. */
-static uint16_t tsrvi_tick(const tsrv_loop *loop)
+/* The handler will wait for this when it returns TSRV_EAGAIN; or it will not. */
+static inline TSRVI_INLINE void tsrvi_own_wants(tsrv_stream *stream, int kinds)
 {
-    return (uint16_t)(loop->now >> 26);
+    stream->own.kinds = (uint8_t)(stream->own.kinds | kinds);
 }
 
-static uint64_t tsrvi_stream_idle_due(const tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_own_has(tsrv_stream *stream, int kinds)
 {
-    int idle_ms = stream->server->options.idle_timeout_ms;
-    uint64_t now_ms = tsrvi_loop_of(stream)->now / TSRVI_MS;
-    if (idle_ms < 0) {
-        return TSRVI_FOREVER;
-    }
-    return (now_ms - ((uint32_t)now_ms - stream->active_ms) + (uint64_t)idle_ms + 1) * TSRVI_MS;
+    stream->own.kinds = (uint8_t)(stream->own.kinds & ~kinds);
 }
 
-/* Two of a stream's times are kept in milliseconds, in 4 bytes each, which wrap, and hold for 24
- * days: 0 is never. They are rounded up, so that nothing is early. */
-static uint32_t tsrvi_due_ms(const tsrv_loop *loop, uint64_t due)
+/* Unread bytes below which the handler's wait for input is not over. */
+static size_t *tsrvi_own_need(tsrv_stream *stream)
 {
-    uint64_t most = loop->now + (uint64_t)(INT32_MAX - 1) * TSRVI_MS;
-    uint32_t ms = (uint32_t)((tsrvi_earlier(due, most) + TSRVI_MS - 1) / TSRVI_MS);
-    return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
+    return (stream->own.facts & TSRVI_PARTLY) != 0 ? &stream->own.u.partial->need
+                                                   : &stream->own.u.need;
 }
 
-static uint64_t tsrvi_ms_due(const tsrv_loop *loop, uint32_t ms)
+/* Run the server's task in the next turn. */
+static void tsrvi_server_later(tsrv_server *server)
 {
-    uint64_t now_ms = loop->now / TSRVI_MS;
-    int32_t left = (int32_t)(ms - (uint32_t)now_ms);
-    if (ms == 0) {
-        return TSRVI_FOREVER;
-    }
-    return left < 0 ? loop->now : (now_ms + (uint64_t)left) * TSRVI_MS;
-}
-
-/* When all reads and waits are over. */
-static uint64_t tsrvi_stream_deadline(const tsrv_stream *stream)
-{
-    return tsrvi_ms_due(tsrvi_loop_of(stream), stream->deadline_ms);
-}
-
-/* When a read that was begun at read_due's making times out, as things stand now. */
-static uint64_t tsrvi_stream_read_limit(const tsrv_stream *stream, uint64_t read_due)
-{
-    return tsrvi_earlier(tsrvi_earlier(read_due, tsrvi_stream_deadline(stream)),
-                         tsrvi_stream_idle_due(stream));
-}
-
-/* When the TLS handshake must be done; it may have to be for a stream that is closed, too. */
-static uint64_t tsrvi_stream_handshake_due(const tsrv_stream *stream)
-{
-    return stream->tls != NULL && !stream->tls->established && stream->in_end == 0 &&
-                   stream->io.fd >= 0 && (stream->flags & TSRVI_LINGER) == 0
-               ? stream->tls->due
-               : TSRVI_FOREVER;
-}
-
-/* Is a TLS handshake under way? */
-static inline TSRVI_INLINE bool tsrvi_stream_shakes_hands(const tsrv_stream *stream)
-{
-    return TSRVI_UNLIKELY((stream->flags & TSRVI_TLS) != 0) && !stream->tls->established &&
-           stream->in_end == 0 && stream->killed == 0;
-}
-
-/* When a wait of its callback-mode handler is over. */
-static uint64_t tsrvi_stream_wait_due(const tsrv_stream *stream)
-{
-    uint64_t due = TSRVI_FOREVER;
-    if ((stream->flags & TSRVI_WAIT_READ) != 0 && (stream->flags & TSRVI_IN_READ) != 0) {
-        due = tsrvi_stream_read_limit(stream, stream->read_due);
-    }
-    if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
-        due = tsrvi_earlier(due, tsrvi_stream_deadline(stream));
-        due = tsrvi_earlier(due, tsrvi_ms_due(tsrvi_loop_of(stream), stream->wake_ms));
-    }
-    if ((stream->flags & TSRVI_WAIT_FLUSH) != 0) {
-        due = tsrvi_earlier(due, tsrvi_stream_deadline(stream));
-    }
-    return due;
-}
-
-/* When its blocked output, its lingering or its handshake is over. */
-static uint64_t tsrvi_stream_own_due(const tsrv_stream *stream)
-{
-    uint64_t due =
-        (stream->flags & (TSRVI_BLOCKED | TSRVI_LINGER)) != 0 ? stream->out_due : TSRVI_FOREVER;
-    return tsrvi_earlier(due, tsrvi_stream_handshake_due(stream));
-}
-
-/* Have the timer fire at `due`, lazily: one that fires too early looks again. */
-static void tsrvi_stream_arm_at(tsrv_stream *stream, uint64_t due)
-{
-    if (due != TSRVI_FOREVER && (stream->timer.position == 0 || stream->timer.due > due)) {
-        tsrvi_heap_set(&tsrvi_loop_of(stream)->heap, &stream->timer, due);
+    if (!server->queued) {
+        server->queued = true;
+        tsrvi_tasks_push(&server->loop->ready, &server->task);
     }
 }
 
-static void tsrvi_stream_arm(tsrv_stream *stream)
+/* A call has set a fact: settle the stream when the user code that runs gives control back. */
+static inline TSRVI_INLINE void tsrvi_stream_soon(tsrv_stream *stream)
 {
-    tsrvi_stream_arm_at(stream,
-                        tsrvi_earlier(tsrvi_stream_wait_due(stream), tsrvi_stream_own_due(stream)));
-}
-
-static uint64_t tsrvi_stream_write_limit(const tsrv_stream *stream)
-{
-    int limit_ms = stream->out_end == TSRV_ETLS ? stream->server->options.close_timeout_ms
-                   : stream->write_ms != 0      ? stream->write_ms
-                                                : stream->server->options.write_timeout_ms;
-    return tsrvi_after(tsrvi_loop_of(stream)->now, limit_ms);
-}
-
-/* ---- ends ------------------------------------------------------------------*/
-
-/* What is queued goes nowhere; but records that are sealed do. */
-static void tsrvi_stream_drop_queue(tsrv_stream *stream)
-{
-    while (stream->out != NULL) {
-        tsrvi_block *block = stream->out;
-        stream->out = block->next;
-        tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
-    }
-    stream->out_last = NULL;
-    stream->unsent = stream->tls == NULL ? 0 : stream->tls->counted;
-    stream->flags &= stream->unsent == 0 ? ~(TSRVI_BLOCKED | TSRVI_FILES) : ~TSRVI_FILES;
-}
-
-static void tsrvi_stream_drop_output(tsrv_stream *stream)
-{
-    if (stream->tls != NULL) {
-        tsrvi_tls_drop_sealed(stream->tls);
-        stream->tls->counted = 0;
-    }
-    tsrvi_stream_drop_queue(stream);
-}
-
-/* Close the descriptor. What still uses the stream's memory keeps it. */
-static void tsrvi_stream_close_fd(tsrv_stream *stream)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (stream->io.fd < 0) {
-        return;
-    }
-    tsrvi_stream_drop_output(stream);
-    tsrvi_poller_forget(&loop->poller, &stream->io);
-    stream->flags &= ~TSRVI_LINGER;
-    stream->server->open--;
-    stream->server->stats->open--;
-    stream->server->stats->closed++;
-    tsrvi_loop_close_fd(loop, stream->io.fd);
-    stream->io.fd = -1;
-    if (tsrvi_stream_finished(stream)) {
-        tsrvi_stream_later(stream, 0);
+    if (stream->queued == TSRVI_NOWHERE) {
+        stream->queued = TSRVI_IN_SOON;
+        tsrvi_tasks_push(&tsrvi_loop_of(stream)->soon, &stream->task);
     }
 }
 
-/* Everybody who waits learns how it ended; tsrv_wait is merely woken. */
-static void tsrvi_stream_wake_all(tsrv_stream *stream, int code)
+/* The same in the next turn, and what is over then runs. One that is in `soon` goes from there. */
+static void tsrvi_stream_later(tsrv_stream *stream)
 {
-    tsrvi_stream_wake_kind(stream, TSRVI_FOR_ANY & ~TSRVI_FOR_WAKE, code);
-    tsrv_wake(stream);
-    tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
+    if (stream->queued == TSRVI_NOWHERE) {
+        stream->queued = TSRVI_IN_READY;
+        tsrvi_tasks_push(&tsrvi_loop_of(stream)->ready, &stream->task);
+    }
 }
 
-/* No more of the output goes out? It does after tsrv_shutdown, until all that was queued has. */
-static bool tsrvi_stream_output_failed(const tsrv_stream *stream)
+/* Will nothing happen any more but on_close? */
+static bool tsrvi_stream_finished(const tsrv_stream *stream)
+{
+    return stream->phase == TSRVI_CLOSED && stream->state == TSRVI_OVER;
+}
+
+/* How the input has ended for its readers, a drain's feint included; 0 = it has not. */
+static inline TSRVI_INLINE int tsrvi_stream_in_end(const tsrv_stream *stream)
+{
+    return stream->in_end != 0 ? stream->in_end : tsrvi_is(stream, TSRVI_FEIGNED) ? TSRV_EOF : 0;
+}
+
+/* Does no more of the output go out? It does after tsrv_shutdown, until all that was queued has. */
+static inline TSRVI_INLINE bool tsrvi_stream_output_failed(const tsrv_stream *stream)
 {
     return stream->out_end != 0 && stream->out_end != TSRV_ECLOSED;
 }
 
-/* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
- * more. */
-static void tsrvi_stream_kill(tsrv_stream *stream, int code)
+/* Is more unsent than a writer may leave behind? */
+static inline TSRVI_INLINE bool tsrvi_stream_above_mark(const tsrv_stream *stream)
 {
-    struct linger reset;
-    bool first = stream->killed == 0;
-    tsrvi_loop_of(stream)->quick = NULL;
-    if (first) {
-        stream->killed = (int16_t)code;
-    } else if (code != TSRV_ECLOSED && !tsrvi_stream_output_failed(stream)) {
-        stream->out_end = (int16_t)code; /* what was queued when it was closed did not get out */
-    }
-    if (stream->io.fd < 0) {
-        return;
-    }
-    reset.l_onoff = 1;
-    reset.l_linger = 0;
-    TSRV_SYS(setsockopt, (stream->io.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)));
-    stream->flags |= TSRVI_CLOSING;
-    tsrvi_stream_close_fd(stream);
-    if (first) {
-        tsrvi_stream_wake_all(stream, code);
-    }
+    return stream->unsent > stream->server->options.write_high_water &&
+           !tsrvi_stream_output_failed(stream);
 }
 
-/* A transport error: what is queued goes nowhere. But the alert that tells the peer of an error of
- * TLS is sealed (RFC 8446, 6.2), and goes out as output does, behind records that were sealed
- * before; nothing waits for it longer than for a close. */
-static void tsrvi_stream_break_output(tsrv_stream *stream, int code)
+/* Remember which limit was met: the log names it if the handler fails for it. */
+static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit, size_t size)
 {
-    if (!tsrvi_stream_output_failed(stream)) {
-        stream->out_end = (int16_t)code;
-    }
-    if (code == TSRV_ETLS) {
-        stream->out_due = tsrvi_stream_write_limit(stream);
-        tsrvi_stream_drop_queue(stream);
-    } else {
-        tsrvi_stream_drop_output(stream);
-    }
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    loop->limited = stream;
+    loop->limit = limit;
+    loop->limit_size = size;
+    return code;
 }
 
-/* The input has ended, or a transport error has. */
-static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
+/* ---- times -----------------------------------------------------------------*/
+
+/* Times of streams are milliseconds, in 4 bytes, which wrap: 0 is never, and the longest are 24
+ * days. They are rounded up, so that nothing is early. */
+#define TSRVI_MS_MOST (INT32_MAX - 1)
+
+static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
 {
-    bool broken, was_open;
-    if ((stream->flags & TSRVI_LINGER) != 0) {
-        code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
-    } else if ((code == TSRV_EOF || (stream->tls != NULL && stream->tls->truncated)) &&
-               tsrvi_stream_output_failed(stream) &&
-               (stream->peer.family != AF_UNIX || stream->out_end != -EPIPE)) {
-        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it; but
-                                   EPIPE of a unix socket only says that the peer has closed */
-    }
-    stream->in_end = (int16_t)code;
-    stream->flags &= ~TSRVI_STOPPED;
-    broken =
-        code != TSRV_EOF && (code != TSRV_ETLS || stream->tls == NULL || !stream->tls->truncated);
-    was_open = !tsrvi_stream_output_failed(stream);
-    if (broken) {
-        tsrvi_stream_break_output(stream, code);
-    }
-    if (stream->killed != 0) {
-        return; /* the end that came first has woken everybody */
-    }
-    if (!broken) {
-        tsrvi_stream_wake_kind(stream, TSRVI_FOR_WAKE | TSRVI_FOR_HANDSHAKE, TSRV_OK);
-        if ((stream->flags & TSRVI_WAIT_WAKE) != 0) {
-            tsrv_wake(stream);
+    uint64_t most = loop->now + (uint64_t)TSRVI_MS_MOST * TSRVI_MS;
+    uint32_t ms = (uint32_t)((tsrvi_earlier(due, most) + TSRVI_MS - 1) / TSRVI_MS);
+    return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
+}
+
+static uint32_t tsrvi_ms_after(const tsrv_loop *loop, int delay_ms)
+{
+    return delay_ms < 0 ? 0 : tsrvi_ms_at(loop, tsrvi_after(loop->now, delay_ms));
+}
+
+static uint32_t tsrvi_ms_earlier(uint32_t a, uint32_t b)
+{
+    return a == 0 ? b : b == 0 || (int32_t)(a - b) < 0 ? a : b;
+}
+
+static bool tsrvi_ms_is_past(const tsrv_loop *loop, uint32_t ms)
+{
+    return ms != 0 && (int32_t)(loop->now_ms - ms) >= 0;
+}
+
+/* As the loop's timers want it. */
+static uint64_t tsrvi_ms_due(const tsrv_loop *loop, uint32_t ms)
+{
+    uint64_t now_ms = loop->now / TSRVI_MS;
+    int32_t left = (int32_t)(ms - (uint32_t)now_ms);
+    return ms == 0 ? TSRVI_FOREVER : left < 0 ? loop->now : (now_ms + (uint64_t)left) * TSRVI_MS;
+}
+
+/* When its peer, from which no byte came and to which none went, has been idle for too long. */
+static uint32_t tsrvi_stream_idle_due(const tsrv_stream *stream)
+{
+    int idle_ms = stream->server->options.idle_timeout_ms;
+    uint32_t due = stream->active_ms +
+                   (idle_ms < TSRVI_MS_MOST ? (uint32_t)idle_ms + 1 : (uint32_t)TSRVI_MS_MOST);
+    return idle_ms < 0 ? 0 : due == 0 ? 1 : due;
+}
+
+/* When unsent output of which no byte is taken must have ended. An answer that is the last, for the
+ * output has failed, is not waited for any longer than a close. */
+static uint32_t tsrvi_stream_write_due(const tsrv_stream *stream)
+{
+    const tsrv_server_options *options = &stream->server->options;
+    return tsrvi_ms_after(tsrvi_loop_of(stream),
+                          tsrvi_stream_output_failed(stream) ? options->close_timeout_ms
+                          : stream->write_ms != 0            ? stream->write_ms
+                                                             : options->write_timeout_ms);
+}
+
+/* ============================================================================
+ * >>debug  Mistakes of a program, named (TSRV_DEBUG)
+ *
+ * Calls on a stream that can fail go through TSRVI_CHECKED. Each mistake is told
+ * once for each function that it is made with.
+ * ==========================================================================*/
+
+#ifdef TSRV_DEBUG
+#define TSRVI_CHECKED(stream, call) tsrvi_debug_result(stream, __func__, call)
+#define TSRVI_DEBUG_FAILURES 1000 /* in a row, none of which has let go for long */
+#define TSRVI_DEBUG_TOLD 64       /* different mistakes that are told */
+
+/* Say it, if it is new. The stream may be NULL. */
+static void tsrvi_debug_tell(const tsrv_stream *stream, const char *function, const char *mistake)
+{
+    static const char *told[TSRVI_DEBUG_TOLD][2]; /* threads may tell the same twice */
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE] = "";
+    int i = 0;
+    while (i < TSRVI_DEBUG_TOLD && told[i][0] != NULL) {
+        if (told[i][0] == function && told[i][1] == mistake) {
+            return;
         }
-        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_INPUT);
-        return;
+        i++;
     }
-    if (was_open) {
-        tsrv_wake(stream); /* once: the end of the output has done so before */
-    }
-    tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
-    tsrvi_stream_wake_handler(stream, TSRVI_WAITS);
-}
-
-/* A send failed: no more output; what the peer sent before can still be read. */
-static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
-{
-    tsrvi_stream_break_output(stream, code);
-    tsrvi_stream_wake_kind(stream, TSRVI_FOR_OUTPUT, code);
-    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH | TSRVI_WAIT_INPUT);
-    tsrv_wake(stream);
-}
-
-/* A peer has broken the rules of TLS; who has merely gone is no news. */
-static void tsrvi_stream_log_tls(const tsrv_stream *stream, const char *reason)
-{
-    if (reason[0] != 0) {
-        tsrv_address address;
-        char text[TSRV_ADDRESS_SIZE];
-        tsrvi_peer_load(&stream->peer, &address);
-        tsrvi_log_limited(TSRVI_LOG_TLS, TSRV_LOG_WARNING, "TLS with %s: %s",
-                          tsrv_address_format(&address, text, sizeof(text)), reason);
+    if (i < TSRVI_DEBUG_TOLD) {
+        told[i][0] = function;
+        told[i][1] = mistake;
+        if (stream != NULL) {
+            tsrvi_peer_load(&stream->peer, &address);
+            tsrv_address_format(&address, text, sizeof(text));
+        }
+        tsrvi_log(TSRV_LOG_WARNING, "TSRV_DEBUG: %s%s%s: %s", function,
+                  stream == NULL ? "" : " for ", text, mistake);
     }
 }
 
-/* What the session has sealed since it was last looked at is unsent output. */
-static void tsrvi_stream_count_sealed(tsrv_stream *stream)
+/* The handler is called because its read can go on. */
+static void tsrvi_debug_call(tsrv_stream *stream)
 {
-    stream->unsent += stream->tls->sealed_size - stream->tls->counted;
-    stream->tls->counted = stream->tls->sealed_size;
+    stream->waited = stream->own.kinds == TSRVI_FOR_READ ? stream->waits_in : NULL;
+    stream->waits_in = NULL;
 }
 
-/* Has the peer finished, or is it gone? Not if all we know is that it has broken the rules of TLS:
- * it may still be sending, and what arrives at a closed socket causes a reset, which would take the
- * alert away. A client without the certificate that it needs has sent its request with TLS 1.3. */
-static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
+/* A read by the callback-mode handler: the first one of a call has to be the one that has waited.
+ */
+static void tsrvi_debug_read(tsrv_stream *stream, const char *function, int rc)
 {
-    int end = (stream->flags & TSRVI_STOPPED) != 0 ? 0 : stream->in_end;
-    if (end == 0 && tsrvi_stream_output_failed(stream)) {
-        end = stream->out_end;
+    if (stream->waited != NULL && stream->waited != function) {
+        tsrvi_debug_tell(stream, function,
+                         "the handler waited in another read, and was called again for that");
     }
-    return end != 0 && (end != TSRV_ETLS || tsrvi_tls_is_over(stream->tls));
+    stream->waited = NULL;
+    stream->waits_in = rc == TSRV_EAGAIN ? function : NULL;
 }
 
-/* Is there input in the kernel, or has it ended? The bytes stay where they are. Returns TSRV_OK
- * (there is some), TSRV_EAGAIN, TSRV_EOF or an error. */
-static int tsrvi_stream_peek(tsrv_stream *stream)
+static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
 {
-    char byte;
+    const tsrv_loop *loop = tsrvi_loop_of(stream);
+    bool reads = strncmp(function, "tsrv_read", 9) == 0;
+    if (loop->handling == stream && reads) {
+        tsrvi_debug_read(stream, function, rc);
+    }
+    if (rc == TSRV_EAGAIN && !reads && loop->handling != stream && loop->co == NULL) {
+        tsrvi_debug_tell(stream, function,
+                         "nothing can wait here, neither a coroutine nor the stream's handler");
+    }
+    if (rc >= 0 || rc == TSRV_EAGAIN || loop->turns - stream->failed_turn > 1) {
+        stream->failures = 0;
+    }
+    stream->failed_turn = loop->turns;
+    if (rc < 0 && rc != TSRV_EAGAIN && ++stream->failures == TSRVI_DEBUG_FAILURES) {
+        tsrvi_debug_tell(stream, function, "is called again and again, and always fails");
+    }
+    return rc;
+}
+#else
+#define TSRVI_CHECKED(stream, call) (call)
+#endif
+
+/* ============================================================================
+ * >>transport  What carries a stream's bytes
+ *
+ * A stream's bytes go over its socket as they are, or over a session: TLS, of which
+ * see the next sections. A session begins with a table of these functions; a stream
+ * without one is plain. What a session holds itself, records that are not sent
+ * yet, is counted in stream->unsent.
+ *
+ * None of them waits, ends a stream or calls the program. They return codes, and
+ * the stream's sections say what follows from them.
+ * ==========================================================================*/
+
+/* One try to send. */
+typedef struct tsrvi_sending {
+    const char *data; /* the caller's, behind what is queued */
+    size_t size;
+    size_t taken; /* bytes of data */
+    size_t sent;  /* bytes that the kernel has taken */
+    bool gap;     /* an error has left one, so that nothing can follow */
+} tsrvi_sending;
+
+typedef struct tsrvi_transport {
+    /* Send what is queued, then data, up to TSRVI_SEND_LIMIT. Returns TSRV_OK: all that could be
+     * sent has been; TSRV_EAGAIN: go on when the socket is writable; or why the output has ended.
+     */
+    int (*send)(tsrv_stream *stream, tsrvi_sending *sending);
+    /* Receive once. Returns how much came; TSRV_EAGAIN; or how the input has ended. */
+    ssize_t (*recv)(tsrv_stream *stream, char *into, size_t size);
+    /* Is there input, or has it ended? The bytes stay where they are. Returns TSRV_OK (there is
+     * some), TSRV_EAGAIN, TSRV_EOF or an error. */
+    int (*peek)(tsrv_stream *stream);
+    /* Does the session hold input that no event will tell of? */
+    bool (*holds)(const tsrv_stream *stream);
+    /* Does it hold nothing at all of what has come? */
+    bool (*is_empty)(const tsrv_stream *stream);
+    /* Go on with the handshake. Returns TSRV_OK when it is done; TSRV_EAGAIN; or why it has failed.
+     */
+    int (*shake)(tsrv_stream *stream);
+    /* All is sent: queue the last words, once. Returns whether there are any. */
+    bool (*finish)(tsrv_stream *stream);
+    /* The output has ended with code, or the input has: can nothing more come, that would turn the
+     * last words into a reset? */
+    bool (*is_over)(const tsrv_stream *stream, int code);
+    /* The output has ended with code: drop what the session has to send, but for its last words
+     * about that. */
+    void (*drop)(tsrv_stream *stream, int code);
+    void (*free)(tsrv_stream *stream);
+} tsrvi_transport;
+
+typedef struct tsrvi_session {
+    const tsrvi_transport *transport;
+} tsrvi_session;
+
+/* ---- the queue -------------------------------------------------------------*/
+
+/* A buffer leaves the queue: sent, or dropped. */
+static inline TSRVI_INLINE void tsrvi_output_free(tsrv_stream *stream, tsrvi_buffer *buffer)
+{
+    if (TSRVI_LIKELY(buffer->kind == TSRVI_OWNED)) {
+        tsrvi_pool_give(&tsrvi_loop_of(stream)->pool, buffer);
+    } else if (buffer->kind == TSRVI_FILE) {
+        int file = buffer->file;
+        tsrvi_pool_give(&tsrvi_loop_of(stream)->pool, buffer);
+        tsrvi_loop_close_fd(tsrvi_loop_of(stream), file);
+    } else if (buffer->begin != buffer->end) {
+        buffer->kind = TSRVI_DROPPED; /* its writer will see */
+    }
+}
+
+/* Take what was sent off the queue. Returns what went beyond it. */
+static inline TSRVI_INLINE size_t tsrvi_output_sent(tsrv_stream *stream, size_t sent)
+{
+    tsrvi_buffer *buffer;
+    while ((buffer = stream->out) != NULL) {
+        size_t size = buffer->end - buffer->begin;
+        if (TSRVI_UNLIKELY(sent < size)) {
+            buffer->begin += sent;
+            stream->unsent -= sent;
+            return 0;
+        }
+        stream->unsent -= size;
+        sent -= size;
+        buffer->begin = buffer->end;
+        tsrvi_output_free(stream, tsrvi_queue_pop(&stream->out));
+    }
+    return sent;
+}
+
+static void tsrvi_output_drop(tsrv_stream *stream)
+{
+    while (stream->out != NULL) {
+        tsrvi_buffer *buffer = tsrvi_queue_pop(&stream->out);
+        stream->unsent -= tsrvi_buffer_size(buffer);
+        tsrvi_output_free(stream, buffer);
+        tsrvi_set(stream, TSRVI_LOST);
+    }
+}
+
+/* Read the next bytes of a file in the queue. Returns how many, or why not. */
+static ssize_t tsrvi_output_read(const tsrvi_buffer *buffer, char *into, size_t size)
+{
     ssize_t got;
-    if (stream->tls != NULL) {
-        char reason[128] = "";
-        int rc = stream->tls->established ? tsrvi_tls_peek(stream->tls, reason, sizeof(reason))
-                                          : (int)TSRV_EAGAIN;
-        tsrvi_stream_log_tls(stream, reason);
-        tsrvi_stream_count_sealed(stream);
-        if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0) {
-            tsrvi_stream_later(stream, TSRVI_DIRTY); /* an alert, or another answer of OpenSSL's */
-        }
-        return rc;
-    }
     do {
-        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
+        got = TSRV_SYS(pread, (buffer->file, into, tsrvi_min(size, tsrvi_buffer_size(buffer)),
+                               (off_t)(buffer->offset + (int64_t)buffer->begin)));
     } while (got < 0 && errno == EINTR);
-    return got > 0                    ? (int)TSRV_OK
-           : got == 0                 ? (int)TSRV_EOF
-           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
-                                      : tsrvi_error();
+    return got > 0 ? got : got < 0 ? tsrvi_error() : -EIO; /* it is shorter than was promised */
 }
 
-/* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
- * Then there is no answer that a reset could destroy. */
-static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
-{
-    return (stream->flags & (TSRVI_SILENT | TSRVI_LINGER)) == TSRVI_SILENT &&
-           tsrvi_stream_peek(stream) == TSRV_EAGAIN;
-}
+/* ---- plain: the socket -----------------------------------------------------*/
 
-/* Go on with what follows the output: FIN, then lingering, then the descriptor's end. */
-static void tsrvi_stream_ending(tsrv_stream *stream)
-{
-    if (stream->io.fd < 0 || (stream->flags & (TSRVI_SHUT | TSRVI_CLOSING)) == 0 ||
-        stream->unsent != 0 || (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == TSRVI_LOCKED) {
-        return;
-    }
-    if (tsrvi_stream_shakes_hands(stream)) {
-        return; /* the handshake comes before the FIN */
-    }
-    if (stream->tls != NULL && stream->tls->established && !stream->tls->notified &&
-        !tsrvi_stream_output_failed(stream)) {
-        tsrvi_tls_notify_end(stream->tls);
-        tsrvi_stream_count_sealed(stream);
-        tsrvi_stream_soon(stream); /* send it, and come here again */
-        return;
-    }
-    if ((stream->flags & TSRVI_CLOSING) != 0 &&
-        (tsrvi_stream_peer_is_done(stream) || tsrvi_stream_peer_is_silent(stream))) {
-        tsrvi_stream_close_fd(stream); /* which sends what FIN there is to send */
-        return;
-    }
-    if ((stream->flags & TSRVI_FIN) == 0) {
-        stream->flags |= TSRVI_FIN;
-        TSRV_SYS(shutdown, (stream->io.fd, SHUT_WR));
-    }
-    if ((stream->flags & (TSRVI_CLOSING | TSRVI_LINGER)) == TSRVI_CLOSING) {
-        stream->flags |= TSRVI_LINGER;
-        stream->out_due =
-            tsrvi_after(tsrvi_loop_of(stream)->now, stream->server->options.close_timeout_ms);
-        tsrvi_stream_arm(stream);
-    }
-}
-
-/* It has been closed, but what is queued can only be sent when the handshake is done. */
-static inline TSRVI_INLINE bool tsrvi_stream_closes_after_handshake(const tsrv_stream *stream)
-{
-    return TSRVI_UNLIKELY((stream->flags & TSRVI_TLS) != 0) && !stream->tls->established &&
-           stream->in_end == 0 && stream->killed == TSRV_ECLOSED && stream->unsent != 0 &&
-           stream->io.fd >= 0;
-}
-
-/* Does anybody want input now? */
-static inline TSRVI_INLINE bool tsrvi_stream_wants_input(const tsrv_stream *stream)
-{
-    if ((stream->flags & TSRVI_LINGER) != 0 || tsrvi_stream_closes_after_handshake(stream)) {
-        return true;
-    }
-    if (stream->in_end != 0 || stream->killed != 0) {
-        return false;
-    }
-    if (tsrvi_stream_shakes_hands(stream)) {
-        return true;
-    }
-    if (tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL) {
-        return true;
-    }
-    if ((stream->flags & TSRVI_WAIT_READ) != 0) {
-        return !tsrvi_stream_above_mark(stream);
-    }
-    return (stream->flags & TSRVI_WAIT_INPUT) != 0 &&
-           tsrvi_chunk_size(stream->in) < stream->server->options.max_buffer_size;
-}
-
-/* Is there input that somebody wants, and that no event will tell of? */
-static inline TSRVI_INLINE bool tsrvi_stream_holds_more(const tsrv_stream *stream)
-{
-    return TSRVI_UNLIKELY((stream->flags & TSRVI_TLS) != 0) && stream->tls->more &&
-           stream->io.fd >= 0 && (stream->flags & TSRVI_LINGER) == 0 &&
-           tsrvi_stream_wants_input(stream);
-}
-
-/* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
- * be reported in every turn; readability stays asked for until an event comes that nobody wants
- * (exact), and a hang-up, which cannot be masked, ends the registration. */
-static void tsrvi_stream_interest(tsrv_stream *stream, bool exact, bool hangup)
-{
-    int wanted = TSRVI_HANGUP, has = stream->io.interest, rc;
-    if (stream->io.fd < 0) {
-        return;
-    }
-    if (tsrvi_stream_holds_more(stream)) {
-        tsrvi_stream_later(stream, 0);
-    }
-    if (tsrvi_stream_wants_input(stream) ||
-        (!exact && stream->in_end == 0 && (stream->flags & TSRVI_LOOKED) == 0 &&
-         tsrvi_chunk_size(stream->in) == 0 &&
-         ((stream->flags & TSRVI_WAIT_WAKE) != 0 ||
-          tsrvi_stream_waiter(stream, TSRVI_FOR_WAKE) != NULL))) {
-        wanted |= TSRV_READABLE;
-    }
-    if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) != 0) {
-        wanted |= TSRV_WRITABLE;
-    }
-    if (!exact) {
-        wanted |= has & TSRV_READABLE;
-    }
-    if (wanted == TSRVI_HANGUP && (has == 0 || hangup)) {
-        wanted = 0;
-    }
-    if (wanted == has) {
-        return;
-    }
-    rc = tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, wanted);
-    if (rc < 0) {
-        tsrvi_stream_kill(stream, rc);
-    }
-}
-
-/* ---- drain -----------------------------------------------------------------*/
-
-/* Is the handler, or another coroutine, waiting in a read of which nothing has arrived, with
- * nothing unread and nothing unsent? */
-static bool tsrvi_stream_waits_empty(const tsrv_stream *stream)
-{
-    tsrvi_waiter *waiter = tsrvi_stream_waiter(stream, TSRVI_FOR_READ);
-    bool begun = (stream->flags & TSRVI_PART) != 0 || (waiter != NULL && waiter->read->done != 0);
-    if (stream->server->options.mode == TSRV_CALLBACK && (stream->flags & TSRVI_OVER) == 0 &&
-        stream->u.partial != NULL && stream->u.partial->done != 0) {
-        begun = true;
-    }
-    return (waiter != NULL || (stream->flags & (TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) != 0) &&
-           !begun && tsrvi_chunk_size(stream->in) == 0 && stream->unsent == 0 &&
-           (stream->tls == NULL || (stream->tls->established && !stream->tls->more)) &&
-           (stream->flags & (TSRVI_LOCKED | TSRVI_CLOSING)) == 0 && stream->io.fd >= 0 &&
-           (stream->killed | stream->in_end) == 0;
-}
-
-/* The server is being drained: an idle stream reads TSRV_EOF. Not idle is a peer that sent
- * something, or was accepted, within the last second: more of its message, or the next request of a
- * busy client, may be on its way. */
-static void tsrvi_stream_drain(tsrv_stream *stream)
-{
-    uint16_t age = (uint16_t)(tsrvi_tick(tsrvi_loop_of(stream)) - stream->fresh);
-    int rc;
-    if (age < TSRVI_FRESH || !tsrvi_stream_waits_empty(stream)) {
-        return;
-    }
-    rc = tsrvi_stream_peek(stream);
-    if (rc != TSRV_EAGAIN || (stream->tls != NULL && !tsrvi_tls_is_empty(stream->tls))) {
-        if (rc != TSRV_OK && rc != TSRV_EAGAIN && rc != TSRV_EOF) {
-            tsrvi_stream_end_input(stream, rc); /* the kernel tells an error once */
-        }
-        if (tsrvi_stream_holds_more(stream)) {
-            tsrvi_stream_later(stream, 0);
-        }
-        return; /* an event will tell the handler */
-    }
-    stream->flags |= TSRVI_STOPPED;
-    stream->in_end = TSRV_EOF;
-    tsrvi_stream_wake_kind(stream, TSRVI_FOR_READ, TSRV_EOF);
-    tsrvi_stream_wake_handler(stream, TSRVI_WAIT_READ | TSRVI_WAIT_INPUT);
-}
-
-/* Bring the stream to rest after something happened to it: ends, interest, timer. */
-static inline TSRVI_INLINE void tsrvi_stream_rest(tsrv_stream *stream)
-{
-    const uint32_t odd = TSRVI_SHUT | TSRVI_CLOSING | TSRVI_LINGER | TSRVI_BLOCKED |
-                         TSRVI_WAIT_WAKE | TSRVI_WAIT_FLUSH | TSRVI_DRAINING | TSRVI_TLS;
-    if ((stream->flags & (odd | TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) == 0 &&
-        (stream->io.interest & TSRV_WRITABLE) == 0) {
-        return; /* a coroutine's waits have seen to everything */
-    }
-    if ((stream->flags & odd) == 0 && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP)) {
-        return; /* the handler waits for input, as before */
-    }
-    tsrvi_stream_ending(stream);
-    tsrvi_stream_interest(stream, false, false);
-    if ((stream->flags & (TSRVI_BLOCKED | TSRVI_WAITS | TSRVI_TLS)) != 0) {
-        tsrvi_stream_arm(stream);
-    }
-    if ((stream->flags & TSRVI_DRAINING) != 0) {
-        tsrvi_stream_drain(stream);
-    }
-}
-
-/* ---- sending ---------------------------------------------------------------*/
+#define TSRVI_SEND_PIECES 64 /* of one sendmsg */
 
 #if TSRVI_HAS_SENDFILE
 /* sendfile(2) has no MSG_NOSIGNAL, and raises SIGPIPE also when the reset came behind a first part
@@ -8141,47 +7506,43 @@ static ssize_t tsrvi_sendfile(int fd, int file, int64_t offset, size_t size)
 #endif
 
 /* Send a part of a file by way of memory. */
-static TSRVI_APART ssize_t tsrvi_stream_send_copy(tsrv_stream *stream, const tsrvi_block *block,
-                                                  size_t *tried)
+static TSRVI_APART ssize_t tsrvi_plain_send_copy(int fd, const tsrvi_buffer *buffer, size_t *tried)
 {
-    char buffer[8192];
-    size_t size = block->left > sizeof(buffer) ? sizeof(buffer) : (size_t)block->left;
-    ssize_t got = TSRV_SYS(pread, (block->file, buffer, size, (off_t)block->offset));
-    if (got <= 0) {
-        return got;
+    char copy[8192];
+    ssize_t got = tsrvi_output_read(buffer, copy, sizeof(copy));
+    if (got < 0) {
+        errno = (int)-got;
+        return -1;
     }
     *tried = (size_t)got;
-    return TSRV_SYS(send, (stream->io.fd, buffer, (size_t)got, TSRVI_SEND_FLAGS));
+    return TSRV_SYS(send, (fd, copy, (size_t)got, TSRVI_SEND_FLAGS));
 }
 
 /* Send a part of a file. Some files, and some policies, do not have it sent by the kernel: nothing
  * has been sent then. */
-static ssize_t tsrvi_stream_send_file(tsrv_stream *stream, tsrvi_block *block, size_t *tried)
+static TSRVI_APART ssize_t tsrvi_plain_send_file(int fd, tsrvi_buffer *buffer, size_t *tried)
 {
-    ssize_t sent = -1;
 #if TSRVI_HAS_SENDFILE
-    if (!block->copied) {
-        *tried = block->left > TSRVI_SEND_LIMIT ? TSRVI_SEND_LIMIT : (size_t)block->left;
-        sent = tsrvi_sendfile(stream->io.fd, block->file, block->offset, *tried);
-        if (sent < 0 && (errno == EOVERFLOW || tsrvi_is_refusal(-errno))) {
-            tsrvi_do_without(TSRVI_WITHOUT_SENDFILE, "sendfile", -errno);
-            block->copied = true;
+    if (!buffer->copied) {
+        ssize_t sent;
+        *tried = tsrvi_min(tsrvi_buffer_size(buffer), TSRVI_SEND_LIMIT);
+        sent = tsrvi_sendfile(fd, buffer->file, buffer->offset + (int64_t)buffer->begin, *tried);
+        if (sent == 0) {
+            errno = EIO; /* it is shorter than was promised */
         }
+        if (sent > 0 || (sent == 0 || !(errno == EOVERFLOW || tsrvi_is_refusal(-errno)))) {
+            return sent > 0 ? sent : -1;
+        }
+        tsrvi_do_without(TSRVI_WITHOUT_SENDFILE, "sendfile", -errno);
+        buffer->copied = true;
     }
 #endif
-    if (block->copied) {
-        sent = tsrvi_stream_send_copy(stream, block, tried);
-    }
-    if (sent == 0) {
-        errno = EIO; /* the file is shorter than was promised */
-        return -1;
-    }
-    return sent;
+    return tsrvi_plain_send_copy(fd, buffer, tried);
 }
 
-/* Send several blocks, and data behind them, with one call. */
-static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, tsrvi_block *block, const char *data,
-                                        size_t size, size_t *tried)
+/* Send several buffers, and data behind them, with one call. */
+static TSRVI_APART ssize_t tsrvi_plain_send_pieces(int fd, const tsrvi_buffer *buffer,
+                                                   const char *data, size_t size, size_t *tried)
 {
     struct iovec pieces[TSRVI_SEND_PIECES];
     struct msghdr message;
@@ -8189,15 +7550,15 @@ static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, tsrvi_block *block,
     memset(&message, 0, sizeof(message));
     message.msg_iov = pieces;
     /* The kernels' types of msg_iovlen differ: it counts by itself. */
-    for (; block != NULL && block->file < 0 && message.msg_iovlen < TSRVI_SEND_PIECES - 1 &&
-           total < TSRVI_SEND_LIMIT;
-         block = block->next) {
+    for (; buffer != NULL && buffer->kind != TSRVI_FILE &&
+           message.msg_iovlen < TSRVI_SEND_PIECES - 1 && total < TSRVI_SEND_LIMIT;
+         buffer = buffer->next) {
         struct iovec *piece = &pieces[message.msg_iovlen++];
-        piece->iov_base = tsrvi_block_data(block) + block->begin;
-        piece->iov_len = tsrvi_min(block->end - block->begin, TSRVI_SEND_LIMIT - total);
+        piece->iov_base = buffer->data + buffer->begin;
+        piece->iov_len = tsrvi_min(tsrvi_buffer_size(buffer), TSRVI_SEND_LIMIT - total);
         total += piece->iov_len;
     }
-    if (block == NULL && size != 0 && total < TSRVI_SEND_LIMIT) {
+    if (buffer == NULL && size != 0 && total < TSRVI_SEND_LIMIT) {
         union {
             const void *in;
             void *out;
@@ -8209,457 +7570,1377 @@ static ssize_t tsrvi_stream_send_pieces(tsrv_stream *stream, tsrvi_block *block,
         total += piece->iov_len;
     }
     *tried = total;
-    return TSRV_SYS(sendmsg, (stream->io.fd, &message, TSRVI_SEND_FLAGS));
+    return TSRV_SYS(sendmsg, (fd, &message, TSRVI_SEND_FLAGS));
 }
 
-/* Send what is at the head of a list, and data behind it if it reaches that far. Returns what send
+/* Send what is at the head of a queue, and data behind it if it reaches that far. Returns what send
  * does; *tried is how much the kernel was offered. */
-static ssize_t tsrvi_stream_send(tsrv_stream *stream, tsrvi_block *block, const char *data,
-                                 size_t size, size_t *tried)
+static inline TSRVI_INLINE ssize_t tsrvi_plain_send_some(int fd, tsrvi_buffer *buffer,
+                                                         const char *data, size_t size,
+                                                         size_t *tried)
 {
-    if (block != NULL && block->file >= 0) {
-        return tsrvi_stream_send_file(stream, block, tried);
-    }
-    if (block != NULL && (block->next != NULL || size != 0)) {
-        return tsrvi_stream_send_pieces(stream, block, data, size, tried);
-    }
-    if (block != NULL) {
-        data = tsrvi_block_data(block) + block->begin;
-        size = block->end - block->begin;
+    if (TSRVI_LIKELY(buffer != NULL)) {
+        if (TSRVI_UNLIKELY(buffer->kind == TSRVI_FILE)) {
+            return tsrvi_plain_send_file(fd, buffer, tried);
+        }
+        if (TSRVI_UNLIKELY(buffer->next != NULL || size != 0)) {
+            return tsrvi_plain_send_pieces(fd, buffer, data, size, tried);
+        }
+        data = buffer->data + buffer->begin;
+        size = buffer->end - buffer->begin;
     }
     *tried = tsrvi_min(size, TSRVI_SEND_LIMIT);
-    return TSRV_SYS(send, (stream->io.fd, data, *tried, TSRVI_SEND_FLAGS));
-}
-
-/* Take what was sent off a list of blocks. Returns what went beyond it. */
-static size_t tsrvi_blocks_sent(tsrv_stream *stream, tsrvi_block **first, size_t sent)
-{
-    while (sent != 0 && *first != NULL) {
-        tsrvi_block *block = *first;
-        uint64_t left = block->file >= 0 ? block->left : block->end - block->begin;
-        size_t part = left < sent ? (size_t)left : sent;
-        if (block->file >= 0) {
-            block->offset += (int64_t)part;
-            block->left -= part;
-        } else {
-            block->begin += part;
-        }
-        stream->unsent -= part;
-        sent -= part;
-        if (part < left) {
-            break;
-        }
-        *first = block->next;
-        if (block->file >= 0) {
-            tsrvi_loop_close_fd(tsrvi_loop_of(stream), block->file);
-            block->file = -1;
-        }
-        tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
-    }
-    return sent;
-}
-
-/* The same for the queue. */
-static size_t tsrvi_stream_sent(tsrv_stream *stream, size_t sent)
-{
-    sent = tsrvi_blocks_sent(stream, &stream->out, sent);
-    if (stream->out == NULL) {
-        stream->out_last = NULL;
-        stream->flags &= ~TSRVI_FILES;
-    }
-    return sent;
-}
-
-/* Wake whoever waited for output to leave. was_above: the callback-mode handler's read may have
- * waited for the mark. */
-static void tsrvi_stream_drained(tsrv_stream *stream, bool was_above)
-{
-    if (tsrvi_stream_above_mark(stream)) {
-        return;
-    }
-    if (was_above && (tsrvi_chunk_size(stream->in) != 0 || stream->in_end != 0)) {
-        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_READ);
-    }
-    if (TSRVI_UNLIKELY(stream->waiters != NULL)) {
-        tsrvi_stream_wake_kind(stream,
-                               stream->unsent == 0 ? TSRVI_FOR_ROOM | TSRVI_FOR_FLUSH
-                                                   : TSRVI_FOR_ROOM,
-                               TSRV_OK);
-    }
-    if (stream->unsent == 0) {
-        stream->flags &= ~TSRVI_FLUSHING;
-        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_FLUSH);
-    }
+    return TSRV_SYS(send, (fd, data, *tried, TSRVI_SEND_FLAGS));
 }
 
 /* Why a send failed. XNU says EPROTOTYPE when a reset comes in between its looks at the connection
  * (tcp_usr_send). */
-static int tsrvi_send_error(void)
+static int tsrvi_plain_send_error(void)
 {
-    return errno == EPROTOTYPE ? -ECONNRESET : tsrvi_error();
+    return tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
+           : errno == EPROTOTYPE    ? -ECONNRESET
+                                    : tsrvi_error();
 }
 
-/* A failed send ends the output. A file that could not be read leaves a gap in it, which ends the
- * whole stream. */
-static void tsrvi_stream_send_failed(tsrv_stream *stream, int code)
+/* Why it did not send: TSRV_OK after EINTR. A file that cannot be read leaves a gap.
+ *   head  what was to be sent first; NULL = the caller's memory */
+static TSRVI_APART int tsrvi_plain_send_failed(const tsrvi_buffer *head, tsrvi_sending *sending)
 {
-    bool file = stream->out != NULL && stream->out->file >= 0;
-    if (file && code != -EPIPE && code != -ECONNRESET) {
-        tsrvi_stream_kill(stream, code);
-    } else {
-        tsrvi_stream_end_output(stream, code);
-    }
+    int code = tsrvi_plain_send_error();
+    sending->gap = head != NULL && head->kind == TSRVI_FILE && code != TSRV_EAGAIN &&
+                   code != -EPIPE && code != -ECONNRESET;
+    return code == -EINTR ? (int)TSRV_OK : code;
 }
 
-/* ---- sending over TLS ------------------------------------------------------*/
-
-/* Make a record of what is at the head of the queue. Returns TSRV_OK or why not. */
-static int tsrvi_stream_seal_block(tsrv_stream *stream)
+static inline TSRVI_INLINE int tsrvi_plain_send(tsrv_stream *stream, tsrvi_sending *sending)
 {
-    tsrvi_block *block = stream->out;
-    char buffer[TSRVI_BLOCK_SIZE];
-    const char *data = tsrvi_block_data(block) + block->begin;
-    size_t size = block->end - block->begin;
-    if (block->file >= 0) {
-        size_t part = block->left > sizeof(buffer) ? sizeof(buffer) : (size_t)block->left;
-        ssize_t got;
-        do {
-            got = TSRV_SYS(pread, (block->file, buffer, part, (off_t)block->offset));
-        } while (got < 0 && errno == EINTR);
-        if (got <= 0) {
-            return got < 0 ? tsrvi_error() : -EIO;
-        }
-        data = buffer;
-        size = (size_t)got;
-    }
-    size = tsrvi_tls_seal(stream->tls, data, size);
-    tsrvi_stream_sent(stream, size);
-    return size != 0 ? TSRV_OK : stream->tls->error != 0 ? stream->tls->error : TSRV_ETLS;
-}
-
-/* Make records of what is queued, then of data, until there is enough for one send. Returns how
- * much of data was taken. */
-static size_t tsrvi_stream_seal(tsrv_stream *stream, const char *data, size_t size)
-{
-    tsrvi_tls *tls = stream->tls;
-    size_t taken = 0;
     int rc = TSRV_OK;
-    while (rc == TSRV_OK && tls->established && tls->sealed_size < TSRVI_TLS_SEAL &&
-           !tsrvi_stream_output_failed(stream) && (stream->out != NULL || taken < size)) {
-        if (stream->out != NULL) {
-            rc = tsrvi_stream_seal_block(stream);
-        } else {
-            size_t part = tsrvi_tls_seal(tls, data + taken, size - taken);
-            rc = part != 0 ? TSRV_OK : tls->error != 0 ? tls->error : TSRV_ETLS;
-            taken += part;
-        }
-        tsrvi_stream_count_sealed(stream);
-    }
-    if (rc == TSRV_ETLS) {
-        tsrvi_stream_end_output(stream, rc); /* a read has met an error, and not told it yet */
-    } else if (rc < 0) {
-        tsrvi_stream_kill(stream, rc); /* some of it may be sealed, which cannot be undone */
-    }
-    return taken;
-}
-
-/* Send sealed records. */
-static ssize_t tsrvi_stream_send_sealed(tsrv_stream *stream, size_t *tried)
-{
-    tsrvi_tls *tls = stream->tls;
-    ssize_t sent;
-    do {
-        sent = tsrvi_stream_send(stream, tls->sealed, "", 0, tried);
-    } while (sent < 0 && errno == EINTR);
-    if (sent > 0) {
-        tsrvi_blocks_sent(stream, &tls->sealed, (size_t)sent);
-        tls->sealed_last = tls->sealed == NULL ? NULL : tls->sealed_last;
-        tls->sealed_size -= (size_t)sent;
-        tls->counted -= (size_t)sent;
-        stream->server->stats->bytes_out += (uint64_t)sent;
-        tsrvi_stream_touch(stream);
-    }
-    return sent;
-}
-
-/* As tsrvi_stream_push, over TLS. While the handshake goes on, plaintext waits, and not for the
- * socket. */
-static size_t tsrvi_stream_push_sealed(tsrv_stream *stream, const char *data, size_t size)
-{
-    tsrvi_tls *tls = stream->tls;
-    size_t taken = 0, total = 0, tried = 0;
-    bool pending;
-    while (total < TSRVI_SEND_LIMIT) {
-        ssize_t sent;
-        taken += tsrvi_stream_seal(stream, data + taken, size - taken);
-        if (tls->sealed == NULL) {
-            break;
-        }
-        sent = tsrvi_stream_send_sealed(stream, &tried);
-        if (sent < 0 && !tsrvi_would_block(errno)) {
-            tsrvi_stream_end_output(stream, tsrvi_send_error());
-            return taken;
-        }
-        total += sent > 0 ? (size_t)sent : 0;
-        if (sent < 0 || (size_t)sent < tried) {
-            break;
-        }
-    }
-    tsrvi_loop_of(stream)->written += total;
-    pending = tls->sealed != NULL || (tls->established && !tsrvi_stream_output_failed(stream) &&
-                                      (stream->out != NULL || taken < size));
-    if (pending && (total != 0 || (stream->flags & TSRVI_BLOCKED) == 0)) {
-        stream->flags |= TSRVI_BLOCKED;
-        stream->out_due = tsrvi_stream_write_limit(stream);
-    } else if (!pending) {
-        stream->flags &= ~TSRVI_BLOCKED;
-    }
-    return taken;
-}
-
-/* ---- sending, continued ----------------------------------------------------*/
-
-/* Send what is queued, then data from the caller's memory, in one call if possible; stop when the
- * kernel takes no more, and after TSRVI_SEND_LIMIT bytes. Returns how many bytes of data were
- * taken; errors are in out_end. */
-static size_t tsrvi_stream_push(tsrv_stream *stream, const char *data, size_t size)
-{
-    size_t taken = 0, total = 0;
-    if (TSRVI_UNLIKELY(stream->tls != NULL)) {
-        return tsrvi_stream_push_sealed(stream, data, size);
-    }
-    while (stream->unsent + (size - taken) != 0 && total < TSRVI_SEND_LIMIT) {
+    while (rc == TSRV_OK && stream->unsent + (sending->size - sending->taken) != 0) {
         size_t tried = 0;
-        ssize_t sent = tsrvi_stream_send(stream, stream->out, data + taken, size - taken, &tried);
-        if (sent < 0 && errno == EINTR) {
+        ssize_t sent =
+            tsrvi_plain_send_some(stream->io.fd, stream->out, sending->data + sending->taken,
+                                  sending->size - sending->taken, &tried);
+        if (TSRVI_UNLIKELY(sent < 0)) {
+            rc = tsrvi_plain_send_failed(stream->out, sending);
             continue;
         }
-        if (sent < 0 && !tsrvi_would_block(errno)) {
-            tsrvi_stream_send_failed(stream, tsrvi_send_error());
-            return taken;
+        sending->sent += (size_t)sent;
+        sending->taken += tsrvi_output_sent(stream, (size_t)sent);
+        rc = (size_t)sent < tried || sending->sent >= TSRVI_SEND_LIMIT ? (int)TSRV_EAGAIN
+                                                                       : (int)TSRV_OK;
+    }
+    return rc;
+}
+
+static ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *into, size_t size)
+{
+    ssize_t got;
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
+    } while (got < 0 && errno == EINTR);
+    return got > 0                    ? got
+           : got == 0                 ? (ssize_t)TSRV_EOF
+           : tsrvi_would_block(errno) ? (ssize_t)TSRV_EAGAIN
+                                      : tsrvi_error();
+}
+
+static int tsrvi_plain_peek(tsrv_stream *stream)
+{
+    char byte;
+    ssize_t got;
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
+    } while (got < 0 && errno == EINTR);
+    return got > 0                    ? (int)TSRV_OK
+           : got == 0                 ? (int)TSRV_EOF
+           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
+                                      : tsrvi_error();
+}
+
+/* ---- the seam --------------------------------------------------------------*/
+
+static inline TSRVI_INLINE int tsrvi_transport_send(tsrv_stream *stream, tsrvi_sending *sending)
+{
+    return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION))
+               ? tsrvi_plain_send(stream, sending)
+               : stream->session->transport->send(stream, sending);
+}
+
+/* After our last word the session is over: what still comes is dropped as it is. */
+static inline TSRVI_INLINE ssize_t tsrvi_transport_recv(tsrv_stream *stream, char *into,
+                                                        size_t size)
+{
+    return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION)) || stream->phase == TSRVI_LINGER
+               ? tsrvi_plain_recv(stream, into, size)
+               : stream->session->transport->recv(stream, into, size);
+}
+
+static int tsrvi_transport_peek(tsrv_stream *stream)
+{
+    return stream->session == NULL ? tsrvi_plain_peek(stream)
+                                   : stream->session->transport->peek(stream);
+}
+
+static inline TSRVI_INLINE bool tsrvi_transport_holds(const tsrv_stream *stream)
+{
+    return TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SESSION)) && stream->phase < TSRVI_LINGER &&
+           stream->session->transport->holds(stream);
+}
+
+static bool tsrvi_transport_is_empty(const tsrv_stream *stream)
+{
+    return stream->session == NULL || stream->session->transport->is_empty(stream);
+}
+
+static bool tsrvi_transport_finish(tsrv_stream *stream)
+{
+    return stream->session != NULL && stream->session->transport->finish(stream);
+}
+
+static bool tsrvi_transport_is_over(const tsrv_stream *stream, int code)
+{
+    return stream->session == NULL || stream->session->transport->is_over(stream, code);
+}
+
+static void tsrvi_transport_drop(tsrv_stream *stream, int code)
+{
+    if (stream->session != NULL) {
+        stream->session->transport->drop(stream, code);
+    }
+}
+
+static void tsrvi_transport_free(tsrv_stream *stream)
+{
+    if (stream->session != NULL) {
+        stream->session->transport->free(stream);
+    }
+}
+
+#if TSRVI_HAS_TLS
+/* ============================================================================
+ * >>tls_session  Sessions: their socket, as OpenSSL sees it, and their buffers
+ *
+ * A session turns plaintext into records and back. It never waits, and never
+ * writes to the socket itself: what OpenSSL has to send is collected in `sealed`,
+ * for the stream to send like any other output, so that no write is ever half
+ * done or has to be repeated. What it wants to read it takes from the socket, at
+ * most once a turn unless the socket was full: that is told by a short read, as
+ * for plain streams, and not by a failing call.
+ *
+ * Without TSRV_TLS_OPENSSL there are no sessions.
+ * ==========================================================================*/
+
+#define TSRVI_TLS_RECORD ((size_t)16384) /* bytes of plaintext in a record: RFC 8446, 5.1 */
+#define TSRVI_TLS_SEAL ((size_t)65536)   /* sealed at a time, so that one send takes several */
+#define TSRVI_TLS_REPLIES ((size_t)256 * 1024) /* sealed, and not by us: see tsrvi_tls_recv */
+#define TSRVI_TLS_TAKE ((size_t)128 * 1024)    /* received at a time, whatever the records hold */
+#define TSRVI_TLS_RECENT 128                   /* sessions of a loop that keep their buffers */
+
+typedef struct tsrvi_tls {
+    tsrvi_session session;
+    tsrv_stream *stream;
+    SSL *ssl;
+    tsrvi_tls_set *set;         /* what it was made from */
+    tsrvi_link recent;          /* in loop->sessions */
+    tsrvi_buffer *sealed;       /* the queue of records to send */
+    size_t sealed_size;         /* bytes in it */
+    size_t received;            /* bytes of the socket, in this call */
+    unsigned char *certificate; /* the peer's, once it was asked for */
+    int error;                  /* of the socket, or -ENOMEM */
+    bool established;           /* the handshake is done */
+    bool notified;              /* close_notify is sealed */
+    bool drained;               /* the socket had no more */
+    bool more;                  /* the session holds input that no event will tell of */
+    bool ended;                 /* the socket's end came */
+    char alpn[256];
+} tsrvi_tls;
+
+static tsrvi_tls *tsrvi_tls_of(const tsrv_stream *stream)
+{
+    return (tsrvi_tls *)(void *)stream->session;
+}
+
+/* ---- the session's socket, as OpenSSL sees it ------------------------------*/
+
+/* Everything that OpenSSL writes goes to `sealed`. */
+static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
+{
+    tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
+    size_t bytes = size < 0 ? 0 : (size_t)size;
+    BIO_clear_retry_flags(bio);
+    if (tsrvi_queue_copy(&tls->sealed, &tsrvi_loop_of(tls->stream)->pool, data, bytes) < 0) {
+        tls->error = -ENOMEM;
+        return -1;
+    }
+    tls->sealed_size += bytes;
+    tls->stream->unsent += bytes;
+    return size;
+}
+
+static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
+{
+    tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
+    ssize_t got;
+    BIO_clear_retry_flags(bio);
+    if (tls->ended) {
+        return 0;
+    }
+    if (tls->drained || tls->received >= TSRVI_TLS_TAKE) {
+        BIO_set_retry_read(bio);
+        return -1;
+    }
+    got = tsrvi_plain_recv(tls->stream, buffer, (size_t)size);
+    tls->drained = got < size;
+    if (got > 0) {
+        tls->received += (size_t)got;
+        return (int)got;
+    }
+    if (got == TSRV_EOF) {
+        tls->ended = true;
+        return 0;
+    }
+    if (got == TSRV_EAGAIN) {
+        BIO_set_retry_read(bio);
+    } else {
+        tls->error = (int)got;
+    }
+    return -1;
+}
+
+static long tsrvi_tls_bio_control(BIO *bio, int command, long number, void *pointer)
+{
+    const tsrvi_tls *tls = (const tsrvi_tls *)BIO_get_data(bio);
+    (void)number;
+    (void)pointer;
+    switch (command) {
+    case BIO_CTRL_EOF:
+        return tls->ended;
+    case BIO_CTRL_FLUSH:
+        return 1;
+    default:
+        return 0;
+    }
+}
+
+/* Made once, by whoever comes first; never freed, like OpenSSL's own tables. */
+static BIO_METHOD *tsrvi_tls_bio_method(void)
+{
+    static BIO_METHOD *method; /* atomic */
+    BIO_METHOD *made = __atomic_load_n(&method, __ATOMIC_ACQUIRE), *nobodys = NULL;
+    if (made != NULL) {
+        return made;
+    }
+    made = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "tcpserver.h");
+    if (made == NULL) {
+        return NULL;
+    }
+    BIO_meth_set_write(made, tsrvi_tls_bio_write);
+    BIO_meth_set_read(made, tsrvi_tls_bio_read);
+    BIO_meth_set_ctrl(made, tsrvi_tls_bio_control);
+    if (!__atomic_compare_exchange_n(&method, &nobodys, made, false, __ATOMIC_ACQ_REL,
+                                     __ATOMIC_ACQUIRE)) {
+        BIO_meth_free(made);
+        return nobodys;
+    }
+    return made;
+}
+
+/* ---- OpenSSL's buffers -----------------------------------------------------*/
+
+static bool tsrvi_tls_is_empty(const tsrv_stream *stream)
+{
+    const tsrvi_tls *tls = tsrvi_tls_of(stream); /* not even the header of a record */
+    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
+}
+
+static void tsrvi_tls_unuse(tsrvi_tls *tls)
+{
+    if (!tsrvi_list_empty(&tls->recent)) {
+        tsrvi_list_remove(&tls->recent);
+        tsrvi_loop_of(tls->stream)->session_count--;
+    }
+}
+
+/* This session is about to need its buffers, which are 35 KiB. The one that has not needed its own
+ * for longest gives them up; not if they hold something, which older versions of OpenSSL would free
+ * all the same (CVE-2024-4741). SSL_MODE_RELEASE_BUFFERS does so behind every record, and for a
+ * tenth of what an echo costs. */
+static void tsrvi_tls_use(tsrvi_tls *tls)
+{
+    tsrv_loop *loop = tsrvi_loop_of(tls->stream);
+    if (loop->sessions.previous == &tls->recent) {
+        return;
+    }
+    if (loop->sessions.next == NULL) {
+        tsrvi_list_init(&loop->sessions);
+    }
+    tsrvi_tls_unuse(tls);
+    tsrvi_list_append(&loop->sessions, &tls->recent);
+    if (++loop->session_count > TSRVI_TLS_RECENT) {
+        tsrvi_tls *oldest = TSRVI_CONTAINER(loop->sessions.next, tsrvi_tls, recent);
+        tsrvi_tls_unuse(oldest);
+        if (tsrvi_tls_is_empty(oldest->stream)) {
+            SSL_free_buffers(oldest->ssl);
         }
-        if (sent > 0) {
-            total += (size_t)sent;
-            taken += tsrvi_stream_sent(stream, (size_t)sent);
-            stream->server->stats->bytes_out += (uint64_t)sent;
-            tsrvi_stream_touch(stream);
+    }
+}
+
+/* ============================================================================
+ * >>tls_transport  TLS as a transport
+ * ==========================================================================*/
+
+/* Begin to look at the socket anew. */
+static void tsrvi_tls_look(tsrvi_tls *tls)
+{
+    tls->drained = false;
+    tls->received = 0;
+    tsrvi_tls_use(tls);
+    tsrvi_tls_forget_errors();
+}
+
+/* A peer has broken the rules of TLS. */
+static void tsrvi_tls_log(const tsrv_stream *stream, const char *reason)
+{
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE];
+    tsrvi_peer_load(&stream->peer, &address);
+    tsrvi_log_limited(TSRVI_LOG_TLS, TSRV_LOG_WARNING, "TLS with %s: %s",
+                      tsrv_address_format(&address, text, sizeof(text)), reason);
+}
+
+/* Say why, unless it has been said before. */
+static void tsrvi_tls_explain(const tsrvi_tls *tls)
+{
+    unsigned long error = ERR_peek_error();
+    char reason[128];
+    size_t used;
+    if (error != 0) {
+        bool refused = ERR_GET_LIB(error) == ERR_LIB_SSL &&
+                       ERR_GET_REASON(error) == SSL_R_CERTIFICATE_VERIFY_FAILED;
+        used = strlen(tsrvi_tls_reason(reason, sizeof(reason)));
+        if (refused) {
+            snprintf(reason + used, sizeof(reason) - used, ": %s",
+                     X509_verify_cert_error_string(SSL_get_verify_result(tls->ssl)));
         }
-        if (sent < 0 || (size_t)sent < tried) {
+        tsrvi_tls_log(tls->stream, reason);
+    }
+}
+
+/* What a call that failed means: TSRV_EAGAIN, TSRV_EOF, TSRV_ETLS or the socket's error. Who has
+ * merely gone is no news. */
+static int tsrvi_tls_code(tsrvi_tls *tls, int result)
+{
+    int kind = SSL_get_error(tls->ssl, result);
+    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) {
+        return TSRV_EAGAIN;
+    }
+    if (kind == SSL_ERROR_ZERO_RETURN && !tls->ended) {
+        return TSRV_EOF;
+    }
+    if (tls->error != 0) {
+        ERR_clear_error();
+        return tls->error;
+    }
+    if (tls->ended) { /* the socket's end, and no close_notify before it */
+        if (tls->established) {
+            tsrvi_set(tls->stream, TSRVI_TRUNCATED);
+        }
+        ERR_clear_error();
+        return TSRV_ETLS;
+    }
+    tsrvi_tls_explain(tls);
+    return TSRV_ETLS;
+}
+
+static int tsrvi_tls_shake(tsrv_stream *stream)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    int result;
+    tsrvi_tls_look(tls);
+    result = SSL_do_handshake(tls->ssl);
+    if (result != 1) {
+        result = tsrvi_tls_code(tls, result);
+        return result == TSRV_EOF ? (int)TSRV_ETLS : result;
+    }
+    tls->established = true;
+    tls->more = true; /* what the client has sent behind it may be in the session */
+    return TSRV_OK;
+}
+
+/* Receive plaintext. What the session has to say in turn, an alert perhaps, becomes unsent output.
+ * A peer that has it answer (RFC 8446, 4.6.3: key updates) and does not read the answers is cut. */
+static ssize_t tsrvi_tls_recv(tsrv_stream *stream, char *into, size_t size)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    size_t done = 0;
+    int code = TSRV_OK;
+    if (!tls->established) {
+        return TSRV_EAGAIN;
+    }
+    tsrvi_tls_look(tls);
+    while (done < size) {
+        size_t got = 0;
+        int result = SSL_read_ex(tls->ssl, into + done, size - done, &got);
+        if (result != 1) {
+            code = tsrvi_tls_code(tls, result);
+            break;
+        }
+        done += got;
+        if (tls->drained && SSL_has_pending(tls->ssl) == 0) {
+            code = TSRV_EAGAIN;
             break;
         }
     }
-    tsrvi_loop_of(stream)->written += total;
-    if (stream->unsent + (size - taken) != 0 &&
-        (total != 0 || (stream->flags & TSRVI_BLOCKED) == 0)) {
-        stream->flags |= TSRVI_BLOCKED;
-        stream->out_due = tsrvi_stream_write_limit(stream);
-    } else if (stream->unsent + (size - taken) == 0) {
-        stream->flags &= ~TSRVI_BLOCKED;
+    /* An end or an error that came behind data is met again by the next call. */
+    tls->more = done != 0 && code != TSRV_EAGAIN;
+    if (tls->received != 0) {
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms; /* also by a part of a record */
+    }
+    if (tls->sealed_size > TSRVI_TLS_REPLIES) { /* of our own there is much less at a time */
+        tsrvi_tls_log(stream, "too many messages that want an answer, and are not read");
+        return TSRV_EFULL;
+    }
+    return done != 0 ? (ssize_t)done : code;
+}
+
+static int tsrvi_tls_peek(tsrv_stream *stream)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    char byte;
+    size_t got = 0;
+    int result, rc = TSRV_OK;
+    if (!tls->established) {
+        return TSRV_EAGAIN;
+    }
+    tsrvi_tls_look(tls);
+    result = SSL_peek_ex(tls->ssl, &byte, 1, &got);
+    if (result != 1) {
+        rc = tsrvi_tls_code(tls, result);
+    }
+    tls->more = rc != TSRV_EAGAIN; /* data or an end, which the kernel has no more */
+    return rc;
+}
+
+static bool tsrvi_tls_holds(const tsrv_stream *stream)
+{
+    return tsrvi_tls_of(stream)->more;
+}
+
+/* ---- sending ---------------------------------------------------------------*/
+
+/* Make records of plaintext. Returns how much of it, at most one record's; 0 = no memory, or a read
+ * has met an error that it has not told yet. */
+static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
+{
+    size_t taken = 0;
+    tsrvi_tls_use(tls);
+    tsrvi_tls_forget_errors();
+    if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
+        ERR_clear_error();
+        return 0;
     }
     return taken;
 }
 
-/* The common case: one block, which the kernel takes whole. false: it did not, or there is more to
- * it. */
-static bool tsrvi_stream_flush_small(tsrv_stream *stream)
+/* The same with what is at the head of the queue. Returns TSRV_OK or why not. */
+static int tsrvi_tls_seal_queued(tsrv_stream *stream)
 {
-    tsrvi_block *block = stream->out;
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    const tsrvi_buffer *buffer = stream->out;
+    char copy[TSRVI_TLS_RECORD];
+    const char *data = buffer->data + buffer->begin;
+    size_t size = tsrvi_buffer_size(buffer);
+    if (buffer->kind == TSRVI_FILE) {
+        ssize_t got = tsrvi_output_read(buffer, copy, sizeof(copy));
+        if (got < 0) {
+            return (int)got;
+        }
+        data = copy;
+        size = (size_t)got;
+    }
+    size = tsrvi_tls_seal(tls, data, size);
+    tsrvi_output_sent(stream, size);
+    return size != 0 ? TSRV_OK : tls->error != 0 ? tls->error : TSRV_ETLS;
+}
+
+/* Make records of what is queued, then of data, until there is enough for one send. */
+static int tsrvi_tls_seal_some(tsrv_stream *stream, tsrvi_sending *sending)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    int rc = TSRV_OK;
+    while (rc == TSRV_OK && tls->established && tls->sealed_size < TSRVI_TLS_SEAL &&
+           !tsrvi_stream_output_failed(stream) &&
+           (stream->out != NULL || sending->taken < sending->size)) {
+        if (stream->out != NULL) {
+            rc = tsrvi_tls_seal_queued(stream);
+        } else {
+            size_t part =
+                tsrvi_tls_seal(tls, sending->data + sending->taken, sending->size - sending->taken);
+            rc = part != 0 ? TSRV_OK : tls->error != 0 ? tls->error : TSRV_ETLS;
+            sending->taken += part;
+        }
+    }
+    return rc;
+}
+
+/* Send sealed records, with one call. */
+static int tsrvi_tls_send_sealed(tsrvi_tls *tls, tsrvi_sending *sending)
+{
+    tsrv_stream *stream = tls->stream;
+    size_t tried = 0, left;
     ssize_t sent;
-    if ((stream->flags & TSRVI_TLS) != 0 || block->next != NULL || block->file >= 0 ||
-        stream->unsent > TSRVI_BLOCK_SIZE) {
+    do {
+        sent = tsrvi_plain_send_some(stream->io.fd, tls->sealed, "", 0, &tried);
+    } while (sent < 0 && errno == EINTR);
+    if (sent < 0) {
+        return tsrvi_plain_send_failed(tls->sealed, sending);
+    }
+    sending->sent += (size_t)sent;
+    tls->sealed_size -= (size_t)sent;
+    stream->unsent -= (uint64_t)sent;
+    for (left = (size_t)sent; left != 0;) {
+        size_t part = tsrvi_min(left, tsrvi_buffer_size(tls->sealed));
+        tls->sealed->begin += part;
+        left -= part;
+        if (tsrvi_buffer_size(tls->sealed) == 0) {
+            tsrvi_output_free(stream, tsrvi_queue_pop(&tls->sealed));
+        }
+    }
+    return (size_t)sent < tried ? TSRV_EAGAIN : TSRV_OK;
+}
+
+/* While the handshake goes on, plaintext waits, and not for the socket. An error of sealing is told
+ * when what is sealed has gone as far as the socket takes it. */
+static int tsrvi_tls_send(tsrv_stream *stream, tsrvi_sending *sending)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    int rc, sealing;
+    do {
+        sealing = tsrvi_tls_seal_some(stream, sending);
+        rc = tls->sealed == NULL                 ? (int)TSRV_OK
+             : sending->sent >= TSRVI_SEND_LIMIT ? (int)TSRV_EAGAIN
+                                                 : tsrvi_tls_send_sealed(tls, sending);
+    } while (rc == TSRV_OK && sealing == TSRV_OK &&
+             (tls->sealed != NULL || (tls->established && !tsrvi_stream_output_failed(stream) &&
+                                      (stream->out != NULL || sending->taken < sending->size))));
+    if (sealing < 0 && (rc == TSRV_OK || rc == TSRV_EAGAIN)) {
+        sending->gap = sealing != TSRV_ETLS; /* some of it may be sealed, which cannot be undone */
+        return sealing;
+    }
+    return rc;
+}
+
+/* ---- the end ---------------------------------------------------------------*/
+
+/* close_notify, RFC 8446, 6.1. */
+static bool tsrvi_tls_finish(tsrv_stream *stream)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    if (!tls->established || tls->notified) {
         return false;
     }
-    sent = TSRV_SYS(send, (stream->io.fd, tsrvi_block_data(block) + block->begin,
-                           (size_t)stream->unsent, TSRVI_SEND_FLAGS));
-    if (sent <= 0) {
-        return false; /* whatever it is, it will be met again */
-    }
-    stream->server->stats->bytes_out += (uint64_t)sent;
-    tsrvi_loop_of(stream)->written += (size_t)sent;
-    tsrvi_stream_touch(stream);
-    if ((size_t)sent < stream->unsent) {
-        tsrvi_stream_sent(stream, (size_t)sent);
-        return false;
-    }
-    stream->out = NULL;
-    stream->out_last = NULL;
-    stream->unsent = 0;
-    tsrvi_block_free(&tsrvi_loop_of(stream)->pool, block);
+    tls->notified = true;
+    ERR_clear_error();
+    SSL_shutdown(tls->ssl);
+    ERR_clear_error();
     return true;
 }
 
-/* Send what is queued, unless it is known that the kernel takes nothing. */
-static void tsrvi_stream_flush(tsrv_stream *stream)
+/* One that has broken the rules of TLS may still be sending, and what arrives at a closed socket
+ * causes a reset, which would take the alert away. A client without the certificate that it needs
+ * has sent its request with TLS 1.3. A fatal alert of the peer's is its last word: 6.2. */
+static bool tsrvi_tls_is_over(const tsrv_stream *stream, int code)
 {
-    bool was_above = tsrvi_stream_above_mark(stream);
-    if (stream->unsent != 0 && (stream->flags & TSRVI_BLOCKED) == 0 && stream->io.fd >= 0) {
-        if (!tsrvi_stream_flush_small(stream)) {
-            tsrvi_stream_push(stream, "", 0);
+    const tsrvi_tls *tls = tsrvi_tls_of(stream);
+    return code != TSRV_ETLS || tls->ended || tls->error != 0 ||
+           (SSL_get_shutdown(tls->ssl) & SSL_RECEIVED_SHUTDOWN) != 0;
+}
+
+/* The alert that tells the peer of an error of TLS is sealed (RFC 8446, 6.2), and goes out as
+ * output does, behind records that were sealed before. */
+static void tsrvi_tls_drop(tsrv_stream *stream, int code)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    if (code == TSRV_ETLS) {
+        return;
+    }
+    while (tls->sealed != NULL) {
+        tsrvi_output_free(stream, tsrvi_queue_pop(&tls->sealed));
+        tsrvi_set(stream, TSRVI_LOST);
+    }
+    stream->unsent -= tls->sealed_size;
+    tls->sealed_size = 0;
+}
+
+static void tsrvi_tls_end(tsrv_stream *stream)
+{
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    tsrvi_tls_drop(stream, TSRV_ECLOSED);
+    tsrvi_tls_unuse(tls);
+    SSL_free(tls->ssl);
+    OPENSSL_free(tls->certificate);
+    tsrvi_tls_set_drop(tls->set);
+    TSRV_FREE(tls);
+    stream->session = NULL;
+}
+
+static const tsrvi_transport tsrvi_tls_transport = {tsrvi_tls_send,     tsrvi_tls_recv,
+                                                    tsrvi_tls_peek,     tsrvi_tls_holds,
+                                                    tsrvi_tls_is_empty, tsrvi_tls_shake,
+                                                    tsrvi_tls_finish,   tsrvi_tls_is_over,
+                                                    tsrvi_tls_drop,     tsrvi_tls_end};
+
+/* ---- the beginning ---------------------------------------------------------*/
+
+/* The client's side: whom it wants to reach, and how it makes sure. */
+static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
+{
+    unsigned char number[16];
+    bool numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
+                   TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
+    SSL_set_connect_state(tls->ssl);
+    SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
+    if (tls->set->alpn_size != 0) {
+        SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size);
+    }
+    if (numeric) {
+        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1
+                   ? TSRV_OK
+                   : TSRV_EINVAL;
+    }
+    return SSL_set1_host(tls->ssl, server_name) == 1 &&
+                   SSL_set_tlsext_host_name(tls->ssl, server_name) == 1
+               ? TSRV_OK
+               : TSRV_EINVAL;
+}
+
+/* An SSL that reads and writes through the session, or NULL. */
+static SSL *tsrvi_tls_ssl_new(tsrvi_tls *tls)
+{
+    BIO_METHOD *method = tsrvi_tls_bio_method();
+    BIO *bio = method == NULL ? NULL : BIO_new(method);
+    SSL *ssl = bio == NULL ? NULL : SSL_new(tls->set->context);
+    if (ssl == NULL) {
+        ERR_clear_error();
+        BIO_free(bio);
+        return NULL;
+    }
+    BIO_set_data(bio, tls);
+    BIO_set_init(bio, 1);
+    SSL_set_bio(ssl, bio, bio);
+    SSL_set_mode(ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
+#ifdef SSL_OP_IGNORE_UNEXPECTED_EOF
+    /* OpenSSL 3 would make an end without close_notify a fatal error; we tell it by `ended`, and
+     * can still answer who has only stopped sending. */
+    SSL_set_options(ssl, SSL_OP_IGNORE_UNEXPECTED_EOF);
+#endif
+    return ssl;
+}
+
+/* From now on what goes over the stream's socket is TLS. What was queued before goes as it is.
+ *   server_name  NULL = this is the server */
+static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char *server_name)
+{
+    tsrvi_tls *tls = (tsrvi_tls *)tsrvi_zalloc(sizeof(*tls));
+    int rc = TSRV_OK;
+    if (tls == NULL) {
+        return -ENOMEM;
+    }
+    if (server_name != NULL && from->set->system) {
+        from->set->system = false;
+        SSL_CTX_set_default_verify_paths(from->set->context);
+    }
+    tls->session.transport = &tsrvi_tls_transport;
+    tls->stream = stream;
+    tls->set = from->set;
+    tsrvi_list_init(&tls->recent);
+    tls->ssl = tsrvi_tls_ssl_new(tls);
+    if (tls->ssl == NULL) {
+        TSRV_FREE(tls);
+        return -ENOMEM;
+    }
+    if (server_name == NULL) {
+        SSL_set_accept_state(tls->ssl);
+    } else if ((rc = tsrvi_tls_expect(tls, server_name)) < 0) {
+        SSL_free(tls->ssl);
+        TSRV_FREE(tls);
+        return rc;
+    }
+    __atomic_add_fetch(&tls->set->references, 1, __ATOMIC_ACQ_REL);
+    stream->session = &tls->session;
+    tls->sealed = stream->out;
+    tls->sealed_size = tsrvi_size(stream->unsent);
+    stream->out = NULL;
+    tsrvi_set(stream, TSRVI_SESSION | TSRVI_SHAKING);
+    stream->own_due_ms =
+        tsrvi_ms_after(tsrvi_loop_of(stream), stream->server->options.handshake_timeout_ms);
+    return TSRV_OK;
+}
+/* Is the handshake done? */
+static bool tsrvi_tls_is_ready(const tsrv_stream *stream)
+{
+    return tsrvi_tls_of(stream)->established;
+}
+#else
+static void tsrvi_tls_log(const tsrv_stream *stream, const char *reason)
+{
+    (void)stream;
+    (void)reason;
+}
+
+static bool tsrvi_tls_is_ready(const tsrv_stream *stream)
+{
+    (void)stream;
+    return false;
+}
+
+static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char *server_name)
+{
+    (void)stream;
+    (void)from;
+    (void)server_name;
+    return tsrvi_tls_absent();
+}
+#endif
+
+/* ============================================================================
+ * >>wait  Who waits for a stream
+ *
+ * A coroutine that waits is a record on its stack; the handler, between its
+ * calls, is the stream's own. Nobody wakes them: tsrvi_stream_settle finds that
+ * their waits are over. Only tsrv_wake, which the program calls, marks those that
+ * wait for it.
+ * ==========================================================================*/
+
+static inline TSRVI_INLINE void tsrvi_wait_add(tsrv_stream *stream, tsrvi_wait *wait, int kinds)
+{
+    tsrvi_wait **last = &stream->waits;
+    while (*last != NULL) {
+        last = &(*last)->next;
+    }
+    *last = wait;
+    wait->next = NULL;
+    wait->woken = false;
+    wait->kinds = (uint8_t)kinds;
+    stream->kinds = (uint8_t)(stream->kinds | kinds);
+}
+
+static TSRVI_APART void tsrvi_wait_remove_one(tsrv_stream *stream, tsrvi_wait *wait)
+{
+    tsrvi_wait **link = &stream->waits;
+    uint8_t kinds = 0;
+    while (*link != wait) {
+        kinds = (uint8_t)(kinds | (*link)->kinds);
+        link = &(*link)->next;
+    }
+    *link = wait->next;
+    for (const tsrvi_wait *younger = wait->next; younger != NULL; younger = younger->next) {
+        kinds = (uint8_t)(kinds | younger->kinds);
+    }
+    stream->kinds = kinds;
+}
+
+static inline TSRVI_INLINE void tsrvi_wait_remove(tsrv_stream *stream, tsrvi_wait *wait)
+{
+    if (TSRVI_LIKELY(stream->waits == wait && wait->next == NULL)) {
+        stream->waits = NULL;
+        stream->kinds = 0;
+    } else {
+        tsrvi_wait_remove_one(stream, wait);
+    }
+    wait->kinds = 0;
+}
+
+/* Suspend the calling coroutine until its wait is over. Returns how it is, or TSRV_ECLOSED when the
+ * loop is being freed, or a drain's grace is over, which end every wait once. The stream is there
+ * afterwards, but perhaps not when the coroutine waits for something else. */
+static inline TSRVI_INLINE int tsrvi_stream_wait(tsrv_stream *stream, tsrvi_wait *wait, int kind)
+{
+    int rc;
+    if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED) && stream->state == TSRVI_OVER) {
+        return TSRV_ECLOSED;
+    }
+    wait->u.co = tsrvi_loop_of(stream)->co;
+    tsrvi_wait_add(stream, wait, kind);
+    tsrvi_stream_soon(stream);
+    rc = tsrvi_co_wait(wait->u.co, TSRVI_FOREVER);
+    if (TSRVI_UNLIKELY(wait->kinds != 0)) {
+        tsrvi_wait_remove(stream, wait);
+        tsrvi_stream_soon(stream); /* which may have waited for nothing else */
+    }
+    return rc;
+}
+
+/* Let everything else run first.
+ *   facts  TSRVI_IN_READ: within a read, and nobody else may read meanwhile; 0 */
+static TSRVI_APART int tsrvi_stream_yield(tsrv_stream *stream, int facts)
+{
+    tsrvi_wait wait;
+    wait.due_ms = 0;
+    wait.facts = (uint8_t)facts;
+    return tsrvi_stream_wait(stream, &wait, TSRVI_FOR_TURN);
+}
+
+/* A call that may complete at once. When a coroutine has made many, or has sent much, the others
+ * run first. */
+static inline TSRVI_INLINE int tsrvi_stream_pay(tsrv_stream *stream, int facts)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    return TSRVI_UNLIKELY(--loop->budget < 0) && loop->co != NULL
+               ? tsrvi_stream_yield(stream, facts)
+               : (int)TSRV_OK;
+}
+
+/* End every tsrv_wait on the stream. Returns whether there was one. */
+static bool tsrvi_stream_rouse(tsrv_stream *stream)
+{
+    bool any = (stream->kinds & TSRVI_FOR_WAKE) != 0;
+    for (tsrvi_wait *wait = stream->waits; any && wait != NULL; wait = wait->next) {
+        wait->woken = wait->woken || (wait->kinds & TSRVI_FOR_WAKE) != 0;
+    }
+    tsrvi_stream_soon(stream);
+    return any;
+}
+
+TSRV_API void tsrv_wake(tsrv_stream *stream)
+{
+    bool handler = stream->state == TSRVI_RUNNING && (stream->own.kinds & TSRVI_FOR_WAKE) != 0;
+    if (!tsrvi_stream_rouse(stream) || handler) { /* which will wait when it has returned */
+        tsrvi_set(stream, TSRVI_WOKEN);
+    }
+}
+
+/* ============================================================================
+ * >>output  What is queued, and how it goes
+ * ==========================================================================*/
+
+/* Unsent bytes in memory of ours: neither a part of a file nor what a writer has lent. */
+static uint64_t tsrvi_output_owned(const tsrv_stream *stream)
+{
+    uint64_t owned = stream->unsent;
+    for (const tsrvi_buffer *buffer = stream->out; buffer != NULL; buffer = buffer->next) {
+        owned -= buffer->kind == TSRVI_OWNED ? 0 : tsrvi_buffer_size(buffer);
+    }
+    return owned;
+}
+
+/* Is there room for so much more? */
+static bool tsrvi_output_fits(const tsrv_stream *stream, size_t size)
+{
+    size_t limit = stream->server->options.max_write_buffer_size;
+    uint64_t owned = stream->unsent;
+    if (size <= limit && owned <= limit - size) {
+        return true;
+    }
+    owned = tsrvi_output_owned(stream);
+    return size <= limit && owned <= limit - size;
+}
+
+/* Copy data behind what is queued: all of it, or nothing and -ENOMEM. */
+static int tsrvi_output_copy(tsrv_stream *stream, const char *data, size_t size)
+{
+    int rc = tsrvi_queue_copy(&stream->out, &tsrvi_loop_of(stream)->pool, data, size);
+    if (rc == TSRV_OK) {
+        stream->unsent += size;
+        tsrvi_clear(stream, TSRVI_SILENT);
+        tsrvi_stream_soon(stream);
+    }
+    return rc;
+}
+
+/* Nothing may be added to the queue any more without a further look. */
+static void tsrvi_output_seal(tsrv_stream *stream)
+{
+    if (stream->out != NULL) {
+        stream->out->last->room = 0;
+    }
+}
+
+/* The kernel has taken so many bytes. */
+static inline TSRVI_INLINE void tsrvi_output_count(tsrv_stream *stream, size_t sent)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    stream->server->stats->bytes_out += sent;
+    stream->active_ms = loop->now_ms;
+    loop->written += sent;
+    if (TSRVI_UNLIKELY(loop->written > TSRVI_SEND_LIMIT)) {
+        loop->budget = 0; /* the others run first */
+    }
+}
+
+/* Send what is queued, then data from the caller's memory. Afterwards the stream is BLOCKED if the
+ * socket must be writable first. Returns TSRV_OK, or why the output has ended. */
+static int tsrvi_output_send(tsrv_stream *stream, tsrvi_sending *sending)
+{
+    int rc = tsrvi_transport_send(stream, sending);
+    if (sending->sent != 0) {
+        tsrvi_output_count(stream, sending->sent);
+    }
+    if (rc == TSRV_OK ||
+        (rc == TSRV_EAGAIN && stream->unsent == 0 && sending->taken == sending->size)) {
+        tsrvi_clear(stream, TSRVI_BLOCKED);
+        return TSRV_OK;
+    }
+    if (rc == TSRV_EAGAIN) {
+        if (!tsrvi_is(stream, TSRVI_SHAKING) &&
+            (sending->sent != 0 || !tsrvi_is(stream, TSRVI_BLOCKED))) {
+            stream->own_due_ms = tsrvi_stream_write_due(stream);
         }
-        if (was_above || (stream->flags & TSRVI_FLUSHING) != 0) {
-            tsrvi_stream_drained(stream, was_above);
+        tsrvi_set(stream, TSRVI_BLOCKED);
+        return TSRV_OK;
+    }
+    return rc;
+}
+
+/* ============================================================================
+ * >>ends  How a stream comes to its end
+ * ==========================================================================*/
+
+/* Close the descriptor. */
+static void tsrvi_stream_close_fd(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (stream->phase == TSRVI_CLOSED) {
+        return;
+    }
+    tsrvi_output_drop(stream);
+    tsrvi_transport_drop(stream, TSRV_ECLOSED);
+    tsrvi_poller_forget(&loop->poller, &stream->io);
+    stream->phase = TSRVI_CLOSED;
+    tsrvi_clear(stream, TSRVI_BLOCKED | TSRVI_SHAKING);
+    stream->server->open--;
+    stream->server->stats->open--;
+    stream->server->stats->closed++;
+    tsrvi_loop_close_fd(loop, stream->io.fd);
+    stream->io.fd = -1;
+    tsrvi_stream_soon(stream);
+}
+
+/* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
+ * more. */
+static void tsrvi_stream_kill(tsrv_stream *stream, int code)
+{
+    struct linger reset;
+    bool first = stream->end == 0;
+    if (first) {
+        stream->end = (int16_t)code;
+        tsrvi_set(stream, TSRVI_ENDED);
+    } else if (code != TSRV_ECLOSED && !tsrvi_stream_output_failed(stream)) {
+        stream->out_end = (int16_t)code; /* what was queued when it was closed did not get out */
+    }
+    if (stream->phase == TSRVI_CLOSED) {
+        return;
+    }
+    reset.l_onoff = 1;
+    reset.l_linger = 0;
+    TSRV_SYS(setsockopt, (stream->io.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)));
+    tsrvi_stream_close_fd(stream);
+    if (first) {
+        tsrv_wake(stream);
+    }
+}
+
+/* A transport error: what is queued goes nowhere, but the transport's last words do; nothing waits
+ * for them longer than for a close. */
+static void tsrvi_stream_break_output(tsrv_stream *stream, int code)
+{
+    if (!tsrvi_stream_output_failed(stream)) {
+        stream->out_end = (int16_t)code;
+    }
+    tsrvi_set(stream, TSRVI_ENDED);
+    tsrvi_output_drop(stream);
+    tsrvi_transport_drop(stream, code);
+    if (stream->unsent != 0) {
+        stream->own_due_ms = tsrvi_stream_write_due(stream);
+    } else {
+        tsrvi_clear(stream, TSRVI_BLOCKED);
+    }
+    tsrvi_stream_soon(stream);
+}
+
+/* A send failed: no more output; what the peer sent before can still be read. */
+static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
+{
+    tsrvi_stream_break_output(stream, code);
+    tsrv_wake(stream);
+}
+
+/* The input has ended, or a transport error has. */
+static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
+{
+    bool cut = code == TSRV_EOF || tsrvi_is(stream, TSRVI_TRUNCATED);
+    bool had_failed = tsrvi_stream_output_failed(stream);
+    if (stream->phase == TSRVI_LINGER) {
+        code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
+        cut = true;
+    } else if (cut && had_failed && (stream->peer.family != AF_UNIX || stream->out_end != -EPIPE)) {
+        code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it; but
+                                   EPIPE of a unix socket only says that the peer has closed */
+        cut = code == TSRV_EOF;
+    }
+    stream->in_end = (int16_t)code;
+    tsrvi_set(stream, TSRVI_ENDED);
+    tsrvi_clear(stream, TSRVI_FEIGNED | TSRVI_SHAKING);
+    tsrvi_stream_soon(stream);
+    if (!cut) {
+        tsrvi_stream_break_output(stream, code);
+    }
+    if (stream->end == 0) { /* else the end that came first has been told */
+        bool told = tsrvi_stream_rouse(stream);
+        if (!cut && !had_failed && !told) {
+            tsrvi_set(stream, TSRVI_WOKEN);
         }
     }
 }
 
-/* ---- receiving -------------------------------------------------------------*/
+/* Send what is queued, then data; see to what ends the output. Returns how much of data went. */
+static size_t tsrvi_stream_send(tsrv_stream *stream, const char *data, size_t size)
+{
+    tsrvi_sending sending = {data, size, 0, 0, false};
+    int rc = tsrvi_output_send(stream, &sending);
+    if (TSRVI_UNLIKELY(rc < 0)) {
+        if (sending.gap) {
+            tsrvi_stream_kill(stream, rc);
+        } else {
+            tsrvi_stream_end_output(stream, rc);
+        }
+    }
+    return sending.taken;
+}
 
-/* Room for more input behind the unread bytes, at least 1 byte; NULL: no memory. Unread bytes move
- * to the front when at most half of the chunk is left behind them, and only after something before
- * them was read, so each byte moves O(1) times; a chunk that is full doubles, or, when the peer
- * sends faster than that, grows by a whole read. */
-static tsrvi_chunk *tsrvi_stream_room(tsrv_stream *stream)
+/* The common case: the queue is one buffer, which the kernel takes whole. false: it is not, or has
+ * not been; then what is left will be met again. */
+static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
+{
+    tsrvi_buffer *buffer = stream->out;
+    size_t size;
+    ssize_t sent;
+    if (tsrvi_is(stream, TSRVI_SESSION) || buffer->next != NULL || buffer->kind != TSRVI_OWNED ||
+        (size = buffer->end - buffer->begin) > TSRVI_SEND_LIMIT) {
+        return false;
+    }
+    sent = TSRV_SYS(send, (stream->io.fd, buffer->data + buffer->begin, size, TSRVI_SEND_FLAGS));
+    if (TSRVI_UNLIKELY(sent < 0)) {
+        int code = tsrvi_plain_send_error(); /* which the kernel tells once */
+        if (code != TSRV_EAGAIN && code != -EINTR) {
+            tsrvi_stream_end_output(stream, code);
+            return true;
+        }
+        return false;
+    }
+    tsrvi_output_count(stream, (size_t)sent);
+    tsrvi_output_sent(stream, (size_t)sent);
+    return (size_t)sent == size;
+}
+
+/* Send what is queued, unless it is known that the kernel takes nothing. */
+static inline TSRVI_INLINE void tsrvi_stream_flush(tsrv_stream *stream)
+{
+    if (stream->unsent != 0 && !tsrvi_is(stream, TSRVI_BLOCKED) &&
+        TSRVI_UNLIKELY(!tsrvi_output_send_whole(stream))) {
+        tsrvi_stream_send(stream, "", 0);
+    }
+}
+
+/* Has the peer finished, or is it gone? */
+static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
+{
+    int code = stream->in_end;
+    if (code == 0 && tsrvi_stream_output_failed(stream)) {
+        code = stream->out_end;
+    }
+    return code != 0 && tsrvi_transport_is_over(stream, code);
+}
+
+/* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
+ * Then there is no answer that a reset could destroy. */
+static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
+{
+    return tsrvi_is(stream, TSRVI_SILENT) && tsrvi_transport_peek(stream) == TSRV_EAGAIN;
+}
+
+/* Go on with what follows the output, if all of it is sent: the transport's last words, FIN, then
+ * lingering, then the descriptor's end. */
+static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
+{
+    if (stream->phase == TSRVI_LINGER && stream->in_end == TSRV_EOF) {
+        tsrvi_stream_close_fd(stream);
+    }
+    if (stream->unsent != 0 ||
+        (stream->phase != TSRVI_SHUTTING && stream->phase != TSRVI_CLOSING)) {
+        return;
+    }
+    if (tsrvi_is(stream, TSRVI_SHAKING)) {
+        if (stream->end == 0) {
+            return; /* the handshake comes before the FIN */
+        }
+        tsrvi_clear(stream, TSRVI_SHAKING); /* nothing is left that needs it */
+    }
+    if (!tsrvi_stream_output_failed(stream) && tsrvi_transport_finish(stream)) {
+        tsrvi_stream_flush(stream);
+        if (stream->unsent != 0 || stream->phase == TSRVI_CLOSED) {
+            return;
+        }
+    }
+    if (stream->phase == TSRVI_CLOSING &&
+        (tsrvi_stream_peer_is_done(stream) || tsrvi_stream_peer_is_silent(stream))) {
+        tsrvi_stream_close_fd(stream); /* which sends what FIN there is to send */
+        return;
+    }
+    if (stream->unsent != 0) {
+        return; /* to look at the peer has given the transport something to say */
+    }
+    if (!tsrvi_is(stream, TSRVI_FIN)) {
+        tsrvi_set(stream, TSRVI_FIN);
+        TSRV_SYS(shutdown, (stream->io.fd, SHUT_WR));
+    }
+    stream->phase = stream->phase == TSRVI_CLOSING ? TSRVI_LINGER : TSRVI_SHUT;
+    stream->own_due_ms =
+        tsrvi_ms_after(tsrvi_loop_of(stream), stream->server->options.close_timeout_ms);
+}
+
+/* Send what is queued, and see to what follows it. */
+static inline TSRVI_INLINE void tsrvi_stream_send_on(tsrv_stream *stream)
+{
+    tsrvi_stream_flush(stream);
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED))) {
+        tsrvi_stream_advance(stream);
+    }
+}
+
+TSRV_API int tsrv_shutdown(tsrv_stream *stream)
+{
+    if (stream->end != 0 || stream->out_end != 0) {
+        return stream->end != 0                  ? stream->end
+               : stream->out_end == TSRV_ECLOSED ? (int)TSRV_OK
+                                                 : stream->out_end;
+    }
+    stream->out_end = TSRV_ECLOSED;
+    tsrvi_set(stream, TSRVI_ENDED);
+    stream->phase = TSRVI_SHUTTING;
+    tsrvi_output_seal(stream);
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+/* Nobody uses the stream any more: what is queued still goes, then the descriptor is closed. */
+static void tsrvi_stream_close(tsrv_stream *stream)
+{
+    if (stream->phase < TSRVI_CLOSING) {
+        stream->phase = TSRVI_CLOSING;
+        tsrvi_output_seal(stream);
+    }
+    if (stream->end == 0) {
+        stream->end = TSRV_ECLOSED;
+        tsrvi_set(stream, TSRVI_ENDED);
+        tsrv_wake(stream);
+    }
+    tsrvi_stream_soon(stream);
+}
+
+TSRV_API int tsrv_close(tsrv_stream *stream)
+{
+    tsrvi_stream_close(stream);
+    if (stream->server == tsrvi_loop_of(stream)->clients) {
+        stream->state = TSRVI_OVER; /* it was the program's */
+        stream->own.u.result = TSRV_OK;
+    }
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_abort(tsrv_stream *stream)
+{
+    tsrvi_stream_kill(stream, TSRV_ECLOSED);
+    return TSRV_OK;
+}
+
+/* ============================================================================
+ * >>input  What comes, and where it is kept
+ * ==========================================================================*/
+
+/* Take the loop's buffer away from the stream that has used it last. */
+static void tsrvi_loop_vacate(tsrv_loop *loop)
+{
+    tsrv_stream *owner = loop->input_owner;
+    tsrvi_buffer *copy;
+    size_t size;
+    if (owner == NULL) {
+        return;
+    }
+    loop->input_owner = NULL;
+    size = tsrvi_buffer_size(loop->input);
+    if (size == 0 && !loop->input->held) {
+        owner->in = NULL;
+        return;
+    }
+    copy = loop->input->held
+               ? NULL
+               : tsrvi_buffer_copy(loop->input,
+                                   size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2);
+    if (copy == NULL) {
+        loop->input = NULL; /* a slice of it is in use, or there is no memory for a copy: it changes
+                               hands */
+        return;
+    }
+    owner->in = copy;
+}
+
+/* The loop's buffer, empty, for a stream; NULL: no memory. */
+static TSRVI_APART tsrvi_buffer *tsrvi_loop_input_new(tsrv_loop *loop, tsrv_stream *stream)
+{
+    size_t capacity = stream->server->options.read_chunk_size;
+    tsrvi_loop_vacate(loop);
+    if (loop->input != NULL && loop->input->capacity < capacity) {
+        TSRV_FREE(loop->input);
+        loop->input = NULL;
+    }
+    if (loop->input == NULL) {
+        loop->input = tsrvi_buffer_new(capacity);
+    }
+    if (loop->input != NULL) {
+        tsrvi_buffer_reset(loop->input);
+        loop->input_owner = stream;
+        stream->in = loop->input;
+    }
+    return loop->input;
+}
+
+static inline TSRVI_INLINE tsrvi_buffer *tsrvi_loop_input(tsrv_loop *loop, tsrv_stream *stream)
+{
+    tsrvi_buffer *buffer = loop->input;
+    if (TSRVI_UNLIKELY(loop->input_owner != NULL || buffer == NULL ||
+                       buffer->capacity < stream->server->options.read_chunk_size)) {
+        return tsrvi_loop_input_new(loop, stream);
+    }
+    tsrvi_buffer_reset(buffer);
+    loop->input_owner = stream;
+    stream->in = buffer;
+    return buffer;
+}
+
+/* Give back the input buffer and what is in it. */
+static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_chunk *chunk = stream->in, *larger;
-    size_t size = tsrvi_chunk_size(chunk), room;
-    if (chunk == NULL) {
-        return tsrvi_loop_chunk(loop, stream);
+    if (TSRVI_LIKELY(loop->input_owner == stream)) {
+        loop->input_owner = NULL;
+    } else {
+        TSRV_FREE(stream->in);
     }
-    if (chunk->begin != 0 && chunk->capacity - chunk->end < chunk->capacity / 2) {
-        memmove(tsrvi_chunk_data(chunk), tsrvi_chunk_data(chunk) + chunk->begin, size);
-        chunk->begin = 0;
-        chunk->end = size;
+    stream->in = NULL;
+}
+
+/* The slice that was handed out last dies; a buffer without unread bytes goes too. */
+static inline TSRVI_INLINE void tsrvi_input_release(tsrv_stream *stream)
+{
+    if (stream->in != NULL) {
+        tsrvi_buffer_release(stream->in);
+        if (tsrvi_buffer_size(stream->in) == 0) {
+            tsrvi_input_drop(stream);
+        }
     }
-    room = chunk->capacity - chunk->end;
-    if (room != 0 && (room >= chunk->capacity / 4 || (stream->flags & TSRVI_FULL_READ) == 0)) {
-        return chunk;
+}
+
+/* Room for more input behind the unread bytes, at least 1 byte; NULL: no memory. Unread bytes move
+ * to the front when at most half of the buffer is left behind them, and only after something before
+ * them was read, so each byte moves O(1) times; a buffer that is full doubles, or, when the peer
+ * sends faster than that, grows by a whole read. */
+static TSRVI_APART tsrvi_buffer *tsrvi_input_more_room(tsrv_stream *stream)
+{
+    tsrvi_buffer *buffer = stream->in, *larger;
+    size_t size = tsrvi_buffer_size(buffer), room;
+    bool filled = tsrvi_is(stream, TSRVI_FILLED);
+    if (buffer->begin != 0 && buffer->capacity - buffer->end < buffer->capacity / 2) {
+        memmove(buffer->data, buffer->data + buffer->begin, size);
+        buffer->begin = 0;
+        buffer->end = size;
     }
-    room = (stream->flags & TSRVI_FULL_READ) != 0 ? stream->server->options.read_chunk_size
-                                                  : TSRVI_SMALL_CHUNK;
-    if (loop->chunk_owner == stream) {
-        loop->chunk_owner =
-            NULL; /* the chunk is the stream's own from now on, so it can be replaced */
-        loop->chunk = NULL;
+    room = buffer->capacity - buffer->end;
+    if (room != 0 && (room >= buffer->capacity / 4 || !filled)) {
+        return buffer;
     }
-    larger = tsrvi_chunk_resize(chunk, size + (size > room ? size : room));
-    if (larger != NULL) {
-        stream->in = larger;
-    } else if (chunk->capacity != chunk->end) {
-        larger = chunk;
+    room = filled ? stream->server->options.read_chunk_size : TSRVI_SMALL_INPUT;
+    larger = tsrvi_buffer_copy(buffer, size + (size > room ? size : room));
+    if (larger == NULL) {
+        return buffer->capacity != buffer->end ? buffer : NULL;
     }
+    tsrvi_input_drop(stream);
+    stream->in = larger;
     return larger;
 }
 
-/* Plaintext from the session. What that has to say in turn, an alert perhaps, is sent. Returns how
- * much came; 0: *code is TSRV_OK when there is no more for now, else how the input has ended. */
-static size_t tsrvi_stream_unseal(tsrv_stream *stream, char *into, size_t size, int *code)
+/* What a recv has brought: so many bytes of `size`, or a code. Returns how many bytes. */
+static inline TSRVI_INLINE size_t tsrvi_stream_received(tsrv_stream *stream, ssize_t got,
+                                                        size_t size)
 {
-    char reason[128] = "";
-    size_t got;
-    if (!stream->tls->established) {
-        return 0;
-    }
-    got = tsrvi_tls_receive(stream->tls, into, size, code, reason, sizeof(reason));
-    *code = got != 0 || *code == TSRV_EAGAIN ? (int)TSRV_OK : *code;
-    if (stream->tls->received != 0) {
-        tsrvi_stream_touch(stream); /* also by a part of a record */
-    }
-    tsrvi_stream_count_sealed(stream);
-    if (stream->tls->sealed != NULL && (stream->flags & TSRVI_BLOCKED) == 0) {
-        tsrvi_stream_push(stream, "", 0);
-    }
-    if (stream->tls->sealed_size >
-        TSRVI_TLS_REPLIES) { /* of our own there is much less at a time */
-        tsrvi_stream_log_tls(stream, "too many messages that want an answer, and are not read");
-        tsrvi_stream_kill(stream, TSRV_EFULL);
-        return 0;
-    }
-    tsrvi_stream_log_tls(stream, reason);
-    return got;
-}
-
-/* Go on with the handshake. When it is done, what has waited for it goes out. */
-static void tsrvi_stream_handshake(tsrv_stream *stream)
-{
-    char reason[128] = "";
-    int rc = tsrvi_tls_handshake(stream->tls, reason, sizeof(reason));
-    tsrvi_stream_count_sealed(stream);
-    tsrvi_stream_push(stream, "", 0);
-    if (rc == TSRV_OK) {
-        stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
-        tsrvi_stream_drained(stream, true);
-        tsrvi_stream_wake_kind(stream, TSRVI_FOR_HANDSHAKE, TSRV_OK);
-        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_WAKE);
-    } else if (rc != TSRV_EAGAIN) {
-        stream->server->stats->handshakes_failed++;
-        tsrvi_stream_log_tls(stream, reason);
-        stream->tls->truncated = false; /* there is nothing that could be finished */
-        tsrvi_stream_end_input(stream, rc == TSRV_EOF ? (int)TSRV_ETLS : rc);
-    }
-}
-
-/* One recv. into: the caller's memory, `size` bytes of it; NULL = the stream's buffer. Returns the
- * bytes received; 0 after anything else: the end and errors are in in_end. */
-static size_t tsrvi_stream_receive(tsrv_stream *stream, char *into, size_t size)
-{
-    size_t limit = stream->server->options.read_chunk_size;
-    tsrvi_chunk *chunk = NULL;
-    ssize_t got;
-    int code = TSRV_OK;
-    if (into == NULL) {
-        chunk = tsrvi_stream_room(stream);
-        if (chunk == NULL) {
-            tsrvi_stream_kill(stream, -ENOMEM);
-            return 0;
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (TSRVI_LIKELY(got > 0)) {
+        tsrvi_clear(stream, TSRVI_FILLED | TSRVI_LOOKED | TSRVI_SILENT);
+        if (TSRVI_UNLIKELY((size_t)got == size)) {
+            tsrvi_set(stream, TSRVI_FILLED);
         }
-        into = tsrvi_chunk_data(chunk) + chunk->end;
-        size = chunk->capacity - chunk->end;
-    }
-    size = tsrvi_min(size, limit);
-    if (TSRVI_UNLIKELY((stream->flags & (TSRVI_TLS | TSRVI_LINGER)) == TSRVI_TLS)) {
-        got = (ssize_t)tsrvi_stream_unseal(stream, into, size, &code);
-    } else {
-        do {
-            got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
-        } while (got < 0 && errno == EINTR);
-        if (got <= 0) {
-            code = got == 0                   ? (int)TSRV_EOF
-                   : tsrvi_would_block(errno) ? (int)TSRV_OK
-                                              : tsrvi_error();
-        }
-    }
-    if (got > 0) {
-        if (chunk != NULL) {
-            chunk->end += (size_t)got;
-        }
-        stream->flags &= ~(TSRVI_FULL_READ | TSRVI_LOOKED | TSRVI_SILENT);
-        stream->flags |= (size_t)got == size ? TSRVI_FULL_READ : 0u;
-        stream->fresh = tsrvi_tick(tsrvi_loop_of(stream));
+        stream->active_ms = loop->now_ms;
+        stream->fresh_ms = loop->now_ms;
         stream->server->stats->bytes_in += (uint64_t)got;
-        tsrvi_stream_touch(stream);
         return (size_t)got;
     }
-    if (code != TSRV_OK) {
-        tsrvi_stream_end_input(stream, code);
-    }
-    if (chunk != NULL && tsrvi_chunk_size(chunk) == 0) {
-        tsrvi_stream_drop_input(stream);
+    if (got == TSRV_EFULL) {
+        tsrvi_stream_kill(stream, TSRV_EFULL);
+    } else if (got != TSRV_EAGAIN) {
+        tsrvi_stream_end_input(stream, (int)got);
     }
     return 0;
 }
 
-/* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
-static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
+/* One recv into the caller's memory. Returns how much came; 0: nothing, or the end. */
+static size_t tsrvi_stream_receive_into(tsrv_stream *stream, char *into, size_t size)
 {
-    bool ended = stream->in_end != 0 && (stream->flags & TSRVI_STOPPED) == 0;
-    int rc;
-    if (stream->io.fd < 0) {
+    size = tsrvi_min(size, stream->server->options.read_chunk_size);
+    return tsrvi_stream_received(stream, tsrvi_transport_recv(stream, into, size), size);
+}
+
+/* One recv into the stream's buffer. */
+static inline TSRVI_INLINE void tsrvi_stream_receive(tsrv_stream *stream)
+{
+    tsrvi_buffer *buffer = TSRVI_LIKELY(stream->in == NULL)
+                               ? tsrvi_loop_input(tsrvi_loop_of(stream), stream)
+                               : tsrvi_input_more_room(stream);
+    size_t size;
+    ssize_t got;
+    if (TSRVI_UNLIKELY(buffer == NULL)) {
+        tsrvi_stream_kill(stream, -ENOMEM);
         return;
     }
-    rc = ended ? (int)TSRV_EAGAIN : tsrvi_stream_peek(stream);
-    if (rc == TSRV_OK) {
-        stream->flags |= TSRVI_LOOKED;
-    } else if (rc != TSRV_EAGAIN) {
+    size = tsrvi_min(buffer->capacity - buffer->end, stream->server->options.read_chunk_size);
+    got = tsrvi_transport_recv(stream, buffer->data + buffer->end, size);
+    buffer->end += tsrvi_stream_received(stream, got, size);
+    if (TSRVI_UNLIKELY(buffer->begin == buffer->end)) {
+        tsrvi_input_drop(stream);
+    }
+}
+
+/* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
+static TSRVI_APART void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
+{
+    int rc = stream->in_end != 0 ? (int)TSRV_EAGAIN : tsrvi_transport_peek(stream);
+    if (rc != TSRV_EAGAIN || hangup) {
+        tsrvi_set(stream, TSRVI_LOOKED);
+    }
+    if (rc != TSRV_OK && rc != TSRV_EAGAIN) {
         tsrvi_stream_end_input(stream, rc);
     }
+    if (!hangup || stream->phase == TSRVI_CLOSED) {
+        return;
+    }
+    /* A hang-up cannot be masked. */
+    tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, 0);
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
      * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN), and a unix socket says so
      * at every close of the peer's (unix_poll): a reset leaves an error, also behind the end of the
      * input. */
-    if (hangup && !tsrvi_stream_output_failed(stream)) {
-        bool open = stream->in_end == 0 || (stream->flags & TSRVI_STOPPED) != 0;
-        bool reset = open && (stream->flags & TSRVI_FIN) == 0 && stream->peer.family != AF_UNIX;
+    if (!tsrvi_stream_output_failed(stream)) {
+        bool reset =
+            stream->in_end == 0 && !tsrvi_is(stream, TSRVI_FIN) && stream->peer.family != AF_UNIX;
         int error = reset ? ECONNRESET : 0;
         socklen_t size = sizeof(error);
         if (error == 0 &&
@@ -8672,26 +8953,75 @@ static void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
     }
 }
 
-/* Drop what arrives after we have closed. */
-static void tsrvi_stream_linger(tsrv_stream *stream)
+/* Drop what arrives after we have closed: not into the stream's buffer, a slice of which the
+ * handler that has closed may still hold. */
+static TSRVI_APART void tsrvi_stream_linger(tsrv_stream *stream)
 {
-    char dropped[16384]; /* not the stream's chunk: a handler that closed may still hold a slice of
-                            it */
-    tsrvi_stream_receive(stream, dropped, sizeof(dropped));
-    tsrvi_stream_ending(stream);
+    char dropped[16384];
+    tsrvi_stream_receive_into(stream, dropped, sizeof(dropped));
 }
 
-/* ---- attempts: can this read be answered? ----------------------------------*/
-
-/* Remember which limit was met: the log names it if the handler fails for it. */
-static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit, size_t size)
+/* Does anybody want input now? */
+static inline TSRVI_INLINE bool tsrvi_stream_wants_input(const tsrv_stream *stream)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    loop->limited = stream;
-    loop->limit = limit;
-    loop->limit_size = size;
-    return code;
+    if (TSRVI_UNLIKELY(stream->phase >= TSRVI_LINGER)) {
+        return stream->phase == TSRVI_LINGER;
+    }
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SHAKING))) {
+        return stream->end == 0 || stream->unsent != 0;
+    }
+    if (stream->in_end != 0 || stream->end != 0 || tsrvi_is(stream, TSRVI_FEIGNED)) {
+        return false;
+    }
+    if ((stream->kinds & TSRVI_FOR_READ) != 0) {
+        return (stream->own.kinds & TSRVI_FOR_READ) == 0 || !tsrvi_stream_above_mark(stream);
+    }
+    return (stream->kinds & TSRVI_FOR_INPUT) != 0 &&
+           tsrvi_buffer_size(stream->in) < stream->server->options.max_buffer_size;
 }
+
+/* Go on with the handshake of the transport. When it is done, what has waited for it goes out. */
+static void tsrvi_stream_shake(tsrv_stream *stream)
+{
+    int rc = stream->session->transport->shake(stream);
+    if (rc == TSRV_OK) {
+        tsrvi_clear(stream, TSRVI_SHAKING);
+        stream->fresh_ms = tsrvi_loop_of(stream)->now_ms;
+        if (tsrvi_is(stream, TSRVI_BLOCKED)) {
+            stream->own_due_ms = tsrvi_stream_write_due(stream);
+        }
+    }
+    tsrvi_stream_flush(stream);
+    if (rc != TSRV_OK && rc != TSRV_EAGAIN) {
+        stream->server->stats->handshakes_failed++;
+        tsrvi_stream_end_input(stream, rc);
+    }
+}
+
+/* ============================================================================
+ * >>attempt  Can this read be answered?
+ *
+ * An attempt looks at the unread bytes only, and answers: TSRV_OK with the result
+ * taken, TSRV_EAGAIN when more is needed, or an error. A read that waits says
+ * how many unread bytes it needs at least before another attempt can do more.
+ * ==========================================================================*/
+
+/* One read call, on the caller's stack. */
+typedef struct tsrvi_read {
+    tsrvi_wait wait;
+    int (*attempt)(tsrv_stream *stream, struct tsrvi_read *read);
+    tsrv_slice *slice; /* NULL = drop */
+    size_t max;        /* bytes of the result */
+    size_t size;       /* of the delimiter, or how many bytes */
+    const char *delimiter;
+    tsrv_match match;
+    void *context;
+    size_t need; /* see above */
+    char *into;  /* the caller's memory; NULL with done: bytes are dropped */
+    size_t done; /* bytes that are there, or dropped */
+} tsrvi_read;
+
+/* ---- attempts --------------------------------------------------------------*/
 
 static int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
 {
@@ -8700,23 +9030,23 @@ static int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
                                 limit);
 }
 
-static void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
+static inline TSRVI_INLINE void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
 {
-    stream->flags = (stream->flags | TSRVI_CONSUMED) & ~TSRVI_LENT;
+    tsrvi_own_set(stream, TSRVI_CONSUMED);
     if (read->slice != NULL) {
-        tsrvi_chunk_take(stream->in, size, read->slice);
+        tsrvi_buffer_take(stream->in, size, read->slice);
     } else {
-        tsrvi_chunk_drop(stream->in, size);
+        tsrvi_buffer_drop(stream->in, size);
     }
 }
 
-static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
+static inline TSRVI_INLINE int tsrvi_until(tsrv_stream *stream, tsrvi_read *read)
 {
-    size_t size = tsrvi_chunk_size(stream->in), end;
+    size_t size = tsrvi_buffer_size(stream->in), end;
     if (size == 0) {
         return TSRV_EAGAIN;
     }
-    end = tsrvi_chunk_find(stream->in, read->delimiter, read->size);
+    end = tsrvi_buffer_find(stream->in, read->delimiter, read->size);
     if (end != 0 && (end <= read->max || read->slice == NULL)) {
         tsrvi_read_take(stream, read, end);
         return TSRV_OK;
@@ -8724,17 +9054,23 @@ static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
     if (read->slice == NULL) {
         /* Drop all that cannot be the beginning of the delimiter. */
         size_t keep = tsrvi_min(size, read->size - 1);
-        tsrvi_chunk_drop(stream->in, size - keep);
-        stream->flags |= TSRVI_PART;
+        tsrvi_buffer_drop(stream->in, size - keep);
+        read->need = keep + 1;
+        tsrvi_set(stream, TSRVI_PARTIAL);
         return TSRV_EAGAIN;
     }
     read->need = size + 1;
     return end != 0 || size > read->max ? tsrvi_read_too_long(stream, read->max) : TSRV_EAGAIN;
 }
 
+static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
+{
+    return tsrvi_until(stream, read);
+}
+
 static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
 {
-    size_t size = tsrvi_chunk_size(stream->in);
+    size_t size = tsrvi_buffer_size(stream->in);
     if (size == 0) {
         return TSRV_EAGAIN;
     }
@@ -8744,21 +9080,23 @@ static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
 
 static int tsrvi_attempt_close(tsrv_stream *stream, tsrvi_read *read)
 {
-    size_t size = tsrvi_chunk_size(stream->in);
-    bool ended = stream->in_end == TSRV_EOF && (stream->flags & TSRVI_STOPPED) == 0;
+    size_t size = tsrvi_buffer_size(stream->in);
+    bool ended = stream->in_end == TSRV_EOF; /* the peer's, not a drain's */
     if (read->slice != NULL && size > read->max) {
         return tsrvi_read_too_long(stream, read->max);
     }
     if (size != 0 && (read->slice == NULL || ended)) {
         tsrvi_read_take(stream, read, size);
-        stream->flags |= TSRVI_PART;
+        tsrvi_set(stream, TSRVI_PARTIAL);
+        size = 0;
     }
+    read->need = size + 1;
     return ended ? TSRV_OK : TSRV_EAGAIN;
 }
 
 static int tsrvi_attempt_bytes(tsrv_stream *stream, tsrvi_read *read)
 {
-    if (tsrvi_chunk_size(stream->in) < read->size) {
+    if (tsrvi_buffer_size(stream->in) < read->size) {
         read->need = read->size;
         return TSRV_EAGAIN;
     }
@@ -8770,28 +9108,30 @@ static int tsrvi_attempt_bytes(tsrv_stream *stream, tsrvi_read *read)
  * in done already. */
 static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
 {
-    size_t size = tsrvi_min(tsrvi_chunk_size(stream->in), read->size - read->done);
+    size_t size = tsrvi_min(tsrvi_buffer_size(stream->in), read->size - read->done);
     if (size != 0) {
         if (read->into != NULL) {
-            memcpy(read->into + read->done, tsrvi_chunk_data(stream->in) + stream->in->begin, size);
+            memcpy(read->into + read->done, stream->in->data + stream->in->begin, size);
         }
-        tsrvi_chunk_drop(stream->in, size);
+        tsrvi_buffer_drop(stream->in, size);
         read->done += size;
     }
     if (read->done != 0) {
-        stream->flags |= TSRVI_CONSUMED;
+        tsrvi_own_set(stream, TSRVI_CONSUMED);
+        tsrvi_set(stream, TSRVI_PARTIAL);
     }
+    read->need = 1;
     return read->done == read->size ? TSRV_OK : TSRV_EAGAIN;
 }
 
 static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
 {
-    size_t size = tsrvi_chunk_size(stream->in), found, limit;
+    size_t size = tsrvi_buffer_size(stream->in), found, limit;
     char *data;
     if (size == 0 || size < read->need) {
         return TSRV_EAGAIN;
     }
-    data = tsrvi_chunk_data(stream->in) + stream->in->begin;
+    data = stream->in->data + stream->in->begin;
     data[size] = 0; /* there is always a byte more than the capacity */
     found = read->match(data, size, read->context);
     limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
@@ -8815,204 +9155,96 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     return TSRV_OK;
 }
 
-static int tsrvi_read_attempt(tsrv_stream *stream, tsrvi_read *read)
+static inline TSRVI_INLINE int tsrvi_read_attempt(tsrv_stream *stream, tsrvi_read *read)
 {
     int rc;
-    if (stream->killed != 0) {
-        return stream->killed;
+    if (TSRVI_UNLIKELY(stream->end != 0)) {
+        return stream->end;
     }
-    rc = read->attempt(stream, read);
-    return rc == TSRV_EAGAIN && stream->in_end != 0 ? stream->in_end : rc;
+    rc = TSRVI_LIKELY(read->attempt == tsrvi_attempt_until) ? tsrvi_until(stream, read)
+                                                            : read->attempt(stream, read);
+    return TSRVI_UNLIKELY(rc == TSRV_EAGAIN && tsrvi_stream_in_end(stream) != 0)
+               ? tsrvi_stream_in_end(stream)
+               : rc;
 }
 
-/* ---- reads -----------------------------------------------------------------*/
+/* ---- limits ----------------------------------------------------------------*/
+
+static inline TSRVI_INLINE uint32_t tsrvi_read_due(const tsrv_stream *stream)
+{
+    int limit_ms = stream->read_ms != 0 ? stream->read_ms : stream->server->options.read_timeout_ms;
+    return TSRVI_LIKELY(limit_ms < 0) ? 0 : tsrvi_ms_after(tsrvi_loop_of(stream), limit_ms);
+}
+
+/* When a read is over that has this limit of its own. */
+static uint32_t tsrvi_read_limit(const tsrv_stream *stream, uint32_t due_ms)
+{
+    return tsrvi_ms_earlier(tsrvi_ms_earlier(due_ms, stream->deadline_ms),
+                            tsrvi_stream_idle_due(stream));
+}
+
+/* Has it any? */
+static inline TSRVI_INLINE bool tsrvi_read_is_timed(const tsrv_stream *stream, uint32_t due_ms)
+{
+    return (due_ms | stream->deadline_ms) != 0 || stream->server->options.idle_timeout_ms >= 0;
+}
+
+/* Is there nothing for a read to look at? */
+static inline TSRVI_INLINE bool tsrvi_read_has_nothing(const tsrv_stream *stream)
+{
+    return stream->in == NULL && !tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED);
+}
 
 /* A read into the caller's memory has failed: what had arrived is unread again. */
-static void tsrvi_read_undo(tsrv_stream *stream, tsrvi_read *read)
+static TSRVI_APART void tsrvi_read_undo(tsrv_stream *stream, tsrvi_read *read)
 {
-    tsrvi_chunk *chunk;
-    if (read->into == NULL || read->done == 0 || stream->killed != 0) {
+    tsrvi_buffer *buffer;
+    if (read->into == NULL || read->done == 0 || stream->end != 0) {
         return;
     }
-    TSRV_ASSERT(tsrvi_chunk_size(stream->in) == 0); /* it took all there was */
-    chunk = tsrvi_chunk_new(read->done);
-    if (chunk == NULL) {
+    TSRV_ASSERT(tsrvi_buffer_size(stream->in) == 0); /* it took all there was */
+    buffer = tsrvi_buffer_new(read->done);
+    if (buffer == NULL) {
         tsrvi_stream_kill(stream, -ENOMEM);
         return;
     }
-    memcpy(tsrvi_chunk_data(chunk), read->into, read->done);
-    chunk->end = read->done;
-    tsrvi_stream_drop_input(stream);
-    stream->in = chunk;
-}
-
-/* Receive for a pending read: straight into the caller's memory if that is what it wants. */
-static void tsrvi_read_receive(tsrv_stream *stream, tsrvi_read *read)
-{
-    if (read->attempt == tsrvi_attempt_into && read->into != NULL &&
-        tsrvi_chunk_size(stream->in) == 0) {
-        read->done +=
-            tsrvi_stream_receive(stream, read->into + read->done, read->size - read->done);
-    } else {
-        tsrvi_stream_receive(stream, NULL, 0);
+    memcpy(buffer->data, read->into, read->done);
+    buffer->end = read->done;
+    if (stream->in != NULL) {
+        tsrvi_input_drop(stream);
     }
+    stream->in = buffer;
 }
 
-static void tsrvi_waiter_add(tsrvi_waiter *waiter, tsrv_stream *stream, tsrvi_read *read, int kind)
-{
-    tsrvi_waiter **last = &stream->waiters;
-    while (*last != NULL) {
-        last = &(*last)->next;
-    }
-    waiter->next = NULL;
-    waiter->stream = stream;
-    waiter->co = tsrvi_loop_of(stream)->co;
-    waiter->read = read;
-    waiter->kind = kind;
-    *last = waiter;
-}
+/* ============================================================================
+ * >>read  Reads
+ * ==========================================================================*/
 
-/* The stream has gone while a coroutine waited, and must not be touched. */
-#define TSRVI_GONE (-9999)
+/* ---- in a coroutine --------------------------------------------------------*/
 
-/* What the program is told of that. */
-static int tsrvi_gone(int rc)
+static inline TSRVI_INLINE int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
 {
-    return rc == TSRVI_GONE ? (int)TSRV_ECLOSED : rc;
-}
-
-/* Let everything else run first. TSRV_ECLOSED: the loop is being freed; TSRVI_GONE. */
-static TSRVI_APART int tsrvi_stream_yield(tsrv_stream *stream)
-{
-    tsrvi_waiter waiter; /* of no kind, so nothing wakes it; but it learns when the stream goes */
-    int rc;
-    tsrvi_waiter_add(&waiter, stream, NULL, 0);
-    rc = tsrvi_co_yield(waiter.co);
-    tsrvi_waiter_remove(&waiter);
-    return waiter.stream == NULL ? TSRVI_GONE : rc;
-}
-
-/* A call that may complete at once. When a coroutine has made many, or has sent much, the others
- * run first; as tsrvi_stream_yield. */
-static inline TSRVI_INLINE int tsrvi_stream_pay(tsrv_stream *stream)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (loop->co == NULL || TSRVI_LIKELY(loop->budget-- > 0 && loop->written <= TSRVI_SEND_LIMIT)) {
-        return TSRV_OK;
-    }
-    return tsrvi_stream_yield(stream);
-}
-
-/* Suspend the calling coroutine until the stream wakes it. */
-static int tsrvi_stream_suspend(tsrv_stream *stream, tsrvi_read *read, int kind, uint64_t due)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    int rc, killed = stream->killed;
-    tsrvi_waiter waiter;
-    if (due <= loop->now) { /* a loop around a wait that is over must not stop the others */
-        rc = tsrvi_stream_yield(stream);
-        return rc < 0 ? rc : (int)TSRV_ETIMEOUT;
-    }
-    tsrvi_waiter_add(&waiter, stream, read, kind);
-    if (kind != TSRVI_FOR_READ || (stream->io.interest & TSRV_READABLE) == 0 ||
-        (stream->flags & TSRVI_TLS) != 0) {
-        tsrvi_stream_interest(stream, false, false);
-    }
-    if (stream->killed != killed) { /* the backend has refused the descriptor */
-        tsrvi_stream_take_wake(stream);
-        rc = kind == TSRVI_FOR_WAKE ? (int)TSRV_OK : stream->killed;
-    } else {
-        rc = tsrvi_co_wait(waiter.co, due);
-    }
-    tsrvi_waiter_remove(&waiter);
-    return waiter.stream == NULL ? TSRVI_GONE : rc;
-}
-
-/* The same until own_due, or the deadline, which may be set anew meanwhile. */
-static int tsrvi_stream_await(tsrv_stream *stream, int kind, uint64_t own_due)
-{
-    uint64_t due = tsrvi_earlier(own_due, tsrvi_stream_deadline(stream));
-    int rc;
-    do {
-        rc = tsrvi_stream_suspend(stream, NULL, kind, due);
-        if (rc != TSRV_ETIMEOUT || stream->killed != 0) {
-            return rc; /* a stream that has ended by a time limit says the same */
+    int rc = tsrvi_read_has_nothing(stream) ? (int)TSRV_EAGAIN : tsrvi_read_attempt(stream, read);
+    if (rc == TSRV_EAGAIN) {
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+        read->wait.due_ms = tsrvi_read_due(stream);
+        if (stream->in != NULL) {
+            tsrvi_input_release(stream);
         }
-        due = tsrvi_earlier(own_due, tsrvi_stream_deadline(stream));
-    } while (due > tsrvi_loop_of(stream)->now);
+        rc = tsrvi_stream_wait(stream, &read->wait, TSRVI_FOR_READ);
+    }
+    if (TSRVI_UNLIKELY(rc != TSRV_OK)) {
+        tsrvi_read_undo(stream, read);
+    }
     return rc;
 }
 
-static uint64_t tsrvi_stream_read_due(const tsrv_stream *stream)
-{
-    int limit_ms = stream->read_ms != 0 ? stream->read_ms : stream->server->options.read_timeout_ms;
-    return tsrvi_after(tsrvi_loop_of(stream)->now, limit_ms);
-}
+/* ---- in a callback-mode handler --------------------------------------------*/
 
-/* Does no time limit apply to reads? Then nobody need look at the clock. */
-static bool tsrvi_stream_untimed(const tsrv_stream *stream)
-{
-    const tsrv_server_options *options = &stream->server->options;
-    return stream->read_ms <= 0 && (stream->read_ms < 0 || options->read_timeout_ms < 0) &&
-           options->idle_timeout_ms < 0 && stream->deadline_ms == 0;
-}
-
-/* Wait in a coroutine until the read is answered. The limit may move meanwhile: bytes come, which
- * put the idle time off, or the deadline is set anew. */
-static int tsrvi_read_suspended(tsrv_stream *stream, tsrvi_read *read)
-{
-    uint64_t read_due = TSRVI_FOREVER, due;
-    int rc;
-    if (tsrvi_stream_untimed(stream)) {
-        rc = tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, TSRVI_FOREVER);
-        if (TSRVI_LIKELY(rc != TSRV_ETIMEOUT) || stream->killed != 0) {
-            return rc;
-        }
-    } else {
-        read_due = tsrvi_stream_read_due(stream);
-        tsrvi_stream_touch(stream);
-    }
-    while ((due = tsrvi_stream_read_limit(stream, read_due)) > tsrvi_loop_of(stream)->now) {
-        rc = tsrvi_stream_suspend(stream, read, TSRVI_FOR_READ, due);
-        if (rc != TSRV_ETIMEOUT || stream->killed != 0) {
-            return rc; /* a stream that has ended by a time limit says the same */
-        }
-    }
-    return TSRV_ETIMEOUT;
-}
-
-/* In a callback-mode handler: note that it waits for a read, or that the wait is over. */
-static int tsrvi_read_noted(tsrv_stream *stream, tsrvi_read *read)
-{
-    if (!tsrvi_stream_untimed(stream)) {
-        uint64_t limit;
-        if ((stream->flags & TSRVI_IN_READ) == 0) {
-            stream->flags |= TSRVI_IN_READ;
-            stream->read_due = tsrvi_stream_read_due(stream);
-            tsrvi_stream_touch(stream);
-        }
-        limit = tsrvi_stream_read_limit(stream, stream->read_due);
-        if (limit <= tsrvi_loop_of(stream)->now) {
-            return TSRV_ETIMEOUT;
-        }
-        stream->flags |= TSRVI_WAIT_READ;
-        tsrvi_stream_arm(stream);
-    }
-    stream->flags |= TSRVI_WAIT_READ;
-    if (stream->in != NULL) {
-        stream->in->need = read->need;
-    }
-    return TSRV_EAGAIN;
-}
-
-/* Restore what a callback-mode handler's partial read has done so far. A repeated call must be the
- * same one. */
+/* Restore what the handler's partial read has done so far. A repeated call must be the same one. */
 static int tsrvi_partial_load(tsrv_stream *stream, tsrvi_read *read)
 {
-    tsrvi_partial *partial = stream->u.partial;
-    if (partial == NULL) {
-        return TSRV_OK;
-    }
+    const tsrvi_partial *partial = stream->own.u.partial;
     if (read->attempt == tsrvi_attempt_match && read->slice == NULL && partial->into == NULL) {
         read->attempt = tsrvi_attempt_into;
         read->size = partial->size;
@@ -9025,255 +9257,289 @@ static int tsrvi_partial_load(tsrv_stream *stream, tsrvi_read *read)
     return TSRV_OK;
 }
 
-/* Keep it for the next call, or forget it. */
-static int tsrvi_partial_save(tsrv_stream *stream, tsrvi_read *read, int rc)
+static void tsrvi_partial_free(tsrv_stream *stream)
 {
-    if (rc == TSRV_EAGAIN && read->attempt == tsrvi_attempt_into) {
-        if (stream->u.partial == NULL) {
-            stream->u.partial = (tsrvi_partial *)tsrvi_zalloc(sizeof(tsrvi_partial));
-        }
-        if (stream->u.partial == NULL) {
+    if (stream->own.facts & TSRVI_PARTLY) {
+        TSRV_FREE(stream->own.u.partial);
+        stream->own.u.partial = NULL;
+        tsrvi_own_clear(stream, TSRVI_PARTLY);
+    }
+}
+
+/* Keep it for the next call. */
+static int tsrvi_partial_save(tsrv_stream *stream, const tsrvi_read *read)
+{
+    tsrvi_partial *partial = stream->own.u.partial;
+    if ((stream->own.facts & TSRVI_PARTLY) == 0) {
+        partial = (tsrvi_partial *)tsrvi_zalloc(sizeof(tsrvi_partial));
+        if (partial == NULL) {
             tsrvi_stream_kill(stream, -ENOMEM);
             return -ENOMEM;
         }
-        stream->u.partial->into = read->into;
-        stream->u.partial->size = read->size;
-        stream->u.partial->done = read->done;
-    } else {
-        TSRV_FREE(stream->u.partial);
-        stream->u.partial = NULL;
+        stream->own.u.partial = partial;
+        tsrvi_own_set(stream, TSRVI_PARTLY);
     }
+    partial->into = read->into;
+    partial->size = read->size;
+    partial->done = read->done;
+    return TSRV_EAGAIN;
+}
+
+/* The handler waits for this read. */
+static int tsrvi_read_note(tsrv_stream *stream, tsrvi_read *read)
+{
+    tsrvi_wait *own = &stream->own;
+    if ((own->facts & TSRVI_IN_READ) == 0) {
+        own->due_ms = tsrvi_read_due(stream);
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+    }
+    if (TSRVI_UNLIKELY(tsrvi_read_is_timed(stream, own->due_ms))) {
+        tsrvi_own_set(stream, TSRVI_IN_READ);
+        if (tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_read_limit(stream, own->due_ms))) {
+            return TSRV_ETIMEOUT;
+        }
+    }
+    own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_READ);
+    if (read->attempt == tsrvi_attempt_into) {
+        return tsrvi_partial_save(stream, read);
+    }
+    own->u.need = read->need;
+    return TSRV_EAGAIN;
+}
+
+static TSRVI_APART int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc;
+    if ((stream->own.facts & TSRVI_PARTLY) != 0 && (rc = tsrvi_partial_load(stream, read)) < 0) {
+        return rc;
+    }
+    if (TSRVI_UNLIKELY(tsrvi_stream_above_mark(stream))) {
+        tsrvi_stream_flush(stream);
+    }
+    if (TSRVI_UNLIKELY(stream->end == 0 && tsrvi_stream_above_mark(stream))) {
+        rc = TSRV_EAGAIN; /* output first */
+    } else if (TSRVI_UNLIKELY(--loop->budget < 0) && stream->end == 0) {
+        tsrvi_own_wants(stream, TSRVI_FOR_TURN); /* the others first */
+        rc = TSRV_EAGAIN;
+    } else {
+        rc = read->done == 0 && tsrvi_read_has_nothing(stream) ? (int)TSRV_EAGAIN
+                                                               : tsrvi_read_attempt(stream, read);
+    }
+    if (rc == TSRV_EAGAIN && (rc = tsrvi_read_note(stream, read)) == TSRV_EAGAIN) {
+        return rc;
+    }
+    tsrvi_own_clear(stream, (TSRVI_IN_READ | TSRVI_IN_WAKE));
+    tsrvi_own_has(stream, TSRVI_FOR_READ);
+    if (rc != TSRV_OK) {
+        tsrvi_read_undo(stream, read);
+    }
+    tsrvi_partial_free(stream);
     return rc;
 }
 
-/* A read by the stream's callback-mode handler. */
-static int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
-{
-    int rc;
-    if (stream->in == NULL && stream->u.partial == NULL && stream->in_end == 0 &&
-        stream->killed == 0 && tsrvi_stream_untimed(stream) &&
-        read->attempt != tsrvi_attempt_into) {
-        stream->flags |= TSRVI_WAIT_READ; /* nothing there: the commonest answer */
-        return TSRV_EAGAIN;
-    }
-    rc = tsrvi_partial_load(stream, read);
-    if (rc < 0) {
-        return rc;
-    }
-    if (tsrvi_stream_above_mark(stream)) {
-        tsrvi_stream_flush(stream);
-    }
-    if (stream->killed == 0 &&
-        (tsrvi_stream_above_mark(stream) || tsrvi_loop_of(stream)->budget-- <= 0 ||
-         tsrvi_loop_of(stream)->written > TSRVI_SEND_LIMIT)) {
-        /* Output first; or the others first. */
-        rc = TSRV_EAGAIN;
-        if (!tsrvi_stream_above_mark(stream)) {
-            tsrvi_stream_later(stream, TSRVI_CALL);
-        }
-    } else {
-        rc = tsrvi_read_attempt(stream, read);
-    }
-    if (rc == TSRV_EAGAIN) {
-        rc = tsrvi_read_noted(stream, read);
-    }
-    if (rc != TSRV_EAGAIN) {
-        stream->flags &= ~(TSRVI_IN_READ | TSRVI_WAIT_READ | TSRVI_IN_WAKE);
-        if (rc != TSRV_OK) {
-            tsrvi_read_undo(stream, read);
-        }
-    }
-    return stream->u.partial != NULL || read->attempt == tsrvi_attempt_into
-               ? tsrvi_partial_save(stream, read, rc)
-               : rc;
-}
+/* ---- where nothing can wait ------------------------------------------------*/
 
-/* A read where nothing can wait: what is there, and what one recv brings. The slice dies when the
- * user code gives control back, since nobody else may read for a long time. */
-static int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
+/* What is there, and what one recv brings. The slice dies when the user code gives control back,
+ * since nobody else may read for a long time. */
+static TSRVI_APART int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
 {
     int rc = tsrvi_read_attempt(stream, read);
-    if (rc == TSRV_EAGAIN && stream->io.fd >= 0 &&
-        tsrvi_chunk_size(stream->in) <= stream->server->options.max_buffer_size) {
-        tsrvi_stream_receive(stream, NULL, 0);
+    if (rc == TSRV_EAGAIN && stream->phase != TSRVI_CLOSED && stream->in_end == 0 &&
+        tsrvi_buffer_size(stream->in) <= stream->server->options.max_buffer_size) {
+        tsrvi_stream_receive(stream);
         rc = tsrvi_read_attempt(stream, read);
     }
     if (rc != TSRV_OK) {
         tsrvi_read_undo(stream, read);
     } else if (stream->in != NULL && stream->in->held) {
-        stream->flags |= TSRVI_LENT;
+        tsrvi_set(stream, TSRVI_BORROWED);
         tsrvi_stream_soon(stream);
     }
     return rc;
 }
 
-/* Somebody else has read while the handler waits for more input: there may be room for it again,
- * and what is left of it has come. */
+/* ---- every read ------------------------------------------------------------*/
+
+/* Is a coroutine within a read that lets others run first? */
+static TSRVI_APART bool tsrvi_read_pays(const tsrv_stream *stream)
+{
+    const tsrvi_wait *wait = stream->waits;
+    while (wait != NULL && (wait == &stream->own || wait->kinds != TSRVI_FOR_TURN ||
+                            (wait->facts & TSRVI_IN_READ) == 0)) {
+        wait = wait->next;
+    }
+    return wait != NULL;
+}
+
+/* Does somebody else read already? */
+static inline TSRVI_INLINE bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
+{
+    return TSRVI_UNLIKELY((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_TURN)) != 0) &&
+                   ((stream->kinds & TSRVI_FOR_READ) != 0 || tsrvi_read_pays(stream))
+               ? true
+               : !handling &&
+                     TSRVI_UNLIKELY((stream->own.facts & (TSRVI_IN_READ | TSRVI_PARTLY)) != 0);
+}
+
+/* Somebody else has read while the handler waits for more input: what is left of it has come. */
 static TSRVI_APART void tsrvi_read_beside(tsrv_stream *stream)
 {
+    if ((stream->own.kinds & TSRVI_FOR_INPUT) != 0) {
+        *tsrvi_own_need(stream) = 1;
+    }
     tsrvi_stream_soon(stream);
-    if (tsrvi_chunk_size(stream->in) != 0) {
-        tsrvi_stream_wake_handler(stream, TSRVI_WAIT_INPUT);
-    }
 }
 
-/* A read by a coroutine. */
-static int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
-{
-    bool nothing = stream->in == NULL && stream->in_end == 0 && stream->killed == 0;
-    int rc = nothing ? (int)TSRV_EAGAIN : tsrvi_read_attempt(stream, read);
-    if (rc == TSRV_EAGAIN) {
-        if (stream->in != NULL) {
-            tsrvi_stream_release(stream);
-        }
-        rc = tsrvi_read_suspended(stream, read);
-    }
-    if (rc != TSRV_OK && rc != TSRVI_GONE && read->done != 0) {
-        tsrvi_read_undo(stream, read);
-    }
-    return rc;
-}
-
-/* Let the next reads be quick ones; the stream holds unread bytes or a slice, and nothing is wrong
- * with it. */
-static void tsrvi_read_prime(tsrv_stream *stream)
-{
-    if (tsrvi_chunk_size(stream->in) <= stream->server->options.max_buffer_size) {
-        tsrvi_loop_of(stream)->quick = stream;
-    }
-}
-
-/* A read that is to be run. */
-static tsrvi_read tsrvi_read_make(int (*attempt)(tsrv_stream *, tsrvi_read *), tsrv_slice *slice)
-{
-    tsrvi_read read;
-    memset(&read, 0, sizeof(read));
-    read.attempt = attempt;
-    read.slice = slice;
-    if (slice != NULL) {
-        slice->data = "";
-        slice->size = 0;
-    }
-    return read;
-}
-
-/* Every read comes through here. */
-static int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_bytes)
+static inline TSRVI_INLINE int tsrvi_read_run_here(tsrv_stream *stream, tsrvi_read *read,
+                                                   size_t max_bytes)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     size_t limit = stream->server->options.max_buffer_size;
     bool handling = loop->handling == stream;
     int rc;
-    if ((rc = tsrvi_stream_pay(stream)) < 0) {
-        return tsrvi_gone(rc);
-    }
-    loop->quick = NULL;
-    if (TSRVI_UNLIKELY(stream->waiters != NULL &&
-                       tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL) ||
-        TSRVI_UNLIKELY(!handling && (stream->flags & (TSRVI_WAIT_READ | TSRVI_IN_READ)) != 0)) {
+    if (tsrvi_read_is_busy(stream, handling)) {
         return TSRV_EBUSY;
     }
+    if ((rc = tsrvi_stream_pay(stream, TSRVI_IN_READ)) < 0) {
+        return rc;
+    }
     read->max = max_bytes - 1 < limit ? max_bytes : limit; /* 0 wraps to more than any limit */
+    tsrvi_clear(stream, TSRVI_BORROWED);
     if (stream->in != NULL) {
-        tsrvi_stream_release(stream);
+        tsrvi_input_release(stream);
     }
     rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read)
          : handling       ? tsrvi_read_handler(stream, read)
                           : tsrvi_read_now(stream, read);
-    if (rc == TSRVI_GONE) {
-        return TSRV_ECLOSED;
-    }
-    if (rc == TSRV_OK && stream->in != NULL && (stream->flags & TSRVI_LENT) == 0 &&
-        stream->in->held) {
-        tsrvi_read_prime(stream);
-    }
-    if (read->slice == NULL && rc != TSRV_EAGAIN) {
-        stream->flags &= ~TSRVI_PART;
-    }
-    if (TSRVI_UNLIKELY((stream->flags & TSRVI_WAIT_INPUT) != 0)) {
+    if (TSRVI_UNLIKELY((stream->kinds & TSRVI_FOR_INPUT) != 0)) {
         tsrvi_read_beside(stream);
     }
     if (TSRVI_UNLIKELY(rc == TSRV_ETIMEOUT) && stream->unsent == 0) {
-        stream->flags |= TSRVI_SILENT;
+        tsrvi_set(stream, TSRVI_SILENT);
+    }
+    if (rc != TSRV_EAGAIN || !handling) {
+        tsrvi_clear(stream, TSRVI_PARTIAL);
     }
     return rc;
+}
+
+static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_bytes)
+{
+    return tsrvi_read_run_here(stream, read, max_bytes);
+}
+
+static inline TSRVI_INLINE tsrvi_read tsrvi_read_make(int (*attempt)(tsrv_stream *, tsrvi_read *),
+                                                      tsrv_slice *slice, size_t size)
+{
+    tsrvi_read read;
+    if (slice != NULL) {
+        slice->data = "";
+        slice->size = 0;
+    }
+    read.attempt = attempt;
+    read.slice = slice;
+    read.size = size;
+    read.need = 1;
+    read.into = NULL;
+    read.done = 0;
+    return read;
 }
 
 static TSRVI_APART int tsrvi_read_until_any(tsrv_stream *stream, const char *delimiter,
                                             size_t delimiter_size, size_t max_bytes,
                                             tsrv_slice *slice)
 {
-    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice);
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice, delimiter_size);
     read.delimiter = delimiter;
-    read.size = delimiter_size;
     if (delimiter_size == 0 || delimiter_size > stream->server->options.max_buffer_size) {
         return TSRV_EINVAL;
     }
-    return tsrvi_read_run(stream, &read, max_bytes);
+    return tsrvi_read_run_here(stream, &read, max_bytes);
 }
 
-/* The common case of a pipeline: the program reads from this stream, has not let go since the last
- * read, and what it wants is there, up to a delimiter of one byte. Whatever could forbid it has
- * been checked when loop->quick was set. */
-static inline TSRVI_INLINE bool tsrvi_read_quick(tsrv_stream *stream, char delimiter,
-                                                 size_t max_bytes, tsrv_slice *slice)
+/* In a callback-mode handler: does nothing come before its read? */
+static inline TSRVI_INLINE bool tsrvi_read_is_first(const tsrv_stream *stream)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_chunk *chunk = stream->in;
-    char *data, *last;
-    size_t size;
-    if (loop->quick != stream || slice == NULL) {
-        return false;
+    return tsrvi_loop_of(stream)->handling == stream && stream->own.kinds == 0 &&
+           (stream->own.facts & (TSRVI_IN_READ | TSRVI_IN_WAKE | TSRVI_PARTLY)) == 0 &&
+           stream->unsent <= stream->server->options.write_high_water;
+}
+
+static TSRVI_APART int tsrvi_read_until_text(tsrv_stream *stream, const char *delimiter,
+                                             size_t max_bytes, tsrv_slice *slice)
+{
+    return tsrvi_read_until_any(stream, delimiter, strlen(delimiter), max_bytes, slice);
+}
+
+/* The common case of a pipeline: unread bytes are there, and nothing is in the way. */
+static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
+                                       tsrv_slice *slice)
+{
+    tsrvi_buffer *buffer = stream->in;
+    size_t most = stream->server->options.max_buffer_size;
+    char *last;
+    tsrvi_buffer_release(buffer);
+    most = max_bytes - 1 < most ? max_bytes : most; /* 0 wraps to more than any limit */
+    last = (char *)memchr(buffer->data + buffer->begin, delimiter[0],
+                          tsrvi_min(buffer->end - buffer->begin, most));
+    if (TSRVI_UNLIKELY(last == NULL)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
-    size = chunk->end - chunk->begin;
-    if (size == 0 || --loop->budget < 0) {
-        return false;
-    }
-    size = max_bytes - 1 < size ? max_bytes : size; /* 0 wraps to no limit */
-    data = tsrvi_chunk_data(chunk) + chunk->begin;
-    *data = chunk->saved; /* as tsrvi_chunk_release; twice does no harm */
-    last = (char *)memchr(data, delimiter, size);
-    if (last == NULL) {
-        return false;
-    }
-    slice->data = data;
-    slice->size = (size_t)(++last - data);
-    chunk->begin += slice->size; /* as tsrvi_chunk_take; nothing else is to be reset */
-    chunk->saved = *last;
+    last++;
+    tsrvi_own_set(stream, TSRVI_CONSUMED);
+    slice->data = buffer->data + buffer->begin; /* as tsrvi_buffer_take */
+    slice->size = (size_t)(last - slice->data);
+#ifdef TSRV_DEBUG
+    buffer->taken = buffer->begin;
+#endif
+    buffer->begin += slice->size;
+    buffer->saved = *last;
+    buffer->held = true;
     *last = 0;
-    stream->flags |= TSRVI_CONSUMED;
-    return true;
+    return TSRV_OK;
+}
+
+/* Up to a delimiter of one byte. */
+static inline TSRVI_INLINE int tsrvi_read_until_byte(tsrv_stream *stream, const char *delimiter,
+                                                     size_t max_bytes, tsrv_slice *slice)
+{
+    const tsrvi_buffer *buffer = stream->in;
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (buffer == NULL || buffer->begin == buffer->end || buffer->scanned != 0 || slice == NULL ||
+        (stream->kinds | (stream->flags & (TSRVI_BORROWED | TSRVI_ENDED))) != 0 ||
+        (loop->co == NULL && !tsrvi_read_is_first(stream)) || --loop->budget < 0) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
+    return tsrvi_read_line(stream, delimiter, max_bytes, slice);
 }
 
 TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, size_t delimiter_size,
                                  size_t max_bytes, tsrv_slice *slice)
 {
     const char *text = (const char *)delimiter;
-    if (delimiter_size == 1 && tsrvi_read_quick(stream, text[0], max_bytes, slice)) {
-        return TSRV_OK;
-    }
-    return tsrvi_read_until_any(stream, text, delimiter_size, max_bytes, slice);
+    return TSRVI_CHECKED(stream, delimiter_size == 1
+                                     ? tsrvi_read_until_byte(stream, text, max_bytes, slice)
+                                     : tsrvi_read_until_any(stream, text, delimiter_size, max_bytes,
+                                                            slice));
 }
 
 TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
                              tsrv_slice *slice)
 {
-    if (delimiter[0] != 0 && delimiter[1] == 0 &&
-        tsrvi_read_quick(stream, delimiter[0], max_bytes, slice)) {
-        return TSRV_OK;
-    }
-    return tsrvi_read_until_any(stream, delimiter,
-                                delimiter[0] != 0 && delimiter[1] == 0 ? 1 : strlen(delimiter),
-                                max_bytes, slice);
+    return TSRVI_CHECKED(stream, TSRVI_LIKELY(delimiter[0] != 0 && delimiter[1] == 0)
+                                     ? tsrvi_read_until_byte(stream, delimiter, max_bytes, slice)
+                                     : tsrvi_read_until_text(stream, delimiter, max_bytes, slice));
 }
 
 TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
                                    size_t max_bytes, tsrv_slice *slice)
 {
-    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_match, slice);
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_match, slice, 0);
     read.match = match;
     read.context = context;
-    return match == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, max_bytes);
+    return TSRVI_CHECKED(stream,
+                         match == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, max_bytes));
 }
 
 /* A read of 0 bytes: empty at once, also after the end of the input. Like every read it ends the
@@ -9282,151 +9548,69 @@ static int tsrvi_read_nothing(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc;
-    loop->quick = NULL;
     if (stream->in != NULL) {
-        tsrvi_chunk_release(stream->in);
+        tsrvi_buffer_release(stream->in);
     }
-    if ((rc = tsrvi_stream_pay(stream)) < 0) {
-        return tsrvi_gone(rc);
+    if ((rc = tsrvi_stream_pay(stream, 0)) < 0) {
+        return rc;
     }
-    if (loop->handling == stream && --loop->budget < 0 && stream->killed == 0) {
-        stream->flags |= TSRVI_WAIT_READ;
-        tsrvi_stream_later(stream, TSRVI_CALL);
+    if (loop->handling == stream && --loop->budget < 0 && stream->end == 0) {
+        tsrvi_own_wants(stream, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
-    return stream->killed;
+    return stream->end;
 }
 
 TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slice)
 {
     tsrvi_read read =
-        tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice);
-    read.size = count;
-    if (count == 0 || (slice != NULL && count > stream->server->options.max_buffer_size)) {
-        size_t limit = stream->server->options.max_buffer_size;
+        tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice, count);
+    size_t limit = stream->server->options.max_buffer_size;
+    if (count == 0 || (slice != NULL && count > limit)) {
         int rc = tsrvi_read_nothing(stream);
         return rc == TSRV_OK && count != 0 ? tsrvi_read_too_long(stream, limit) : rc;
     }
-    return tsrvi_read_run(stream, &read, 0);
+    return TSRVI_CHECKED(stream, tsrvi_read_run(stream, &read, 0));
 }
 
 TSRV_API int tsrv_read_some(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice)
 {
-    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_some, slice);
-    return tsrvi_read_run(stream, &read, max_bytes);
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_some, slice, 0);
+    return TSRVI_CHECKED(stream, tsrvi_read_run(stream, &read, max_bytes));
 }
 
 TSRV_API int tsrv_read_into(tsrv_stream *stream, void *buffer, size_t size)
 {
-    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_into, NULL);
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_into, NULL, size);
     read.into = (char *)buffer;
-    read.size = size;
     if (size == 0) {
         return tsrvi_read_nothing(stream);
     }
-    return buffer == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0);
+    return TSRVI_CHECKED(stream, buffer == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0));
 }
 
 TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice)
 {
-    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_close, slice);
-    return tsrvi_read_run(stream, &read, max_bytes);
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_close, slice, 0);
+    return TSRVI_CHECKED(stream, tsrvi_read_run(stream, &read, max_bytes));
 }
 
-/* ---- writes ----------------------------------------------------------------*/
+/* ============================================================================
+ * >>write  Writes
+ * ==========================================================================*/
 
 /* Why nothing can be written, or TSRV_OK. */
-static int tsrvi_write_state(const tsrv_stream *stream)
+static inline TSRVI_INLINE int tsrvi_write_state(const tsrv_stream *stream)
 {
-    if (stream->killed != 0) {
-        return stream->killed;
-    }
-    return stream->out_end;
+    return stream->end != 0 ? stream->end : stream->out_end;
 }
 
-/* The same for a write that was begun before tsrv_shutdown. */
+/* The same for what was taken before tsrv_shutdown. */
 static int tsrvi_write_broken(const tsrv_stream *stream)
 {
-    int rc = tsrvi_write_state(stream);
-    return rc == TSRV_ECLOSED && stream->killed == 0 ? (int)TSRV_OK : rc;
-}
-
-/* Unsent bytes that are in memory: file ranges do not count against the limit. */
-static size_t tsrvi_stream_queued(const tsrv_stream *stream)
-{
-    size_t queued = tsrvi_size(stream->unsent);
-    if ((stream->flags & TSRVI_FILES) != 0) {
-        queued = 0;
-        for (const tsrvi_block *block = stream->out; block != NULL; block = block->next) {
-            queued += block->end - block->begin;
-        }
-    }
-    return queued;
-}
-
-static bool tsrvi_stream_fits(const tsrv_stream *stream, size_t size)
-{
-    size_t limit = stream->server->options.max_write_buffer_size,
-           queued = tsrvi_stream_queued(stream);
-    return queued <= limit && size <= limit - queued;
-}
-
-static void tsrvi_queue_append(tsrv_stream *stream, tsrvi_block *block)
-{
-    if (stream->out == NULL) {
-        stream->out = block;
-    } else {
-        stream->out_last->next = block;
-    }
-    stream->out_last = block;
-}
-
-/* Copy data to the end of the queue: all of it, or nothing and -ENOMEM. */
-static int tsrvi_queue_copy(tsrv_stream *stream, const char *data, size_t size)
-{
-    tsrvi_block *last = stream->out_last;
-    size_t room = last == NULL || last->file >= 0 ? 0 : last->capacity - last->end;
-    size_t head = tsrvi_min(size, room);
-    if (size > head) {
-        tsrvi_block *block = tsrvi_block_new(&tsrvi_loop_of(stream)->pool, size - head);
-        if (block == NULL) {
-            return -ENOMEM;
-        }
-        memcpy(tsrvi_block_data(block), data + head, size - head);
-        block->end = size - head;
-        block->limit = block->end;
-        tsrvi_queue_append(stream, block);
-    }
-    if (head != 0) {
-        memcpy(tsrvi_block_data(last) + last->end, data, head);
-        last->end += head;
-        last->limit = last->limit < last->end ? last->end : last->limit;
-    }
-    stream->unsent += size;
-    return TSRV_OK;
-}
-
-/* Take all of data, or none of it. Large data goes to the kernel from where it is. */
-static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
-{
-    size_t taken = 0;
-    int rc;
-    stream->flags &= ~TSRVI_SILENT;
-    if (size >= TSRVI_DIRECT && (stream->flags & TSRVI_BLOCKED) == 0) {
-        bool was_above = tsrvi_stream_above_mark(stream);
-        taken = tsrvi_stream_push(stream, data, size);
-        tsrvi_stream_drained(stream, was_above);
-        if ((rc = tsrvi_write_broken(stream)) != 0) {
-            return rc;
-        }
-    }
-    if (taken < size && (rc = tsrvi_queue_copy(stream, data + taken, size - taken)) < 0) {
-        return rc;
-    }
-    if (stream->unsent != 0 && (stream->flags & TSRVI_DIRTY) == 0) {
-        tsrvi_stream_soon(stream);
-    }
-    return TSRV_OK;
+    return stream->end != 0                     ? stream->end
+           : tsrvi_stream_output_failed(stream) ? stream->out_end
+                                                : (int)TSRV_OK;
 }
 
 static int tsrvi_write_full(tsrv_stream *stream)
@@ -9451,227 +9635,225 @@ static bool tsrvi_write_is_long(const tsrv_stream *stream)
            (written > TSRVI_SEND_LIMIT && written > stream->server->options.write_high_water);
 }
 
-/* Wait until the output has been below the high water. The write itself has been taken, so the
- * wait's own end is no error, and it does not wait again when another writer was quicker to fill
- * the queue. */
-static int tsrvi_write_pause(tsrv_stream *stream)
+/* Behind a coroutine's write: wait until the output has been below the high water. The write itself
+ * has been taken, so it does not wait again when another writer was quicker to fill the queue. */
+static TSRVI_APART int tsrvi_write_pause(tsrv_stream *stream)
 {
+    tsrvi_wait wait;
     int rc = TSRV_OK;
+    wait.due_ms = 0;
     tsrvi_stream_flush(stream);
-    if (tsrvi_stream_above_mark(stream) && stream->killed == 0) {
-        rc = tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_ROOM, TSRVI_FOREVER);
-        return rc < 0 ? rc : stream->killed;
+    if (tsrvi_stream_above_mark(stream) && stream->end == 0) {
+        rc = tsrvi_stream_wait(stream, &wait, TSRVI_FOR_ROOM);
+    } else if (tsrvi_write_is_long(stream)) {
+        rc = tsrvi_stream_yield(stream, 0);
     }
-    if (tsrvi_write_is_long(stream) && (rc = tsrvi_stream_yield(stream)) < 0) {
-        return rc;
-    }
-    return stream->killed;
+    return rc < 0 ? rc : stream->end;
 }
 
-/* A write was not taken, or not whole, because its wait has ended: a stream that is in order ends,
- * for else it would have a gap. */
-static int tsrvi_write_lost(tsrv_stream *stream, int rc)
+/* A write that was taken, whatever the caller is. */
+static inline TSRVI_INLINE int tsrvi_write_taken(tsrv_stream *stream)
 {
-    return tsrvi_write_broken(stream) == TSRV_OK ? tsrvi_write_refuse(stream, rc) : rc;
+    return TSRVI_UNLIKELY(tsrvi_write_is_long(stream)) && tsrvi_loop_of(stream)->co != NULL
+               ? tsrvi_write_pause(stream)
+               : (int)TSRV_OK;
 }
 
-/* Wait for the turn of this write, while another one is being taken in pieces. */
-static int tsrvi_write_lock(tsrv_stream *stream)
+/* Take all of data, for which there is room, or none of it. Large data goes to the kernel from
+ * where it is. */
+static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
 {
-    if ((stream->flags & TSRVI_LOCKED) != 0) {
-        return tsrvi_stream_suspend(stream, NULL, TSRVI_FOR_LOCK,
-                                    TSRVI_FOREVER); /* TSRV_OK: it was handed over */
+    size_t taken = 0;
+    int rc;
+    tsrvi_clear(stream, TSRVI_SILENT);
+    if (size >= TSRVI_DIRECT && !tsrvi_is(stream, TSRVI_BLOCKED)) {
+        taken = tsrvi_stream_send(stream, data, size);
+        tsrvi_stream_soon(stream);
+        if ((rc = tsrvi_write_broken(stream)) != 0) {
+            return rc;
+        }
     }
-    stream->flags |= TSRVI_LOCKED;
+    return taken == size ? TSRV_OK : tsrvi_output_copy(stream, data + taken, size - taken);
+}
+
+/* ---- writes that are larger than the limit ---------------------------------*/
+
+/* A coroutine's write that is queued where it lies. */
+typedef struct tsrvi_lending {
+    tsrvi_wait wait;
+    tsrvi_buffer buffer;
+} tsrvi_lending;
+
+/* The wait has ended before the write has gone: what is left keeps its place, as a copy. */
+static TSRVI_APART int tsrvi_lending_keep(tsrv_stream *stream, tsrvi_lending *lending)
+{
+    tsrvi_buffer *lent = &lending->buffer, **link = &stream->out;
+    tsrvi_buffer *copy = tsrvi_buffer_copy(lent, tsrvi_buffer_size(lent));
+    if (copy == NULL) {
+        tsrvi_stream_kill(stream, -ENOMEM);
+        return -ENOMEM;
+    }
+    while (*link != lent) {
+        link = &(*link)->next;
+    }
+    copy->next = lent->next;
+    copy->last = stream->out->last == lent ? copy : stream->out->last;
+    *link = copy;
+    stream->out->last = copy->last;
     return TSRV_OK;
 }
 
-/* Hand the lock to the write that has waited longest; it stays locked, so none can come between. */
-static void tsrvi_write_unlock(tsrv_stream *stream)
+static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const char *data, size_t size)
 {
-    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
-        if (waiter->kind == TSRVI_FOR_LOCK && tsrvi_co_wake(waiter->co, TSRV_OK)) {
-            return;
-        }
+    tsrvi_lending lending;
+    int rc;
+    union {
+        const char *in;
+        char *out;
+    } unconst; /* nobody writes to a lent buffer */
+    unconst.in = data;
+    tsrvi_buffer_reset(&lending.buffer);
+    lending.buffer.data = unconst.out;
+    lending.buffer.capacity = size;
+    lending.buffer.end = size;
+    lending.buffer.kind = TSRVI_LENT;
+    lending.wait.due_ms = 0;
+    tsrvi_output_seal(stream);
+    tsrvi_queue_append(&stream->out, &lending.buffer);
+    stream->unsent += size;
+    tsrvi_clear(stream, TSRVI_SILENT);
+    tsrvi_stream_flush(stream);
+    tsrvi_stream_soon(stream);
+    rc = tsrvi_buffer_size(&lending.buffer) == 0 ? tsrvi_stream_yield(stream, 0)
+         : lending.buffer.kind == TSRVI_DROPPED
+             ? tsrvi_write_broken(stream)
+             : tsrvi_stream_wait(stream, &lending.wait, TSRVI_FOR_LENT);
+    if (lending.buffer.kind == TSRVI_LENT && tsrvi_buffer_size(&lending.buffer) != 0) {
+        tsrvi_lending_keep(stream, &lending);
     }
-    stream->flags &= ~TSRVI_LOCKED;
-    tsrvi_stream_soon(stream); /* tsrv_shutdown may have waited for this */
+    return rc;
 }
 
-/* A coroutine's write for which there is no room at once: it is taken as room comes. tsrv_shutdown
- * meanwhile comes after it, as in the order of the calls. */
-static int tsrvi_write_pieces(tsrv_stream *stream, const char *data, size_t size)
-{
-    const tsrv_server_options *options = &stream->server->options;
-    size_t piece =
-               options->write_high_water < TSRVI_DIRECT ? TSRVI_DIRECT : options->write_high_water,
-           taken = 0;
-    int rc = tsrvi_write_lock(stream);
-    if (rc < 0) {
-        return rc == TSRVI_GONE ? rc : tsrvi_write_lost(stream, rc);
-    }
-    piece = tsrvi_min(piece, options->max_write_buffer_size);
-    while (rc == TSRV_OK && taken < size) {
-        size_t part = tsrvi_min(size - taken, piece);
-        do {
-            rc = tsrvi_write_pause(stream);
-        } while (rc == TSRV_OK && tsrvi_stream_above_mark(stream));
-        if (rc == TSRV_OK && (rc = tsrvi_write_broken(stream)) == TSRV_OK) {
-            rc = tsrvi_write_take(stream, data + taken, part);
-            taken += part;
-        }
-    }
-    if (rc == TSRVI_GONE) {
-        return rc;
-    }
-    tsrvi_write_unlock(stream);
-    return rc < 0 ? tsrvi_write_lost(stream, rc) : rc;
-}
+/* ---- every write -----------------------------------------------------------*/
 
-/* Any write. */
 static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, size_t size)
 {
-    bool waits = tsrvi_loop_of(stream)->co != NULL;
     int rc = tsrvi_write_state(stream);
     if (TSRVI_UNLIKELY(rc != 0) || size == 0) {
         return rc;
     }
-    if (TSRVI_UNLIKELY((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size))) {
-        return waits ? tsrvi_gone(tsrvi_write_pieces(stream, data, size))
-                     : tsrvi_write_refuse(stream, TSRV_EFULL);
+    if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size))) {
+        return tsrvi_loop_of(stream)->co != NULL ? tsrvi_write_lend(stream, data, size)
+                                                 : tsrvi_write_refuse(stream, TSRV_EFULL);
     }
-    tsrvi_loop_of(stream)->quick = NULL; /* a read may have to wait for the output now */
     rc = tsrvi_write_take(stream, data, size);
-    if (TSRVI_UNLIKELY(rc == -ENOMEM)) {
-        return tsrvi_write_refuse(stream, rc);
+    if (TSRVI_UNLIKELY(rc < 0)) {
+        return rc == -ENOMEM ? tsrvi_write_refuse(stream, rc) : rc;
     }
-    return waits && TSRVI_UNLIKELY(tsrvi_write_is_long(stream)) && rc == TSRV_OK
-               ? tsrvi_gone(tsrvi_write_pause(stream))
-               : rc;
+    return tsrvi_write_taken(stream);
 }
 
 /* The first small write since the output was sent. */
 static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, size_t size)
 {
-    tsrvi_block *block;
-    if ((stream->flags & TSRVI_ODD_OUTPUT) != 0 || (stream->killed | stream->out_end) != 0 ||
-        size == 0 || size >= TSRVI_DIRECT / 2 || size > stream->server->options.write_high_water) {
+    size_t mark = stream->server->options.write_high_water;
+    tsrvi_buffer *buffer;
+    if (TSRVI_UNLIKELY((stream->end | stream->out_end) != 0 || size - 1 >= TSRVI_DIRECT / 2 ||
+                       stream->unsent + size > mark)) {
         return tsrvi_write_any(stream, data, size);
     }
-    block = tsrvi_block_new(&tsrvi_loop_of(stream)->pool, size);
-    if (block == NULL) {
+    buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->pool, size);
+    if (TSRVI_UNLIKELY(buffer == NULL)) {
         return tsrvi_write_refuse(stream, -ENOMEM);
     }
-    memcpy(tsrvi_block_data(block), data, size);
-    block->end = size;
-    block->limit = tsrvi_min(block->capacity, stream->server->options.write_high_water);
-    stream->flags &= ~TSRVI_SILENT;
-    stream->unsent += size; /* the queue is empty, but sealed records may be unsent */
-    stream->out = block;
-    stream->out_last = block;
+    stream->unsent += size;
+    buffer->end = size;
+    buffer->room = tsrvi_min(buffer->capacity - size, mark - tsrvi_size(stream->unsent));
+    buffer->last = buffer;
+    stream->out = buffer;
+    tsrvi_clear(stream, TSRVI_SILENT);
     tsrvi_stream_soon(stream);
+    memcpy(buffer->data, data, size);
     return TSRV_OK;
 }
 
 /* The common case first: one more small write, to a stream that is in order and far from its
- * limits. */
+ * limits, for else there is no room. */
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
 {
-    tsrvi_block *last = stream->out_last; /* NULL after every error */
-    if (last == NULL) {
-        return tsrvi_write_first(stream, (const char *)data, size);
+    tsrvi_buffer *last;
+    char *end;
+    if (TSRVI_UNLIKELY(stream->out == NULL)) {
+        return TSRVI_CHECKED(stream, tsrvi_write_first(stream, (const char *)data, size));
     }
-    if (size - 1 >= last->limit - last->end || /* 0 wraps: it takes the long way too */
-        (stream->flags & (TSRVI_DIRTY | TSRVI_ODD_OUTPUT)) != TSRVI_DIRTY) {
-        return tsrvi_write_any(stream, (const char *)data, size);
+    last = stream->out->last;
+    if (TSRVI_UNLIKELY(size - 1 >= last->room)) { /* 0 wraps: it takes the long way too */
+        return TSRVI_CHECKED(stream, tsrvi_write_any(stream, (const char *)data, size));
     }
-    stream->unsent += size;
+    end = last->data + last->end;
     last->end += size;
-    memcpy(tsrvi_block_data(last) + last->end - size, data, size);
+    last->room -= size;
+    stream->unsent += size;
+    memcpy(end, data, size);
     return TSRV_OK;
 }
 
 TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
 {
     int rc = tsrvi_write_state(stream);
-    tsrvi_loop_of(stream)->quick = NULL;
     if (rc != 0 || size == 0) {
         return rc;
     }
-    if (!tsrvi_stream_fits(stream, size)) {
+    if (!tsrvi_output_fits(stream, size)) {
         /* Readers that are fast may not have been given their chance in this turn. */
-        tsrvi_stream_push(stream, "", 0);
-        tsrvi_stream_drained(stream, true);
+        tsrvi_stream_send(stream, "", 0);
         tsrvi_stream_soon(stream);
         if ((rc = tsrvi_write_state(stream)) != 0) {
             return rc;
         }
-    }
-    if ((stream->flags & TSRVI_LOCKED) != 0 || !tsrvi_stream_fits(stream, size)) {
-        return tsrvi_write_full(stream);
-    }
-    if ((rc = tsrvi_queue_copy(stream, (const char *)data, size)) < 0) {
-        return tsrvi_write_refuse(stream, rc);
-    }
-    stream->flags &= ~TSRVI_SILENT;
-    tsrvi_stream_soon(stream);
-    return TSRV_OK;
-}
-
-/* Small pieces that all fit go to the queue one by one, and nothing can come between them. */
-static int tsrvi_writev_queue(tsrv_stream *stream, const tsrv_slice *slices, int count)
-{
-    tsrvi_loop_of(stream)->quick = NULL;
-    for (int i = 0; i < count; i++) {
-        int rc = slices[i].size == 0 ? (int)TSRV_OK
-                                     : tsrvi_queue_copy(stream, slices[i].data, slices[i].size);
-        if (rc < 0) {
-            return tsrvi_write_refuse(stream, rc);
+        if (!tsrvi_output_fits(stream, size)) {
+            return tsrvi_write_full(stream);
         }
     }
-    stream->flags &= ~TSRVI_SILENT;
-    tsrvi_stream_soon(stream);
-    return tsrvi_loop_of(stream)->co != NULL && tsrvi_write_is_long(stream)
-               ? tsrvi_gone(tsrvi_write_pause(stream))
-               : (int)TSRV_OK;
+    rc = tsrvi_output_copy(stream, (const char *)data, size);
+    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
 }
 
-/* Others are gathered in a block, so that they are one write in every respect. */
+/* Small pieces go to the queue one by one, and nothing can come between them; others are gathered,
+ * so that they are one write in every respect. */
 TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count)
 {
     size_t total = 0, used = 0;
     char *whole;
-    int rc;
-    if (count < 0) {
+    int rc = tsrvi_write_state(stream);
+    for (int i = 0; i < count && total != SIZE_MAX; i++) {
+        total = slices[i].size > SIZE_MAX - total ? SIZE_MAX : total + slices[i].size;
+    }
+    if (count < 0 || total == SIZE_MAX) {
         return TSRV_EINVAL;
     }
-    for (int i = 0; i < count; i++) {
-        if (slices[i].size > SIZE_MAX - total) {
-            return TSRV_EINVAL;
-        }
-        total += slices[i].size;
-    }
-    if (count == 1 || total == 0) {
+    if (rc < 0 || count == 1 || total == 0) {
         return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
     }
-    if (total < TSRVI_DIRECT && (stream->flags & TSRVI_ODD_OUTPUT) == 0 &&
-        tsrvi_write_state(stream) == TSRV_OK && tsrvi_stream_fits(stream, total)) {
-        return tsrvi_writev_queue(stream, slices, count);
+    whole = NULL;
+    if ((total >= TSRVI_DIRECT || !tsrvi_output_fits(stream, total)) &&
+        (whole = (char *)TSRV_MALLOC(total)) == NULL) {
+        return tsrvi_write_refuse(stream, -ENOMEM);
     }
-    whole = (char *)TSRV_MALLOC(total);
-    if (whole == NULL) {
-        rc = tsrvi_write_state(stream);
-        return rc != 0 ? rc : tsrvi_write_refuse(stream, -ENOMEM);
-    }
-    for (int i = 0; i < count; i++) {
-        if (slices[i].size != 0) {
+    for (int i = 0; i < count && rc == TSRV_OK; i++) {
+        if (whole != NULL && slices[i].size != 0) {
             memcpy(whole + used, slices[i].data, slices[i].size);
             used += slices[i].size;
+        } else if (slices[i].size != 0) {
+            rc = tsrvi_output_copy(stream, slices[i].data, slices[i].size);
         }
     }
-    rc = tsrv_write(stream, whole, total);
-    TSRV_FREE(whole);
-    return rc;
+    if (whole != NULL) {
+        rc = tsrv_write(stream, whole, total);
+        TSRV_FREE(whole);
+        return rc;
+    }
+    return rc < 0 ? tsrvi_write_refuse(stream, rc) : tsrvi_write_taken(stream);
 }
 
 TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
@@ -9702,82 +9884,62 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
     return rc;
 }
 
-/* A block for a file range with a descriptor of its own, or a code. */
-static int tsrvi_queue_file(tsrv_stream *stream, int fd, int64_t offset, size_t size)
+/* ---- files -----------------------------------------------------------------*/
+
+/* Queue a file range, with a descriptor of its own. */
+static int tsrvi_sendfile_queue(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_block *block = tsrvi_block_new(&loop->pool, 0);
-    int rc;
-    if (block == NULL) {
+    tsrvi_buffer *buffer = tsrvi_pool_take(&loop->pool, 0);
+    if (buffer == NULL) {
         return -ENOMEM;
     }
-    block->file = TSRV_SYS(fcntl, (fd, F_DUPFD_CLOEXEC, 3));
-    if (block->file < 0) {
-        rc = tsrvi_error();
-        tsrvi_block_free(&loop->pool, block);
+    buffer->file = TSRV_SYS(fcntl, (fd, F_DUPFD_CLOEXEC, 3));
+    if (buffer->file < 0) {
+        int rc = tsrvi_error();
+        tsrvi_pool_give(&loop->pool, buffer);
         return rc;
     }
-    block->copied = !TSRVI_HAS_SENDFILE;
-    block->offset = offset;
-    block->left = size;
-    stream->unsent += size;
-    stream->flags = (stream->flags | TSRVI_FILES) & ~TSRVI_SILENT;
-    tsrvi_queue_append(stream, block);
-    tsrvi_stream_soon(stream);
+    buffer->kind = TSRVI_FILE;
+    buffer->copied = !TSRVI_HAS_SENDFILE;
+    buffer->offset = offset;
+    buffer->end = size;
+    tsrvi_queue_append(&stream->out, buffer);
     return TSRV_OK;
 }
 
 /* A small part of a file is read at once, which costs less than a duplicate and sendfile. It goes
  * behind what is queued, so that one send takes both. */
-static int tsrvi_queue_file_bytes(tsrv_stream *stream, int fd, int64_t offset, size_t size)
+static int tsrvi_sendfile_read(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
-    tsrvi_block *block = stream->out_last;
+    tsrvi_buffer *buffer = stream->out == NULL ? NULL : stream->out->last, source;
     size_t done = 0;
-    if (block == NULL || block->file >= 0 || block->capacity - block->end < size) {
-        block = tsrvi_block_new(&tsrvi_loop_of(stream)->pool, size);
-        if (block == NULL) {
+    if (buffer == NULL || buffer->kind != TSRVI_OWNED || buffer->capacity - buffer->end < size) {
+        buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->pool, size);
+        if (buffer == NULL) {
             return -ENOMEM;
         }
-        tsrvi_queue_append(stream, block);
+        tsrvi_queue_append(&stream->out, buffer);
     }
-    while (done < size) {
-        ssize_t got = TSRV_SYS(pread, (fd, tsrvi_block_data(block) + block->end + done, size - done,
-                                       (off_t)(offset + (int64_t)done)));
-        if (got < 0 && errno == EINTR) {
-            continue;
+    source.file = fd;
+    source.offset = offset;
+    source.end = size;
+    for (source.begin = 0; source.begin < size; source.begin += done) {
+        ssize_t got = tsrvi_output_read(&source, buffer->data + buffer->end + source.begin, size);
+        if (got < 0) {
+            return (int)got;
         }
-        if (got <= 0) {
-            return got < 0 ? tsrvi_error() : -EIO; /* the file is shorter than was promised */
-        }
-        done += (size_t)got;
+        done = (size_t)got;
     }
-    block->end += size;
-    block->limit = block->limit < block->end ? block->end : block->limit;
-    stream->unsent += size;
-    stream->flags &= ~TSRVI_SILENT;
-    tsrvi_stream_soon(stream);
+    buffer->end += size;
+    buffer->room = 0;
     return TSRV_OK;
-}
-
-/* Queue a part of a file, when it is this write's turn. */
-static int tsrvi_sendfile_take(tsrv_stream *stream, int fd, int64_t offset, size_t size)
-{
-    int rc = tsrvi_write_broken(stream);
-    if (rc < 0) {
-        return rc;
-    }
-    rc = size < TSRVI_DIRECT && tsrvi_stream_fits(stream, size)
-             ? tsrvi_queue_file_bytes(stream, fd, offset, size)
-             : tsrvi_queue_file(stream, fd, offset, size);
-    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
 }
 
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
-    bool waits = tsrvi_loop_of(stream)->co != NULL, locked = (stream->flags & TSRVI_LOCKED) != 0;
     struct stat info;
     int rc = tsrvi_write_state(stream);
-    tsrvi_loop_of(stream)->quick = NULL;
     if (rc != 0 || size == 0) {
         return rc;
     }
@@ -9787,146 +9949,117 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (!S_ISREG(info.st_mode) || offset < 0 || size > UINT64_MAX - stream->unsent) {
         return TSRV_EINVAL;
     }
-    if (locked && !waits) {
-        return tsrvi_write_refuse(stream, TSRV_EFULL);
+    rc = size < TSRVI_DIRECT && tsrvi_output_fits(stream, size)
+             ? tsrvi_sendfile_read(stream, fd, offset, size)
+             : tsrvi_sendfile_queue(stream, fd, offset, size);
+    if (rc < 0) {
+        return tsrvi_write_refuse(stream, rc);
     }
-    if (locked && (rc = tsrvi_write_lock(stream)) < 0) {
-        return rc == TSRVI_GONE ? (int)TSRV_ECLOSED : tsrvi_write_lost(stream, rc);
+    stream->unsent += size;
+    tsrvi_clear(stream, TSRVI_SILENT);
+    tsrvi_stream_soon(stream);
+    return tsrvi_write_taken(stream);
+}
+
+static int tsrvi_flush_run(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_wait wait;
+    int rc = tsrvi_stream_pay(stream, 0);
+    if (rc < 0) {
+        return rc;
     }
-    rc = tsrvi_sendfile_take(stream, fd, offset, size);
-    if (locked) {
-        tsrvi_write_unlock(stream);
+    if (loop->handling == stream) {
+        tsrvi_own_has(stream, TSRVI_FOR_SENT);
     }
-    return rc == TSRV_OK && waits && tsrvi_write_is_long(stream)
-               ? tsrvi_gone(tsrvi_write_pause(stream))
-               : rc;
+    tsrvi_stream_flush(stream);
+    tsrvi_stream_soon(stream);
+    rc = tsrvi_write_broken(stream); /* after tsrv_shutdown all is sent as promised */
+    if (rc != TSRV_OK || stream->unsent == 0) {
+        return rc;
+    }
+    if (loop->co != NULL) {
+        wait.due_ms = 0;
+        return tsrvi_stream_wait(stream, &wait, TSRVI_FOR_SENT);
+    }
+    if (loop->handling == stream) {
+        if (tsrvi_ms_is_past(loop, stream->deadline_ms)) {
+            return TSRV_ETIMEOUT;
+        }
+        tsrvi_own_wants(stream, TSRVI_FOR_SENT);
+    }
+    return TSRV_EAGAIN;
 }
 
 TSRV_API int tsrv_flush(tsrv_stream *stream)
 {
+    return TSRVI_CHECKED(stream, tsrvi_flush_run(stream));
+}
+
+/* ============================================================================
+ * >>state  Waiting for something else, and what a stream tells of itself
+ * ==========================================================================*/
+
+/* In a callback-mode handler. */
+static int tsrvi_wake_note(tsrv_stream *stream, int timeout_ms, uint32_t due_ms)
+{
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    bool waits, handling = tsrvi_stream_handling(stream);
-    int rc = tsrvi_stream_pay(stream);
-    if (rc < 0) {
-        return tsrvi_gone(rc);
+    tsrvi_wait *own = &stream->own;
+    own->kinds = (uint8_t)(own->kinds & ~TSRVI_FOR_WAKE);
+    if ((own->facts & TSRVI_IN_WAKE) == 0) {
+        stream->wake_due_ms = due_ms;
     }
-    if (handling) {
-        stream->flags &= ~TSRVI_WAIT_FLUSH;
-    }
-    tsrvi_stream_flush(stream);
-    waits = stream->killed == 0 && stream->unsent != 0 && stream->out_end != TSRV_ETLS;
-    if (waits && loop->co != NULL) {
-        stream->flags |= TSRVI_FLUSHING;
-        /* TSRV_OK stays so when the stream is closed before this coroutine's turn comes. */
-        return tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_FLUSH, TSRVI_FOREVER));
-    }
-    if (waits && handling) {
-        if (tsrvi_stream_deadline(stream) <= loop->now) {
-            return TSRV_ETIMEOUT;
-        }
-        stream->flags |= TSRVI_WAIT_FLUSH | TSRVI_FLUSHING;
-    }
-    if (waits) {
+    if (timeout_ms != 0 && --loop->budget < 0) {
+        own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_WAKE | TSRVI_FOR_TURN);
+        own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
         return TSRV_EAGAIN;
     }
-    rc = tsrvi_write_state(stream);
-    return rc == TSRV_ECLOSED && stream->killed == 0
-               ? TSRV_OK
-               : rc; /* after tsrv_shutdown all is sent as promised */
+    if (tsrvi_is(stream, TSRVI_WOKEN)) {
+        tsrvi_clear(stream, TSRVI_WOKEN);
+        own->facts = (uint8_t)(own->facts & ~TSRVI_IN_WAKE);
+        return TSRV_OK;
+    }
+    if (timeout_ms == 0 ||
+        tsrvi_ms_is_past(loop, tsrvi_ms_earlier(stream->wake_due_ms, stream->deadline_ms))) {
+        own->facts = (uint8_t)(own->facts & ~TSRVI_IN_WAKE);
+        return TSRV_ETIMEOUT;
+    }
+    own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_WAKE);
+    own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
+    return TSRV_EAGAIN;
 }
 
-TSRV_API int tsrv_shutdown(tsrv_stream *stream)
-{
-    int rc = tsrvi_write_state(stream);
-    if (rc != 0) {
-        return rc == TSRV_ECLOSED && stream->killed == 0 ? TSRV_OK : rc;
-    }
-    stream->out_end = TSRV_ECLOSED;
-    stream->flags |= TSRVI_SHUT;
-    tsrvi_stream_soon(stream);
-    return TSRV_OK;
-}
-
-/* ---- close, wait, state ----------------------------------------------------*/
-
-/* Begin to close: no call can use the stream any more, the output still goes. */
-static void tsrvi_stream_close(tsrv_stream *stream)
-{
-    if ((stream->flags & TSRVI_CLOSING) != 0) {
-        return;
-    }
-    stream->flags |= TSRVI_CLOSING | TSRVI_SHUT;
-    if (stream->in != NULL && !stream->in->held) {
-        tsrvi_stream_drop_input(stream);
-    }
-    tsrvi_stream_soon(stream);
-}
-
-TSRV_API int tsrv_close(tsrv_stream *stream)
-{
-    if (stream->killed == 0) {
-        stream->killed = TSRV_ECLOSED;
-        tsrvi_loop_of(stream)->quick = NULL;
-        tsrvi_stream_close(stream);
-        tsrvi_stream_wake_all(stream, TSRV_ECLOSED);
-    }
-    if (stream->server == tsrvi_loop_of(stream)->clients) {
-        stream->flags = (stream->flags | TSRVI_OVER) & ~TSRVI_RUNNING; /* it was the program's */
-        if (tsrvi_stream_finished(stream)) {
-            tsrvi_stream_later(stream, 0);
-        }
-    }
-    return TSRV_OK;
-}
-
-TSRV_API int tsrv_abort(tsrv_stream *stream)
-{
-    tsrvi_stream_kill(stream, TSRV_ECLOSED);
-    return TSRV_OK;
-}
-
-TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
+static int tsrvi_wake_wait(tsrv_stream *stream, int timeout_ms)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    bool handling = tsrvi_stream_handling(stream);
-    uint64_t due = tsrvi_after(tsrvi_clock(), timeout_ms);
-    int rc = loop->parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream);
+    uint32_t due_ms = tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), timeout_ms));
+    tsrvi_wait wait;
+    int rc = loop->parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream, 0);
     if (rc < 0) {
         return rc == TSRV_EINVAL ? rc
                                  : (int)TSRV_OK; /* as the end of a stream that is waited for */
     }
-    if (handling) {
-        stream->flags &= ~TSRVI_WAIT_WAKE;
+    if (loop->handling == stream) {
+        return tsrvi_wake_note(stream, timeout_ms, due_ms);
     }
-    if (handling && (stream->flags & TSRVI_IN_WAKE) == 0) {
-        stream->wake_ms = tsrvi_due_ms(loop, due);
-    }
-    if (handling && timeout_ms != 0 && --loop->budget < 0) {
-        stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
-        tsrvi_stream_later(stream, TSRVI_CALL);
-        return TSRV_EAGAIN;
-    }
-    if (tsrvi_stream_take_wake(stream)) {
-        stream->flags &= ~TSRVI_IN_WAKE;
+    if (tsrvi_is(stream, TSRVI_WOKEN)) {
+        tsrvi_clear(stream, TSRVI_WOKEN);
         return TSRV_OK;
     }
-    if (loop->co != NULL) {
-        if (timeout_ms == 0) {
-            return TSRV_ETIMEOUT;
-        }
-        rc = tsrvi_gone(tsrvi_stream_await(stream, TSRVI_FOR_WAKE, due));
-        return rc == TSRV_ECLOSED ? TSRV_OK : rc;
-    }
-    if (!handling) {
-        return timeout_ms == 0 ? TSRV_ETIMEOUT : TSRV_EAGAIN;
-    }
-    if (timeout_ms == 0 || tsrvi_earlier(tsrvi_ms_due(loop, stream->wake_ms),
-                                         tsrvi_stream_deadline(stream)) <= loop->now) {
-        stream->flags &= ~TSRVI_IN_WAKE;
+    if (timeout_ms == 0) {
         return TSRV_ETIMEOUT;
     }
-    stream->flags |= TSRVI_WAIT_WAKE | TSRVI_IN_WAKE;
-    return TSRV_EAGAIN;
+    if (loop->co == NULL) {
+        return TSRV_EAGAIN;
+    }
+    wait.due_ms = due_ms;
+    rc = tsrvi_stream_wait(stream, &wait, TSRVI_FOR_WAKE);
+    return rc == TSRV_ECLOSED && !tsrvi_stream_finished(stream) ? (int)TSRV_OK : rc;
+}
+
+TSRV_API int tsrv_wait(tsrv_stream *stream, int timeout_ms)
+{
+    return TSRVI_CHECKED(stream, tsrvi_wake_wait(stream, timeout_ms));
 }
 
 TSRV_API void *tsrv_data(tsrv_stream *stream)
@@ -9943,7 +10076,7 @@ TSRV_API void tsrv_set_handler(tsrv_stream *stream, tsrv_handler handler)
 
 TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on)
 {
-    if (stream->io.fd < 0) {
+    if (stream->phase == TSRVI_CLOSED) {
         return TSRV_ECLOSED;
     }
     return stream->peer.family == AF_UNIX
@@ -9953,29 +10086,19 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on)
 
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
 {
+    if ((stream->own.kinds & TSRVI_FOR_READ) != 0) {
+        tsrvi_own_set(stream, TSRVI_IN_READ); /* which began before, without a limit */
+    }
     stream->read_ms = read_ms;
     stream->write_ms = write_ms;
 }
-
-/* Calls that wait already are limited too; those that a later deadline lets go on look again when
- * the earlier one has come. */
+/* Calls that wait already are limited too. */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
 {
+    tsrv_loop *loop = tsrvi_loop_of(stream);
     stream->deadline_ms =
-        delay_ms <= 0 ? 0
-                      : tsrvi_due_ms(tsrvi_loop_of(stream), tsrvi_after(tsrvi_clock(), delay_ms));
-    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
-        if ((waiter->kind & (TSRVI_FOR_READ | TSRVI_FOR_WAKE | TSRVI_FOR_FLUSH)) != 0) {
-            tsrvi_co_limit(waiter->co, tsrvi_stream_deadline(stream));
-        }
-    }
-    if ((stream->flags & TSRVI_WAITS) != 0) {
-        if ((stream->flags & TSRVI_WAIT_READ) != 0 && (stream->flags & TSRVI_IN_READ) == 0) {
-            stream->flags |= TSRVI_IN_READ;
-            stream->read_due = tsrvi_stream_read_due(stream);
-        }
-        tsrvi_stream_arm(stream);
-    }
+        delay_ms <= 0 ? 0 : tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), delay_ms));
+    tsrvi_stream_soon(stream);
 }
 
 TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address)
@@ -9987,8 +10110,9 @@ TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address)
 
 TSRV_API int tsrv_local_address(tsrv_stream *stream, tsrv_address *address)
 {
-    return stream->io.fd < 0 ? TSRV_ECLOSED
-                             : tsrvi_address_get(stream->io.fd, tsrvi_getsockname, address);
+    return stream->phase == TSRVI_CLOSED
+               ? TSRV_ECLOSED
+               : tsrvi_address_get(stream->io.fd, tsrvi_getsockname, address);
 }
 
 TSRV_API int tsrv_fd(tsrv_stream *stream)
@@ -9998,21 +10122,18 @@ TSRV_API int tsrv_fd(tsrv_stream *stream)
 
 TSRV_API int tsrv_error(tsrv_stream *stream)
 {
-    if (stream->killed != 0 && stream->killed != TSRV_ECLOSED) {
-        return stream->killed;
+    if (stream->end != 0 && stream->end != TSRV_ECLOSED) {
+        return stream->end;
     }
     if (stream->in_end != 0 && stream->in_end != TSRV_EOF) {
         return stream->in_end;
     }
-    if (stream->out_end == TSRV_ECLOSED) {
-        return TSRV_OK;
-    }
-    return stream->out_end;
+    return stream->out_end == TSRV_ECLOSED ? (int)TSRV_OK : stream->out_end;
 }
 
 TSRV_API size_t tsrv_unread_size(tsrv_stream *stream)
 {
-    return tsrvi_chunk_size(stream->in);
+    return tsrvi_buffer_size(stream->in);
 }
 
 TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream)
@@ -10027,12 +10148,72 @@ TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream)
 
 TSRV_API bool tsrv_stopping(tsrv_stream *stream)
 {
-    return (stream->flags & TSRVI_DRAINING) != 0;
+    return tsrvi_is(stream, TSRVI_DRAINING);
 }
 
 TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream)
 {
     return tsrvi_loop_of(stream);
+}
+/* ============================================================================
+ * >>tls_stream  TLS, as a program asks for it
+ * ==========================================================================*/
+
+TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name)
+{
+    int rc = tsrvi_write_state(stream);
+    rc = rc < 0 ? rc : tsrvi_stream_in_end(stream);
+    if (rc < 0) {
+        return rc;
+    }
+    if (stream->session != NULL || tls == NULL || (server_name == NULL && !tsrvi_tls_serves(tls))) {
+        return TSRV_EINVAL;
+    }
+    if (((stream->kinds | stream->own.kinds) & (TSRVI_FOR_READ | TSRVI_FOR_LENT)) != 0) {
+        return TSRV_EBUSY;
+    }
+    if (tsrvi_buffer_size(stream->in) != 0) {
+        tsrvi_tls_log(stream, "plaintext came behind the command that starts TLS, as in a STARTTLS "
+                              "injection: refused");
+        return TSRV_ETLS;
+    }
+    if ((rc = tsrvi_tls_begin(stream, tls, server_name)) < 0) {
+        return rc;
+    }
+    if (server_name != NULL) {
+        tsrvi_stream_shake(stream); /* the client speaks first */
+    }
+    tsrvi_stream_soon(stream);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_wait wait;
+    int rc = stream->end;
+    if (rc == TSRV_OK && stream->session == NULL) {
+        return TSRV_EINVAL;
+    }
+    if (rc == TSRV_OK && tsrvi_is(stream, TSRVI_SHAKING)) {
+        if ((rc = tsrvi_write_broken(stream)) < 0) {
+            return rc; /* nothing more can be said to the peer */
+        }
+        if (loop->handling == stream && tsrvi_ms_is_past(loop, stream->deadline_ms)) {
+            return TSRV_ETIMEOUT;
+        }
+        if (loop->co == NULL) {
+            stream->own.kinds =
+                (uint8_t)(stream->own.kinds | (loop->handling == stream ? TSRVI_FOR_SECURE : 0));
+            return TSRV_EAGAIN;
+        }
+        wait.due_ms = 0;
+        rc = tsrvi_stream_wait(stream, &wait, TSRVI_FOR_SECURE);
+    }
+    return rc < 0                       ? rc
+           : stream->end != 0           ? stream->end
+           : tsrvi_tls_is_ready(stream) ? (int)TSRV_OK
+                                        : stream->in_end;
 }
 
 #if TSRVI_HAS_TLS
@@ -10040,40 +10221,43 @@ TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream)
 {
     const unsigned char *name = NULL;
     unsigned size = 0;
-    if (stream->tls == NULL) {
+    if (stream->session == NULL) {
         return "";
     }
-    SSL_get0_alpn_selected(stream->tls->ssl, &name, &size);
-    size = size >= sizeof(stream->tls->alpn) ? (unsigned)sizeof(stream->tls->alpn) - 1 : size;
+    SSL_get0_alpn_selected(tsrvi_tls_of(stream)->ssl, &name, &size);
+    size = size >= sizeof(tsrvi_tls_of(stream)->alpn)
+               ? (unsigned)sizeof(tsrvi_tls_of(stream)->alpn) - 1
+               : size;
     if (size != 0) {
-        memcpy(stream->tls->alpn, name, size);
+        memcpy(tsrvi_tls_of(stream)->alpn, name, size);
     }
-    stream->tls->alpn[size] = 0;
-    return stream->tls->alpn;
+    tsrvi_tls_of(stream)->alpn[size] = 0;
+    return tsrvi_tls_of(stream)->alpn;
 }
 
 TSRV_API const char *tsrv_tls_server_name(tsrv_stream *stream)
 {
-    const char *name = stream->tls == NULL
-                           ? NULL
-                           : SSL_get_servername(stream->tls->ssl, TLSEXT_NAMETYPE_host_name);
+    const char *name = stream->session == NULL ? NULL
+                                               : SSL_get_servername(tsrvi_tls_of(stream)->ssl,
+                                                                    TLSEXT_NAMETYPE_host_name);
     return name == NULL ? "" : name;
 }
 
 TSRV_API const char *tsrv_tls_version(tsrv_stream *stream)
 {
-    return stream->tls == NULL || !stream->tls->established ? ""
-                                                            : SSL_get_version(stream->tls->ssl);
+    return stream->session == NULL || !tsrvi_tls_of(stream)->established
+               ? ""
+               : SSL_get_version(tsrvi_tls_of(stream)->ssl);
 }
 
 TSRV_API void *tsrv_tls_native(tsrv_stream *stream)
 {
-    return stream->tls == NULL ? NULL : stream->tls->ssl;
+    return stream->session == NULL ? NULL : tsrvi_tls_of(stream)->ssl;
 }
 
 TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
 {
-    tsrvi_tls *tls = stream->tls;
+    tsrvi_tls *tls = stream->session == NULL ? NULL : tsrvi_tls_of(stream);
     X509 *certificate;
     unsigned char *der = NULL;
     int size;
@@ -10129,8 +10313,9 @@ TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
     return TSRV_ENOTSUP;
 }
 #endif
-
-/* ---- the handler -----------------------------------------------------------*/
+/* ============================================================================
+ * >>handler  The handler: when it is called, and what its return means
+ * ==========================================================================*/
 
 /* Ends that are everyday life of a server and not worth a log line. */
 static bool tsrvi_code_is_quiet(int code)
@@ -10157,81 +10342,75 @@ static void tsrvi_stream_log_end(const tsrv_stream *stream, int rc)
 /* The handler is done for good. */
 static void tsrvi_stream_over(tsrv_stream *stream, int rc)
 {
-    if (stream->server->options.mode == TSRV_CALLBACK) {
-        TSRV_FREE(stream->u.partial);
+    if (stream->state != TSRVI_RUNNING) {
+        tsrvi_wait_remove(stream, &stream->own);
     }
-    stream->u.result = rc;
-    stream->flags |= TSRVI_OVER;
-    stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS);
+    tsrvi_partial_free(stream);
+    stream->own.kinds = 0;
+    tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
+    stream->own.u.result = rc;
+    stream->state = TSRVI_OVER;
     if (!tsrvi_code_is_quiet(rc)) {
         tsrvi_stream_log_end(stream, rc);
     }
     if (stream->in != NULL) {
-        tsrvi_chunk_release(stream->in);
+        tsrvi_buffer_release(stream->in);
     }
-    tsrv_close(stream);
     tsrvi_stream_close(stream);
-    if (tsrvi_stream_finished(stream)) {
-        tsrvi_stream_later(stream, 0);
-    }
 }
 
 /* How the stream has ended for a handler that waits for more input; 0 = it has not. After a reset
  * no more is received into a buffer that is full. */
 static int tsrvi_stream_ended(const tsrv_stream *stream)
 {
-    if (stream->killed != 0) {
-        return stream->killed;
+    if (stream->end != 0) {
+        return stream->end;
     }
-    if (stream->in_end == 0 && stream->out_end != TSRV_ECLOSED &&
-        tsrvi_chunk_size(stream->in) >= stream->server->options.max_buffer_size) {
+    if (tsrvi_stream_in_end(stream) == 0 && stream->out_end != TSRV_ECLOSED &&
+        tsrvi_buffer_size(stream->in) >= stream->server->options.max_buffer_size) {
         return stream->out_end;
     }
-    return stream->in_end;
+    return tsrvi_stream_in_end(stream);
 }
 
 /* The handler returned TSRV_EAGAIN: what will call it again? TSRV_EAGAIN = something will; else
  * what it counts as. */
 static int tsrvi_stream_keep(tsrv_stream *stream)
 {
-    int ended;
-    if ((stream->flags & TSRVI_WAITS) != 0) {
-        if ((stream->flags & TSRVI_CALL) != 0) {
-            tsrvi_stream_later(stream, TSRVI_CALL);
+    int kinds = stream->own.kinds, ended;
+    if (TSRVI_UNLIKELY(kinds == 0)) {
+        ended = tsrvi_stream_ended(stream);
+        if (stream->end == 0 && (stream->own.facts & TSRVI_CONSUMED) != 0 &&
+            tsrvi_buffer_size(stream->in) != 0) {
+            kinds = TSRVI_FOR_TURN;
+        } else if (ended == 0) {
+            kinds = TSRVI_FOR_INPUT;
+            *tsrvi_own_need(stream) = tsrvi_buffer_size(stream->in) + 1;
+        } else if ((stream->own.facts & TSRVI_TOLD) == 0) {
+            kinds = TSRVI_FOR_TURN;
+        } else {
+            return ended;
         }
-        return TSRV_EAGAIN;
     }
-    stream->flags &= ~TSRVI_CALL; /* of a wait that is over */
-    ended = tsrvi_stream_ended(stream);
-    if (stream->killed == 0 && (stream->flags & TSRVI_CONSUMED) != 0 &&
-        tsrvi_chunk_size(stream->in) != 0) {
-        tsrvi_stream_later(stream, TSRVI_CALL);
-    } else if (ended == 0) {
-        stream->flags |= TSRVI_WAIT_INPUT;
-        if (stream->in != NULL) {
-            stream->in->need = 0; /* of a read that is not being repeated */
-        }
-    } else if ((stream->flags & TSRVI_TOLD) == 0) {
-        tsrvi_stream_later(stream, TSRVI_CALL);
-    } else {
-        return ended;
+    stream->state = TSRVI_WAITING;
+    tsrvi_wait_add(stream, &stream->own, kinds);
+    tsrvi_stream_soon(stream); /* it may have been resumed by something else than the stream */
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_WOKEN)) && (kinds & TSRVI_FOR_WAKE) != 0) {
+        tsrvi_clear(stream, TSRVI_WOKEN);
+        stream->own.woken = true; /* by itself, behind its tsrv_wait */
     }
     return TSRV_EAGAIN;
 }
 
 static void tsrvi_stream_returned(tsrv_stream *stream, int rc)
 {
-    stream->flags &= ~TSRVI_RUNNING;
     if (rc == TSRV_EAGAIN) {
         rc = tsrvi_stream_keep(stream);
     }
-    if (rc != TSRV_EAGAIN) {
+    if (rc == TSRV_EAGAIN) {
+        tsrvi_input_release(stream);
+    } else {
         tsrvi_stream_over(stream, rc);
-        return;
-    }
-    tsrvi_stream_release(stream);
-    if ((stream->flags & TSRVI_DIRTY) == 0) {
-        tsrvi_stream_rest(stream); /* else the flush that follows does it */
     }
 }
 
@@ -10243,161 +10422,63 @@ static void tsrvi_stream_main(void *context)
     int rc;
     tsrvi_peer_load(&stream->peer, &address);
     rc = stream->handler(stream, &address, stream->server->options.context);
-    stream->u.co = NULL;
     tsrvi_stream_returned(stream, rc);
 }
 
-/* A callback-mode handler is about to be called: its first read may be a quick one too, if nothing
- * is pending. For that the byte at hand is put where a slice's terminator would have saved it. */
-static void tsrvi_stream_prime(tsrv_stream *stream)
-{
-    tsrvi_chunk *chunk = stream->in;
-    tsrvi_loop_of(stream)->quick = NULL;
-    if (chunk != NULL && stream->u.partial == NULL && stream->waiters == NULL &&
-        stream->killed == 0 && chunk->scanned == 0 &&
-        (stream->flags & (TSRVI_IN_READ | TSRVI_IN_WAKE)) == 0 &&
-        !tsrvi_stream_above_mark(stream)) {
-        tsrvi_chunk_release(chunk);
-        chunk->need = 0;
-        chunk->saved = tsrvi_chunk_data(chunk)[chunk->begin];
-        chunk->held = true;
-        tsrvi_read_prime(stream);
-    }
-}
-
-/* Call the handler; from the loop only. Returns TSRV_OK, or why that was not possible: then the
- * stream has ended. */
-static int tsrvi_stream_call(tsrv_stream *stream)
+/* In callback mode it is a call. */
+static void tsrvi_stream_call_back(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc;
+    if (loop->addressed != stream) {
+        tsrvi_peer_load(&stream->peer, &loop->address);
+        loop->addressed = stream;
+    }
+    loop->handling = stream;
+    loop->budget = TSRVI_BUDGET;
+    loop->written = 0;
+    rc = stream->handler(stream, &loop->address, stream->server->options.context);
+    loop->handling = NULL;
+    tsrvi_stream_returned(stream, rc);
+}
+
+/* Call the handler, which waits no more; from the loop only. Returns TSRV_OK, or why that was not
+ * possible: then the stream has ended. */
+static int tsrvi_stream_call(tsrv_stream *stream)
+{
     const tsrv_server_options *options = &stream->server->options;
     int rc;
-    if ((stream->flags & (TSRVI_OVER | TSRVI_RUNNING)) != 0) {
-        return TSRV_OK;
+#ifdef TSRV_DEBUG
+    tsrvi_debug_call(stream);
+#endif
+    tsrvi_wait_remove(stream, &stream->own);
+    stream->state = TSRVI_RUNNING;
+    tsrvi_own_clear(stream, TSRVI_CONSUMED);
+    if (TSRVI_UNLIKELY(stream->own.woken)) {
+        stream->own.woken = false;
+        tsrvi_set(stream, TSRVI_WOKEN); /* for the tsrv_wait that is repeated now */
     }
-    stream->flags &= ~(TSRVI_CALL | TSRVI_WAITS | TSRVI_CONSUMED);
-    if ((stream->killed | stream->in_end | stream->out_end) != 0 &&
+    if (TSRVI_UNLIKELY((stream->end | stream->in_end | stream->out_end |
+                        (stream->flags & TSRVI_FEIGNED)) != 0) &&
         tsrvi_stream_ended(stream) != 0) {
-        stream->flags |= TSRVI_TOLD;
+        tsrvi_own_set(stream, TSRVI_TOLD);
     }
-    if (options->mode == TSRV_CALLBACK) {
-        stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
-        tsrvi_peer_load(&stream->peer, &loop->address);
-        loop->handling = stream;
-        loop->budget = TSRVI_BUDGET;
-        loop->written = 0;
-        tsrvi_stream_prime(stream);
-        rc = stream->handler(stream, &loop->address, options->context);
-        loop->handling = NULL;
-        loop->quick = NULL;
-        tsrvi_stream_returned(stream, rc);
-    } else if ((rc = tsrvi_co_new(loop, options->stack_size, tsrvi_stream_main, stream,
-                                  &stream->u.co)) < 0) {
-        tsrvi_stream_kill(stream, rc);
-        tsrvi_stream_over(stream, TSRV_ECLOSED); /* which is not logged for every one of them */
-        return rc;
+    if (options->mode == TSRV_COROUTINE) {
+        rc = tsrvi_co_new(tsrvi_loop_of(stream), options->stack_size, tsrvi_stream_main, stream,
+                          &stream->own.u.co);
+        if (rc < 0) {
+            tsrvi_stream_kill(stream, rc);
+            tsrvi_stream_over(stream, TSRV_ECLOSED); /* which is not logged for every one of them */
+            return rc;
+        }
+    }
+    tsrvi_own_set(stream, TSRVI_ENTERED);
+    if (options->mode == TSRV_COROUTINE) {
+        tsrvi_co_resume(stream->own.u.co);
     } else {
-        stream->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
-        tsrvi_co_resume(stream->u.co);
-    }
-    if (tsrvi_stream_shakes_hands(stream) && (stream->flags & TSRVI_DIRTY) == 0) {
-        tsrvi_stream_rest(stream); /* the handshake goes on whatever the handler waits for */
+        tsrvi_stream_call_back(stream);
     }
     return TSRV_OK;
-}
-
-/* ---- events, timer, task ---------------------------------------------------*/
-
-/* Input for the callback-mode handler's read. It is called when the read can get further. */
-static void tsrvi_stream_feed_handler(tsrv_stream *stream)
-{
-    tsrvi_partial *partial =
-        stream->server->options.mode == TSRV_CALLBACK ? stream->u.partial : NULL;
-    size_t got;
-    if (TSRVI_UNLIKELY(stream->in != NULL && stream->in->held)) {
-        got =
-            1; /* another coroutine has a slice of the buffer, which ends with this call's reads */
-    } else if (partial != NULL && partial->into != NULL && partial->done < partial->size &&
-               tsrvi_chunk_size(stream->in) == 0) {
-        got = tsrvi_stream_receive(stream, partial->into + partial->done,
-                                   partial->size - partial->done);
-        partial->done += got;
-        got = partial->done == partial->size ? got : 0;
-    } else {
-        got = tsrvi_stream_receive(stream, NULL, 0);
-        got = stream->in != NULL && tsrvi_chunk_size(stream->in) < stream->in->need ? 0 : got;
-    }
-    if (got != 0 || stream->in_end != 0 || stream->killed != 0) {
-        tsrvi_stream_call(stream);
-    }
-}
-
-static inline TSRVI_INLINE void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
-{
-    tsrvi_waiter *waiter = tsrvi_stream_waiter(stream, TSRVI_FOR_READ);
-    int rc;
-    if (tsrvi_stream_shakes_hands(stream) || tsrvi_stream_closes_after_handshake(stream)) {
-        tsrvi_stream_handshake(stream);
-        if (!stream->tls->established && stream->in_end == 0) {
-            return;
-        }
-    }
-    if ((stream->flags & TSRVI_LINGER) != 0) {
-        tsrvi_stream_linger(stream);
-    } else if (waiter != NULL && tsrvi_co_waits(waiter->co)) {
-        if (stream->in_end == 0) { /* else the handshake has failed */
-            tsrvi_read_receive(stream, waiter->read);
-        }
-        rc = tsrvi_read_attempt(stream, waiter->read);
-        if (rc != TSRV_EAGAIN) {
-            tsrvi_co_wake_now(waiter->co, rc);
-        }
-    } else if (waiter != NULL || (stream->flags & TSRVI_CALL) != 0) {
-        return; /* the reader is about to run, and takes what is there first */
-    } else if ((stream->flags & (TSRVI_WAIT_READ | TSRVI_WAIT_INPUT)) != 0 &&
-               tsrvi_stream_wants_input(stream)) {
-        tsrvi_stream_feed_handler(stream);
-    } else {
-        tsrvi_stream_look(stream, hangup);
-        tsrvi_stream_interest(stream, true, hangup);
-    }
-}
-
-static void tsrvi_stream_event(tsrvi_io *io, int events)
-{
-    tsrv_stream *stream = TSRVI_CONTAINER(io, tsrv_stream, io);
-    if ((events & TSRV_WRITABLE) != 0 && (stream->flags & TSRVI_BLOCKED) != 0) {
-        stream->flags &= ~TSRVI_BLOCKED;
-        tsrvi_stream_flush(stream);
-    }
-    if ((events & TSRV_READABLE) != 0 && stream->io.fd >= 0) {
-        tsrvi_stream_readable(stream, (events & TSRVI_HANGUP) != 0);
-    }
-    if ((stream->flags & TSRVI_DIRTY) == 0) {
-        tsrvi_stream_rest(stream);
-    }
-}
-
-static void tsrvi_stream_timer(tsrvi_timer *timer)
-{
-    tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
-    uint64_t now = tsrvi_loop_of(stream)->now, due;
-    if ((stream->flags & TSRVI_LINGER) != 0 && stream->out_due <= now) {
-        tsrvi_stream_close_fd(stream);
-    } else if (tsrvi_stream_handshake_due(stream) <= now) {
-        stream->server->stats->handshakes_failed++;
-        tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
-    } else if ((stream->flags & TSRVI_BLOCKED) != 0 && stream->out_due <= now) {
-        tsrvi_stream_kill(stream, stream->out_end == TSRV_ETLS ? TSRV_ETLS : TSRV_ETIMEOUT);
-    }
-    /* There is one timer for all: what is not due yet needs it again, whatever this was for. */
-    due = tsrvi_stream_wait_due(stream);
-    if (due <= now) {
-        tsrvi_stream_wake_handler(
-            stream, TSRVI_WAITS); /* the call that it repeats finds that its time is over */
-        due = TSRVI_FOREVER;
-    }
-    tsrvi_stream_arm_at(stream, tsrvi_earlier(due, tsrvi_stream_own_due(stream)));
 }
 
 /* Count an end under its reason. */
@@ -10416,33 +10497,30 @@ static void tsrvi_stream_count_end(tsrv_stats *stats, int reason)
     }
 }
 
-/* The stream's descriptor is closed and its handler has returned: tell on_close, and free it. */
+/* The stream's descriptor is closed, its handler has returned, and nobody waits: tell on_close, and
+ * free it. */
 static void tsrvi_stream_finish(tsrv_stream *stream)
 {
     tsrv_server *server = stream->server;
     tsrv_loop *loop = server->loop;
-    int reason = tsrv_error(stream) != TSRV_OK ? tsrv_error(stream) : stream->u.result;
-    for (tsrvi_waiter *waiter = stream->waiters; waiter != NULL; waiter = waiter->next) {
-        waiter->stream = NULL;
-        tsrvi_co_wake(waiter->co, TSRV_ECLOSED);
-    }
-    stream->waiters = NULL;
+    int reason = tsrv_error(stream) != TSRV_OK ? tsrv_error(stream) : stream->own.u.result;
     tsrvi_stream_count_end(server->stats, reason);
     tsrvi_heap_remove(&loop->heap, &stream->timer);
     loop->heap.reserved--;
     loop->active--;
-    tsrvi_stream_drop_input(stream);
-    if ((stream->flags & TSRVI_ENTERED) != 0 && server->options.on_close != NULL) {
+    if (stream->in != NULL) {
+        tsrvi_input_drop(stream);
+    }
+    if ((stream->own.facts & TSRVI_ENTERED) != 0 && server->options.on_close != NULL) {
         loop->parting = stream;
         server->options.on_close(stream, reason, server->options.context);
         loop->parting = NULL;
     }
     loop->limited = loop->limited == stream ? NULL : loop->limited;
+    loop->addressed = loop->addressed == stream ? NULL : loop->addressed;
     server->drained += server->draining && !server->forced;
-    if (stream->peer.family == AF_UNIX) {
-        TSRV_FREE(stream->peer.u.whole);
-    }
-    tsrvi_tls_end(stream->tls);
+    tsrvi_peer_free(&stream->peer);
+    tsrvi_transport_free(stream);
     tsrvi_list_remove(&stream->link);
     TSRV_FREE(stream);
     if (tsrvi_list_empty(&server->streams) && (server->freed || server->draining)) {
@@ -10450,118 +10528,513 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     }
 }
 
-/* The stream's task: from `soon` it sends what was written; from `ready` it also calls the handler,
- * or finishes. */
+/* ============================================================================
+ * >>settle  What follows from facts
+ * ==========================================================================*/
+
+/* ---- when is a wait over? --------------------------------------------------*/
+
+/* Can a read get further that needs so many unread bytes? */
+static inline TSRVI_INLINE bool tsrvi_read_is_over(const tsrv_stream *stream, size_t need)
+{
+    return tsrvi_buffer_size(stream->in) >= need || stream->in_end != 0 ||
+           tsrvi_is(stream, TSRVI_FEIGNED);
+}
+
+static bool tsrvi_own_is_over(const tsrv_stream *stream)
+{
+    const tsrvi_wait *own = &stream->own;
+    if ((own->kinds & TSRVI_FOR_READ) != 0 && !tsrvi_stream_above_mark(stream) &&
+        ((own->facts & TSRVI_PARTLY) == 0
+             ? tsrvi_read_is_over(stream, own->u.need)
+             : tsrvi_read_is_over(stream, own->u.partial->done == own->u.partial->size ? 0 : 1))) {
+        return true;
+    }
+    if ((own->kinds & TSRVI_FOR_INPUT) == 0) {
+        return false;
+    }
+    return tsrvi_buffer_size(stream->in) >=
+               ((own->facts & TSRVI_PARTLY) != 0 ? own->u.partial->need : own->u.need) ||
+           tsrvi_stream_ended(stream) != 0;
+}
+
+static bool tsrvi_lending_is_over(const tsrvi_wait *wait)
+{
+    const tsrvi_buffer *lent = &TSRVI_CONTAINER(wait, tsrvi_lending, wait)->buffer;
+    return lent->kind == TSRVI_DROPPED || lent->begin == lent->end;
+}
+
+/* By its facts; its time may be over, too. */
+static inline TSRVI_INLINE bool tsrvi_wait_is_over(const tsrv_stream *stream,
+                                                   const tsrvi_wait *wait)
+{
+    int kinds = wait->kinds;
+    if (TSRVI_LIKELY(kinds == TSRVI_FOR_READ && wait != &stream->own)) {
+        return stream->end != 0 ||
+               tsrvi_read_is_over(stream, TSRVI_CONTAINER(wait, tsrvi_read, wait)->need);
+    }
+    return (stream->end != 0 && kinds != TSRVI_FOR_WAKE) ||
+           ((kinds & TSRVI_FOR_OUTPUT) != 0 && tsrvi_stream_output_failed(stream)) ||
+           (kinds & TSRVI_FOR_TURN) != 0 ||
+           ((kinds & TSRVI_FOR_WAKE) != 0 && (wait->woken || tsrvi_stream_finished(stream))) ||
+           ((kinds & TSRVI_FOR_ROOM) != 0 && !tsrvi_stream_above_mark(stream)) ||
+           ((kinds & TSRVI_FOR_SENT) != 0 && stream->unsent == 0) ||
+           ((kinds & TSRVI_FOR_LENT) != 0 && tsrvi_lending_is_over(wait)) ||
+           ((kinds & TSRVI_FOR_SECURE) != 0 && !tsrvi_is(stream, TSRVI_SHAKING)) ||
+           (wait == &stream->own && tsrvi_own_is_over(stream));
+}
+
+/* When its time is over; 0 = never. */
+static inline TSRVI_INLINE uint32_t tsrvi_wait_due(const tsrv_stream *stream,
+                                                   const tsrvi_wait *wait)
+{
+    uint32_t due_ms = 0;
+    if ((wait->kinds & TSRVI_FOR_READ) != 0) {
+        due_ms = tsrvi_read_limit(stream, wait->due_ms);
+    }
+    if ((wait->kinds & TSRVI_FOR_WAKE) != 0) {
+        due_ms =
+            tsrvi_ms_earlier(due_ms, wait == &stream->own ? stream->wake_due_ms : wait->due_ms);
+    }
+    if ((wait->kinds & (TSRVI_FOR_WAKE | TSRVI_FOR_SENT | TSRVI_FOR_SECURE)) != 0) {
+        due_ms = tsrvi_ms_earlier(due_ms, stream->deadline_ms);
+    }
+    return due_ms;
+}
+
+/* What the call of a coroutine, other than a read, returns when its wait is over; TSRV_EAGAIN = it
+ * waits on. */
+static int tsrvi_wait_result(tsrv_stream *stream, tsrvi_wait *wait)
+{
+    switch (wait->kinds) {
+    case TSRVI_FOR_WAKE:
+        return wait->woken || tsrvi_stream_finished(stream) ? TSRV_OK : TSRV_EAGAIN;
+    case TSRVI_FOR_TURN: /* how the output has ended is no news for who only lets others run */
+        return stream->end;
+    case TSRVI_FOR_SENT: /* TSRV_OK stays so if the stream is closed before this turn comes */
+        if (stream->unsent == 0 && !tsrvi_is(stream, TSRVI_LOST)) {
+            return TSRV_OK;
+        }
+        break;
+    case TSRVI_FOR_LENT:
+        if (TSRVI_CONTAINER(wait, tsrvi_lending, wait)->buffer.kind == TSRVI_LENT &&
+            tsrvi_lending_is_over(wait)) {
+            return TSRV_OK;
+        }
+        break;
+    default:
+        break;
+    }
+    return tsrvi_write_broken(stream) != TSRV_OK ? tsrvi_write_broken(stream)
+           : tsrvi_wait_is_over(stream, wait)    ? (int)TSRV_OK
+                                                 : (int)TSRV_EAGAIN;
+}
+
+/* End a wait, if it is over: resume the coroutine, or call the handler. Returns whether it was. */
+static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *wait)
+{
+    tsrvi_co *co = wait->u.co;
+    int rc;
+    bool late = !tsrvi_wait_is_over(stream, wait);
+    if (late && !tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait))) {
+        return false;
+    }
+    if (wait == &stream->own) {
+        tsrvi_stream_call(stream);
+        return true;
+    }
+    if (!tsrvi_co_waits(co)) {
+        return false; /* its loop is being freed, or a drain is over: it runs soon */
+    }
+    rc = TSRVI_LIKELY(wait->kinds == TSRVI_FOR_READ)
+             ? tsrvi_read_attempt(stream, TSRVI_CONTAINER(wait, tsrvi_read, wait))
+             : tsrvi_wait_result(stream, wait);
+    if (rc == TSRV_EAGAIN) {
+        if (!late && !tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait))) {
+            return false;
+        }
+        rc = TSRV_ETIMEOUT;
+    }
+    tsrvi_wait_remove(stream, wait);
+    tsrvi_co_wake_now(co, rc);
+    return true;
+}
+
+/* May a wait end now? Those for a turn, and those that a call has woken, end in a new one. */
+static inline TSRVI_INLINE bool tsrvi_wait_try(tsrv_stream *stream, tsrvi_wait *wait, bool turn)
+{
+    return (turn || ((wait->kinds & TSRVI_FOR_TURN) == 0 && !wait->woken)) &&
+           tsrvi_wait_end(stream, wait);
+}
+
+/* End the waits that are over, the oldest first, and the handler's last: it sees what the others
+ * have done. Waits that begin meanwhile are left for later. Returns whether there were any. */
+static inline TSRVI_INLINE bool tsrvi_stream_resume(tsrv_stream *stream, bool turn)
+{
+    tsrvi_wait **link = &stream->waits, *last = stream->waits, *wait;
+    bool any = false;
+    if (TSRVI_LIKELY(last->next == NULL)) {
+        return tsrvi_wait_try(stream, last, turn);
+    }
+    while (last->next != NULL) {
+        last = last->next;
+    }
+    do {
+        wait = *link;
+        if (wait != &stream->own && tsrvi_wait_try(stream, wait, turn)) {
+            any = true;
+        } else {
+            link = &wait->next;
+        }
+    } while (wait != last);
+    if (stream->state == TSRVI_NEW || stream->state == TSRVI_WAITING) {
+        any = tsrvi_wait_try(stream, &stream->own, turn) || any;
+    }
+    return any;
+}
+
+/* ---- drain -----------------------------------------------------------------*/
+
+/* Is somebody waiting in a read of which nothing has arrived, with nothing unread and nothing
+ * unsent? Not idle is a peer that sent something, or was accepted, within the last second: more of
+ * its message, or the next request of a busy client, may be on its way. */
+static bool tsrvi_stream_is_idle(const tsrv_stream *stream)
+{
+    return (stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT)) != 0 &&
+           !tsrvi_is(stream, TSRVI_PARTIAL | TSRVI_SHAKING | TSRVI_FEIGNED) &&
+           tsrvi_buffer_size(stream->in) == 0 && stream->unsent == 0 &&
+           !tsrvi_transport_holds(stream) && stream->phase < TSRVI_CLOSING &&
+           (stream->end | stream->in_end) == 0 &&
+           tsrvi_loop_of(stream)->now_ms - stream->fresh_ms >= TSRVI_FRESH_MS;
+}
+
+/* The server is being drained: an idle stream reads TSRV_EOF. */
+static TSRVI_APART void tsrvi_stream_drain(tsrv_stream *stream)
+{
+    int rc;
+    if (!tsrvi_stream_is_idle(stream)) {
+        return;
+    }
+    rc = tsrvi_transport_peek(stream);
+    if (rc == TSRV_EAGAIN && tsrvi_transport_is_empty(stream)) {
+        tsrvi_set(stream, TSRVI_FEIGNED);
+    } else if (rc != TSRV_OK && rc != TSRV_EAGAIN && rc != TSRV_EOF) {
+        tsrvi_stream_end_input(stream, rc); /* the kernel tells an error once */
+    }                                       /* else an event will tell the handler */
+    tsrvi_stream_soon(stream);
+}
+
+/* ---- settling --------------------------------------------------------------*/
+
+/* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
+ * be reported in every turn; readability stays asked for until it is known that there is input
+ * which nobody wants. A hang-up alone is asked for to hear of resets. */
+static inline TSRVI_INLINE void tsrvi_stream_agree(tsrv_stream *stream)
+{
+    int wanted = TSRVI_HANGUP, has = stream->io.interest, rc;
+    if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED)) {
+        return;
+    }
+    if (tsrvi_stream_wants_input(stream) ||
+        (stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED) &&
+         ((has & TSRV_READABLE) != 0 ||
+          ((stream->kinds & TSRVI_FOR_WAKE) != 0 && tsrvi_buffer_size(stream->in) == 0)))) {
+        wanted |= TSRV_READABLE;
+    }
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_BLOCKED))) {
+        wanted |= TSRV_WRITABLE;
+    }
+    if (TSRVI_LIKELY(wanted == has) || (wanted == TSRVI_HANGUP && has == 0)) {
+        return;
+    }
+    rc = tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, wanted);
+    if (rc < 0) {
+        tsrvi_stream_kill(stream, rc);
+    }
+}
+
+/* Is there something for the next turn? */
+static inline TSRVI_INLINE bool tsrvi_stream_is_due(const tsrv_stream *stream)
+{
+    if (TSRVI_UNLIKELY(stream->unsent != 0) && !tsrvi_is(stream, TSRVI_BLOCKED | TSRVI_SHAKING)) {
+        return true;
+    }
+    if (TSRVI_UNLIKELY(tsrvi_stream_finished(stream)) ||
+        (tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream))) {
+        return true;
+    }
+    for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
+        if (tsrvi_wait_is_over(stream, wait)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Have the timer fire at the earliest of the stream's times, lazily: one that fires too early looks
+ * again. A wait whose time is past ends in the next turn, so that a loop around it stops nobody. */
+static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    uint32_t due_ms = 0;
+    uint64_t due;
+    for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
+        due_ms = tsrvi_ms_earlier(due_ms, tsrvi_wait_due(stream, wait));
+    }
+    if (tsrvi_ms_is_past(loop, due_ms)) {
+        tsrvi_stream_later(stream);
+        due_ms = 0;
+    }
+    if (stream->phase == TSRVI_LINGER || tsrvi_is(stream, TSRVI_BLOCKED | TSRVI_SHAKING)) {
+        due_ms = tsrvi_ms_earlier(due_ms, stream->own_due_ms);
+    }
+    if (due_ms != 0) {
+        due = tsrvi_ms_due(loop, due_ms);
+        if (stream->timer.position == 0 || stream->timer.due > due) {
+            tsrvi_heap_set(&loop->heap, &stream->timer, due);
+        }
+    }
+}
+
+#ifdef TSRV_DEBUG
+/* What must hold of a stream whenever it has been settled. */
+static void tsrvi_stream_verify(const tsrv_stream *stream)
+{
+    uint64_t queued = 0;
+    uint8_t kinds = 0;
+    for (const tsrvi_buffer *buffer = stream->out; buffer != NULL; buffer = buffer->next) {
+        TSRV_ASSERT(buffer->begin < buffer->end && buffer->kind != TSRVI_DROPPED);
+        TSRV_ASSERT(buffer->next != NULL || stream->out->last == buffer);
+        TSRV_ASSERT(buffer->room <= buffer->capacity - buffer->end || buffer->kind != TSRVI_OWNED);
+        queued += tsrvi_buffer_size(buffer);
+    }
+    for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
+        TSRV_ASSERT(wait->kinds != 0);
+        TSRV_ASSERT(wait == &stream->own || (wait->kinds & (wait->kinds - 1)) == 0);
+        kinds = (uint8_t)(kinds | wait->kinds);
+    }
+    TSRV_ASSERT(queued <= stream->unsent && (stream->session != NULL || queued == stream->unsent));
+    TSRV_ASSERT(kinds == stream->kinds);
+    TSRV_ASSERT(tsrvi_is(stream, TSRVI_ENDED) ==
+                ((stream->end | stream->in_end | stream->out_end) != 0));
+    TSRV_ASSERT(tsrvi_is(stream, TSRVI_SESSION) == (stream->session != NULL));
+    TSRV_ASSERT((stream->phase == TSRVI_CLOSED) == (stream->io.fd < 0));
+    TSRV_ASSERT(stream->phase != TSRVI_CLOSED ||
+                (stream->unsent == 0 && stream->end != 0 && stream->io.interest == 0));
+    TSRV_ASSERT(stream->phase < TSRVI_CLOSING || stream->end != 0);
+    TSRV_ASSERT(stream->phase != TSRVI_SHUTTING || stream->out_end != 0);
+    TSRV_ASSERT((stream->phase != TSRVI_SHUT && stream->phase != TSRVI_LINGER) ||
+                (tsrvi_is(stream, TSRVI_FIN) && stream->unsent == 0));
+    TSRV_ASSERT(!tsrvi_is(stream, TSRVI_BLOCKED) || stream->unsent != 0);
+    TSRV_ASSERT(!tsrvi_is(stream, TSRVI_SHAKING) ||
+                (stream->session != NULL && stream->in_end == 0 && stream->phase < TSRVI_LINGER));
+    TSRV_ASSERT(!tsrvi_is(stream, TSRVI_FEIGNED) ||
+                (tsrvi_is(stream, TSRVI_DRAINING) && stream->in_end == 0));
+    TSRV_ASSERT((stream->state == TSRVI_NEW || stream->state == TSRVI_WAITING) ==
+                (stream->own.kinds != 0 && stream->state != TSRVI_RUNNING));
+    TSRV_ASSERT(stream->state != TSRVI_OVER || stream->phase >= TSRVI_CLOSING);
+    TSRV_ASSERT(stream->queued != TSRVI_IN_SETTLE && stream->queued != TSRVI_IN_SOON);
+    TSRV_ASSERT(stream->unsent == 0 || stream->queued != TSRVI_NOWHERE ||
+                tsrvi_is(stream, TSRVI_BLOCKED | TSRVI_SHAKING));
+    TSRV_ASSERT(!tsrvi_stream_finished(stream) || stream->queued == TSRVI_IN_READY);
+}
+#else
+static void tsrvi_stream_verify(const tsrv_stream *stream)
+{
+    (void)stream;
+}
+#endif
+
+/* Is there nothing more to see to? The common case: it waits for input, as before, without a limit.
+ */
+static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
+{
+    return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
+           !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
+           !tsrvi_read_is_timed(stream, stream->waits->due_ms);
+}
+
+/* The interest of the backend, the time, and what is left for the next turn. */
+static TSRVI_APART void tsrvi_stream_rest(tsrv_stream *stream)
+{
+    if (tsrvi_is(stream, TSRVI_DRAINING)) {
+        tsrvi_stream_drain(stream);
+    }
+    if (stream->end != 0 && stream->in != NULL && !stream->in->held) {
+        tsrvi_input_drop(stream);
+    }
+    tsrvi_stream_agree(stream);
+    if (stream->queued == TSRVI_IN_SETTLE) {
+        stream->queued = TSRVI_NOWHERE;
+    }
+    tsrvi_stream_arm(stream);
+    if (tsrvi_stream_is_due(stream)) {
+        tsrvi_stream_later(stream);
+    }
+    tsrvi_stream_verify(stream);
+}
+
+/* Bring a stream to rest after facts have been set.
+ *   resumes  waits that are over end now, else in the next turn
+ *   turn     see tsrvi_stream_resume */
+static inline TSRVI_INLINE void tsrvi_stream_settle(tsrv_stream *stream, bool resumes, bool turn)
+{
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_BORROWED))) {
+        tsrvi_clear(stream, TSRVI_BORROWED);
+        tsrvi_input_release(stream);
+    }
+    tsrvi_stream_send_on(stream);
+    if (resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn)) {
+        tsrvi_stream_send_on(stream);
+    }
+    if (TSRVI_LIKELY(tsrvi_stream_rests(stream)) && stream->queued == TSRVI_IN_SETTLE) {
+        stream->queued = TSRVI_NOWHERE;
+        tsrvi_stream_verify(stream);
+    } else {
+        tsrvi_stream_rest(stream);
+    }
+}
+
+/* ============================================================================
+ * >>event  What happens to a stream: events, time, turns; a new one
+ * ==========================================================================*/
+
+/* Receive straight into the memory that a read has brought. Returns what it has by then. */
+static TSRVI_APART size_t tsrvi_stream_feed_memory(tsrv_stream *stream, char *into, size_t size,
+                                                   size_t done)
+{
+    size_t got = done == size ? 0 : tsrvi_stream_receive_into(stream, into + done, size - done);
+    if (got != 0) {
+        tsrvi_set(stream, TSRVI_PARTIAL);
+    }
+    return done + got;
+}
+
+/* Receive for who waits for input: into the buffer, or straight into the memory that the read has
+ * brought. */
+static inline TSRVI_INLINE void tsrvi_stream_feed(tsrv_stream *stream, tsrvi_wait *wait)
+{
+    tsrvi_partial *partial;
+    if (TSRVI_LIKELY(wait != &stream->own)) {
+        tsrvi_read *read = TSRVI_CONTAINER(wait, tsrvi_read, wait);
+        if (TSRVI_LIKELY(read->into == NULL || stream->in != NULL)) {
+            tsrvi_stream_receive(stream);
+        } else {
+            read->done = tsrvi_stream_feed_memory(stream, read->into, read->size, read->done);
+            read->need = read->done == read->size ? 0 : 1;
+        }
+        return;
+    }
+    partial = (wait->kinds & TSRVI_FOR_READ) != 0 && (wait->facts & TSRVI_PARTLY) != 0
+                  ? wait->u.partial
+                  : NULL;
+    if (TSRVI_UNLIKELY(partial != NULL && partial->into != NULL && stream->in == NULL)) {
+        partial->done =
+            tsrvi_stream_feed_memory(stream, partial->into, partial->size, partial->done);
+    } else if (TSRVI_UNLIKELY(stream->in != NULL && stream->in->held)) {
+        *tsrvi_own_need(stream) =
+            0; /* another coroutine has a slice of it, which ends with the reads of the
+                             handler's next call */
+    } else {
+        tsrvi_stream_receive(stream);
+    }
+}
+
+/* Who waits for input most: a read, or else the handler. */
+static tsrvi_wait *tsrvi_stream_reader(const tsrv_stream *stream)
+{
+    int kind = (stream->kinds & TSRVI_FOR_READ) != 0 ? TSRVI_FOR_READ : TSRVI_FOR_INPUT;
+    tsrvi_wait *wait = stream->waits;
+    while ((wait->kinds & kind) == 0) {
+        wait = wait->next;
+    }
+    return wait;
+}
+
+static inline TSRVI_INLINE void tsrvi_stream_readable(tsrv_stream *stream, bool hangup)
+{
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SHAKING))) {
+        tsrvi_stream_shake(stream);
+        if (tsrvi_is(stream, TSRVI_SHAKING) || stream->in_end != 0 ||
+            stream->phase == TSRVI_CLOSED) {
+            return;
+        }
+    }
+    if (TSRVI_UNLIKELY((stream->kinds & TSRVI_FOR_TURN) != 0)) {
+        return; /* what is there is looked at first */
+    }
+    if (TSRVI_UNLIKELY(!tsrvi_stream_wants_input(stream))) {
+        tsrvi_stream_look(stream, hangup);
+    } else if (TSRVI_UNLIKELY(stream->phase == TSRVI_LINGER)) {
+        tsrvi_stream_linger(stream);
+    } else if (!tsrvi_wait_is_over(stream, tsrvi_stream_reader(stream))) {
+        tsrvi_stream_feed(stream, tsrvi_stream_reader(stream)); /* else it takes what is there */
+    }
+}
+
+static TSRVI_APART void tsrvi_stream_happens(tsrv_stream *stream, int events)
+{
+    if ((events & TSRV_WRITABLE) != 0 && tsrvi_is(stream, TSRVI_BLOCKED)) {
+        tsrvi_stream_send(stream, "", 0);
+    }
+    if ((events & TSRV_READABLE) != 0) {
+        tsrvi_stream_readable(stream, (events & TSRVI_HANGUP) != 0);
+    }
+}
+
+static void tsrvi_stream_event(tsrvi_io *io, int events)
+{
+    tsrv_stream *stream = TSRVI_CONTAINER(io, tsrv_stream, io);
+    if (stream->queued == TSRVI_NOWHERE) {
+        stream->queued = TSRVI_IN_SETTLE;
+    }
+    if (TSRVI_LIKELY(events == TSRV_READABLE && stream->kinds == TSRVI_FOR_READ &&
+                     stream->in == NULL && !tsrvi_is(stream, TSRVI_ODD))) {
+        tsrvi_stream_feed(stream, stream->waits);
+    } else {
+        tsrvi_stream_happens(stream, events);
+    }
+    tsrvi_stream_settle(stream, true, false);
+}
+
+static void tsrvi_stream_timer(tsrvi_timer *timer)
+{
+    tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
+    if (stream->queued == TSRVI_NOWHERE) {
+        stream->queued = TSRVI_IN_SETTLE;
+    }
+    if (tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->own_due_ms)) {
+        if (stream->phase == TSRVI_LINGER) {
+            tsrvi_stream_close_fd(stream);
+        } else if (tsrvi_is(stream, TSRVI_SHAKING)) {
+            stream->server->stats->handshakes_failed++;
+            tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
+        } else if (tsrvi_is(stream, TSRVI_BLOCKED)) {
+            tsrvi_stream_kill(stream, tsrvi_stream_output_failed(stream) ? stream->out_end
+                                                                         : (int)TSRV_ETIMEOUT);
+        }
+    }
+    tsrvi_stream_settle(stream, true, false);
+}
+
+/* The stream's task. */
 static void tsrvi_stream_run(tsrvi_task *task)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(task, tsrv_stream, task);
-    bool soon = (stream->flags & TSRVI_SOON) != 0;
-    stream->flags &= ~(TSRVI_SOON | TSRVI_READY);
-    if ((stream->flags & TSRVI_DIRTY) != 0) {
-        stream->flags &= ~TSRVI_DIRTY;
-        if (TSRVI_UNLIKELY((stream->flags & TSRVI_LENT) != 0)) {
-            stream->flags &= ~TSRVI_LENT;
-            tsrvi_stream_release(stream);
-        }
-        tsrvi_stream_flush(stream);
-        tsrvi_stream_rest(stream);
-    }
-    if ((stream->flags & (TSRVI_SOON | TSRVI_READY)) != 0) {
-        return; /* that has queued it again */
-    }
-    if (soon) {
-        if ((stream->flags & TSRVI_CALL) != 0 || tsrvi_stream_finished(stream) ||
-            tsrvi_stream_holds_more(stream)) {
-            tsrvi_stream_later(stream, 0);
-        }
-    } else if (tsrvi_stream_finished(stream)) {
+    bool turn = stream->queued == TSRVI_IN_READY;
+    stream->queued = TSRVI_IN_SETTLE;
+    if (turn && tsrvi_stream_finished(stream) && stream->waits == NULL) {
         tsrvi_stream_finish(stream);
-    } else if ((stream->flags & TSRVI_CALL) != 0) {
-        tsrvi_stream_call(stream);
-    } else if (tsrvi_stream_holds_more(stream)) {
-        tsrvi_stream_event(&stream->io, TSRV_READABLE);
+        return;
     }
+    if (turn && tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream)) {
+        tsrvi_stream_readable(stream, false);
+    }
+    tsrvi_stream_settle(stream, turn, turn);
 }
 
-/* From now on what goes over the stream's socket is TLS. What was written before goes as it is. */
-static int tsrvi_stream_secure(tsrv_stream *stream, const tsrv_tls *tls, const char *server_name)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    uint64_t due = tsrvi_after(loop->now, stream->server->options.handshake_timeout_ms);
-    int rc = tsrvi_tls_begin(tls, stream->io.fd, server_name, loop, due, &stream->tls);
-    if (rc < 0) {
-        return rc;
-    }
-    stream->tls->sealed = stream->out;
-    stream->tls->sealed_last = stream->out_last;
-    stream->tls->sealed_size = stream->unsent;
-    stream->tls->counted = stream->unsent;
-    stream->out = NULL;
-    stream->out_last = NULL;
-    stream->flags = (stream->flags | TSRVI_TLS) & ~TSRVI_FILES;
-    return TSRV_OK;
-}
-
-TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name)
-{
-    int rc = tsrvi_write_state(stream);
-    tsrvi_loop_of(stream)->quick = NULL;
-    if (rc == TSRV_OK) {
-        rc = stream->in_end;
-    }
-    if (rc < 0) {
-        return rc;
-    }
-    if (stream->tls != NULL || tls == NULL || (server_name == NULL && !tsrvi_tls_serves(tls))) {
-        return TSRV_EINVAL;
-    }
-    if (tsrvi_stream_waiter(stream, TSRVI_FOR_READ) != NULL ||
-        (stream->flags & (TSRVI_LOCKED | TSRVI_WAIT_READ)) != 0) {
-        return TSRV_EBUSY;
-    }
-    if (tsrvi_chunk_size(stream->in) != 0) {
-        tsrvi_stream_log_tls(stream, "plaintext came behind the command that starts TLS, as in a "
-                                     "STARTTLS injection: refused");
-        return TSRV_ETLS;
-    }
-    if ((rc = tsrvi_stream_secure(stream, tls, server_name)) < 0) {
-        return rc;
-    }
-    if (server_name != NULL) {
-        tsrvi_stream_handshake(stream); /* the client speaks first */
-    }
-    tsrvi_stream_soon(stream);
-    return TSRV_OK;
-}
-
-TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    int rc = stream->killed;
-    if (rc == TSRV_OK && stream->tls == NULL) {
-        return TSRV_EINVAL;
-    }
-    while (rc == TSRV_OK && tsrvi_stream_shakes_hands(stream)) {
-        if (loop->co == NULL && loop->handling != stream) {
-            return TSRV_EAGAIN;
-        }
-        if (loop->co == NULL && tsrvi_stream_deadline(stream) > loop->now) {
-            stream->flags |= TSRVI_WAIT_WAKE;
-            stream->wake_ms = 0;
-            return TSRV_EAGAIN;
-        }
-        rc = loop->co == NULL ? (int)TSRV_ETIMEOUT
-                              : tsrvi_stream_await(stream, TSRVI_FOR_HANDSHAKE, TSRVI_FOREVER);
-    }
-    if (rc < 0) {
-        return tsrvi_gone(rc);
-    }
-    return stream->killed != 0        ? stream->killed
-           : stream->tls->established ? (int)TSRV_OK
-                                      : stream->in_end;
-}
-
-/* A stream for a connected, non-blocking socket, which it takes over when it succeeds. */
+/* A stream for a connected, non-blocking socket, which it takes over when it succeeds. Its handler
+ * waits for its first turn. */
 static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *peer,
                             tsrv_stream **made)
 {
@@ -10588,20 +11061,20 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->timer.fire = tsrvi_stream_timer;
     stream->server = server;
     stream->handler = server->options.handle_stream;
-    stream->fresh = tsrvi_tick(loop);
+    stream->fresh_ms = loop->now_ms;
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
     if (tsrvi_no_sigpipe(fd) < 0) {
+        tsrvi_set(stream, TSRVI_ENDED);
         stream->out_end = -EPIPE; /* it is over already, which a send would raise the signal for */
     }
     if (server->options.tls != NULL &&
-        (rc = tsrvi_stream_secure(stream, server->options.tls, NULL)) < 0) {
-        if (stream->peer.family == AF_UNIX) {
-            TSRV_FREE(stream->peer.u.whole);
-        }
+        (rc = tsrvi_tls_begin(stream, server->options.tls, NULL)) < 0) {
+        tsrvi_peer_free(&stream->peer);
         TSRV_FREE(stream);
         loop->heap.reserved--;
         return rc;
     }
+    tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
     tsrvi_list_append(&server->streams, &stream->link);
     server->stats->accepted++;
     server->stats->open++;
@@ -10612,32 +11085,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 }
 
 /* ============================================================================
- * >>server  Listeners, accepting
- *
- * A listener is level-triggered. Each readiness accepts one connection: the
- * accept that fails because the queue is empty costs more than the turn that it
- * saves. Only when the listener is ready again in the very next turn, so that
- * connections come faster than turns, does the burst double; an accept that
- * finds nothing halves it.
- *
- * When the system has run out of descriptors or memory, the server pauses: a
- * level-triggered listener would spin. It goes on when one of our descriptors
- * is closed, and tries again by itself after 50 ms, doubling to a second.
- * Apart from that each listener pauses for itself, for as long, when accept
- * has failed TSRVI_FAILURES times with nothing accepted between (a security
- * module forbids it, somebody has closed the descriptor), or when the backend
- * has refused to wait for it. So a listener waits for connections if it is
- * open and neither it nor the server is paused, which tsrvi_listener_settle
- * sees to; and as what has paused has a time to go on, none stays deaf.
- *
- * In a worker the listener is shared with other processes. EPOLLEXCLUSIVE has
- * the kernel wake one of them, but always the one that came last: so each goes
- * to the end of that queue after TSRVI_SHARE accepts, and sooner when it is ahead
- * of the others, which may have been too busy to be woken. A wake-up that a process
- * has got and does not follow (it stops, or dies) is lost for that connection
- * until somebody looks again, which every beat of a worker does. Other backends
- * wake all processes, and the quickest wins: one that is ahead of the others
- * stays away for a millisecond before it takes more.
+ * >>server  Servers: their options
  * ==========================================================================*/
 
 #define TSRVI_BURST 64         /* most accepts of one turn, */
@@ -10750,10 +11198,38 @@ static int tsrvi_listener_watch(tsrvi_listener *listener)
 {
     listener->taken = 0;
     return tsrvi_poller_set(&listener->server->loop->poller, &listener->io,
-                            tsrvi_worker_id < 0 ? TSRV_READABLE : TSRV_READABLE | TSRVI_EXCLUSIVE);
+                            tsrvi_worker_id() < 0 ? TSRV_READABLE
+                                                  : TSRV_READABLE | TSRVI_EXCLUSIVE);
 }
 
-/* ---- pausing ---------------------------------------------------------------*/
+/* ============================================================================
+ * >>accept  Listeners: accepting, and pausing
+ *
+ * A listener is level-triggered. Each readiness accepts one connection: the
+ * accept that fails because the queue is empty costs more than the turn that it
+ * saves. Only when the listener is ready again in the very next turn, so that
+ * connections come faster than turns, does the burst double; an accept that
+ * finds nothing halves it.
+ *
+ * When the system has run out of descriptors or memory, the server pauses: a
+ * level-triggered listener would spin. It goes on when one of our descriptors
+ * is closed, and tries again by itself after 50 ms, doubling to a second.
+ * Apart from that each listener pauses for itself, for as long, when accept
+ * has failed TSRVI_FAILURES times with nothing accepted between (a security
+ * module forbids it, somebody has closed the descriptor), or when the backend
+ * has refused to wait for it. So a listener waits for connections if it is
+ * open and neither it nor the server is paused, which tsrvi_listener_settle
+ * sees to; and as what has paused has a time to go on, none stays deaf.
+ *
+ * In a worker the listener is shared with other processes. EPOLLEXCLUSIVE has
+ * the kernel wake one of them, but always the one that came last: so each goes
+ * to the end of that queue after TSRVI_SHARE accepts, and sooner when it is ahead
+ * of the others, which may have been too busy to be woken. A wake-up that a process
+ * has got and does not follow (it stops, or dies) is lost for that connection
+ * until somebody looks again, which every beat of a worker does. Other backends
+ * wake all processes, and the quickest wins: one that is ahead of the others
+ * stays away for a millisecond before it takes more.
+ * ==========================================================================*/
 
 static bool tsrvi_server_is_full(const tsrv_server *server)
 {
@@ -10977,8 +11453,8 @@ static void tsrvi_server_begin(tsrv_server *server)
         if (server->options.on_start != NULL) {
             server->options.on_start(server, server->options.context);
         }
-        if (tsrvi_on_ready != NULL) {
-            tsrvi_on_ready();
+        if (tsrvi_process.on_ready != NULL) {
+            tsrvi_process.on_ready();
         }
     }
 }
@@ -10987,13 +11463,13 @@ static void tsrvi_server_begin(tsrv_server *server)
 static bool tsrvi_server_is_ahead(const tsrv_server *server)
 {
     tsrv_stats own, all;
-    uint64_t workers = (uint64_t)tsrvi_place_count / TSRVI_GENERATIONS;
-    if (tsrvi_worker_id < 0 || server->number < 0) {
+    uint64_t workers = (uint64_t)tsrvi_process.place_count / TSRVI_GENERATIONS;
+    if (tsrvi_worker_id() < 0 || server->number < 0) {
         return false;
     }
     memset(&own, 0, sizeof(own));
     memset(&all, 0, sizeof(all));
-    tsrvi_stats_gather(&own, server->number, tsrvi_worker_id);
+    tsrvi_stats_gather(&own, server->number, tsrvi_worker_id());
     tsrvi_stats_gather(&all, server->number, -1);
     return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
 }
@@ -11076,12 +11552,14 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     listener->failures = 0;
     listener->backoff_ms = 0;
     listener->taken++;
-    if (tsrvi_worker_id >= 0 &&
+    if (tsrvi_worker_id() >= 0 &&
         (listener->taken == TSRVI_SHARE ||
          (listener->taken % TSRVI_SHARE_AHEAD == 0 && tsrvi_server_is_ahead(server)))) {
         tsrvi_listener_requeue(listener);
     }
-    if ((rc = tsrvi_stream_call(stream)) < 0) {
+    rc = tsrvi_stream_call(stream);
+    tsrvi_stream_soon(stream);
+    if (rc < 0) {
         server->stats->accept_errors++;
         tsrvi_server_exhausted(server, rc);
         return false;
@@ -11095,7 +11573,7 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     tsrvi_listener *listener = TSRVI_CONTAINER(io, tsrvi_listener, io);
     tsrv_server *server = listener->server;
     tsrv_loop *loop = server->loop;
-    int burst, most = tsrvi_worker_id < 0 ? TSRVI_BURST : TSRVI_BURST_SHARED;
+    int burst, most = tsrvi_worker_id() < 0 ? TSRVI_BURST : TSRVI_BURST_SHARED;
     (void)events;
     tsrvi_server_begin(server);
     if (listener->turn + 1 == loop->turns && listener->hold == 0 && listener->burst < most) {
@@ -11123,7 +11601,9 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     }
 }
 
-/* ---- starting and stopping -------------------------------------------------*/
+/* ============================================================================
+ * >>listen  Servers: starting and stopping
+ * ==========================================================================*/
 
 /* Tie the server to its loop, when it first needs one. */
 static int tsrvi_server_attach(tsrv_server *server)
@@ -11141,8 +11621,8 @@ static int tsrvi_server_attach(tsrv_server *server)
         return rc;
     }
     server->loop = loop;
-    if (tsrvi_place_own != NULL && server->number >= 0) {
-        server->stats = &tsrvi_place_own->stats[server->number];
+    if (tsrvi_process.place_own != NULL && server->number >= 0) {
+        server->stats = &tsrvi_process.place_own->stats[server->number];
     }
     server->retry.fire = tsrvi_server_retry;
     loop->fd_closed = tsrvi_loop_fd_closed;
@@ -11222,7 +11702,7 @@ static void tsrvi_listener_empty(tsrvi_listener *listener)
         tsrv_stream *stream;
         int rc = tsrvi_listener_take(listener, &stream);
         if (rc == TSRV_OK) {
-            tsrvi_stream_later(stream, TSRVI_CALL);
+            tsrvi_stream_later(stream);
         } else if (rc == -EAGAIN || ++failures == TSRVI_FAILURES) {
             return;
         }
@@ -11342,7 +11822,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
         return rc;
     }
     tsrvi_server_dress(server, fd, tsrv_address_family(&peer) != AF_UNIX, false);
-    tsrvi_stream_later(stream, TSRVI_CALL);
+    tsrvi_stream_later(stream);
     tsrvi_server_started(server);
     return TSRV_OK;
 }
@@ -11466,7 +11946,7 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
     tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
     for (; link != &server->streams; link = link->next) {
         tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
-        if (found->killed == 0 && (found->flags & (TSRVI_CLOSING | TSRVI_OVER)) == 0) {
+        if (found->end == 0 && found->phase < TSRVI_CLOSING) {
             return found;
         }
     }
@@ -11476,13 +11956,13 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
 TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats)
 {
     *stats = server->own;
-    tsrvi_stats_gather(stats, server->number, tsrvi_worker_id);
+    tsrvi_stats_gather(stats, server->number, tsrvi_worker_id());
 }
 
 TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats)
 {
     memset(stats, 0, sizeof(*stats));
-    if (task_id < -1 || task_id >= tsrvi_place_count / TSRVI_GENERATIONS) {
+    if (task_id < -1 || task_id >= tsrvi_process.place_count / TSRVI_GENERATIONS) {
         return TSRV_EINVAL;
     }
     if (task_id < 0) {
@@ -11609,18 +12089,25 @@ static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, soc
         return rc;
     }
     tsrvi_server_dress(loop->clients, fd, address->sa_family != AF_UNIX, false);
-    (*stream)->flags |= TSRVI_ENTERED | TSRVI_RUNNING;
+    tsrvi_wait_remove(*stream, &(*stream)->own); /* the program is its handler */
+    tsrvi_own_set(*stream, TSRVI_ENTERED);
+    (*stream)->state = TSRVI_RUNNING;
     return TSRV_OK;
 }
 
-/* The handshake of a new client stream; one that fails is given back. */
+/* The handshake of a new client stream, if there is to be one; one that fails is given back. */
 static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options *options,
                                const char *host, uint64_t due)
 {
-    const char *name = options->server_name != NULL ? options->server_name : host;
-    int rc = tsrv_start_tls(*stream, options->tls, name);
+    const char *name;
+    int rc;
+    if (options == NULL || options->tls == NULL) {
+        return TSRV_OK;
+    }
+    name = options->server_name != NULL ? options->server_name : host;
+    rc = tsrv_start_tls(*stream, options->tls, name);
     if (rc == TSRV_OK) {
-        (*stream)->tls->due = due;
+        (*stream)->own_due_ms = tsrvi_ms_at(tsrvi_loop_of(*stream), due);
         rc = tsrv_wait_for_handshake(*stream);
     }
     if (rc < 0) {
@@ -11656,7 +12143,7 @@ static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uin
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream)
 {
-    tsrv_loop *loop = tsrvi_running_loop;
+    tsrv_loop *loop = tsrvi_thread.running;
     int limit_ms = tsrvi_default_ms(options == NULL ? 0 : options->timeout_ms, TSRVI_CONNECT_MS);
     uint64_t due = tsrvi_after(tsrvi_clock(), limit_ms);
     struct addrinfo *all = NULL;
@@ -11682,13 +12169,11 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
         rc = tsrvi_client_try_all(loop, all, due, stream);
         TSRV_SYS(freeaddrinfo, (all));
     }
-    return rc == TSRV_OK && options != NULL && options->tls != NULL
-               ? tsrvi_client_secure(stream, options, host, due)
-               : rc;
+    return rc == TSRV_OK ? tsrvi_client_secure(stream, options, host, due) : rc;
 }
 
 /* ============================================================================
- * >>ends  Draining servers, freeing servers and loops
+ * >>drain  Draining servers, freeing servers and loops
  *
  * A drain gives each stream the end of its input at a moment when nothing is
  * under way: handlers that treat TSRV_EOF rightly drain rightly. Streams are
@@ -11696,14 +12181,14 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
  * time too makes them idle.
  * ==========================================================================*/
 
-#define TSRVI_DRAIN_LOOK ((uint64_t)1 << 26) /* one tick: see tsrvi_tick */
-#define TSRVI_DRAIN_LAST_MS 1000             /* for handlers to return after the grace */
+#define TSRVI_DRAIN_LOOK (60 * TSRVI_MS)
+#define TSRVI_DRAIN_LAST_MS 1000 /* for handlers to return after the grace */
 
 /* The coroutine that the stream's handler runs in; NULL = none. */
 static tsrvi_co *tsrvi_stream_coroutine(const tsrv_stream *stream)
 {
-    return stream->server->options.mode == TSRV_COROUTINE && (stream->flags & TSRVI_RUNNING) != 0
-               ? stream->u.co
+    return stream->server->options.mode == TSRV_COROUTINE && stream->state == TSRVI_RUNNING
+               ? stream->own.u.co
                : NULL;
 }
 
@@ -11714,11 +12199,15 @@ static void tsrvi_server_abort(tsrv_server *server)
     tsrvi_server_unlisten(server);
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+        bool ended = stream->end != 0;
         tsrv_abort(stream);
-        if (tsrvi_stream_coroutine(stream) != NULL) {
-            tsrvi_co_doom(stream->u.co);
+        if (ended) {
+            tsrvi_stream_rouse(stream); /* which an end does only once by itself */
         }
-        if ((stream->flags & (TSRVI_ENTERED | TSRVI_OVER)) == 0) {
+        if (tsrvi_stream_coroutine(stream) != NULL) {
+            tsrvi_co_doom(stream->own.u.co);
+        }
+        if (stream->state == TSRVI_NEW) {
             tsrvi_stream_over(stream, TSRV_ECLOSED); /* nobody will call its handler any more */
         }
     }
@@ -11820,7 +12309,7 @@ static void tsrvi_server_drain_start(tsrv_server *server)
     server->drain_due = TSRVI_FOREVER;
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
         tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
-        stream->flags |= TSRVI_DRAINING;
+        tsrvi_set(stream, TSRVI_DRAINING);
         tsrv_wake(stream);
         open++;
     }
@@ -11957,22 +12446,25 @@ static void tsrvi_server_run(tsrvi_task *task)
     }
 }
 
-/* Whoever waited for the server's streams was on the stacks that are gone. */
-static void tsrvi_server_forget_waiters(tsrv_server *server)
+/* Forget who waits for the server's streams, and what they have lent: the stacks go. */
+static void tsrvi_server_forget_waits(tsrv_server *server)
 {
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        TSRVI_CONTAINER(link, tsrv_stream, link)->waiters = NULL;
+        tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+        tsrvi_output_drop(stream);
+        stream->waits = NULL;
+        stream->kinds = 0;
+        stream->state = stream->state == TSRVI_OVER ? TSRVI_OVER : TSRVI_RUNNING;
     }
 }
 
 /* End streams whose handlers will not run any more. */
 static void tsrvi_server_drop_streams(tsrv_server *server)
 {
+    tsrvi_server_forget_waits(server); /* in a fork's child they wait in the parent */
     while (!tsrvi_list_empty(&server->streams)) {
         tsrv_stream *stream = TSRVI_CONTAINER(server->streams.next, tsrv_stream, link);
-        stream->waiters = NULL; /* in a fork's child they wait in the parent */
-        if ((stream->flags & TSRVI_OVER) == 0) {
-            stream->flags &= ~TSRVI_RUNNING;
+        if (stream->state != TSRVI_OVER) {
             tsrvi_stream_over(stream, TSRV_ECLOSED);
         }
         tsrvi_stream_close_fd(stream);
@@ -12046,7 +12538,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
 {
     size_t dropped;
     int rc;
-    if (loop == NULL && (loop = tsrvi_own_loop) == NULL) {
+    if (loop == NULL && (loop = tsrvi_thread.own) == NULL) {
         return TSRV_OK;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
@@ -12064,10 +12556,10 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
         tsrvi_loop_turns(loop, true, 0);
     }
     tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */
-    dropped = tsrvi_co_drop_all(loop);
     for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
-        tsrvi_server_forget_waiters(TSRVI_CONTAINER(link, tsrv_server, link));
+        tsrvi_server_forget_waits(TSRVI_CONTAINER(link, tsrv_server, link));
     }
+    dropped = tsrvi_co_drop_all(loop);
     if (dropped != 0) {
         tsrvi_log(TSRV_LOG_WARNING, "tsrv_loop_free: %lu coroutines still waited and were dropped",
                   (unsigned long)dropped);
@@ -12085,8 +12577,8 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     }
     tsrvi_co_drop_all(loop); /* what on_close has started comes too late */
     tsrvi_loop_orphan(loop);
-    if (tsrvi_own_loop == loop) {
-        tsrvi_own_loop = NULL;
+    if (tsrvi_thread.own == loop) {
+        tsrvi_thread.own = NULL;
     }
     tsrvi_loop_destroy(loop);
     tsrvi_log_settle(true);
@@ -12271,10 +12763,6 @@ static void tsrvi_tell_predecessor(void)
 
 #define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
-/* READY=1 could not be sent, as when the service manager's queue is full: without it the service
- * would be ended. */
-static bool tsrvi_notify_owes;
-
 /* Returns 1, 0 when nobody wants to know, or a code. */
 static int tsrvi_notify_send(const char *state)
 {
@@ -12317,15 +12805,15 @@ static void tsrvi_notify(const char *state)
                           tsrv_strerror(rc));
     }
     if (strcmp(state, "READY=1") == 0) {
-        tsrvi_notify_owes = rc < 0;
+        tsrvi_process.notify_owes = rc < 0;
     }
 }
 
 /* What was said once is not said at each try. */
 static void tsrvi_notify_again(void)
 {
-    if (tsrvi_notify_owes) {
-        tsrvi_notify_owes = tsrvi_notify_send("READY=1") < 0;
+    if (tsrvi_process.notify_owes) {
+        tsrvi_process.notify_owes = tsrvi_notify_send("READY=1") < 0;
     }
 }
 
@@ -12387,33 +12875,11 @@ static uint64_t tsrvi_watchdog_interval(void)
 #define TSRVI_SETTLED_MS \
     1000 /* a process that accepts has to live so long before it is relied on */
 
-#define TSRVI_WORKER_SIGNALS 5
-
 enum { TSRVI_STAY, TSRVI_LEAVE, TSRVI_ORPHAN, TSRVI_CUT };
-
-/* Whose files are read anew on SIGHUP: in tsrv_serve, and in the parent of workers; NULL =
- * nobody's. */
-static tsrv_tls *tsrvi_reloaded;
-
-/* The process's part; what is not atomic is the chief's. */
-static struct {
-    int wake;          /* the parent's pipe; -1 = no worker */
-    int grace_ms;      /* of the drain; 0 = each server's own */
-    uint64_t interval; /* between two beats */
-    uint64_t watchdog; /* TSRVI_FOREVER = nobody waits for it */
-    uint64_t ready;    /* when a single process began to accept; 0 = not yet */
-    int told;          /* atomic; see above */
-    int by_parent;     /* times, */
-    int by_signal;     /* and times */
-    tsrvi_io line;     /* the life-line; fd -1 = none */
-    tsrv_signal signals[TSRVI_WORKER_SIGNALS];
-    bool upgradable; /* the program expects SIGUSR2 to do something */
-    sigset_t mask;   /* of the chief's thread, before signals were unblocked */
-} tsrvi_worker;
 
 TSRV_API int tsrv_task_id(void)
 {
-    return tsrvi_worker_id;
+    return tsrvi_worker_id();
 }
 
 /* Have the kernel end this process with its parent: the life-line does not reach one that hangs.
@@ -12422,7 +12888,7 @@ TSRV_API int tsrv_task_id(void)
 static void tsrvi_worker_follow_parent(void)
 {
 #if TSRVI_HAS_PDEATHSIG
-    if (tsrvi_parent != 0) {
+    if (tsrvi_process.parent != 0) {
         TSRV_SYS(prctl, (PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0));
     }
 #endif
@@ -12432,30 +12898,31 @@ static void tsrvi_worker_follow_parent(void)
 
 static void tsrvi_worker_tell(int how)
 {
-    if (how <= __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE)) {
+    if (how <= __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE)) {
         return;
     }
     /* What else comes of the signals must not cut what the program does after its loop. */
-    for (int i = 0; i < TSRVI_WORKER_SIGNALS && tsrvi_worker_id >= 0; i++) {
-        int signo = tsrvi_worker.signals[i].signo;
+    for (int i = 0; i < TSRVI_WORKER_SIGNALS && tsrvi_worker_id() >= 0; i++) {
+        int signo = tsrvi_process.worker.signals[i].signo;
         if (signo != 0) {
-            tsrvi_signals[signo].before.sa_handler = SIG_IGN;
+            tsrvi_process.signals[signo].before.sa_handler = SIG_IGN;
         }
     }
-    if (tsrvi_worker_id < 0 && how == TSRVI_LEAVE) {
+    if (tsrvi_worker_id() < 0 && how == TSRVI_LEAVE) {
         tsrvi_notify_stopping();
     }
-    __atomic_store_n(&tsrvi_worker.told, how, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_process.worker.told, how, __ATOMIC_RELEASE);
     tsrvi_loops_wake();
 }
 
 /* In each loop: do what the process was told. In tsrv_serve only its own loop runs for it. */
 static void tsrvi_worker_hear(tsrv_loop *loop)
 {
-    int told = __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE);
+    int told = __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE);
     if (loop->beat.fire != NULL && told > loop->told) {
         loop->told = told;
-        tsrvi_loop_leave(loop, told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_worker.grace_ms);
+        tsrvi_loop_leave(loop,
+                         told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_process.worker.grace_ms);
         if (told == TSRVI_CUT) {
             tsrvi_loop_cut(loop);
         }
@@ -12465,14 +12932,14 @@ static void tsrvi_worker_hear(tsrv_loop *loop)
 /* Does the program watch a signal by itself? Ours is the chief's only watch on it. */
 static bool tsrvi_worker_is_watched(int signo)
 {
-    tsrv_loop *chief = __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE);
-    tsrv_loop *loop = __atomic_load_n(&tsrvi_signals[signo].loop, __ATOMIC_ACQUIRE);
+    tsrv_loop *chief = __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE);
+    tsrv_loop *loop = __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE);
     if (loop != chief) {
         return loop != NULL;
     }
     for (tsrv_signal *watch = chief->signals; watch != NULL; watch = watch->next) {
-        uintptr_t place = (uintptr_t)watch - (uintptr_t)tsrvi_worker.signals; /* or huge */
-        if (watch->signo == signo && place >= sizeof(tsrvi_worker.signals)) {
+        uintptr_t place = (uintptr_t)watch - (uintptr_t)tsrvi_process.worker.signals; /* or huge */
+        if (watch->signo == signo && place >= sizeof(tsrvi_process.worker.signals)) {
             return true;
         }
     }
@@ -12492,16 +12959,17 @@ static bool tsrvi_worker_is_handled(int signo)
 /* Have the program's own watch called. */
 static void tsrvi_worker_tell_watch(int signo)
 {
-    __atomic_store_n(&tsrvi_signals[signo].pending, 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_process.signals[signo].pending, 1, __ATOMIC_RELEASE);
     tsrvi_loops_wake();
 }
 
 /* SIGHUP: what of the files cannot be read has been logged, and changes nothing. */
 static void tsrvi_worker_read_files(void)
 {
-    if (tsrvi_reloaded != NULL && tsrv_tls_reload(tsrvi_reloaded) == TSRV_OK) {
+    tsrv_tls *tls = tsrvi_process.reloaded == NULL ? NULL : tsrvi_process.reloaded->options.tls;
+    if (tls != NULL && tsrv_tls_reload(tls) == TSRV_OK) {
         tsrvi_log(TSRV_LOG_INFO, "SIGHUP: certificates and keys have been read anew");
-    } else if (tsrvi_reloaded != NULL) {
+    } else if (tls != NULL) {
         tsrvi_log(TSRV_LOG_WARNING, "SIGHUP: certificates and keys stay as they are");
     }
 }
@@ -12521,11 +12989,11 @@ static void tsrvi_worker_signal(void *context)
                                     "hand its sockets over: it needs workers");
         return;
     }
-    if (tsrvi_place_own != NULL) {
-        __atomic_store_n(&tsrvi_place_own->asked, 1, __ATOMIC_RELEASE);
+    if (tsrvi_process.place_own != NULL) {
+        __atomic_store_n(&tsrvi_process.place_own->asked, 1, __ATOMIC_RELEASE);
     }
-    tsrvi_worker.by_signal++;
-    tsrvi_worker_tell(tsrvi_worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
+    tsrvi_process.worker.by_signal++;
+    tsrvi_worker_tell(tsrvi_process.worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
 }
 
 /* The parent acts on a signal: so does this worker, in the program's way if it has one. */
@@ -12536,8 +13004,8 @@ static void tsrvi_worker_obey(int signo)
     } else if (tsrvi_worker_is_handled(signo)) {
         TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo));
     } else {
-        tsrvi_worker.by_parent++;
-        tsrvi_worker_tell(tsrvi_worker.by_parent > 1 ? TSRVI_CUT : TSRVI_LEAVE);
+        tsrvi_process.worker.by_parent++;
+        tsrvi_worker_tell(tsrvi_process.worker.by_parent > 1 ? TSRVI_CUT : TSRVI_LEAVE);
     }
 }
 
@@ -12550,14 +13018,14 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
         tsrvi_worker_obey(signo);
         return;
     }
-    tsrvi_poller_set(&tsrvi_chief->poller, io, 0);
-    if (got == 0 || TSRV_SYS(getppid, ()) != tsrvi_parent) {
-        tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id);
+    tsrvi_poller_set(&tsrvi_process.chief->poller, io, 0);
+    if (got == 0 || TSRV_SYS(getppid, ()) != tsrvi_process.parent) {
+        tsrvi_log(TSRV_LOG_WARNING, "worker %d: the parent is dead", tsrvi_worker_id());
         tsrvi_close_fd(io->fd);
         io->fd = -1;
         tsrvi_worker_tell(TSRVI_ORPHAN);
     } else { /* a failure: the parent sends signals until the next beat listens again */
-        __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_process.place_own->listens, 0, __ATOMIC_RELEASE);
     }
 }
 
@@ -12569,31 +13037,31 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
 static void tsrvi_worker_watch_signals(tsrv_loop *loop)
 {
     static const int signals[TSRVI_WORKER_SIGNALS] = {SIGTERM, SIGINT, SIGQUIT, SIGHUP, SIGUSR2};
-    int count = tsrvi_worker_id >= 0 ? 3 : tsrvi_worker.upgradable ? 5 : 4;
+    int count = tsrvi_worker_id() >= 0 ? 3 : tsrvi_process.worker.upgradable ? 5 : 4;
     sigset_t unblocked;
     TSRV_SYS(sigemptyset, (&unblocked));
     for (int i = 0; i < count; i++) {
-        tsrv_signal *own = &tsrvi_worker.signals[i];
+        tsrv_signal *own = &tsrvi_process.worker.signals[i];
         struct sigaction action;
         if (TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
             (action.sa_flags & SA_SIGINFO) == 0 &&
             (action.sa_handler == SIG_DFL ||
-             (action.sa_handler == SIG_IGN && tsrvi_worker_id < 0)) &&
+             (action.sa_handler == SIG_IGN && tsrvi_worker_id() < 0)) &&
             tsrv_signal_start(loop, own, signals[i], tsrvi_worker_signal, own) == TSRV_OK) {
             TSRV_SYS(sigaddset, (&unblocked, signals[i]));
         }
     }
-    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, &tsrvi_worker.mask));
+    TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, &tsrvi_process.worker.mask));
 }
 
 /* Listen to the parent; what fails is tried again at the next beat. */
 static void tsrvi_worker_listen(tsrv_loop *loop)
 {
-    tsrvi_io *line = &tsrvi_worker.line;
+    tsrvi_io *line = &tsrvi_process.worker.line;
     if (line->fd >= 0 && line->interest == 0) {
         line->on_event = tsrvi_worker_line_event;
         if (tsrvi_poller_set(&loop->poller, line, TSRV_READABLE) == TSRV_OK) {
-            __atomic_store_n(&tsrvi_place_own->listens, 1, __ATOMIC_RELEASE);
+            __atomic_store_n(&tsrvi_process.place_own->listens, 1, __ATOMIC_RELEASE);
         }
     }
 }
@@ -12602,7 +13070,7 @@ static void tsrvi_worker_listen(tsrv_loop *loop)
 static void tsrvi_worker_claim(tsrv_loop *loop)
 {
     tsrv_loop *nobody = NULL;
-    if (__atomic_compare_exchange_n(&tsrvi_chief, &nobody, loop, false, __ATOMIC_ACQ_REL,
+    if (__atomic_compare_exchange_n(&tsrvi_process.chief, &nobody, loop, false, __ATOMIC_ACQ_REL,
                                     __ATOMIC_ACQUIRE)) {
         tsrvi_worker_watch_signals(loop);
         tsrvi_worker_listen(loop);
@@ -12619,8 +13087,8 @@ static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
         server->stats->lag_ms = lag_ms;
         server->stats->lag_max_ms =
             lag_ms > server->stats->lag_max_ms ? lag_ms : server->stats->lag_max_ms;
-        for (tsrvi_listener *listener = server->listeners; listener != NULL && tsrvi_worker_id >= 0;
-             listener = listener->next) {
+        for (tsrvi_listener *listener = server->listeners;
+             listener != NULL && tsrvi_worker_id() >= 0; listener = listener->next) {
             tsrvi_listener_requeue(listener);
         }
     }
@@ -12630,17 +13098,18 @@ static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
 static void tsrvi_worker_beat_process(tsrv_loop *loop)
 {
     tsrvi_worker_listen(loop);
-    if (tsrvi_place_own != NULL) {
-        unsigned beat = tsrvi_place_own->beat + 1;
-        __atomic_store_n(&tsrvi_place_own->beat, beat == 0 ? 1 : beat, __ATOMIC_RELEASE);
+    if (tsrvi_process.place_own != NULL) {
+        unsigned beat = tsrvi_process.place_own->beat + 1;
+        __atomic_store_n(&tsrvi_process.place_own->beat, beat == 0 ? 1 : beat, __ATOMIC_RELEASE);
     }
     tsrvi_notify_again();
-    if (tsrvi_worker.watchdog <= loop->now) {
-        tsrvi_worker.watchdog = loop->now + tsrvi_watchdog_interval();
+    if (tsrvi_process.worker.watchdog <= loop->now) {
+        tsrvi_process.worker.watchdog = loop->now + tsrvi_watchdog_interval();
         tsrvi_notify("WATCHDOG=1");
     }
-    if (tsrvi_worker.ready != 0 && loop->now - tsrvi_worker.ready >= TSRVI_SETTLED_MS * TSRVI_MS) {
-        tsrvi_worker.ready = 0;
+    if (tsrvi_process.worker.ready != 0 &&
+        loop->now - tsrvi_process.worker.ready >= TSRVI_SETTLED_MS * TSRVI_MS) {
+        tsrvi_process.worker.ready = 0;
         tsrvi_tell_predecessor();
     }
 }
@@ -12648,12 +13117,12 @@ static void tsrvi_worker_beat_process(tsrv_loop *loop)
 static void tsrvi_worker_beat(tsrvi_timer *timer)
 {
     tsrv_loop *loop = TSRVI_CONTAINER(timer, tsrv_loop, beat);
-    uint64_t next = loop->now + tsrvi_worker.interval;
+    uint64_t next = loop->now + tsrvi_process.worker.interval;
     tsrvi_worker_claim(loop);
     tsrvi_worker_beat_servers(loop, (loop->now - timer->due) / TSRVI_MS);
-    if (loop == __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
+    if (loop == __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
         tsrvi_worker_beat_process(loop);
-        next = tsrvi_earlier(next, tsrvi_worker.watchdog);
+        next = tsrvi_earlier(next, tsrvi_process.worker.watchdog);
     }
     tsrvi_heap_set(&loop->heap, timer, next);
 }
@@ -12661,7 +13130,7 @@ static void tsrvi_worker_beat(tsrvi_timer *timer)
 /* tsrv_loop_run begins, in a worker or in tsrv_serve, which has chosen its chief. */
 static void tsrvi_worker_entered(tsrv_loop *loop)
 {
-    if (tsrvi_worker_id < 0 && loop != __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
+    if (tsrvi_worker_id() < 0 && loop != __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
         return;
     }
     if (loop->beat.fire == NULL) {
@@ -12679,19 +13148,19 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     unsigned char signo = 0;
     bool missed, watched;
-    if (loop != __atomic_load_n(&tsrvi_chief, __ATOMIC_ACQUIRE)) {
+    if (loop != __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
         return;
     }
-    __atomic_store_n(&tsrvi_place_own->listens, 0, __ATOMIC_RELEASE);
-    tsrvi_poller_set(&loop->poller, &tsrvi_worker.line, 0);
-    missed = tsrvi_worker.line.fd >= 0 &&
-             TSRV_SYS(recv, (tsrvi_worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1 &&
-             __atomic_load_n(&tsrvi_worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
+    __atomic_store_n(&tsrvi_process.place_own->listens, 0, __ATOMIC_RELEASE);
+    tsrvi_poller_set(&loop->poller, &tsrvi_process.worker.line, 0);
+    missed = tsrvi_process.worker.line.fd >= 0 &&
+             TSRV_SYS(recv, (tsrvi_process.worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1 &&
+             __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
     watched = missed && tsrvi_worker_is_watched(signo);
     for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
-        tsrv_signal_stop(&tsrvi_worker.signals[i]);
+        tsrv_signal_stop(&tsrvi_process.worker.signals[i]);
     }
-    __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
     if (watched) { /* it was told at this very moment */
         tsrvi_worker_tell_watch(signo);
     } else if (missed) {
@@ -12703,8 +13172,8 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
 static void tsrvi_worker_ready(void)
 {
     tsrvi_worker_follow_parent();
-    __atomic_store_n(&tsrvi_place_own->ready, 1, __ATOMIC_RELEASE);
-    tsrvi_write_quiet(tsrvi_worker.wake, "", 1);
+    __atomic_store_n(&tsrvi_process.place_own->ready, 1, __ATOMIC_RELEASE);
+    tsrvi_write_quiet(tsrvi_process.worker.wake, "", 1);
 }
 
 /* ============================================================================
@@ -12829,7 +13298,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
 }
 
 /* ============================================================================
- * >>process  Workers, and the supervisor that keeps them
+ * >>process  The supervisor: its state, its signals
  *
  * The parent forks the workers and then only looks after them: it has no loop,
  * and sleeps in poll until a signal, a worker or a time needs it. All processes
@@ -12938,8 +13407,6 @@ typedef struct tsrvi_child {
 /* The signals that the parent acts on while it supervises. The last only if it can be upgraded. */
 static const int tsrvi_supervised[] = {SIGCHLD, SIGHUP, SIGTERM, SIGINT, SIGQUIT, SIGUSR2};
 #define TSRVI_SUPERVISED ((int)(sizeof(tsrvi_supervised) / sizeof(tsrvi_supervised[0])))
-static int tsrvi_supervised_got[TSRVI_SUPERVISED]; /* atomic */
-static int tsrvi_supervised_wake = -1;             /* where handlers write to */
 
 typedef struct tsrvi_supervisor {
     void (*happens)(struct tsrvi_supervisor *, int event); /* to the parent; see >>supervise */
@@ -13042,10 +13509,12 @@ static void tsrvi_supervised_handler(int signo)
 {
     for (int i = 0; i < TSRVI_SUPERVISED; i++) {
         if (tsrvi_supervised[i] == signo) {
-            __atomic_store_n(&tsrvi_supervised_got[i], 1, __ATOMIC_RELEASE);
+            __atomic_store_n(&tsrvi_process.supervised_got[i], 1, __ATOMIC_RELEASE);
         }
     }
-    tsrvi_wake_write(tsrvi_supervised_wake);
+    if (tsrvi_process.supervised_wake > 2) { /* no descriptor of ours is less */
+        tsrvi_wake_write(tsrvi_process.supervised_wake);
+    }
 }
 
 /* Put the host's handlers back; the mask, s->mask, comes after them. */
@@ -13068,7 +13537,7 @@ static int tsrvi_supervisor_install(tsrvi_supervisor *s)
     TSRV_SYS(sigfillset, (&action.sa_mask));
     TSRV_SYS(sigemptyset, (&unblocked));
     for (int i = 0; i < count; i++) {
-        __atomic_store_n(&tsrvi_supervised_got[i], 0, __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_process.supervised_got[i], 0, __ATOMIC_RELEASE);
         TSRV_SYS(sigaddset, (&unblocked, tsrvi_supervised[i]));
         if (TSRV_SYS(sigaction, (tsrvi_supervised[i], &action, &s->before[i])) < 0) {
             return tsrvi_error();
@@ -13089,11 +13558,12 @@ static int tsrvi_places_map(int workers)
     if (memory == MAP_FAILED) {
         return -ENOMEM;
     }
-    if (tsrvi_places != NULL) {
-        TSRV_SYS(munmap, (tsrvi_places, (size_t)tsrvi_place_count * sizeof(tsrvi_place)));
+    if (tsrvi_process.places != NULL) {
+        TSRV_SYS(munmap,
+                 (tsrvi_process.places, (size_t)tsrvi_process.place_count * sizeof(tsrvi_place)));
     }
-    tsrvi_places = (tsrvi_place *)memory;
-    tsrvi_place_count = (int)count;
+    tsrvi_process.places = (tsrvi_place *)memory;
+    tsrvi_process.place_count = (int)count;
     return TSRV_OK;
 }
 
@@ -13170,11 +13640,13 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
         (rc = tsrvi_pipe(s->wake)) < 0) {
         return rc;
     }
-    tsrvi_supervised_wake = s->wake[1];
+    tsrvi_process.supervised_wake = s->wake[1];
     return tsrvi_supervisor_install(s);
 }
 
-/* ---- forking ---------------------------------------------------------------*/
+/* ============================================================================
+ * >>children  Workers: their birth, and what happens to them
+ * ==========================================================================*/
 
 static void tsrvi_signal_nothing(int signo)
 {
@@ -13198,31 +13670,32 @@ static void tsrvi_worker_leave_to_parent(int signo)
 static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int line, pid_t parent)
 {
     int beat_ms = s->options.heartbeat_ms / 4 + 1;
-    tsrvi_parent = parent;
-    tsrvi_worker_id = child / TSRVI_GENERATIONS;
-    tsrvi_place_own = &tsrvi_places[child];
-    tsrvi_place_own->refused = tsrvi_identity_assume(&s->identity);
+    tsrvi_process.parent = parent;
+    tsrvi_process.number = child / TSRVI_GENERATIONS + 1;
+    tsrvi_process.place_own = &tsrvi_process.places[child];
+    tsrvi_process.place_own->refused = tsrvi_identity_assume(&s->identity);
     tsrvi_worker_follow_parent();
-    if (tsrvi_place_own->refused < 0 || TSRV_SYS(getppid, ()) != parent) {
-        TSRV_SYS(_exit, (tsrvi_place_own->refused < 0)); /* or the parent has died meanwhile */
+    if (tsrvi_process.place_own->refused < 0 || TSRV_SYS(getppid, ()) != parent) {
+        TSRV_SYS(_exit,
+                 (tsrvi_process.place_own->refused < 0)); /* or the parent has died meanwhile */
     }
     s->born = child;
-    tsrvi_notify_owes = false;
-    tsrvi_chief = NULL;
-    memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
+    tsrvi_process.notify_owes = false;
+    tsrvi_process.chief = NULL;
+    memset(&tsrvi_process.worker, 0, sizeof(tsrvi_process.worker));
     beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
-    tsrvi_worker.interval = (uint64_t)beat_ms * TSRVI_MS;
-    tsrvi_worker.watchdog = TSRVI_FOREVER;
-    tsrvi_worker.grace_ms = s->worker_grace_ms;
-    tsrvi_worker.line.fd = line;
-    tsrvi_worker.wake = s->wake[1];
+    tsrvi_process.worker.interval = (uint64_t)beat_ms * TSRVI_MS;
+    tsrvi_process.worker.watchdog = TSRVI_FOREVER;
+    tsrvi_process.worker.grace_ms = s->worker_grace_ms;
+    tsrvi_process.worker.line.fd = line;
+    tsrvi_process.worker.wake = s->wake[1];
     s->wake[1] = -1;
-    tsrvi_supervised_wake = -1;
+    tsrvi_process.supervised_wake = -1;
     tsrvi_close_fd(tsrvi_handed_take_ready());
-    tsrvi_on_ready = tsrvi_worker_ready;
-    tsrvi_loop_entered = tsrvi_worker_entered;
-    tsrvi_loop_exited = tsrvi_worker_exited;
-    tsrvi_loop_told = tsrvi_worker_hear;
+    tsrvi_process.on_ready = tsrvi_worker_ready;
+    tsrvi_process.loop_entered = tsrvi_worker_entered;
+    tsrvi_process.loop_exited = tsrvi_worker_exited;
+    tsrvi_process.loop_told = tsrvi_worker_hear;
     tsrvi_supervisor_uninstall(s);
     tsrvi_worker_leave_to_parent(SIGHUP);
     if (s->options.upgrade_argv != NULL) {
@@ -13359,7 +13832,7 @@ static void tsrvi_child_say(tsrvi_supervisor *s, int child)
     char signo = (char)s->signo;
     if (tsrvi_child_is_program(s, child) ||
         TSRV_SYS(send, (s->children[child].line, &signo, 1, TSRVI_SEND_FLAGS)) != 1 ||
-        !__atomic_load_n(&tsrvi_places[child].listens, __ATOMIC_ACQUIRE)) {
+        !__atomic_load_n(&tsrvi_process.places[child].listens, __ATOMIC_ACQUIRE)) {
         tsrvi_child_signal(s, child, s->signo);
     }
 }
@@ -13378,7 +13851,7 @@ static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     bool drains = tsrvi_child_is_program(s, child) || !s->serves ||
-                  __atomic_load_n(&tsrvi_places[child].ready, __ATOMIC_ACQUIRE);
+                  __atomic_load_n(&tsrvi_process.places[child].ready, __ATOMIC_ACQUIRE);
     c->state = TSRVI_CHILD_LEAVING;
     c->due = drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
     c->at_end = drains && s->state != TSRVI_PARENT_RUNNING;
@@ -13457,7 +13930,7 @@ static void tsrvi_child_leave(tsrvi_supervisor *s, int child)
 static void tsrvi_child_settle(int child)
 {
     for (int number = 0; number < TSRVI_SHARED_SERVERS; number++) {
-        tsrv_stats *stats = &tsrvi_places[child].stats[number];
+        tsrv_stats *stats = &tsrvi_process.places[child].stats[number];
         stats->closed += stats->open;
         stats->ended_error += stats->open;
         stats->open = 0;
@@ -13471,7 +13944,7 @@ static bool tsrvi_child_has_finished(const tsrvi_supervisor *s, int child)
 {
     return WIFEXITED(s->status) && WEXITSTATUS(s->status) == 0 && !s->server &&
            !tsrvi_child_is_program(s, child) &&
-           !__atomic_load_n(&tsrvi_places[child].asked, __ATOMIC_ACQUIRE);
+           !__atomic_load_n(&tsrvi_process.places[child].asked, __ATOMIC_ACQUIRE);
 }
 
 /* It has ended, and nothing follows from that. */
@@ -13507,7 +13980,7 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
  * replace still serves, one is too many. */
 static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
 {
-    tsrvi_places[child].stats[0].restarts++;
+    tsrvi_process.places[child].stats[0].restarts++;
     if (tsrvi_handed_waits()) {
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: worker %d does not stay up; the old program goes on",
                   child / TSRVI_GENERATIONS);
@@ -13533,7 +14006,7 @@ static void tsrvi_child_retry(tsrvi_supervisor *s, int child)
 /* It has ended without having been told to. */
 static void tsrvi_child_replace_worker(tsrvi_supervisor *s, int child)
 {
-    const tsrvi_place *place = &tsrvi_places[child];
+    const tsrvi_place *place = &tsrvi_process.places[child];
     tsrvi_child_bury(s, child);
     if (child == s->fresh) {
         tsrvi_supervisor_give_reload_up(s, child);
@@ -13578,7 +14051,7 @@ static void tsrvi_child_happens(tsrvi_supervisor *s, int child, int event)
 }
 
 /* ============================================================================
- * >>supervise  Reloads, upgrades, and the rounds of the supervisor
+ * >>supervise  Reloads and upgrades
  * ==========================================================================*/
 
 /* ---- reload ----------------------------------------------------------------*/
@@ -13940,7 +14413,9 @@ static void tsrvi_parent_happens(tsrvi_supervisor *s, int event)
     action(s);
 }
 
-/* ---- rounds ----------------------------------------------------------------*/
+/* ============================================================================
+ * >>rounds  Rounds of the supervisor
+ * ==========================================================================*/
 
 /* The clock goes on, but not by more than the parent has meant to sleep. */
 static void tsrvi_supervisor_tick(tsrvi_supervisor *s)
@@ -13954,7 +14429,7 @@ static void tsrvi_supervisor_tick(tsrvi_supervisor *s)
 static void tsrvi_supervisor_signals(tsrvi_supervisor *s)
 {
     for (int i = 0; i < TSRVI_SUPERVISED; i++) {
-        if (__atomic_exchange_n(&tsrvi_supervised_got[i], 0, __ATOMIC_ACQ_REL) == 0) {
+        if (__atomic_exchange_n(&tsrvi_process.supervised_got[i], 0, __ATOMIC_ACQ_REL) == 0) {
             continue;
         }
         switch (tsrvi_supervised[i]) {
@@ -14024,7 +14499,7 @@ static void tsrvi_supervisor_reap(tsrvi_supervisor *s)
 static void tsrvi_supervisor_look(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    const tsrvi_place *place = &tsrvi_places[child];
+    const tsrvi_place *place = &tsrvi_process.places[child];
     unsigned beat = __atomic_load_n(&place->beat, __ATOMIC_ACQUIRE);
     if (c->state == TSRVI_CHILD_STARTING && __atomic_load_n(&place->ready, __ATOMIC_ACQUIRE)) {
         tsrvi_child_happens(s, child, TSRVI_CHILD_READY);
@@ -14197,7 +14672,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
         tsrvi_upgrade_look(s);
         tsrvi_supervisor_act(s);
         if (s->born >= 0) {
-            return tsrvi_worker_id;
+            return tsrvi_worker_id();
         }
         if (tsrvi_supervisor_busy(s)) {
             tsrvi_supervisor_sleep(s);
@@ -14207,9 +14682,6 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
     tsrvi_supervisor_tell_end();
     return s->code;
 }
-
-/* The supervisor that is at work in this process: its process id; 0 = none; atomic. */
-static int tsrvi_supervising;
 
 /* Claim what a process can do only once at a time, and what a fork's child does not have. */
 static bool tsrvi_claim(int *owner)
@@ -14224,9 +14696,9 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
 {
     tsrvi_supervisor supervisor;
     int rc;
-    if (num_processes < 0 || num_processes > TSRVI_WORKERS_MAX || tsrvi_worker_id >= 0) {
+    if (num_processes < 0 || num_processes > TSRVI_WORKERS_MAX || tsrvi_worker_id() >= 0) {
         tsrvi_log(TSRV_LOG_ERROR, "cannot fork %d workers: %s", num_processes,
-                  tsrvi_worker_id >= 0 ? "this is a worker" : "0 to 4096 are possible");
+                  tsrvi_worker_id() >= 0 ? "this is a worker" : "0 to 4096 are possible");
         return TSRV_EINVAL;
     }
     if (tsrvi_loops_count() > 0) {
@@ -14235,7 +14707,7 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
                   "would share: fork first");
         return TSRV_EINVAL;
     }
-    if (!tsrvi_claim(&tsrvi_supervising)) {
+    if (!tsrvi_claim(&tsrvi_process.supervising)) {
         tsrvi_log(TSRV_LOG_ERROR, "cannot fork workers: this process supervises others already");
         return TSRV_EBUSY;
     }
@@ -14248,13 +14720,13 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
         supervisor.serves = server;
         rc = tsrvi_supervise(&supervisor);
     }
-    if (tsrvi_worker_id < 0) {
+    if (tsrvi_worker_id() < 0) {
         tsrvi_supervisor_uninstall(&supervisor);
         TSRV_SYS(sigprocmask, (SIG_SETMASK, &supervisor.mask, NULL));
-        tsrvi_supervised_wake = -1;
+        tsrvi_process.supervised_wake = -1;
     }
     tsrvi_supervisor_close(&supervisor);
-    __atomic_store_n(&tsrvi_supervising, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_process.supervising, 0, __ATOMIC_RELEASE);
     return rc;
 }
 
@@ -14263,7 +14735,9 @@ TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *opt
     return tsrvi_fork(num_processes, options, false);
 }
 
-/* ---- servers in workers ----------------------------------------------------*/
+/* ============================================================================
+ * >>start  Servers in workers: tsrv_server_start
+ * ==========================================================================*/
 
 /* Another listening socket on the address of one that has SO_REUSEPORT. */
 static int tsrvi_bound_again(const tsrvi_bound *bound)
@@ -14354,9 +14828,9 @@ static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_o
         tsrvi_bound_claim(server->bound[i].fd);
     }
     if ((rc = tsrvi_bound_spread(server, workers)) == TSRV_OK) {
-        tsrvi_reloaded = server->options.tls;
+        tsrvi_process.reloaded = server;
         rc = tsrvi_fork(workers, &resolved, true);
-        tsrvi_reloaded = NULL;
+        tsrvi_process.reloaded = NULL;
     }
     if (rc >= 0) {
         return tsrvi_server_open_bound(server, rc);
@@ -14404,14 +14878,11 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
  * >>serve  A whole server in one call
  * ==========================================================================*/
 
-/* The process that is inside tsrv_serve; 0 = none; atomic. */
-static int tsrvi_serving;
-
 static void tsrvi_serve_ready(void)
 {
     tsrvi_log(TSRV_LOG_INFO, "ready: process %ld accepts (tcpserver.h %s)",
               (long)TSRV_SYS(getpid, ()), TSRV_VERSION);
-    tsrvi_worker.ready = tsrvi_clock();
+    tsrvi_process.worker.ready = tsrvi_clock();
     tsrvi_notify("READY=1");
 }
 
@@ -14426,35 +14897,35 @@ static int tsrvi_serve_alone(tsrv_server *server)
         return rc;
     }
     server->options.loop = loop;
-    memset(&tsrvi_worker, 0, sizeof(tsrvi_worker));
-    tsrvi_worker.interval = TSRVI_BEAT_MS * TSRVI_MS;
-    tsrvi_worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
-    tsrvi_worker.line.fd = -1;
-    tsrvi_worker.wake = -1;
-    tsrvi_worker.upgradable =
+    memset(&tsrvi_process.worker, 0, sizeof(tsrvi_process.worker));
+    tsrvi_process.worker.interval = TSRVI_BEAT_MS * TSRVI_MS;
+    tsrvi_process.worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
+    tsrvi_process.worker.line.fd = -1;
+    tsrvi_process.worker.wake = -1;
+    tsrvi_process.worker.upgradable =
         server->options.fork != NULL && server->options.fork->upgrade_argv != NULL;
-    tsrvi_reloaded = server->options.tls;
-    tsrvi_on_ready = tsrvi_serve_ready;
-    tsrvi_loop_entered = tsrvi_worker_entered;
-    tsrvi_loop_told = tsrvi_worker_hear;
+    tsrvi_process.reloaded = server;
+    tsrvi_process.on_ready = tsrvi_serve_ready;
+    tsrvi_process.loop_entered = tsrvi_worker_entered;
+    tsrvi_process.loop_told = tsrvi_worker_hear;
     tsrvi_worker_claim(loop);
     return TSRV_OK;
 }
 
 static void tsrvi_serve_done(tsrv_loop *loop)
 {
-    TSRV_SYS(sigprocmask, (SIG_SETMASK, &tsrvi_worker.mask, NULL));
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, &tsrvi_process.worker.mask, NULL));
     for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
-        tsrv_signal_stop(&tsrvi_worker.signals[i]);
+        tsrv_signal_stop(&tsrvi_process.worker.signals[i]);
     }
     tsrvi_heap_remove(&loop->heap, &loop->beat);
     loop->beat.fire = NULL;
     loop->told = TSRVI_STAY;
-    __atomic_store_n(&tsrvi_chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
-    tsrvi_on_ready = NULL;
-    tsrvi_loop_entered = NULL;
-    tsrvi_loop_told = NULL;
-    tsrvi_reloaded = NULL;
+    __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
+    tsrvi_process.on_ready = NULL;
+    tsrvi_process.loop_entered = NULL;
+    tsrvi_process.loop_told = NULL;
+    tsrvi_process.reloaded = NULL;
 }
 
 static int tsrvi_serve_run(tsrv_server *server, int port, const char *address, int num_processes,
@@ -14465,7 +14936,7 @@ static int tsrvi_serve_run(tsrv_server *server, int port, const char *address, i
         rc = tsrv_server_start(server, num_processes, options->fork);
     }
     if (rc == TSRV_OK) {
-        __atomic_store_n(&tsrvi_serving, (int)TSRV_SYS(getpid, ()), __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_process.serving, (int)TSRV_SYS(getpid, ()), __ATOMIC_RELEASE);
         rc = tsrv_loop_run(server->loop);
     }
     return rc;
@@ -14475,17 +14946,17 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
                         const tsrv_server_options *options)
 {
     tsrv_server *server;
-    bool had_loop = tsrvi_own_loop != NULL;
+    bool had_loop = tsrvi_thread.own != NULL;
     int rc = tsrv_server_new(&server, options);
     if (rc < 0) {
         return rc;
     }
-    if (!tsrvi_claim(&tsrvi_serving)) {
+    if (!tsrvi_claim(&tsrvi_process.serving)) {
         tsrvi_log(TSRV_LOG_ERROR, "tsrv_serve runs in this process already");
         tsrv_server_free(server);
         return TSRV_EBUSY;
     }
-    if (num_processes == 1 && tsrvi_worker_id < 0) { /* a worker has its parent */
+    if (num_processes == 1 && tsrvi_worker_id() < 0) { /* a worker has its parent */
         if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
             rc = tsrvi_serve_run(server, port, address, num_processes, options);
             tsrvi_serve_done(server->options.loop);
@@ -14501,7 +14972,7 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
     if (!had_loop) {
         tsrv_loop_free(NULL);
     }
-    __atomic_store_n(&tsrvi_serving, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_process.serving, 0, __ATOMIC_RELEASE);
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
 

@@ -1,6 +1,10 @@
-/* Listeners: accept, and waiting for it, that fails once or for good. Nothing spins, nothing stays
- * deaf, and each listener pauses for itself. */
+/* Listeners (>>accept): accept, and waiting for it, that fails once or for good; more clients than there are
+ * descriptors, connections or stacks for. Nothing spins, nothing stays deaf, and each listener pauses for itself. */
 #include "script.h"
+
+#include "handlers.h"
+
+#include <sys/resource.h>
 
 static const tsrv_server_options defaults;
 static int entered;
@@ -56,11 +60,11 @@ static void fail_from_now_on(const char *name, int code, long first, bool sticky
 /* A policy that forbids accept4 is taken to forbid that call only, so here it is done without. */
 static void forbid_accept(int code, bool sticky)
 {
-    __atomic_fetch_or(&tsrvi_without, TSRVI_WITHOUT_ACCEPT4, __ATOMIC_RELAXED);
+    __atomic_fetch_or(&tsrvi_process.without, TSRVI_WITHOUT_ACCEPT4, __ATOMIC_RELAXED);
     fail_from_now_on("accept", code, 1, sticky);
 }
 
-/* ---- accept -------------------------------------------------------------------------------*/
+/* ---- accept --------------------------------------------------------------------------------*/
 
 static const int for_good[] = {EPERM, EACCES, ENOSYS, EPROTO, ECONNABORTED, EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP};
 enum { FOR_GOOD = sizeof for_good / sizeof for_good[0] };
@@ -109,7 +113,7 @@ TEST_LOOP(accept_that_fails_once_costs_no_time)
     }
 }
 
-/* ---- waiting for a listener ---------------------------------------------------------------*/
+/* ---- waiting for a listener ----------------------------------------------------------------*/
 
 /* What the backend asks the kernel with. */
 static const char *wait_call(void)
@@ -164,7 +168,7 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
 {
     for (int sticky = 0; sticky <= 1 && t_backend != TSRV_BACKEND_POLL; sticky++) {
         open_echo(0);
-        tsrvi_worker_id = 0;
+        tsrvi_process.number = 1;
         fail_from_now_on(wait_call(), ENOMEM, 2, sticky);
         tsrvi_listener_requeue(s_server->listeners);
         CHECK_INT(t_fault_hits, 1);
@@ -176,13 +180,13 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
         t_fault_at = 0;
         s_run_ms(1100);
         CHECK_INT(entered, 1);
-        tsrvi_worker_id = -1;
+        tsrvi_process.number = 0;
         expect_answer(fd);
         s_close();
     }
 }
 
-/* ---- one of two listeners is lost ---------------------------------------------------------*/
+/* ---- one of two listeners is lost ----------------------------------------------------------*/
 
 enum { OTHER_FILE, CLOSED, SHUT, OTHER_SOCKET, UNLISTENED, LOSSES };
 
@@ -232,4 +236,435 @@ TEST_LOOP(lost_listener_does_not_silence_the_other)
         }
         s_close();
     }
+}
+
+/* ---- no memory for stacks ------------------------------------------------------------------*/
+
+enum { MANY = 80 };
+static int many[MANY], before_many;
+
+/* One client has its stack; then there is no memory for any, and many clients come. */
+static void open_without_stacks(void)
+{
+    s_serve(echo_lines);
+    before_many = s_join();
+    t_fault_name = "mmap";
+    t_fault_calls = 0;
+    t_fault_at = 1;
+    t_fault_sticky = true;
+    for (int i = 0; i < MANY; i++) {
+        many[i] = t_connect(s_port);
+        t_sends(many[i], "x\n");
+    }
+}
+
+/* There is memory again: who was not lost is served. */
+static void close_with_stacks(void)
+{
+    int served = 0, lost = 0;
+    t_fault_at = 0;
+    for (int i = 0; i < MANY; i++) {
+        char answer[2];
+        int code;
+        size_t got = s_recv(many[i], answer, 2, &code);
+        served += got == 2;
+        lost += code == ECONNRESET;
+        t_close(many[i]);
+    }
+    CHECK_INT(lost, t_fault_hits);
+    CHECK_INT(served, MANY - lost);
+    t_close(before_many);
+    s_until(&s_closed, served + 1);
+    s_settle();
+    CHECK_INT(s_closed, served + 1); /* none for those whose handler was never entered */
+    s_close();
+}
+
+TEST_SCRIPT(without_memory_for_stacks_the_listener_pauses)
+{
+    open_without_stacks();
+    s_settle();
+    CHECK_MOST(t_fault_hits, 2);
+    CHECK_INT(s_log_lines, 1);
+    CHECK_LEAST(s_stats().accept_pauses, 1);
+    s_run_ms(2000);
+    CHECK_LEAST(t_fault_hits, 2); /* it tries again */
+    CHECK_MOST(t_fault_hits, 45);
+    CHECK_LEAST(s_log_lines, 1);
+    CHECK_MOST(s_log_lines, 3); /* one a second */
+    CHECK_INT(s_stats().accept_errors, t_fault_hits);
+    CHECK_INT(s_stats().open, 1);
+    t_sends(before_many, "still here\n");
+    s_expect(before_many, "still here\n");
+    close_with_stacks();
+}
+
+/* 50, 100, 200, 400, 800 and 1000 ms: each of these tries costs a client its connection. */
+TEST_SCRIPT(without_memory_for_stacks_the_pauses_grow)
+{
+    open_without_stacks();
+    s_run_ms(3500);
+    CHECK_LEAST(t_fault_hits, 4);
+    CHECK_MOST(t_fault_hits, 10);
+    close_with_stacks();
+}
+
+/* ---- more clients than the server can hold -------------------------------------------------*/
+
+enum { CROWD = 80 };
+
+typedef struct crowd_order {
+    int port;
+    int open;        /* how many of them the server can hold */
+    int duration_ms; /* of the wait */
+} crowd_order;
+
+typedef struct crowd_report {
+    int pings;         /* round trips of open connections during the wait */
+    int longest_ms;    /* of them */
+    int first_wait_ms; /* from the first end of a connection to the next one's service */
+    int longest_wait_ms;
+    int served;
+} crowd_report;
+
+typedef struct crowd {
+    int control; /* a socket to the process of the clients */
+    int limit;   /* max_connections; 0 = as many as there are descriptors */
+    int duration_ms;
+} crowd;
+
+static void crowd_line(int index, char line[16])
+{
+    snprintf(line, 16, "client %d\n", index);
+}
+
+/* The next one that is answered within time. */
+static int crowd_answered(const int *fds, bool *served, int timeout_ms)
+{
+    struct pollfd ready[CROWD];
+    char line[16];
+    for (int i = 0; i < CROWD; i++) {
+        ready[i].fd = served[i] ? -1 : fds[i];
+        ready[i].events = POLLIN;
+        ready[i].revents = 0;
+    }
+    if (poll(ready, CROWD, timeout_ms) <= 0) {
+        return -1;
+    }
+    for (int i = 0; i < CROWD; i++) {
+        if (ready[i].revents != 0) {
+            crowd_line(i, line);
+            t_expect(fds[i], line);
+            served[i] = true;
+            return i;
+        }
+    }
+    return -1;
+}
+
+/* Those that are open are served on while the others wait, and no other is. */
+static void crowd_wait(const int *fds, bool *served, const crowd_order *order, crowd_report *report)
+{
+    int64_t end = t_now_ms() + order->duration_ms;
+    while (t_now_ms() < end) {
+        int64_t start = t_now_ms();
+        round_trip(fds[report->pings++ % order->open]);
+        int took = (int)(t_now_ms() - start);
+        report->longest_ms = took > report->longest_ms ? took : report->longest_ms;
+        CHECK_INT(crowd_answered(fds, served, 20), -1);
+    }
+}
+
+/* One after the other ends, and the one that has waited longest takes its place at once. */
+static void crowd_replace(const int *fds, bool *served, const crowd_order *order,
+                          crowd_report *report)
+{
+    for (int gone = 0; report->served < CROWD; gone++) {
+        int64_t start = t_now_ms();
+        if (gone == 0) {
+            t_close(fds[gone]);
+        } else {
+            t_reset(fds[gone]);
+        }
+        CHECK_INT(crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale()), report->served);
+        int took = (int)(t_now_ms() - start);
+        report->first_wait_ms = gone == 0 ? took : report->first_wait_ms;
+        report->longest_wait_ms = took > report->longest_wait_ms ? took : report->longest_wait_ms;
+        report->served++;
+    }
+    for (int i = CROWD - order->open; i < CROWD; i++) {
+        t_reset(fds[i]);
+    }
+}
+
+/* The process of the clients, which has descriptors and CPU time of its own. */
+__attribute__((noreturn)) static void crowd_process(int control)
+{
+    static int fds[CROWD];
+    static bool served[CROWD];
+    crowd_order order;
+    crowd_report report = {0, 0, 0, 0, 0};
+    char line[16];
+    CHECK(read(control, &order, sizeof order) == sizeof order);
+    for (int i = 0; i < CROWD; i++) {
+        fds[i] = t_connect(order.port);
+        crowd_line(i, line);
+        t_sends(fds[i], line);
+    }
+    for (; report.served < order.open; report.served++) { /* the first ones, in any order */
+        int first = crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale());
+        CHECK(first >= 0 && first < order.open);
+    }
+    CHECK(write(control, "s", 1) == 1);
+    crowd_wait(fds, served, &order, &report);
+    CHECK(write(control, "e", 1) == 1);
+    crowd_replace(fds, served, &order, &report);
+    CHECK(write(control, &report, sizeof report) == sizeof report);
+    _exit(0);
+}
+
+static void crowd_expect(int control, char letter)
+{
+    char got = 0;
+    if (read(control, &got, 1) != 1) {
+        T_FAIL("the clients have failed");
+    }
+    CHECK_INT(got, letter);
+}
+
+/* While others wait the server sleeps: what it uses is for the round trips. */
+static void crowd_client(int port, void *context)
+{
+    crowd *c = (crowd *)context;
+    crowd_order order = {port, c->limit, c->duration_ms};
+    crowd_report report;
+    struct rlimit limit;
+    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+    for (int fd = 0; c->limit == 0 && fd < (int)limit.rlim_cur; fd++) {
+        order.open += fcntl(fd, F_GETFD) < 0;
+    }
+    CHECK(order.open > 10 && order.open < CROWD / 2);
+    CHECK(write(c->control, &order, sizeof order) == sizeof order);
+    crowd_expect(c->control, 's');
+    int64_t cpu = cpu_ms();
+    crowd_expect(c->control, 'e');
+    cpu = cpu_ms() - cpu;
+    if (read(c->control, &report, sizeof report) != sizeof report) {
+        T_FAIL("the clients have failed");
+    }
+    printf("%d of %d open: %d ms of CPU in %d ms, %d log lines, %d pings, the longest %d ms; the first "
+           "one freed: served after %d ms, the longest %d ms\n",
+           order.open, CROWD, (int)cpu, c->duration_ms, logged(), report.pings, report.longest_ms,
+           report.first_wait_ms, report.longest_wait_ms);
+    CHECK_NEAR_MS(cpu, 0, c->duration_ms * 2 / 100);
+    CHECK(logged() < 10);
+    CHECK(logged() >= (c->limit == 0)); /* shortage is worth a line */
+    CHECK(report.pings * t_scale() >= c->duration_ms / 100);
+    CHECK_NEAR_MS(report.longest_ms, 0, 200);
+    CHECK_NEAR_MS(report.first_wait_ms, 0, 100);
+    CHECK_NEAR_MS(report.longest_wait_ms, 0, 100);
+    CHECK_INT(report.served, CROWD);
+    limit.rlim_cur = limit.rlim_max; /* t_on_loop needs descriptors too */
+    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+    tsrv_stats stats = server_stats();
+    CHECK_INT(stats.accepted, CROWD);
+    CHECK_INT(stats.accept_errors, 0);
+    CHECK(stats.accept_pauses >= 1);
+}
+
+static void run_crowd(crowd *c, int descriptors)
+{
+    t_case test = {.handler = echo_lines, .client = crowd_client, .context = c};
+    struct rlimit before, low;
+    int pair[2], status = 0;
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    fflush(NULL);
+    pid_t process = fork();
+    CHECK(process >= 0);
+    if (process == 0) {
+        close(pair[0]);
+        crowd_process(pair[1]);
+    }
+    t_close(pair[1]);
+    c->control = pair[0];
+    CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
+    low = before;
+    low.rlim_cur = (rlim_t)descriptors;
+    CHECK(descriptors == 0 || setrlimit(RLIMIT_NOFILE, &low) == 0);
+    tsrv_set_log(count_line, NULL);
+    test.options.max_connections = c->limit;
+    t_run(&test);
+    tsrv_set_log(NULL, NULL);
+    CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
+    t_close(pair[0]);
+    CHECK(waitpid(process, &status, 0) == process);
+    CHECK_INT(status, 0);
+}
+
+#ifndef TSRV_VALGRIND /* which keeps descriptors of its own, and a limit of its own */
+/* Of ten peers seven spin at the limit of descriptors, at 50 to 100 % of a core, and three flood
+ * their log; one drops the clients that wait. */
+TEST_STREAM(a_crowd_beyond_the_limit_of_descriptors_waits)
+{
+    crowd c = {-1, 0, 2000};
+    SOFT_ONLY();
+    run_crowd(&c, 40);
+}
+#endif
+
+TEST_STREAM(a_crowd_beyond_max_connections_waits)
+{
+    crowd c = {-1, 20, 1000};
+    SOFT_ONLY();
+    run_crowd(&c, 0);
+}
+
+/* ---- a shortage, and connections that are lost ---------------------------------------------*/
+
+#if TSRVI_HAS_ACCEPT4
+#define ACCEPT "accept4"
+#else
+#define ACCEPT "accept"
+#endif
+
+static int accepts;     /* calls of accept; on the loop's thread */
+static int accept_stop; /* after so many calls they work again; 0 = never */
+
+static void see_accept(const char *name)
+{
+    if (strcmp(name, ACCEPT) == 0 && accepts++ == accept_stop && accept_stop != 0) {
+        t_fault_at = 0;
+    }
+}
+
+/* From now on accept fails with that error, so many times; 0 = always. */
+typedef struct accept_fault {
+    int code;
+    int times;
+} accept_fault;
+
+static void break_accept(void *context)
+{
+    accept_fault *fault = (accept_fault *)context;
+    accepts = 0;
+    accept_stop = fault->times;
+    t_fault_name = ACCEPT;
+    t_fault_errno = fault->code;
+    t_fault_sticky = true;
+    t_fault_calls = 0;
+    t_fault_at = 1;
+}
+
+static void mend_accept(void *context)
+{
+    t_fault_at = 0;
+    *(int *)context = accepts;
+}
+
+static bool none_open(void *context)
+{
+    (void)context;
+    return server_stats().open == 0;
+}
+
+/* The waits double from 50 ms: tries at 0, 50, 150, 350 and 750 ms. */
+static void shortage_once(int port, int code)
+{
+    enum { WAIT_MS = 400 };
+    accept_fault fault = {code, 0};
+    int open = t_connect(port), other = t_connect(port), calls = 0, lines = logged();
+    round_trip(open);
+    round_trip(other);
+    t_on_loop(break_accept, &fault);
+    int waiting = t_connect(port);
+    t_sends(waiting, "hello\n");
+    int64_t start = t_now_ms(), cpu = cpu_ms();
+    while (t_now_ms() - start < WAIT_MS) {
+        round_trip(open);
+        poll(NULL, 0, 10);
+    }
+    cpu = cpu_ms() - cpu;
+    t_on_loop(mend_accept, &calls);
+    start = t_now_ms();
+    t_reset(other);
+    t_expect(waiting, "hello\n");
+    printf("%s: %d calls of accept, %d ms of CPU, then served after %d ms\n", strerror(code), calls,
+           (int)cpu, (int)(t_now_ms() - start));
+    CHECK(calls >= 2 && calls <= 5 * t_scale());
+    CHECK_NEAR_MS(t_now_ms() - start, 0, 100);
+    CHECK_NEAR_MS(cpu, 0, WAIT_MS / 8); /* the client's share included */
+    CHECK(logged() <= lines + 1 * t_scale());
+    t_reset(waiting);
+    t_reset(open);
+    CHECK(t_wait_until(none_open, NULL)); /* else their ends would end the next pause */
+}
+
+/* It goes on by itself too: what was missing may come from elsewhere. */
+static void shortage_alone(int port, int code)
+{
+    accept_fault fault = {code, 3};
+    t_on_loop(break_accept, &fault);
+    int64_t start = t_now_ms();
+    int fd = t_connect(port);
+    round_trip(fd);
+    CHECK_NEAR_MS(t_now_ms() - start, 340, 800);
+    t_reset(fd);
+    CHECK(t_wait_until(none_open, NULL));
+}
+
+static void shortage_client(int port, void *context)
+{
+    static const int codes[] = {ENFILE, ENOBUFS, ENOMEM};
+    (void)context;
+    for (size_t i = 0; i < COUNT(codes); i++) {
+        shortage_once(port, codes[i]);
+        shortage_alone(port, codes[i]);
+    }
+    CHECK(logged() >= 1);
+    tsrv_stats stats = server_stats();
+    CHECK_INT(stats.accept_errors, 0);
+    CHECK(stats.accept_pauses >= 2 * COUNT(codes));
+}
+
+TEST_STREAM(a_shortage_in_accept_pauses_it)
+{
+    t_case c = {.handler = echo_lines, .client = shortage_client};
+    SOFT_ONLY();
+    t_seen = see_accept;
+    tsrv_set_log(count_line, NULL);
+    t_run(&c);
+    tsrv_set_log(NULL, NULL);
+}
+
+/* Each of the connections before was lost, and none after it has to wait for that. */
+static void lost_client(int port, void *context)
+{
+    enum { TIMES = 20 };
+    /* EPERM, of a firewall, is also what a policy answers: see above. */
+    static const int codes[] = {ECONNABORTED, EPROTO,     ENETDOWN,    EHOSTUNREACH,
+                                ENETUNREACH,  EOPNOTSUPP, ENOPROTOOPT, ETIMEDOUT};
+    (void)context;
+    for (size_t i = 0; i < COUNT(codes); i++) {
+        accept_fault fault = {codes[i], TIMES};
+        t_on_loop(break_accept, &fault);
+        int64_t start = t_now_ms();
+        int fd = t_connect(port);
+        round_trip(fd);
+        printf("%s: served after %d ms\n", strerror(codes[i]), (int)(t_now_ms() - start));
+        CHECK_NEAR_MS(t_now_ms() - start, 0, 100);
+        t_reset(fd);
+        tsrv_stats stats = server_stats();
+        CHECK_INT(stats.accept_errors, (i + 1) * TIMES);
+        CHECK_INT(stats.accept_pauses, 0);
+    }
+    CHECK_INT(logged(), 0);
+}
+
+TEST_STREAM(connections_lost_before_accept_pause_nothing)
+{
+    t_case c = {.handler = echo_lines, .client = lost_client};
+    t_seen = see_accept;
+    tsrv_set_log(count_line, NULL);
+    t_run(&c);
+    tsrv_set_log(NULL, NULL);
 }

@@ -17,6 +17,8 @@ work=$build/check
 doc=$build/doc
 max_columns=100
 max_lines=60
+max_section=500
+max_tls=5 # functions that name TLS, outside of its own sections and of the seam
 
 rm -rf "$work" "$doc"
 mkdir -p "$work" "$doc" || exit 2
@@ -211,6 +213,15 @@ cut -d ' ' -f 1 "$work/sections" >"$work/tags"
     sort "$work/tags" | uniq -d | sed 's/^/twice: >>/'
 } >"$work/bad" 2>&1
 verdict "sections: the >>tags are those of CONTENTS, in its order" "$work/bad"
+
+end=$(wc -l <"$header" | tr -d ' ')
+awk -v end="$end" -v most="$max_section" '
+    function close_section(line) {
+        if (tag != "" && line - start > most) print ">>" tag ": " line - start " lines"
+    }
+    { close_section($2); tag = $1; start = $2 }
+    END { close_section(end) }' "$work/sections" >"$work/bad"
+verdict "sections: none above $max_section lines" "$work/bad"
 
 # ---- version -----------------------------------------------------------------------------------
 
@@ -412,7 +423,7 @@ awk '
             rest = substr(rest, RSTART + RLENGTH)
             if (!(name in home) || here >= home[name]) continue
             if (name in forward && here == section(forward[name])) continue
-            if (name ~ /^tsrv_/ && tag[here] == "api") continue
+            if (name ~ /^tsrv_/ && tag[here] ~ /^api/) continue
             print "line " FNR ": >>" tag[here] " names " name ", which is in >>" tag[home[name]]
         }
     }
@@ -422,6 +433,41 @@ awk '
     }' "$work/sections" "$work/forward" "$work/functions" "$work/code" >"$work/bad"
 count=$(wc -l <"$work/forward" | tr -d ' ')
 verdict "layers: no name of a later section; $count listed forward declarations" "$work/bad"
+
+# ---- state of the process -------------------------------------------------------------------------
+
+# Besides the two structs: OpenSSL's method, made once, and what TSRV_DEBUG has told.
+{
+    $CC -std=c99 -fno-pie -O0 -DTCPSERVER_IMPLEMENTATION ${openssl:+-DTSRV_TLS_OPENSSL} -DTSRV_DEBUG \
+        -x c -c "$header" -o "$work/state.o" 2>&1 &&
+        $NM "$work/state.o" | awk '$2 ~ /^[bBdDC]$/ && $3 !~ /^(tsrvi_process|tsrvi_thread)$/ &&
+            $3 !~ /^(method|told)\.[0-9]+$/ { print "a global variable of its own: " $3 }'
+} >"$work/bad"
+verdict "state: one struct for the process, and one for each thread" "$work/bad"
+
+# ---- TLS is named where it is chosen -------------------------------------------------------------
+
+awk -v most="$max_tls" '
+    FILENAME ~ /sections$/ { tag[++sections] = $1; start[sections] = $2; next }
+    FILENAME ~ /functions$/ {
+        if ($1 == "def" && $2 ~ /^tsrvi?_/) { name[++count] = $2; first[count] = $4; last[count] = $6 }
+        next
+    }
+    tolower($0) ~ /tls/ {
+        for (i = 1; i <= count; i++) {
+            here = section(FNR)
+            if (first[i] <= FNR && FNR <= last[i] && !(name[i] in seen) && here !~ /^(tls|transport)/) {
+                seen[name[i]]
+                list[++found] = "line " FNR ": " name[i] ", in >>" here
+            }
+        }
+    }
+    END { if (found > most) for (i = 1; i <= found; i++) print list[i] }
+    function section(line,   i) {
+        for (i = sections; i > 0; i--) if (start[i] <= line) return tag[i]
+        return "manual"
+    }' "$work/sections" "$work/functions" "$work/code" >"$work/bad"
+verdict "layers: at most $max_tls functions outside of >>transport and >>tls... name TLS" "$work/bad"
 
 # ---- text --------------------------------------------------------------------------------------
 
@@ -505,7 +551,7 @@ fi
 
 # The manual: after a line with [compiles], the lines that are indented like the first one, or more.
 awk -v out="$doc/manual" -v header="$header" '
-    />>api/ { exit }
+    /^ \* >>api  / { exit }
     { sub(/^ \* ?/, "") }
     inside {
         match($0, /^ */)

@@ -23,6 +23,8 @@ static int seen_connect(int fd, const struct sockaddr *address, socklen_t size);
 
 #include "script.h"
 
+#include "handlers.h"
+
 #include <arpa/inet.h>
 #include <sys/un.h>
 
@@ -170,21 +172,10 @@ static int accepted(int listener)
     return fd;
 }
 
-static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice some;
-    int rc;
-    (void)address, (void)context;
-    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
-        tsrv_write(stream, some.data, some.size);
-    }
-    return rc;
-}
-
 static void open_echo(void)
 {
     tsrv_server_options options = {0};
-    options.handle_stream = echo;
+    options.handle_stream = echo_bytes;
     s_open(options);
 }
 
@@ -252,7 +243,7 @@ TEST_COROUTINE(connects_over_ipv6)
 {
     tsrv_server_options options = {0};
     tsrv_address address;
-    options.handle_stream = echo;
+    options.handle_stream = echo_bytes;
     s_open_loop();
     s_server = s_new_server(options);
     int rc = tsrv_server_listen(s_server, 0, "::1", NULL);
@@ -278,7 +269,7 @@ static void talk_over_unix(void)
 static void serve_unix(const char *name)
 {
     tsrv_server_options options = {0};
-    options.handle_stream = echo;
+    options.handle_stream = echo_bytes;
     s_open_loop();
     s_server = s_new_server(options);
     snprintf(unix_name, sizeof unix_name, "%s", name);
@@ -724,16 +715,16 @@ TEST_LOOP(socket_that_meets_itself_is_refused)
 /* ---- ends ---------------------------------------------------------------------------------*/
 
 enum { LARGE = 3 << 20 };
-static char large[LARGE];
+static char payload[LARGE];
 
-static void fill_large(void)
+static void fill_payload(void)
 {
     for (int i = 0; i < LARGE; i++) {
-        large[i] = (char)('A' + i % 41);
+        payload[i] = (char)('A' + i % 41);
     }
 }
 
-static size_t large_size(void)
+static size_t payload_size(void)
 {
     return t_hard ? 150000 : LARGE;
 }
@@ -745,7 +736,7 @@ static void write_and_close(void)
 {
     tsrv_stream *stream = connected("127.0.0.1", end_port);
     tsrv_set_timeout(stream, 0, TSRV_NEVER);
-    CHECK_INT(tsrv_try_write(stream, large, large_size()), TSRV_OK);
+    CHECK_INT(tsrv_try_write(stream, payload, payload_size()), TSRV_OK);
     CHECK_INT(tsrv_close(stream), TSRV_OK);
 }
 
@@ -753,12 +744,12 @@ TEST_COROUTINE(closing_sends_what_is_queued)
 {
     char *got = (char *)malloc(LARGE);
     int code;
-    fill_large();
+    fill_payload();
     s_open_loop();
     end_listener = listener_at("127.0.0.1", &end_port, 16);
     in_coroutine(write_and_close);
     int fd = accepted(end_listener);
-    CHECK_MEM(got, s_recv(fd, got, large_size(), &code), large, large_size());
+    CHECK_MEM(got, s_recv(fd, got, payload_size(), &code), payload, payload_size());
     s_expect_eof(fd);
     t_close(fd);
     t_close(end_listener);
@@ -874,7 +865,7 @@ static void time_out_reads(void)
     start = v_ms();
     int rc = TSRV_OK;
     for (int i = 0; i < 20 && rc == TSRV_OK; i++) {
-        rc = tsrv_write(stream, large, LARGE);
+        rc = tsrv_write(stream, payload, LARGE);
     }
     CHECK_INT(rc, TSRV_ETIMEOUT);
     CHECK(v_ms() - start >= 400);
@@ -910,7 +901,7 @@ static void write_for_ever(void *context)
     tsrv_stream *stream = connected("127.0.0.1", end_port);
     (void)context;
     t_record(1);
-    while ((ended[1] = tsrv_write(stream, large, LARGE)) == TSRV_OK) {
+    while ((ended[1] = tsrv_write(stream, payload, LARGE)) == TSRV_OK) {
     }
     CHECK_INT(tsrv_close(stream), TSRV_OK);
 }
@@ -973,10 +964,10 @@ typedef struct mover {
 static void write_large(void *context)
 {
     mover *m = (mover *)context;
-    size_t size = large_size(), sent = 0;
+    size_t size = payload_size(), sent = 0;
     while (sent < size) {
         size_t piece = size - sent < 70001 ? size - sent : 70001;
-        CHECK_INT(tsrv_write(m->stream, large + sent, piece), TSRV_OK);
+        CHECK_INT(tsrv_write(m->stream, payload + sent, piece), TSRV_OK);
         sent += piece;
     }
     CHECK_INT(tsrv_shutdown(m->stream), TSRV_OK);
@@ -992,8 +983,8 @@ static void move_large(void)
     CHECK_INT(tsrv_sleep(20), TSRV_OK);
     CHECK_INT(tsrv_spawn(s_loop, write_large, &m), TSRV_OK);
     CHECK_INT(tsrv_sleep(500), TSRV_OK); /* both directions fill up */
-    CHECK_INT(tsrv_read_into(m.stream, got, large_size()), TSRV_OK);
-    CHECK_MEM(got, large_size(), large, large_size());
+    CHECK_INT(tsrv_read_into(m.stream, got, payload_size()), TSRV_OK);
+    CHECK_MEM(got, payload_size(), payload, payload_size());
     CHECK_INT(tsrv_read_some(m.stream, 0, &rest), TSRV_EOF);
     while (!m.done) {
         CHECK_INT(tsrv_wait(m.stream, TSRV_NEVER), TSRV_OK);
@@ -1004,7 +995,7 @@ static void move_large(void)
 
 TEST_STREAM(much_goes_both_ways)
 {
-    fill_large();
+    fill_payload();
     open_echo();
     in_coroutine(move_large);
     close_echo();

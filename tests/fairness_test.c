@@ -20,29 +20,9 @@
          : T_FAIL("CHECK_LEAST(%s)\n    actual %llu\n    limit  %llu", #actual,                    \
                   (unsigned long long)(actual), (unsigned long long)(limit)))
 
-static tsrv_stats counted(void)
-{
-    tsrv_stats stats;
-    tsrv_server_stats(s_server, &stats);
-    return stats;
-}
-
 static size_t larger(size_t a, size_t b)
 {
     return a > b ? a : b;
-}
-
-/* A client whose connection has been accepted. */
-static int join(void)
-{
-    uint64_t before = counted().accepted;
-    int64_t limit = s_patience();
-    int fd = t_connect(s_port);
-    while (counted().accepted == before) {
-        s_turn();
-        CHECK(t_now_ms() < limit);
-    }
-    return fd;
 }
 
 /* The stream of the client that has joined first: the greedy one. */
@@ -72,7 +52,7 @@ static void ask(other *o)
 
 static other join_other(void)
 {
-    other o = {join(), 0, 0};
+    other o = {s_join(), 0, 0};
     ask(&o);
     return o;
 }
@@ -165,7 +145,7 @@ static void open_flooded(tsrv_handler handler, size_t max_buffer_size)
 static void check_pipeline(size_t max_buffer_size)
 {
     open_flooded(take_lines, max_buffer_size);
-    int fd = join();
+    int fd = s_join();
     other o = join_other();
     flood_beside(&o, fd, max_buffer_size);
     CHECK_LEAST(o.answers, FLOOD_TURNS / 4);
@@ -196,7 +176,7 @@ static int read_nothing(tsrv_stream *stream, const tsrv_address *address, void *
 static void check_unread(size_t max_buffer_size)
 {
     open_flooded(read_nothing, max_buffer_size);
-    int fd = join();
+    int fd = s_join();
     other o = join_other();
     flood_beside(&o, fd, max_buffer_size);
     CHECK_LEAST(tsrv_unread_size(greedy), max_buffer_size != 0 ? max_buffer_size : MIB);
@@ -230,24 +210,24 @@ TEST_SOFT(input_after_our_close_is_dropped_bit_by_bit)
     tsrv_server_options options = {0};
     options.handle_stream = close_at_once;
     s_open(options);
-    int keeper = join(); /* is told "no" */
+    int keeper = s_join(); /* is told "no" */
     s_expect(keeper, "no\n");
     s_settle(); /* its stream is lingering, and not listed any more than by the counters */
-    uint64_t start = counted().bytes_in;
+    uint64_t start = s_stats().bytes_in;
     for (int turn = 0; turn < FLOOD_TURNS; turn++) {
-        uint64_t before = counted().bytes_in;
+        uint64_t before = s_stats().bytes_in;
         sent += flood(keeper, 256 * KIB);
         s_turn();
-        most = larger(most, (size_t)(counted().bytes_in - before));
+        most = larger(most, (size_t)(s_stats().bytes_in - before));
     }
-    dropped = (size_t)(counted().bytes_in - start);
+    dropped = (size_t)(s_stats().bytes_in - start);
     CHECK_MOST(most, 64 * KIB);
     CHECK_LEAST(most, 1);
     CHECK_LEAST(dropped, MIB); /* it is dropped, for the answer's sake */
     CHECK_LEAST(sent, dropped);
-    CHECK_INT(counted().open, 1);
+    CHECK_INT(s_stats().open, 1);
     s_run_ms(6000);
-    CHECK_INT(counted().open, 0);
+    CHECK_INT(s_stats().open, 0);
     t_close(keeper);
     s_close();
 }
@@ -337,21 +317,21 @@ static turns turn_until_taken(other *o)
 {
     turns t = {0, 0, 0};
     int64_t limit = s_patience();
-    uint64_t sent_at_first = counted().bytes_out;
+    uint64_t sent_at_first = s_stats().bytes_out;
     while (!written_all || taken < volume) {
-        uint64_t sent = counted().bytes_out;
+        uint64_t sent = s_stats().bytes_out;
         size_t before = writes;
         s_turn();
         take_all();
         t.count++;
-        t.most_bytes = larger(t.most_bytes, (size_t)(counted().bytes_out - sent));
+        t.most_bytes = larger(t.most_bytes, (size_t)(s_stats().bytes_out - sent));
         t.most_writes = larger(t.most_writes, writes - before);
         look_after(o);
         if (t_now_ms() > limit) {
             T_FAIL("%zu of %zu bytes were taken", taken, volume);
         }
     }
-    CHECK_LEAST(counted().bytes_out - sent_at_first, volume);
+    CHECK_LEAST(s_stats().bytes_out - sent_at_first, volume);
     return t;
 }
 
@@ -390,7 +370,7 @@ static void close_writer(other *o)
 /* Waits for the other client, and then writes. */
 static int write_when_joined(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    while (is_greedy(stream) && counted().accepted < 2) {
+    while (is_greedy(stream) && s_stats().accepted < 2) {
         tsrv_wait(stream, TSRV_NEVER);
     }
     return write_much(stream, address, context);
@@ -399,7 +379,7 @@ static int write_when_joined(tsrv_stream *stream, const tsrv_address *address, v
 static void check_output(int kind, size_t total, size_t size, size_t most_writes)
 {
     open_writer(write_when_joined, kind, total, size, 0);
-    taker = join();
+    taker = s_join();
     other o = join_other();
     tsrv_wake(greedy);
     start_ticker();
@@ -485,7 +465,7 @@ static int write_for_lines(tsrv_stream *stream, const tsrv_address *address, voi
 static void check_answers(size_t total, size_t size, size_t high_water, size_t most_writes)
 {
     open_writer(write_for_lines, BLOCKS, total, size, high_water);
-    taker = join();
+    taker = s_join();
     other o = join_other();
     start_ticker();
     t_seen = take_before_sends;
@@ -567,7 +547,7 @@ static int write_alone(tsrv_stream *stream, const tsrv_address *address, void *c
 static void check_alone(int kind, size_t high_water, size_t size, bool take)
 {
     open_writer(write_alone, kind, high_water != 0 ? high_water : 256 * KIB, size, high_water);
-    taker = join();
+    taker = s_join();
     t_seen = take ? take_before_sends : NULL;
     int64_t limit = s_patience();
     while (!written_all || taken < written) {
@@ -694,7 +674,7 @@ static int call_when_joined(tsrv_stream *stream, const tsrv_address *address, vo
     if (!is_greedy(stream)) {
         return take_lines(stream, address, context);
     }
-    while (counted().accepted < 2) {
+    while (s_stats().accepted < 2) {
         if ((rc = tsrv_wait(stream, TSRV_NEVER)) != TSRV_OK) {
             return rc;
         }
@@ -714,7 +694,7 @@ static void check_calls(int kind)
     options.handle_stream = call_when_joined;
     options.data_size = 16;
     s_open(options);
-    int fd = join();
+    int fd = s_join();
     other o = join_other();
     CHECK_INT(flood(fd, 2 * CALLS + 2), 2 * CALLS + 2);
     tsrv_wake(greedy);
@@ -816,7 +796,7 @@ TEST_SOFT(reads_after_the_end_let_others_run)
     tsrv_server_options options = {0};
     options.handle_stream = call_after_the_end;
     s_open(options);
-    int fd = join();
+    int fd = s_join();
     other o = join_other();
     t_shut(fd);
     while (!calls_done) {
@@ -849,15 +829,15 @@ TEST_SOFT(accepts_leave_time_for_streams)
     options.handle_stream = take_lines;
     s_open(options);
     other o = join_other();
-    uint64_t first = counted().accepted;
-    while (counted().accepted < first + CROWD) {
-        uint64_t before = counted().accepted;
+    uint64_t first = s_stats().accepted;
+    while (s_stats().accepted < first + CROWD) {
+        uint64_t before = s_stats().accepted;
         while (arrived < CROWD && arrived < (int)(before - first) + QUEUED) {
             fds[arrived++] = t_connect(s_port);
         }
         s_turn();
         count++;
-        most = larger(most, (size_t)(counted().accepted - before));
+        most = larger(most, (size_t)(s_stats().accepted - before));
         look_after(&o);
         CHECK(t_now_ms() < limit);
     }
@@ -900,7 +880,7 @@ TEST_SOFT(floods_get_equal_shares)
     options.data_size = sizeof(int);
     s_open(options);
     for (int i = 0; i < GREEDY; i++) {
-        fds[i] = join();
+        fds[i] = s_join();
         s_settle();
     }
     for (int turn = 0; turn < FLOOD_TURNS; turn++) {

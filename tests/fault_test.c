@@ -723,7 +723,7 @@ static void s_run(const scenario *s)
     t_fault_hits = 0;
     t_fault_calls = 0;
     t_fault_last = NULL;
-    tsrvi_without = 0; /* as in a new process */
+    tsrvi_process.without = 0; /* as in a new process */
     f_runs++;
     alarm((unsigned)(5 * t_scale()));
     s_life();
@@ -1319,9 +1319,9 @@ TEST_STREAM(epoll_without_exclusive_wake_ups)
     }
     s_echo_expected("hello\nquit\n");
     s_prepare(&s_echo);
-    tsrvi_worker_id = 0;
+    tsrvi_process.number = 1;
     CHECK(s_deny(&s_echo, "epoll_ctl_exclusive", codes) > 0 || getenv("FAULT") != NULL);
-    tsrvi_worker_id = -1;
+    tsrvi_process.number = 0;
     s_deny_end();
 }
 #endif

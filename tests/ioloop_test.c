@@ -1218,7 +1218,7 @@ TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         int before = t_open_fds();
         tsrv_loop *loop = NULL;
-        tsrvi_without = 0; /* as in a new process */
+        tsrvi_process.without = 0; /* as in a new process */
         lines_said = 0;
         tsrv_set_log(count_lines, NULL);
         t_fault_name = rows[i].call;

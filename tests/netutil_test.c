@@ -315,7 +315,7 @@ static void deny(const char *name, int code, bool sticky)
     t_fault_sticky = sticky;
     t_fault_calls = t_fault_hits = 0;
     t_fault_at = 1;
-    tsrvi_without = 0; /* as in a new process */
+    tsrvi_process.without = 0; /* as in a new process */
     said = 0;
     tsrv_set_log(count_lines, NULL);
 }
@@ -994,7 +994,7 @@ TEST_ONCE(socket_file_goes_with_the_server_that_bound_it)
     }
     CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
     CHECK_INT(t_open_fds(), before);
-    CHECK_INT(tsrvi_bound_list.count, 0);
+    CHECK_INT(tsrvi_process.bound.count, 0);
     CHECK(rmdir(directory) == 0);
 }
 
@@ -1020,7 +1020,7 @@ TEST_ONCE(listening_ends_at_once_and_only_for_what_was_bound)
         ports[i] = port_of(fds[i]);
     }
     tsrvi_bound_refuse_all(false, 0);
-    CHECK_INT(tsrvi_bound_list.count, 0);
+    CHECK_INT(tsrvi_process.bound.count, 0);
     for (int i = 0; i < COUNT; i++) {
         struct sockaddr_in name;
         memset(&name, 0, sizeof name);

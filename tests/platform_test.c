@@ -113,35 +113,14 @@ static int p_getsockname(int fd, struct sockaddr *address, socklen_t *size)
 
 #include "script.h"
 
+#include "handlers.h"
+
 /* ---- SO_NOSIGPIPE -------------------------------------------------------------------------*/
-
-static int closed, reason_of_last;
-
-static void on_close(tsrv_stream *stream, int reason, void *context)
-{
-    (void)stream, (void)context;
-    closed++;
-    reason_of_last = reason;
-}
-
-static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice part;
-    int rc;
-    (void)address, (void)context;
-    while ((rc = tsrv_read_some(stream, 0, &part)) == TSRV_OK) {
-        tsrv_write(stream, part.data, part.size);
-    }
-    return rc;
-}
 
 static void open_echo(void)
 {
-    tsrv_server_options options = {0};
-    options.handle_stream = echo;
-    options.on_close = on_close;
-    closed = p_sends = p_unsafe = 0;
-    s_open(options);
+    p_sends = p_unsafe = 0;
+    s_serve(echo_bytes);
 }
 
 TEST_SOFT(an_accepted_socket_that_was_reset_already_sends_without_sigpipe)
@@ -150,7 +129,7 @@ TEST_SOFT(an_accepted_socket_that_was_reset_already_sends_without_sigpipe)
     int fd = t_connect(s_port);
     t_sends(fd, "abc");
     t_reset(fd);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK(p_sends > 0);
     CHECK_INT(p_unsafe, 0);
     s_close();
@@ -168,7 +147,7 @@ TEST_SOFT(a_socket_taken_over_sends_without_sigpipe)
     s_expect(pair[1], "abc");
     CHECK_INT(p_unsafe, 0);
     t_close(pair[1]);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     s_close();
 }
 
@@ -183,9 +162,9 @@ TEST_SOFT(a_socket_taken_over_when_it_is_over_sends_nothing)
     t_sends(pair[1], "abc");
     t_close(pair[1]);
     CHECK_INT(tsrv_server_add_stream(s_server, pair[0]), TSRV_OK);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(p_sends, 0);
-    CHECK_INT(reason_of_last, -EPIPE);
+    CHECK_INT(s_reason, -EPIPE);
     s_close();
 }
 
@@ -210,7 +189,7 @@ TEST_LOOP(a_socket_that_connects_sends_without_sigpipe)
     connected = 0;
     CHECK_INT(tsrv_spawn(s_loop, connect_and_send, NULL), TSRV_OK);
     s_until(&connected, 1);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK(p_sends >= 2);
     CHECK_INT(p_unsafe, 0);
     s_close();
@@ -232,8 +211,8 @@ TEST_SOFT(a_send_that_a_reset_overtakes_is_a_reset)
     CHECK(t_fault_hits > 0);
     t_fault_at = 0;
     t_close(fd);
-    s_until(&closed, 1);
-    CHECK_INT(reason_of_last, -ECONNRESET);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, -ECONNRESET);
     CHECK_INT(s_log_lines, 0); /* as of every peer that has gone */
     s_close();
 }
@@ -244,9 +223,9 @@ TEST_SOFT(a_send_that_a_reset_overtakes_is_a_reset)
 static void hand_over(int fd)
 {
     p_pads = true;
-    tsrvi_handed.looked = true;
-    tsrvi_handed.count = fd - TSRVI_LISTEN_FIRST + 1;
-    tsrvi_handed.free[fd - TSRVI_LISTEN_FIRST] = true;
+    tsrvi_process.handed.looked = true;
+    tsrvi_process.handed.count = fd - TSRVI_LISTEN_FIRST + 1;
+    tsrvi_process.handed.free[fd - TSRVI_LISTEN_FIRST] = true;
 }
 
 TEST_ONCE(a_unix_socket_is_known_by_its_path)

@@ -146,7 +146,7 @@ TEST_ONCE(start_wants_something_bound_and_only_once)
     CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
     CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
     CHECK_INT(tsrv_server_start(server, -1, NULL), TSRV_EINVAL);
-    CHECK(tsrvi_own_loop == NULL); /* none of this needs a loop */
+    CHECK(tsrvi_thread.own == NULL); /* none of this needs a loop */
     CHECK_INT(tsrv_server_address(server, 1, &before), TSRV_OK);
     CHECK_INT(tsrv_server_start(server, 1, NULL), TSRV_OK);
     CHECK_INT(tsrv_task_id(), -1);

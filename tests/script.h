@@ -1,6 +1,7 @@
 /* For tests that are scripts: server, clients and test share one thread, and time is virtual. It passes only while the
  * loop has nothing to do, so that a test says exactly when something happens and never sleeps for it: a real
- * millisecond without an event counts as up to V_STEP_MS. Included first, in place of test.h. */
+ * millisecond without an event counts as up to V_STEP_MS. Included first, in place of test.h. A test whose clients are
+ * threads or processes may stand beside scripts: t_run and t_new_loop keep to real time. */
 #ifndef SCRIPT_H
 #define SCRIPT_H
 
@@ -20,12 +21,15 @@
 #define V_STEP_MS 50
 
 static uint64_t v_now = 1000000000000u; /* the loop's clock, in nanoseconds; moves on a little whenever it is read */
+static bool v_stopped;                  /* time is real in this test */
 
 static pthread_mutex_t v_mutex = PTHREAD_MUTEX_INITIALIZER;
 
 static inline int v_clock(clockid_t id, struct timespec *now)
 {
-    (void)id;
+    if (v_stopped) {
+        return clock_gettime(id, now);
+    }
     pthread_mutex_lock(&v_mutex); /* threads that log look at it too */
     v_now += 1000;
     now->tv_sec = (time_t)(v_now / 1000000000);
@@ -37,13 +41,13 @@ static inline int v_clock(clockid_t id, struct timespec *now)
 /* How long a wait lasts in truth. */
 static inline int v_real(int timeout_ms)
 {
-    return timeout_ms == 0 ? 0 : 1;
+    return v_stopped ? timeout_ms : timeout_ms == 0 ? 0 : 1;
 }
 
 /* A wait has found count events: none of them, and time passes. */
 static inline int v_waited(int count, int timeout_ms)
 {
-    if (count == 0 && timeout_ms > 0) {
+    if (!v_stopped && count == 0 && timeout_ms > 0) {
         v_now += (uint64_t)(timeout_ms < V_STEP_MS ? timeout_ms : V_STEP_MS) * 1000000;
     }
     return count;
@@ -78,7 +82,7 @@ static inline int v_kevent(int fd, const struct kevent *changes, int count, stru
 {
     struct timespec real = {0, 0};
     int timeout_ms = limit == NULL ? -1 : (int)(limit->tv_sec * 1000 + limit->tv_nsec / 1000000);
-    if (size == 0) {
+    if (size == 0 || v_stopped) {
         return kevent(fd, changes, count, events, size, limit);
     }
     real.tv_nsec = v_real(timeout_ms) * 1000000L;
@@ -93,6 +97,9 @@ static inline int v_kevent(int fd, const struct kevent *changes, int count, stru
 
 #include "test.h"
 
+/* Coroutines only, and not in pieces: for scripts whose figures the hard mode would change. */
+#define TEST_SCRIPT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES)
+
 static inline int64_t v_ms(void)
 {
     return (int64_t)(v_now / 1000000);
@@ -103,7 +110,7 @@ static inline int64_t v_ms(void)
 static tsrv_loop *s_loop;
 static tsrv_server *s_server;
 static int s_port;
-static int s_log_lines; /* since site_open; without what is merely INFO */
+static int s_log_lines; /* since s_open_loop; without what is merely INFO */
 static char s_log[512]; /* the last line */
 
 static inline void s_see_log(int level, const char *message, void *context)
@@ -157,6 +164,39 @@ static inline void s_close(void)
     s_server = NULL;
     CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
     s_loop = NULL;
+}
+
+static inline tsrv_stats s_stats(void)
+{
+    tsrv_stats stats;
+    tsrv_server_stats(s_server, &stats);
+    return stats;
+}
+
+static int s_closed; /* streams since s_open_with */
+static int s_reason; /* of the last one's end */
+
+/* An on_close. */
+static inline void s_note_close(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)context;
+    s_closed++;
+    s_reason = reason;
+}
+
+/* A server whose ends of streams are counted. */
+static inline void s_open_with(tsrv_handler handler, tsrv_server_options options)
+{
+    s_closed = s_reason = 0;
+    options.handle_stream = handler;
+    options.on_close = s_note_close;
+    s_open(options);
+}
+
+static inline void s_serve(tsrv_handler handler)
+{
+    tsrv_server_options options = {0};
+    s_open_with(handler, options);
 }
 
 /* ---- turns --------------------------------------------------------------------------------*/
@@ -213,6 +253,24 @@ static inline void s_settle(void)
 }
 
 /* ---- clients ------------------------------------------------------------------------------*/
+
+/* A client that has been accepted. */
+static inline int s_join_with_room(int receive_room)
+{
+    uint64_t before = s_stats().accepted;
+    int64_t limit = s_patience();
+    int fd = t_connect_with_room(s_port, receive_room);
+    while (s_stats().accepted == before) {
+        s_turn();
+        CHECK(t_now_ms() < limit);
+    }
+    return fd;
+}
+
+static inline int s_join(void)
+{
+    return s_join_with_room(0);
+}
 
 /* Receives up to size bytes, turning the loop meanwhile. Returns how many came until the end;
  * *code is 0 or the errno that ended it. Patience counts from the last byte: how long the whole

@@ -692,3 +692,579 @@ TEST_ONCE(read_into_that_is_complete_does_not_see_an_end)
     CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
     t_close(ends[0]);
 }
+
+/* ---- a drop that ends at a delimiter of two bytes ---------------------------------------------*/
+
+static int drop_calls;
+
+static int drop_to_two_bytes(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = tsrv_read_until(stream, "\r\n", 0, NULL);
+    (void)address, (void)context;
+    drop_calls++;
+    return rc;
+}
+
+/* What is kept of each piece may be the beginning of the delimiter: no call is made for it again. */
+TEST_CALLBACK(drop_with_a_long_delimiter_calls_nobody_in_vain)
+{
+    drop_calls = 0;
+    open_with(drop_to_two_bytes, defaults);
+    int fd = add_pair();
+    s_settle();
+    int before = drop_calls;
+    t_sends(fd, "some\r");
+    s_settle();
+    s_run_ms(100);
+    CHECK(drop_calls - before <= (t_hard ? 5 : 1));
+    t_sends(fd, "more\r\n");
+    s_until(&closed, 1);
+    CHECK_INT(reason_of_last, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- waits that begin when the stream has ended -----------------------------------------------*/
+
+static int late_waits, late_code, late_done;
+
+static void wait_twice(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    late_code = tsrv_wait(stream, TSRV_NEVER);
+    late_waits++;
+    CHECK_INT(late_code, TSRV_OK);
+    late_code = tsrv_wait(stream, TSRV_NEVER);
+    late_waits++;
+    CHECK_INT(closed, 0); /* it has kept the stream */
+    late_done = 1;
+}
+
+static int end_when_told(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    CHECK_INT(tsrv_spawn(s_loop, wait_twice, stream), TSRV_OK);
+    CHECK_INT(tsrv_sleep(10), TSRV_OK);
+    tsrv_abort(stream);
+    CHECK_INT(tsrv_sleep(10), TSRV_OK);
+    CHECK_INT(late_waits, 1); /* by the end; the next one waits */
+    return TSRV_OK;
+}
+
+/* A helper's tsrv_wait that begins between the end of a stream and its on_close is over before that. */
+TEST_COROUTINE(waits_are_over_before_on_close)
+{
+    late_waits = late_done = 0;
+    open_with(end_when_told, defaults);
+    int fd = add_pair();
+    s_until(&closed, 1);
+    CHECK_INT(late_done, 1);
+    CHECK_INT(late_code, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- a slice that was read from outside -------------------------------------------------------*/
+
+static int echoed_outside;
+
+/* It reads from one stream and writes to another, and to the same, what may end it. */
+static void use_slice_outside(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    tsrv_slice slice;
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "slice", 5);
+    CHECK_INT(tsrv_abort(stream), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "slice", 5); /* a sanitizer would see it freed */
+    CHECK_INT(slice.data[slice.size], 0);
+    CHECK_INT(tsrv_write(stream, slice.data, slice.size), TSRV_ECLOSED);
+    CHECK_MEM(slice.data, slice.size, "slice", 5);
+    echoed_outside = 1;
+}
+
+static int wait_only(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    target = stream;
+    entered++;
+    return tsrv_wait(stream, TSRV_NEVER) == TSRV_EAGAIN ? TSRV_EAGAIN : TSRV_OK;
+}
+
+TEST_SOFT(slice_from_outside_outlives_an_abort)
+{
+    echoed_outside = 0;
+    open_with(wait_only, defaults);
+    int fd = add_pair();
+    s_until(&entered, 1);
+    t_sends(fd, "slice");
+    CHECK_INT(tsrv_loop_post(s_loop, use_slice_outside, target), TSRV_OK);
+    s_until(&echoed_outside, 1);
+    s_until(&closed, 1);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- writes that are larger than the limit ----------------------------------------------------*/
+
+enum { HUGE_WRITE = 3 << 20, LENT_LIMIT = 100000 };
+
+static int huge_code, huge_done, huge_writes;
+static bool overwrite_after;
+
+/* Three of them at once, and small ones between; afterwards the memory is the program's again. */
+static void write_huge_one(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    char letter = (char)('a' + huge_writes++);
+    char *own = (char *)malloc(HUGE_WRITE);
+    CHECK(own != NULL);
+    memset(own, letter, HUGE_WRITE);
+    huge_code = tsrv_write(stream, own, HUGE_WRITE);
+    if (overwrite_after) {
+        memset(own, '!', HUGE_WRITE);
+    }
+    free(own);
+    huge_done++;
+}
+
+static int have_three_write(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    target = stream;
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(tsrv_spawn(s_loop, write_huge_one, stream), TSRV_OK);
+        CHECK_INT(tsrv_sleep(1), TSRV_OK);
+        tsrv_write(stream, "-", 1);
+    }
+    while (huge_done < 3) {
+        CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    }
+    return TSRV_OK;
+}
+
+static void open_lent(tsrv_handler handler)
+{
+    tsrv_server_options options = {0};
+    options.max_write_buffer_size = LENT_LIMIT;
+    huge_writes = huge_done = 0;
+    overwrite_after = true;
+    open_with(handler, options);
+}
+
+static void take_huge(int fd, char letter)
+{
+    static char piece[65536];
+    size_t left = HUGE_WRITE;
+    int code;
+    while (left > 0) {
+        size_t got = s_recv(fd, piece, left < sizeof piece ? left : sizeof piece, &code);
+        CHECK(got > 0);
+        for (size_t i = 0; i < got; i++) {
+            CHECK_INT(piece[i], letter);
+        }
+        left -= got;
+    }
+}
+
+TEST_SCRIPT(lent_writes_come_in_the_order_of_the_calls)
+{
+    open_lent(have_three_write);
+    int fd = add_pair();
+    for (int i = 0; i < 3; i++) {
+        take_huge(fd, (char)('a' + i));
+        s_expect(fd, "-");
+    }
+    s_expect_eof(fd);
+    CHECK_INT(huge_code, TSRV_OK);
+    t_close(fd);
+    s_until(&closed, 1);
+    s_close();
+}
+
+static int write_until_closed(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    target = stream;
+    CHECK_INT(tsrv_spawn(s_loop, write_huge_one, stream), TSRV_OK);
+    CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    CHECK_INT(tsrv_write(stream, "-", 1), TSRV_ECLOSED); /* its pause is ended, and it has been taken */
+    while (huge_done < 1) {
+        CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    }
+    return TSRV_OK;
+}
+
+/* tsrv_close ends the call at once, and gives the memory back; what was taken still comes, whole. */
+TEST_SCRIPT(lent_write_that_a_close_ends_still_comes)
+{
+    open_lent(write_until_closed);
+    int fd = add_pair();
+    s_run_ms(50);
+    CHECK_INT(huge_done, 0);
+    CHECK_INT(tsrv_close(target), TSRV_OK);
+    s_until(&huge_done, 1);
+    CHECK_INT(huge_code, TSRV_ECLOSED);
+    take_huge(fd, 'a');
+    s_expect(fd, "-");
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&closed, 1);
+    s_close();
+}
+
+/* A reset drops it: the call says so, and nobody looks at the memory again. */
+TEST_SCRIPT(lent_write_is_dropped_by_an_abort)
+{
+    open_lent(write_until_closed);
+    int fd = add_pair();
+    s_run_ms(50);
+    CHECK_INT(tsrv_abort(target), TSRV_OK);
+    s_until(&huge_done, 1);
+    CHECK_INT(huge_code, TSRV_ECLOSED);
+    s_until(&closed, 1);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- what a rewrite had lost ------------------------------------------------------------------*/
+
+enum { MANY_LINES = 1000 };
+static int lines_read, last_code, calls;
+
+static int answer_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    while ((last_code = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        lines_read++;
+        tsrv_write(stream, line.data, line.size);
+    }
+    return last_code;
+}
+
+/* A coroutine lets others run behind so many reads; that the output has failed meanwhile ends no read. */
+TEST_SOFT(failed_output_ends_no_read_of_what_has_come)
+{
+    char lines[4 * MANY_LINES];
+    for (size_t i = 0; i < sizeof lines; i++) {
+        lines[i] = "abc\n"[i % 4];
+    }
+    lines_read = 0;
+    open_with(answer_lines, defaults);
+    int fd = add_pair();
+    t_send(fd, lines, sizeof lines);
+    t_close(fd);
+    s_until(&closed, 1);
+    CHECK_INT(lines_read, MANY_LINES);
+    CHECK_INT(last_code, TSRV_EOF);
+    s_close();
+}
+
+/* Asks for much, takes a line instead, and returns without a wait. */
+static int ask_and_take(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc = tsrv_read_bytes(stream, 100, &slice);
+    (void)address;
+    if (rc == TSRV_EAGAIN && (rc = tsrv_read_until(stream, (const char *)context, 0, &slice)) == TSRV_OK) {
+        lines_read++;
+        rc = TSRV_EAGAIN;
+    }
+    return rc;
+}
+
+/* A read that succeeds takes back what an earlier one of the call has waited for, also by the quickest way. */
+TEST_CALLBACK(read_that_succeeds_takes_back_the_wait_before)
+{
+    static char delimiters[2][3] = {"\n", "\r\n"};
+    for (int i = 0; i < 2; i++) {
+        tsrv_server_options options = {0};
+        options.context = delimiters[i];
+        lines_read = 0;
+        open_with(ask_and_take, options);
+        int fd = add_pair();
+        t_sends(fd, "one\r\ntwo\r\nthree\r\n");
+        s_until(&lines_read, 3);
+        t_shut(fd);
+        s_until(&closed, 1);
+        t_close(fd);
+        s_close();
+    }
+}
+
+static int sleep_and_return(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (calls++ == 0) {
+        CHECK_INT(tsrv_sleep(50), TSRV_OK);
+        return TSRV_EAGAIN;
+    }
+    return tsrv_read_until(stream, "\n", 0, &line);
+}
+
+/* Something else than its stream has resumed it last: it is called for input all the same. */
+TEST_COROUTINE(handler_that_has_slept_is_called_again)
+{
+    calls = 0;
+    open_with(sleep_and_return, defaults);
+    int fd = add_pair();
+    s_run_ms(200);
+    CHECK_INT(calls, 1);
+    t_sends(fd, "line\n");
+    s_until(&closed, 1);
+    CHECK_INT(reason_of_last, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
+static int helper_woken, handler_woken;
+
+static void wait_beside(void *context)
+{
+    CHECK_INT(tsrv_wait((tsrv_stream *)context, 1000), TSRV_OK);
+    helper_woken = 1;
+}
+
+static int wake_itself(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    if (calls++ == 0) {
+        CHECK_INT(tsrv_spawn(s_loop, wait_beside, stream), TSRV_OK);
+        return tsrv_wait(stream, 10) == TSRV_EAGAIN ? TSRV_EAGAIN : TSRV_EINVAL;
+    }
+    rc = tsrv_wait(stream, 1000);
+    if (calls == 2) {
+        CHECK_INT(rc, TSRV_ETIMEOUT);
+        rc = tsrv_wait(stream, 1000);
+        CHECK_INT(rc, TSRV_EAGAIN);
+        tsrv_wake(stream);
+    } else if (rc != TSRV_EAGAIN) {
+        handler_woken = 1;
+        CHECK_INT(rc, TSRV_OK);
+    }
+    return rc;
+}
+
+/* tsrv_wake ends every wait, the one that the handler has just begun as well as a coroutine's. */
+TEST_CALLBACK(wake_of_its_own_ends_its_wait_and_those_of_others)
+{
+    calls = helper_woken = handler_woken = 0;
+    open_with(wake_itself, defaults);
+    int fd = add_pair();
+    s_until(&handler_woken, 1);
+    s_until(&helper_woken, 1);
+    t_close(fd);
+    s_until(&closed, 1);
+    s_close();
+}
+
+static char given_up[10];
+
+static int give_a_read_up(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    (void)address, (void)context;
+    switch (calls++) {
+    case 0: return tsrv_read_into(stream, given_up, sizeof given_up);
+    case 1: return TSRV_EAGAIN;
+    default:
+        last_code = tsrv_read_some(stream, 0, &some);
+        return last_code;
+    }
+}
+
+static void wake_for_nothing(void *context)
+{
+    tsrv_set_deadline((tsrv_stream *)context, 10);
+}
+
+/* What a read into the program's memory has got is not lost in silence when the handler goes on with another. */
+T_TEST(partial_read_that_is_not_repeated_refuses_others, T_PER_BACKEND | T_CALLBACKS)
+{
+    calls = 0;
+    last_code = TSRV_OK;
+    open_with(give_a_read_up, defaults);
+    int fd = add_pair();
+    t_sends(fd, "abc");
+    s_run_ms(20);
+    CHECK_INT(calls, 1);
+    CHECK_INT(tsrv_loop_post(s_loop, wake_for_nothing, first_stream()), TSRV_OK);
+    s_run_ms(50);
+    CHECK_INT(calls, 2);
+    t_sends(fd, "def");
+    s_until(&closed, 1);
+    CHECK_INT(last_code, TSRV_EINVAL);
+    CHECK_INT(calls, 3);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- TSRV_DEBUG: mistakes of a program --------------------------------------------------------*/
+
+#ifdef TSRV_DEBUG
+static int mistakes, mistaken;
+static char mistake_said[2000];
+
+static void see_mistakes(int level, const char *message, void *context)
+{
+    (void)level, (void)context;
+    if (strncmp(message, "TSRV_DEBUG: ", 12) == 0) {
+        mistakes++;
+        snprintf(mistake_said, sizeof mistake_said, "%s", message + 12);
+    }
+}
+
+static void expect_mistake(const char *function, const char *text)
+{
+    CHECK_INT(mistakes, 1);
+    if (strncmp(mistake_said, function, strlen(function)) != 0 || strstr(mistake_said, text) == NULL) {
+        T_FAIL("the log says \"%s\"", mistake_said);
+    }
+}
+
+/* Each client makes it once more: it is told once. */
+static void check_mistake(tsrv_handler handler, const char *function, const char *text)
+{
+    int fds[3];
+    mistakes = mistaken = 0;
+    open_with(handler, defaults);
+    tsrv_set_log(see_mistakes, NULL);
+    for (int i = 0; i < 3; i++) {
+        fds[i] = add_pair();
+        t_sends(fds[i], "some");
+        s_settle();
+        t_sends(fds[i], " bytes, and more of them\n");
+        t_shut(fds[i]);
+    }
+    s_until(&closed, 3);
+    CHECK_INT(mistaken, 3);
+    expect_mistake(function, text);
+    for (int i = 0; i < 3; i++) {
+        t_close(fds[i]);
+    }
+    s_close();
+}
+
+static int read_otherwise(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    int *called = (int *)tsrv_data(stream);
+    if ((*called)++ == 0) {
+        return tsrv_read_until(stream, "\n", 0, &slice);
+    }
+    mistaken++;
+    CHECK_INT(tsrv_read_bytes(stream, 2, &slice), TSRV_OK);
+    return TSRV_OK;
+}
+
+static int go_on_failing(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &slice)) == TSRV_OK) {
+    }
+    if (rc == TSRV_EOF) {
+        mistaken++;
+        tsrv_shutdown(stream);
+        for (int i = 0; i < 5000; i++) {
+            CHECK_INT(tsrv_write(stream, "x", 1), TSRV_ECLOSED);
+        }
+    }
+    return rc;
+}
+
+static void wait_outside(void *context)
+{
+    mistaken++;
+    CHECK_INT(tsrv_wait((tsrv_stream *)context, TSRV_NEVER), TSRV_EAGAIN);
+}
+
+static int have_others_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int *waits = (int *)tsrv_data(stream), rc;
+    (void)address, (void)context;
+    if (*waits == 0 && (rc = tsrv_read_until(stream, "\n", 0, &slice)) != TSRV_OK) {
+        return rc;
+    }
+    if ((*waits)++ == 0) {
+        CHECK_INT(tsrv_loop_post(s_loop, wait_outside, stream), TSRV_OK);
+    }
+    return tsrv_wait(stream, 100) == TSRV_EAGAIN ? TSRV_EAGAIN : TSRV_OK;
+}
+
+static int keep_a_slice(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice first, second;
+    int rc;
+    (void)address, (void)context;
+    if ((rc = tsrv_read_until(stream, "\n", 0, &first)) != TSRV_OK) {
+        return rc;
+    }
+    char *kept = (char *)first.data; /* NOLINT: a mistake on purpose */
+    CHECK_INT(kept[0], 's');
+    size_t size = first.size;
+    tsrv_read_bytes(stream, 0, &second);
+    for (size_t i = 0; i < size; i++) {
+        CHECK_INT((unsigned char)kept[i], 0xDD);
+    }
+    mistaken++;
+    return TSRV_OK;
+}
+
+T_TEST(debug_names_a_read_that_is_not_the_one_that_waited, T_PER_BACKEND | T_CALLBACKS)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(int);
+    mistakes = mistaken = 0;
+    open_with(read_otherwise, options);
+    tsrv_set_log(see_mistakes, NULL);
+    for (int i = 0; i < 3; i++) {
+        int fd = add_pair();
+        t_sends(fd, "a line\n");
+        s_until(&closed, i + 1);
+        t_close(fd);
+    }
+    expect_mistake("tsrv_read_bytes", "waited in another read");
+    s_close();
+}
+
+TEST_SOFT(debug_names_a_loop_over_calls_that_fail)
+{
+    check_mistake(go_on_failing, "tsrv_write", "always fails");
+}
+
+TEST_CALLBACK(debug_names_a_wait_where_nothing_can_wait)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(int);
+    mistakes = mistaken = 0;
+    open_with(have_others_wait, options);
+    tsrv_set_log(see_mistakes, NULL);
+    for (int i = 0; i < 2; i++) {
+        int fd = add_pair();
+        t_sends(fd, "a line\n");
+        s_until(&closed, i + 1);
+        t_close(fd);
+    }
+    expect_mistake("tsrv_wait", "nothing can wait here");
+    s_close();
+}
+
+TEST_STREAM(debug_overwrites_what_a_slice_held)
+{
+    mistaken = 0;
+    open_with(keep_a_slice, defaults);
+    int fd = add_pair();
+    t_sends(fd, "slice\n");
+    s_until(&closed, 1);
+    CHECK_INT(mistaken, 1);
+    t_close(fd);
+    s_close();
+}
+#endif

@@ -12,7 +12,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 2
 build=${1:-${BUILD:-build}}/cover
 tests=${TESTS:-supervisor supervisor_fault process systemd tls:hangup} # behind a colon: a part of the tests' names
-sections=${SECTIONS:-notify worker identity process supervise serve}
+sections=${SECTIONS:-notify worker identity process children supervise rounds start serve}
 backend=${BACKEND:-epoll}
 llvm=${LLVM:-$(clang --version 2>/dev/null | sed -n '1s/.*version \([0-9]*\).*/-\1/p')}
 profdata=llvm-profdata$llvm cov=llvm-cov$llvm

@@ -714,7 +714,7 @@ TEST_ONCE(a_worker_whose_life_line_fails_ends_with_the_parent)
 static void wrap_beat(tsrv_server *server, void *context)
 {
     on_start(server, context);
-    tsrvi_place_own->beat = UINT_MAX;
+    tsrvi_process.place_own->beat = UINT_MAX;
 }
 
 /* After billions of beats they begin anew, not with none. */

@@ -1,6 +1,6 @@
 /* The test harness: every test in a process of its own with a time limit, once for each backend,
  * mode and hardness that it asks for; a server fixture; blocking raw socket clients.
- * Each tests/ program includes this file first, and nothing else of the project. */
+ * Each tests/ program includes this file first, or a header that does: script.h, workers.h. */
 #ifndef TEST_H
 #define TEST_H
 
@@ -206,6 +206,14 @@ static inline int64_t t_now_ms(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* In a file of scripts, whose time is virtual elsewhere. */
+static inline void t_use_real_time(void)
+{
+#ifdef SCRIPT_H
+    v_stopped = true;
+#endif
 }
 
 /* Polls condition every millisecond. False: it did not become true in time. */
@@ -537,6 +545,7 @@ static inline tsrv_loop *t_new_loop(void)
 {
     tsrv_loop_options options = {t_backend};
     tsrv_loop *loop = NULL;
+    t_use_real_time();
     CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
     CHECK(loop != NULL);
     return loop;
@@ -609,6 +618,7 @@ static inline void t_run(t_case *c)
     tsrv_stats stats;
     pthread_t thread;
 
+    t_use_real_time();
     CHECK_INT(tsrv_loop_new(&t_loop, &loop_options), TSRV_OK);
     options.mode = t_mode;
     options.handle_stream = c->handler;

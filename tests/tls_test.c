@@ -1765,6 +1765,15 @@ TEST_SOFT(test_garbage_does_not_flood_the_log)
     CHECK(flood_lines >= 10);
 }
 
+/* It waits for its client: what its session holds still is nobody's any more, and turns no loop. */
+static void check_server_rests(void)
+{
+    poll(NULL, 0, 20);
+    uint32_t before = __atomic_load_n(&t_loop->turns, __ATOMIC_RELAXED);
+    poll(NULL, 0, 50);
+    CHECK(__atomic_load_n(&t_loop->turns, __ATOMIC_RELAXED) - before <= 20);
+}
+
 /* A record that was tampered with ends the stream with an alert and one log line; behind: it comes
  * together with a good one. */
 static void forge(int port, const dial *how, bool behind)
@@ -1778,6 +1787,7 @@ static void forge(int port, const dial *how, bool behind)
     memcpy(records + size, forged, sizeof forged);
     t_send(SSL_get_fd(ssl), records, size + sizeof forged);
     dial_expect_alert(ssl, SSL_AD_BAD_RECORD_MAC, behind);
+    check_server_rests();
     t_shut(SSL_get_fd(ssl)); /* the server waits for this, so that the alert is not lost */
     t_wait_records(count + 1);
     CHECK_INT(t_recorded(count), TSRV_ETLS);

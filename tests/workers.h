@@ -176,7 +176,7 @@ static inline void forked(void)
         in_parent = false;
         t_fault_at = 0; /* faults are for the parent, */
         t_seen = NULL;  /* or for the library alone */
-        CHECK_INT(tsrv_loop_new(&tsrvi_own_loop, &options), TSRV_OK);
+        CHECK_INT(tsrv_loop_new(&tsrvi_thread.own, &options), TSRV_OK);
         t_seen = seen;
     }
 }
@@ -406,7 +406,7 @@ static inline int program_serve(void)
 {
     tsrv_loop_options options = {t_backend};
     if (workers == 1) {
-        CHECK_INT(tsrv_loop_new(&tsrvi_own_loop, &options), TSRV_OK);
+        CHECK_INT(tsrv_loop_new(&tsrvi_thread.own, &options), TSRV_OK);
     }
     server_options.mode = t_mode;
     server_options.handle_stream = serve_lines;

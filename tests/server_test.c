@@ -1,10 +1,137 @@
-/* Figures that the library promises, checked: system calls and allocations per message, linear work,
- * memory per connection, bounded memory, fairness. The figures are printed; failing tests show them. */
-#include "test.h"
+/* Servers (>>server): options at their ends, and what a server costs: system calls and allocations per message,
+ * linear work, memory and stacks per connection. The figures are printed; failing tests show them. */
+/* What a connection costs is what it costs in production. */
+#undef TSRV_DEBUG
+
+#include "script.h"
+
+#include "handlers.h"
 
 #include <sys/resource.h>
 
-/* ---- counters -----------------------------------------------------------------------------*/
+/* ---- options at their ends -----------------------------------------------------------------*/
+
+/* The server serves lines, and lets go of its client. */
+static void check_options(tsrv_server_options options)
+{
+    options.handle_stream = echo_lines;
+    s_open(options);
+    int fd = t_connect(s_port);
+    t_sends(fd, "one\ntwo\n");
+    s_expect(fd, "one\ntwo\n");
+    t_sends(fd, "three\n");
+    s_expect(fd, "three\n");
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_settle();
+    s_close();
+}
+
+TEST_STREAM(every_time_at_0_never_and_max)
+{
+    static const size_t members[] = {
+        offsetof(tsrv_server_options, idle_timeout_ms), offsetof(tsrv_server_options, read_timeout_ms),
+        offsetof(tsrv_server_options, write_timeout_ms), offsetof(tsrv_server_options, close_timeout_ms),
+        offsetof(tsrv_server_options, grace_ms),
+    };
+    static const int values[] = {0, TSRV_NEVER, INT_MAX, -2};
+    for (size_t i = 0; i < sizeof members / sizeof members[0]; i++) {
+        for (size_t k = 0; k < sizeof values / sizeof values[0]; k++) {
+            tsrv_server_options options = {0};
+            memcpy((char *)&options + members[i], &values[k], sizeof(int));
+            check_options(options);
+        }
+    }
+}
+
+TEST_STREAM(every_size_at_0_16_and_max)
+{
+    static const size_t members[] = {
+        offsetof(tsrv_server_options, max_buffer_size), offsetof(tsrv_server_options, read_chunk_size),
+        offsetof(tsrv_server_options, max_write_buffer_size), offsetof(tsrv_server_options, write_high_water),
+        offsetof(tsrv_server_options, stack_size), offsetof(tsrv_server_options, data_size),
+    };
+    static const size_t values[] = {0, 16, SIZE_MAX};
+    for (size_t i = 0; i < sizeof members / sizeof members[0]; i++) {
+        for (size_t k = 0; k < sizeof values / sizeof values[0]; k++) {
+            tsrv_server_options options = {0};
+            tsrv_server *server;
+            if (values[k] == SIZE_MAX && i >= 4) { /* no switch for these two */
+                options.handle_stream = echo_lines;
+                memcpy((char *)&options + members[i], &values[k], sizeof(size_t));
+                CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+                CHECK(server == NULL);
+                continue;
+            }
+            memcpy((char *)&options + members[i], &values[k], sizeof(size_t));
+            check_options(options);
+        }
+    }
+}
+
+TEST_ONCE(other_options_at_their_ends)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server = NULL;
+    CHECK_INT(tsrv_server_new(&server, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL); /* no handler */
+    options.handle_stream = echo_lines;
+    options.max_connections = -1;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    options.max_connections = 0;
+    options.mode = 2;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    options.mode = -1;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    CHECK(server == NULL);
+    options.mode = TSRV_CALLBACK;
+    options.max_connections = INT_MAX;
+    check_options(options);
+}
+
+/* ---- stacks of two sizes -------------------------------------------------------------------*/
+
+static int spawned;
+
+static void note_spawned(void *context)
+{
+    (void)context;
+    spawned++;
+}
+
+static void count_mappings(size_t stack_size)
+{
+    tsrv_server_options options = {0};
+    spawned = 0;
+    options.stack_size = stack_size;
+    s_open_with(echo_lines, options);
+    count_calls("mmap", "munmap");
+    for (int i = 0; i < 100; i++) {
+        int fd = s_join();
+        CHECK_INT(tsrv_spawn(s_loop, note_spawned, NULL), TSRV_OK);
+        t_sends(fd, "x\n");
+        s_expect(fd, "x\n");
+        t_close(fd);
+        s_until(&s_closed, i + 1);
+        s_until(&spawned, i + 1);
+    }
+    t_seen = NULL;
+    CHECK_MOST(calls_counted, 8);
+    s_close();
+}
+
+TEST_SCRIPT(stacks_of_two_sizes_are_both_kept)
+{
+    count_mappings(64 * KIB);
+}
+
+TEST_SCRIPT(stacks_of_the_usual_size_are_kept)
+{
+    count_mappings(0);
+}
+
+/* ---- counters ------------------------------------------------------------------------------*/
 
 static long c_calls, c_control, c_waits, c_memory;
 static const char *c_names[64]; /* of the calls, on the loop's thread only */
@@ -32,18 +159,6 @@ static void c_print(void)
     for (int i = 0; i < 64 && c_names[i] != NULL; i++) {
         printf("    %s %ld\n", c_names[i], c_counts[i]);
     }
-}
-
-static int handle_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice line;
-    int rc;
-    (void)address;
-    (void)context;
-    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
-           (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
-    }
-    return rc;
 }
 
 /* For tests that turn the loop themselves. Returns the port.
@@ -75,24 +190,24 @@ static void close_server(void)
 }
 
 /* A line of 64 bytes, echoed. */
-static void round_trip(int fd)
+static void echo_64(int fd)
 {
     static const char line[] = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde\n";
     t_sends(fd, line);
     t_expect(fd, line);
 }
 
-/* ---- (a) system calls ---------------------------------------------------------------------*/
+/* ---- system calls --------------------------------------------------------------------------*/
 
 static void client_calls(int port, void *context)
 {
     enum { ROUNDS = 2000 };
     int fd = t_connect(port);
     (void)context;
-    round_trip(fd);
+    echo_64(fd);
     long calls = __atomic_load_n(&c_calls, __ATOMIC_RELAXED), control = c_control;
     for (int i = 0; i < ROUNDS; i++) {
-        round_trip(fd);
+        echo_64(fd);
     }
     double each = (double)(__atomic_load_n(&c_calls, __ATOMIC_RELAXED) - calls) / ROUNDS;
     printf("%.3f system calls an echo\n", each);
@@ -105,7 +220,7 @@ static void client_calls(int port, void *context)
 
 TEST_SOFT(calls_per_echo)
 {
-    t_case c = {.handler = handle_echo, .client = client_calls};
+    t_case c = {.handler = echo_lines, .client = client_calls};
     t_seen = c_seen;
     t_run(&c);
 }
@@ -131,7 +246,7 @@ TEST_SOFT(calls_per_connection)
     int fds[AT_ONCE];
     long calls = 0, waits = 0;
     t_seen = c_seen;
-    int port = open_server(handle_echo, NULL);
+    int port = open_server(echo_lines, NULL);
     for (int i = 0; i <= CHURN / AT_ONCE; i++) {
         calls = i == 1 ? c_calls : calls; /* the first ones fill the pools */
         waits = i == 1 ? c_waits : waits;
@@ -157,7 +272,7 @@ TEST_SOFT(calls_per_connection)
     close_server();
 }
 
-/* ---- (b) linear work ----------------------------------------------------------------------*/
+/* ---- linear work ---------------------------------------------------------------------------*/
 
 static double cpu_seconds(void)
 {
@@ -232,29 +347,12 @@ TEST_SOFT(a_line_byte_by_byte_costs_linear_work)
     T_FAIL("the work is not linear: ratio %.2f", ratio);
 }
 
-/* ---- (c) memory of idle connections ---------------------------------------------------------*/
+/* ---- memory of idle connections ------------------------------------------------------------*/
 
 TEST_ONCE(a_stream_is_small)
 {
     printf("%zu bytes\n", sizeof(tsrv_stream));
     CHECK(sizeof(void *) > 8 || sizeof(tsrv_stream) <= 216);
-}
-
-/* Resident bytes of this process, without those of files: pages of the program that are run for the
- * first time are not what a connection costs. -1 where they cannot be read. */
-static long resident(void)
-{
-    long pages = -1, files;
-    FILE *file = fopen("/proc/self/statm", "r");
-    if (file != NULL) {
-        if (fscanf(file, "%*d %ld %ld", &pages, &files) != 2) {
-            pages = -1;
-        } else {
-            pages -= files;
-        }
-        fclose(file);
-    }
-    return pages < 0 ? -1 : pages * sysconf(_SC_PAGESIZE);
 }
 
 /* In a process of its own, which has descriptors of its own: opens count connections, then does what
@@ -272,7 +370,7 @@ static void idle_clients(int port, int count, int control)
     CHECK(write(control, "c", 1) == 1);
     while (read(control, &letter, 1) == 1 && letter == 'e') {
         for (int i = 0; i < count; i++) {
-            round_trip(fds[i]);
+            echo_64(fds[i]);
         }
         CHECK(write(control, "e", 1) == 1);
     }
@@ -330,7 +428,7 @@ TEST_SOFT(memory_of_idle_connections)
         count = count < 1000 ? count : 1000; /* poll looks at all of them in each turn */
     }
     memset(&watch, 0, sizeof watch);
-    int port = open_server(handle_echo, NULL);
+    int port = open_server(echo_lines, NULL);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
     fflush(NULL);
     pid_t child = fork();
@@ -367,186 +465,7 @@ TEST_SOFT(memory_of_idle_connections)
     close_server();
 }
 
-/* ---- (d) fairness -------------------------------------------------------------------------*/
-
-static volatile bool flood_over;
-
-static void *flood_send(void *context)
-{
-    static char lines[65536];
-    int fd = *(int *)context;
-    memset(lines, '\n', sizeof lines);
-    while (!flood_over) {
-        if (send(fd, lines, sizeof lines, T_NOSIGNAL) < 0) {
-            break;
-        }
-    }
-    shutdown(fd, SHUT_RDWR);
-    return NULL;
-}
-
-static volatile bool timer_fired;
-
-static void on_timer(void *context)
-{
-    (void)context;
-    timer_fired = true;
-}
-
-static void start_timer(tsrv_server *server, void *context)
-{
-    static tsrv_timer timer;
-    (void)server;
-    (void)context;
-    CHECK_INT(tsrv_timer_start(t_loop, &timer, 50, on_timer, NULL), TSRV_OK);
-}
-
-enum { FIRINGS = 200 };
-
-static volatile int firings;
-static int reads, most_reads; /* between two firings */
-static tsrv_timer turn_timer;
-static bool turn_timer_runs;
-
-/* Once in every turn; those without a read do not count. */
-static void on_turn(void *context)
-{
-    firings += reads > 0;
-    reads = 0;
-    if (firings < FIRINGS) {
-        CHECK_INT(tsrv_timer_start(t_loop, &turn_timer, 0, on_turn, context), TSRV_OK);
-    }
-}
-
-/* The peer floods, so that the reads find something: only the loop's budget ends its turn. */
-static int handle_greedy(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice line;
-    int rc = TSRV_OK;
-    (void)address;
-    if (!turn_timer_runs) {
-        turn_timer_runs = true;
-        on_turn(context);
-    }
-    while (firings < FIRINGS && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
-        reads++;
-        most_reads = reads > most_reads ? reads : most_reads;
-    }
-    return rc;
-}
-
-static void client_greedy(int port, void *context)
-{
-    pthread_t sender;
-    int fd = t_connect(port);
-    (void)context;
-    CHECK(pthread_create(&sender, NULL, flood_send, &fd) == 0);
-    t_expect_eof(fd);
-    flood_over = true;
-    CHECK(pthread_join(sender, NULL) == 0);
-    t_close(fd);
-}
-
-TEST_SOFT(a_flooded_handler_does_not_starve_a_timer)
-{
-    t_case c = {.handler = handle_greedy, .client = client_greedy};
-    firings = reads = most_reads = 0;
-    turn_timer_runs = false;
-    flood_over = false;
-    t_run(&c);
-    CHECK_INT(firings, FIRINGS);
-    printf("at most %d reads between two firings\n", most_reads);
-    CHECK(most_reads > 0 && most_reads <= 600); /* twice the budget: last in a turn, first in the next */
-}
-
-/* Its calls complete at once, for ever, without any input. */
-static int handle_empty(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice line;
-    int rc;
-    (void)address;
-    (void)context;
-    for (long calls = 0; calls < 50000000; calls++) {
-        if (timer_fired) {
-            return TSRV_OK;
-        }
-        rc = tsrv_read_bytes(stream, 0, &line);
-        if (rc != TSRV_OK) {
-            return rc;
-        }
-    }
-    T_FAIL("the timer was starved");
-}
-
-static void client_empty(int port, void *context)
-{
-    int fd = t_connect(port);
-    (void)context;
-    t_sends(fd, "go\n");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
-}
-
-TEST_SOFT(empty_reads_do_not_starve_a_timer)
-{
-    t_case c = {.handler = handle_empty, .client = client_empty};
-    timer_fired = false;
-    c.options.on_start = start_timer;
-    t_run(&c);
-    CHECK(timer_fired);
-}
-
-/* ---- (e) bounded memory ---------------------------------------------------------------------*/
-
-static long most_resident, first_resident;
-
-static void look_resident(void *context)
-{
-    long now = resident();
-    (void)context;
-    most_resident = now > most_resident ? now : most_resident;
-}
-
-/* It sends as long as the server takes it: blocked for 200 ms is the end, as is all of 64 MiB. */
-static void client_never_reads(int port, void *context)
-{
-    static char lines[1 << 20];
-    struct timeval patience = {0, 200000};
-    size_t sent = 0;
-    int fd = t_connect(port);
-    (void)context;
-    memset(lines, 'x', sizeof lines);
-    for (size_t i = 63; i < sizeof lines; i += 64) {
-        lines[i] = '\n';
-    }
-    t_on_loop(look_resident, NULL);
-    first_resident = resident();
-    CHECK(setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience) == 0);
-    while (sent < 64u << 20) {
-        ssize_t n = send(fd, lines, sizeof lines, T_NOSIGNAL);
-        if (n <= 0) {
-            break;
-        }
-        sent += (size_t)n;
-        t_on_loop(look_resident, NULL);
-    }
-    printf("sent %zu KiB, grown by %ld KiB\n", sent >> 10, (most_resident - first_resident) >> 10);
-    CHECK(sent < 64u << 20);
-    t_reset(fd);
-}
-
-TEST_SOFT(a_peer_that_never_reads_costs_bounded_memory)
-{
-    t_case c = {.handler = handle_echo, .on_close = t_record_reason, .client = client_never_reads};
-    most_resident = 0;
-    t_run(&c);
-    if (!TSRVI_HAS_ASAN && !TSRVI_HAS_TSAN && first_resident > 0) {
-        CHECK(most_resident - first_resident < 4l << 20);
-    }
-}
-
-/* ---- (f) no allocation in the steady state ----------------------------------------------------*/
+/* ---- no allocation in the steady state -----------------------------------------------------*/
 
 static void client_steady(int port, void *context)
 {
@@ -564,7 +483,7 @@ static void client_steady(int port, void *context)
                 before = __atomic_load_n(&c_memory, __ATOMIC_RELAXED);
             }
             if (phase == 0) {
-                round_trip(fd);
+                echo_64(fd);
             } else {
                 t_send(fd, lines, sizeof lines);
                 CHECK_INT(t_recv(fd, back, sizeof back), sizeof back);
@@ -578,7 +497,7 @@ static void client_steady(int port, void *context)
 
 TEST_SOFT(no_allocation_in_the_steady_state)
 {
-    t_case c = {.handler = handle_echo, .client = client_steady};
+    t_case c = {.handler = echo_lines, .client = client_steady};
     t_seen = c_seen;
     t_run(&c);
     CHECK(c_memory > 0);

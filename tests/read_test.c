@@ -1,0 +1,528 @@
+/* Reads (>>input, >>attempt, >>read): tsrv_read_until_match and its limits, lines that never end or come byte by
+ * byte, and requests that come when the server stops. */
+#include "memory.h"
+
+#include "script.h"
+
+#include "handlers.h"
+
+/* ---- tsrv_read_until_match -----------------------------------------------------------------*/
+
+/* Ten bytes, if one more is there. */
+static size_t match_ten(const char *data, size_t size, void *context)
+{
+    (void)data, (void)context;
+    return size > 10 ? 10 : 0;
+}
+
+static size_t match_none(const char *data, size_t size, void *context)
+{
+    (void)data, (void)size, (void)context;
+    return 0;
+}
+
+/* The first byte is how many thousands there are, itself included. */
+static size_t match_thousands(const char *data, size_t size, void *context)
+{
+    (void)size, (void)context;
+    return (size_t)(data[0] - '0') * 1000;
+}
+
+static tsrv_match match;
+static size_t match_most;
+static bool match_drops;
+static int step, codes[2];
+static char message[64], rest[64];
+
+static void keep(char *to, const tsrv_slice *slice)
+{
+    snprintf(to, 64, "%s", slice->data);
+}
+
+/* One message, and then a line. */
+static int read_match(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice = {"", 0};
+    int rc;
+    (void)address, (void)context;
+    if (step == 0) {
+        rc = tsrv_read_until_match(stream, match, NULL, match_most, match_drops ? NULL : &slice);
+        if (rc == TSRV_EAGAIN) {
+            return rc;
+        }
+        codes[0] = rc;
+        keep(message, &slice);
+        step = 1;
+    }
+    if (step == 1) {
+        rc = tsrv_read_until(stream, "\n", 0, &slice);
+        if (rc == TSRV_EAGAIN) {
+            return rc;
+        }
+        codes[1] = rc;
+        keep(rest, &slice);
+        step = 2;
+    }
+    return tsrv_read_until_close(stream, 0, NULL);
+}
+
+static int open_match(tsrv_match function, size_t most, bool drops, size_t max_buffer_size)
+{
+    tsrv_server_options options = {0};
+    options.max_buffer_size = max_buffer_size;
+    match = function;
+    match_most = most;
+    match_drops = drops;
+    step = 0;
+    s_open_with(read_match, options);
+    return s_join();
+}
+
+static void close_match(int fd)
+{
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+}
+
+/* As many bytes as allowed, of which the function cannot tell: one more may decide it. */
+TEST_STREAM(a_match_waits_at_its_limit)
+{
+    int fd = open_match(match_ten, 10, false, 0);
+    t_sends(fd, "0123456789");
+    s_run_ms(100);
+    CHECK_INT(step, 0);
+    t_sends(fd, "x\n");
+    s_until(&step, 2);
+    CHECK_INT(codes[0], TSRV_OK);
+    CHECK_STR(message, "0123456789");
+    CHECK_STR(rest, "x\n");
+    close_match(fd);
+}
+
+TEST_STREAM(a_match_above_its_limit_is_too_long)
+{
+    int fd = open_match(match_none, 10, false, 0);
+    t_sends(fd, "0123456789");
+    s_run_ms(100);
+    CHECK_INT(step, 0);
+    t_sends(fd, "x");
+    s_until(&step, 1);
+    CHECK_INT(codes[0], TSRV_ETOOLONG);
+    CHECK_STR(message, "");
+    t_sends(fd, "\n");
+    s_until(&step, 2);
+    CHECK_STR(rest, "0123456789x\n"); /* nothing was taken */
+    close_match(fd);
+}
+
+/* The same limits as of tsrv_read_until. */
+TEST_STREAM(a_match_at_the_buffer_limit)
+{
+    static char data[4097];
+    int fd = open_match(match_none, 0, false, 4096);
+    memset(data, 'm', sizeof data);
+    t_send(fd, data, 4096);
+    s_settle();
+    s_run_ms(100);
+    CHECK_INT(step, 0);
+    t_send(fd, data, 1);
+    s_until(&step, 1);
+    CHECK_INT(codes[0], TSRV_ETOOLONG);
+    close_match(fd);
+}
+
+/* Without a slice max_bytes does not matter, however the message comes. */
+TEST_STREAM(a_dropped_match_may_be_longer_than_max_bytes)
+{
+    int fd = open_match(match_line, 10, true, 0);
+    t_sends(fd, "012345678901234");
+    s_run_ms(100);
+    CHECK_INT(step, 0);
+    t_sends(fd, "56789\n");
+    s_until(&step, 1);
+    CHECK_INT(codes[0], TSRV_OK);
+    t_sends(fd, "next\n");
+    s_until(&step, 2);
+    CHECK_STR(rest, "next\n");
+    close_match(fd);
+}
+
+/* Where the size is known at once, not even max_buffer_size does. */
+TEST_STREAM(a_dropped_match_may_be_longer_than_the_buffer)
+{
+    int fd = open_match(match_thousands, 10, true, 2000);
+    char *data = new_pattern(9000);
+    data[0] = '9';
+    s_send(fd, data, 5000);
+    s_run_ms(100);
+    CHECK_INT(step, 0);
+    s_send(fd, data + 5000, 4000);
+    s_until(&step, 1);
+    CHECK_INT(codes[0], TSRV_OK);
+    t_sends(fd, "next\n");
+    s_until(&step, 2);
+    CHECK_STR(rest, "next\n");
+    close_match(fd);
+    free(data);
+}
+
+TEST_STREAM(a_dropped_match_that_never_ends_is_too_long)
+{
+    int fd = open_match(match_none, 10, true, 2000);
+    char *data = new_pattern(2001);
+    s_send(fd, data, 2000);
+    s_run_ms(100);
+    CHECK_INT(step, 0);
+    t_send(fd, data, 1);
+    s_until(&step, 1);
+    CHECK_INT(codes[0], TSRV_ETOOLONG);
+    close_match(fd);
+    free(data);
+}
+
+/* ---- one handler for a protocol with values, in both modes ---------------------------------*/
+
+enum { MAX_LINE = 250, MAX_MESSAGE = 5000 };
+
+typedef struct store {
+    char key[MAX_LINE], value[MAX_MESSAGE];
+    int size, calls;
+} store;
+
+static size_t match_request(const char *data, size_t size, void *context)
+{
+    const char *end = (const char *)memchr(data, '\n', size);
+    unsigned long bytes;
+    ((store *)context)->calls++;
+    if (end == NULL) {
+        return size > MAX_LINE ? SIZE_MAX : 0;
+    }
+    if (strncmp(data, "set ", 4) != 0) {
+        return (size_t)(end - data) + 1;
+    }
+    if (sscanf(data, "set %*s %lu", &bytes) != 1) {
+        return SIZE_MAX;
+    }
+    return (size_t)(end - data) + 1 + bytes + 2; /* the line, the value and its end */
+}
+
+static int execute(tsrv_stream *stream, store *s, const tsrv_slice *request)
+{
+    const char *value = strchr(request->data, '\n') + 1;
+    char key[MAX_LINE];
+    if (strncmp(request->data, "set ", 4) == 0) {
+        sscanf(request->data, "set %249s %d", s->key, &s->size);
+        memcpy(s->value, value, (size_t)s->size);
+        return tsrv_printf(stream, "STORED\r\n");
+    }
+    if (sscanf(request->data, "get %249s", key) == 1) {
+        if (strcmp(key, s->key) == 0) {
+            tsrv_printf(stream, "VALUE %s %d\r\n%.*s\r\n", key, s->size, s->size, s->value);
+        }
+        return tsrv_printf(stream, "END\r\n");
+    }
+    return strncmp(request->data, "quit", 4) == 0 ? 1 : tsrv_printf(stream, "ERROR\r\n");
+}
+
+static int memcached(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    store *s = (store *)context;
+    tsrv_slice request;
+    int rc;
+    (void)address;
+    while ((rc = tsrv_read_until_match(stream, match_request, s, MAX_MESSAGE, &request)) == TSRV_OK &&
+           (rc = execute(stream, s, &request)) == TSRV_OK) {
+    }
+    if (rc == TSRV_ETOOLONG) {
+        tsrv_printf(stream, "SERVER_ERROR object too large for cache\r\n");
+    }
+    return rc;
+}
+
+static void ask(const char *request, const char *answer)
+{
+    int fd = t_connect(s_port);
+    s_send(fd, request, strlen(request));
+    s_expect(fd, answer);
+    s_expect_eof(fd);
+    t_close(fd);
+}
+
+TEST_STREAM(row10_one_handler_for_both_modes)
+{
+    static store s;
+    tsrv_server_options options = {0};
+    char set[4600], answer[4600];
+    options.handle_stream = memcached;
+    options.on_close = t_record_reason;
+    options.context = &s;
+    s_open(options);
+    ask("set k 5\r\nhello\r\nget k\r\nget other\r\nwhat\r\nquit\r\nget k\r\n",
+        "STORED\r\nVALUE k 5\r\nhello\r\nEND\r\nEND\r\nERROR\r\n");
+
+    /* Asked once for the line and once for the value, however it arrives. */
+    s.calls = 0;
+    snprintf(set, sizeof set, "set k 4000\r\n%04000d\r\nquit\r\n", 7);
+    ask(set, "STORED\r\n");
+    CHECK(s.calls <= (int)strlen("set k 4000\r\n") + 1 + (int)strlen("quit\r\n"));
+    snprintf(answer, sizeof answer, "VALUE k 4000\r\n%04000d\r\nEND\r\n", 7);
+    ask("get k\r\nquit\r\n", answer);
+
+    /* Refused before it is sent; malformed; a line that is too long. */
+    ask("set k 9999999\r\n", "SERVER_ERROR object too large for cache\r\n");
+    ask("set k x\r\n", "SERVER_ERROR object too large for cache\r\n");
+    snprintf(set, sizeof set, "%0300d", 1);
+    ask(set, "SERVER_ERROR object too large for cache\r\n");
+    s_settle();
+    CHECK_INT(t_recorded(0), 1);
+    CHECK_INT(t_recorded(t_record_count() - 1), TSRV_ETOOLONG);
+    s_close();
+}
+
+/* ---- one byte at a time --------------------------------------------------------------------*/
+
+/* BUSY_MS is what a busy machine may take on top; without the limit it would be half a minute. */
+enum { LIMIT_MS = 300, STEP_MS = 50, BUSY_MS = 1000 };
+
+/* Reads lines until one takes too long. */
+static int read_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *begun = (bool *)tsrv_data(stream);
+    int rc;
+    (void)address;
+    if (!*begun && *(const char *)context == 'd') {
+        tsrv_set_deadline(stream, LIMIT_MS);
+    } else if (!*begun && *(const char *)context == 's') {
+        tsrv_set_timeout(stream, LIMIT_MS, 0);
+    }
+    *begun = true;
+    while ((rc = tsrv_read_until(stream, "\n", 0, NULL)) == TSRV_OK) {
+    }
+    return rc;
+}
+
+/* Sends a byte every step_ms until the server ends the connection, or limit bytes. Returns when it
+ * did, counted from the connect; *last is when the last byte was sent. */
+static int64_t trickle(int port, const char *bytes, int step_ms, int limit, int64_t *last)
+{
+    int64_t start = t_now_ms();
+    int fd = t_connect(port), sent = 0;
+    struct pollfd end = {fd, POLLIN, 0};
+    do {
+        if (sent < limit) {
+            t_send(fd, &bytes[sent % (int)strlen(bytes)], 1);
+            *last = t_now_ms() - start;
+            sent++;
+        }
+    } while (poll(&end, 1, sent < limit ? step_ms : T_PATIENCE * 1000 * t_scale()) == 0);
+    int64_t took = t_now_ms() - start;
+    t_expect_eof(fd);
+    t_close(fd);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETIMEOUT);
+    return took;
+}
+
+static void trickle_client(int port, void *context)
+{
+    int64_t last = 0;
+    bool lines = *(const char *)context == 'd';
+    int64_t took = trickle(port, lines ? "x\n" : "x", STEP_MS, 1000, &last);
+    printf("ended after %d ms\n", (int)took);
+    CHECK_NEAR_MS(took, LIMIT_MS - 1, LIMIT_MS + BUSY_MS);
+}
+
+static void run_trickle(const char *kind, int read_timeout_ms)
+{
+    char context[2] = {kind[0], 0};
+    t_case c = {.handler = read_lines, .on_close = t_record_reason, .client = trickle_client,
+                .context = context};
+    c.options.data_size = sizeof(bool);
+    c.options.read_timeout_ms = read_timeout_ms;
+    t_run(&c);
+    CHECK_INT(t_record_count(), 1);
+}
+
+/* Slow clients hold a connection for ever where each byte starts the time again. */
+TEST_STREAM(a_trickle_ends_at_the_read_timeout)
+{
+    run_trickle("server's", LIMIT_MS);
+}
+
+TEST_STREAM(a_trickle_ends_at_the_streams_timeout)
+{
+    run_trickle("stream's", 0);
+}
+
+TEST_STREAM(a_trickle_of_lines_ends_at_the_deadline)
+{
+    run_trickle("deadline", 0);
+}
+
+/* Here the first nine bytes do start it again, and the end comes once there are no more. */
+static void idle_trickle_client(int port, void *context)
+{
+    int64_t last = 0;
+    int64_t took = trickle(port, "x", STEP_MS * t_scale(), 9, &last);
+    (void)context;
+    printf("last byte at %d ms, ended after %d ms\n", (int)last, (int)took);
+    CHECK(last >= 8 * STEP_MS * t_scale() && took > last);
+    CHECK(took - last >= LIMIT_MS * t_scale() - 2);
+    CHECK_NEAR_MS(took - last, 0, LIMIT_MS + BUSY_MS);
+}
+
+TEST_STREAM(a_trickle_keeps_the_idle_time_away_but_silence_does_not)
+{
+    char context[] = "idle";
+    t_case c = {.handler = read_lines, .on_close = t_record_reason, .client = idle_trickle_client,
+                .context = context};
+    c.options.data_size = sizeof(bool);
+    c.options.idle_timeout_ms = LIMIT_MS * t_scale();
+    t_run(&c);
+}
+
+/* ---- a line without an end -----------------------------------------------------------------*/
+
+enum { LONGEST = 1000, SHORT_BUFFER = 16 << 10 };
+
+static int complain_and_drop(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *dropping = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address;
+    (void)context;
+    for (;;) {
+        rc = tsrv_read_until(stream, "\n", LONGEST, *dropping ? NULL : &line);
+        if (rc == TSRV_ETOOLONG) {
+            CHECK(!*dropping);
+            *dropping = true;
+            tsrv_write(stream, "500\n", 4);
+        } else if (rc != TSRV_OK) {
+            return rc;
+        } else {
+            if (!*dropping) {
+                tsrv_write(stream, line.data, line.size);
+            }
+            *dropping = false;
+        }
+    }
+}
+
+/* The complaint comes while the line still goes on. */
+static void endless_client(int port, void *context)
+{
+    static char part[65536];
+    size_t size = bulk(8 << 20, 64 << 10);
+    int fd = t_connect(port);
+    (void)context;
+    memset(part, 'x', sizeof part);
+    round_trip(fd);
+    t_on_loop(nothing, NULL);
+    long before = m_forget();
+    for (int round = 0; round < 3; round++) {
+        t_send(fd, part, LONGEST + 1);
+        t_expect(fd, "500\n");
+        for (size_t sent = 0; sent < size; sent += sizeof part) {
+            t_send(fd, part, sizeof part);
+        }
+        t_sends(fd, "\nhello\n");
+        t_expect(fd, "hello\n");
+        round_trip(fd);
+    }
+    printf("memory grew by %ld bytes\n", m_grown_since(before));
+    CHECK(m_grown_since(before) <= 2 * SHORT_BUFFER);
+    t_shut(fd);
+    expect_clean_end(fd);
+    t_close(fd);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_EOF);
+}
+
+TEST_STREAM(an_endless_line_is_answered_and_dropped)
+{
+    t_case c = {.handler = complain_and_drop, .on_close = t_record_reason, .client = endless_client};
+    c.options.data_size = sizeof(bool);
+    c.options.max_buffer_size = SHORT_BUFFER;
+    c.options.read_chunk_size = bulk(4096, 1);
+    t_run(&c);
+}
+
+/* ---- a request that comes too late for a drain ---------------------------------------------*/
+
+enum { T_UNTIL, T_SOME, T_BYTES, T_MATCH, T_INTO, T_DROP, T_LATE_READS };
+static int late_kind, late_code, late_done, late_answers, late_left;
+static tsrv_slice late_slice;
+static char late_memory[4];
+
+static int read_request(tsrv_stream *stream, tsrv_slice *slice)
+{
+    switch (late_kind) {
+    case T_UNTIL: return tsrv_read_until(stream, "\n", 0, slice);
+    case T_SOME: return tsrv_read_some(stream, 4, slice);
+    case T_BYTES: return tsrv_read_bytes(stream, 4, slice);
+    case T_MATCH: return tsrv_read_until_match(stream, match_line, NULL, 0, slice);
+    case T_INTO: return tsrv_read_into(stream, late_memory, 4);
+    default: return tsrv_read_bytes(stream, 4, NULL);
+    }
+}
+
+/* Answers each request; of the read that fails, everything is looked at. */
+static int serve_until_stopped(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice = {"", 0};
+    char in_kernel[16];
+    int rc;
+    (void)address, (void)context;
+    while ((rc = read_request(stream, &slice)) == TSRV_OK) {
+        late_answers++;
+        tsrv_write(stream, "ok\n", 3);
+    }
+    if (rc != TSRV_EAGAIN) {
+        ssize_t n = recv(tsrv_fd(stream), in_kernel, sizeof in_kernel, MSG_PEEK | MSG_DONTWAIT);
+        late_left = (int)tsrv_unread_size(stream) + (n > 0 ? (int)n : 0);
+        late_code = rc;
+        late_slice = slice;
+        late_done = 1;
+    }
+    return rc;
+}
+
+static void check_late_request(int which)
+{
+    late_kind = which;
+    late_done = late_answers = 0;
+    s_serve(serve_until_stopped);
+    int fd = s_join();
+    if (which == T_SOME && t_hard) { /* each byte is a request */
+        t_sends(fd, "a");
+    } else {
+        t_sends(fd, "one\n");
+    }
+    s_expect(fd, "ok\n");
+    s_settle();
+    int answers = late_answers;
+    s_run_ms(1500); /* now it is idle */
+    /* The reader is told of the end, and before it runs the request is there. */
+    CHECK_INT(tsrv_server_drain(s_server, 1000), TSRV_EAGAIN);
+    t_sends(fd, "two\n");
+    s_until(&late_done, 1);
+    CHECK_INT(late_code, TSRV_EOF);
+    CHECK_INT(late_answers, answers);
+    CHECK_INT(late_slice.size, 0);
+    CHECK_INT(late_left, 4);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
+    s_close();
+}
+
+TEST_STREAM(a_request_after_the_drains_end_is_not_taken)
+{
+    for (int which = 0; which < T_LATE_READS; which++) {
+        check_late_request(which);
+    }
+}

@@ -1,0 +1,739 @@
+/* Waits (>>wait, >>settle): what ends a wait of a handler, or of another coroutine, on a stream. A wake,
+ * time, a deadline that is set meanwhile, a reset, a close by somebody else, the end of a drain's grace. */
+#include "script.h"
+
+#include "handlers.h"
+
+/* ---- a wait with a time, while input comes -------------------------------------------------*/
+
+static int calls, answers;
+
+/* Takes 300 ms for each line. */
+static int answer_slowly(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *paused = (int *)tsrv_data(stream), rc;
+    tsrv_slice line;
+    (void)address, (void)context;
+    calls++;
+    for (;;) {
+        if (!*paused) {
+            if ((rc = tsrv_read_until(stream, "\n", 0, &line)) != TSRV_OK) {
+                return rc;
+            }
+            *paused = 1;
+        }
+        if ((rc = tsrv_wait(stream, 300)) != TSRV_ETIMEOUT) {
+            return rc;
+        }
+        *paused = 0;
+        answers++;
+        tsrv_printf(stream, "answer %d\n", answers);
+    }
+}
+
+TEST_STREAM(row4_pause_while_the_peer_pipelines)
+{
+    tsrv_server_options options = {0};
+    int64_t start;
+    options.handle_stream = answer_slowly;
+    options.data_size = sizeof(int);
+    s_open(options);
+    int fd = t_connect(s_port);
+    t_sends(fd, "1\n2\n3\n4\n5\n");
+    s_until(&calls, 1);
+    s_settle();
+    start = v_ms();
+    s_expect(fd, "answer 1\nanswer 2\nanswer 3\nanswer 4\nanswer 5\n");
+    CHECK(v_ms() - start >= 1450 && v_ms() - start <= 1600);
+    CHECK(calls <= (t_hard ? 21 : 11)); /* no loop: once for each read and each pause, in hard mode for each byte */
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- a stream that goes while a coroutine lets the others run ------------------------------*/
+
+enum { READ_SOME, READ_UNTIL, READ_BYTES, READ_MATCH, READ_CLOSE, READ_INTO, READ_NOTHING, FLUSH,
+       WAIT, READS };
+
+static tsrv_stream *dying, *busy;
+static int kind, result, dying_closed, helped;
+
+static int call_it(tsrv_stream *stream, tsrv_slice *slice)
+{
+    static char memory[4];
+    switch (kind) {
+    case READ_SOME: return tsrv_read_some(stream, 0, slice);
+    case READ_UNTIL: return tsrv_read_until(stream, "\r\n", 0, slice);
+    case READ_BYTES: return tsrv_read_bytes(stream, 4, slice);
+    case READ_MATCH: return tsrv_read_until_match(stream, match_line, NULL, 0, slice);
+    case READ_CLOSE: return tsrv_read_until_close(stream, 0, slice);
+    case READ_INTO: return tsrv_read_into(stream, memory, sizeof memory);
+    case READ_NOTHING: return tsrv_read_bytes(stream, 0, slice);
+    case FLUSH: return tsrv_flush(stream);
+    default: return tsrv_wait(stream, TSRV_NEVER);
+    }
+}
+
+/* Woken by the handler of the dying stream, in its last act: uses up its calls, so that the next
+ * one has to let the others run first. */
+static void call_late(void *context)
+{
+    tsrv_slice slice;
+    (void)context;
+    CHECK_INT(tsrv_wait(busy, TSRV_NEVER), TSRV_OK);
+    for (int i = 0; i < 256; i++) {
+        CHECK_INT(tsrv_read_until(busy, "\n", 0, &slice), TSRV_OK);
+    }
+    CHECK_INT(dying_closed, 0);
+    result = call_it(dying, &slice);
+    CHECK_INT(dying_closed, 0); /* it has let them run, and the stream has waited for it */
+    helped = 1;
+}
+
+static int die_or_be_busy(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    if (dying == NULL) {
+        dying = stream;
+        CHECK_INT(tsrv_read_until(stream, "\n", 0, &slice), TSRV_EOF);
+        while (busy == NULL) {
+            CHECK_INT(tsrv_sleep(1), TSRV_OK);
+        }
+        CHECK_INT(tsrv_sleep(10), TSRV_OK);
+        tsrv_wake(busy);
+        return TSRV_OK;
+    }
+    busy = stream;
+    CHECK_INT(tsrv_read_bytes(stream, 1, &slice), TSRV_OK); /* the rest is in the buffer */
+    CHECK_INT(tsrv_spawn(s_loop, call_late, NULL), TSRV_OK);
+    while (!helped) {
+        CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    }
+    return TSRV_OK;
+}
+
+static void note_dying(tsrv_stream *stream, int reason, void *context)
+{
+    dying_closed += stream == dying;
+    s_note_close(stream, reason, context);
+}
+
+/* Between the turns: what a freed stream was is overwritten, should it be looked at. */
+static void *overwrite(void)
+{
+    void *memory = malloc(sizeof(struct tsrv_stream));
+    CHECK(memory != NULL);
+    memset(memory, 0x5A, sizeof(struct tsrv_stream));
+    return memory;
+}
+
+static void check_late_call(int which)
+{
+    enum { LINES = 600 };
+    char newlines[LINES];
+    void *over = NULL;
+    int64_t limit = s_patience();
+    tsrv_server_options options = {0};
+    dying = busy = NULL;
+    dying_closed = helped = s_closed = 0;
+    kind = which;
+    options.handle_stream = die_or_be_busy;
+    options.on_close = note_dying;
+    s_open(options);
+    int dead = s_join();
+    t_shut(dead);
+    memset(newlines, '\n', sizeof newlines);
+    int fd = s_join();
+    t_send(fd, newlines, sizeof newlines);
+    while (!helped) {
+        s_turn();
+        if (dying_closed && over == NULL) {
+            over = overwrite();
+        }
+        CHECK(t_now_ms() < limit);
+    }
+    free(over);
+    s_expect_eof(dead);
+    t_close(dead);
+    t_close(fd);
+    s_until(&s_closed, 2);
+    s_close();
+    CHECK_INT(result, which == WAIT ? TSRV_OK : TSRV_ECLOSED);
+}
+
+TEST_SCRIPT(a_read_that_yields_outlives_its_stream)
+{
+    for (int which = READ_SOME; which <= READ_INTO; which++) {
+        check_late_call(which);
+    }
+}
+
+TEST_SCRIPT(a_read_of_nothing_that_yields_outlives_its_stream)
+{
+    check_late_call(READ_NOTHING);
+}
+
+TEST_SCRIPT(a_flush_that_yields_outlives_its_stream)
+{
+    check_late_call(FLUSH);
+}
+
+TEST_SCRIPT(a_wait_that_yields_outlives_its_stream)
+{
+    check_late_call(WAIT);
+}
+
+/* A client that takes all before each of the server's sends, so that no write has to wait. */
+static int taker = -1;
+
+static void take_before_sends(const char *name)
+{
+    static char buffer[65536];
+    if (strcmp(name, "send") == 0 || strcmp(name, "sendmsg") == 0) {
+        while (recv(taker, buffer, sizeof buffer, MSG_DONTWAIT) > 0) {
+        }
+    }
+}
+
+enum { ABORT_IT, CLOSE_IT, WRITE_IT = 0, PIECES_IT, PRINT_IT };
+static int writing, writes, ended, how_it_ends, how_it_writes;
+
+static void end_when_writing(void *context)
+{
+    (void)context;
+    while (!writing) {
+        CHECK_INT(tsrv_sleep(0), TSRV_OK);
+    }
+    ended = 1;
+    if (how_it_ends == ABORT_IT) {
+        tsrv_abort(dying);
+    } else {
+        tsrv_close(dying);
+    }
+}
+
+/* Writes until a write fails; the first one that lets the others run has to. */
+static void write_late(void *context)
+{
+    static char block[32768];
+    tsrv_slice pieces[2] = {{block, 20000}, {block, 12768}};
+    (void)context;
+    memset(block, 'w', sizeof block);
+    writing = 1;
+    do {
+        switch (how_it_writes) {
+        case WRITE_IT: result = tsrv_write(dying, block, sizeof block); break;
+        case PIECES_IT: result = tsrv_writev(dying, pieces, 2); break;
+        default: result = tsrv_printf(dying, "%.*s", (int)sizeof block, block); break;
+        }
+        writes++;
+        CHECK(result != TSRV_OK || !ended);
+    } while (result == TSRV_OK && writes < 200);
+    helped = 1;
+}
+
+static int spawn_both(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    dying = stream;
+    CHECK_INT(tsrv_spawn(s_loop, end_when_writing, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(s_loop, write_late, NULL), TSRV_OK);
+    return tsrv_read_until_close(stream, 0, NULL);
+}
+
+static void check_late_write(int ends, int writes_how)
+{
+    how_it_ends = ends;
+    how_it_writes = writes_how;
+    writing = writes = ended = helped = 0;
+    s_serve(spawn_both);
+    taker = t_connect(s_port);
+    t_seen = take_before_sends;
+    s_until(&helped, 1);
+    t_seen = NULL;
+    CHECK_INT(result, TSRV_ECLOSED);
+    CHECK_MOST(writes, 40); /* a MiB, and not all of them */
+    CHECK_LEAST(writes, 2);
+    t_close(taker);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_closed, 1);
+    s_close();
+}
+
+TEST_SCRIPT(a_write_that_yields_learns_that_its_stream_has_ended)
+{
+    for (int i = 0; i < 6; i++) {
+        check_late_write(i % 2, i / 2);
+    }
+}
+
+/* ---- tsrv_set_deadline while a call waits --------------------------------------------------*/
+
+enum { D_READ, D_READ_TIMED, D_READ_INTO, D_DROP, D_WAIT, D_WAIT_TIMED, D_FLUSH, D_KINDS };
+static const char *const d_names[] = {"read", "read with a timeout", "read into memory",
+                                      "read that drops", "wait", "wait with a timeout", "flush"};
+
+enum { D_OUTPUT = 200000 };
+static int d_kind, d_first_ms, d_begun, d_over, d_code;
+static int64_t d_start, d_took;
+static tsrv_stream *d_stream;
+static char d_memory[10];
+
+static int d_call(tsrv_stream *stream)
+{
+    tsrv_slice slice;
+    switch (d_kind) {
+    case D_READ:
+    case D_READ_TIMED: return tsrv_read_until(stream, "\n", 0, &slice);
+    case D_READ_INTO: return tsrv_read_into(stream, d_memory, sizeof d_memory);
+    case D_DROP: return tsrv_read_bytes(stream, sizeof d_memory, NULL);
+    case D_WAIT: return tsrv_wait(stream, TSRV_NEVER);
+    case D_WAIT_TIMED: return tsrv_wait(stream, 10000);
+    default: return tsrv_flush(stream);
+    }
+}
+
+static void d_begin(tsrv_stream *stream)
+{
+    d_begun = 1;
+    d_stream = stream;
+    d_start = v_ms();
+    if (d_first_ms != 0) {
+        tsrv_set_deadline(stream, d_first_ms);
+    }
+    if (d_kind == D_READ_TIMED) {
+        tsrv_set_timeout(stream, 10000, 0);
+    }
+    if (d_kind == D_FLUSH) {
+        char *data = new_pattern(D_OUTPUT);
+        limit_output(stream);
+        CHECK_INT(tsrv_write(stream, data, D_OUTPUT), TSRV_OK);
+        free(data);
+    }
+}
+
+static int d_handle(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    if (!d_begun) {
+        d_begin(stream);
+    }
+    if (!d_over) {
+        rc = d_call(stream);
+        if (rc == TSRV_EAGAIN) {
+            return rc;
+        }
+        d_code = rc;
+        d_took = v_ms() - d_start;
+        d_over = 1;
+        tsrv_set_deadline(stream, 0);
+    }
+    return tsrv_read_until_close(stream, 0, NULL);
+}
+
+/* What a timer does at_ms after the call began. */
+typedef struct setting {
+    int at_ms, delay_ms;
+} setting;
+
+static tsrv_timer d_timers[2];
+
+static void set_deadline(void *context)
+{
+    tsrv_set_deadline(d_stream, ((setting *)context)->delay_ms);
+}
+
+static int d_open(int which, int first_ms, setting *plan, int count)
+{
+    tsrv_server_options options = {0};
+    d_kind = which;
+    d_first_ms = first_ms;
+    d_begun = d_over = 0;
+    options.write_timeout_ms = TSRV_NEVER;
+    s_open_with(d_handle, options);
+    int fd = s_join_with_room(4096);
+    for (int i = 0; i < count; i++) {
+        CHECK_INT(tsrv_timer_start(s_loop, &d_timers[i], plan[i].at_ms, set_deadline, &plan[i]),
+                  TSRV_OK);
+    }
+    return fd;
+}
+
+static void d_close(int fd)
+{
+    if (d_kind == D_FLUSH) {
+        t_reset(fd);
+    } else {
+        t_shut(fd);
+        s_expect_eof(fd);
+        t_close(fd);
+    }
+    s_until(&s_closed, 1);
+    s_close();
+}
+
+/* The call ends with its deadline, after so many milliseconds. */
+static void check_deadline(int first_ms, setting *plan, int count, int expected_ms)
+{
+    for (int which = 0; which < D_KINDS; which++) {
+        int fd = d_open(which, first_ms, plan, count);
+        s_run_ms(700);
+        if (!d_over) {
+            T_FAIL("a %s still waits, long after its deadline", d_names[which]);
+        }
+        if (d_code != TSRV_ETIMEOUT || d_took < expected_ms || d_took > expected_ms + 10) {
+            T_FAIL("a %s ended after %lld ms, not %d: %s", d_names[which], (long long)d_took,
+                   expected_ms, tsrv_strerror(d_code));
+        }
+        d_close(fd);
+    }
+}
+
+TEST_SOFT(a_deadline_set_during_a_call_ends_it)
+{
+    setting plan[] = {{50, 100}};
+    check_deadline(0, plan, 1, 150);
+}
+
+TEST_SOFT(an_earlier_deadline_set_during_a_call_ends_it)
+{
+    setting plan[] = {{50, 1000}, {100, 100}};
+    check_deadline(0, plan, 2, 200);
+}
+
+TEST_SOFT(a_deadline_set_before_a_call_can_come_nearer)
+{
+    setting plan[] = {{50, 100}};
+    check_deadline(1000, plan, 1, 150);
+}
+
+TEST_SOFT(a_deadline_set_before_a_call_can_be_put_off)
+{
+    setting plan[] = {{50, 300}};
+    check_deadline(100, plan, 1, 350);
+}
+
+TEST_SOFT(a_deadline_set_during_a_call_can_be_put_off)
+{
+    setting plan[] = {{50, 100}, {100, 300}};
+    check_deadline(0, plan, 2, 400);
+}
+
+/* Ends what waits, in good order. */
+static void d_satisfy(int fd)
+{
+    if (d_kind == D_WAIT || d_kind == D_WAIT_TIMED) {
+        tsrv_wake(d_stream);
+    } else if (d_kind == D_FLUSH) {
+        char *data = new_pattern(D_OUTPUT), *got = new_pattern(D_OUTPUT);
+        int code;
+        CHECK_MEM(got, s_recv(fd, got, D_OUTPUT, &code), data, D_OUTPUT);
+        free(got);
+        free(data);
+    } else {
+        t_sends(fd, "012345678\n");
+    }
+    s_until(&d_over, 1);
+}
+
+static void check_no_deadline(int first_ms, setting *plan, int count)
+{
+    for (int which = 0; which < D_KINDS; which++) {
+        int fd = d_open(which, first_ms, plan, count);
+        s_run_ms(500);
+        if (d_over) {
+            T_FAIL("a %s ended after %lld ms: %s", d_names[which], (long long)d_took,
+                   tsrv_strerror(d_code));
+        }
+        d_satisfy(fd);
+        CHECK_INT(d_code, TSRV_OK);
+        d_close(fd);
+    }
+}
+
+TEST_SOFT(a_deadline_set_before_a_call_can_be_taken_away)
+{
+    setting plan[] = {{50, 0}};
+    check_no_deadline(100, plan, 1);
+}
+
+TEST_SOFT(a_deadline_set_during_a_call_can_be_taken_away)
+{
+    setting plan[] = {{50, 100}, {100, 0}};
+    check_no_deadline(0, plan, 2);
+}
+
+/* ---- a reset while nobody reads ------------------------------------------------------------*/
+
+enum { R_SHUTDOWN = 1, R_UNREAD = 2 };
+static int r_case, r_begun, r_woken, r_error;
+
+static int wait_for_the_reset(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    if (!r_begun) {
+        r_begun = 1;
+        if ((r_case & R_SHUTDOWN) != 0) {
+            CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+        }
+    }
+    do {
+        rc = tsrv_wait(stream, TSRV_NEVER);
+        if (rc == TSRV_EAGAIN) {
+            return rc;
+        }
+        CHECK_INT(rc, TSRV_OK);
+        r_woken++;
+        r_error = tsrv_error(stream);
+    } while (r_error == TSRV_OK && tsrv_fd(stream) >= 0);
+    return TSRV_OK;
+}
+
+TEST_SOFT(a_reset_wakes_a_wait_in_every_state)
+{
+    for (r_case = 0; r_case < 4; r_case++) {
+        r_begun = r_woken = r_error = 0;
+        s_serve(wait_for_the_reset);
+        int fd = s_join();
+        if ((r_case & R_UNREAD) != 0) {
+            t_sends(fd, "abc");
+        }
+        s_settle();
+        CHECK_INT(r_woken, 0);
+        t_reset(fd);
+        for (int i = 0; i < 20 && s_closed == 0; i++) {
+            s_turn();
+        }
+        if (s_closed != 1 || r_error != -ECONNRESET || r_woken != 1) {
+            T_FAIL("%s tsrv_shutdown, %s unread bytes: closed %d times, woken %d times, %s",
+                   (r_case & R_SHUTDOWN) != 0 ? "after" : "without",
+                   (r_case & R_UNREAD) != 0 ? "with" : "without", s_closed, r_woken,
+                   tsrv_strerror(r_error));
+        }
+        CHECK_INT(s_reason, -ECONNRESET);
+        s_close();
+    }
+}
+
+/* After our own FIN, the peer's is a hang-up too, and not a reset. */
+TEST_SOFT(an_end_after_our_end_is_no_reset)
+{
+    r_begun = r_woken = r_error = 0;
+    r_case = R_SHUTDOWN;
+    s_serve(wait_for_the_reset);
+    int fd = s_join();
+    t_sends(fd, "abc");
+    s_settle();
+    t_shut(fd);
+    s_run_ms(200);
+    CHECK_INT(r_error, TSRV_OK);
+    CHECK_INT(s_closed, 0);
+    CHECK_MOST(r_woken, 1);
+    t_reset(fd);
+    s_close();
+    CHECK_INT(s_closed, 1);
+}
+
+/* ---- closing from another coroutine, for every call that waits -----------------------------*/
+
+/* The last four are writes, in which only a coroutine waits. */
+enum { K_SOME, K_BYTES, K_DROP, K_MATCH, K_MEM, K_FLUSH, K_PIECES, K_WRITEV, K_PRINTF, K_SENDFILE, K_CALLS };
+
+typedef struct kick {
+    int call, rc, waiting, ended, file;
+    bool abort;
+    tsrv_stream *stream;
+} kick;
+
+static size_t match_never(const char *data, size_t size, void *context)
+{
+    (void)data, (void)context;
+    return size + 1;
+}
+
+static int wait_in(kick *k)
+{
+    tsrv_slice slice, pieces[2] = {{large, large_size / 2}, {large, large_size / 2}};
+    switch (k->call) {
+    case K_SOME: return tsrv_read_some(k->stream, 0, &slice);
+    case K_BYTES: return tsrv_read_bytes(k->stream, 100, &slice);
+    case K_DROP: return tsrv_read_bytes(k->stream, 100, NULL);
+    case K_MATCH: return tsrv_read_until_match(k->stream, match_never, NULL, 0, &slice);
+    case K_MEM: return tsrv_read_until_mem(k->stream, "\0\n", 2, 0, &slice);
+    case K_FLUSH: return tsrv_flush(k->stream);
+    case K_PIECES: return tsrv_write(k->stream, large, large_size * 4);
+    case K_WRITEV: return tsrv_writev(k->stream, pieces, 2);
+    case K_PRINTF: return tsrv_printf(k->stream, "%.*s", (int)large_size, large);
+    default: return tsrv_sendfile(k->stream, k->file, 0, large_size * 4);
+    }
+}
+
+static int be_kicked(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    kick *k = (kick *)context;
+    tsrv_slice slice;
+    (void)address;
+    if (k->waiting == 0) {
+        k->stream = stream;
+        limit_large_output(stream);
+        if (k->call == K_FLUSH) {
+            CHECK_INT(tsrv_try_write(stream, large, large_size), TSRV_OK);
+        }
+        k->waiting = 1;
+    }
+    k->rc = wait_in(k);
+    if (k->rc == TSRV_EAGAIN && t_mode == TSRV_CALLBACK) {
+        return TSRV_EAGAIN;
+    }
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_ECLOSED);
+    CHECK_INT(tsrv_write(stream, "x", 1), TSRV_ECLOSED);
+    k->ended++;
+    return TSRV_ECLOSED;
+}
+
+static void kick_it(void *context)
+{
+    kick *k = (kick *)context;
+    CHECK_INT(k->ended, 0); /* it waits */
+    CHECK_INT(k->abort ? tsrv_abort(k->stream) : tsrv_close(k->stream), TSRV_OK);
+}
+
+static void run_kick(int call, bool abort, int file)
+{
+    kick k = {call, 1, 0, 0, file, abort, NULL};
+    tsrv_server_options options = {0};
+    options.handle_stream = be_kicked;
+    options.context = &k;
+    options.max_write_buffer_size = large_size;
+    options.write_high_water = large_size / 8;
+    s_open(options);
+    int fd = t_connect(s_port);
+    if (call == K_BYTES || call == K_DROP || call == K_MATCH) {
+        t_sends(fd, "some");
+    }
+    s_until(&k.waiting, 1);
+    s_run_ms(50);
+    CHECK_INT(tsrv_spawn(s_loop, kick_it, &k), TSRV_OK);
+    s_settle();
+    CHECK_INT(k.ended, 1);
+    if (call == K_SENDFILE || call == K_WRITEV || call == K_PRINTF) {
+        CHECK(k.rc == TSRV_ECLOSED || k.rc == TSRV_OK); /* taken as a whole before it waited */
+    } else {
+        CHECK_INT(k.rc, TSRV_ECLOSED);
+    }
+    t_reset(fd);
+    s_settle();
+    s_close();
+}
+
+TEST_STREAM(close_by_another_coroutine_ends_every_waiting_call)
+{
+    char path[] = "/tmp/wait_test.XXXXXX";
+    int file = mkstemp(path);
+    make_large(t_hard ? 400000 : 4 << 20);
+    large = (char *)realloc(large, large_size * 4);
+    CHECK(large != NULL && file >= 0 && unlink(path) == 0);
+    fill_pattern(large, 0, large_size * 4);
+    CHECK(write(file, large, large_size * 4) == (ssize_t)(large_size * 4));
+    for (int call = 0; call < (t_mode == TSRV_CALLBACK ? K_PIECES : K_CALLS); call++) {
+        run_kick(call, false, file);
+        run_kick(call, true, file);
+    }
+    t_close(file);
+    free(large);
+}
+
+/* ---- the end of a drain's grace ------------------------------------------------------------*/
+
+enum { G_SLEEP, G_WAIT_FD, G_CONNECT, G_WAITS };
+static int g_wait, g_code, g_next_code, g_done, g_pipe[2];
+static int64_t g_took, g_next_took;
+
+static int g_wait_for(void)
+{
+    tsrv_stream *made;
+    switch (g_wait) {
+    case G_SLEEP: return tsrv_sleep(4000);
+    case G_WAIT_FD: return tsrv_wait_fd(g_pipe[0], TSRV_READABLE, 4000);
+    default: return tsrv_connect("127.0.0.1", s_port, NULL, &made);
+    }
+}
+
+/* Ready to run whenever the loop looks, until its stream is gone. Then it waits. */
+static int run_on(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int64_t start;
+    (void)address, (void)context;
+    while (tsrv_fd(stream) >= 0) {
+        v_now += 10 * 1000000u;
+        CHECK_INT(tsrv_sleep(0), TSRV_OK);
+    }
+    start = v_ms();
+    g_code = g_wait_for();
+    g_took = v_ms() - start;
+    start = v_ms();
+    g_next_code = tsrv_sleep(50);
+    g_next_took = v_ms() - start;
+    g_done = 1;
+    return TSRV_OK;
+}
+
+static void check_end_of_grace(int wait)
+{
+    g_wait = wait;
+    g_done = 0;
+    CHECK(pipe(g_pipe) == 0);
+    s_serve(run_on);
+    int fd = s_join();
+    CHECK_INT(tsrv_server_drain(s_server, 300), TSRV_EAGAIN);
+    s_until(&g_done, 1);
+    CHECK_INT(g_code, TSRV_ECLOSED);
+    CHECK_MOST(g_took, 1);
+    CHECK_INT(g_next_code, TSRV_OK); /* only once */
+    CHECK_LEAST(g_next_took, 50);
+    s_expect_reset(fd);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    s_close();
+    close(g_pipe[0]);
+    close(g_pipe[1]);
+}
+
+TEST_SCRIPT(the_end_of_the_grace_ends_the_next_wait_of_one_that_runs)
+{
+    for (int wait = 0; wait < G_WAITS; wait++) {
+        check_end_of_grace(wait);
+    }
+}
+
+/* A coroutine that waits in something else has that wait ended, and no other. */
+static int sleep_twice(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    g_code = tsrv_sleep(4000);
+    g_next_code = tsrv_sleep(50);
+    g_done = 1;
+    return TSRV_OK;
+}
+
+TEST_SCRIPT(the_end_of_the_grace_ends_one_wait_of_one_that_waits)
+{
+    g_done = 0;
+    s_serve(sleep_twice);
+    int fd = s_join();
+    int64_t start = v_ms();
+    CHECK_INT(tsrv_server_drain(s_server, 300), TSRV_EAGAIN);
+    s_until(&g_done, 1);
+    CHECK_INT(g_code, TSRV_ECLOSED);
+    CHECK_INT(g_next_code, TSRV_OK);
+    CHECK_LEAST(v_ms() - start, 350);
+    CHECK_MOST(v_ms() - start, 500);
+    t_close(fd);
+    s_close();
+}

@@ -1,0 +1,727 @@
+/* Writes (>>write): data is the writer's again, writes keep their order and stay in one piece while others wait,
+ * tsrv_writev needs no memory of its own, and tsrv_sendfile. */
+#include "script.h"
+
+#include "handlers.h"
+
+/* ---- written data is the writer's again ----------------------------------------------------*/
+
+static char *item;
+static int got_item;
+
+/* "get" sends the shared item, "delete" frees it. */
+static int share_an_item(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        if (strcmp(line.data, "delete\n") == 0) {
+            memset(item, 'X', large_size);
+            free(item);
+            item = NULL;
+            tsrv_write(stream, "DELETED\n", 8);
+        } else {
+            got_item++;
+            tsrv_write(stream, item, large_size);
+        }
+    }
+    return rc;
+}
+
+/* What the kernel did not take is a copy by the time another one deletes the item. */
+TEST_STREAM(row6_written_data_is_the_writers_again)
+{
+    tsrv_server_options options = {0};
+    int code;
+    options.handle_stream = share_an_item;
+    options.write_timeout_ms = TSRV_NEVER;
+    make_large(t_hard ? 300000 : 8 << 20);
+    options.write_high_water = large_size / 16;
+    s_open(options);
+    item = (char *)malloc(large_size);
+    memcpy(item, large, large_size);
+    char *got = (char *)malloc(large_size);
+    int reader = t_connect(s_port), other = t_connect(s_port);
+    t_sends(reader, "get\n");
+    s_until(&got_item, 1);
+    s_settle();
+    t_sends(other, "delete\n");
+    s_expect(other, "DELETED\n");
+    CHECK(item == NULL);
+    CHECK_MEM(got, s_recv(reader, got, large_size, &code), large, large_size);
+    t_shut(reader);
+    s_expect_eof(reader);
+    t_close(reader);
+    t_reset(other);
+    s_settle();
+    s_close();
+    free(got);
+    free(large);
+}
+
+/* ---- tsrv_try_write during a write that waits ----------------------------------------------*/
+
+static tsrv_stream *shared_stream;
+static int tried, taken;
+static bool written;
+
+/* Every 10 ms while the large one is under way. */
+static void try_between(void *context)
+{
+    (void)context;
+    for (int i = 0; i < 50; i++) {
+        int rc = tsrv_try_write(shared_stream, "<try>", 5);
+        CHECK(rc == TSRV_OK || rc == TSRV_EFULL);
+        taken += rc == TSRV_OK;
+        tried++;
+        CHECK_INT(tsrv_sleep(10), TSRV_OK);
+    }
+    tsrv_wake(shared_stream);
+}
+
+static void write_large(void *context)
+{
+    CHECK_INT(tsrv_write(shared_stream, large, large_size * *(size_t *)context), TSRV_OK);
+    written = true;
+    tsrv_wake(shared_stream);
+}
+
+static int write_and_be_tried(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address;
+    if (shared_stream == NULL) {
+        shared_stream = stream;
+        limit_large_output(stream);
+        CHECK_INT(tsrv_spawn(tsrv_stream_loop(stream), write_large, context), TSRV_OK);
+        CHECK_INT(tsrv_spawn(tsrv_stream_loop(stream), try_between, NULL), TSRV_OK);
+    }
+    while (tried < 50 || !written) {
+        if (tsrv_wait(stream, TSRV_NEVER) == TSRV_EAGAIN) {
+            return TSRV_EAGAIN;
+        }
+    }
+    return TSRV_OK;
+}
+
+/* Whatever was taken comes whole, behind the write that waits; what was not leaves nothing. */
+static void try_during(size_t times)
+{
+    tsrv_server_options options = {0};
+    int code;
+    tried = taken = 0;
+    written = false;
+    shared_stream = NULL;
+    options.handle_stream = write_and_be_tried;
+    options.context = &times;
+    options.max_write_buffer_size = large_size;
+    options.write_high_water = large_size / 8;
+    options.write_timeout_ms = TSRV_NEVER;
+    s_open(options);
+    char *got = (char *)malloc(large_size * times);
+    int fd = t_connect(s_port);
+    s_run_ms(200);
+    CHECK(tried > 10);
+    CHECK_MEM(got, s_recv(fd, got, large_size * times, &code), large, large_size * times);
+    s_until(&tried, 50);
+    for (int i = 0; i < taken; i++) {
+        s_expect(fd, "<try>");
+    }
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+    free(got);
+}
+
+TEST_STREAM(try_write_during_a_write_that_waits)
+{
+    make_large(4 * (t_hard ? 100000 : 4 << 20));
+    large_size /= 4;
+    try_during(1);
+    try_during(4); /* taken in pieces */
+    free(large);
+}
+
+/* ---- a write behind one that is larger than the limit --------------------------------------*/
+
+enum { L_WRITE, L_WRITEV, L_PRINTF, L_SENDFILE, L_KINDS };
+enum { L_HUGE = 40 << 20 };
+static tsrv_server *sink;
+static tsrv_stream *upstream;
+static int sink_port, sink_reads, sink_done, l_kind, l_huge_done, l_huge_code, l_codes[2], l_error;
+static FILE *l_file;
+static char *l_huge;
+static size_t sink_got;
+
+static char sink_last[4];
+
+/* Reads nothing, then everything: each byte must come in the order of the writes. */
+static int take_late(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    int rc;
+    (void)address, (void)context;
+    while (!sink_reads) {
+        CHECK_INT(tsrv_sleep(10), TSRV_OK);
+    }
+    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
+        for (size_t i = 0; i < some.size; i++, sink_got++) {
+            if (sink_got < L_HUGE) {
+                CHECK_INT(some.data[i], 0);
+            } else {
+                CHECK(sink_got < L_HUGE + sizeof sink_last);
+                sink_last[sink_got - L_HUGE] = some.data[i];
+            }
+        }
+    }
+    sink_done = 1;
+    return rc;
+}
+
+static void write_huge(void *context)
+{
+    (void)context;
+    l_huge_code = tsrv_write(upstream, l_huge, L_HUGE);
+    l_huge_done = 1;
+}
+
+static int write_one(char byte)
+{
+    char text[2] = {byte, byte};
+    tsrv_slice pieces[2] = {{text, 1}, {text + 1, 1}};
+    switch (l_kind) {
+    case L_WRITE: return tsrv_write(upstream, text, 1);
+    case L_WRITEV: return tsrv_writev(upstream, pieces, 2);
+    case L_PRINTF: return tsrv_printf(upstream, "%c", byte);
+    default: return tsrv_sendfile(upstream, fileno(l_file), 0, 1);
+    }
+}
+
+/* Its writes are taken behind the helper's huge one, and the first waits until the grace of its server is over: what
+ * was taken stays where it is. */
+static int write_behind(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    CHECK_INT(tsrv_connect("127.0.0.1", sink_port, NULL, &upstream), TSRV_OK);
+    CHECK_INT(tsrv_spawn(s_loop, write_huge, NULL), TSRV_OK);
+    CHECK_INT(tsrv_sleep(20), TSRV_OK);
+    l_codes[0] = write_one('B');
+    l_error = tsrv_error(upstream);
+    sink_reads = 1;
+    l_codes[1] = write_one('C');
+    while (!l_huge_done) {
+        tsrv_sleep(1);
+    }
+    tsrv_close(upstream);
+    return TSRV_OK;
+}
+
+static void check_cut_write(int which)
+{
+    static const char *const last[] = {"BC", "BBCC", "BC", "BB"};
+    tsrv_server_options options = {0};
+    l_kind = which;
+    sink_reads = sink_done = l_huge_done = 0;
+    sink_got = 0;
+    s_serve(write_behind);
+    options.handle_stream = take_late;
+    sink = s_new_server(options);
+    sink_port = s_listen(sink);
+    int fd = s_join();
+    s_run_ms(100);
+    CHECK_INT(tsrv_server_drain(s_server, 100), TSRV_EAGAIN);
+    s_until(&sink_done, 1);
+    s_until(&s_closed, 1);
+    CHECK_INT(l_codes[0], TSRV_ECLOSED);
+    CHECK_INT(l_error, TSRV_OK);
+    CHECK_INT(l_codes[1], TSRV_OK);
+    CHECK_INT(l_huge_code, TSRV_OK);
+    CHECK_MEM(sink_last, sink_got - L_HUGE, last[which], strlen(last[which]));
+    t_close(fd);
+    tsrv_server_free(sink);
+    s_close();
+}
+
+TEST_SCRIPT(a_write_whose_wait_is_cut_keeps_its_place)
+{
+    l_huge = (char *)calloc(1, L_HUGE);
+    l_file = tmpfile();
+    CHECK(l_huge != NULL && l_file != NULL && fwrite("BB", 2, 1, l_file) == 1);
+    fflush(l_file);
+    for (int which = 0; which < L_KINDS; which++) {
+        check_cut_write(which);
+    }
+    fclose(l_file);
+    free(l_huge);
+}
+
+/* ---- tsrv_writev ---------------------------------------------------------------------------*/
+
+/* Answers a line with itself in pieces, some of which are empty. */
+static int answer_in_pieces(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice pieces[6] = {{"", 0}, {"<", 1}, {NULL, 0}, {NULL, 0}, {">\n", 2}, {"", 0}};
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &pieces[3])) == TSRV_OK) {
+        pieces[3].size--;
+        CHECK_INT(tsrv_writev(stream, pieces, 6), TSRV_OK);
+        CHECK_INT(tsrv_writev(stream, pieces, 1), TSRV_OK);
+        CHECK_INT(tsrv_writev(stream, pieces, 0), TSRV_OK);
+    }
+    return rc;
+}
+
+TEST_STREAM(pieces_of_any_size_come_as_one)
+{
+    s_serve(answer_in_pieces);
+    int fd = s_join();
+    t_sends(fd, "one\n\nthree\n");
+    s_expect(fd, "<one>\n<>\n<three>\n");
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+}
+
+TEST_SOFT(pieces_need_no_memory_of_their_own)
+{
+    s_serve(answer_in_pieces);
+    int fd = s_join();
+    for (int i = 0; i < 210; i++) {
+        if (i == 10) {
+            count_calls("malloc", "realloc");
+        }
+        t_sends(fd, "ask\n");
+        s_expect(fd, "<ask>\n");
+    }
+    t_seen = NULL;
+    CHECK_INT(calls_counted, 0);
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+}
+
+/* Many lines in one go, so that the answers fill several blocks of the queue. */
+TEST_SOFT(pieces_that_fill_blocks_need_no_memory_of_their_own)
+{
+    enum { LINES = 200, LINE = 300, ROUNDS = 12 };
+    static char lines[LINES * LINE], answers[LINES * (LINE + 2)], got[sizeof answers];
+    for (int i = 0; i < LINES; i++) {
+        char *line = lines + i * LINE, *answer = answers + i * (LINE + 2);
+        fill_pattern(line, 0, LINE);
+        line[LINE - 1] = '\n';
+        answer[0] = '<';
+        memcpy(answer + 1, line, LINE - 1);
+        memcpy(answer + LINE, ">\n", 2);
+    }
+    s_serve(answer_in_pieces);
+    int fd = s_join();
+    for (int i = 0; i < ROUNDS; i++) {
+        int code;
+        if (i == 4) {
+            count_calls("malloc", "realloc");
+        }
+        s_send(fd, lines, sizeof lines);
+        CHECK_MEM(got, s_recv(fd, got, sizeof got, &code), answers, sizeof answers);
+    }
+    t_seen = NULL;
+    CHECK_INT(calls_counted, 0);
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+}
+
+static size_t p_body;
+static int p_messages, p_writers;
+
+static void write_pieces(tsrv_stream *stream, char letter)
+{
+    char *body = (char *)malloc(p_body);
+    CHECK(body != NULL);
+    memset(body, letter, p_body);
+    tsrv_slice pieces[5] = {{"<", 1}, {body, p_body / 2}, {"", 0}, {body, p_body - p_body / 2},
+                            {">", 1}};
+    for (int i = 0; i < p_messages; i++) {
+        CHECK_INT(tsrv_writev(stream, pieces, 5), TSRV_OK);
+    }
+    free(body);
+    p_writers--;
+}
+
+static void write_pieces_too(void *context)
+{
+    write_pieces((tsrv_stream *)context, 'b');
+}
+
+static int two_write_pieces(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    limit_output(stream);
+    CHECK_INT(tsrv_spawn(s_loop, write_pieces_too, stream), TSRV_OK);
+    write_pieces(stream, 'a');
+    while (p_writers > 0) {
+        tsrv_wait(stream, 10);
+    }
+    return TSRV_OK;
+}
+
+/* Every message is whole, and they change hands. */
+static void check_messages(const char *got, size_t size)
+{
+    int changes = 0;
+    char last = 0;
+    for (const char *m = got; m < got + size; m += p_body + 2) {
+        CHECK(m[0] == '<' && m[p_body + 1] == '>');
+        CHECK(m[1] == 'a' || m[1] == 'b');
+        for (size_t i = 1; i <= p_body; i++) {
+            if (m[i] != m[1]) {
+                T_FAIL("message %d is mixed at %zu", (int)((size_t)(m - got) / (p_body + 2)), i);
+            }
+        }
+        changes += last != 0 && m[1] != last;
+        last = m[1];
+    }
+    CHECK_LEAST(changes, 1);
+}
+
+static void check_pieces_stay_together(size_t body, int messages)
+{
+    tsrv_server_options options = {0};
+    int code;
+    options.write_high_water = 4 * KIB;
+    options.max_write_buffer_size = 64 * KIB;
+    options.write_timeout_ms = TSRV_NEVER;
+    p_body = body;
+    p_messages = messages;
+    p_writers = 2;
+    size_t size = 2 * (size_t)messages * (body + 2);
+    char *got = new_pattern(size);
+    s_open_with(two_write_pieces, options);
+    int fd = s_join_with_room(4096);
+    CHECK_INT(s_recv(fd, got, size, &code), size);
+    check_messages(got, size);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+    free(got);
+}
+
+TEST_COROUTINE(small_pieces_of_two_writers_stay_together)
+{
+    check_pieces_stay_together(1999, t_hard ? 15 : 60);
+}
+
+TEST_COROUTINE(large_pieces_of_two_writers_stay_together)
+{
+    check_pieces_stay_together(20000, t_hard ? 3 : 12);
+}
+
+/* Above max_write_buffer_size they are taken in parts. */
+TEST_COROUTINE(huge_pieces_of_two_writers_stay_together)
+{
+    check_pieces_stay_together(80000, t_hard ? 2 : 5);
+}
+
+/* ---- a flush that is done when the stream is closed ----------------------------------------*/
+
+static int flush_code, flushed;
+
+static void flush_beside(void *context)
+{
+    flush_code = tsrv_flush((tsrv_stream *)context);
+    flushed++;
+}
+
+/* Writes more than the kernel takes, by less than it will take at once, and ends with the first byte
+ * that comes. */
+static int end_beside_a_flush(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static const char block[16384];
+    tsrv_slice byte;
+    (void)address, (void)context;
+    do {
+        CHECK_INT(tsrv_write(stream, block, sizeof block), TSRV_OK);
+    } while (tsrv_unsent_size(stream) == 0);
+    CHECK_INT(tsrv_spawn(tsrv_stream_loop(stream), flush_beside, stream), TSRV_OK);
+    return tsrv_read_bytes(stream, 1, &byte);
+}
+
+/* The output goes and the byte comes in the same turn, so that the handler, which is called for its
+ * byte at once, closes the stream before the coroutine that waited for the output goes on. */
+TEST_COROUTINE(a_flush_that_is_done_stays_so_when_the_stream_is_closed)
+{
+    static char much[65536];
+    t_clip = 0;
+    s_serve(end_beside_a_flush);
+    int fd = t_connect(s_port);
+    s_settle();
+    CHECK_INT(flushed, 0);
+    while (recv(fd, much, sizeof much, MSG_DONTWAIT) > 0) {
+    }
+    t_sends(fd, "x");
+    s_until(&flushed, 1);
+    CHECK_INT(flush_code, TSRV_OK);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+}
+
+/* ---- tsrv_sendfile of small files ----------------------------------------------------------*/
+
+static char *file_bytes;
+static size_t file_promised;
+static int file_code, file_served;
+static FILE *file;
+
+/* A file of so many bytes. */
+static void make_file(size_t size)
+{
+    file = tmpfile();
+    file_bytes = new_pattern(size);
+    CHECK(file != NULL && (size == 0 || fwrite(file_bytes, size, 1, file) == 1));
+    CHECK(fflush(file) == 0);
+    file_promised = size;
+}
+
+static void remove_file(void)
+{
+    fclose(file);
+    free(file_bytes);
+}
+
+/* A descriptor of it, to be closed. */
+static int open_file(void)
+{
+    int fd = dup(fileno(file));
+    CHECK(fd >= 0);
+    return fd;
+}
+
+/* For each line, the file between two writes. The descriptor is closed at once, and its number
+ * used for something else. */
+static int send_file(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        int fd = open_file(), other;
+        tsrv_write(stream, "head\n", 5);
+        file_code = tsrv_sendfile(stream, fd, 0, file_promised);
+        t_close(fd);
+        other = open("/dev/null", O_RDONLY);
+        tsrv_write(stream, "tail\n", 5);
+        t_close(other);
+        file_served++;
+    }
+    return rc;
+}
+
+static void expect_file(int fd, size_t size)
+{
+    char *got = new_pattern(size);
+    int code;
+    s_expect(fd, "head\n");
+    CHECK_MEM(got, s_recv(fd, got, size, &code), file_bytes, size);
+    s_expect(fd, "tail\n");
+    free(got);
+}
+
+/* Returns how many calls of sendfile, or of fcntl, which duplicates, it took. */
+static int serve_file(size_t size, size_t max_write_buffer_size)
+{
+    tsrv_server_options options = {0};
+    options.max_write_buffer_size = max_write_buffer_size;
+    file_served = 0;
+    make_file(size);
+    s_open_with(send_file, options);
+    int fd = s_join();
+    count_calls("sendfile", "fcntl");
+    t_sends(fd, "one\ntwo\n");
+    expect_file(fd, size);
+    expect_file(fd, size);
+    CHECK_INT(file_code, TSRV_OK);
+    int calls = calls_counted;
+    t_seen = NULL;
+    t_shut(fd);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
+    s_close();
+    remove_file();
+    return calls;
+}
+
+TEST_STREAM(small_files_are_read_at_once)
+{
+    static const size_t sizes[] = {1, 100, 8192, 16000, 16383};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        CHECK_INT(serve_file(sizes[i], 0), 0);
+    }
+}
+
+TEST_STREAM(large_files_are_not_read)
+{
+#if TSRVI_HAS_SENDFILE
+    CHECK_LEAST(serve_file(16384, 0), 4); /* for each of two a duplicate, and a sendfile */
+    CHECK_LEAST(serve_file(t_hard ? 17000 : 100000, 0), 4);
+#else
+    CHECK_INT(serve_file(t_hard ? 17000 : 100000, 0), 2);
+#endif
+}
+
+/* A file does not count against the limit, so one for which there is no room is not copied. */
+TEST_STREAM(small_files_above_the_write_limit_are_not_read)
+{
+    CHECK_LEAST(serve_file(5000, 1000), 2);
+}
+
+/* A read that was interrupted goes on. */
+TEST_STREAM(small_files_whose_read_is_interrupted)
+{
+    t_fault_name = "pread";
+    t_fault_errno = EINTR;
+    t_fault_calls = 0;
+    t_fault_at = 1;
+    CHECK_INT(serve_file(3000, 0), 0);
+    CHECK_INT(t_fault_hits, 1);
+}
+
+static void check_broken_file(size_t size, size_t promised)
+{
+    file_served = 0;
+    make_file(size);
+    file_promised = promised;
+    s_serve(send_file);
+    int fd = s_join();
+    t_sends(fd, "one\n");
+    s_expect_reset(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(file_served, 1);
+    CHECK_INT(s_reason, -EIO);
+    t_close(fd);
+    s_close();
+    CHECK_INT(s_closed, 1);
+    remove_file();
+}
+
+/* What was promised cannot be made good: the stream ends, so that nothing follows the gap. */
+TEST_STREAM(small_files_that_are_shorter_than_promised)
+{
+    check_broken_file(100, 101);
+    CHECK_INT(file_code, -EIO);
+    check_broken_file(0, 1);
+    CHECK_INT(file_code, -EIO);
+    check_broken_file(9000, 16383);
+    CHECK_INT(file_code, -EIO);
+}
+
+TEST_STREAM(small_files_that_cannot_be_read)
+{
+    t_fault_name = "pread";
+    t_fault_errno = EIO;
+    t_fault_calls = 0;
+    t_fault_at = 1;
+    check_broken_file(100, 100);
+    CHECK_INT(file_code, -EIO);
+}
+
+/* ---- tsrv_sendfile to a peer that is gone --------------------------------------------------*/
+
+static int gone_fd, gone_entered, gone_code;
+
+/* Its client, which lives in this thread too, resets while the handler runs, and the system has
+ * told so already: what is sent now raises SIGPIPE where nothing is done about it. */
+static int send_to_nobody(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    if (!gone_entered) {
+        tsrv_slice line;
+        char byte;
+        if ((rc = tsrv_read_until(stream, "\n", 0, &line)) != TSRV_OK) {
+            return rc;
+        }
+        gone_entered = 1;
+        t_reset(gone_fd);
+        CHECK(recv(tsrv_fd(stream), &byte, 1, MSG_DONTWAIT) < 0);
+        CHECK_INT(errno, ECONNRESET);
+        int fd = open_file();
+        CHECK_INT(tsrv_sendfile(stream, fd, 0, file_promised), TSRV_OK);
+        t_close(fd);
+    }
+    if ((rc = tsrv_flush(stream)) != TSRV_EAGAIN) {
+        gone_code = rc;
+    }
+    return rc;
+}
+
+static bool sigpipe_is_pending(void)
+{
+    sigset_t pending;
+    CHECK(sigpending(&pending) == 0);
+    return sigismember(&pending, SIGPIPE) == 1;
+}
+
+static bool sigpipe_is_blocked(void)
+{
+    sigset_t blocked;
+    CHECK(pthread_sigmask(SIG_BLOCK, NULL, &blocked) == 0);
+    return sigismember(&blocked, SIGPIPE) == 1;
+}
+
+static void check_no_sigpipe(void)
+{
+    bool blocked = sigpipe_is_blocked(), pending = sigpipe_is_pending();
+    gone_entered = 0;
+    gone_code = TSRV_OK;
+    make_file(100000);
+    s_serve(send_to_nobody);
+    gone_fd = s_join();
+    t_sends(gone_fd, "now\n");
+    s_until(&s_closed, 1);
+    CHECK_INT(gone_entered, 1);
+    CHECK_INT(gone_code, -EPIPE);
+    CHECK_INT(sigpipe_is_blocked(), blocked);
+    CHECK_INT(sigpipe_is_pending(), pending);
+    s_close();
+    remove_file();
+}
+
+/* The default would end the process. */
+TEST_SOFT(no_sigpipe_from_a_file)
+{
+    signal(SIGPIPE, SIG_DFL);
+    check_no_sigpipe();
+}
+
+static void block_sigpipe(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+}
+
+/* A program that has it blocked finds none afterwards that it did not raise, */
+TEST_SOFT(no_sigpipe_from_a_file_where_it_is_blocked)
+{
+    signal(SIGPIPE, SIG_DFL);
+    block_sigpipe();
+    check_no_sigpipe();
+}
+
+/* and still finds its own. */
+TEST_SOFT(a_sigpipe_that_was_pending_stays)
+{
+    signal(SIGPIPE, SIG_DFL);
+    block_sigpipe();
+    raise(SIGPIPE);
+    CHECK(sigpipe_is_pending());
+    check_no_sigpipe();
+}
