@@ -65,6 +65,7 @@ help:
 	@echo "               in both modes, and once more in hard mode"
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh"
+	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
 	@echo "make cert      a certificate for the TLS examples: $(BUILD)/cert.pem, key.pem"
 	@echo "make install   copy the header to PREFIX/include ($(PREFIX))"
 	@echo "make clean     remove $(BUILD)/"
@@ -93,6 +94,17 @@ check:
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/check_header.sh
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/compile.sh
 
+# libFuzzer is clang's. FUZZ_HEADER tests another version, 0.1.0 with FUZZ_FLAGS=-DFUZZ_OLD=1.
+FUZZ_HEADER = $(abspath tcpserver.h)
+
+fuzz: $(BUILD)/fuzz/api
+
+$(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h $(FUZZ_HEADER)
+	mkdir -p '$(BUILD)/fuzz/corpus'
+	clang -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -g -O1 -std=gnu99 \
+	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \
+	    $(FUZZ_FLAGS) -o $@ $< -lpthread
+
 install:
 	mkdir -p '$(DESTDIR)$(PREFIX)/include'
 	cp tcpserver.h '$(DESTDIR)$(PREFIX)/include/tcpserver.h'
@@ -118,4 +130,4 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test check cert install clean
+.PHONY: all help run examples test check cert fuzz install clean
