@@ -1,0 +1,196 @@
+/* Buffers and queues (>>buffer) and the heap of timers (>>heap), each against a naive oracle, in random orders. */
+#include "test.h"
+
+static uint32_t seed;
+
+/* xorshift: the same numbers in every run. */
+static uint32_t any(uint32_t below)
+{
+    seed ^= seed << 13;
+    seed ^= seed >> 17;
+    seed ^= seed << 5;
+    return seed % below;
+}
+
+/* ---- search ---------------------------------------------------------------------------------*/
+
+/* Offset behind the first delimiter, or 0: byte by byte. */
+static size_t find_naively(const char *data, size_t size, const char *delimiter, size_t delimiter_size)
+{
+    for (size_t end = delimiter_size; end <= size; end++) {
+        if (memcmp(data + end - delimiter_size, delimiter, delimiter_size) == 0) {
+            return end;
+        }
+    }
+    return 0;
+}
+
+/* Bytes of two kinds, so that delimiters nearly match again and again. */
+static void fill(char *data, size_t size)
+{
+    for (size_t i = 0; i < size; i++) {
+        data[i] = "ab"[any(2)];
+    }
+}
+
+/* Input comes in pieces; after each piece one of two delimiters is searched, and what is found is taken. */
+static void search_in_pieces(void)
+{
+    char delimiters[2][6];
+    size_t sizes[2];
+    tsrvi_buffer *buffer = tsrvi_buffer_new(2000);
+    CHECK(buffer != NULL);
+    for (int i = 0; i < 2; i++) {
+        sizes[i] = 1 + any(5);
+        fill(delimiters[i], sizes[i]);
+    }
+    while (buffer->capacity - buffer->end > 40) {
+        size_t piece = 1 + any(40);
+        int which = any(4) == 0;
+        fill(buffer->data + buffer->end, piece);
+        buffer->end += piece;
+        size_t found = tsrvi_buffer_find(buffer, delimiters[which], sizes[which]);
+        CHECK_INT(found, find_naively(buffer->data + buffer->begin, tsrvi_buffer_size(buffer), delimiters[which],
+                                      sizes[which]));
+        if (found != 0) {
+            tsrvi_buffer_drop(buffer, found);
+        }
+    }
+    TSRV_FREE(buffer);
+}
+
+TEST_ONCE(search_finds_what_a_naive_one_finds)
+{
+    seed = 1;
+    for (int i = 0; i < 3000; i++) {
+        search_in_pieces();
+    }
+}
+
+/* ---- slices ---------------------------------------------------------------------------------*/
+
+/* Bytes are taken, dropped, and copied to buffers of other sizes; what is left is always what was there. */
+TEST_ONCE(slices_leave_the_bytes_behind_them_as_they_were)
+{
+    enum { SIZE = 4000 };
+    char all[SIZE];
+    seed = 2;
+    for (int round = 0; round < 200; round++) {
+        size_t at = 0;
+        tsrvi_buffer *buffer = tsrvi_buffer_new(SIZE);
+        CHECK(buffer != NULL);
+        for (size_t i = 0; i < SIZE; i++) {
+            all[i] = (char)any(256);
+        }
+        memcpy(buffer->data, all, SIZE);
+        buffer->end = SIZE;
+        while (at < SIZE) {
+            tsrv_slice slice;
+            size_t part = 1 + any(100);
+            part = part < SIZE - at ? part : SIZE - at;
+            if (any(3) == 0) {
+                tsrvi_buffer_drop(buffer, part);
+            } else {
+                tsrvi_buffer_take(buffer, part, &slice);
+                CHECK_MEM(slice.data, slice.size, all + at, part);
+                CHECK_INT(slice.data[slice.size], 0);
+                tsrvi_buffer_release(buffer);
+            }
+            at += part;
+            if (any(10) == 0) {
+                tsrvi_buffer *copy = tsrvi_buffer_copy(buffer, SIZE - at + any(50));
+                CHECK(copy != NULL);
+                TSRV_FREE(buffer);
+                buffer = copy;
+            }
+            CHECK_MEM(buffer->data + buffer->begin, tsrvi_buffer_size(buffer), all + at, SIZE - at);
+        }
+        TSRV_FREE(buffer);
+    }
+}
+
+/* ---- queues ---------------------------------------------------------------------------------*/
+
+/* Small and large pieces go in at the end; buffers are taken off at the front: the bytes come out in order. */
+TEST_ONCE(queues_keep_bytes_in_order)
+{
+    enum { MOST = 50000 };
+    tsrvi_pool pool = {NULL, 0};
+    tsrvi_buffer *first = NULL;
+    char *piece = (char *)malloc(MOST);
+    uint64_t in = 0, out = 0;
+    CHECK(piece != NULL);
+    seed = 3;
+    for (int i = 0; i < 20000; i++) {
+        if (any(3) != 0) {
+            size_t size = 1 + any(any(20) == 0 ? MOST : 200);
+            for (size_t k = 0; k < size; k++) {
+                piece[k] = (char)((in + k) % 251);
+            }
+            CHECK_INT(tsrvi_queue_copy(&first, &pool, piece, size), TSRV_OK);
+            in += size;
+        } else if (first != NULL) {
+            tsrvi_buffer *buffer = tsrvi_queue_pop(&first);
+            for (size_t k = buffer->begin; k < buffer->end; k++) {
+                CHECK_INT((unsigned char)buffer->data[k], out++ % 251);
+            }
+            tsrvi_pool_give(&pool, buffer);
+            CHECK(pool.count <= TSRVI_POOL_MOST);
+        }
+    }
+    while (first != NULL) {
+        tsrvi_buffer *buffer = tsrvi_queue_pop(&first);
+        out += tsrvi_buffer_size(buffer);
+        tsrvi_pool_give(&pool, buffer);
+    }
+    CHECK_INT(out, in);
+    tsrvi_pool_free(&pool);
+    free(piece);
+}
+
+/* ---- timers ---------------------------------------------------------------------------------*/
+
+enum { TIMERS = 60 };
+
+/* The earliest of those that are armed; of equal ones the one that was armed first. -1 = none is. */
+static int earliest_naively(const uint64_t *dues, const int *armed, int clock)
+{
+    int best = -1;
+    for (int i = 0; i < TIMERS; i++) {
+        if (armed[i] != 0 && (best < 0 || dues[i] < dues[best] ||
+                              (dues[i] == dues[best] && clock - armed[i] > clock - armed[best]))) {
+            best = i;
+        }
+    }
+    return best;
+}
+
+TEST_ONCE(heap_gives_the_earliest_and_of_equal_ones_the_first)
+{
+    tsrvi_heap heap;
+    tsrvi_timer timers[TIMERS];
+    uint64_t dues[TIMERS];
+    int armed[TIMERS] = {0}; /* when, by the count of changes; 0 = it is not */
+    memset(&heap, 0, sizeof heap);
+    memset(timers, 0, sizeof timers);
+    heap.sequence = UINT32_MAX - 5000; /* it wraps */
+    seed = 4;
+    for (int i = 0; i < TIMERS; i++) {
+        CHECK_INT(tsrvi_heap_reserve(&heap), TSRV_OK);
+    }
+    for (int clock = 1; clock < 100000; clock++) {
+        int i = (int)any(TIMERS), best;
+        if (any(4) == 0) {
+            tsrvi_heap_remove(&heap, &timers[i]);
+            armed[i] = 0;
+        } else {
+            dues[i] = any(20);
+            armed[i] = clock;
+            tsrvi_heap_set(&heap, &timers[i], dues[i]);
+        }
+        best = earliest_naively(dues, armed, clock);
+        CHECK_INT(heap.count == 0 ? -1 : heap.items[0] - timers, best);
+        CHECK(tsrvi_heap_next(&heap) == (best < 0 ? TSRVI_FOREVER : dues[best]));
+    }
+    TSRV_FREE(heap.items);
+}
