@@ -961,6 +961,55 @@ TEST_SOFT(failed_output_ends_no_read_of_what_has_come)
     s_close();
 }
 
+static int busy_reads, other_reads;
+static bool reader_done;
+
+/* Reads beside the handler, whenever that lets it: the handler is within a read of its own then. */
+static void read_beside(void *context)
+{
+    tsrv_slice line;
+    while (!reader_done) {
+        int rc = tsrv_read_until((tsrv_stream *)context, "\n", 0, &line);
+        busy_reads += rc == TSRV_EBUSY;
+        other_reads += rc != TSRV_EBUSY;
+        CHECK_INT(tsrv_sleep(0), TSRV_OK);
+    }
+}
+
+static int read_many_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    CHECK_INT(tsrv_spawn(s_loop, read_beside, stream), TSRV_OK);
+    while (tsrv_read_until(stream, "\n", 0, &line) == TSRV_OK) {
+        lines_read++;
+    }
+    reader_done = true;
+    return TSRV_OK;
+}
+
+/* A read that lets others run first is a read all the same: nobody else gets what it will get. */
+TEST_SCRIPT(read_that_lets_others_run_keeps_other_readers_out)
+{
+    char lines[4 * MANY_LINES];
+    for (size_t i = 0; i < sizeof lines; i++) {
+        lines[i] = "abc\n"[i % 4];
+    }
+    lines_read = busy_reads = other_reads = 0;
+    reader_done = false;
+    open_with(read_many_lines, defaults);
+    int fd = add_pair();
+    t_send(fd, lines, sizeof lines);
+    t_shut(fd);
+    s_until(&closed, 1);
+    CHECK_INT(lines_read, MANY_LINES);
+    CHECK_INT(other_reads, 0);
+    CHECK(busy_reads >= MANY_LINES / 256);
+    t_close(fd);
+    s_run_ms(5);
+    s_close();
+}
+
 /* Asks for much, takes a line instead, and returns without a wait. */
 static int ask_and_take(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
