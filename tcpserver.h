@@ -10977,7 +10977,7 @@ static TSRVI_APART void tsrvi_stream_happens(tsrv_stream *stream, int events)
     if ((events & TSRV_WRITABLE) != 0 && tsrvi_is(stream, TSRVI_BLOCKED)) {
         tsrvi_stream_send(stream, "", 0);
     }
-    if ((events & TSRV_READABLE) != 0) {
+    if ((events & TSRV_READABLE) != 0 && stream->phase != TSRVI_CLOSED) { /* by that very send */
         tsrvi_stream_readable(stream, (events & TSRVI_HANGUP) != 0);
     }
 }
