@@ -8585,11 +8585,11 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (!cut) {
         tsrvi_stream_break_output(stream, code);
     }
-    if (stream->end == 0) { /* else the end that came first has been told */
-        bool told = tsrvi_stream_rouse(stream);
-        if (!cut && !had_failed && !told) {
-            tsrvi_set(stream, TSRVI_WOKEN);
-        }
+    if (stream->end != 0 || (!cut && had_failed)) {
+        return; /* the end that came first has been told */
+    }
+    if (!tsrvi_stream_rouse(stream) && !cut) {
+        tsrvi_set(stream, TSRVI_WOKEN);
     }
 }
 
