@@ -1432,7 +1432,7 @@ static int operate_repeatedly(connection *on, connection *own, int where)
     call *c = new_call(on, kind);
     where = where == IN_HANDLER && on != own ? OUTSIDE : where;
     for (int i = 0; c != NULL && i < (c->size > 2000 && kind == WRITE ? 20 : 300) && rc == TSRV_OK; i++) {
-        if (!is_usable(on) || (i != 0 && script_is_over()) ||
+        if (!is_usable(on) || (i != 0 && (script_is_over() || freeing)) ||
             (tcp && on->written - on->delivered > TCP_MOST)) {
             break;
         }
