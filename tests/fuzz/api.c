@@ -983,7 +983,7 @@ static void after_wait(const call *c, int rc)
             check_timeout(c);
         }
     } else if (rc == TSRV_ECLOSED) {
-        if (!is_forced() && !c->on->ending && !c->on->perhaps) {
+        if (!is_forced() && !c->on->ending && !c->on->perhaps && !has_ended(c->on)) {
             fail("%d: tsrv_wait returns TSRV_ECLOSED", number_of(c->on));
         }
     } else if (rc != TSRV_OK && rc != TSRV_EAGAIN) {
