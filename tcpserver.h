@@ -2451,18 +2451,24 @@ static tsrvi_buffer *tsrvi_buffer_new(size_t capacity)
     return buffer;
 }
 
-/* One from the pool if `size` bytes fit into it, else one of its own; NULL: no memory. */
-static inline TSRVI_INLINE tsrvi_buffer *tsrvi_pool_take(tsrvi_pool *pool, size_t size)
+/* The first of the pool, which is not empty. */
+static inline TSRVI_INLINE tsrvi_buffer *tsrvi_pool_pop(tsrvi_pool *pool)
 {
-    const size_t usual = TSRVI_POOLED - sizeof(tsrvi_buffer) - 1;
     tsrvi_buffer *buffer = pool->first;
-    if (buffer == NULL || size > usual) {
-        return tsrvi_buffer_new(size > usual ? size : usual);
-    }
     pool->first = buffer->next;
     pool->count--;
     tsrvi_buffer_reset(buffer);
     return buffer;
+}
+
+/* One from the pool if `size` bytes fit into it, else one of its own; NULL: no memory. */
+static tsrvi_buffer *tsrvi_pool_take(tsrvi_pool *pool, size_t size)
+{
+    const size_t usual = TSRVI_POOLED - sizeof(tsrvi_buffer) - 1;
+    if (pool->first == NULL || size > usual) {
+        return tsrvi_buffer_new(size > usual ? size : usual);
+    }
+    return tsrvi_pool_pop(pool);
 }
 
 static inline TSRVI_INLINE void tsrvi_pool_give(tsrvi_pool *pool, tsrvi_buffer *buffer)
@@ -7009,6 +7015,7 @@ enum { /* tsrv_stream.queued */
 #define TSRVI_PARTIAL 0x1000  /* a read has taken, or dropped, a part of what it wants */
 #define TSRVI_SILENT 0x2000   /* a read has timed out; nothing came or was written since */
 #define TSRVI_WOKEN 0x4000    /* tsrv_wake came, and nobody waited */
+#define TSRVI_TIMED 0x8000    /* reads have, or have had, limits of time */
 /* A stream without any of these is the common case, which is looked for first. */
 #define TSRVI_ODD                                                                   \
     (TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_DRAINING | TSRVI_SESSION | TSRVI_SHAKING | \
@@ -7115,7 +7122,7 @@ struct tsrv_stream {
     uint32_t own_due_ms;  /* when the handshake, the blocked output or the lingering must be over */
     uint32_t deadline_ms; /* of all reads and waits */
     uint32_t wake_due_ms; /* of the callback-mode handler's tsrv_wait */
-    int read_ms;          /* 0 = the server's */
+    int read_ms;          /* TSRV_NEVER = no limit */
     int write_ms;
     tsrvi_wait own; /* the handler's */
     tsrv_handler handler;
@@ -7291,10 +7298,9 @@ static uint32_t tsrvi_stream_idle_due(const tsrv_stream *stream)
 static uint32_t tsrvi_stream_write_due(const tsrv_stream *stream)
 {
     const tsrv_server_options *options = &stream->server->options;
-    return tsrvi_ms_after(tsrvi_loop_of(stream),
-                          tsrvi_stream_output_failed(stream) ? options->close_timeout_ms
-                          : stream->write_ms != 0            ? stream->write_ms
-                                                             : options->write_timeout_ms);
+    return tsrvi_ms_after(tsrvi_loop_of(stream), tsrvi_stream_output_failed(stream)
+                                                     ? options->close_timeout_ms
+                                                     : stream->write_ms);
 }
 
 /* ============================================================================
@@ -7632,7 +7638,7 @@ static inline TSRVI_INLINE int tsrvi_plain_send(tsrv_stream *stream, tsrvi_sendi
     return rc;
 }
 
-static ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *into, size_t size)
+static inline TSRVI_INLINE ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *into, size_t size)
 {
     ssize_t got;
     do {
@@ -8615,8 +8621,8 @@ static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
     tsrvi_buffer *buffer = stream->out;
     size_t size;
     ssize_t sent;
-    if (tsrvi_is(stream, TSRVI_SESSION) || buffer->next != NULL || buffer->kind != TSRVI_OWNED ||
-        (size = buffer->end - buffer->begin) > TSRVI_SEND_LIMIT) {
+    if (tsrvi_is(stream, TSRVI_SESSION) || (size = buffer->end - buffer->begin) != stream->unsent ||
+        size > TSRVI_SEND_LIMIT || buffer->kind != TSRVI_OWNED) {
         return false;
     }
     sent = TSRV_SYS(send, (stream->io.fd, buffer->data + buffer->begin, size, TSRVI_SEND_FLAGS));
@@ -8629,8 +8635,14 @@ static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
         return false;
     }
     tsrvi_output_count(stream, (size_t)sent);
-    tsrvi_output_sent(stream, (size_t)sent);
-    return (size_t)sent == size;
+    stream->unsent -= (size_t)sent;
+    if (TSRVI_UNLIKELY(stream->unsent != 0)) {
+        buffer->begin += (size_t)sent;
+        return false;
+    }
+    stream->out = NULL;
+    tsrvi_pool_give(&tsrvi_loop_of(stream)->pool, buffer);
+    return true;
 }
 
 /* Send what is queued, unless it is known that the kernel takes nothing. */
@@ -9023,7 +9035,7 @@ typedef struct tsrvi_read {
 
 /* ---- attempts --------------------------------------------------------------*/
 
-static int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
+static TSRVI_APART int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
 {
     bool own = limit < stream->server->options.max_buffer_size;
     return tsrvi_stream_limited(stream, TSRV_ETOOLONG, own ? "max_bytes" : "max_buffer_size",
@@ -9172,8 +9184,7 @@ static inline TSRVI_INLINE int tsrvi_read_attempt(tsrv_stream *stream, tsrvi_rea
 
 static inline TSRVI_INLINE uint32_t tsrvi_read_due(const tsrv_stream *stream)
 {
-    int limit_ms = stream->read_ms != 0 ? stream->read_ms : stream->server->options.read_timeout_ms;
-    return TSRVI_LIKELY(limit_ms < 0) ? 0 : tsrvi_ms_after(tsrvi_loop_of(stream), limit_ms);
+    return tsrvi_ms_after(tsrvi_loop_of(stream), stream->read_ms);
 }
 
 /* When a read is over that has this limit of its own. */
@@ -9181,18 +9192,6 @@ static uint32_t tsrvi_read_limit(const tsrv_stream *stream, uint32_t due_ms)
 {
     return tsrvi_ms_earlier(tsrvi_ms_earlier(due_ms, stream->deadline_ms),
                             tsrvi_stream_idle_due(stream));
-}
-
-/* Has it any? */
-static inline TSRVI_INLINE bool tsrvi_read_is_timed(const tsrv_stream *stream, uint32_t due_ms)
-{
-    return (due_ms | stream->deadline_ms) != 0 || stream->server->options.idle_timeout_ms >= 0;
-}
-
-/* Is there nothing for a read to look at? */
-static inline TSRVI_INLINE bool tsrvi_read_has_nothing(const tsrv_stream *stream)
-{
-    return stream->in == NULL && !tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED);
 }
 
 /* A read into the caller's memory has failed: what had arrived is unread again. */
@@ -9219,25 +9218,6 @@ static TSRVI_APART void tsrvi_read_undo(tsrv_stream *stream, tsrvi_read *read)
 /* ============================================================================
  * >>read  Reads
  * ==========================================================================*/
-
-/* ---- in a coroutine --------------------------------------------------------*/
-
-static inline TSRVI_INLINE int tsrvi_read_coroutine(tsrv_stream *stream, tsrvi_read *read)
-{
-    int rc = tsrvi_read_has_nothing(stream) ? (int)TSRV_EAGAIN : tsrvi_read_attempt(stream, read);
-    if (rc == TSRV_EAGAIN) {
-        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
-        read->wait.due_ms = tsrvi_read_due(stream);
-        if (stream->in != NULL) {
-            tsrvi_input_release(stream);
-        }
-        rc = tsrvi_stream_wait(stream, &read->wait, TSRVI_FOR_READ);
-    }
-    if (TSRVI_UNLIKELY(rc != TSRV_OK)) {
-        tsrvi_read_undo(stream, read);
-    }
-    return rc;
-}
 
 /* ---- in a callback-mode handler --------------------------------------------*/
 
@@ -9285,78 +9265,52 @@ static int tsrvi_partial_save(tsrv_stream *stream, const tsrvi_read *read)
     return TSRV_EAGAIN;
 }
 
-/* The handler waits for this read. */
-static int tsrvi_read_note(tsrv_stream *stream, tsrvi_read *read)
+/* Is the time over of a read of the handler's, which begins or goes on? */
+static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
     tsrvi_wait *own = &stream->own;
     if ((own->facts & TSRVI_IN_READ) == 0) {
         own->due_ms = tsrvi_read_due(stream);
         stream->active_ms = tsrvi_loop_of(stream)->now_ms;
     }
-    if (TSRVI_UNLIKELY(tsrvi_read_is_timed(stream, own->due_ms))) {
-        tsrvi_own_set(stream, TSRVI_IN_READ);
-        if (tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_read_limit(stream, own->due_ms))) {
-            return TSRV_ETIMEOUT;
-        }
+    tsrvi_own_set(stream, TSRVI_IN_READ);
+    return tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_read_limit(stream, own->due_ms));
+}
+
+/* The handler waits for this read. */
+static inline TSRVI_INLINE int tsrvi_read_note(tsrv_stream *stream, tsrvi_read *read)
+{
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED)) && tsrvi_read_is_late(stream)) {
+        return TSRV_ETIMEOUT;
     }
-    own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_READ);
+    tsrvi_own_wants(stream, TSRVI_FOR_READ);
     if (read->attempt == tsrvi_attempt_into) {
         return tsrvi_partial_save(stream, read);
     }
-    own->u.need = read->need;
+    stream->own.u.need = read->need;
     return TSRV_EAGAIN;
-}
-
-static TSRVI_APART int tsrvi_read_handler(tsrv_stream *stream, tsrvi_read *read)
-{
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    int rc;
-    if ((stream->own.facts & TSRVI_PARTLY) != 0 && (rc = tsrvi_partial_load(stream, read)) < 0) {
-        return rc;
-    }
-    if (TSRVI_UNLIKELY(tsrvi_stream_above_mark(stream))) {
-        tsrvi_stream_flush(stream);
-    }
-    if (TSRVI_UNLIKELY(stream->end == 0 && tsrvi_stream_above_mark(stream))) {
-        rc = TSRV_EAGAIN; /* output first */
-    } else if (TSRVI_UNLIKELY(--loop->budget < 0) && stream->end == 0) {
-        tsrvi_own_wants(stream, TSRVI_FOR_TURN); /* the others first */
-        rc = TSRV_EAGAIN;
-    } else {
-        rc = read->done == 0 && tsrvi_read_has_nothing(stream) ? (int)TSRV_EAGAIN
-                                                               : tsrvi_read_attempt(stream, read);
-    }
-    if (rc == TSRV_EAGAIN && (rc = tsrvi_read_note(stream, read)) == TSRV_EAGAIN) {
-        return rc;
-    }
-    tsrvi_own_clear(stream, (TSRVI_IN_READ | TSRVI_IN_WAKE));
-    tsrvi_own_has(stream, TSRVI_FOR_READ);
-    if (rc != TSRV_OK) {
-        tsrvi_read_undo(stream, read);
-    }
-    tsrvi_partial_free(stream);
-    return rc;
 }
 
 /* ---- where nothing can wait ------------------------------------------------*/
 
-/* What is there, and what one recv brings. The slice dies when the user code gives control back,
- * since nobody else may read for a long time. */
+/* What one recv brings. The slice dies when the user code gives control back, since nobody else may
+ * read for a long time. */
 static TSRVI_APART int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
 {
-    int rc = tsrvi_read_attempt(stream, read);
-    if (rc == TSRV_EAGAIN && stream->phase != TSRVI_CLOSED && stream->in_end == 0 &&
-        tsrvi_buffer_size(stream->in) <= stream->server->options.max_buffer_size) {
-        tsrvi_stream_receive(stream);
-        rc = tsrvi_read_attempt(stream, read);
+    if (stream->phase == TSRVI_CLOSED || stream->in_end != 0 ||
+        tsrvi_buffer_size(stream->in) > stream->server->options.max_buffer_size) {
+        return TSRV_EAGAIN;
     }
-    if (rc != TSRV_OK) {
-        tsrvi_read_undo(stream, read);
-    } else if (stream->in != NULL && stream->in->held) {
+    tsrvi_stream_receive(stream);
+    return tsrvi_read_attempt(stream, read);
+}
+
+static void tsrvi_read_lend(tsrv_stream *stream)
+{
+    if (stream->in != NULL && stream->in->held) {
         tsrvi_set(stream, TSRVI_BORROWED);
         tsrvi_stream_soon(stream);
     }
-    return rc;
 }
 
 /* ---- every read ------------------------------------------------------------*/
@@ -9373,13 +9327,58 @@ static TSRVI_APART bool tsrvi_read_pays(const tsrv_stream *stream)
 }
 
 /* Does somebody else read already? */
-static inline TSRVI_INLINE bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
+static bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
 {
-    return TSRVI_UNLIKELY((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_TURN)) != 0) &&
-                   ((stream->kinds & TSRVI_FOR_READ) != 0 || tsrvi_read_pays(stream))
-               ? true
-               : !handling &&
-                     TSRVI_UNLIKELY((stream->own.facts & (TSRVI_IN_READ | TSRVI_PARTLY)) != 0);
+    return (stream->kinds & TSRVI_FOR_READ) != 0 ||
+           ((stream->kinds & TSRVI_FOR_TURN) != 0 && tsrvi_read_pays(stream)) ||
+           (!handling && (stream->own.facts & (TSRVI_IN_READ | TSRVI_PARTLY)) != 0);
+}
+
+/* May this read take what is there, without a further look? */
+static inline TSRVI_INLINE bool tsrvi_read_is_plain(const tsrv_stream *stream,
+                                                    const tsrv_loop *loop)
+{
+    return (stream->kinds | (stream->flags & (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED))) ==
+               0 &&
+           loop->budget > 0 &&
+           (loop->co != NULL ||
+            (loop->handling == stream &&
+             (stream->own.kinds |
+              (stream->own.facts & (TSRVI_IN_READ | TSRVI_IN_WAKE | TSRVI_PARTLY))) == 0 &&
+             stream->unsent <= stream->server->options.write_high_water));
+}
+
+/* If not, what comes first. Returns TSRV_OK; TSRV_EAGAIN: the handler's output, or the others, do;
+ * or why there is no read. */
+static TSRVI_APART int tsrvi_read_enter(tsrv_stream *stream, tsrvi_read *read)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    bool handling = loop->handling == stream;
+    int rc = TSRV_OK;
+    if (tsrvi_read_is_busy(stream, handling)) {
+        return TSRV_EBUSY;
+    }
+    if (loop->co != NULL && loop->budget <= 0) {
+        rc = tsrvi_stream_yield(stream, TSRVI_IN_READ);
+    }
+    tsrvi_clear(stream, TSRVI_BORROWED);
+    if (handling && (stream->own.facts & TSRVI_PARTLY) != 0) {
+        rc = tsrvi_partial_load(stream, read);
+    }
+    if (rc < 0 || !handling) {
+        return rc;
+    }
+    if (tsrvi_stream_above_mark(stream)) {
+        tsrvi_stream_flush(stream);
+    }
+    if (stream->end == 0 && tsrvi_stream_above_mark(stream)) {
+        return TSRV_EAGAIN;
+    }
+    if (stream->end == 0 && loop->budget <= 0) {
+        tsrvi_own_wants(stream, TSRVI_FOR_TURN);
+        return TSRV_EAGAIN;
+    }
+    return TSRV_OK;
 }
 
 /* Somebody else has read while the handler waits for more input: what is left of it has come. */
@@ -9391,52 +9390,99 @@ static TSRVI_APART void tsrvi_read_beside(tsrv_stream *stream)
     tsrvi_stream_soon(stream);
 }
 
-static inline TSRVI_INLINE int tsrvi_read_run_here(tsrv_stream *stream, tsrvi_read *read,
-                                                   size_t max_bytes)
+/* What comes behind a read that is not plain: one that has failed has consumed nothing. */
+static TSRVI_APART int tsrvi_read_leave(tsrv_stream *stream, tsrvi_read *read, int rc)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    size_t limit = stream->server->options.max_buffer_size;
-    bool handling = loop->handling == stream;
-    int rc;
-    if (tsrvi_read_is_busy(stream, handling)) {
-        return TSRV_EBUSY;
-    }
-    if ((rc = tsrvi_stream_pay(stream, TSRVI_IN_READ)) < 0) {
-        return rc;
-    }
-    read->max = max_bytes - 1 < limit ? max_bytes : limit; /* 0 wraps to more than any limit */
-    tsrvi_clear(stream, TSRVI_BORROWED);
-    if (stream->in != NULL) {
-        tsrvi_input_release(stream);
-    }
-    rc = loop->co != NULL ? tsrvi_read_coroutine(stream, read)
-         : handling       ? tsrvi_read_handler(stream, read)
-                          : tsrvi_read_now(stream, read);
-    if (TSRVI_UNLIKELY((stream->kinds & TSRVI_FOR_INPUT) != 0)) {
-        tsrvi_read_beside(stream);
-    }
-    if (TSRVI_UNLIKELY(rc == TSRV_ETIMEOUT) && stream->unsent == 0) {
+    if (rc == TSRV_ETIMEOUT && stream->unsent == 0) {
         tsrvi_set(stream, TSRVI_SILENT);
     }
-    if (rc != TSRV_EAGAIN || !handling) {
-        tsrvi_clear(stream, TSRVI_PARTIAL);
+    if (rc != TSRV_OK) {
+        tsrvi_read_undo(stream, read);
+    } else if (loop->co == NULL && loop->handling != stream) {
+        tsrvi_read_lend(stream);
     }
+    if (loop->handling == stream) {
+        tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
+        tsrvi_own_has(stream, TSRVI_FOR_READ);
+        tsrvi_partial_free(stream);
+    }
+    if ((stream->kinds & TSRVI_FOR_INPUT) != 0) {
+        tsrvi_read_beside(stream);
+    }
+    tsrvi_clear(stream, TSRVI_PARTIAL);
     return rc;
 }
 
+/* A coroutine's read waits, and comes to its end. */
+static inline TSRVI_INLINE int tsrvi_read_wait(tsrv_stream *stream, tsrvi_read *read)
+{
+    int rc;
+    read->wait.due_ms = 0;
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED))) {
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+        read->wait.due_ms = tsrvi_read_due(stream);
+    }
+    if (stream->in != NULL) {
+        tsrvi_input_release(stream); /* of which the attempt may have dropped all */
+    }
+    rc = tsrvi_stream_wait(stream, &read->wait, TSRVI_FOR_READ);
+    if (TSRVI_LIKELY((rc | (stream->kinds & TSRVI_FOR_INPUT) | (stream->flags & TSRVI_PARTIAL)) ==
+                     0)) {
+        return TSRV_OK;
+    }
+    return tsrvi_read_leave(stream, read, rc);
+}
+
+/* The longest result of a read. */
+static inline TSRVI_INLINE size_t tsrvi_read_most(const tsrv_stream *stream, size_t max_bytes)
+{
+    size_t limit = stream->server->options.max_buffer_size;
+    return max_bytes - 1 < limit ? max_bytes : limit; /* 0 wraps to more than any limit */
+}
+
+/* Every read. */
 static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_bytes)
 {
-    return tsrvi_read_run_here(stream, read, max_bytes);
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    int rc = tsrvi_read_is_plain(stream, loop) ? (int)TSRV_OK : tsrvi_read_enter(stream, read);
+    if (rc < 0 && rc != TSRV_EAGAIN) {
+        return rc;
+    }
+    loop->budget--;
+    read->max = tsrvi_read_most(stream, max_bytes);
+    if (stream->in != NULL) {
+        tsrvi_input_release(stream);
+    }
+    if (rc == TSRV_OK) {
+        rc = tsrvi_read_attempt(stream, read);
+    }
+    if (rc == TSRV_EAGAIN && loop->co != NULL) {
+        return tsrvi_read_wait(stream, read);
+    }
+    if (rc == TSRV_EAGAIN && loop->handling == stream) {
+        rc = tsrvi_read_note(stream, read);
+        return rc == TSRV_EAGAIN ? rc : tsrvi_read_leave(stream, read, rc);
+    }
+    if (rc == TSRV_EAGAIN) {
+        rc = tsrvi_read_now(stream, read);
+    }
+    return tsrvi_read_leave(stream, read, rc);
+}
+
+static inline TSRVI_INLINE void tsrvi_slice_clear(tsrv_slice *slice)
+{
+    if (slice != NULL) {
+        slice->data = "";
+        slice->size = 0;
+    }
 }
 
 static inline TSRVI_INLINE tsrvi_read tsrvi_read_make(int (*attempt)(tsrv_stream *, tsrvi_read *),
                                                       tsrv_slice *slice, size_t size)
 {
     tsrvi_read read;
-    if (slice != NULL) {
-        slice->data = "";
-        slice->size = 0;
-    }
+    tsrvi_slice_clear(slice);
     read.attempt = attempt;
     read.slice = slice;
     read.size = size;
@@ -9452,66 +9498,76 @@ static TSRVI_APART int tsrvi_read_until_any(tsrv_stream *stream, const char *del
 {
     tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice, delimiter_size);
     read.delimiter = delimiter;
-    if (delimiter_size == 0 || delimiter_size > stream->server->options.max_buffer_size) {
-        return TSRV_EINVAL;
-    }
-    return tsrvi_read_run_here(stream, &read, max_bytes);
+    return delimiter_size == 0 || delimiter_size > stream->server->options.max_buffer_size
+               ? (int)TSRV_EINVAL
+               : tsrvi_read_run(stream, &read, max_bytes);
 }
 
-/* In a callback-mode handler: does nothing come before its read? */
-static inline TSRVI_INLINE bool tsrvi_read_is_first(const tsrv_stream *stream)
-{
-    return tsrvi_loop_of(stream)->handling == stream && stream->own.kinds == 0 &&
-           (stream->own.facts & (TSRVI_IN_READ | TSRVI_IN_WAKE | TSRVI_PARTLY)) == 0 &&
-           stream->unsent <= stream->server->options.write_high_water;
-}
+/* ---- up to a delimiter of one byte, of which there are most, in few steps --*/
 
-static TSRVI_APART int tsrvi_read_until_text(tsrv_stream *stream, const char *delimiter,
-                                             size_t max_bytes, tsrv_slice *slice)
-{
-    return tsrvi_read_until_any(stream, delimiter, strlen(delimiter), max_bytes, slice);
-}
-
-/* The common case of a pipeline: unread bytes are there, and nothing is in the way. */
+/* Unread bytes are there, as in a pipeline. */
 static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
                                        tsrv_slice *slice)
 {
     tsrvi_buffer *buffer = stream->in;
-    size_t most = stream->server->options.max_buffer_size;
-    char *last;
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    char *data, *last;
+    if (slice == NULL || buffer->scanned != 0 || !tsrvi_read_is_plain(stream, loop)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
     tsrvi_buffer_release(buffer);
-    most = max_bytes - 1 < most ? max_bytes : most; /* 0 wraps to more than any limit */
-    last = (char *)memchr(buffer->data + buffer->begin, delimiter[0],
-                          tsrvi_min(buffer->end - buffer->begin, most));
+    data = buffer->data + buffer->begin;
+    last =
+        (char *)memchr(data, delimiter[0],
+                       tsrvi_min(buffer->end - buffer->begin, tsrvi_read_most(stream, max_bytes)));
     if (TSRVI_UNLIKELY(last == NULL)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
-    last++;
     tsrvi_own_set(stream, TSRVI_CONSUMED);
-    slice->data = buffer->data + buffer->begin; /* as tsrvi_buffer_take */
-    slice->size = (size_t)(last - slice->data);
-#ifdef TSRV_DEBUG
-    buffer->taken = buffer->begin;
-#endif
-    buffer->begin += slice->size;
-    buffer->saved = *last;
-    buffer->held = true;
-    *last = 0;
+    loop->budget--;
+    tsrvi_buffer_take(buffer, (size_t)(last - data) + 1, slice);
     return TSRV_OK;
 }
 
-/* Up to a delimiter of one byte. */
+/* None are there, and a coroutine has to wait. */
+static TSRVI_APART int tsrvi_read_await_line(tsrv_stream *stream, const char *delimiter,
+                                             size_t max_bytes, tsrv_slice *slice)
+{
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice, 1);
+    read.delimiter = delimiter;
+    read.max = tsrvi_read_most(stream, max_bytes);
+    return tsrvi_read_wait(stream, &read);
+}
+
+/* Or a handler returns, and is called again. */
+static TSRVI_APART int tsrvi_read_no_line(tsrv_stream *stream, const char *delimiter,
+                                          size_t max_bytes, tsrv_slice *slice)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    if (!tsrvi_read_is_plain(stream, loop)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
+    if (loop->co != NULL) {
+        return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
+    }
+    if (tsrvi_is(stream, TSRVI_TIMED)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
+    if (stream->in != NULL) {
+        tsrvi_input_release(stream);
+    }
+    tsrvi_slice_clear(slice);
+    tsrvi_own_wants(stream, TSRVI_FOR_READ);
+    stream->own.u.need = 1;
+    return TSRV_EAGAIN;
+}
+
 static inline TSRVI_INLINE int tsrvi_read_until_byte(tsrv_stream *stream, const char *delimiter,
                                                      size_t max_bytes, tsrv_slice *slice)
 {
-    const tsrvi_buffer *buffer = stream->in;
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (buffer == NULL || buffer->begin == buffer->end || buffer->scanned != 0 || slice == NULL ||
-        (stream->kinds | (stream->flags & (TSRVI_BORROWED | TSRVI_ENDED))) != 0 ||
-        (loop->co == NULL && !tsrvi_read_is_first(stream)) || --loop->budget < 0) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
-    return tsrvi_read_line(stream, delimiter, max_bytes, slice);
+    return tsrvi_buffer_size(stream->in) != 0
+               ? tsrvi_read_line(stream, delimiter, max_bytes, slice)
+               : tsrvi_read_no_line(stream, delimiter, max_bytes, slice);
 }
 
 TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, size_t delimiter_size,
@@ -9529,7 +9585,8 @@ TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t 
 {
     return TSRVI_CHECKED(stream, TSRVI_LIKELY(delimiter[0] != 0 && delimiter[1] == 0)
                                      ? tsrvi_read_until_byte(stream, delimiter, max_bytes, slice)
-                                     : tsrvi_read_until_text(stream, delimiter, max_bytes, slice));
+                                     : tsrvi_read_until_any(stream, delimiter, strlen(delimiter),
+                                                            max_bytes, slice));
 }
 
 TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
@@ -9554,7 +9611,7 @@ static int tsrvi_read_nothing(tsrv_stream *stream)
     if ((rc = tsrvi_stream_pay(stream, 0)) < 0) {
         return rc;
     }
-    if (loop->handling == stream && --loop->budget < 0 && stream->end == 0) {
+    if (loop->handling == stream && loop->budget < 0 && stream->end == 0) {
         tsrvi_own_wants(stream, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
@@ -9757,18 +9814,16 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
 static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, size_t size)
 {
     size_t mark = stream->server->options.write_high_water;
-    tsrvi_buffer *buffer;
-    if (TSRVI_UNLIKELY((stream->end | stream->out_end) != 0 || size - 1 >= TSRVI_DIRECT / 2 ||
-                       stream->unsent + size > mark)) {
+    tsrvi_pool *pool = &tsrvi_loop_of(stream)->pool;
+    tsrvi_buffer *buffer = pool->first;
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION) || buffer == NULL ||
+                       size - 1 >= TSRVI_DIRECT / 2 || size > mark)) {
         return tsrvi_write_any(stream, data, size);
     }
-    buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->pool, size);
-    if (TSRVI_UNLIKELY(buffer == NULL)) {
-        return tsrvi_write_refuse(stream, -ENOMEM);
-    }
-    stream->unsent += size;
+    buffer = tsrvi_pool_pop(pool);
+    stream->unsent = size;
     buffer->end = size;
-    buffer->room = tsrvi_min(buffer->capacity - size, mark - tsrvi_size(stream->unsent));
+    buffer->room = tsrvi_min(buffer->capacity, mark) - size;
     buffer->last = buffer;
     stream->out = buffer;
     tsrvi_clear(stream, TSRVI_SILENT);
@@ -10009,7 +10064,7 @@ static int tsrvi_wake_note(tsrv_stream *stream, int timeout_ms, uint32_t due_ms)
     if ((own->facts & TSRVI_IN_WAKE) == 0) {
         stream->wake_due_ms = due_ms;
     }
-    if (timeout_ms != 0 && --loop->budget < 0) {
+    if (timeout_ms != 0 && loop->budget < 0) {
         own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_WAKE | TSRVI_FOR_TURN);
         own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
         return TSRV_EAGAIN;
@@ -10086,18 +10141,24 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on)
 
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
 {
+    const tsrv_server_options *options = &stream->server->options;
     if ((stream->own.kinds & TSRVI_FOR_READ) != 0) {
         tsrvi_own_set(stream, TSRVI_IN_READ); /* which began before, without a limit */
     }
-    stream->read_ms = read_ms;
-    stream->write_ms = write_ms;
+    stream->read_ms = read_ms != 0 ? read_ms : options->read_timeout_ms;
+    stream->write_ms = write_ms != 0 ? write_ms : options->write_timeout_ms;
+    if (stream->read_ms >= 0) {
+        tsrvi_set(stream, TSRVI_TIMED);
+    }
 }
+
 /* Calls that wait already are limited too. */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     stream->deadline_ms =
         delay_ms <= 0 ? 0 : tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), delay_ms));
+    tsrvi_set(stream, TSRVI_TIMED);
     tsrvi_stream_soon(stream);
 }
 
@@ -10458,8 +10519,7 @@ static int tsrvi_stream_call(tsrv_stream *stream)
         stream->own.woken = false;
         tsrvi_set(stream, TSRVI_WOKEN); /* for the tsrv_wait that is repeated now */
     }
-    if (TSRVI_UNLIKELY((stream->end | stream->in_end | stream->out_end |
-                        (stream->flags & TSRVI_FEIGNED)) != 0) &&
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED)) &&
         tsrvi_stream_ended(stream) != 0) {
         tsrvi_own_set(stream, TSRVI_TOLD);
     }
@@ -10541,7 +10601,7 @@ static inline TSRVI_INLINE bool tsrvi_read_is_over(const tsrv_stream *stream, si
            tsrvi_is(stream, TSRVI_FEIGNED);
 }
 
-static bool tsrvi_own_is_over(const tsrv_stream *stream)
+static inline TSRVI_INLINE bool tsrvi_own_is_over(const tsrv_stream *stream)
 {
     const tsrvi_wait *own = &stream->own;
     if ((own->kinds & TSRVI_FOR_READ) != 0 && !tsrvi_stream_above_mark(stream) &&
@@ -10569,9 +10629,11 @@ static inline TSRVI_INLINE bool tsrvi_wait_is_over(const tsrv_stream *stream,
                                                    const tsrvi_wait *wait)
 {
     int kinds = wait->kinds;
-    if (TSRVI_LIKELY(kinds == TSRVI_FOR_READ && wait != &stream->own)) {
+    if (TSRVI_LIKELY(kinds == TSRVI_FOR_READ)) {
         return stream->end != 0 ||
-               tsrvi_read_is_over(stream, TSRVI_CONTAINER(wait, tsrvi_read, wait)->need);
+               (wait == &stream->own
+                    ? tsrvi_own_is_over(stream)
+                    : tsrvi_read_is_over(stream, TSRVI_CONTAINER(wait, tsrvi_read, wait)->need));
     }
     return (stream->end != 0 && kinds != TSRVI_FOR_WAKE) ||
            ((kinds & TSRVI_FOR_OUTPUT) != 0 && tsrvi_stream_output_failed(stream)) ||
@@ -10630,27 +10692,19 @@ static int tsrvi_wait_result(tsrv_stream *stream, tsrvi_wait *wait)
                                                  : (int)TSRV_EAGAIN;
 }
 
-/* End a wait, if it is over: resume the coroutine, or call the handler. Returns whether it was. */
+/* End a coroutine's wait, if it is over, and resume it. Returns whether it was. */
 static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *wait)
 {
     tsrvi_co *co = wait->u.co;
     int rc;
-    bool late = !tsrvi_wait_is_over(stream, wait);
-    if (late && !tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait))) {
-        return false;
-    }
-    if (wait == &stream->own) {
-        tsrvi_stream_call(stream);
-        return true;
-    }
-    if (!tsrvi_co_waits(co)) {
+    if (TSRVI_UNLIKELY(!tsrvi_co_waits(co))) {
         return false; /* its loop is being freed, or a drain is over: it runs soon */
     }
     rc = TSRVI_LIKELY(wait->kinds == TSRVI_FOR_READ)
              ? tsrvi_read_attempt(stream, TSRVI_CONTAINER(wait, tsrvi_read, wait))
              : tsrvi_wait_result(stream, wait);
-    if (rc == TSRV_EAGAIN) {
-        if (!late && !tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait))) {
+    if (TSRVI_UNLIKELY(rc == TSRV_EAGAIN)) {
+        if (!tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait))) {
             return false;
         }
         rc = TSRV_ETIMEOUT;
@@ -10660,11 +10714,25 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
     return true;
 }
 
-/* May a wait end now? Those for a turn, and those that a call has woken, end in a new one. */
+/* The same of the handler's wait, and call it. */
+static inline TSRVI_INLINE bool tsrvi_own_end(tsrv_stream *stream)
+{
+    if (!tsrvi_wait_is_over(stream, &stream->own) &&
+        !tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, &stream->own))) {
+        return false;
+    }
+    tsrvi_stream_call(stream);
+    return true;
+}
+
+/* The same of any, if it may end now. Those for a turn, and those that a call has woken, end in a
+ * new one. */
 static inline TSRVI_INLINE bool tsrvi_wait_try(tsrv_stream *stream, tsrvi_wait *wait, bool turn)
 {
-    return (turn || ((wait->kinds & TSRVI_FOR_TURN) == 0 && !wait->woken)) &&
-           tsrvi_wait_end(stream, wait);
+    if (!turn && ((wait->kinds & TSRVI_FOR_TURN) != 0 || wait->woken)) {
+        return false;
+    }
+    return wait == &stream->own ? tsrvi_own_end(stream) : tsrvi_wait_end(stream, wait);
 }
 
 /* End the waits that are over, the oldest first, and the handler's last: it sees what the others
@@ -10850,8 +10918,9 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
 static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
 {
     return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
-           !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
-           !tsrvi_read_is_timed(stream, stream->waits->due_ms);
+           !tsrvi_is(stream, TSRVI_ODD | TSRVI_TIMED) &&
+           stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
+           stream->queued == TSRVI_IN_SETTLE;
 }
 
 /* The interest of the backend, the time, and what is left for the next turn. */
@@ -10874,25 +10943,32 @@ static TSRVI_APART void tsrvi_stream_rest(tsrv_stream *stream)
     tsrvi_stream_verify(stream);
 }
 
-/* Bring a stream to rest after facts have been set.
- *   resumes  waits that are over end now, else in the next turn
- *   turn     see tsrvi_stream_resume */
-static inline TSRVI_INLINE void tsrvi_stream_settle(tsrv_stream *stream, bool resumes, bool turn)
+/* The waits that may be over have been looked at: see to what follows. */
+static inline TSRVI_INLINE void tsrvi_stream_settled(tsrv_stream *stream, bool resumed)
 {
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_BORROWED))) {
-        tsrvi_clear(stream, TSRVI_BORROWED);
-        tsrvi_input_release(stream);
-    }
-    tsrvi_stream_send_on(stream);
-    if (resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn)) {
+    if (resumed) {
         tsrvi_stream_send_on(stream);
     }
-    if (TSRVI_LIKELY(tsrvi_stream_rests(stream)) && stream->queued == TSRVI_IN_SETTLE) {
+    if (TSRVI_LIKELY(tsrvi_stream_rests(stream))) {
         stream->queued = TSRVI_NOWHERE;
         tsrvi_stream_verify(stream);
     } else {
         tsrvi_stream_rest(stream);
     }
+}
+
+/* Bring a stream to rest after facts have been set.
+ *   resumes  waits that are over end now, else in the next turn
+ *   turn     see tsrvi_stream_resume */
+static TSRVI_APART void tsrvi_stream_settle(tsrv_stream *stream, bool resumes, bool turn)
+{
+    if (tsrvi_is(stream, TSRVI_BORROWED)) {
+        tsrvi_clear(stream, TSRVI_BORROWED);
+        tsrvi_input_release(stream);
+    }
+    tsrvi_stream_send_on(stream);
+    tsrvi_stream_settled(stream,
+                         resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn));
 }
 
 /* ============================================================================
@@ -10974,27 +11050,33 @@ static inline TSRVI_INLINE void tsrvi_stream_readable(tsrv_stream *stream, bool 
 
 static TSRVI_APART void tsrvi_stream_happens(tsrv_stream *stream, int events)
 {
+    if (stream->queued == TSRVI_NOWHERE) {
+        stream->queued = TSRVI_IN_SETTLE;
+    }
     if ((events & TSRV_WRITABLE) != 0 && tsrvi_is(stream, TSRVI_BLOCKED)) {
         tsrvi_stream_send(stream, "", 0);
     }
     if ((events & TSRV_READABLE) != 0 && stream->phase != TSRVI_CLOSED) { /* by that very send */
         tsrvi_stream_readable(stream, (events & TSRVI_HANGUP) != 0);
     }
+    tsrvi_stream_settle(stream, true, false);
 }
 
+/* The common case: input comes to a stream which only waits for that, in a read. */
 static void tsrvi_stream_event(tsrvi_io *io, int events)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(io, tsrv_stream, io);
-    if (stream->queued == TSRVI_NOWHERE) {
-        stream->queued = TSRVI_IN_SETTLE;
-    }
-    if (TSRVI_LIKELY(events == TSRV_READABLE && stream->kinds == TSRVI_FOR_READ &&
-                     stream->in == NULL && !tsrvi_is(stream, TSRVI_ODD))) {
-        tsrvi_stream_feed(stream, stream->waits);
-    } else {
+    tsrvi_wait *wait = stream->waits;
+    if (TSRVI_UNLIKELY(events != TSRV_READABLE || stream->kinds != TSRVI_FOR_READ ||
+                       stream->in != NULL || stream->queued != TSRVI_NOWHERE ||
+                       tsrvi_is(stream, TSRVI_ODD))) {
         tsrvi_stream_happens(stream, events);
+        return;
     }
-    tsrvi_stream_settle(stream, true, false);
+    stream->queued = TSRVI_IN_SETTLE;
+    tsrvi_stream_feed(stream, wait);
+    tsrvi_stream_settled(stream, wait == &stream->own ? tsrvi_own_end(stream)
+                                                      : tsrvi_wait_end(stream, wait));
 }
 
 static void tsrvi_stream_timer(tsrvi_timer *timer)
@@ -11063,6 +11145,11 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->handler = server->options.handle_stream;
     stream->fresh_ms = loop->now_ms;
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
+    stream->read_ms = server->options.read_timeout_ms;
+    stream->write_ms = server->options.write_timeout_ms;
+    if (stream->read_ms >= 0 || server->options.idle_timeout_ms >= 0) {
+        tsrvi_set(stream, TSRVI_TIMED);
+    }
     if (tsrvi_no_sigpipe(fd) < 0) {
         tsrvi_set(stream, TSRVI_ENDED);
         stream->out_end = -EPIPE; /* it is over already, which a send would raise the signal for */
