@@ -43,11 +43,13 @@ RUN = $(QEMU) $(RUN_$(SAN))
 export TSAN_OPTIONS = atexit_sleep_ms=0
 export TEST_TIMEOUT_SCALE ?= $(if $(SAN),10,1)
 
-ALL_TESTS = $(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS)
+ALL_TESTS = $(patsubst tests/%_test.c,%,$(wildcard tests/*_test.c)) $(TLS_TESTS) $(MEMORY_TESTS)
 LONGEST   = tls iostream_tls iostream drain supervisor process # these begin first
-# What ends in tls needs OpenSSL. Tests named ..._tls are those without, run once more over TLS.
+# What ends in tls needs OpenSSL. Tests named ..._tls are those without, run once more over TLS, and ..._memory over a
+# transport of the tests' own.
 HAS_OPENSSL := $(shell $(CC) -E -include openssl/ssl.h -x c /dev/null >/dev/null 2>&1 && echo yes)
 TLS_TESTS   = iostream_tls
+MEMORY_TESTS = iostream_memory stream_memory handler_memory
 NOT_BUILT   = $(if $(HAS_OPENSSL),,tls $(TLS_TESTS) echo_tls mutual_tls)
 LIBS        = -lpthread
 $(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test: LIBS += -lssl -lcrypto
@@ -123,6 +125,9 @@ $(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
 
 $(DIR)/%_tls_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserver.h | $(DIR)
 	$(CC) $(T_CFLAGS) -DT_TLS -DTSRV_TLS_OPENSSL $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
+
+$(DIR)/%_memory_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserver.h | $(DIR)
+	$(CC) $(T_CFLAGS) -DT_MEMORY $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)
 
 $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserver.h | $(DIR)
 	$(CC) $(T_CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)

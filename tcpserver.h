@@ -7387,12 +7387,13 @@ static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
  * >>transport  What carries a stream's bytes
  *
  * A stream's bytes go over its socket as they are, or over a session: TLS, of which
- * see the next sections. A session begins with a table of these functions; a stream
- * without one is plain. What a session holds itself, records that are not sent
- * yet, is counted in stream->unsent.
+ * see the next sections. A transport is one table of functions, with which a
+ * session begins; a stream without one is plain. What a session holds itself,
+ * records that are not sent yet, is counted in stream->unsent.
  *
  * None of them waits, ends a stream or calls the program. They return codes, and
- * the stream's sections say what follows from them.
+ * the stream's sections say what follows from them; these touch the socket nowhere
+ * else, so that a stream can do without one.
  * ==========================================================================*/
 
 /* One try to send. */
@@ -7430,6 +7431,15 @@ typedef struct tsrvi_transport {
      * about that. */
     void (*drop)(tsrv_stream *stream, int code);
     void (*free)(tsrv_stream *stream);
+    /* Have the loop wait for TSRV_READABLE, TSRV_WRITABLE and TSRVI_HANGUP, and nothing else;
+     * stream->io.interest says for what. Returns TSRV_OK or an error. */
+    int (*watch)(tsrv_stream *stream, int interest);
+    /* FIN, behind what was sent. */
+    void (*shut)(tsrv_stream *stream);
+    /* The error that a hang-up has left, or TSRV_OK. */
+    int (*error)(tsrv_stream *stream);
+    /* Give up the socket, or reset it. */
+    void (*close)(tsrv_stream *stream, bool reset);
 } tsrvi_transport;
 
 typedef struct tsrvi_session {
@@ -7663,8 +7673,91 @@ static int tsrvi_plain_peek(tsrv_stream *stream)
                                       : tsrvi_error();
 }
 
+static bool tsrvi_plain_holds(const tsrv_stream *stream)
+{
+    (void)stream;
+    return false;
+}
+
+static bool tsrvi_plain_is_empty(const tsrv_stream *stream)
+{
+    (void)stream;
+    return true;
+}
+
+static bool tsrvi_plain_finish(tsrv_stream *stream)
+{
+    (void)stream;
+    return false;
+}
+
+static bool tsrvi_plain_is_over(const tsrv_stream *stream, int code)
+{
+    (void)stream;
+    (void)code;
+    return true;
+}
+
+static void tsrvi_plain_drop(tsrv_stream *stream, int code)
+{
+    (void)stream;
+    (void)code;
+}
+
+static void tsrvi_plain_free(tsrv_stream *stream)
+{
+    (void)stream;
+}
+
+static int tsrvi_plain_watch(tsrv_stream *stream, int interest)
+{
+    return tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, interest);
+}
+
+static void tsrvi_plain_shut(tsrv_stream *stream)
+{
+    TSRV_SYS(shutdown, (stream->io.fd, SHUT_WR));
+}
+
+static int tsrvi_plain_error(tsrv_stream *stream)
+{
+    int error = 0;
+    socklen_t size = sizeof(error);
+    return TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0 ? TSRV_OK
+                                                                                          : -error;
+}
+
+static void tsrvi_plain_close(tsrv_stream *stream, bool reset)
+{
+    int fd = stream->io.fd;
+    if (reset) {
+        struct linger now;
+        now.l_onoff = 1;
+        now.l_linger = 0;
+        TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
+    }
+    tsrvi_poller_forget(&tsrvi_loop_of(stream)->poller, &stream->io);
+    stream->io.fd = -1;
+    tsrvi_loop_close_fd(tsrvi_loop_of(stream), fd);
+}
+
+static const tsrvi_transport tsrvi_plain_transport = {tsrvi_plain_send,     tsrvi_plain_recv,
+                                                      tsrvi_plain_peek,     tsrvi_plain_holds,
+                                                      tsrvi_plain_is_empty, NULL,
+                                                      tsrvi_plain_finish,   tsrvi_plain_is_over,
+                                                      tsrvi_plain_drop,     tsrvi_plain_free,
+                                                      tsrvi_plain_watch,    tsrvi_plain_shut,
+                                                      tsrvi_plain_error,    tsrvi_plain_close};
+
 /* ---- the seam --------------------------------------------------------------*/
 
+static inline TSRVI_INLINE const tsrvi_transport *tsrvi_transport_of(const tsrv_stream *stream)
+{
+    return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION)) ? &tsrvi_plain_transport
+                                                          : stream->session->transport;
+}
+
+/* What every message needs goes by a direct call, if it is plain. */
 static inline TSRVI_INLINE int tsrvi_transport_send(tsrv_stream *stream, tsrvi_sending *sending)
 {
     return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION))
@@ -7672,54 +7765,18 @@ static inline TSRVI_INLINE int tsrvi_transport_send(tsrv_stream *stream, tsrvi_s
                : stream->session->transport->send(stream, sending);
 }
 
-/* After our last word the session is over: what still comes is dropped as it is. */
 static inline TSRVI_INLINE ssize_t tsrvi_transport_recv(tsrv_stream *stream, char *into,
                                                         size_t size)
 {
-    return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION)) || stream->phase == TSRVI_LINGER
+    return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION))
                ? tsrvi_plain_recv(stream, into, size)
                : stream->session->transport->recv(stream, into, size);
 }
 
-static int tsrvi_transport_peek(tsrv_stream *stream)
-{
-    return stream->session == NULL ? tsrvi_plain_peek(stream)
-                                   : stream->session->transport->peek(stream);
-}
-
 static inline TSRVI_INLINE bool tsrvi_transport_holds(const tsrv_stream *stream)
 {
-    return TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SESSION)) && stream->phase < TSRVI_LINGER &&
+    return TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SESSION)) &&
            stream->session->transport->holds(stream);
-}
-
-static bool tsrvi_transport_is_empty(const tsrv_stream *stream)
-{
-    return stream->session == NULL || stream->session->transport->is_empty(stream);
-}
-
-static bool tsrvi_transport_finish(tsrv_stream *stream)
-{
-    return stream->session != NULL && stream->session->transport->finish(stream);
-}
-
-static bool tsrvi_transport_is_over(const tsrv_stream *stream, int code)
-{
-    return stream->session == NULL || stream->session->transport->is_over(stream, code);
-}
-
-static void tsrvi_transport_drop(tsrv_stream *stream, int code)
-{
-    if (stream->session != NULL) {
-        stream->session->transport->drop(stream, code);
-    }
-}
-
-static void tsrvi_transport_free(tsrv_stream *stream)
-{
-    if (stream->session != NULL) {
-        stream->session->transport->free(stream);
-    }
 }
 
 #if TSRVI_HAS_TLS
@@ -7974,12 +8031,16 @@ static int tsrvi_tls_shake(tsrv_stream *stream)
 }
 
 /* Receive plaintext. What the session has to say in turn, an alert perhaps, becomes unsent output.
- * A peer that has it answer (RFC 8446, 4.6.3: key updates) and does not read the answers is cut. */
+ * A peer that has it answer (RFC 8446, 4.6.3: key updates) and does not read the answers is cut.
+ * After our last word the session is over: what still comes is dropped as it is. */
 static ssize_t tsrvi_tls_recv(tsrv_stream *stream, char *into, size_t size)
 {
     tsrvi_tls *tls = tsrvi_tls_of(stream);
     size_t done = 0;
     int code = TSRV_OK;
+    if (stream->phase == TSRVI_LINGER) {
+        return tsrvi_plain_recv(stream, into, size);
+    }
     if (!tls->established) {
         return TSRV_EAGAIN;
     }
@@ -8029,7 +8090,7 @@ static int tsrvi_tls_peek(tsrv_stream *stream)
 
 static bool tsrvi_tls_holds(const tsrv_stream *stream)
 {
-    return tsrvi_tls_of(stream)->more;
+    return tsrvi_tls_of(stream)->more && stream->phase < TSRVI_LINGER;
 }
 
 /* ---- sending ---------------------------------------------------------------*/
@@ -8190,11 +8251,10 @@ static void tsrvi_tls_end(tsrv_stream *stream)
     stream->session = NULL;
 }
 
-static const tsrvi_transport tsrvi_tls_transport = {tsrvi_tls_send,     tsrvi_tls_recv,
-                                                    tsrvi_tls_peek,     tsrvi_tls_holds,
-                                                    tsrvi_tls_is_empty, tsrvi_tls_shake,
-                                                    tsrvi_tls_finish,   tsrvi_tls_is_over,
-                                                    tsrvi_tls_drop,     tsrvi_tls_end};
+static const tsrvi_transport tsrvi_tls_transport = {
+    tsrvi_tls_send,    tsrvi_tls_recv,   tsrvi_tls_peek,    tsrvi_tls_holds,  tsrvi_tls_is_empty,
+    tsrvi_tls_shake,   tsrvi_tls_finish, tsrvi_tls_is_over, tsrvi_tls_drop,   tsrvi_tls_end,
+    tsrvi_plain_watch, tsrvi_plain_shut, tsrvi_plain_error, tsrvi_plain_close};
 
 /* ---- the beginning ---------------------------------------------------------*/
 
@@ -8502,46 +8562,36 @@ static int tsrvi_output_send(tsrv_stream *stream, tsrvi_sending *sending)
  * >>ends  How a stream comes to its end
  * ==========================================================================*/
 
-/* Close the descriptor. */
-static void tsrvi_stream_close_fd(tsrv_stream *stream)
+/* Close the socket, or reset it. */
+static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
     if (stream->phase == TSRVI_CLOSED) {
         return;
     }
     tsrvi_output_drop(stream);
-    tsrvi_transport_drop(stream, TSRV_ECLOSED);
-    tsrvi_poller_forget(&loop->poller, &stream->io);
+    tsrvi_transport_of(stream)->drop(stream, TSRV_ECLOSED);
     stream->phase = TSRVI_CLOSED;
     tsrvi_clear(stream, TSRVI_BLOCKED | TSRVI_SHAKING);
     stream->server->open--;
     stream->server->stats->open--;
     stream->server->stats->closed++;
-    tsrvi_loop_close_fd(loop, stream->io.fd);
-    stream->io.fd = -1;
     tsrvi_stream_soon(stream);
+    tsrvi_transport_of(stream)->close(stream, reset);
 }
 
 /* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
  * more. */
 static void tsrvi_stream_kill(tsrv_stream *stream, int code)
 {
-    struct linger reset;
-    bool first = stream->end == 0;
+    bool first = stream->end == 0, was_open = stream->phase != TSRVI_CLOSED;
     if (first) {
         stream->end = (int16_t)code;
         tsrvi_set(stream, TSRVI_ENDED);
     } else if (code != TSRV_ECLOSED && !tsrvi_stream_output_failed(stream)) {
         stream->out_end = (int16_t)code; /* what was queued when it was closed did not get out */
     }
-    if (stream->phase == TSRVI_CLOSED) {
-        return;
-    }
-    reset.l_onoff = 1;
-    reset.l_linger = 0;
-    TSRV_SYS(setsockopt, (stream->io.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)));
-    tsrvi_stream_close_fd(stream);
-    if (first) {
+    tsrvi_stream_close_socket(stream, true);
+    if (first && was_open) {
         tsrv_wake(stream);
     }
 }
@@ -8555,7 +8605,7 @@ static void tsrvi_stream_break_output(tsrv_stream *stream, int code)
     }
     tsrvi_set(stream, TSRVI_ENDED);
     tsrvi_output_drop(stream);
-    tsrvi_transport_drop(stream, code);
+    tsrvi_transport_of(stream)->drop(stream, code);
     if (stream->unsent != 0) {
         stream->own_due_ms = tsrvi_stream_write_due(stream);
     } else {
@@ -8661,14 +8711,15 @@ static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
     if (code == 0 && tsrvi_stream_output_failed(stream)) {
         code = stream->out_end;
     }
-    return code != 0 && tsrvi_transport_is_over(stream, code);
+    return code != 0 && tsrvi_transport_of(stream)->is_over(stream, code);
 }
 
 /* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
  * Then there is no answer that a reset could destroy. */
 static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
 {
-    return tsrvi_is(stream, TSRVI_SILENT) && tsrvi_transport_peek(stream) == TSRV_EAGAIN;
+    return tsrvi_is(stream, TSRVI_SILENT) &&
+           tsrvi_transport_of(stream)->peek(stream) == TSRV_EAGAIN;
 }
 
 /* Go on with what follows the output, if all of it is sent: the transport's last words, FIN, then
@@ -8676,7 +8727,7 @@ static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
 static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
 {
     if (stream->phase == TSRVI_LINGER && stream->in_end == TSRV_EOF) {
-        tsrvi_stream_close_fd(stream);
+        tsrvi_stream_close_socket(stream, false);
     }
     if (stream->unsent != 0 ||
         (stream->phase != TSRVI_SHUTTING && stream->phase != TSRVI_CLOSING)) {
@@ -8688,7 +8739,7 @@ static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
         }
         tsrvi_clear(stream, TSRVI_SHAKING); /* nothing is left that needs it */
     }
-    if (!tsrvi_stream_output_failed(stream) && tsrvi_transport_finish(stream)) {
+    if (!tsrvi_stream_output_failed(stream) && tsrvi_transport_of(stream)->finish(stream)) {
         tsrvi_stream_flush(stream);
         if (stream->unsent != 0 || stream->phase == TSRVI_CLOSED) {
             return;
@@ -8696,7 +8747,7 @@ static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
     }
     if (stream->phase == TSRVI_CLOSING &&
         (tsrvi_stream_peer_is_done(stream) || tsrvi_stream_peer_is_silent(stream))) {
-        tsrvi_stream_close_fd(stream); /* which sends what FIN there is to send */
+        tsrvi_stream_close_socket(stream, false); /* which sends what FIN there is to send */
         return;
     }
     if (stream->unsent != 0) {
@@ -8704,7 +8755,7 @@ static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
     }
     if (!tsrvi_is(stream, TSRVI_FIN)) {
         tsrvi_set(stream, TSRVI_FIN);
-        TSRV_SYS(shutdown, (stream->io.fd, SHUT_WR));
+        tsrvi_transport_of(stream)->shut(stream);
     }
     stream->phase = stream->phase == TSRVI_CLOSING ? TSRVI_LINGER : TSRVI_SHUT;
     stream->own_due_ms =
@@ -8934,7 +8985,7 @@ static inline TSRVI_INLINE void tsrvi_stream_receive(tsrv_stream *stream)
 /* Nobody wants the input that is there: has it ended? The bytes stay where they are. */
 static TSRVI_APART void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 {
-    int rc = stream->in_end != 0 ? (int)TSRV_EAGAIN : tsrvi_transport_peek(stream);
+    int rc = stream->in_end != 0 ? (int)TSRV_EAGAIN : tsrvi_transport_of(stream)->peek(stream);
     if (rc != TSRV_EAGAIN || hangup) {
         tsrvi_set(stream, TSRVI_LOOKED);
     }
@@ -8945,7 +8996,7 @@ static TSRVI_APART void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
         return;
     }
     /* A hang-up cannot be masked. */
-    tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, 0);
+    tsrvi_transport_of(stream)->watch(stream, 0);
     /* Unread bytes are left, but the connection is gone. After our own FIN a hang-up may just as
      * well be the peer's FIN (tcp_poll: RCV_SHUTDOWN and SEND_SHUTDOWN), and a unix socket says so
      * at every close of the peer's (unix_poll): a reset leaves an error, also behind the end of the
@@ -8953,14 +9004,9 @@ static TSRVI_APART void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
     if (!tsrvi_stream_output_failed(stream)) {
         bool reset =
             stream->in_end == 0 && !tsrvi_is(stream, TSRVI_FIN) && stream->peer.family != AF_UNIX;
-        int error = reset ? ECONNRESET : 0;
-        socklen_t size = sizeof(error);
-        if (error == 0 &&
-            TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
-            error = 0;
-        }
-        if (error != 0) {
-            tsrvi_stream_end_output(stream, -error);
+        int error = reset ? -ECONNRESET : tsrvi_transport_of(stream)->error(stream);
+        if (error != TSRV_OK) {
+            tsrvi_stream_end_output(stream, error);
         }
     }
 }
@@ -8995,7 +9041,7 @@ static inline TSRVI_INLINE bool tsrvi_stream_wants_input(const tsrv_stream *stre
 /* Go on with the handshake of the transport. When it is done, what has waited for it goes out. */
 static void tsrvi_stream_shake(tsrv_stream *stream)
 {
-    int rc = stream->session->transport->shake(stream);
+    int rc = tsrvi_transport_of(stream)->shake(stream);
     if (rc == TSRV_OK) {
         tsrvi_clear(stream, TSRVI_SHAKING);
         stream->fresh_ms = tsrvi_loop_of(stream)->now_ms;
@@ -10580,7 +10626,7 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     loop->addressed = loop->addressed == stream ? NULL : loop->addressed;
     server->drained += server->draining && !server->forced;
     tsrvi_peer_free(&stream->peer);
-    tsrvi_transport_free(stream);
+    tsrvi_transport_of(stream)->free(stream);
     tsrvi_list_remove(&stream->link);
     TSRV_FREE(stream);
     if (tsrvi_list_empty(&server->streams) && (server->freed || server->draining)) {
@@ -10783,8 +10829,8 @@ static TSRVI_APART void tsrvi_stream_drain(tsrv_stream *stream)
     if (!tsrvi_stream_is_idle(stream)) {
         return;
     }
-    rc = tsrvi_transport_peek(stream);
-    if (rc == TSRV_EAGAIN && tsrvi_transport_is_empty(stream)) {
+    rc = tsrvi_transport_of(stream)->peek(stream);
+    if (rc == TSRV_EAGAIN && tsrvi_transport_of(stream)->is_empty(stream)) {
         tsrvi_set(stream, TSRVI_FEIGNED);
     } else if (rc != TSRV_OK && rc != TSRV_EAGAIN && rc != TSRV_EOF) {
         tsrvi_stream_end_input(stream, rc); /* the kernel tells an error once */
@@ -10815,7 +10861,7 @@ static inline TSRVI_INLINE void tsrvi_stream_agree(tsrv_stream *stream)
     if (TSRVI_LIKELY(wanted == has) || (wanted == TSRVI_HANGUP && has == 0)) {
         return;
     }
-    rc = tsrvi_poller_set(&tsrvi_loop_of(stream)->poller, &stream->io, wanted);
+    rc = tsrvi_transport_of(stream)->watch(stream, wanted);
     if (rc < 0) {
         tsrvi_stream_kill(stream, rc);
     }
@@ -10886,7 +10932,7 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
     TSRV_ASSERT(tsrvi_is(stream, TSRVI_ENDED) ==
                 ((stream->end | stream->in_end | stream->out_end) != 0));
     TSRV_ASSERT(tsrvi_is(stream, TSRVI_SESSION) == (stream->session != NULL));
-    TSRV_ASSERT((stream->phase == TSRVI_CLOSED) == (stream->io.fd < 0));
+    TSRV_ASSERT(stream->phase != TSRVI_CLOSED || stream->io.fd < 0);
     TSRV_ASSERT(stream->phase != TSRVI_CLOSED ||
                 (stream->unsent == 0 && stream->end != 0 && stream->io.interest == 0));
     TSRV_ASSERT(stream->phase < TSRVI_CLOSING || stream->end != 0);
@@ -11087,7 +11133,7 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
     }
     if (tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->own_due_ms)) {
         if (stream->phase == TSRVI_LINGER) {
-            tsrvi_stream_close_fd(stream);
+            tsrvi_stream_close_socket(stream, false);
         } else if (tsrvi_is(stream, TSRVI_SHAKING)) {
             stream->server->stats->handshakes_failed++;
             tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
@@ -12554,7 +12600,7 @@ static void tsrvi_server_drop_streams(tsrv_server *server)
         if (stream->state != TSRVI_OVER) {
             tsrvi_stream_over(stream, TSRV_ECLOSED);
         }
-        tsrvi_stream_close_fd(stream);
+        tsrvi_stream_close_socket(stream, false);
         server->loop->soon.first = NULL; /* nobody will run what that has queued */
         server->loop->ready.first = NULL;
         tsrvi_stream_finish(stream);

@@ -69,11 +69,16 @@ static inline size_t match_line(const char *data, size_t size, void *context)
     return end == NULL ? 0 : (size_t)(end - data) + 1;
 }
 
-/* Makes the kernel take little, so that output piles up in the library. */
+/* Makes the kernel take little, so that output piles up in the library. The client's buffer stays as it is: a tiny one
+ * would stall on retransmissions. */
 static inline void limit_output_to(tsrv_stream *stream, int room)
 {
-    if (tsrv_fd(stream) >= 0) {
-        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+    int fd = tsrv_fd(stream);
+#ifdef T_MEMORY
+    fd = q_limit(stream, (size_t)room);
+#endif
+    if (fd >= 0) {
+        CHECK(setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
     }
 }
 
@@ -223,12 +228,12 @@ static inline void load_unsent(void *context)
     *(size_t *)context = stream != NULL ? tsrv_unsent_size(stream) : 0;
 }
 
-static inline bool has_unsent(void *context)
+/* More than so many? */
+static inline bool has_unsent(void *bytes)
 {
     size_t unsent = 0;
-    (void)context;
     t_on_loop(load_unsent, &unsent);
-    return unsent > 0;
+    return unsent > (bytes == NULL ? 0 : *(const size_t *)bytes);
 }
 
 /* FIN and nothing behind it: no reset follows. */

@@ -299,7 +299,7 @@ static int write_and_wait(tsrv_stream *stream, const tsrv_address *address, void
     return wait_a_while(stream, address, context);
 }
 
-TEST_STREAM(wait_outlives_the_timeout_of_a_closed_streams_output)
+TEST_PLAIN_STREAM(wait_outlives_the_timeout_of_a_closed_streams_output)
 {
     tsrv_server_options options = defaults;
     options.write_timeout_ms = 300;
@@ -442,7 +442,7 @@ static void check_upload(int how, int expected)
     s_close();
 }
 
-TEST_STREAM(unix_peer_that_has_closed_in_good_order_has_sent_all)
+TEST_PLAIN_STREAM(unix_peer_that_has_closed_in_good_order_has_sent_all)
 {
     check_upload(WRITES_NOTHING, TSRV_OK);
     check_upload(WRITES_AFTER, TSRV_OK);
@@ -944,7 +944,7 @@ static int answer_lines(tsrv_stream *stream, const tsrv_address *address, void *
 }
 
 /* A coroutine lets others run behind so many reads; that the output has failed meanwhile ends no read. */
-TEST_SOFT(failed_output_ends_no_read_of_what_has_come)
+TEST_PLAIN_SOFT(failed_output_ends_no_read_of_what_has_come)
 {
     char lines[4 * MANY_LINES];
     for (size_t i = 0; i < sizeof lines; i++) {

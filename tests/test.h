@@ -61,7 +61,7 @@ t_test **t_end = &t_first;
 
 static inline void t_register(t_test *test)
 {
-#ifdef T_TLS
+#if defined(T_TLS) || defined(T_MEMORY)
     if (test->kind & T_PLAIN) {
         return;
     }
@@ -82,11 +82,12 @@ static inline void t_register(t_test *test)
 #define TEST_ONCE(name) T_TEST(name, 0)
 #define TEST_LOOP(name) T_TEST(name, T_PER_BACKEND)
 #define TEST_STREAM(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES | T_CALLBACKS)
-/* For what TLS changes, sockets, sizes or times: the run over TLS leaves it out. */
+/* For what TLS changes, sockets, sizes or times: the runs over TLS and over memory leave it out. */
 #define TEST_PLAIN_STREAM(name) \
     T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES | T_CALLBACKS | T_PLAIN)
 /* For figures that the hard mode would change: without it. */
 #define TEST_SOFT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES | T_CALLBACKS)
+#define TEST_PLAIN_SOFT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES | T_CALLBACKS | T_PLAIN)
 #define TEST_COROUTINE(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES)
 #define TEST_CALLBACK(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_CALLBACKS)
 
@@ -577,6 +578,10 @@ static inline void t_turn_until_text(tsrv_loop *loop, int fd, const char *text)
     }
     CHECK_MEM(buffer, received, text, size);
 }
+
+#ifdef T_MEMORY
+#include "transport.h"
+#endif
 
 /* ---- the fixture --------------------------------------------------------------------------*/
 
