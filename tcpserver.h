@@ -3823,21 +3823,8 @@ typedef struct tsrvi_stacks {
 #define TSRVI_BUDGET \
     256 /* calls that may complete at once before a handler has to let others run */
 
-struct tsrv_loop {
-    tsrvi_poller poller;
-    tsrvi_heap heap;
-    tsrvi_tasks ready; /* run in the next turn */
-    tsrvi_tasks soon;  /* run when the piece of user code that is running gives control back */
-    uint64_t now;
-    uint32_t now_ms; /* the same for streams, in milliseconds; wraps */
-    size_t
-        active; /* what keeps the loop running: timers, watches, listeners, streams, coroutines */
-    bool running;
-    bool stopping;
-    bool leaving; /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
-    bool closing; /* being freed */
-    uint32_t turns;
-
+/* Of >>sources. */
+typedef struct tsrvi_loop_sources {
     tsrvi_io wake; /* readable when another thread posted or a signal came */
     int wake_write;
     tsrvi_post *posts;          /* atomic; the newest first */
@@ -3845,36 +3832,69 @@ struct tsrv_loop {
     int signal_seen;            /* atomic; a handler ran */
     tsrv_signal *signals;       /* watches */
     tsrv_signal *signal_cursor; /* the next to be looked at, while they are being called */
+} tsrvi_loop_sources;
 
-    tsrvi_link link;  /* in the loops of the process */
-    tsrvi_timer beat; /* the process layer's: see >>worker */
-    int told;         /* the same: how it was told to leave */
-
-    struct tsrvi_co *co;    /* the coroutine that is running; NULL = none */
-    tsrv_stream *handling;  /* the stream whose callback-mode handler is running; NULL = none */
-    tsrv_stream *parting;   /* the stream whose on_close is running; NULL = none */
-    tsrv_stream *limited;   /* the stream that met a limit last, for the log; NULL = none */
-    const char *limit;      /* the name of that limit, */
-    size_t limit_size;      /* and how much it is */
-    int budget;             /* see TSRVI_BUDGET */
-    size_t written;         /* bytes that were sent since what is running began */
-    tsrvi_link coroutines;  /* all that are alive */
-    tsrvi_stacks stacks[2]; /* free ones: of the usual size, and of the size last used besides */
+/* Of >>coroutine. */
+typedef struct tsrvi_loop_coroutines {
+    struct tsrvi_co *running; /* NULL = none */
+    tsrvi_link all;           /* that are alive */
+    tsrvi_stacks stacks[2];   /* free ones: of the usual size, and of the size last used besides */
     size_t page_size;
 #if TSRVI_HAS_COROUTINES
-    tsrvi_fiber main; /* where coroutines switch back to */
+    tsrvi_fiber main; /* where they switch back to */
 #endif
+} tsrvi_loop_coroutines;
 
-    tsrvi_link servers;                 /* that have used this loop */
+/* Of the stream's sections. NULL = none. */
+typedef struct tsrvi_loop_streams {
+    tsrv_stream *handling;    /* whose callback-mode handler is running */
+    tsrv_stream *parting;     /* whose on_close is running */
+    tsrv_stream *limited;     /* that has met a limit last, for the log */
+    const char *limit;        /* the name of that limit, */
+    size_t limit_size;        /* and how much it is */
+    tsrvi_buffer *input;      /* what all receive into */
+    tsrv_stream *input_owner; /* whose unread bytes or slice are in it */
+    tsrvi_pool pool;          /* of output buffers */
+    tsrvi_link sessions;      /* that keep their buffers, the last used last */
+    int session_count;        /* of them */
+    tsrv_address address;     /* the peer's, while a handler is called */
+    tsrv_stream *addressed;   /* whose it is */
+} tsrvi_loop_streams;
+
+/* Of >>server. */
+typedef struct tsrvi_loop_servers {
+    tsrvi_link all;                     /* that have used this loop */
     tsrv_server *clients;               /* what tsrv_connect's streams belong to */
-    void (*fd_closed)(tsrv_loop *loop); /* the server layer's; NULL before the first server */
-    tsrvi_buffer *input;                /* what all streams receive into */
-    tsrv_stream *input_owner;           /* whose unread bytes or slice are in it; NULL = nobody's */
-    tsrvi_pool pool;                    /* of output buffers */
-    tsrvi_link sessions;                /* that keep their buffers, the last used last */
-    int session_count;                  /* of them */
-    tsrv_address address;               /* the peer's, while a handler is called */
-    tsrv_stream *addressed;             /* whose it is; NULL = nobody's */
+    void (*fd_closed)(tsrv_loop *loop); /* NULL before the first server */
+} tsrvi_loop_servers;
+
+/* Of >>worker. */
+typedef struct tsrvi_loop_worker {
+    tsrvi_timer beat;
+    int told; /* how it was told to leave */
+} tsrvi_loop_worker;
+
+struct tsrv_loop {
+    tsrvi_poller poller;
+    tsrvi_heap heap;
+    tsrvi_tasks ready; /* run in the next turn */
+    tsrvi_tasks soon;  /* run when the piece of user code that is running gives control back */
+    uint64_t now;
+    uint32_t now_ms; /* the same for streams, in milliseconds; wraps */
+    uint32_t turns;
+    size_t active;  /* what keeps it running: timers, watches, listeners, streams, coroutines */
+    int budget;     /* of what is running: see TSRVI_BUDGET; */
+    size_t written; /* bytes that were sent since it began */
+    bool running;
+    bool stopping;
+    bool leaving;    /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
+    bool closing;    /* being freed */
+    tsrvi_link link; /* in the loops of the process */
+    tsrvi_loop_sources sources;
+    tsrvi_loop_coroutines coroutines;
+    tsrvi_loop_streams streams;
+    tsrvi_loop_servers servers;
+    tsrvi_loop_worker worker;
 };
 
 static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
@@ -3899,8 +3919,8 @@ static tsrvi_task *tsrvi_tasks_pop(tsrvi_tasks *tasks)
 static void tsrvi_loop_close_fd(tsrv_loop *loop, int fd)
 {
     tsrvi_close_fd(fd);
-    if (fd >= 0 && loop->fd_closed != NULL) {
-        loop->fd_closed(loop);
+    if (fd >= 0 && loop->servers.fd_closed != NULL) {
+        loop->servers.fd_closed(loop);
     }
 }
 
@@ -3966,9 +3986,9 @@ static int tsrvi_wake_open(tsrv_loop *loop)
 {
     int fds[2], rc;
 #if TSRVI_HAS_EVENTFD
-    loop->wake.fd = tsrvi_fd_own(TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK)));
-    loop->wake_write = loop->wake.fd;
-    if (loop->wake.fd >= 0) {
+    loop->sources.wake.fd = tsrvi_fd_own(TSRV_SYS(eventfd, (0, EFD_CLOEXEC | EFD_NONBLOCK)));
+    loop->sources.wake_write = loop->sources.wake.fd;
+    if (loop->sources.wake.fd >= 0) {
         return TSRV_OK;
     }
     rc = tsrvi_error();
@@ -3978,17 +3998,17 @@ static int tsrvi_wake_open(tsrv_loop *loop)
     tsrvi_do_without(TSRVI_WITHOUT_EVENTFD, "eventfd", rc);
 #endif
     rc = tsrvi_pipe(fds);
-    loop->wake.fd = fds[0];
-    loop->wake_write = fds[1];
+    loop->sources.wake.fd = fds[0];
+    loop->sources.wake_write = fds[1];
     return rc;
 }
 
 static void tsrvi_wake_close(tsrv_loop *loop)
 {
-    if (loop->wake_write != loop->wake.fd) {
-        tsrvi_close_fd(loop->wake_write);
+    if (loop->sources.wake_write != loop->sources.wake.fd) {
+        tsrvi_close_fd(loop->sources.wake_write);
     }
-    tsrvi_close_fd(loop->wake.fd);
+    tsrvi_close_fd(loop->sources.wake.fd);
 }
 
 /* ---- a loop's life ---------------------------------------------------------*/
@@ -4003,7 +4023,7 @@ static int tsrvi_loop_open(tsrv_loop *loop, const tsrvi_backend *backend)
     poller->backend = backend;
     poller->exclusive = backend->exclusive && !tsrvi_does_without(TSRVI_WITHOUT_EXCLUSIVE);
     if ((rc = backend->open(poller)) < 0 ||
-        (rc = tsrvi_poller_set(poller, &loop->wake, TSRV_READABLE)) < 0) {
+        (rc = tsrvi_poller_set(poller, &loop->sources.wake, TSRV_READABLE)) < 0) {
         backend->close(poller);
         poller->backend = NULL;
         poller->fd = -1;
@@ -4031,7 +4051,7 @@ static int tsrvi_loop_open_any(tsrv_loop *loop, int id)
 /* Nobody knows the loop any more, but another thread may be about to wake it. */
 static void tsrvi_loop_quiesce(tsrv_loop *loop)
 {
-    while (__atomic_load_n(&loop->posting, __ATOMIC_ACQUIRE) != 0 ||
+    while (__atomic_load_n(&loop->sources.posting, __ATOMIC_ACQUIRE) != 0 ||
            __atomic_load_n(&tsrvi_process.signal_handlers, __ATOMIC_SEQ_CST) != 0) {
         TSRV_SYS(sched_yield, ());
     }
@@ -4065,8 +4085,8 @@ static void tsrvi_loops_wake(void)
     for (tsrvi_link *link = tsrvi_process.loops.list.next; link != &tsrvi_process.loops.list;
          link = link->next) {
         tsrv_loop *loop = TSRVI_CONTAINER(link, tsrv_loop, link);
-        __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
-        tsrvi_wake_write(loop->wake_write);
+        __atomic_store_n(&loop->sources.signal_seen, 1, __ATOMIC_RELEASE);
+        tsrvi_wake_write(loop->sources.wake_write);
     }
     tsrvi_unlock(&tsrvi_process.loops.lock);
 }
@@ -4087,16 +4107,16 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
     if (loop->poller.backend != NULL) {
         loop->poller.backend->close(&loop->poller);
     }
-    tsrvi_pool_free(&loop->pool);
+    tsrvi_pool_free(&loop->streams.pool);
     for (int page = 0; page < loop->poller.page_count; page++) {
         TSRV_FREE(loop->poller.pages[page]);
     }
     TSRV_FREE(loop->poller.pages);
     TSRV_FREE(loop->heap.items);
-    TSRV_FREE(loop->input);
-    while (loop->posts != NULL) {
-        tsrvi_post *post = loop->posts;
-        loop->posts = post->next;
+    TSRV_FREE(loop->streams.input);
+    while (loop->sources.posts != NULL) {
+        tsrvi_post *post = loop->sources.posts;
+        loop->sources.posts = post->next;
         TSRV_FREE(post);
     }
     TSRV_FREE(loop);
@@ -4114,12 +4134,12 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     made->poller.pid = TSRV_SYS(getpid, ());
     tsrvi_loop_tick(made);
     made->poller.fd = -1;
-    made->wake.fd = -1;
-    made->wake.on_event = tsrvi_wake_event;
-    made->wake_write = -1;
-    made->page_size = (size_t)TSRV_SYS(sysconf, (_SC_PAGESIZE));
-    tsrvi_list_init(&made->coroutines);
-    tsrvi_list_init(&made->servers);
+    made->sources.wake.fd = -1;
+    made->sources.wake.on_event = tsrvi_wake_event;
+    made->sources.wake_write = -1;
+    made->coroutines.page_size = (size_t)TSRV_SYS(sysconf, (_SC_PAGESIZE));
+    tsrvi_list_init(&made->coroutines.all);
+    tsrvi_list_init(&made->servers.all);
     if ((rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
             0 ||
@@ -4260,25 +4280,26 @@ TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *conte
     post->callback = callback;
     post->context = context;
     /* As soon as it is in the list, the callback may run and free the loop: that waits for us. */
-    __atomic_fetch_add(&loop->posting, 1, __ATOMIC_ACQUIRE);
-    newest = __atomic_load_n(&loop->posts, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&loop->sources.posting, 1, __ATOMIC_ACQUIRE);
+    newest = __atomic_load_n(&loop->sources.posts, __ATOMIC_RELAXED);
     do {
         post->next = newest;
-    } while (!__atomic_compare_exchange_n(&loop->posts, &newest, post, true, __ATOMIC_RELEASE,
-                                          __ATOMIC_RELAXED));
+    } while (!__atomic_compare_exchange_n(&loop->sources.posts, &newest, post, true,
+                                          __ATOMIC_RELEASE, __ATOMIC_RELAXED));
     /* The first one wakes the loop; but on its own thread it is awake, and looks before it sleeps.
      */
     if (newest == NULL && tsrvi_thread.running != loop) {
-        tsrvi_wake_write(loop->wake_write);
+        tsrvi_wake_write(loop->sources.wake_write);
     }
-    __atomic_fetch_sub(&loop->posting, 1, __ATOMIC_RELEASE);
+    __atomic_fetch_sub(&loop->sources.posting, 1, __ATOMIC_RELEASE);
     return TSRV_OK;
 }
 
 /* Call what had been posted when this began, the oldest first. */
 static void tsrvi_loop_run_posts(tsrv_loop *loop)
 {
-    tsrvi_post *post = __atomic_exchange_n(&loop->posts, (tsrvi_post *)NULL, __ATOMIC_ACQUIRE);
+    tsrvi_post *post =
+        __atomic_exchange_n(&loop->sources.posts, (tsrvi_post *)NULL, __ATOMIC_ACQUIRE);
     tsrvi_post *oldest = NULL;
     while (post != NULL) {
         tsrvi_post *next = post->next;
@@ -4315,8 +4336,8 @@ static void tsrvi_signal_handler(int signo)
     loop = __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_SEQ_CST);
     if (loop != NULL) {
         __atomic_store_n(&tsrvi_process.signals[signo].pending, 1, __ATOMIC_RELEASE);
-        __atomic_store_n(&loop->signal_seen, 1, __ATOMIC_RELEASE);
-        tsrvi_wake_write(loop->wake_write);
+        __atomic_store_n(&loop->sources.signal_seen, 1, __ATOMIC_RELEASE);
+        tsrvi_wake_write(loop->sources.wake_write);
     }
     if (tsrvi_process.parent != 0 && TSRV_SYS(getppid, ()) != tsrvi_process.parent) {
         tsrvi_signal_alarm(); /* nobody is left to end this worker if it hangs */
@@ -4370,7 +4391,7 @@ TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
     signal->callback = callback;
     signal->context = context;
     signal->next = NULL;
-    for (last = &loop->signals; *last != NULL; last = &(*last)->next) {
+    for (last = &loop->sources.signals; *last != NULL; last = &(*last)->next) {
     }
     *last = signal;
     return TSRV_OK;
@@ -4384,7 +4405,7 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
     if (signo == 0) {
         return;
     }
-    for (link = &loop->signals; *link != NULL;) {
+    for (link = &loop->sources.signals; *link != NULL;) {
         if (*link == signal) {
             *link = signal->next;
         } else {
@@ -4392,8 +4413,8 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
             link = &(*link)->next;
         }
     }
-    if (loop->signal_cursor == signal) {
-        loop->signal_cursor = signal->next;
+    if (loop->sources.signal_cursor == signal) {
+        loop->sources.signal_cursor = signal->next;
     }
     signal->signo = 0;
     if (others == 0) {
@@ -4404,15 +4425,16 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
 
 static void tsrvi_loop_run_signals(tsrv_loop *loop)
 {
-    __atomic_store_n(&loop->signal_seen, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&loop->sources.signal_seen, 0, __ATOMIC_RELAXED);
     for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
         if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != loop ||
             __atomic_exchange_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_ACQ_REL) == 0) {
             continue;
         }
-        for (loop->signal_cursor = loop->signals; loop->signal_cursor != NULL;) {
-            tsrv_signal *signal = loop->signal_cursor;
-            loop->signal_cursor = signal->next;
+        for (loop->sources.signal_cursor = loop->sources.signals;
+             loop->sources.signal_cursor != NULL;) {
+            tsrv_signal *signal = loop->sources.signal_cursor;
+            loop->sources.signal_cursor = signal->next;
             if (signal->signo == signo) {
                 signal->callback(signal->context);
                 tsrvi_loop_settle(loop);
@@ -4431,8 +4453,9 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
 
 static bool tsrvi_loop_has_work(tsrv_loop *loop)
 {
-    return loop->ready.first != NULL || __atomic_load_n(&loop->signal_seen, __ATOMIC_RELAXED) ||
-           __atomic_load_n(&loop->posts, __ATOMIC_RELAXED) != NULL;
+    return loop->ready.first != NULL ||
+           __atomic_load_n(&loop->sources.signal_seen, __ATOMIC_RELAXED) ||
+           __atomic_load_n(&loop->sources.posts, __ATOMIC_RELAXED) != NULL;
 }
 
 static bool tsrvi_loop_alive(tsrv_loop *loop)
@@ -4488,10 +4511,10 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
         tsrvi_poller_dispatch(&loop->poller, &loop->poller.fired[i]);
         tsrvi_loop_settle(loop);
     }
-    if (TSRVI_UNLIKELY(__atomic_load_n(&loop->signal_seen, __ATOMIC_RELAXED))) {
+    if (TSRVI_UNLIKELY(__atomic_load_n(&loop->sources.signal_seen, __ATOMIC_RELAXED))) {
         tsrvi_loop_run_signals(loop);
     }
-    if (TSRVI_UNLIKELY(__atomic_load_n(&loop->posts, __ATOMIC_RELAXED) != NULL)) {
+    if (TSRVI_UNLIKELY(__atomic_load_n(&loop->sources.posts, __ATOMIC_RELAXED) != NULL)) {
         tsrvi_loop_run_posts(loop);
     }
     tsrvi_loop_run_timers(loop);
@@ -4671,7 +4694,7 @@ static void tsrvi_stacks_free(tsrvi_stacks *stacks)
 /* The pool for stacks of a size. */
 static tsrvi_stacks *tsrvi_stacks_for(tsrv_loop *loop, size_t size)
 {
-    tsrvi_stacks *stacks = &loop->stacks[size == TSRVI_STACK_SIZE ? 0 : 1];
+    tsrvi_stacks *stacks = &loop->coroutines.stacks[size == TSRVI_STACK_SIZE ? 0 : 1];
     if (stacks->size != size) {
         tsrvi_stacks_free(stacks);
         stacks->size = size;
@@ -4695,10 +4718,10 @@ static void tsrvi_stack_give(tsrv_loop *loop, char *stack, size_t size)
 static void tsrvi_co_entry(tsrvi_context *context)
 {
     tsrvi_co *co = TSRVI_CONTAINER(context, tsrvi_co, fiber.context);
-    tsrvi_fiber_arrived(&co->fiber, &co->loop->main);
+    tsrvi_fiber_arrived(&co->fiber, &co->loop->coroutines.main);
     co->function(co->context);
     co->over = true;
-    tsrvi_fiber_switch(&co->fiber, &co->loop->main, true);
+    tsrvi_fiber_switch(&co->fiber, &co->loop->coroutines.main, true);
     TSRV_ASSERT(false); /* nobody resumes it */
 }
 
@@ -4721,11 +4744,11 @@ static void tsrvi_co_free(tsrvi_co *co)
 static inline void tsrvi_co_resume(tsrvi_co *co)
 {
     tsrv_loop *loop = co->loop;
-    loop->co = co;
+    loop->coroutines.running = co;
     loop->budget = TSRVI_BUDGET;
     loop->written = 0;
-    tsrvi_fiber_switch(&loop->main, &co->fiber, false);
-    loop->co = NULL;
+    tsrvi_fiber_switch(&loop->coroutines.main, &co->fiber, false);
+    loop->coroutines.running = NULL;
     if (co->over) {
         tsrvi_co_free(co);
     }
@@ -4788,7 +4811,7 @@ static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
         tsrvi_heap_set(&loop->heap, &co->timer, due);
     }
     co->waiting = true;
-    tsrvi_fiber_switch(&co->fiber, &loop->main, false);
+    tsrvi_fiber_switch(&co->fiber, &loop->coroutines.main, false);
     return co->result;
 }
 
@@ -4800,7 +4823,7 @@ static int tsrvi_co_yield(tsrvi_co *co)
     }
     co->waiting = true;
     tsrvi_co_wake(co, TSRV_OK);
-    tsrvi_fiber_switch(&co->fiber, &co->loop->main, false);
+    tsrvi_fiber_switch(&co->fiber, &co->loop->coroutines.main, false);
     return co->result;
 }
 
@@ -4809,7 +4832,7 @@ static int tsrvi_co_yield(tsrvi_co *co)
 static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback function, void *context,
                         tsrvi_co **made)
 {
-    size_t page = loop->page_size, size = stack_size;
+    size_t page = loop->coroutines.page_size, size = stack_size;
     tsrvi_co *co;
     char *stack;
     int rc = tsrvi_heap_reserve(&loop->heap);
@@ -4844,7 +4867,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     co->fiber.tsan = __tsan_create_fiber(0);
 #endif
     tsrvi_context_make(&co->fiber.context, stack, co->fiber.size, tsrvi_co_entry);
-    tsrvi_list_append(&loop->coroutines, &co->link);
+    tsrvi_list_append(&loop->coroutines.all, &co->link);
     loop->active++;
     *made = co;
     return TSRV_OK;
@@ -4869,14 +4892,15 @@ TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
 static void tsrvi_co_doom(tsrvi_co *co)
 {
     if (!tsrvi_co_wake(co, TSRV_ECLOSED)) {
-        co->doomed = co != co->loop->co;
+        co->doomed = co != co->loop->coroutines.running;
     }
 }
 
 /* The loop is being freed: end every wait, once. */
 static void tsrvi_co_cancel_all(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->coroutines.next; link != &loop->coroutines; link = link->next) {
+    for (tsrvi_link *link = loop->coroutines.all.next; link != &loop->coroutines.all;
+         link = link->next) {
         tsrvi_co *co = TSRVI_CONTAINER(link, tsrvi_co, link);
         if (tsrvi_co_wake(co, TSRV_ECLOSED)) {
             co->cancelled = true;
@@ -4888,19 +4912,19 @@ static void tsrvi_co_cancel_all(tsrv_loop *loop)
 static size_t tsrvi_co_drop_all(tsrv_loop *loop)
 {
     size_t count = 0;
-    while (!tsrvi_list_empty(&loop->coroutines)) {
-        tsrvi_co_free(TSRVI_CONTAINER(loop->coroutines.next, tsrvi_co, link));
+    while (!tsrvi_list_empty(&loop->coroutines.all)) {
+        tsrvi_co_free(TSRVI_CONTAINER(loop->coroutines.all.next, tsrvi_co, link));
         count++;
     }
-    tsrvi_stacks_free(&loop->stacks[0]);
-    tsrvi_stacks_free(&loop->stacks[1]);
+    tsrvi_stacks_free(&loop->coroutines.stacks[0]);
+    tsrvi_stacks_free(&loop->coroutines.stacks[1]);
     return count;
 }
 
 /* The coroutine that calls, or NULL. */
 static tsrvi_co *tsrvi_co_self(void)
 {
-    return tsrvi_thread.running == NULL ? NULL : tsrvi_thread.running->co;
+    return tsrvi_thread.running == NULL ? NULL : tsrvi_thread.running->coroutines.running;
 }
 
 TSRV_API int tsrv_sleep(int delay_ms)
@@ -4968,7 +4992,7 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
     return rc;
 }
 #else
-/* Without coroutines loop->co is always NULL, and these are never reached. */
+/* Without coroutines loop->coroutines.running is always NULL, and these are never reached. */
 typedef struct tsrvi_co tsrvi_co;
 
 #define TSRVI_STACK_SIZE ((size_t)1)
@@ -7069,7 +7093,7 @@ typedef struct tsrvi_wait {
 struct tsrv_server {
     tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
     tsrv_loop *loop;             /* NULL until the first listen */
-    tsrvi_link link;             /* in loop->servers */
+    tsrvi_link link;             /* in loop->servers.all */
     tsrvi_link streams;
     struct tsrvi_listener *listeners;
     tsrv_stats own;            /* its counters, */
@@ -7242,9 +7266,9 @@ static inline TSRVI_INLINE bool tsrvi_stream_above_mark(const tsrv_stream *strea
 static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit, size_t size)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    loop->limited = stream;
-    loop->limit = limit;
-    loop->limit_size = size;
+    loop->streams.limited = stream;
+    loop->streams.limit = limit;
+    loop->streams.limit_size = size;
     return code;
 }
 
@@ -7363,10 +7387,11 @@ static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
 {
     const tsrv_loop *loop = tsrvi_loop_of(stream);
     bool reads = strncmp(function, "tsrv_read", 9) == 0;
-    if (loop->handling == stream && reads) {
+    if (loop->streams.handling == stream && reads) {
         tsrvi_debug_read(stream, function, rc);
     }
-    if (rc == TSRV_EAGAIN && !reads && loop->handling != stream && loop->co == NULL) {
+    if (rc == TSRV_EAGAIN && !reads && loop->streams.handling != stream &&
+        loop->coroutines.running == NULL) {
         tsrvi_debug_tell(stream, function,
                          "nothing can wait here, neither a coroutine nor the stream's handler");
     }
@@ -7452,10 +7477,10 @@ typedef struct tsrvi_session {
 static inline TSRVI_INLINE void tsrvi_output_free(tsrv_stream *stream, tsrvi_buffer *buffer)
 {
     if (TSRVI_LIKELY(buffer->kind == TSRVI_OWNED)) {
-        tsrvi_pool_give(&tsrvi_loop_of(stream)->pool, buffer);
+        tsrvi_pool_give(&tsrvi_loop_of(stream)->streams.pool, buffer);
     } else if (buffer->kind == TSRVI_FILE) {
         int file = buffer->file;
-        tsrvi_pool_give(&tsrvi_loop_of(stream)->pool, buffer);
+        tsrvi_pool_give(&tsrvi_loop_of(stream)->streams.pool, buffer);
         tsrvi_loop_close_fd(tsrvi_loop_of(stream), file);
     } else if (buffer->begin != buffer->end) {
         buffer->kind = TSRVI_DROPPED; /* its writer will see */
@@ -7804,7 +7829,7 @@ typedef struct tsrvi_tls {
     tsrv_stream *stream;
     SSL *ssl;
     tsrvi_tls_set *set;         /* what it was made from */
-    tsrvi_link recent;          /* in loop->sessions */
+    tsrvi_link recent;          /* in loop->streams.sessions */
     tsrvi_buffer *sealed;       /* the queue of records to send */
     size_t sealed_size;         /* bytes in it */
     size_t received;            /* bytes of the socket, in this call */
@@ -7831,7 +7856,8 @@ static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
     tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
     size_t bytes = size < 0 ? 0 : (size_t)size;
     BIO_clear_retry_flags(bio);
-    if (tsrvi_queue_copy(&tls->sealed, &tsrvi_loop_of(tls->stream)->pool, data, bytes) < 0) {
+    if (tsrvi_queue_copy(&tls->sealed, &tsrvi_loop_of(tls->stream)->streams.pool, data, bytes) <
+        0) {
         tls->error = -ENOMEM;
         return -1;
     }
@@ -7920,7 +7946,7 @@ static void tsrvi_tls_unuse(tsrvi_tls *tls)
 {
     if (!tsrvi_list_empty(&tls->recent)) {
         tsrvi_list_remove(&tls->recent);
-        tsrvi_loop_of(tls->stream)->session_count--;
+        tsrvi_loop_of(tls->stream)->streams.session_count--;
     }
 }
 
@@ -7931,16 +7957,16 @@ static void tsrvi_tls_unuse(tsrvi_tls *tls)
 static void tsrvi_tls_use(tsrvi_tls *tls)
 {
     tsrv_loop *loop = tsrvi_loop_of(tls->stream);
-    if (loop->sessions.previous == &tls->recent) {
+    if (loop->streams.sessions.previous == &tls->recent) {
         return;
     }
-    if (loop->sessions.next == NULL) {
-        tsrvi_list_init(&loop->sessions);
+    if (loop->streams.sessions.next == NULL) {
+        tsrvi_list_init(&loop->streams.sessions);
     }
     tsrvi_tls_unuse(tls);
-    tsrvi_list_append(&loop->sessions, &tls->recent);
-    if (++loop->session_count > TSRVI_TLS_RECENT) {
-        tsrvi_tls *oldest = TSRVI_CONTAINER(loop->sessions.next, tsrvi_tls, recent);
+    tsrvi_list_append(&loop->streams.sessions, &tls->recent);
+    if (++loop->streams.session_count > TSRVI_TLS_RECENT) {
+        tsrvi_tls *oldest = TSRVI_CONTAINER(loop->streams.sessions.next, tsrvi_tls, recent);
         tsrvi_tls_unuse(oldest);
         if (tsrvi_tls_is_empty(oldest->stream)) {
             SSL_free_buffers(oldest->ssl);
@@ -8426,7 +8452,7 @@ static inline TSRVI_INLINE int tsrvi_stream_wait(tsrv_stream *stream, tsrvi_wait
     if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED) && stream->state == TSRVI_OVER) {
         return TSRV_ECLOSED;
     }
-    wait->u.co = tsrvi_loop_of(stream)->co;
+    wait->u.co = tsrvi_loop_of(stream)->coroutines.running;
     tsrvi_wait_add(stream, wait, kind);
     tsrvi_stream_soon(stream);
     rc = tsrvi_co_wait(wait->u.co, TSRVI_FOREVER);
@@ -8452,7 +8478,7 @@ static TSRVI_APART int tsrvi_stream_yield(tsrv_stream *stream, int facts)
 static inline TSRVI_INLINE int tsrvi_stream_pay(tsrv_stream *stream, int facts)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    return TSRVI_UNLIKELY(--loop->budget < 0) && loop->co != NULL
+    return TSRVI_UNLIKELY(--loop->budget < 0) && loop->coroutines.running != NULL
                ? tsrvi_stream_yield(stream, facts)
                : (int)TSRV_OK;
 }
@@ -8505,7 +8531,7 @@ static bool tsrvi_output_fits(const tsrv_stream *stream, size_t size)
 /* Copy data behind what is queued: all of it, or nothing and -ENOMEM. */
 static int tsrvi_output_copy(tsrv_stream *stream, const char *data, size_t size)
 {
-    int rc = tsrvi_queue_copy(&stream->out, &tsrvi_loop_of(stream)->pool, data, size);
+    int rc = tsrvi_queue_copy(&stream->out, &tsrvi_loop_of(stream)->streams.pool, data, size);
     if (rc == TSRV_OK) {
         stream->unsent += size;
         tsrvi_clear(stream, TSRVI_SILENT);
@@ -8691,7 +8717,7 @@ static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
         return false;
     }
     stream->out = NULL;
-    tsrvi_pool_give(&tsrvi_loop_of(stream)->pool, buffer);
+    tsrvi_pool_give(&tsrvi_loop_of(stream)->streams.pool, buffer);
     return true;
 }
 
@@ -8804,7 +8830,7 @@ static void tsrvi_stream_close(tsrv_stream *stream)
 TSRV_API int tsrv_close(tsrv_stream *stream)
 {
     tsrvi_stream_close(stream);
-    if (stream->server == tsrvi_loop_of(stream)->clients) {
+    if (stream->server == tsrvi_loop_of(stream)->servers.clients) {
         stream->state = TSRVI_OVER; /* it was the program's */
         stream->own.u.result = TSRV_OK;
     }
@@ -8824,24 +8850,25 @@ TSRV_API int tsrv_abort(tsrv_stream *stream)
 /* Take the loop's buffer away from the stream that has used it last. */
 static void tsrvi_loop_vacate(tsrv_loop *loop)
 {
-    tsrv_stream *owner = loop->input_owner;
+    tsrv_stream *owner = loop->streams.input_owner;
     tsrvi_buffer *copy;
     size_t size;
     if (owner == NULL) {
         return;
     }
-    loop->input_owner = NULL;
-    size = tsrvi_buffer_size(loop->input);
-    if (size == 0 && !loop->input->held) {
+    loop->streams.input_owner = NULL;
+    size = tsrvi_buffer_size(loop->streams.input);
+    if (size == 0 && !loop->streams.input->held) {
         owner->in = NULL;
         return;
     }
-    copy = loop->input->held
+    copy = loop->streams.input->held
                ? NULL
-               : tsrvi_buffer_copy(loop->input,
+               : tsrvi_buffer_copy(loop->streams.input,
                                    size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2);
     if (copy == NULL) {
-        loop->input = NULL; /* a slice of it is in use, or there is no memory for a copy: it changes
+        loop->streams.input =
+            NULL; /* a slice of it is in use, or there is no memory for a copy: it changes
                                hands */
         return;
     }
@@ -8853,30 +8880,30 @@ static TSRVI_APART tsrvi_buffer *tsrvi_loop_input_new(tsrv_loop *loop, tsrv_stre
 {
     size_t capacity = stream->server->options.read_chunk_size;
     tsrvi_loop_vacate(loop);
-    if (loop->input != NULL && loop->input->capacity < capacity) {
-        TSRV_FREE(loop->input);
-        loop->input = NULL;
+    if (loop->streams.input != NULL && loop->streams.input->capacity < capacity) {
+        TSRV_FREE(loop->streams.input);
+        loop->streams.input = NULL;
     }
-    if (loop->input == NULL) {
-        loop->input = tsrvi_buffer_new(capacity);
+    if (loop->streams.input == NULL) {
+        loop->streams.input = tsrvi_buffer_new(capacity);
     }
-    if (loop->input != NULL) {
-        tsrvi_buffer_reset(loop->input);
-        loop->input_owner = stream;
-        stream->in = loop->input;
+    if (loop->streams.input != NULL) {
+        tsrvi_buffer_reset(loop->streams.input);
+        loop->streams.input_owner = stream;
+        stream->in = loop->streams.input;
     }
-    return loop->input;
+    return loop->streams.input;
 }
 
 static inline TSRVI_INLINE tsrvi_buffer *tsrvi_loop_input(tsrv_loop *loop, tsrv_stream *stream)
 {
-    tsrvi_buffer *buffer = loop->input;
-    if (TSRVI_UNLIKELY(loop->input_owner != NULL || buffer == NULL ||
+    tsrvi_buffer *buffer = loop->streams.input;
+    if (TSRVI_UNLIKELY(loop->streams.input_owner != NULL || buffer == NULL ||
                        buffer->capacity < stream->server->options.read_chunk_size)) {
         return tsrvi_loop_input_new(loop, stream);
     }
     tsrvi_buffer_reset(buffer);
-    loop->input_owner = stream;
+    loop->streams.input_owner = stream;
     stream->in = buffer;
     return buffer;
 }
@@ -8885,8 +8912,8 @@ static inline TSRVI_INLINE tsrvi_buffer *tsrvi_loop_input(tsrv_loop *loop, tsrv_
 static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (TSRVI_LIKELY(loop->input_owner == stream)) {
-        loop->input_owner = NULL;
+    if (TSRVI_LIKELY(loop->streams.input_owner == stream)) {
+        loop->streams.input_owner = NULL;
     } else {
         TSRV_FREE(stream->in);
     }
@@ -9194,7 +9221,7 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     found = read->match(data, size, read->context);
     limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
     if (found == SIZE_MAX) {
-        tsrvi_loop_of(stream)->limited = NULL; /* it is malformed, of whatever size */
+        tsrvi_loop_of(stream)->streams.limited = NULL; /* it is malformed, of whatever size */
         return TSRV_ETOOLONG;
     }
     if ((found > read->max && read->slice != NULL) || (found == 0 && size > limit)) {
@@ -9387,8 +9414,8 @@ static inline TSRVI_INLINE bool tsrvi_read_is_plain(const tsrv_stream *stream,
     return (stream->kinds | (stream->flags & (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED))) ==
                0 &&
            loop->budget > 0 &&
-           (loop->co != NULL ||
-            (loop->handling == stream &&
+           (loop->coroutines.running != NULL ||
+            (loop->streams.handling == stream &&
              (stream->own.kinds |
               (stream->own.facts & (TSRVI_IN_READ | TSRVI_IN_WAKE | TSRVI_PARTLY))) == 0 &&
              stream->unsent <= stream->server->options.write_high_water));
@@ -9399,12 +9426,12 @@ static inline TSRVI_INLINE bool tsrvi_read_is_plain(const tsrv_stream *stream,
 static TSRVI_APART int tsrvi_read_enter(tsrv_stream *stream, tsrvi_read *read)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    bool handling = loop->handling == stream;
+    bool handling = loop->streams.handling == stream;
     int rc = TSRV_OK;
     if (tsrvi_read_is_busy(stream, handling)) {
         return TSRV_EBUSY;
     }
-    if (loop->co != NULL && loop->budget <= 0) {
+    if (loop->coroutines.running != NULL && loop->budget <= 0) {
         rc = tsrvi_stream_yield(stream, TSRVI_IN_READ);
     }
     tsrvi_clear(stream, TSRVI_BORROWED);
@@ -9445,10 +9472,10 @@ static TSRVI_APART int tsrvi_read_leave(tsrv_stream *stream, tsrvi_read *read, i
     }
     if (rc != TSRV_OK) {
         tsrvi_read_undo(stream, read);
-    } else if (loop->co == NULL && loop->handling != stream) {
+    } else if (loop->coroutines.running == NULL && loop->streams.handling != stream) {
         tsrvi_read_lend(stream);
     }
-    if (loop->handling == stream) {
+    if (loop->streams.handling == stream) {
         tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
         tsrvi_own_has(stream, TSRVI_FOR_READ);
         tsrvi_partial_free(stream);
@@ -9503,10 +9530,10 @@ static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, siz
     if (rc == TSRV_OK) {
         rc = tsrvi_read_attempt(stream, read);
     }
-    if (rc == TSRV_EAGAIN && loop->co != NULL) {
+    if (rc == TSRV_EAGAIN && loop->coroutines.running != NULL) {
         return tsrvi_read_wait(stream, read);
     }
-    if (rc == TSRV_EAGAIN && loop->handling == stream) {
+    if (rc == TSRV_EAGAIN && loop->streams.handling == stream) {
         rc = tsrvi_read_note(stream, read);
         return rc == TSRV_EAGAIN ? rc : tsrvi_read_leave(stream, read, rc);
     }
@@ -9593,7 +9620,7 @@ static TSRVI_APART int tsrvi_read_no_line(tsrv_stream *stream, const char *delim
     if (!tsrvi_read_is_plain(stream, loop)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
-    if (loop->co != NULL) {
+    if (loop->coroutines.running != NULL) {
         return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
     }
     if (tsrvi_is(stream, TSRVI_TIMED)) {
@@ -9657,7 +9684,7 @@ static int tsrvi_read_nothing(tsrv_stream *stream)
     if ((rc = tsrvi_stream_pay(stream, 0)) < 0) {
         return rc;
     }
-    if (loop->handling == stream && loop->budget < 0 && stream->end == 0) {
+    if (loop->streams.handling == stream && loop->budget < 0 && stream->end == 0) {
         tsrvi_own_wants(stream, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
@@ -9757,7 +9784,8 @@ static TSRVI_APART int tsrvi_write_pause(tsrv_stream *stream)
 /* A write that was taken, whatever the caller is. */
 static inline TSRVI_INLINE int tsrvi_write_taken(tsrv_stream *stream)
 {
-    return TSRVI_UNLIKELY(tsrvi_write_is_long(stream)) && tsrvi_loop_of(stream)->co != NULL
+    return TSRVI_UNLIKELY(tsrvi_write_is_long(stream)) &&
+                   tsrvi_loop_of(stream)->coroutines.running != NULL
                ? tsrvi_write_pause(stream)
                : (int)TSRV_OK;
 }
@@ -9846,8 +9874,9 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
         return rc;
     }
     if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size))) {
-        return tsrvi_loop_of(stream)->co != NULL ? tsrvi_write_lend(stream, data, size)
-                                                 : tsrvi_write_refuse(stream, TSRV_EFULL);
+        return tsrvi_loop_of(stream)->coroutines.running != NULL
+                   ? tsrvi_write_lend(stream, data, size)
+                   : tsrvi_write_refuse(stream, TSRV_EFULL);
     }
     rc = tsrvi_write_take(stream, data, size);
     if (TSRVI_UNLIKELY(rc < 0)) {
@@ -9860,7 +9889,7 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
 static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, size_t size)
 {
     size_t mark = stream->server->options.write_high_water;
-    tsrvi_pool *pool = &tsrvi_loop_of(stream)->pool;
+    tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
     tsrvi_buffer *buffer = pool->first;
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION) || buffer == NULL ||
                        size - 1 >= TSRVI_DIRECT / 2 || size > mark)) {
@@ -9991,14 +10020,14 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
 static int tsrvi_sendfile_queue(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_buffer *buffer = tsrvi_pool_take(&loop->pool, 0);
+    tsrvi_buffer *buffer = tsrvi_pool_take(&loop->streams.pool, 0);
     if (buffer == NULL) {
         return -ENOMEM;
     }
     buffer->file = TSRV_SYS(fcntl, (fd, F_DUPFD_CLOEXEC, 3));
     if (buffer->file < 0) {
         int rc = tsrvi_error();
-        tsrvi_pool_give(&loop->pool, buffer);
+        tsrvi_pool_give(&loop->streams.pool, buffer);
         return rc;
     }
     buffer->kind = TSRVI_FILE;
@@ -10016,7 +10045,7 @@ static int tsrvi_sendfile_read(tsrv_stream *stream, int fd, int64_t offset, size
     tsrvi_buffer *buffer = stream->out == NULL ? NULL : stream->out->last, source;
     size_t done = 0;
     if (buffer == NULL || buffer->kind != TSRVI_OWNED || buffer->capacity - buffer->end < size) {
-        buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->pool, size);
+        buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->streams.pool, size);
         if (buffer == NULL) {
             return -ENOMEM;
         }
@@ -10070,7 +10099,7 @@ static int tsrvi_flush_run(tsrv_stream *stream)
     if (rc < 0) {
         return rc;
     }
-    if (loop->handling == stream) {
+    if (loop->streams.handling == stream) {
         tsrvi_own_has(stream, TSRVI_FOR_SENT);
     }
     tsrvi_stream_flush(stream);
@@ -10079,11 +10108,11 @@ static int tsrvi_flush_run(tsrv_stream *stream)
     if (rc != TSRV_OK || stream->unsent == 0) {
         return rc;
     }
-    if (loop->co != NULL) {
+    if (loop->coroutines.running != NULL) {
         wait.due_ms = 0;
         return tsrvi_stream_wait(stream, &wait, TSRVI_FOR_SENT);
     }
-    if (loop->handling == stream) {
+    if (loop->streams.handling == stream) {
         if (tsrvi_ms_is_past(loop, stream->deadline_ms)) {
             return TSRV_ETIMEOUT;
         }
@@ -10135,12 +10164,12 @@ static int tsrvi_wake_wait(tsrv_stream *stream, int timeout_ms)
     tsrv_loop *loop = tsrvi_loop_of(stream);
     uint32_t due_ms = tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), timeout_ms));
     tsrvi_wait wait;
-    int rc = loop->parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream, 0);
+    int rc = loop->streams.parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream, 0);
     if (rc < 0) {
         return rc == TSRV_EINVAL ? rc
                                  : (int)TSRV_OK; /* as the end of a stream that is waited for */
     }
-    if (loop->handling == stream) {
+    if (loop->streams.handling == stream) {
         return tsrvi_wake_note(stream, timeout_ms, due_ms);
     }
     if (tsrvi_is(stream, TSRVI_WOKEN)) {
@@ -10150,7 +10179,7 @@ static int tsrvi_wake_wait(tsrv_stream *stream, int timeout_ms)
     if (timeout_ms == 0) {
         return TSRV_ETIMEOUT;
     }
-    if (loop->co == NULL) {
+    if (loop->coroutines.running == NULL) {
         return TSRV_EAGAIN;
     }
     wait.due_ms = due_ms;
@@ -10250,7 +10279,7 @@ TSRV_API size_t tsrv_unsent_size(tsrv_stream *stream)
 
 TSRV_API tsrv_server *tsrv_stream_server(tsrv_stream *stream)
 {
-    return stream->server == tsrvi_loop_of(stream)->clients ? NULL : stream->server;
+    return stream->server == tsrvi_loop_of(stream)->servers.clients ? NULL : stream->server;
 }
 
 TSRV_API bool tsrv_stopping(tsrv_stream *stream)
@@ -10306,12 +10335,13 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
         if ((rc = tsrvi_write_broken(stream)) < 0) {
             return rc; /* nothing more can be said to the peer */
         }
-        if (loop->handling == stream && tsrvi_ms_is_past(loop, stream->deadline_ms)) {
+        if (loop->streams.handling == stream && tsrvi_ms_is_past(loop, stream->deadline_ms)) {
             return TSRV_ETIMEOUT;
         }
-        if (loop->co == NULL) {
+        if (loop->coroutines.running == NULL) {
             stream->own.kinds =
-                (uint8_t)(stream->own.kinds | (loop->handling == stream ? TSRVI_FOR_SECURE : 0));
+                (uint8_t)(stream->own.kinds |
+                          (loop->streams.handling == stream ? TSRVI_FOR_SECURE : 0));
             return TSRV_EAGAIN;
         }
         wait.due_ms = 0;
@@ -10437,9 +10467,9 @@ static void tsrvi_stream_log_end(const tsrv_stream *stream, int rc)
     const tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrv_address address;
     char text[TSRV_ADDRESS_SIZE], limit[96] = "";
-    if (loop->limited == stream && (rc == TSRV_ETOOLONG || rc == TSRV_EFULL)) {
+    if (loop->streams.limited == stream && (rc == TSRV_ETOOLONG || rc == TSRV_EFULL)) {
         snprintf(limit, sizeof(limit), ": more than %lu bytes (%s)",
-                 (unsigned long)loop->limit_size, loop->limit);
+                 (unsigned long)loop->streams.limit_size, loop->streams.limit);
     }
     tsrvi_peer_load(&stream->peer, &address);
     tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
@@ -10537,15 +10567,15 @@ static void tsrvi_stream_call_back(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc;
-    if (loop->addressed != stream) {
-        tsrvi_peer_load(&stream->peer, &loop->address);
-        loop->addressed = stream;
+    if (loop->streams.addressed != stream) {
+        tsrvi_peer_load(&stream->peer, &loop->streams.address);
+        loop->streams.addressed = stream;
     }
-    loop->handling = stream;
+    loop->streams.handling = stream;
     loop->budget = TSRVI_BUDGET;
     loop->written = 0;
-    rc = stream->handler(stream, &loop->address, stream->server->options.context);
-    loop->handling = NULL;
+    rc = stream->handler(stream, &loop->streams.address, stream->server->options.context);
+    loop->streams.handling = NULL;
     tsrvi_stream_returned(stream, rc);
 }
 
@@ -10618,12 +10648,12 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
         tsrvi_input_drop(stream);
     }
     if ((stream->own.facts & TSRVI_ENTERED) != 0 && server->options.on_close != NULL) {
-        loop->parting = stream;
+        loop->streams.parting = stream;
         server->options.on_close(stream, reason, server->options.context);
-        loop->parting = NULL;
+        loop->streams.parting = NULL;
     }
-    loop->limited = loop->limited == stream ? NULL : loop->limited;
-    loop->addressed = loop->addressed == stream ? NULL : loop->addressed;
+    loop->streams.limited = loop->streams.limited == stream ? NULL : loop->streams.limited;
+    loop->streams.addressed = loop->streams.addressed == stream ? NULL : loop->streams.addressed;
     server->drained += server->draining && !server->forced;
     tsrvi_peer_free(&stream->peer);
     tsrvi_transport_of(stream)->free(stream);
@@ -11500,7 +11530,7 @@ static void tsrvi_server_retry(tsrvi_timer *timer)
 /* A descriptor is free again: whoever ran out of them, or of connections, goes on. */
 static void tsrvi_loop_fd_closed(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrvi_server_resume(TSRVI_CONTAINER(link, tsrv_server, link));
     }
 }
@@ -11611,7 +11641,7 @@ static bool tsrvi_server_is_ahead(const tsrv_server *server)
  * must not take, wait for or close what is another's now. */
 static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
 {
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         for (tsrvi_listener *listener = TSRVI_CONTAINER(link, tsrv_server, link)->listeners;
              listener != NULL; listener = listener->next) {
             if (TSRVI_UNLIKELY(listener->io.fd == fd)) {
@@ -11758,8 +11788,8 @@ static int tsrvi_server_attach(tsrv_server *server)
         server->stats = &tsrvi_process.place_own->stats[server->number];
     }
     server->retry.fire = tsrvi_server_retry;
-    loop->fd_closed = tsrvi_loop_fd_closed;
-    tsrvi_list_append(&loop->servers, &server->link);
+    loop->servers.fd_closed = tsrvi_loop_fd_closed;
+    tsrvi_list_append(&loop->servers.all, &server->link);
     return TSRV_OK;
 }
 
@@ -12129,21 +12159,21 @@ static int tsrvi_client_server(tsrv_loop *loop)
 {
     tsrv_server_options options;
     int rc;
-    if (loop->clients != NULL) {
+    if (loop->servers.clients != NULL) {
         return TSRV_OK;
     }
     memset(&options, 0, sizeof(options));
     options.handle_stream = tsrvi_client_unused;
     options.loop = loop;
-    rc = tsrv_server_new(&loop->clients, &options);
+    rc = tsrv_server_new(&loop->servers.clients, &options);
     if (rc == TSRV_OK) {
-        tsrvi_server_number_free(loop->clients->number); /* nobody asks for its counters */
-        loop->clients->number = -1;
-        loop->clients->starting = false;
+        tsrvi_server_number_free(loop->servers.clients->number); /* nobody asks for its counters */
+        loop->servers.clients->number = -1;
+        loop->servers.clients->starting = false;
     }
-    if (rc == TSRV_OK && (rc = tsrvi_server_attach(loop->clients)) < 0) {
-        TSRV_FREE(loop->clients);
-        loop->clients = NULL;
+    if (rc == TSRV_OK && (rc = tsrvi_server_attach(loop->servers.clients)) < 0) {
+        TSRV_FREE(loop->servers.clients);
+        loop->servers.clients = NULL;
     }
     return rc;
 }
@@ -12217,11 +12247,11 @@ static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, soc
     memcpy(&inside, address, tsrvi_min(size, sizeof(inside)));
     tsrvi_address_store(&peer, &inside, size);
     if ((rc = tsrvi_client_connect(fd, address, size, due)) < 0 ||
-        (rc = tsrvi_stream_new(loop->clients, fd, &peer, stream)) < 0) {
+        (rc = tsrvi_stream_new(loop->servers.clients, fd, &peer, stream)) < 0) {
         tsrvi_loop_close_fd(loop, fd);
         return rc;
     }
-    tsrvi_server_dress(loop->clients, fd, address->sa_family != AF_UNIX, false);
+    tsrvi_server_dress(loop->servers.clients, fd, address->sa_family != AF_UNIX, false);
     tsrvi_wait_remove(*stream, &(*stream)->own); /* the program is its handler */
     tsrvi_own_set(*stream, TSRVI_ENTERED);
     (*stream)->state = TSRVI_RUNNING;
@@ -12287,7 +12317,7 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
     if (!TSRVI_HAS_COROUTINES) {
         return TSRV_ENOTSUP;
     }
-    if (loop == NULL || loop->co == NULL || host == NULL) {
+    if (loop == NULL || loop->coroutines.running == NULL || host == NULL) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_client_server(loop)) < 0) {
@@ -12369,7 +12399,7 @@ static bool tsrvi_server_wake_drains(tsrv_server *server, int code)
 /* The loop stops when the last of its servers has been drained. */
 static void tsrvi_loop_left(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         if (TSRVI_CONTAINER(link, tsrv_server, link)->draining) {
             return;
         }
@@ -12453,11 +12483,12 @@ static void tsrvi_server_drain_start(tsrv_server *server)
  * the handlers that are waited for. */
 static bool tsrvi_server_drain_waits(const tsrv_server *server)
 {
-    if (server->loop->co == NULL) {
+    if (server->loop->coroutines.running == NULL) {
         return false;
     }
     for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        if (tsrvi_stream_coroutine(TSRVI_CONTAINER(link, tsrv_stream, link)) == server->loop->co) {
+        if (tsrvi_stream_coroutine(TSRVI_CONTAINER(link, tsrv_stream, link)) ==
+            server->loop->coroutines.running) {
             return false;
         }
     }
@@ -12495,7 +12526,7 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
     if (!tsrvi_server_drain_waits(server)) {
         return TSRV_EAGAIN;
     }
-    wait.co = loop->co;
+    wait.co = loop->coroutines.running;
     tsrvi_list_append(&server->drain_waits, &wait.link);
     rc = tsrvi_co_wait(wait.co, TSRVI_FOREVER);
     tsrvi_list_remove(&wait.link);
@@ -12507,9 +12538,9 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
 static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
 {
     loop->leaving = true;
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
-        if (server != loop->clients && !server->freed) {
+        if (server != loop->servers.clients && !server->freed) {
             server->drain_code = TSRV_OK;
             tsrv_server_drain(server, grace_ms);
         }
@@ -12521,7 +12552,7 @@ static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
  * left is aborted as soon as the loop looks at its timers. */
 static void tsrvi_loop_cut(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
         if (server->draining && !server->forced) {
             server->drain_due = loop->now;
@@ -12648,10 +12679,10 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
  * them later. */
 static void tsrvi_loop_orphan(tsrv_loop *loop)
 {
-    while (loop->signals != NULL) {
-        tsrv_signal_stop(loop->signals);
+    while (loop->sources.signals != NULL) {
+        tsrv_signal_stop(loop->sources.signals);
     }
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrvi_list_init(&TSRVI_CONTAINER(link, tsrv_server, link)->drain_waits);
     }
     for (uint32_t i = 0; i < loop->heap.count; i++) {
@@ -12680,7 +12711,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     if (loop->running) {
         return TSRV_EBUSY;
     }
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrvi_server_abort(TSRVI_CONTAINER(link, tsrv_server, link));
     }
     loop->closing = true;
@@ -12689,7 +12720,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
         tsrvi_loop_turns(loop, true, 0);
     }
     tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrvi_server_forget_waits(TSRVI_CONTAINER(link, tsrv_server, link));
     }
     dropped = tsrvi_co_drop_all(loop);
@@ -12699,10 +12730,10 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     }
     loop->running =
         true; /* on_close is called as from the loop: a server that it frees goes here */
-    while (!tsrvi_list_empty(&loop->servers)) {
-        tsrv_server *server = TSRVI_CONTAINER(loop->servers.next, tsrv_server, link);
+    while (!tsrvi_list_empty(&loop->servers.all)) {
+        tsrv_server *server = TSRVI_CONTAINER(loop->servers.all.next, tsrv_server, link);
         tsrvi_server_drop_streams(server);
-        if (server->freed || server == loop->clients) {
+        if (server->freed || server == loop->servers.clients) {
             tsrvi_server_destroy(server);
         } else {
             tsrvi_server_detach(server);
@@ -13052,8 +13083,8 @@ static void tsrvi_worker_tell(int how)
 static void tsrvi_worker_hear(tsrv_loop *loop)
 {
     int told = __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE);
-    if (loop->beat.fire != NULL && told > loop->told) {
-        loop->told = told;
+    if (loop->worker.beat.fire != NULL && told > loop->worker.told) {
+        loop->worker.told = told;
         tsrvi_loop_leave(loop,
                          told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_process.worker.grace_ms);
         if (told == TSRVI_CUT) {
@@ -13070,7 +13101,7 @@ static bool tsrvi_worker_is_watched(int signo)
     if (loop != chief) {
         return loop != NULL;
     }
-    for (tsrv_signal *watch = chief->signals; watch != NULL; watch = watch->next) {
+    for (tsrv_signal *watch = chief->sources.signals; watch != NULL; watch = watch->next) {
         uintptr_t place = (uintptr_t)watch - (uintptr_t)tsrvi_process.worker.signals; /* or huge */
         if (watch->signo == signo && place >= sizeof(tsrvi_process.worker.signals)) {
             return true;
@@ -13215,7 +13246,7 @@ static void tsrvi_worker_claim(tsrv_loop *loop)
 /* Measure how late the loop is, and see to connections that a wake-up was lost for. */
 static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
 {
-    for (tsrvi_link *link = loop->servers.next; link != &loop->servers; link = link->next) {
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
         server->stats->lag_ms = lag_ms;
         server->stats->lag_max_ms =
@@ -13249,7 +13280,7 @@ static void tsrvi_worker_beat_process(tsrv_loop *loop)
 
 static void tsrvi_worker_beat(tsrvi_timer *timer)
 {
-    tsrv_loop *loop = TSRVI_CONTAINER(timer, tsrv_loop, beat);
+    tsrv_loop *loop = TSRVI_CONTAINER(timer, tsrv_loop, worker.beat);
     uint64_t next = loop->now + tsrvi_process.worker.interval;
     tsrvi_worker_claim(loop);
     tsrvi_worker_beat_servers(loop, (loop->now - timer->due) / TSRVI_MS);
@@ -13266,9 +13297,9 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
     if (tsrvi_worker_id() < 0 && loop != __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
         return;
     }
-    if (loop->beat.fire == NULL) {
-        loop->beat.fire = tsrvi_worker_beat;
-        tsrvi_heap_set(&loop->heap, &loop->beat, tsrvi_clock());
+    if (loop->worker.beat.fire == NULL) {
+        loop->worker.beat.fire = tsrvi_worker_beat;
+        tsrvi_heap_set(&loop->heap, &loop->worker.beat, tsrvi_clock());
     }
     tsrvi_worker_follow_parent();
     tsrvi_worker_claim(loop);
@@ -15051,9 +15082,9 @@ static void tsrvi_serve_done(tsrv_loop *loop)
     for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
         tsrv_signal_stop(&tsrvi_process.worker.signals[i]);
     }
-    tsrvi_heap_remove(&loop->heap, &loop->beat);
-    loop->beat.fire = NULL;
-    loop->told = TSRVI_STAY;
+    tsrvi_heap_remove(&loop->heap, &loop->worker.beat);
+    loop->worker.beat.fire = NULL;
+    loop->worker.told = TSRVI_STAY;
     __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
     tsrvi_process.on_ready = NULL;
     tsrvi_process.loop_entered = NULL;

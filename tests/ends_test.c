@@ -539,7 +539,7 @@ typedef struct balance {
 static void take_balance(void *context)
 {
     balance *b = (balance *)context;
-    b->allocations = t_live_allocations - t_loop->pool.count - (t_loop->input != NULL);
+    b->allocations = t_live_allocations - t_loop->streams.pool.count - (t_loop->streams.input != NULL);
     b->fds = t_open_fds();
     b->open = t_server->stats->open;
 }

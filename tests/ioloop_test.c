@@ -1261,7 +1261,7 @@ TEST_LOOP(pipe_wakes_a_loop_without_eventfd)
     t_fault_at = 1;
     CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
     CHECK_INT(t_fault_hits, TSRVI_HAS_EVENTFD);
-    CHECK(loop->wake_write != loop->wake.fd);
+    CHECK(loop->sources.wake_write != loop->sources.wake.fd);
     CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
     t_turn_until(loop, &calls, 1);
     CHECK_INT(tsrv_loop_run_once(loop, 0), 0); /* what has woken it is read */
