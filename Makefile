@@ -101,7 +101,7 @@ FUZZ_HEADER = $(abspath tcpserver.h)
 
 fuzz: $(BUILD)/fuzz/api
 
-$(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h $(FUZZ_HEADER)
+$(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h tests/verify.h $(FUZZ_HEADER)
 	mkdir -p '$(BUILD)/fuzz/corpus'
 	clang -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -g -O1 -std=gnu99 \
 	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \

@@ -8594,15 +8594,15 @@ static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
     if (stream->phase == TSRVI_CLOSED) {
         return;
     }
+    tsrvi_stream_soon(stream);
+    tsrvi_clear(stream, TSRVI_BLOCKED | TSRVI_SHAKING);
     tsrvi_output_drop(stream);
     tsrvi_transport_of(stream)->drop(stream, TSRV_ECLOSED);
-    stream->phase = TSRVI_CLOSED;
-    tsrvi_clear(stream, TSRVI_BLOCKED | TSRVI_SHAKING);
     stream->server->open--;
     stream->server->stats->open--;
     stream->server->stats->closed++;
-    tsrvi_stream_soon(stream);
     tsrvi_transport_of(stream)->close(stream, reset);
+    stream->phase = TSRVI_CLOSED;
 }
 
 /* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
@@ -8626,18 +8626,19 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
  * for them longer than for a close. */
 static void tsrvi_stream_break_output(tsrv_stream *stream, int code)
 {
+    int blocked = stream->flags & TSRVI_BLOCKED;
     if (!tsrvi_stream_output_failed(stream)) {
         stream->out_end = (int16_t)code;
     }
     tsrvi_set(stream, TSRVI_ENDED);
+    tsrvi_stream_soon(stream);
+    tsrvi_clear(stream, TSRVI_BLOCKED);
     tsrvi_output_drop(stream);
     tsrvi_transport_of(stream)->drop(stream, code);
     if (stream->unsent != 0) {
+        tsrvi_set(stream, blocked);
         stream->own_due_ms = tsrvi_stream_write_due(stream);
-    } else {
-        tsrvi_clear(stream, TSRVI_BLOCKED);
     }
-    tsrvi_stream_soon(stream);
 }
 
 /* A send failed: no more output; what the peer sent before can still be read. */
@@ -9798,8 +9799,8 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
     int rc;
     tsrvi_clear(stream, TSRVI_SILENT);
     if (size >= TSRVI_DIRECT && !tsrvi_is(stream, TSRVI_BLOCKED)) {
-        taken = tsrvi_stream_send(stream, data, size);
         tsrvi_stream_soon(stream);
+        taken = tsrvi_stream_send(stream, data, size);
         if ((rc = tsrvi_write_broken(stream)) != 0) {
             return rc;
         }
@@ -9853,8 +9854,8 @@ static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const char *data, s
     tsrvi_queue_append(&stream->out, &lending.buffer);
     stream->unsent += size;
     tsrvi_clear(stream, TSRVI_SILENT);
-    tsrvi_stream_flush(stream);
     tsrvi_stream_soon(stream);
+    tsrvi_stream_flush(stream);
     rc = tsrvi_buffer_size(&lending.buffer) == 0 ? tsrvi_stream_yield(stream, 0)
          : lending.buffer.kind == TSRVI_DROPPED
              ? tsrvi_write_broken(stream)
@@ -9936,8 +9937,8 @@ TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
     }
     if (!tsrvi_output_fits(stream, size)) {
         /* Readers that are fast may not have been given their chance in this turn. */
-        tsrvi_stream_send(stream, "", 0);
         tsrvi_stream_soon(stream);
+        tsrvi_stream_send(stream, "", 0);
         if ((rc = tsrvi_write_state(stream)) != 0) {
             return rc;
         }
@@ -10042,27 +10043,32 @@ static int tsrvi_sendfile_queue(tsrv_stream *stream, int fd, int64_t offset, siz
  * behind what is queued, so that one send takes both. */
 static int tsrvi_sendfile_read(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
-    tsrvi_buffer *buffer = stream->out == NULL ? NULL : stream->out->last, source;
-    size_t done = 0;
-    if (buffer == NULL || buffer->kind != TSRVI_OWNED || buffer->capacity - buffer->end < size) {
-        buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->streams.pool, size);
-        if (buffer == NULL) {
-            return -ENOMEM;
-        }
-        tsrvi_queue_append(&stream->out, buffer);
+    tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
+    tsrvi_buffer *last = stream->out == NULL ? NULL : stream->out->last, source;
+    bool fits = last != NULL && last->kind == TSRVI_OWNED && last->capacity - last->end >= size;
+    tsrvi_buffer *buffer = fits ? last : tsrvi_pool_take(pool, size);
+    ssize_t got = 1;
+    if (buffer == NULL) {
+        return -ENOMEM;
     }
     source.file = fd;
     source.offset = offset;
     source.end = size;
-    for (source.begin = 0; source.begin < size; source.begin += done) {
-        ssize_t got = tsrvi_output_read(&source, buffer->data + buffer->end + source.begin, size);
-        if (got < 0) {
-            return (int)got;
+    for (source.begin = 0; source.begin < size && got > 0;
+         source.begin += got > 0 ? (size_t)got : 0) {
+        got = tsrvi_output_read(&source, buffer->data + buffer->end + source.begin, size);
+    }
+    if (got < 0) {
+        if (!fits) {
+            tsrvi_pool_give(pool, buffer);
         }
-        done = (size_t)got;
+        return (int)got;
     }
     buffer->end += size;
     buffer->room = 0;
+    if (!fits) {
+        tsrvi_queue_append(&stream->out, buffer);
+    }
     return TSRV_OK;
 }
 
@@ -10102,8 +10108,8 @@ static int tsrvi_flush_run(tsrv_stream *stream)
     if (loop->streams.handling == stream) {
         tsrvi_own_has(stream, TSRVI_FOR_SENT);
     }
-    tsrvi_stream_flush(stream);
     tsrvi_stream_soon(stream);
+    tsrvi_stream_flush(stream);
     rc = tsrvi_write_broken(stream); /* after tsrv_shutdown all is sent as promised */
     if (rc != TSRV_OK || stream->unsent == 0) {
         return rc;
@@ -10316,10 +10322,10 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
     if ((rc = tsrvi_tls_begin(stream, tls, server_name)) < 0) {
         return rc;
     }
+    tsrvi_stream_soon(stream);
     if (server_name != NULL) {
         tsrvi_stream_shake(stream); /* the client speaks first */
     }
-    tsrvi_stream_soon(stream);
     return TSRV_OK;
 }
 
@@ -10479,6 +10485,9 @@ static void tsrvi_stream_log_end(const tsrv_stream *stream, int rc)
 /* The handler is done for good. */
 static void tsrvi_stream_over(tsrv_stream *stream, int rc)
 {
+    if (!tsrvi_code_is_quiet(rc)) {
+        tsrvi_stream_log_end(stream, rc);
+    }
     if (stream->state != TSRVI_RUNNING) {
         tsrvi_wait_remove(stream, &stream->own);
     }
@@ -10487,9 +10496,6 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
     stream->own.u.result = rc;
     stream->state = TSRVI_OVER;
-    if (!tsrvi_code_is_quiet(rc)) {
-        tsrvi_stream_log_end(stream, rc);
-    }
     if (stream->in != NULL) {
         tsrvi_buffer_release(stream->in);
     }

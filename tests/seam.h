@@ -28,6 +28,7 @@ static long t_fault_hits;
 static const char *t_fault_last; /* the name of the last call that was made to fail */
 
 static void (*t_seen)(const char *name); /* told of every call, when set */
+static void (*t_verify)(void);           /* called by every call: what must hold then */
 
 /* What a call usually fails with. */
 static inline int t_usual_errno(const char *name)
@@ -55,6 +56,9 @@ static inline int t_usual_errno(const char *name)
 static inline bool t_fault(const char *name)
 {
     long call;
+    if (t_verify != NULL) {
+        t_verify();
+    }
     if (t_seen != NULL) {
         t_seen(name);
     }

@@ -13,6 +13,8 @@
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 
+#include "verify.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <netinet/in.h>
@@ -686,7 +688,9 @@ static inline void t_run_child(const t_test *test, int output)
     int fds = t_open_fds();
     long long allocations = (long long)t_live_allocations;
     t_clip = t_hard;
+    t_verify = t_verify_streams;
     test->function();
+    t_verify = NULL;
     t_clip = 0;
 #ifdef T_TLS
     t_relay_await();

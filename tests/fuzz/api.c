@@ -276,6 +276,9 @@ static bool stretching;                          /* waits end late, so that a lo
 /* What is to happen to this call; 0 = nothing. */
 static unsigned fault(void)
 {
+    if (t_verify != NULL) {
+        t_verify();
+    }
     if (++system_calls > MOST_SYSTEM_CALLS) {
         fail("a turn does not end: %ld system calls", system_calls);
     }
@@ -585,6 +588,9 @@ static int fuzz_poll(struct pollfd *entries, nfds_t size, int timeout_ms)
 
 #define TCPSERVER_IMPLEMENTATION
 #include FUZZ_HEADER
+#if !FUZZ_OLD
+#include "../verify.h"
+#endif
 
 /* ---- the bytes ----------------------------------------------------------------------------*/
 
@@ -2067,6 +2073,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             fail("no file");
         }
         tsrv_set_log(forget_log, NULL);
+#if !FUZZ_OLD
+        t_verify = t_verify_streams;
+#endif
     }
     for (int fd = 0; fd < 64; fd++) {
         descriptors += fcntl(fd, F_GETFD) >= 0;
