@@ -2832,6 +2832,96 @@ TEST_STREAM(test_start_tls_behind_output)
     close(file);
 }
 
+/* A file that is shorter than was promised cuts the stream, also when the handshake waits behind it; as a client it
+ * begins within the call. */
+static const char *short_name;
+
+static int short_then_tls(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    if (!tsrv_tls_native(stream)) {
+        tsrv_slice line;
+        int rc = tsrv_read_until(stream, "\n", 0, &line);
+        if (rc < 0) {
+            return rc;
+        }
+        CHECK_INT(tsrv_sendfile(stream, file, (4 << 20) - 100000, 200000), TSRV_OK);
+        CHECK_INT(tsrv_start_tls(stream, server_tls, short_name), TSRV_OK);
+    }
+    return wait_code(stream, address, context);
+}
+
+static void short_then_tls_client(int port, void *context)
+{
+    static unsigned char data[100001];
+    size_t got = 0;
+    ssize_t n;
+    (void)context;
+    int fd = t_connect(port);
+    t_sends(fd, "go\n");
+    while ((n = recv(fd, data + got, sizeof data - got, 0)) > 0) {
+        got += (size_t)n;
+    }
+    CHECK(n < 0 && errno == ECONNRESET); /* which may have taken some of it away */
+    compare(data, got, (4 << 20) - 100000);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), -EIO);
+    CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), -EIO);
+    t_close(fd);
+}
+
+static void run_short(const char *server_name)
+{
+    t_case c = {short_then_tls, t_record_reason, short_then_tls_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    make_big_file();
+    short_name = server_name;
+    server_tls = make_tls(&options);
+    tsrv_set_log(t_no_log, NULL);
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+    close(file);
+}
+
+TEST_STREAM(test_start_tls_behind_a_short_file)
+{
+    run_short(NULL);
+}
+
+TEST_STREAM(test_start_tls_of_client_behind_a_short_file)
+{
+    run_short("localhost");
+}
+
+/* When the answer to a hello cannot be sent there will be no handshake, and who waits for it is told why. */
+static int fail_to_answer(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    t_fault_name = "send";
+    t_fault_errno = EPIPE;
+    t_fault_calls = 0;
+    t_fault_at = 1;
+    return wait_code(stream, address, context);
+}
+
+static void unanswered_client(int port, void *context)
+{
+    unsigned char hello[2048];
+    size_t size = record_hello(hello, sizeof hello);
+    (void)context;
+    int fd = t_connect(port);
+    t_send(fd, hello, size);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), -EPIPE);
+    CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), -EPIPE);
+    CHECK_INT(t_fault_hits, 1);
+    t_close(fd);
+}
+
+TEST_STREAM(test_handshake_whose_answer_cannot_be_sent)
+{
+    t_case c = {fail_to_answer, t_record_reason, unanswered_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
 /* Not while somebody reads. */
 static void start_tls_now(void *context)
 {
