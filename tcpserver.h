@@ -154,8 +154,9 @@
  *   TSRV_TLS_OPENSSL              compile TLS in; link -lssl -lcrypto
  *   TSRV_DEBUG                    name mistakes in the log, each once: a handler in callback mode
  *                                 that waits in one read and goes on with another, a loop over
- *                                 calls that fail, a wait where nothing can wait; overwrite what a
- *                                 slice held when it dies; and verify the library itself
+ *                                 calls that fail, a wait where nothing can wait, a call that
+ *                                 needs a coroutine; overwrite what a slice held when it dies; and
+ *                                 verify the library itself
  *   TSRV_VALGRIND                 tell Valgrind about stacks (needs valgrind/valgrind.h)
  *
  * CONTENTS, in the order of the layers; search for the tag
@@ -2372,6 +2373,41 @@ static void tsrvi_do_without(unsigned what, const char *name, int code)
         tsrvi_log(TSRV_LOG_INFO, "%s is refused here (%s): doing without it", name,
                   tsrv_strerror(code));
     }
+}
+
+#ifdef TSRV_DEBUG
+#define TSRVI_MISTAKES 64 /* different ones of a program that are told, each once */
+
+/* Threads may tell the same twice. */
+static bool tsrvi_mistake_is_new(const char *function, const char *mistake)
+{
+    static const char *told[TSRVI_MISTAKES][2];
+    int i = 0;
+    while (i < TSRVI_MISTAKES && told[i][0] != NULL &&
+           (told[i][0] != function || told[i][1] != mistake)) {
+        i++;
+    }
+    if (i == TSRVI_MISTAKES || told[i][0] != NULL) {
+        return false;
+    }
+    told[i][0] = function;
+    told[i][1] = mistake;
+    return true;
+}
+#endif
+
+/* A function that waits by itself was called outside of a coroutine. Returns TSRV_EINVAL. */
+static int tsrvi_mistake_no_coroutine(const char *function)
+{
+#ifdef TSRV_DEBUG
+    if (tsrvi_mistake_is_new(function, "no coroutine")) {
+        tsrvi_log(TSRV_LOG_WARNING,
+                  "TSRV_DEBUG: %s: only a coroutine can wait here; tsrv_spawn makes one", function);
+    }
+#else
+    (void)function;
+#endif
+    return TSRV_EINVAL;
 }
 
 /* ============================================================================
@@ -4931,8 +4967,11 @@ TSRV_API int tsrv_sleep(int delay_ms)
 {
     tsrvi_co *co = tsrvi_co_self();
     int rc;
-    if (co == NULL || delay_ms < 0) {
+    if (delay_ms < 0) {
         return TSRV_EINVAL;
+    }
+    if (co == NULL) {
+        return tsrvi_mistake_no_coroutine(__func__);
     }
     rc = delay_ms == 0 ? tsrvi_co_yield(co)
                        : tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), delay_ms));
@@ -4974,8 +5013,11 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
     tsrvi_fd_wait wait;
     tsrvi_co *co = tsrvi_co_self();
     int rc;
-    if (co == NULL || fd < 0 || events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0) {
+    if (fd < 0 || events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0) {
         return TSRV_EINVAL;
+    }
+    if (co == NULL) {
+        return tsrvi_mistake_no_coroutine(__func__);
     }
     if (timeout_ms == 0) {
         return tsrvi_fd_look(fd, events);
@@ -7337,30 +7379,16 @@ static uint32_t tsrvi_stream_write_due(const tsrv_stream *stream)
 #ifdef TSRV_DEBUG
 #define TSRVI_CHECKED(stream, call) tsrvi_debug_result(stream, __func__, call)
 #define TSRVI_DEBUG_FAILURES 1000 /* in a row, none of which has let go for long */
-#define TSRVI_DEBUG_TOLD 64       /* different mistakes that are told */
 
-/* Say it, if it is new. The stream may be NULL. */
+/* Say it, if it is new. */
 static void tsrvi_debug_tell(const tsrv_stream *stream, const char *function, const char *mistake)
 {
-    static const char *told[TSRVI_DEBUG_TOLD][2]; /* threads may tell the same twice */
     tsrv_address address;
-    char text[TSRV_ADDRESS_SIZE] = "";
-    int i = 0;
-    while (i < TSRVI_DEBUG_TOLD && told[i][0] != NULL) {
-        if (told[i][0] == function && told[i][1] == mistake) {
-            return;
-        }
-        i++;
-    }
-    if (i < TSRVI_DEBUG_TOLD) {
-        told[i][0] = function;
-        told[i][1] = mistake;
-        if (stream != NULL) {
-            tsrvi_peer_load(&stream->peer, &address);
-            tsrv_address_format(&address, text, sizeof(text));
-        }
-        tsrvi_log(TSRV_LOG_WARNING, "TSRV_DEBUG: %s%s%s: %s", function,
-                  stream == NULL ? "" : " for ", text, mistake);
+    char text[TSRV_ADDRESS_SIZE];
+    if (tsrvi_mistake_is_new(function, mistake)) {
+        tsrvi_peer_load(&stream->peer, &address);
+        tsrvi_log(TSRV_LOG_WARNING, "TSRV_DEBUG: %s for %s: %s", function,
+                  tsrv_address_format(&address, text, sizeof(text)), mistake);
     }
 }
 
@@ -12323,8 +12351,11 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
     if (!TSRVI_HAS_COROUTINES) {
         return TSRV_ENOTSUP;
     }
-    if (loop == NULL || loop->coroutines.running == NULL || host == NULL) {
+    if (host == NULL) {
         return TSRV_EINVAL;
+    }
+    if (loop == NULL || loop->coroutines.running == NULL) {
+        return tsrvi_mistake_no_coroutine(__func__);
     }
     if ((rc = tsrvi_client_server(loop)) < 0) {
         return rc;

@@ -1305,6 +1305,25 @@ TEST_CALLBACK(debug_names_a_wait_where_nothing_can_wait)
     s_close();
 }
 
+/* Each is told once, and without a coroutine to wait in none of them waits. */
+TEST_ONCE(debug_names_calls_that_need_a_coroutine)
+{
+    tsrv_stream *stream;
+    tsrv_set_log(see_mistakes, NULL);
+    for (int i = 0; i < 3; i++) {
+        static const char *const names[] = {"tsrv_sleep", "tsrv_wait_fd", "tsrv_connect"};
+        mistakes = 0;
+        for (int twice = 0; twice < 2; twice++) {
+            CHECK_INT(i == 0   ? tsrv_sleep(1)
+                      : i == 1 ? tsrv_wait_fd(0, TSRV_READABLE, 1)
+                               : tsrv_connect("127.0.0.1", 1, NULL, &stream),
+                      TSRV_EINVAL);
+        }
+        expect_mistake(names[i], "only a coroutine can wait");
+    }
+    tsrv_set_log(NULL, NULL);
+}
+
 TEST_STREAM(debug_overwrites_what_a_slice_held)
 {
     mistaken = 0;
