@@ -16,15 +16,16 @@ WARNINGS = -Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wun
            -Wwrite-strings -Wstrict-prototypes -Wmissing-prototypes -Wold-style-definition
 CFLAGS   = -std=$(STD) $(OPT) -g $(WARNINGS) -Werror
 # Tests use GNU's and POSIX's functions around the header, and are not held to all of its warnings. With TSRV_DEBUG the
-# header verifies itself.
-T_OPT    = $(if $(COMPILED),-O0,-O1)
-T_CFLAGS = -std=$(STD:c%=gnu%) $(T_OPT) -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror -DTSRV_DEBUG
+# header verifies itself; DEBUG= tests it without, as it is used.
+DEBUG    = -DTSRV_DEBUG
+T_OPT    = $(if $(COMPILED),-O0,$(if $(DEBUG),-O1,-O2))
+T_CFLAGS = -std=$(STD:c%=gnu%) $(T_OPT) -g -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror $(DEBUG)
 
 # The compilers' sanitizers see most at -O0, and a build takes a quarter of the time.
 COMPILED = $(filter address undefined thread,$(SAN))
 
 # A build of its own for every combination, so that they never mix.
-DIR = $(BUILD)/$(notdir $(CC))-$(STD)$(if $(SAN),-$(SAN))$(if $(KQUEUE),-kqueue)
+DIR = $(BUILD)/$(notdir $(CC))-$(STD)$(if $(SAN),-$(SAN))$(if $(KQUEUE),-kqueue)$(if $(DEBUG),,-release)
 
 SAN_FLAGS_address   = -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 SAN_FLAGS_undefined = -fsanitize=undefined -fno-sanitize-recover=all
@@ -72,7 +73,7 @@ help:
 	@echo "make install   copy the header to PREFIX/include ($(PREFIX))"
 	@echo "make clean     remove $(BUILD)/"
 	@echo "variables      CC=clang SAN=address|undefined|thread|valgrind BACKEND=epoll|poll|kqueue"
-	@echo "               STD=c99|c11|c17 KQUEUE=1 TESTS='ioloop iostream'"
+	@echo "               STD=c99|c11|c17 KQUEUE=1 DEBUG= TESTS='ioloop iostream'"
 
 run: $(DIR)/echo
 	$(DIR)/echo 8888
