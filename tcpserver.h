@@ -7327,12 +7327,14 @@ static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
     return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
 }
 
-static uint32_t tsrvi_ms_after(const tsrv_loop *loop, int delay_ms)
+static inline TSRVI_INLINE uint32_t tsrvi_ms_after(const tsrv_loop *loop, int delay_ms)
 {
-    return delay_ms < 0 ? 0 : tsrvi_ms_at(loop, tsrvi_after(loop->now, delay_ms));
+    uint32_t ms = loop->now_ms + 1 +
+                  (delay_ms < TSRVI_MS_MOST ? (uint32_t)delay_ms : (uint32_t)TSRVI_MS_MOST - 1);
+    return delay_ms < 0 ? 0 : ms == 0 ? 1 : ms;
 }
 
-static uint32_t tsrvi_ms_earlier(uint32_t a, uint32_t b)
+static inline TSRVI_INLINE uint32_t tsrvi_ms_earlier(uint32_t a, uint32_t b)
 {
     return a == 0 ? b : b == 0 || (int32_t)(a - b) < 0 ? a : b;
 }
@@ -7351,7 +7353,7 @@ static uint64_t tsrvi_ms_due(const tsrv_loop *loop, uint32_t ms)
 }
 
 /* When its peer, from which no byte came and to which none went, has been idle for too long. */
-static uint32_t tsrvi_stream_idle_due(const tsrv_stream *stream)
+static inline TSRVI_INLINE uint32_t tsrvi_stream_idle_due(const tsrv_stream *stream)
 {
     int idle_ms = stream->server->options.idle_timeout_ms;
     uint32_t due = stream->active_ms +
@@ -9290,7 +9292,7 @@ static inline TSRVI_INLINE uint32_t tsrvi_read_due(const tsrv_stream *stream)
 }
 
 /* When a read is over that has this limit of its own. */
-static uint32_t tsrvi_read_limit(const tsrv_stream *stream, uint32_t due_ms)
+static inline TSRVI_INLINE uint32_t tsrvi_read_limit(const tsrv_stream *stream, uint32_t due_ms)
 {
     return tsrvi_ms_earlier(tsrvi_ms_earlier(due_ms, stream->deadline_ms),
                             tsrvi_stream_idle_due(stream));
@@ -9445,8 +9447,7 @@ static inline TSRVI_INLINE bool tsrvi_read_is_plain(const tsrv_stream *stream,
            loop->budget > 0 &&
            (loop->coroutines.running != NULL ||
             (loop->streams.handling == stream &&
-             (stream->own.kinds |
-              (stream->own.facts & (TSRVI_IN_READ | TSRVI_IN_WAKE | TSRVI_PARTLY))) == 0 &&
+             (stream->own.kinds | (stream->own.facts & TSRVI_PARTLY)) == 0 &&
              stream->unsent <= stream->server->options.write_high_water));
 }
 
@@ -9625,6 +9626,7 @@ static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimite
     if (TSRVI_UNLIKELY(last == NULL)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
+    tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
     tsrvi_own_set(stream, TSRVI_CONSUMED);
     loop->budget--;
     tsrvi_buffer_take(buffer, (size_t)(last - data) + 1, slice);
@@ -9652,7 +9654,7 @@ static TSRVI_APART int tsrvi_read_no_line(tsrv_stream *stream, const char *delim
     if (loop->coroutines.running != NULL) {
         return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
     }
-    if (tsrvi_is(stream, TSRVI_TIMED)) {
+    if (tsrvi_is(stream, TSRVI_TIMED) && tsrvi_read_is_late(stream)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
     if (stream->in != NULL) {
@@ -10757,8 +10759,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_is_over(const tsrv_stream *stream,
 }
 
 /* When its time is over; 0 = never. */
-static inline TSRVI_INLINE uint32_t tsrvi_wait_due(const tsrv_stream *stream,
-                                                   const tsrvi_wait *wait)
+static uint32_t tsrvi_wait_due(const tsrv_stream *stream, const tsrvi_wait *wait)
 {
     uint32_t due_ms = 0;
     if ((wait->kinds & TSRVI_FOR_READ) != 0) {
@@ -10772,6 +10773,11 @@ static inline TSRVI_INLINE uint32_t tsrvi_wait_due(const tsrv_stream *stream,
         due_ms = tsrvi_ms_earlier(due_ms, stream->deadline_ms);
     }
     return due_ms;
+}
+
+static TSRVI_APART bool tsrvi_wait_is_late(const tsrv_stream *stream, const tsrvi_wait *wait)
+{
+    return tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait));
 }
 
 /* What the call of a coroutine, other than a read, returns when its wait is over; TSRV_EAGAIN = it
@@ -10814,7 +10820,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
              ? tsrvi_read_attempt(stream, TSRVI_CONTAINER(wait, tsrvi_read, wait))
              : tsrvi_wait_result(stream, wait);
     if (TSRVI_UNLIKELY(rc == TSRV_EAGAIN)) {
-        if (!tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, wait))) {
+        if (!tsrvi_wait_is_late(stream, wait)) {
             return false;
         }
         rc = TSRV_ETIMEOUT;
@@ -10827,8 +10833,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
 /* The same of the handler's wait, and call it. */
 static inline TSRVI_INLINE bool tsrvi_own_end(tsrv_stream *stream)
 {
-    if (!tsrvi_wait_is_over(stream, &stream->own) &&
-        !tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_wait_due(stream, &stream->own))) {
+    if (!tsrvi_wait_is_over(stream, &stream->own) && !tsrvi_wait_is_late(stream, &stream->own)) {
         return false;
     }
     tsrvi_stream_call(stream);
@@ -10949,13 +10954,19 @@ static inline TSRVI_INLINE bool tsrvi_stream_is_due(const tsrv_stream *stream)
     return false;
 }
 
+/* Will the timer fire by then? */
+static inline TSRVI_INLINE bool tsrvi_stream_is_armed(const tsrv_stream *stream, uint32_t due_ms)
+{
+    uint32_t armed_ms = (uint32_t)(stream->timer.due / TSRVI_MS);
+    return stream->timer.position != 0 && (int32_t)(armed_ms - due_ms) <= 0;
+}
+
 /* Have the timer fire at the earliest of the stream's times, lazily: one that fires too early looks
  * again. A wait whose time is past ends in the next turn, so that a loop around it stops nobody. */
 static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     uint32_t due_ms = 0;
-    uint64_t due;
     for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
         due_ms = tsrvi_ms_earlier(due_ms, tsrvi_wait_due(stream, wait));
     }
@@ -10966,11 +10977,8 @@ static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
     if (stream->phase == TSRVI_LINGER || tsrvi_is(stream, TSRVI_BLOCKED | TSRVI_SHAKING)) {
         due_ms = tsrvi_ms_earlier(due_ms, stream->own_due_ms);
     }
-    if (due_ms != 0) {
-        due = tsrvi_ms_due(loop, due_ms);
-        if (stream->timer.position == 0 || stream->timer.due > due) {
-            tsrvi_heap_set(&loop->heap, &stream->timer, due);
-        }
+    if (due_ms != 0 && !tsrvi_stream_is_armed(stream, due_ms)) {
+        tsrvi_heap_set(&loop->heap, &stream->timer, tsrvi_ms_due(loop, due_ms));
     }
 }
 
@@ -11023,14 +11031,21 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
 }
 #endif
 
-/* Is there nothing more to see to? The common case: it waits for input, as before, without a limit.
- */
+/* The limit of the only wait, a read's: is it ahead, and the timer armed for it? */
+static TSRVI_APART bool tsrvi_stream_is_timed(const tsrv_stream *stream)
+{
+    uint32_t due_ms = tsrvi_read_limit(stream, stream->waits->due_ms);
+    return due_ms == 0 || (!tsrvi_ms_is_past(tsrvi_loop_of(stream), due_ms) &&
+                           tsrvi_stream_is_armed(stream, due_ms));
+}
+
+/* Is there nothing more to see to? The common case: it waits for input, as before. */
 static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
 {
     return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
-           !tsrvi_is(stream, TSRVI_ODD | TSRVI_TIMED) &&
-           stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
-           stream->queued == TSRVI_IN_SETTLE;
+           !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
+           stream->queued == TSRVI_IN_SETTLE &&
+           (TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_TIMED)) || tsrvi_stream_is_timed(stream));
 }
 
 /* The interest of the backend, the time, and what is left for the next turn. */
