@@ -200,6 +200,7 @@ struct call {
     bool extra;        /* it is one that the handler makes besides, and need not repeat as it was */
     bool must_end;     /* something has ended it */
     bool was_ended;    /* its stream had ended, or may have, when it began, */
+    bool was_over; /* the same, and without a doubt */
     long begin_turn;   /* which was in this turn */
     int late;          /* turns in which it should have been over */
     char memory[LARGEST + 1];
@@ -975,7 +976,7 @@ static void after_write(call *c, int rc, size_t unsent)
     if (!(rc == TSRV_ECLOSED && on->shut) && !(rc == TSRV_EFULL && c->kind == TRY_WRITE)) {
         check_error(c, rc);
     }
-    if ((c->was_ended && c->begin_turn == turns) || (rc == TSRV_EFULL && c->kind == TRY_WRITE)) {
+    if ((c->was_over && c->begin_turn == turns) || (rc == TSRV_EFULL && c->kind == TRY_WRITE)) {
         on->written = c->from; /* nothing of it was taken */
     } else {
         on->unsure = true;
@@ -1081,7 +1082,8 @@ static void begin_call(call *c)
     c->from = is_read(c->kind) ? on->read : on->written;
     c->begin_ms = is_read(c->kind) ? loop_ms : now_ms();
     c->begin_turn = turns;
-    c->was_ended = on->ending || on->perhaps || on->shut || on->fd < 0;
+    c->was_over = on->ending || on->shut || on->fd < 0;
+    c->was_ended = c->was_over || on->perhaps;
     if (is_read(c->kind)) {
         c->timeout_ms = on->read_ms != 0 ? on->read_ms : options.read_timeout_ms;
         on->reads_ms = loop_ms;
