@@ -1227,20 +1227,21 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
  *
  * A byte that comes: the kernel -> tsrvi_epoll_wait -> tsrvi_poller_dispatch -> tsrvi_stream_event
  * (>>event) -> tsrvi_stream_feed -> tsrvi_stream_receive (>>input) -> tsrvi_plain_recv
- * (>>transport), or a session's -> the loop's buffer. Then tsrvi_stream_settle (>>settle) ->
- * tsrvi_wait_end -> tsrvi_attempt_until and its kin (>>attempt) -> the slice -> the coroutine goes
- * on, or tsrvi_stream_call (>>handler) calls the handler, whose read attempts the same.
+ * (>>transport), or a session's -> the loop's buffer. Then tsrvi_wait_end (>>settle) ->
+ * tsrvi_attempt_until and its kin (>>attempt) -> the slice -> the coroutine goes on; or
+ * tsrvi_own_end -> tsrvi_stream_call (>>handler) -> the handler, whose read attempts the same. What
+ * is not as simple as that goes by way of tsrvi_stream_happens and tsrvi_stream_settle.
  *
  * A byte that goes: tsrv_write (>>write) -> a buffer of the queue (>>buffer) -> when the handler
- * waits or returns, tsrvi_stream_settle -> tsrvi_stream_flush (>>ends) -> tsrvi_plain_send
- * (>>transport), or a session's -> the kernel. Large ones go from tsrvi_write_take straight to
+ * waits or returns, tsrvi_stream_settled -> tsrvi_stream_flush (>>ends) -> send(2), or
+ * tsrvi_plain_send (>>transport), or a session's -> the kernel. Large ones go from tsrvi_write_take straight to
  * tsrvi_stream_send.
  *
  * Where to change what
  *   a new kind of wait        a TSRVI_FOR_... and its predicate in tsrvi_wait_is_over (>>settle)
  *   a new read                an attempt (>>attempt), and a public function around it (>>read)
  *   a new end, or phase       the table in >>stream, >>ends, tsrvi_stream_verify (>>settle)
- *   a new transport           a table as in >>transport
+ *   a new transport           a table as in >>transport; tests/transport.h has one
  *   another event interface   a table as in >>backend, and a line in tsrvi_backends (>>poll)
  *   another processor         >>switch
  *   accepting                 >>accept; a drain: >>drain; processes: the tables in >>process
@@ -6991,7 +6992,7 @@ static void tsrvi_peer_free(tsrvi_peer *peer)
  * The core is one idea: a wait is a predicate, and a stream is settled in one
  * place. Calls and events only set facts: bytes came, bytes were queued, the
  * input has ended, the program has closed, a time has passed. A fact puts the
- * stream on one of the loop's lists; tsrvi_stream_settle, in >>handler, then
+ * stream on one of the loop's lists; tsrvi_stream_settle, in >>settle, then
  *
  *     sends what is queued, and goes on with what follows the output (FIN ...),
  *     ends each wait whose predicate holds, the oldest first,

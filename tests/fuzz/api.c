@@ -200,7 +200,7 @@ struct call {
     bool extra;        /* it is one that the handler makes besides, and need not repeat as it was */
     bool must_end;     /* something has ended it */
     bool was_ended;    /* its stream had ended, or may have, when it began, */
-    bool was_over; /* the same, and without a doubt */
+    bool was_over;     /* the same without "or may have" */
     long begin_turn;   /* which was in this turn */
     int late;          /* turns in which it should have been over */
     char memory[LARGEST + 1];
