@@ -1234,8 +1234,8 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
  *
  * A byte that goes: tsrv_write (>>write) -> a buffer of the queue (>>buffer) -> when the handler
  * waits or returns, tsrvi_stream_settled -> tsrvi_stream_flush (>>ends) -> send(2), or
- * tsrvi_plain_send (>>transport), or a session's -> the kernel. Large ones go from tsrvi_write_take straight to
- * tsrvi_stream_send.
+ * tsrvi_plain_send (>>transport), or a session's -> the kernel. Large ones go from tsrvi_write_take
+ * straight to tsrvi_stream_send.
  *
  * Where to change what
  *   a new kind of wait        a TSRVI_FOR_... and its predicate in tsrvi_wait_is_over (>>settle)
@@ -2429,6 +2429,8 @@ static int tsrvi_mistake_no_coroutine(const char *function)
 
 #define TSRVI_POOLED ((size_t)16384) /* bytes of a buffer that the pool keeps, header included */
 #define TSRVI_POOL_MOST 64           /* of them */
+#define TSRVI_LARGE ((size_t)65536)  /* bytes from which on a buffer is kept as a large one, */
+#define TSRVI_LARGE_MOST ((size_t)8 * 1024 * 1024) /* and of all that are */
 
 #define TSRVI_DEAD 0xDD /* TSRV_DEBUG: what is in a slice that has died */
 
@@ -2455,10 +2457,14 @@ typedef struct tsrvi_buffer {
 #endif
 } tsrvi_buffer;
 
-/* Empty buffers of TSRVI_POOLED bytes. */
+/* Empty buffers: of TSRVI_POOLED bytes, and large ones, since what is made anew for every message
+ * costs a page fault for each page. */
 typedef struct tsrvi_pool {
     tsrvi_buffer *first;
     int count;
+    tsrvi_buffer *large;
+    size_t large_size; /* bytes of them */
+    bool large_used;   /* since it was looked at last */
 } tsrvi_pool;
 
 static inline TSRVI_INLINE void tsrvi_buffer_reset(tsrvi_buffer *buffer)
@@ -2498,30 +2504,79 @@ static inline TSRVI_INLINE tsrvi_buffer *tsrvi_pool_pop(tsrvi_pool *pool)
     return buffer;
 }
 
-/* One from the pool if `size` bytes fit into it, else one of its own; NULL: no memory. */
+/* A large one for `size` bytes, the smallest that will do; roomy: the largest. NULL: no memory. */
+static TSRVI_APART tsrvi_buffer *tsrvi_pool_take_large(tsrvi_pool *pool, size_t size, bool roomy)
+{
+    tsrvi_buffer **best = NULL, *buffer;
+    for (tsrvi_buffer **link = &pool->large; *link != NULL; link = &(*link)->next) {
+        if ((*link)->capacity >= size &&
+            (best == NULL || ((*link)->capacity > (*best)->capacity) == roomy)) {
+            best = link;
+        }
+    }
+    pool->large_used = true;
+    if (best == NULL) {
+        return size > SIZE_MAX / 2
+                   ? NULL
+                   : tsrvi_buffer_new((size + TSRVI_LARGE - 1) / TSRVI_LARGE * TSRVI_LARGE);
+    }
+    buffer = *best;
+    *best = buffer->next;
+    pool->large_size -= buffer->capacity;
+    tsrvi_buffer_reset(buffer);
+    return buffer;
+}
+
+/* One for `size` bytes, from the pool if it has such; NULL: no memory. */
 static tsrvi_buffer *tsrvi_pool_take(tsrvi_pool *pool, size_t size)
 {
     const size_t usual = TSRVI_POOLED - sizeof(tsrvi_buffer) - 1;
-    if (pool->first == NULL || size > usual) {
-        return tsrvi_buffer_new(size > usual ? size : usual);
+    if (size > usual) {
+        return size < TSRVI_LARGE ? tsrvi_buffer_new(size)
+                                  : tsrvi_pool_take_large(pool, size, false);
     }
-    return tsrvi_pool_pop(pool);
+    return pool->first == NULL ? tsrvi_buffer_new(usual) : tsrvi_pool_pop(pool);
+}
+
+/* Keep a large one, if there is room for it. */
+static TSRVI_APART void tsrvi_pool_give_large(tsrvi_pool *pool, tsrvi_buffer *buffer)
+{
+    if (buffer->capacity < TSRVI_LARGE || buffer->capacity > TSRVI_LARGE_MOST - pool->large_size) {
+        TSRV_FREE(buffer);
+        return;
+    }
+    buffer->next = pool->large;
+    pool->large = buffer;
+    pool->large_size += buffer->capacity;
+    pool->large_used = true;
 }
 
 static inline TSRVI_INLINE void tsrvi_pool_give(tsrvi_pool *pool, tsrvi_buffer *buffer)
 {
-    if (buffer->capacity == TSRVI_POOLED - sizeof(tsrvi_buffer) - 1 &&
-        pool->count < TSRVI_POOL_MOST) {
+    if (TSRVI_LIKELY(buffer->capacity == TSRVI_POOLED - sizeof(tsrvi_buffer) - 1 &&
+                     pool->count < TSRVI_POOL_MOST)) {
         buffer->next = pool->first;
         pool->first = buffer;
         pool->count++;
     } else {
+        tsrvi_pool_give_large(pool, buffer);
+    }
+}
+
+/* Free the large ones. */
+static void tsrvi_pool_trim(tsrvi_pool *pool)
+{
+    while (pool->large != NULL) {
+        tsrvi_buffer *buffer = pool->large;
+        pool->large = buffer->next;
         TSRV_FREE(buffer);
     }
+    pool->large_size = 0;
 }
 
 static void tsrvi_pool_free(tsrvi_pool *pool)
 {
+    tsrvi_pool_trim(pool);
     while (pool->first != NULL) {
         tsrvi_buffer *buffer = pool->first;
         pool->first = buffer->next;
@@ -2620,10 +2675,13 @@ static inline TSRVI_INLINE void tsrvi_buffer_release(tsrvi_buffer *buffer)
     }
 }
 
-/* The unread bytes in a buffer of another capacity, or NULL; the old one stays as it is. */
-static tsrvi_buffer *tsrvi_buffer_copy(const tsrvi_buffer *buffer, size_t capacity)
+/* The unread bytes in a buffer of another capacity, or NULL; the old one stays as it is.
+ *   roomy  more of them will come: see tsrvi_pool_take_large */
+static tsrvi_buffer *tsrvi_buffer_copy(const tsrvi_buffer *buffer, tsrvi_pool *pool,
+                                       size_t capacity, bool roomy)
 {
-    tsrvi_buffer *copy = tsrvi_buffer_new(capacity);
+    tsrvi_buffer *copy = capacity < TSRVI_LARGE ? tsrvi_buffer_new(capacity)
+                                                : tsrvi_pool_take_large(pool, capacity, roomy);
     size_t size = tsrvi_buffer_size(buffer);
     TSRV_ASSERT(!buffer->held && capacity >= size);
     if (copy != NULL) {
@@ -3857,6 +3915,7 @@ typedef struct tsrvi_stacks {
     size_t size;
 } tsrvi_stacks;
 
+#define TSRVI_TRIM_MS 1000 /* large buffers that nobody has used for so long are freed */
 #define TSRVI_BUDGET \
     256 /* calls that may complete at once before a handler has to let others run */
 
@@ -3891,7 +3950,8 @@ typedef struct tsrvi_loop_streams {
     size_t limit_size;        /* and how much it is */
     tsrvi_buffer *input;      /* what all receive into */
     tsrv_stream *input_owner; /* whose unread bytes or slice are in it */
-    tsrvi_pool pool;          /* of output buffers */
+    tsrvi_pool pool;          /* of buffers */
+    tsrvi_timer trim;         /* when its large ones are looked at, whether they are used */
     tsrvi_link sessions;      /* that keep their buffers, the last used last */
     int session_count;        /* of them */
     tsrv_address address;     /* the peer's, while a handler is called */
@@ -4128,6 +4188,19 @@ static void tsrvi_loops_wake(void)
     tsrvi_unlock(&tsrvi_process.loops.lock);
 }
 
+/* Free the large buffers that nobody has used for a while. */
+static void tsrvi_loop_trim(tsrvi_timer *timer)
+{
+    tsrv_loop *loop = TSRVI_CONTAINER(timer, tsrv_loop, streams.trim);
+    tsrvi_pool *pool = &loop->streams.pool;
+    if (!pool->large_used) {
+        tsrvi_pool_trim(pool);
+    } else if (pool->large != NULL) {
+        pool->large_used = false;
+        tsrvi_heap_set(&loop->heap, timer, tsrvi_after(loop->now, TSRVI_TRIM_MS));
+    }
+}
+
 static void tsrvi_loop_destroy(tsrv_loop *loop)
 {
     tsrv_loop *self = loop;
@@ -4177,10 +4250,12 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     made->coroutines.page_size = (size_t)TSRV_SYS(sysconf, (_SC_PAGESIZE));
     tsrvi_list_init(&made->coroutines.all);
     tsrvi_list_init(&made->servers.all);
+    made->streams.trim.fire = tsrvi_loop_trim;
     if ((rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
             0 ||
-        (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* for its beat */
+        (rc = tsrvi_heap_reserve(&made->heap)) < 0 || /* for its beat, */
+        (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* and its pool */
         tsrvi_loop_destroy(made);
         return rc;
     }
@@ -7504,14 +7579,23 @@ typedef struct tsrvi_session {
 
 /* ---- the queue -------------------------------------------------------------*/
 
+/* Give a buffer back. Large ones are kept for as long as they are used. */
+static inline TSRVI_INLINE void tsrvi_loop_recycle(tsrv_loop *loop, tsrvi_buffer *buffer)
+{
+    tsrvi_pool_give(&loop->streams.pool, buffer);
+    if (TSRVI_UNLIKELY(loop->streams.pool.large != NULL) && loop->streams.trim.position == 0) {
+        tsrvi_heap_set(&loop->heap, &loop->streams.trim, tsrvi_after(loop->now, TSRVI_TRIM_MS));
+    }
+}
+
 /* A buffer leaves the queue: sent, or dropped. */
 static inline TSRVI_INLINE void tsrvi_output_free(tsrv_stream *stream, tsrvi_buffer *buffer)
 {
     if (TSRVI_LIKELY(buffer->kind == TSRVI_OWNED)) {
-        tsrvi_pool_give(&tsrvi_loop_of(stream)->streams.pool, buffer);
+        tsrvi_loop_recycle(tsrvi_loop_of(stream), buffer);
     } else if (buffer->kind == TSRVI_FILE) {
         int file = buffer->file;
-        tsrvi_pool_give(&tsrvi_loop_of(stream)->streams.pool, buffer);
+        tsrvi_loop_recycle(tsrvi_loop_of(stream), buffer);
         tsrvi_loop_close_fd(tsrvi_loop_of(stream), file);
     } else if (buffer->begin != buffer->end) {
         buffer->kind = TSRVI_DROPPED; /* its writer will see */
@@ -8749,7 +8833,7 @@ static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
         return false;
     }
     stream->out = NULL;
-    tsrvi_pool_give(&tsrvi_loop_of(stream)->streams.pool, buffer);
+    tsrvi_loop_recycle(tsrvi_loop_of(stream), buffer);
     return true;
 }
 
@@ -8894,10 +8978,11 @@ static void tsrvi_loop_vacate(tsrv_loop *loop)
         owner->in = NULL;
         return;
     }
-    copy = loop->streams.input->held
-               ? NULL
-               : tsrvi_buffer_copy(loop->streams.input,
-                                   size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2);
+    copy =
+        loop->streams.input->held
+            ? NULL
+            : tsrvi_buffer_copy(loop->streams.input, &loop->streams.pool,
+                                size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2, true);
     if (copy == NULL) {
         loop->streams.input =
             NULL; /* a slice of it is in use, or there is no memory for a copy: it changes
@@ -8917,7 +9002,7 @@ static TSRVI_APART tsrvi_buffer *tsrvi_loop_input_new(tsrv_loop *loop, tsrv_stre
         loop->streams.input = NULL;
     }
     if (loop->streams.input == NULL) {
-        loop->streams.input = tsrvi_buffer_new(capacity);
+        loop->streams.input = tsrvi_pool_take(&loop->streams.pool, capacity);
     }
     if (loop->streams.input != NULL) {
         tsrvi_buffer_reset(loop->streams.input);
@@ -8947,7 +9032,7 @@ static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
     if (TSRVI_LIKELY(loop->streams.input_owner == stream)) {
         loop->streams.input_owner = NULL;
     } else {
-        TSRV_FREE(stream->in);
+        tsrvi_loop_recycle(loop, stream->in);
     }
     stream->in = NULL;
 }
@@ -8961,6 +9046,16 @@ static inline TSRVI_INLINE void tsrvi_input_release(tsrv_stream *stream)
             tsrvi_input_drop(stream);
         }
     }
+}
+
+/* How much room to make behind so many unread bytes: as much again, but not more than the longest
+ * result and one read behind it need. */
+static size_t tsrvi_input_growth(const tsrv_stream *stream, size_t size)
+{
+    const tsrv_server_options *options = &stream->server->options;
+    size_t most = tsrvi_min(options->max_buffer_size, SIZE_MAX / 4);
+    size_t least = tsrvi_is(stream, TSRVI_FILLED) ? options->read_chunk_size : TSRVI_SMALL_INPUT;
+    return size <= least || most <= size ? least : tsrvi_min(size, most - size + least);
 }
 
 /* Room for more input behind the unread bytes, at least 1 byte; NULL: no memory. Unread bytes move
@@ -8978,13 +9073,14 @@ static TSRVI_APART tsrvi_buffer *tsrvi_input_more_room(tsrv_stream *stream)
         buffer->end = size;
     }
     room = buffer->capacity - buffer->end;
-    if (room != 0 && (room >= buffer->capacity / 4 || !filled)) {
+    if (room != 0 && (!filled || room >= tsrvi_min(buffer->capacity / 4,
+                                                   stream->server->options.read_chunk_size))) {
         return buffer;
     }
-    room = filled ? stream->server->options.read_chunk_size : TSRVI_SMALL_INPUT;
-    larger = tsrvi_buffer_copy(buffer, size + (size > room ? size : room));
+    larger = tsrvi_buffer_copy(buffer, &tsrvi_loop_of(stream)->streams.pool,
+                               size + tsrvi_input_growth(stream, size), filled);
     if (larger == NULL) {
-        return buffer->capacity != buffer->end ? buffer : NULL;
+        return room != 0 ? buffer : NULL;
     }
     tsrvi_input_drop(stream);
     stream->in = larger;
@@ -9307,7 +9403,7 @@ static TSRVI_APART void tsrvi_read_undo(tsrv_stream *stream, tsrvi_read *read)
         return;
     }
     TSRV_ASSERT(tsrvi_buffer_size(stream->in) == 0); /* it took all there was */
-    buffer = tsrvi_buffer_new(read->done);
+    buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->streams.pool, read->done);
     if (buffer == NULL) {
         tsrvi_stream_kill(stream, -ENOMEM);
         return;
@@ -9851,7 +9947,8 @@ typedef struct tsrvi_lending {
 static TSRVI_APART int tsrvi_lending_keep(tsrv_stream *stream, tsrvi_lending *lending)
 {
     tsrvi_buffer *lent = &lending->buffer, **link = &stream->out;
-    tsrvi_buffer *copy = tsrvi_buffer_copy(lent, tsrvi_buffer_size(lent));
+    tsrvi_buffer *copy = tsrvi_buffer_copy(lent, &tsrvi_loop_of(stream)->streams.pool,
+                                           tsrvi_buffer_size(lent), false);
     if (copy == NULL) {
         tsrvi_stream_kill(stream, -ENOMEM);
         return -ENOMEM;

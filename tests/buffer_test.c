@@ -74,6 +74,7 @@ TEST_ONCE(slices_leave_the_bytes_behind_them_as_they_were)
 {
     enum { SIZE = 4000 };
     char all[SIZE];
+    tsrvi_pool pool = {0};
     seed = 2;
     for (int round = 0; round < 200; round++) {
         size_t at = 0;
@@ -98,7 +99,7 @@ TEST_ONCE(slices_leave_the_bytes_behind_them_as_they_were)
             }
             at += part;
             if (any(10) == 0) {
-                tsrvi_buffer *copy = tsrvi_buffer_copy(buffer, SIZE - at + any(50));
+                tsrvi_buffer *copy = tsrvi_buffer_copy(buffer, &pool, SIZE - at + any(50), false);
                 CHECK(copy != NULL);
                 TSRV_FREE(buffer);
                 buffer = copy;
@@ -109,13 +110,89 @@ TEST_ONCE(slices_leave_the_bytes_behind_them_as_they_were)
     }
 }
 
+/* ---- large buffers --------------------------------------------------------------------------*/
+
+/* What the pool keeps, in the order in which it was given. */
+typedef struct kept {
+    size_t capacities[1000];
+    int count;
+} kept;
+
+static size_t kept_size(const kept *all)
+{
+    size_t size = 0;
+    for (int i = 0; i < all->count; i++) {
+        size += all->capacities[i];
+    }
+    return size;
+}
+
+/* Takes the smallest that will do, or the largest, away. Returns its capacity; 0 = there is none. */
+static size_t take_kept(kept *all, size_t size, bool roomy)
+{
+    int best = -1;
+    for (int i = 0; i < all->count; i++) {
+        size_t capacity = all->capacities[i];
+        if (capacity >= size && (best < 0 || (roomy ? capacity > all->capacities[best]
+                                                    : capacity < all->capacities[best]))) {
+            best = i;
+        }
+    }
+    if (best < 0) {
+        return 0;
+    }
+    size = all->capacities[best];
+    all->capacities[best] = all->capacities[--all->count];
+    return size;
+}
+
+TEST_ONCE(large_buffers_are_kept_as_a_naive_pool_would)
+{
+    enum { MOST = 60 };
+    static kept all;
+    tsrvi_buffer *out[MOST];
+    tsrvi_pool pool = {0};
+    int used = 0, from_the_pool = 0;
+    seed = 7;
+    for (int i = 0; i < 20000; i++) {
+        if (used == 0 || (used < MOST && any(2) == 0)) {
+            size_t size = TSRVI_LARGE + any(1 << 20);
+            bool roomy = any(3) == 0;
+            size_t expected = take_kept(&all, size, roomy);
+            out[used] = tsrvi_pool_take_large(&pool, size, roomy);
+            CHECK(out[used] != NULL);
+            if (expected != 0) {
+                CHECK_INT(out[used]->capacity, expected);
+                from_the_pool++;
+            }
+            CHECK(out[used]->capacity >= size && out[used]->begin == 0 && out[used]->end == 0);
+            used++;
+        } else {
+            tsrvi_buffer *buffer = out[--used];
+            if (kept_size(&all) + buffer->capacity <= TSRVI_LARGE_MOST) {
+                all.capacities[all.count++] = buffer->capacity;
+            }
+            tsrvi_pool_give(&pool, buffer);
+        }
+        CHECK_INT(pool.large_size, kept_size(&all));
+        CHECK(pool.large_size <= TSRVI_LARGE_MOST);
+    }
+    CHECK(from_the_pool > 1000);
+    while (used > 0) {
+        tsrvi_pool_give(&pool, out[--used]);
+    }
+    tsrvi_pool_trim(&pool);
+    CHECK(pool.large == NULL && pool.large_size == 0);
+    tsrvi_pool_free(&pool);
+}
+
 /* ---- queues ---------------------------------------------------------------------------------*/
 
 /* Small and large pieces go in at the end; buffers are taken off at the front: the bytes come out in order. */
 TEST_ONCE(queues_keep_bytes_in_order)
 {
     enum { MOST = 50000 };
-    tsrvi_pool pool = {NULL, 0};
+    tsrvi_pool pool = {0};
     tsrvi_buffer *first = NULL;
     char *piece = (char *)malloc(MOST);
     uint64_t in = 0, out = 0;
