@@ -79,9 +79,9 @@ TEST_LOOP(accept_that_fails_for_good_is_tried_some_times_a_second)
         s_run_ms(3000);
         CHECK(t_fault_hits >= 3);
         CHECK(t_fault_hits <= 100);
-        CHECK(s_log_lines >= 1 && s_log_lines <= 4);
-        CHECK(strstr(s_log, strerror(for_good[i])) != NULL);
-        CHECK(strstr(s_log, "127.0.0.1:") != NULL);
+        CHECK(t_log_lines >= 1 && t_log_lines <= 4);
+        CHECK(strstr(t_log, strerror(for_good[i])) != NULL);
+        CHECK(strstr(t_log, "127.0.0.1:") != NULL);
         tsrv_server_stats(s_server, &stats);
         CHECK(stats.accept_pauses >= 3);
         CHECK_INT(stats.accept_errors, t_fault_hits);
@@ -107,7 +107,7 @@ TEST_LOOP(accept_that_fails_once_costs_no_time)
         CHECK_INT(t_fault_hits, 1);
         t_fault_at = 0;
         CHECK_INT(entered, 1);
-        CHECK_INT(s_log_lines, 0);
+        CHECK_INT(t_log_lines, 0);
         expect_answer(fd);
         s_close();
     }
@@ -140,8 +140,8 @@ TEST_LOOP(resume_that_fails_once_is_tried_again)
     s_settle();
     CHECK_INT(t_fault_hits, 1);
     t_fault_at = 0;
-    CHECK_INT(s_log_lines, 1);
-    CHECK(strstr(s_log, "cannot accept") != NULL);
+    CHECK_INT(t_log_lines, 1);
+    CHECK(strstr(t_log, "cannot accept") != NULL);
     s_run_ms(200);
     CHECK_INT(entered, 2);
     expect_answer(fd);
@@ -155,7 +155,7 @@ TEST_LOOP(resume_that_fails_for_long_is_tried_again)
     fail_from_now_on(wait_call(), ENOSPC, 1, true);
     s_run_ms(3000);
     CHECK(t_fault_hits >= 3 && t_fault_hits <= 20);
-    CHECK(s_log_lines >= 1 && s_log_lines <= 4);
+    CHECK(t_log_lines >= 1 && t_log_lines <= 4);
     t_fault_at = 0;
     s_run_ms(1100);
     CHECK_INT(entered, 2);
@@ -176,7 +176,7 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
         s_run_ms(sticky ? 2000 : 200);
         CHECK_INT(entered, !sticky);
         CHECK(t_fault_hits < 20);
-        CHECK(s_log_lines >= 1 && s_log_lines <= 3);
+        CHECK(t_log_lines >= 1 && t_log_lines <= 3);
         t_fault_at = 0;
         s_run_ms(1100);
         CHECK_INT(entered, 1);
@@ -228,7 +228,7 @@ TEST_LOOP(lost_listener_does_not_silence_the_other)
             s_turn();
         }
         CHECK(waits < 1000);
-        CHECK(s_log_lines <= 8);
+        CHECK(t_log_lines <= 8);
         fds[0] = ask(port);
         expect_answer(fds[0]);
         if (loss == CLOSED) {
@@ -285,17 +285,16 @@ TEST_SCRIPT(without_memory_for_stacks_the_listener_pauses)
     open_without_stacks();
     s_settle();
     CHECK_MOST(t_fault_hits, 2);
-    CHECK_INT(s_log_lines, 1);
+    CHECK_INT(t_log_lines, 1);
     CHECK_LEAST(s_stats().accept_pauses, 1);
     s_run_ms(2000);
     CHECK_LEAST(t_fault_hits, 2); /* it tries again */
     CHECK_MOST(t_fault_hits, 45);
-    CHECK_LEAST(s_log_lines, 1);
-    CHECK_MOST(s_log_lines, 3); /* one a second */
+    CHECK_LEAST(t_log_lines, 1);
+    CHECK_MOST(t_log_lines, 3); /* one a second */
     CHECK_INT(s_stats().accept_errors, t_fault_hits);
     CHECK_INT(s_stats().open, 1);
-    t_sends(before_many, "still here\n");
-    s_expect(before_many, "still here\n");
+    s_echo(before_many, "still here\n");
     close_with_stacks();
 }
 
@@ -454,11 +453,11 @@ static void crowd_client(int port, void *context)
     }
     printf("%d of %d open: %d ms of CPU in %d ms, %d log lines, %d pings, the longest %d ms; the first "
            "one freed: served after %d ms, the longest %d ms\n",
-           order.open, CROWD, (int)cpu, c->duration_ms, logged(), report.pings, report.longest_ms,
+           order.open, CROWD, (int)cpu, c->duration_ms, t_logged(), report.pings, report.longest_ms,
            report.first_wait_ms, report.longest_wait_ms);
     CHECK_NEAR_MS(cpu, 0, c->duration_ms * 2 / 100);
-    CHECK(logged() < 10);
-    CHECK(logged() >= (c->limit == 0)); /* shortage is worth a line */
+    CHECK(t_logged() < 10);
+    CHECK(t_logged() >= (c->limit == 0)); /* shortage is worth a line */
     CHECK(report.pings * t_scale() >= c->duration_ms / 100);
     CHECK_NEAR_MS(report.longest_ms, 0, 200);
     CHECK_NEAR_MS(report.first_wait_ms, 0, 100);
@@ -491,7 +490,7 @@ static void run_crowd(crowd *c, int descriptors)
     low = before;
     low.rlim_cur = (rlim_t)descriptors;
     CHECK(descriptors == 0 || setrlimit(RLIMIT_NOFILE, &low) == 0);
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     test.options.max_connections = c->limit;
     t_run(&test);
     tsrv_set_log(NULL, NULL);
@@ -572,7 +571,7 @@ static void shortage_once(int port, int code)
 {
     enum { WAIT_MS = 400 };
     accept_fault fault = {code, 0};
-    int open = t_connect(port), other = t_connect(port), calls = 0, lines = logged();
+    int open = t_connect(port), other = t_connect(port), calls = 0, lines = t_logged();
     round_trip(open);
     round_trip(other);
     t_on_loop(break_accept, &fault);
@@ -593,7 +592,7 @@ static void shortage_once(int port, int code)
     CHECK(calls >= 2 && calls <= 5 * t_scale());
     CHECK_NEAR_MS(t_now_ms() - start, 0, 100);
     CHECK_NEAR_MS(cpu, 0, WAIT_MS / 8); /* the client's share included */
-    CHECK(logged() <= lines + 1 * t_scale());
+    CHECK(t_logged() <= lines + 1 * t_scale());
     t_reset(waiting);
     t_reset(open);
     CHECK(t_wait_until(none_open, NULL)); /* else their ends would end the next pause */
@@ -620,7 +619,7 @@ static void shortage_client(int port, void *context)
         shortage_once(port, codes[i]);
         shortage_alone(port, codes[i]);
     }
-    CHECK(logged() >= 1);
+    CHECK(t_logged() >= 1);
     tsrv_stats stats = server_stats();
     CHECK_INT(stats.accept_errors, 0);
     CHECK(stats.accept_pauses >= 2 * COUNT(codes));
@@ -631,7 +630,7 @@ TEST_STREAM(a_shortage_in_accept_pauses_it)
     t_case c = {.handler = echo_lines, .client = shortage_client};
     SOFT_ONLY();
     t_seen = see_accept;
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     t_run(&c);
     tsrv_set_log(NULL, NULL);
 }
@@ -657,14 +656,14 @@ static void lost_client(int port, void *context)
         CHECK_INT(stats.accept_errors, (i + 1) * TIMES);
         CHECK_INT(stats.accept_pauses, 0);
     }
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
 }
 
 TEST_STREAM(connections_lost_before_accept_pause_nothing)
 {
     t_case c = {.handler = echo_lines, .client = lost_client};
     t_seen = see_accept;
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     t_run(&c);
     tsrv_set_log(NULL, NULL);
 }

@@ -248,7 +248,7 @@ TEST_COROUTINE(connects_over_ipv6)
     s_server = s_new_server(options);
     int rc = tsrv_server_listen(s_server, 0, "::1", NULL);
     if (rc == -EADDRNOTAVAIL || rc == -EAFNOSUPPORT) {
-        fprintf(stderr, "%s\n", s_log);
+        fprintf(stderr, "%s\n", t_log);
         SKIP("IPv6");
     }
     CHECK_INT(rc, TSRV_OK);
@@ -299,7 +299,7 @@ static void connect_refused(void)
     CHECK_INT(connect_rc("127.0.0.1", port, 0), -ECONNREFUSED);
     CHECK_INT(connect_rc("two.test", port, 0), -ECONNREFUSED);
     CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 0), -ENOENT);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
 }
 
 /* Tornado's test_connection_refused. */
@@ -321,7 +321,7 @@ static void resolve_in_vain(void)
     CHECK_INT(connect_rc("127.0.0.1", -1, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", 65536, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc(NULL, port, 0), TSRV_EINVAL);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
 }
 
 /* Tornado's test_gaierror. */
@@ -354,8 +354,7 @@ TEST_CALLBACK(connecting_needs_a_coroutine)
     CHECK_INT(connect_rc("127.0.0.1", s_port, 0), TSRV_EINVAL); /* outside the loop */
     CHECK_INT(tsrv_timer_start(s_loop, &timer, 0, connect_in_a_timer, NULL), TSRV_OK);
     int fd = t_connect(s_port);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_settle();
     CHECK_INT(timer_rc, TSRV_EINVAL);
     CHECK_INT(t_record_count(), 1);
@@ -750,8 +749,7 @@ TEST_COROUTINE(closing_sends_what_is_queued)
     in_coroutine(write_and_close);
     int fd = accepted(end_listener);
     CHECK_MEM(got, s_recv(fd, got, payload_size(), &code), payload, payload_size());
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     t_close(end_listener);
     s_settle();
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK);
@@ -942,7 +940,7 @@ TEST_LOOP(freeing_the_loop_ends_clients)
     CHECK_INT(ended[0], TSRV_ECLOSED);
     CHECK_INT(ended[1], TSRV_ECLOSED);
     CHECK_INT(ended[2], d.listener >= 0 ? TSRV_ECLOSED : 0);
-    CHECK_INT(s_log_lines, 0); /* none was dropped */
+    CHECK_INT(t_log_lines, 0); /* none was dropped */
     for (int i = 0; i < 3; i++) {
         fds[i] = accepted(end_listener);
         t_expect_reset(fds[i]);

@@ -150,8 +150,7 @@ static void expect_end(int port, void *context)
 {
     int fd = t_connect(port);
     (void)context;
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_CALLBACK(callback_mode_handler_is_no_coroutine)
@@ -354,8 +353,7 @@ static void three_diggers(int port, void *context)
     }
     for (int i = 0; i < 3; i++) {
         t_expect(fds[i], "deep\n");
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_leave(fds[i]);
     }
 }
 
@@ -814,8 +812,7 @@ static void expect_ten(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_expect(fd, "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\njoined\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(handler_joins_its_helper)
@@ -854,10 +851,8 @@ static void send_line_later(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_wait_records(1);
-    t_sends(fd, "line\n");
-    t_expect(fd, "line\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_echo(fd, "line\n");
+    t_leave(fd);
 }
 
 TEST_COROUTINE(second_reader_is_refused_and_the_first_goes_on)
@@ -1003,8 +998,7 @@ static void expect_blocks(int port, void *context)
         free(block);
     }
     t_expect(fd, "end");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(writers_go_in_call_order_each_in_one_piece)
@@ -1257,9 +1251,7 @@ static void send_messages(int port, void *context)
         }
     }
     for (int i = 0; i < peers; i++) {
-        t_shut(fds[i]);
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_finish(fds[i]);
     }
 }
 
@@ -1299,8 +1291,7 @@ static void send_two_lines(int port, void *context)
         t_expect(fd, "the first line\n");
     }
     t_expect(fd, "the second\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(slice_survives_wait_write_and_flush)
@@ -1336,13 +1327,9 @@ static void send_lines(int port, void *context)
 {
     int fd = t_connect(port);
     (void)context;
-    t_sends(fd, "a\nb\nc\n");
-    t_expect(fd, "a\nb\nc\n");
-    t_sends(fd, "d\n");
-    t_expect(fd, "d\n");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_echo(fd, "a\nb\nc\n");
+    t_echo(fd, "d\n");
+    t_finish(fd);
 }
 
 TEST_COROUTINE(handler_that_returns_eagain_is_called_again)

@@ -125,16 +125,14 @@ static int join(void)
 static int join_and_ask(void)
 {
     int fd = join();
-    t_sends(fd, "hello\n");
-    s_expect(fd, "hello\n");
+    s_echo(fd, "hello\n");
     s_settle();
     return fd;
 }
 
 static void leave(int fd)
 {
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
 }
 
 /* ---- who is idle --------------------------------------------------------------------------*/
@@ -153,7 +151,7 @@ TEST_STREAM(answered_stream_ends_after_a_second_and_in_good_order)
     check_drain(&d, TSRV_OK, 1000, 1400);
     CHECK_INT(closed, 1);
     CHECK_INT(reasons[0], TSRV_EOF);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
     s_close();
 }
 
@@ -184,13 +182,12 @@ TEST_STREAM(busy_client_is_not_cut)
     for (int i = 0; i < 8; i++) {
         s_run_ms(1000);
         s_expect_silence(fd);
-        t_sends(fd, "next\n");
-        s_expect(fd, "next\n");
+        s_echo(fd, "next\n");
     }
     s_expect(fd, "BYE\n");
     leave(fd);
     check_drain(&d, TSRV_OK, 8000, 8400);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
     s_close();
 }
 
@@ -501,8 +498,8 @@ TEST_STREAM(stalled_upload_is_cut_by_the_grace)
         s_expect_reset(fd);
         check_drain(&d, TSRV_ETIMEOUT, 2000, 2100);
         CHECK_INT(reasons[0], TSRV_ECLOSED);
-        CHECK_INT(s_log_lines, 1);
-        CHECK(strstr(s_log, "drain") != NULL && strstr(s_log, " 1 ") != NULL);
+        CHECK_INT(t_log_lines, 1);
+        CHECK(strstr(t_log, "drain") != NULL && strstr(t_log, " 1 ") != NULL);
         t_close(fd);
         s_close();
     }
@@ -908,8 +905,8 @@ static void elsewhere_until_the_grace(int way)
     CHECK_INT(e.rc, TSRV_ECLOSED);
     CHECK_INT(e.calls, 1);
     CHECK_INT(closed, 1);
-    CHECK_INT(s_log_lines, 1);
-    CHECK(strstr(s_log, "drain") != NULL);
+    CHECK_INT(t_log_lines, 1);
+    CHECK(strstr(t_log, "drain") != NULL);
     tsrv_server_free(e.other);
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* nothing is left */
     s_close();
@@ -958,8 +955,8 @@ TEST_COROUTINE(stubborn_handler_does_not_hold_up_the_drain)
     s_expect_reset(fd);
     check_drain(&d, TSRV_ETIMEOUT, 1500, 1700);
     CHECK_INT(closed, 0);
-    CHECK_INT(s_log_lines, 2);
-    CHECK(strstr(s_log, "handlers still run") != NULL);
+    CHECK_INT(t_log_lines, 2);
+    CHECK(strstr(t_log, "handlers still run") != NULL);
     t_close(fd);
 
     /* It comes to its end all the same. */
@@ -993,7 +990,7 @@ TEST_STREAM(lingering_counts_towards_the_grace)
     s_expect(fd, "BYE\n");
     s_expect_eof(fd);
     check_drain(&d, TSRV_ETIMEOUT, 3000, 3100);
-    CHECK_INT(s_log_lines, 1);
+    CHECK_INT(t_log_lines, 1);
     t_close(fd);
     s_close();
 }
@@ -1043,7 +1040,7 @@ TEST_LOOP(cut_ends_the_grace_at_once)
     tsrvi_loop_cut(s_loop);
     s_expect_reset(fd);
     check_drain(&d, TSRV_ETIMEOUT, 5000, 5100);
-    CHECK_INT(s_log_lines, 1);
+    CHECK_INT(t_log_lines, 1);
     t_close(fd);
     s_close();
 }
@@ -1184,7 +1181,7 @@ TEST_STREAM(result_of_an_old_drain_is_not_taken_for_the_next)
     s_until(&closed, 1);
     s_run_ms(200);
 
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
     fd = join_and_ask();
     CHECK_INT(tsrv_server_drain(s_server, 5000), TSRV_EAGAIN);
     s_expect(fd, "BYE\n");
@@ -1240,7 +1237,7 @@ TEST_STREAM(two_coroutines_wait_for_one_drain)
     begin(&e); /* shortens it for both */
     check_drain(&d, TSRV_ETIMEOUT, 1500, 1650);
     check_drain(&e, TSRV_ETIMEOUT, 1000, 1100);
-    CHECK_INT(s_log_lines, 1);
+    CHECK_INT(t_log_lines, 1);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK); /* they have had the result */
     t_close(fd);
     s_close();
@@ -1296,7 +1293,7 @@ TEST_STREAM(freeing_the_loop_ends_the_wait_in_drain)
     CHECK_INT(d.done, 1);
     CHECK_INT(d.rc, TSRV_ECLOSED);
     CHECK_INT(closed, 1);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
     tsrv_server_free(s_server);
     t_expect_reset(fd);
     t_close(fd);
@@ -1313,7 +1310,7 @@ TEST_STREAM(server_serves_again_after_a_drain)
         s_expect(fd, "BYE\n");
         leave(fd);
         check_drain(&d, TSRV_OK, 1000, 1400);
-        s_port = s_listen(s_server);
+        s_port = t_listen(s_server);
     }
     CHECK_INT(closed, 3);
     s_close();
@@ -1362,7 +1359,7 @@ TEST_STREAM(sigterm_in_the_middle_of_twenty_replies)
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* the signal watch does not hold it */
     CHECK_INT(last_rc, TSRV_OK);
     CHECK_INT(closed, CLIENTS);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
     tsrv_signal_stop(&signal_watch);
     s_close();
     free(big);
@@ -1569,8 +1566,7 @@ static int last_client(const cell *c)
 static void check_served(cell *c)
 {
     if (c->place != P_DRAINED) {
-        t_sends(last_client(c), "still there?\n");
-        s_expect(last_client(c), "still there?\n");
+        s_echo(last_client(c), "still there?\n");
     }
 }
 

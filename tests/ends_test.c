@@ -114,7 +114,7 @@ static void open_proxy(tsrv_handler behind, tsrv_server_options options)
     options.handle_stream = behind;
     options.on_close = NULL;
     upstream = s_new_server(options);
-    upstream_port = s_listen(upstream);
+    upstream_port = t_listen(upstream);
 }
 
 static void close_proxy(void)
@@ -210,9 +210,7 @@ TEST_STREAM(row2_directions_of_a_proxy_are_independent)
     s_send(fd, large, large_size);
     CHECK(tsrv_unsent_size(held) > 0);
     CHECK_MEM(got, s_recv(fd, got, large_size, &code), large, large_size);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_until(&proxy_ends, 1);
     close_proxy();
     free(got);
@@ -238,8 +236,7 @@ static int open_joined(void)
     proxy_closed = 0;
     open_proxy(echo_bytes, options);
     int fd = t_connect(s_port);
-    t_sends(fd, "through\n");
-    s_expect(fd, "through\n");
+    s_echo(fd, "through\n");
     CHECK_INT(proxied, 1);
     return fd;
 }
@@ -371,7 +368,7 @@ TEST_STREAM(row8_join_when_the_loop_is_freed)
     CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
     CHECK_INT(proxy_ends, 1);
     CHECK_INT(proxy_closed, 1);
-    CHECK_INT(s_log_lines, 0); /* no coroutine was dropped */
+    CHECK_INT(t_log_lines, 0); /* no coroutine was dropped */
     tsrv_server_free(upstream);
     tsrv_server_free(s_server);
     t_expect_reset(fd);
@@ -776,7 +773,7 @@ static void resets_client(int port, void *context)
         }
     }
     CHECK_INT(__atomic_load_n(&entered, __ATOMIC_RELAXED), connections + 2);
-    CHECK_INT(logged(), 0); /* a reset is everyday life */
+    CHECK_INT(t_logged(), 0); /* a reset is everyday life */
 }
 
 TEST_STREAM(resets_at_every_point)
@@ -788,7 +785,7 @@ TEST_STREAM(resets_at_every_point)
     point.file = tmpfile();
     CHECK(point.file != NULL && fwrite(point.reply, 1, REPLY, point.file) == REPLY);
     CHECK(fflush(point.file) == 0);
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     t_run(&c);
     tsrv_set_log(NULL, NULL);
     CHECK(fclose(point.file) == 0);

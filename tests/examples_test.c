@@ -273,14 +273,12 @@ static void echo_lines(const char *name)
     program p = start(name);
     int fd = t_connect(p.port), other = t_connect(p.port);
     char received[64];
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     /* Split: the other connection's round trip makes the pieces arrive one by one. */
     static const char *const pieces[] = {"s", "pl", "it l", "ine"};
     for (size_t i = 0; i < sizeof pieces / sizeof pieces[0]; i++) {
         t_sends(fd, pieces[i]);
-        t_sends(other, "meanwhile\n");
-        t_expect(other, "meanwhile\n");
+        t_echo(other, "meanwhile\n");
         expect_nothing(fd);
     }
     t_sends(fd, "\n");
@@ -296,8 +294,7 @@ static void echo_lines(const char *name)
     size_t size = t_recv(fd, received, sizeof binary - 1);
     CHECK_MEM(received, size, binary, sizeof binary - 1);
     t_close(fd);
-    t_sends(other, "still here\n");
-    t_expect(other, "still here\n");
+    t_echo(other, "still here\n");
     t_close(other);
     stop(&p);
 }
@@ -333,9 +330,7 @@ static void echo_half_close(const char *name)
 
     /* Nothing at all is answered by an end, too. */
     fd = t_connect(p.port);
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
     stop(&p);
     free(out);
     free(in);
@@ -367,11 +362,9 @@ static void echo_long_line(const char *name)
     t_sends(fd, "before\n");
     t_send(fd, line, TOO_LONG);
     t_expect(fd, "before\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 
-    t_sends(other, "still here\n");
-    t_expect(other, "still here\n");
+    t_echo(other, "still here\n");
     t_close(other);
     stop(&p);
     free(line);
@@ -408,9 +401,7 @@ static void echo_many(const char *name)
         if (i % 2) {
             t_reset(fds[i]);
         } else {
-            t_shut(fds[i]);
-            t_expect_eof(fds[i]);
-            t_close(fds[i]);
+            t_finish(fds[i]);
         }
     }
     stop(&p);
@@ -462,9 +453,7 @@ static int join(program *p, const char *nick, const int *others, int count)
 /* Leaves in good order. */
 static void leave(int fd)
 {
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
 }
 
 TEST_MODES(chat_names_joins_and_leaves)
@@ -593,8 +582,7 @@ TEST_MODES(chat_too_long_a_line)
         t_send(bob, line, sizes[i]);
         line[sizes[i] - 1] = 'x';
         t_expect(bob, "too long, good bye\n");
-        t_expect_eof(bob);
-        t_close(bob);
+        t_leave(bob);
         t_expect(ann, "bob has left\n");
     }
 
@@ -603,8 +591,7 @@ TEST_MODES(chat_too_long_a_line)
     t_expect(nobody, "your name? ");
     t_send(nobody, line, sizeof line);
     t_expect(nobody, "too long, good bye\n");
-    t_expect_eof(nobody);
-    t_close(nobody);
+    t_leave(nobody);
     int carl = join(&p, "carl", &ann, 1);
     leave(carl);
     t_expect(ann, "carl has left\n");
@@ -822,10 +809,8 @@ TEST_ONCE(proxy_slows_the_sender_down_and_loses_nothing)
     t_expect(r.client, "meanwhile");
     push_and_pull(r.client, r.target, sent, TOTAL);
     t_shut(r.client);
-    t_expect_eof(r.target);
-    t_close(r.target);
-    t_expect_eof(r.client);
-    t_close(r.client);
+    t_leave(r.target);
+    t_leave(r.client);
     stop_proxy(&r);
 }
 
@@ -841,8 +826,7 @@ TEST_ONCE(proxy_passes_each_end_on)
     t_sends(r.target, "more");
     t_close(r.target);
     t_expect(r.client, "more");
-    t_expect_eof(r.client);
-    t_close(r.client);
+    t_leave(r.client);
 
     through(&r);
     t_sends(r.target, "greeting");
@@ -854,8 +838,7 @@ TEST_ONCE(proxy_passes_each_end_on)
     t_sends(r.client, "later");
     t_close(r.client);
     t_expect(r.target, "later");
-    t_expect_eof(r.target);
-    t_close(r.target);
+    t_leave(r.target);
     stop_proxy(&r);
 }
 
@@ -931,8 +914,7 @@ TEST_ONCE(proxy_without_a_target_resets)
     t_sends(r.client, "still here");
     t_expect(r.target, "still here");
     t_close(r.client);
-    t_expect_eof(r.target);
-    t_close(r.target);
+    t_leave(r.target);
     stop(&r.proxy);
 }
 
@@ -982,8 +964,7 @@ TEST_MODES(smtp_takes_a_mail)
     program p = start_with("smtp", NULL, NULL);
     int fd = t_connect(p.port);
     PLAY(fd, steps);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
         expect_output(&p, printed[i]);
     }
@@ -1152,13 +1133,11 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
     t_expect(idle, "250 ok\r\n");
     send_signal(&p, SIGTERM);
     t_expect(idle, "421 good bye\r\n");
-    t_expect_eof(idle);
-    t_close(idle);
+    t_leave(idle);
     /* A line that has begun is under way. */
     t_sends(busy, "ond\r\n.\r\n");
     t_expect(busy, "250 thank you\r\n421 good bye\r\n");
-    t_expect_eof(busy);
-    t_close(busy);
+    t_leave(busy);
     expect_output(&p, "first\r");
     expect_output(&p, "second\r");
     expect_end(&p);
@@ -1248,8 +1227,7 @@ TEST_MODES(http_keeps_the_connection)
     }
     t_sends(fd, "GET / HTTP/1.1\r\nconnection: close\r\n\r\nGET / HTTP/1.1\r\n\r\n");
     t_expect(fd, LAST("200 OK", "10") "It works.\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     leave(other);
     stop_http(&s);
 }
@@ -1268,8 +1246,7 @@ TEST_MODES(http_sends_a_file_intact)
         CHECK_MEM(in, received, s.big, BIG);
     }
     t_expect(fd, LAST("200 OK", "6") "small\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     free(in);
     stop_http(&s);
 }
@@ -1461,8 +1438,7 @@ TEST_MODES(http_says_which_answer_is_the_last)
     t_close(idle);
     t_sends(busy, "TP/1.1\r\n\r\nGET /small.txt HTTP/1.1\r\n\r\n");
     t_expect(busy, REPLY("200 OK", "10") LAST("200 OK", "6") "small\n");
-    t_expect_eof(busy);
-    t_close(busy);
+    t_leave(busy);
     expect_end(&s.http);
     CHECK(unlink(s.big_name) == 0 && unlink(s.small_name) == 0 && rmdir(s.directory) == 0);
     free(s.big);
@@ -1731,8 +1707,7 @@ TEST_MODES(redis_ends_after_a_protocol_error)
         t_sends(fd, errors[i]);
         t_sends(fd, "PING\n");
         t_expect(fd, "+PONG\r\n" MALFORMED);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
     /* A typed line without an end; the rest of it does not turn the answer into a reset. One that is
      * too long is so whether its end comes with it or not, and one with a 0 in it is not cut. */
@@ -1747,8 +1722,7 @@ TEST_MODES(redis_ends_after_a_protocol_error)
         t_send(fd, line, sizes[i]);
         line[sizes[i] - 1] = 'x';
         t_expect(fd, MALFORMED);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
     free(line);
     stop(&p);
@@ -1797,8 +1771,7 @@ TEST_ONCE(unix_socket_greets_and_cleans_up)
     for (int i = 0; i < 2; i++) {
         int fd = connect_unix(path);
         t_expect(fd, greeting);
-        t_sends(fd, "a line\nanother\n");
-        t_expect(fd, "a line\nanother\n");
+        t_echo(fd, "a line\nanother\n");
         leave(fd);
     }
     send_signal(&p, SIGTERM);
@@ -1856,8 +1829,7 @@ TEST_ONCE(embed_loop_joins_stdin_and_clients)
     CHECK_INT(write(input[1], "bob?\n", 5), 5);
     t_expect(bob, "bob?\n");
     t_close(input[1]);
-    t_expect_eof(bob);
-    t_close(bob);
+    t_leave(bob);
     expect_end(&p);
 }
 
@@ -1889,8 +1861,7 @@ TEST_ONCE(threads_share_the_connections)
     }
     send_signal(&p, SIGTERM);
     for (int i = 0; i < COUNT; i++) {
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_leave(fds[i]);
     }
     expect_end(&p);
 }
@@ -1918,13 +1889,11 @@ TEST_ONCE(graceful_stop_finishes_what_is_under_way)
         program p = begin_graceful(&idle, &busy);
         send_signal(&p, signals[i]);
         t_expect(idle, "good bye\n");
-        t_expect_eof(idle);
-        t_close(idle);
+        t_leave(idle);
         poll(NULL, 0, 100); /* much less than the grace: the client may take its time */
         t_sends(busy, "lf\n");
         t_expect(busy, "half\ngood bye\n");
-        t_expect_eof(busy);
-        t_close(busy);
+        t_leave(busy);
         expect_output(&p, "graceful_stop: all clients are served");
         expect_end(&p);
     }
@@ -1937,8 +1906,7 @@ TEST_ONCE(graceful_stop_second_signal_cuts_off)
     int64_t begin = t_now_ms();
     send_signal(&p, SIGINT);
     t_expect(idle, "good bye\n"); /* the first one has been seen */
-    t_expect_eof(idle);
-    t_close(idle);
+    t_leave(idle);
     send_signal(&p, SIGTERM);
     t_expect_reset(busy);
     t_close(busy);
@@ -2016,10 +1984,8 @@ TEST_ONCE(production_serves_counts_and_ends)
     char line[256];
     program p = start_workers("production", "2");
     int fd = t_connect(p.port), other = t_connect(p.port);
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
-    t_sends(other, "hi\n");
-    t_expect(other, "hi\n");
+    t_echo(fd, "hello\n");
+    t_echo(other, "hi\n");
     t_sends(fd, "stats\n");
     for (size_t used = 0; used + 1 < sizeof line; used++) {
         CHECK_INT(t_recv(fd, line + used, 1), 1);
@@ -2031,8 +1997,7 @@ TEST_ONCE(production_serves_counts_and_ends)
     CHECK_INT(sscanf(line, "accepted %llu, open %llu,", &accepted, &open), 2);
     CHECK_INT(accepted, 2);
     CHECK_INT(open, 2);
-    t_sends(fd, "statsx\n");
-    t_expect(fd, "statsx\n");
+    t_echo(fd, "statsx\n");
     t_sends(other, "unfinis");
     send_signal(&p, SIGTERM);
     t_expect(fd, "bye: the server ends\n");

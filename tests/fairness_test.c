@@ -556,9 +556,7 @@ static void check_alone(int kind, size_t high_water, size_t size, bool take)
         CHECK(t_now_ms() < limit);
     }
     t_seen = NULL;
-    t_shut(taker);
-    s_expect_eof(taker);
-    t_close(taker);
+    s_finish(taker);
     s_close();
     free(material);
 }
@@ -807,8 +805,7 @@ TEST_SOFT(reads_after_the_end_let_others_run)
         CHECK(t_now_ms() < limit);
     }
     CHECK_MOST(most, 2 * 258);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     t_close(o.fd);
     s_close();
 }

@@ -57,8 +57,7 @@ static inline int echo_bytes(tsrv_stream *stream, const tsrv_address *address, v
 /* With a server that echoes. */
 static inline void round_trip(int fd)
 {
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
 }
 
 /* A tsrv_match. */
@@ -159,23 +158,6 @@ static inline void count_calls(const char *name, const char *other_name)
     counted_names[1] = other_name;
     calls_counted = 0;
     t_seen = count_call;
-}
-
-/* Lines of the log; atomic. */
-static int log_lines;
-
-static inline void count_line(int level, const char *message, void *context)
-{
-    (void)context;
-    if (level <= TSRV_LOG_WARNING) {
-        __atomic_add_fetch(&log_lines, 1, __ATOMIC_RELAXED);
-        printf("log: %s\n", message);
-    }
-}
-
-static inline int logged(void)
-{
-    return __atomic_load_n(&log_lines, __ATOMIC_RELAXED);
 }
 
 static inline int64_t cpu_ms(void)

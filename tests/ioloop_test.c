@@ -1592,12 +1592,9 @@ static void *echo_client(void *context)
 {
     int fd = t_connect(*(int *)context);
     for (int i = 0; i < 50; i++) {
-        t_sends(fd, "hello\nworld\n");
-        t_expect(fd, "hello\nworld\n");
+        t_echo(fd, "hello\nworld\n");
     }
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
     return NULL;
 }
 

@@ -239,8 +239,7 @@ static void play_client(int port, void *context)
         }
     }
     if (fd >= 0) {
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
     t_wait_records(1);
 }
@@ -384,8 +383,7 @@ static void large_line_client(int port, void *context)
     }
     t_sends(fd, "\r\n");
     t_expect(fd, "ok");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* Searching all of it again for each piece would take thousands of times as long. */
@@ -556,8 +554,7 @@ static void small_reads_client(int port, void *context)
         t_send(fd, piece, sizeof piece);
     }
     t_expect(fd, "ok");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 static void run_small_reads(bool until)
@@ -623,8 +620,7 @@ static void flow_client(int port, void *context)
     int fd = t_connect(port);
     t_send(fd, data, size);
     t_expect(fd, "ok");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     free(data);
 }
 
@@ -735,8 +731,7 @@ static void mixed_client(int port, void *context)
     }
     t_shut(fd);
     t_expect(fd, "ok");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 static void run_mixed(size_t size, unsigned kinds, size_t longest)
@@ -867,8 +862,7 @@ static void writers_client(int port, void *context)
     for (int i = 0; i < WRITERS; i++) {
         CHECK_INT(counts[i], writes);
     }
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* Ten writers at once: each write in one piece, each flush comes back. */
@@ -911,13 +905,9 @@ static void pipe_client(int port, void *context)
     t_on_loop(add_stream, &a);
     CHECK_INT(a.code, TSRV_OK);
     t_prepare(fds[1]);
-    t_sends(fds[1], "hello");
-    t_expect(fds[1], "hello");
-    t_sends(fds[1], "world");
-    t_expect(fds[1], "world");
-    t_shut(fds[1]);
-    t_expect_eof(fds[1]);
-    t_close(fds[1]);
+    t_echo(fds[1], "hello");
+    t_echo(fds[1], "world");
+    t_finish(fds[1]);
 
     CHECK(pipe(fds) == 0);
     a.fd = fds[0];
@@ -954,8 +944,7 @@ static void pipe_pattern_client(int port, void *context)
     CHECK_INT(a.code, TSRV_OK);
     t_prepare(fds[1]);
     expect_pattern_from(fds[1], 0, *(size_t *)context);
-    t_expect_eof(fds[1]);
-    t_close(fds[1]);
+    t_leave(fds[1]);
 }
 
 TEST_PLAIN_STREAM(test_pipe_iostream_big_write)
@@ -1345,8 +1334,7 @@ static void second_reader_client(int port, void *context)
     (void)context;
     t_expect(fd, "busy");
     t_sends(fd, "line\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(test_second_reader)
@@ -1440,8 +1428,7 @@ static void answers_client(int port, void *context)
     for (int i = 0; i < a->wanted; i++) {
         CHECK_MEM(actual, t_recv(fd, actual, ANSWER), a->data, ANSWER);
     }
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* A client that does not read holds its handler back: inside the write or in the next read. */
@@ -1531,8 +1518,7 @@ static void pieces_client(int port, void *context)
     wait_unsent(0);
     expect_pattern_from(fd, 0, ((pieces *)context)->size);
     t_expect(fd, "other");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* More than the stream may hold goes out in pieces, with no other write between them. */
@@ -1582,8 +1568,7 @@ static void try_write_client(int port, void *context)
     }
     t_sends(fd, "x");
     t_expect(fd, "end");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_STREAM(test_try_write)
@@ -1618,8 +1603,7 @@ static void formats_client(int port, void *context)
     t_expect(fd, "[one two three] 5% of\n");
     t_expect(fd, text);
     t_expect(fd, "end");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_STREAM(test_writev_and_printf)
@@ -1672,9 +1656,7 @@ static void sendfile_client(int port, void *context)
     t_expect(fd, "between");
     t_expect(fd, "no");
     t_expect(fd, "after");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
 }
 
 /* Much more than the stream may hold, in order with the writes around it. */
@@ -1788,8 +1770,7 @@ static void flush_client(int port, void *context)
     CHECK_INT(t_record_count(), 0);
     expect_pattern_from(fd, 0, *(size_t *)context);
     t_expect(fd, "end");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_STREAM(test_flush)
@@ -1908,8 +1889,7 @@ static void linger_client(int port, void *context)
     t_sends(fd, "go\n");
     t_send(fd, junk, l->junk);
     expect_pattern_from(fd, 0, l->size);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     t_wait_records(1);
     free(junk);
 }
@@ -2007,8 +1987,7 @@ static void waiting_write_client(int port, void *context)
     wait_unsent(HIGH_WATER);
     t_on_loop(close_stream, NULL);
     expect_pattern_from(fd, 0, *(size_t *)context);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* What the waiting write had handed over is sent all the same. */
@@ -2041,8 +2020,7 @@ static void eof_client(int port, void *context)
 {
     int fd = t_connect(port);
     (void)context;
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* on_close: once, after the handler, with what it returned. */
@@ -2108,9 +2086,7 @@ static void unwilling_client(int port, void *context)
     poll(NULL, 0, 300);
     CHECK_NEAR_MS((clock() - start) * 1000 / CLOCKS_PER_SEC, 0, 100);
     CHECK_INT(t_record_count(), 2);
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
     t_wait_records(4);
 }
 
@@ -2137,9 +2113,7 @@ static void one_byte_client(int port, void *context)
     poll(NULL, 0, 200);
     CHECK_NEAR_MS((clock() - start) * 1000 / CLOCKS_PER_SEC, 0, 100);
     t_sends(fd, "ef");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
     t_wait_records(7);
 }
 
@@ -2182,8 +2156,7 @@ static void set_handler_client(int port, void *context)
     (void)context;
     t_sends(fd, "one\ntwo\n");
     t_expect(fd, "first one\nsecond two\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_STREAM(test_set_handler)
@@ -2282,8 +2255,7 @@ static void timeout_client(int port, void *context)
     t_sends(fd, "\n");
     snprintf(text, sizeof text, "T %d", sent + 1);
     t_expect(fd, text);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* One byte every 20 ms does not extend it, and the bytes are still there afterwards. */
@@ -2329,8 +2301,7 @@ static void idle_client(int port, void *context)
     t_expect(fd, "T");
     CHECK_NEAR_MS(t_now_ms() - start, 150, 5000);
     t_sends(fd, "\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     t_wait_records(1);
 }
 

@@ -240,8 +240,7 @@ TEST_LOOP(restart_limit_drains_the_siblings)
         CHECK_INT(recv(fd, &byte, 1, 0), 1);
         CHECK_INT(byte, pattern(at));
     }
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     check_end(pid, 1, TSRV_ERESTARTS);
 }
 
@@ -977,8 +976,7 @@ TEST_LOOP(counters_of_all_workers)
     int fd = t_connect(port());
     for (int i = 0; i < CLIENTS; i++, served++) {
         int client = t_connect(port());
-        t_sends(client, "x\n");
-        t_expect(client, "x\n");
+        t_echo(client, "x\n");
         t_close(client);
     }
     CHECK(t_wait_until(one_open, &fd));
@@ -1104,8 +1102,7 @@ static void serve_and_stop(int count, int signo)
     pid_t pid = launch(program_serve);
     await_forks(count);
     int fd = t_connect(port());
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     t_sends(fd, "big\n");
     char byte = 0;
     CHECK_INT(recv(fd, &byte, 1, MSG_PEEK), 1);

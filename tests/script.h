@@ -110,33 +110,12 @@ static inline int64_t v_ms(void)
 static tsrv_loop *s_loop;
 static tsrv_server *s_server;
 static int s_port;
-static int s_log_lines; /* since s_open_loop; without what is merely INFO */
-static char s_log[512]; /* the last line */
-
-static inline void s_see_log(int level, const char *message, void *context)
-{
-    (void)context;
-    if (level <= TSRV_LOG_WARNING) {
-        s_log_lines++;
-        snprintf(s_log, sizeof s_log, "%s", message);
-    }
-}
-
-static inline int s_listen(tsrv_server *server)
-{
-    tsrv_address address;
-    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    return tsrv_address_port(&address);
-}
 
 static inline void s_open_loop(void)
 {
     tsrv_loop_options options = {t_backend};
     CHECK_INT(tsrv_loop_new(&s_loop, &options), TSRV_OK);
-    s_log_lines = 0;
-    s_log[0] = 0;
-    tsrv_set_log(s_see_log, NULL);
+    t_watch_log();
 }
 
 static inline tsrv_server *s_new_server(tsrv_server_options options)
@@ -155,7 +134,7 @@ static inline void s_open(tsrv_server_options options)
 {
     s_open_loop();
     s_server = s_new_server(options);
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
 }
 
 static inline void s_close(void)
@@ -175,12 +154,14 @@ static inline tsrv_stats s_stats(void)
 
 static int s_closed; /* streams since s_open_with */
 static int s_reason; /* of the last one's end */
+static int64_t s_closed_ms; /* when that was */
 
 /* An on_close. */
 static inline void s_note_close(tsrv_stream *stream, int reason, void *context)
 {
     (void)stream, (void)context;
     s_closed++;
+    s_closed_ms = v_ms();
     s_reason = reason;
 }
 
@@ -298,16 +279,20 @@ static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
     return got;
 }
 
-static inline void s_expect(int fd, const char *text)
+static inline void s_expect_bytes(int fd, const char *data, size_t size)
 {
-    size_t size = strlen(text);
     char *buffer = (char *)malloc(size + 1);
     int code;
     CHECK(buffer != NULL);
     size_t got = s_recv(fd, buffer, size, &code);
-    CHECK_MEM(buffer, got, text, size);
+    CHECK_MEM(buffer, got, data, size);
     CHECK_INT(code, 0);
     free(buffer);
+}
+
+static inline void s_expect(int fd, const char *text)
+{
+    s_expect_bytes(fd, text, strlen(text));
 }
 
 static inline void s_expect_eof(int fd)
@@ -316,6 +301,27 @@ static inline void s_expect_eof(int fd)
     int code;
     CHECK_MEM(&byte, s_recv(fd, &byte, 1, &code), "", 0);
     CHECK_INT(code, 0);
+}
+
+/* Expects the server's end, and goes. */
+static inline void s_leave(int fd)
+{
+    s_expect_eof(fd);
+    t_close(fd);
+}
+
+/* Ends its own side first. */
+static inline void s_finish(int fd)
+{
+    t_shut(fd);
+    s_leave(fd);
+}
+
+/* With a server that echoes. */
+static inline void s_echo(int fd, const char *text)
+{
+    t_sends(fd, text);
+    s_expect(fd, text);
 }
 
 /* Drops what comes before it. */

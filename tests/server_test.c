@@ -17,13 +17,9 @@ static void check_options(tsrv_server_options options)
     options.handle_stream = echo_lines;
     s_open(options);
     int fd = t_connect(s_port);
-    t_sends(fd, "one\ntwo\n");
-    s_expect(fd, "one\ntwo\n");
-    t_sends(fd, "three\n");
-    s_expect(fd, "three\n");
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_echo(fd, "one\ntwo\n");
+    s_echo(fd, "three\n");
+    s_finish(fd);
     s_settle();
     s_close();
 }
@@ -110,8 +106,7 @@ static void count_mappings(size_t stack_size)
     for (int i = 0; i < 100; i++) {
         int fd = s_join();
         CHECK_INT(tsrv_spawn(s_loop, note_spawned, NULL), TSRV_OK);
-        t_sends(fd, "x\n");
-        s_expect(fd, "x\n");
+        s_echo(fd, "x\n");
         t_close(fd);
         s_until(&s_closed, i + 1);
         s_until(&spawned, i + 1);

@@ -235,12 +235,10 @@ TEST_STREAM(drop_from_outside_is_over_when_it_is_over)
         CHECK(t_now_ms() < limit);
     }
     handler_echoes = true;
-    t_sends(fd, "line\n");
-    s_expect(fd, "line\n");
+    s_echo(fd, "line\n");
     s_run_ms(1500);
     CHECK_INT(tsrv_server_drain(s_server, TSRV_NEVER), TSRV_EAGAIN);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&closed, 1);
     CHECK_INT(reason_of_last, TSRV_EOF);
     s_close();
@@ -352,8 +350,7 @@ static int64_t closes_after(const char *said, const char *answer, bool shut)
     }
     s_until(&closed, 1);
     s_expect(fd, good_bye != NULL && !shut ? good_bye : "");
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_close();
     return closed_ms - start;
 }
@@ -531,8 +528,7 @@ TEST_STREAM(on_close_can_call_nothing_that_waits_or_does)
     options.on_close = call_everything;
     open_with(end_at_once, options);
     int fd = t_connect(s_port);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&closed, 1);
     CHECK_INT(reason_of_last, 7);
     s_run_ms(100);
@@ -579,8 +575,8 @@ TEST_STREAM(log_names_the_limit_that_was_met)
         t_sends(fd, much);
         t_shut(fd);
         s_until(&closed, 1);
-        CHECK_INT(s_log_lines, 1);
-        CHECK_STR(s_log + strlen("handle_stream for unix:: "), names[limited_by]);
+        CHECK_INT(t_log_lines, 1);
+        CHECK_STR(t_log + strlen("handle_stream for unix:: "), names[limited_by]);
         t_close(fd);
         s_close();
     }
@@ -907,8 +903,7 @@ TEST_SCRIPT(lent_write_that_a_close_ends_still_comes)
     CHECK_INT(huge_code, TSRV_ECLOSED);
     take_huge(fd, 'a');
     s_expect(fd, "-");
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&closed, 1);
     s_close();
 }

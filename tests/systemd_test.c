@@ -328,8 +328,7 @@ static void free_server(tsrv_server *server, tsrv_loop *loop)
 static void check_answered(int port)
 {
     int fd = t_connect(port);
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     t_close(fd);
 }
 
@@ -1303,8 +1302,7 @@ TEST_LOOP(server_says_that_it_stops_before_the_drain_is_over)
     service s = {1, NULL, NO_PID, 0, false};
     pid_t pid = start_alone(manager, &s, &port);
     int client = t_connect(port);
-    t_sends(client, "whole\n");
-    t_expect(client, "whole\n");
+    t_echo(client, "whole\n");
     t_sends(client, "half"); /* a request under way */
     CHECK(kill(pid, SIGTERM) == 0);
     expect_state(manager, pid, "STOPPING=1");
@@ -1312,8 +1310,7 @@ TEST_LOOP(server_says_that_it_stops_before_the_drain_is_over)
     CHECK_INT(poll(&ended, 1, 0), 0);
     t_sends(client, "\n");
     t_expect(client, "half\n");
-    t_expect_eof(client);
-    t_close(client);
+    t_leave(client);
     finish(pid);
     expect_no_message(manager);
     t_close(manager);
@@ -1965,8 +1962,7 @@ TEST_ONCE(systemd_starts_an_example_for_its_first_client)
     t_expect(client, "first\n");
     check_answered(a.port);
     CHECK(kill(a.pid, SIGTERM) == 0);
-    t_expect_eof(client);
-    t_close(client);
+    t_leave(client);
     CHECK(!read_line(a.output, line, sizeof line));
     int status = end_of(&a);
     CHECK(WIFSIGNALED(status));

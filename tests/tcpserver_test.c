@@ -179,8 +179,7 @@ static void connect_for_each_return(int port, void *context)
     (void)context;
     for (int i = 0; i < RETURNS; i++) {
         int fd = t_connect(port);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
         t_wait_records(i + 1);
     }
 }
@@ -251,8 +250,7 @@ static void expect_data(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_expect(fd, "data");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* Tornado's test_handle_stream_native_coroutine. */
@@ -292,8 +290,7 @@ TEST_STREAM(test_stop_twice)
     t_shut(fd);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     t_expect(fd, "still here\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 
     fd = t_connect(listen_locally(s.server));
     t_sends(fd, "again\n");
@@ -302,8 +299,7 @@ TEST_STREAM(test_stop_twice)
     t_shut(fd);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     t_expect(fd, "again\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     close_site(&s);
 }
 
@@ -407,8 +403,7 @@ TEST_STREAM(one_server_listens_on_several_ports)
     for (int i = 0; i < PORTS; i++) {
         CHECK(t_is_refused(ports[i]));
         t_expect(fds[i], "hello\n");
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_leave(fds[i]);
     }
     close_site(&s);
 }
@@ -1008,8 +1003,7 @@ static void connect_twice(int port, void *context)
     (void)context;
     for (int i = 0; i < 2; i++) {
         int fd = t_connect(port);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
 }
 
@@ -1089,13 +1083,9 @@ static void echo_on_eight(int port, void *context)
     (void)context;
     for (int i = 0; i < 8; i++) {
         int fd = t_connect(port);
-        t_sends(fd, "one\ntwo\n");
-        t_expect(fd, "one\ntwo\n");
-        t_sends(fd, "three\n");
-        t_expect(fd, "three\n");
-        t_shut(fd);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_echo(fd, "one\ntwo\n");
+        t_echo(fd, "three\n");
+        t_finish(fd);
     }
 }
 
@@ -1149,9 +1139,7 @@ static void switch_protocols(int port, void *context)
     t_expect(fd, "1hello\n1switch\n2hello;2again;");
     t_sends(fd, "\n;");
     t_expect(fd, "2\n;");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
 }
 
 TEST_STREAM(handler_can_be_exchanged)
@@ -1188,8 +1176,7 @@ static void count_things(int port, void *context)
     CHECK_INT(stats.accepted + stats.open + stats.closed + stats.bytes_in + stats.bytes_out, 0);
     for (int i = 0; i < 3; i++) {
         fds[i] = t_connect(port);
-        t_sends(fds[i], "hello\n");
-        t_expect(fds[i], "hello\n");
+        t_echo(fds[i], "hello\n");
     }
     t_on_loop(copy_stats, &stats);
     CHECK_INT(stats.accepted, 3);
@@ -1311,8 +1298,7 @@ static void others_are_served(int port, void *context)
     t_sends(silent, "no end of line");
     for (int i = 0; i < 5; i++) {
         fds[i] = t_connect(port);
-        t_sends(fds[i], "line\n");
-        t_expect(fds[i], "line\n");
+        t_echo(fds[i], "line\n");
     }
     t_sends(silent, "\n");
     t_expect(silent, "no end of line\n");
@@ -2148,9 +2134,7 @@ static void change_clients(int port, void *context)
         }
     }
     for (int i = 0; i < count; i++) {
-        t_shut(clients[i].fd);
-        t_expect_eof(clients[i].fd);
-        t_close(clients[i].fd);
+        t_finish(clients[i].fd);
     }
     for (int i = 0; i < 2; i++) {
         t_close(g.held[i]);

@@ -95,8 +95,14 @@ static inline void t_register(t_test *test)
 
 #define T_FAIL(...) (fprintf(stderr, "%s:%d: ", __FILE__, __LINE__), t_fail(__VA_ARGS__))
 
+int t_log_lines; /* since t_watch_log, without what is merely INFO */
+char t_log[512]; /* the last of them */
+
 __attribute__((noreturn)) static inline void t_stop(void)
 {
+    if (t_log_lines > 0) {
+        fprintf(stderr, "    the last of %d lines of the log: %s\n", t_log_lines, t_log);
+    }
     fflush(stdout);
     _exit(1);
 }
@@ -322,11 +328,37 @@ static inline void t_prepare(int fd)
 #define T_NOSIGNAL 0
 #endif
 
+/* 127.0.0.1 */
+static inline struct sockaddr_in t_address(int port)
+{
+    struct sockaddr_in address;
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    return address;
+}
+
+/* A socket of 127.0.0.1 without the library, and behind the back of its seams. port may be NULL. */
+static inline int t_raw_socket(int type, bool listening, int *port)
+{
+    struct sockaddr_in address = t_address(0);
+    socklen_t size = sizeof address;
+    int fd = socket(AF_INET, type, 0);
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
+    CHECK(!listening || listen(fd, 16) == 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    if (port != NULL) {
+        *port = ntohs(address.sin_port);
+    }
+    return fd;
+}
+
 /* Connects to 127.0.0.1. Nagle is off, so that pieces sent apart can arrive apart. receive_room
  * is the socket's SO_RCVBUF in bytes, which counts only before the connection; 0: the system's. */
 static inline int t_connect_tcp(int port, int receive_room)
 {
-    struct sockaddr_in address;
+    struct sockaddr_in address = t_address(port);
     int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
     struct pollfd connected = {fd, POLLOUT, 0};
     CHECK(fd >= 0);
@@ -334,10 +366,6 @@ static inline int t_connect_tcp(int port, int receive_room)
     if (receive_room > 0) {
         CHECK(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_room, sizeof receive_room) == 0);
     }
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     /* Not by a connect that blocks: it would report, and so take away, the reset of a server that
      * was quicker than this thread. */
     CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
@@ -358,16 +386,8 @@ static inline int t_connect_tcp(int port, int receive_room)
 /* Over a relay; see there. */
 static inline int t_connect_with_room(int port, int receive_room)
 {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int listener = socket(AF_INET, SOCK_STREAM, 0), on = 1, secret = t_connect_tcp(port, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&address, size) == 0);
-    CHECK(listen(listener, 1) == 0);
-    CHECK(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
-    int fd = t_connect_tcp(ntohs(address.sin_port), receive_room);
+    int on = 1, secret = t_connect_tcp(port, 0), relay_port;
+    int listener = t_raw_socket(SOCK_STREAM, true, &relay_port), fd = t_connect_tcp(relay_port, receive_room);
     int plain = accept(listener, NULL, NULL);
     CHECK(plain >= 0);
     CHECK(setsockopt(plain, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0);
@@ -476,12 +496,8 @@ static inline void t_close(int fd)
 /* Does nobody listen there? */
 static inline bool t_is_refused(int port)
 {
-    struct sockaddr_in address;
+    struct sockaddr_in address = t_address(port);
     int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     CHECK(fd >= 0);
     bool refused = connect(fd, (struct sockaddr *)&address, sizeof address) != 0 &&
                    errno == ECONNREFUSED;
@@ -496,19 +512,71 @@ static inline void t_reset(int fd)
     t_close(fd);
 }
 
-/* A port of 127.0.0.1 that is free now; asked for behind the back of the library's seams. */
+/* Expects the server's end, and goes. */
+static inline void t_leave(int fd)
+{
+    t_expect_eof(fd);
+    t_close(fd);
+}
+
+/* Ends its own side first. */
+static inline void t_finish(int fd)
+{
+    t_shut(fd);
+    t_leave(fd);
+}
+
+/* With a server that echoes. */
+static inline void t_echo(int fd, const char *text)
+{
+    t_sends(fd, text);
+    t_expect(fd, text);
+}
+
+/* Reads until the end, be it a FIN or a reset. */
+static inline void t_drain_and_close(int fd)
+{
+    char buffer[4096];
+    ssize_t n;
+    while ((n = recv(fd, buffer, sizeof buffer, 0)) > 0) {
+    }
+    CHECK(n == 0 || errno == ECONNRESET);
+    t_close(fd);
+}
+
+/* A port of 127.0.0.1 that is free now. */
 static inline int t_free_port(void)
 {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
-    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    int port, fd = t_raw_socket(SOCK_STREAM, false, &port);
     t_close(fd);
-    return ntohs(address.sin_port);
+    return port;
+}
+
+static inline bool t_is_open(int fd)
+{
+    return fcntl(fd, F_GETFD) != -1;
+}
+
+static inline void t_close_all(const int *fds, int count)
+{
+    for (int i = 0; i < count; i++) {
+        t_close(fds[i]);
+    }
+}
+
+/* Has the machine ::1? */
+static inline bool t_has_ipv6(void)
+{
+    struct sockaddr_in6 address;
+    int fd = socket(AF_INET6, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin6_family = AF_INET6;
+    address.sin6_addr.s6_addr[15] = 1;
+    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
+    if (fd >= 0) {
+        t_close(fd);
+    }
+    return has;
 }
 
 static inline int t_socket_option(int fd, int level, int name)
@@ -529,9 +597,39 @@ static inline void t_record_reason(tsrv_stream *stream, int reason, void *contex
     t_record(reason);
 }
 
+/* For tsrv_loop_post, tsrv_spawn and timers; its context is the number. */
+static inline void t_record_call(void *context)
+{
+    t_record(*(int *)context);
+}
+
 static inline void t_no_log(int level, const char *message, void *context)
 {
     (void)level, (void)message, (void)context;
+}
+
+static inline void t_see_log(int level, const char *message, void *context)
+{
+    (void)context;
+    if (level <= TSRV_LOG_WARNING) {
+        pthread_mutex_lock(&t_record_mutex); /* any thread may log */
+        snprintf(t_log, sizeof t_log, "%s", message);
+        pthread_mutex_unlock(&t_record_mutex);
+        __atomic_add_fetch(&t_log_lines, 1, __ATOMIC_RELEASE);
+    }
+}
+
+static inline void t_watch_log(void)
+{
+    t_log_lines = 0;
+    t_log[0] = 0;
+    tsrv_set_log(t_see_log, NULL);
+}
+
+/* t_log_lines, for other threads than the loop's. */
+static inline int t_logged(void)
+{
+    return __atomic_load_n(&t_log_lines, __ATOMIC_ACQUIRE);
 }
 
 /* A tsrv_callback; its context is the loop. */
@@ -583,6 +681,21 @@ static inline void t_turn_until_text(tsrv_loop *loop, int fd, const char *text)
 #include "transport.h"
 #endif
 
+/* The port of the index-th listener. */
+static inline int t_port(tsrv_server *server, int index)
+{
+    tsrv_address address;
+    CHECK_INT(tsrv_server_address(server, index, &address), TSRV_OK);
+    return tsrv_address_port(&address);
+}
+
+/* Returns the port. */
+static inline int t_listen(tsrv_server *server)
+{
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    return t_port(server, 0);
+}
+
 /* ---- the fixture --------------------------------------------------------------------------*/
 
 typedef struct t_case {
@@ -619,7 +732,6 @@ static inline void t_run(t_case *c)
     tsrv_loop_options loop_options = {t_backend};
     tsrv_server_options options = c->options;
     t_client client = {c, 0, false};
-    tsrv_address address;
     tsrv_stats stats;
     pthread_t thread;
 
@@ -634,9 +746,7 @@ static inline void t_run(t_case *c)
         options.read_chunk_size = 1;
     }
     CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
-    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", NULL), TSRV_OK);
-    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
-    client.port = tsrv_address_port(&address);
+    client.port = t_listen(t_server);
     CHECK_INT(pthread_create(&thread, NULL, t_client_thread, &client), 0);
     do {
         int rc = tsrv_loop_run_once(t_loop, TSRV_NEVER);

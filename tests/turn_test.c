@@ -339,8 +339,7 @@ static void pipeline_client(int port, void *context)
     int64_t longest = 0;
     p->fd = t_connect(port);
     round_trip(fd);
-    t_sends(p->fd, "p\n");
-    t_expect(p->fd, "p\n");
+    t_echo(p->fd, "p\n");
     start_thread(&sending, send_requests, p);
     start_thread(&receiving, receive_answers, p);
     do {
@@ -496,9 +495,7 @@ static void client_empty(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_sends(fd, "go\n");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
 }
 
 TEST_SOFT(empty_reads_do_not_starve_a_timer)

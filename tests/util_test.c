@@ -763,11 +763,11 @@ TEST_SOFT(line_names_the_limit_that_was_met)
         options.max_buffer_size = 1000;
         options.max_write_buffer_size = 4096;
         s_open(options);
-        int fd = t_connect(s_port), lines = s_log_lines;
+        int fd = t_connect(s_port), lines = t_log_lines;
         t_send(fd, data, sizeof data);
-        s_until(&s_log_lines, lines + 1);
-        CHECK(strstr(s_log, "handle_stream for 127.0.0.1:") == s_log);
-        CHECK_STR(strstr(s_log, ": ") + 2, rows[i].text);
+        s_until(&t_log_lines, lines + 1);
+        CHECK(strstr(t_log, "handle_stream for 127.0.0.1:") == t_log);
+        CHECK_STR(strstr(t_log, ": ") + 2, rows[i].text);
         t_close(fd);
         s_close();
     }
@@ -783,7 +783,7 @@ TEST_ONCE(what_a_server_listens_on_is_logged)
     s_open_loop();
     tsrv_set_log(see_line, NULL);
     s_server = s_new_server(options);
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
     snprintf(expected, sizeof expected, "listening on 127.0.0.1:%d", s_port);
     CHECK_STR(seen_text, expected);
     CHECK_INT(seen_level, TSRV_LOG_INFO);
@@ -851,7 +851,7 @@ TEST_LOOP(library_is_never_at_a_low_number)
     s_open_loop();
     tsrv_set_log(NULL, NULL);
     s_server = s_new_server(options);
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
     CHECK(tsrv_cpu_count() > 0); /* reads files */
     restore_low(true);
     for (int i = 0; i < 3; i++) {

@@ -46,9 +46,7 @@ TEST_STREAM(row4_pause_while_the_peer_pipelines)
     s_expect(fd, "answer 1\nanswer 2\nanswer 3\nanswer 4\nanswer 5\n");
     CHECK(v_ms() - start >= 1450 && v_ms() - start <= 1600);
     CHECK(calls <= (t_hard ? 21 : 11)); /* no loop: once for each read and each pause, in hard mode for each byte */
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -156,8 +154,7 @@ static void check_late_call(int which)
         CHECK(t_now_ms() < limit);
     }
     free(over);
-    s_expect_eof(dead);
-    t_close(dead);
+    s_leave(dead);
     t_close(fd);
     s_until(&s_closed, 2);
     s_close();
@@ -368,9 +365,7 @@ static void d_close(int fd)
     if (d_kind == D_FLUSH) {
         t_reset(fd);
     } else {
-        t_shut(fd);
-        s_expect_eof(fd);
-        t_close(fd);
+        s_finish(fd);
     }
     s_until(&s_closed, 1);
     s_close();

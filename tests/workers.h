@@ -857,8 +857,7 @@ static inline void stop_well(pid_t pid, int result)
 static inline void check_served(void)
 {
     int fd = reach();
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     t_close(fd);
 }
 
@@ -952,8 +951,7 @@ static inline void *short_clients(void *context)
     load *l = (load *)context;
     while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
         int fd = t_connect(port());
-        t_sends(fd, "hello\n");
-        t_expect(fd, "hello\n");
+        t_echo(fd, "hello\n");
         t_close(fd);
         __atomic_add_fetch(&l->served, 1, __ATOMIC_ACQ_REL);
     }

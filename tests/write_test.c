@@ -50,9 +50,7 @@ TEST_STREAM(row6_written_data_is_the_writers_again)
     s_expect(other, "DELETED\n");
     CHECK(item == NULL);
     CHECK_MEM(got, s_recv(reader, got, large_size, &code), large, large_size);
-    t_shut(reader);
-    s_expect_eof(reader);
-    t_close(reader);
+    s_finish(reader);
     t_reset(other);
     s_settle();
     s_close();
@@ -127,8 +125,7 @@ static void try_during(size_t times)
     for (int i = 0; i < taken; i++) {
         s_expect(fd, "<try>");
     }
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_close();
     free(got);
 }
@@ -226,7 +223,7 @@ static void check_cut_write(int which)
     s_serve(write_behind);
     options.handle_stream = take_late;
     sink = s_new_server(options);
-    sink_port = s_listen(sink);
+    sink_port = t_listen(sink);
     int fd = s_join();
     s_run_ms(100);
     CHECK_INT(tsrv_server_drain(s_server, 100), TSRV_EAGAIN);
@@ -278,9 +275,7 @@ TEST_STREAM(pieces_of_any_size_come_as_one)
     int fd = s_join();
     t_sends(fd, "one\n\nthree\n");
     s_expect(fd, "<one>\n<>\n<three>\n");
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -297,9 +292,7 @@ TEST_SOFT(pieces_need_no_memory_of_their_own)
     }
     t_seen = NULL;
     CHECK_INT(calls_counted, 0);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -328,9 +321,7 @@ TEST_SOFT(pieces_that_fill_blocks_need_no_memory_of_their_own)
     }
     t_seen = NULL;
     CHECK_INT(calls_counted, 0);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -403,8 +394,7 @@ static void check_pieces_stay_together(size_t body, int messages)
     int fd = s_join_with_room(4096);
     CHECK_INT(s_recv(fd, got, size, &code), size);
     check_messages(got, size);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&s_closed, 1);
     s_close();
     free(got);
@@ -547,9 +537,7 @@ static int serve_file(size_t size, size_t max_write_buffer_size)
     CHECK_INT(file_code, TSRV_OK);
     int calls = calls_counted;
     t_seen = NULL;
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_until(&s_closed, 1);
     CHECK_INT(s_reason, TSRV_EOF);
     s_close();
