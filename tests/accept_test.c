@@ -9,27 +9,20 @@
 static const tsrv_server_options defaults;
 static int entered;
 
-/* Answers each line with itself. */
-static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int enter_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    tsrv_slice line;
-    int rc;
-    (void)address, (void)context;
     if (!*(bool *)tsrv_data(stream)) {
         *(bool *)tsrv_data(stream) = true;
         entered++;
     }
-    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
-        tsrv_write(stream, line.data, line.size);
-    }
-    return rc;
+    return echo_lines(stream, address, context);
 }
 
 static void open_echo(int max_connections)
 {
     tsrv_server_options options = defaults;
     entered = 0;
-    options.handle_stream = echo;
+    options.handle_stream = enter_and_echo;
     options.data_size = sizeof(bool);
     options.max_connections = max_connections;
     s_open(options);
@@ -48,31 +41,21 @@ static void expect_answer(int fd)
     t_close(fd);
 }
 
-static void fail_from_now_on(const char *name, int code, long first, bool sticky)
-{
-    t_fault_name = name;
-    t_fault_errno = code;
-    t_fault_calls = t_fault_hits = 0;
-    t_fault_sticky = sticky;
-    t_fault_at = first;
-}
-
 /* A policy that forbids accept4 is taken to forbid that call only, so here it is done without. */
 static void forbid_accept(int code, bool sticky)
 {
     __atomic_fetch_or(&tsrvi_process.without, TSRVI_WITHOUT_ACCEPT4, __ATOMIC_RELAXED);
-    fail_from_now_on("accept", code, 1, sticky);
+    t_fail_call("accept", code, 1, sticky);
 }
 
 /* ---- accept --------------------------------------------------------------------------------*/
 
 static const int for_good[] = {EPERM, EACCES, ENOSYS, EPROTO, ECONNABORTED, EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP};
-enum { FOR_GOOD = sizeof for_good / sizeof for_good[0] };
+enum { FOR_GOOD = COUNT(for_good) };
 
 TEST_LOOP(accept_that_fails_for_good_is_tried_some_times_a_second)
 {
     for (int i = 0; i < FOR_GOOD; i++) {
-        tsrv_stats stats;
         open_echo(0);
         forbid_accept(for_good[i], true);
         int fd = ask(s_port);
@@ -82,10 +65,9 @@ TEST_LOOP(accept_that_fails_for_good_is_tried_some_times_a_second)
         CHECK(t_log_lines >= 1 && t_log_lines <= 4);
         CHECK(strstr(t_log, strerror(for_good[i])) != NULL);
         CHECK(strstr(t_log, "127.0.0.1:") != NULL);
-        tsrv_server_stats(s_server, &stats);
-        CHECK(stats.accept_pauses >= 3);
-        CHECK_INT(stats.accept_errors, t_fault_hits);
-        CHECK_INT(stats.accepted, 0);
+        CHECK(s_stats().accept_pauses >= 3);
+        CHECK_INT(s_stats().accept_errors, t_fault_hits);
+        CHECK_INT(s_stats().accepted, 0);
 
         /* What has forbidden it changes its mind. */
         t_fault_at = 0;
@@ -136,7 +118,7 @@ TEST_LOOP(resume_that_fails_once_is_tried_again)
 {
     open_echo(1);
     int fd = make_room();
-    fail_from_now_on(wait_call(), ENOMEM, 1, false);
+    t_fail_call(wait_call(), ENOMEM, 1, false);
     s_settle();
     CHECK_INT(t_fault_hits, 1);
     t_fault_at = 0;
@@ -152,7 +134,7 @@ TEST_LOOP(resume_that_fails_for_long_is_tried_again)
 {
     open_echo(1);
     int fd = make_room();
-    fail_from_now_on(wait_call(), ENOSPC, 1, true);
+    t_fail_call(wait_call(), ENOSPC, 1, true);
     s_run_ms(3000);
     CHECK(t_fault_hits >= 3 && t_fault_hits <= 20);
     CHECK(t_log_lines >= 1 && t_log_lines <= 4);
@@ -169,7 +151,7 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
     for (int sticky = 0; sticky <= 1 && t_backend != TSRV_BACKEND_POLL; sticky++) {
         open_echo(0);
         tsrvi_process.number = 1;
-        fail_from_now_on(wait_call(), ENOMEM, 2, sticky);
+        t_fail_call(wait_call(), ENOMEM, 2, sticky);
         tsrvi_listener_requeue(s_server->listeners);
         CHECK_INT(t_fault_hits, 1);
         int fd = ask(s_port);
@@ -248,10 +230,7 @@ static void open_without_stacks(void)
 {
     s_serve(echo_lines);
     before_many = s_join();
-    t_fault_name = "mmap";
-    t_fault_calls = 0;
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("mmap", 0, 1, true);
     for (int i = 0; i < MANY; i++) {
         many[i] = t_connect(s_port);
         t_sends(many[i], "x\n");
@@ -385,7 +364,7 @@ static void crowd_replace(const int *fds, bool *served, const crowd_order *order
         } else {
             t_reset(fds[gone]);
         }
-        CHECK_INT(crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale()), report->served);
+        CHECK_INT(crowd_answered(fds, served, t_patience_ms()), report->served);
         int took = (int)(t_now_ms() - start);
         report->first_wait_ms = gone == 0 ? took : report->first_wait_ms;
         report->longest_wait_ms = took > report->longest_wait_ms ? took : report->longest_wait_ms;
@@ -411,7 +390,7 @@ __attribute__((noreturn)) static void crowd_process(int control)
         t_sends(fds[i], line);
     }
     for (; report.served < order.open; report.served++) { /* the first ones, in any order */
-        int first = crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale());
+        int first = crowd_answered(fds, served, t_patience_ms());
         CHECK(first >= 0 && first < order.open);
     }
     CHECK(write(control, "s", 1) == 1);
@@ -440,7 +419,7 @@ static void crowd_client(int port, void *context)
     struct rlimit limit;
     CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
     for (int fd = 0; c->limit == 0 && fd < (int)limit.rlim_cur; fd++) {
-        order.open += fcntl(fd, F_GETFD) < 0;
+        order.open += !t_is_open(fd);
     }
     CHECK(order.open > 10 && order.open < CROWD / 2);
     CHECK(write(c->control, &order, sizeof order) == sizeof order);
@@ -547,11 +526,7 @@ static void break_accept(void *context)
     accept_fault *fault = (accept_fault *)context;
     accepts = 0;
     accept_stop = fault->times;
-    t_fault_name = ACCEPT;
-    t_fault_errno = fault->code;
-    t_fault_sticky = true;
-    t_fault_calls = 0;
-    t_fault_at = 1;
+    t_fail_call(ACCEPT, fault->code, 1, true);
 }
 
 static void mend_accept(void *context)

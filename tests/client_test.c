@@ -49,7 +49,7 @@ static int fake_getaddrinfo(const char *host, const char *service, const struct 
     const char *const none[3] = {host, NULL, NULL};
     const char *const *addresses = none;
     number.ai_flags |= AI_NUMERICHOST;
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+    for (size_t i = 0; i < COUNT(names); i++) {
         addresses = host != NULL && strcmp(names[i].name, host) == 0 ? names[i].addresses : addresses;
     }
     *all = NULL;
@@ -393,9 +393,7 @@ static deaf open_deaf(const char *address, int port)
 
 static void close_deaf(deaf *d)
 {
-    for (int i = 0; i < FILLERS; i++) {
-        t_close(d->fillers[i]);
-    }
+    t_close_all(d->fillers, FILLERS);
     t_close(d->listener);
 }
 
@@ -549,15 +547,6 @@ TEST_LOOP(full_unix_queue_has_a_time_limit)
 
 /* ---- faults -------------------------------------------------------------------------------*/
 
-static void fail_next(const char *name, int code, long at)
-{
-    t_fault_calls = 0;
-    t_fault_hits = 0;
-    t_fault_name = name;
-    t_fault_errno = code;
-    t_fault_at = at;
-}
-
 static int port_of_faults, listener_of_faults;
 
 static void connect_under_faults(void)
@@ -570,18 +559,18 @@ static void connect_under_faults(void)
         {"connect", ENETUNREACH, -ENETUNREACH}, {"connect", EACCES, -EACCES},
         {"getaddrinfo", 0, -ENOMEM},           {"getsockopt", ENOBUFS, -ENOBUFS},
     };
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        fail_next(rows[i].call, rows[i].code, 1);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        t_fail_call(rows[i].call, rows[i].code, 1, false);
         int rc = connect_rc("127.0.0.1", port_of_faults, 500);
         long hits = t_fault_hits;
-        fail_next(NULL, 0, 0);
+        t_fail_call(NULL, 0, 0, false);
         CHECK_INT(hits, 1);
         CHECK_INT(rc, rows[i].rc);
     }
     /* Of two addresses the first one fails, the second one is good. */
-    fail_next("connect", ENETUNREACH, 1);
+    t_fail_call("connect", ENETUNREACH, 1, false);
     CHECK_INT(connect_rc("two.test", port_of_faults, 0), TSRV_OK);
-    fail_next(NULL, 0, 0);
+    t_fail_call(NULL, 0, 0, false);
 }
 
 TEST_LOOP(failing_calls_are_codes)
@@ -639,10 +628,10 @@ static int fault_rc;
 
 static void fault_script(void)
 {
-    fail_next(NULL, 0, fault_at);
+    t_fail_call(NULL, 0, fault_at, false);
     fault_rc = connect_and_echo();
     fault_total = t_fault_calls;
-    fail_next(NULL, 0, 0);
+    t_fail_call(NULL, 0, 0, false);
 }
 
 static void one_fault(long at)

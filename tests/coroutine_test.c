@@ -1,6 +1,8 @@
 /* Coroutines: spawning, sleeping, waiting for descriptors, stacks, and several on one stream. */
 #include "test.h"
 
+#include "handlers.h"
+
 #include <sys/resource.h>
 #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__i386__))
 #include <execinfo.h>
@@ -26,16 +28,11 @@ static void check_records(const int *expected, int count)
 
 /* ---- spawn and sleep ----------------------------------------------------------------------*/
 
-static void record_call(void *context)
-{
-    t_record(*(int *)context);
-}
-
 static void spawn_two(void *context)
 {
     int *ids = (int *)context;
-    CHECK_INT(tsrv_spawn(tsrv_loop_current(), record_call, &ids[0]), TSRV_OK);
-    CHECK_INT(tsrv_spawn(tsrv_loop_current(), record_call, &ids[1]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(tsrv_loop_current(), t_record_call, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(tsrv_loop_current(), t_record_call, &ids[1]), TSRV_OK);
     t_record(100);
 }
 
@@ -44,7 +41,7 @@ TEST_LOOP(spawned_functions_run_from_the_loop_in_order)
     static const int expected[] = {0, 100, 1, 2};
     int ids[] = {0, 1, 2};
     tsrv_loop *loop = t_new_loop();
-    CHECK_INT(tsrv_spawn(loop, record_call, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, t_record_call, &ids[0]), TSRV_OK);
     CHECK_INT(tsrv_spawn(loop, spawn_two, &ids[1]), TSRV_OK);
     CHECK_INT(t_record_count(), 0);
     run_and_free(loop);
@@ -134,8 +131,7 @@ TEST_LOOP(waiting_needs_a_coroutine)
     CHECK_INT(tsrv_spawn(loop, negative_sleep, NULL), TSRV_OK);
     run_and_free(loop);
     CHECK_INT(t_record_count(), 4);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static int try_to_sleep(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -144,13 +140,6 @@ static int try_to_sleep(tsrv_stream *stream, const tsrv_address *address, void *
     CHECK_INT(tsrv_sleep(0), TSRV_EINVAL);
     CHECK_INT(tsrv_wait_fd(0, TSRV_READABLE, 0), TSRV_EINVAL);
     return 0;
-}
-
-static void expect_end(int port, void *context)
-{
-    int fd = t_connect(port);
-    (void)context;
-    t_leave(fd);
 }
 
 TEST_CALLBACK(callback_mode_handler_is_no_coroutine)
@@ -206,8 +195,7 @@ TEST_LOOP(wait_fd_waits_for_a_pipe)
     CHECK_INT(tsrv_spawn(c.loop, wait_for_pipe, &c), TSRV_OK);
     run_and_free(c.loop);
     CHECK_INT(c.steps, 1);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    t_close_all(c.fds, 2);
 }
 
 static void wait_long(void *context)
@@ -215,12 +203,6 @@ static void wait_long(void *context)
     fd_case *c = (fd_case *)context;
     CHECK_INT(tsrv_wait_fd(c->fds[0], TSRV_READABLE, TSRV_NEVER), TSRV_OK);
     c->steps++;
-}
-
-static void never_called(int events, void *context)
-{
-    (void)events, (void)context;
-    T_FAIL("a refused watch was called");
 }
 
 static void wait_in_vain(void *context)
@@ -247,8 +229,7 @@ TEST_LOOP(wait_fd_refuses_a_second_waiter_and_bad_arguments)
     CHECK_INT(tsrv_spawn(c.loop, wait_in_vain, &c), TSRV_OK);
     run_and_free(c.loop);
     CHECK_INT(c.steps, 2);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    t_close_all(c.fds, 2);
 }
 
 /* ---- stacks and registers -----------------------------------------------------------------*/
@@ -450,12 +431,6 @@ static int leap_in_handler(tsrv_stream *stream, const tsrv_address *address, voi
     return 0;
 }
 
-static void sleep_long(void *context)
-{
-    (void)context;
-    tsrv_sleep(3600000);
-}
-
 static void leap_among_others(void *context)
 {
     leap *l = (leap *)context;
@@ -620,9 +595,7 @@ TEST_LOOP(stacks_that_cannot_be_unmapped_are_used_again)
     enum { COUNT = TSRVI_STACK_POOL * 2 };
     tsrv_loop *loop = t_new_loop();
     t_seen = count_mapping_calls;
-    t_fault_name = "munmap";
-    t_fault_sticky = true;
-    t_fault_at = 1;
+    t_fail_call("munmap", 0, 1, true);
     run_at_once(loop, COUNT);
     CHECK_INT(maps, COUNT);
     run_at_once(loop, COUNT);
@@ -642,21 +615,12 @@ TEST_LOOP(all_stacks_are_unmapped_in_the_end)
     tsrv_loop *loop = t_new_loop();
     run_at_once(loop, 100);
     t_seen = count_mapping_calls;
-    t_fault_name = "munmap";
-    t_fault_sticky = false;
-    t_fault_calls = 0;
-    t_fault_at = 1;
+    t_fail_call("munmap", 0, 1, false);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(unmaps, 101);
 }
 
 /* ---- the end of the loop ------------------------------------------------------------------*/
-
-static void quiet_log(int level, const char *message, void *context)
-{
-    (void)level, (void)message;
-    ++*(int *)context;
-}
 
 static void sleep_until_the_end(void *context)
 {
@@ -675,9 +639,9 @@ static void wait_until_the_end(void *context)
 TEST_LOOP(freeing_the_loop_ends_every_wait_once)
 {
     fd_case c = {0};
-    int slept = 0, logged = 0;
+    int slept = 0;
     c.loop = t_new_loop();
-    tsrv_set_log(quiet_log, &logged);
+    t_watch_log_of(TSRV_LOG_INFO);
     CHECK(pipe(c.fds) == 0);
     CHECK_INT(tsrv_spawn(c.loop, sleep_until_the_end, &slept), TSRV_OK);
     CHECK_INT(tsrv_spawn(c.loop, sleep_until_the_end, &slept), TSRV_OK);
@@ -687,9 +651,8 @@ TEST_LOOP(freeing_the_loop_ends_every_wait_once)
     CHECK_INT(tsrv_loop_free(c.loop), TSRV_OK);
     CHECK_INT(slept, 2);
     CHECK_INT(c.steps, 1);
-    CHECK_INT(logged, 0);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    CHECK_INT(t_log_lines, 0);
+    t_close_all(c.fds, 2);
 }
 
 typedef struct stubborn {
@@ -710,9 +673,8 @@ static void sleep_for_ever(void *context)
 TEST_LOOP(coroutine_that_ignores_the_end_is_dropped_and_logged)
 {
     stubborn s = {0, 0, 0};
-    int logged = 0;
     tsrv_loop *loop = t_new_loop();
-    tsrv_set_log(quiet_log, &logged);
+    t_watch_log_of(TSRV_LOG_INFO);
     CHECK_INT(tsrv_spawn(loop, sleep_for_ever, &s), TSRV_OK);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
@@ -720,7 +682,7 @@ TEST_LOOP(coroutine_that_ignores_the_end_is_dropped_and_logged)
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(s.closed, 1);
     CHECK_INT(s.other, 0);
-    CHECK(logged >= 1);
+    CHECK(t_log_lines >= 1);
 }
 
 typedef struct end_case {
@@ -872,19 +834,12 @@ typedef struct duplex {
     size_t received;
 } duplex;
 
-static char pattern_at(size_t i)
-{
-    return (char)('a' + i * 7 % 26);
-}
-
 static void write_pattern(void *context)
 {
     duplex *d = (duplex *)context;
     char block[1000];
     for (size_t at = 0; at < d->size; at += sizeof block) {
-        for (size_t i = 0; i < sizeof block; i++) {
-            block[i] = pattern_at(at + i);
-        }
+        fill_pattern(block, at, sizeof block);
         CHECK_INT(tsrv_write(d->h.stream, block, sizeof block), TSRV_OK);
     }
     d->h.done = true;
@@ -915,19 +870,13 @@ static int read_while_writing(tsrv_stream *stream, const tsrv_address *address, 
 static void send_all_then_read(int port, void *context)
 {
     size_t size = *(size_t *)context;
-    char *data = (char *)malloc(size), *back = (char *)malloc(size);
+    char *data = new_pattern(size);
     int fd = t_connect(port);
-    CHECK(data != NULL && back != NULL);
-    for (size_t i = 0; i < size; i++) {
-        data[i] = pattern_at(i);
-    }
     t_send(fd, data, size);
     t_shut(fd);
-    size_t received = t_recv_all(fd, back, size);
-    CHECK_MEM(back, received, data, size);
-    t_close(fd);
+    expect_pattern_from(fd, 0, size);
+    t_leave(fd);
     free(data);
-    free(back);
 }
 
 TEST_COROUTINE(reader_and_writer_do_not_hold_each_other_up)
@@ -970,11 +919,10 @@ static void write_a_block(void *context)
 static int spawn_writers(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     writers *w = (writers *)context;
-    int small = 8192;
     (void)address;
     w->stream = stream;
     w->left = WRITERS;
-    CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &small, sizeof small) == 0);
+    limit_output_to(stream, 8192);
     for (int i = 0; i < WRITERS; i++) {
         CHECK_INT(tsrv_spawn(tsrv_stream_loop(stream), write_a_block, w), TSRV_OK);
     }
@@ -1368,8 +1316,7 @@ TEST_LOOP(loop_free_drops_a_coroutine_that_waits_for_a_descriptor_again)
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(t_record_count(), 1);
     CHECK_INT(t_recorded(0), TSRV_ECLOSED);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static int never_return(tsrv_stream *stream, const tsrv_address *address, void *context)

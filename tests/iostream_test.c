@@ -158,48 +158,6 @@ static int play_handler(tsrv_stream *stream, const tsrv_address *address, void *
     return steps[state->at].code;
 }
 
-/* on_close of most tests: one record, the reason, when all is over. */
-static void load_received(void *context)
-{
-    tsrv_stats stats;
-    tsrv_server_stats(t_server, &stats);
-    *(uint64_t *)context = stats.bytes_in;
-}
-
-static bool has_received(void *context)
-{
-    uint64_t received = 0;
-    t_on_loop(load_received, &received);
-    return received >= *(size_t *)context;
-}
-
-/* Waits until the server has received that many bytes. Something there has to be reading. */
-static void wait_received(size_t size)
-{
-    if (!t_wait_until(has_received, &size)) {
-        T_FAIL("the server did not receive %zu bytes", size);
-    }
-}
-
-/* For t_on_loop, with the only stream there is. */
-static void close_stream(void *context)
-{
-    (void)context;
-    CHECK_INT(tsrv_close(tsrv_server_next(t_server, NULL)), TSRV_OK);
-}
-
-static void abort_stream(void *context)
-{
-    (void)context;
-    CHECK_INT(tsrv_abort(tsrv_server_next(t_server, NULL)), TSRV_OK);
-}
-
-static void wake_stream(void *context)
-{
-    (void)context;
-    tsrv_wake(tsrv_server_next(t_server, NULL));
-}
-
 static void play_client(int port, void *context)
 {
     int fd = t_connect(port);
@@ -234,7 +192,7 @@ static void play_client(int port, void *context)
             break;
         default:
             CHECK(**move == 'c' || **move == 'a' || **move == 'w');
-            t_on_loop(**move == 'c' ? close_stream : **move == 'a' ? abort_stream : wake_stream,
+            t_on_loop(**move == 'c' ? close_first : **move == 'a' ? abort_first : wake_first,
                       NULL);
         }
     }
@@ -266,21 +224,6 @@ static void play_run(const call *steps, const tsrv_server_options *options,
 #define PLAY_WITH(options, steps, ...)                                                             \
     play_run(steps, options, (const char *const[]){__VA_ARGS__, NULL})
 #define PLAY(steps, ...) PLAY_WITH(NULL, steps, __VA_ARGS__)
-
-/* ---- bulk data -----------------------------------------------------------------------------*/
-
-static void wait_unsent(size_t size)
-{
-    if (!t_wait_until(has_unsent, &size)) {
-        T_FAIL("there were never more than %zu bytes unsent", size);
-    }
-}
-
-static unsigned next_random(unsigned *state)
-{
-    *state = *state * 1664525U + 1013904223U;
-    return *state >> 8;
-}
 
 /* ---- Tornado: over a web server ------------------------------------------------------------*/
 
@@ -766,17 +709,6 @@ TEST_STREAM(test_stream_buffer_large)
 
 /* ---- Tornado: the rest ---------------------------------------------------------------------*/
 
-static int log_count;
-
-static void count_log(int level, const char *message, void *context)
-{
-    (void)context;
-    if (level <= TSRV_LOG_WARNING) {
-        CHECK(strstr(message, "127.0.0.1:") != NULL);
-        log_count++;
-    }
-}
-
 TEST_STREAM(test_read_until_close_with_error)
 {
     static const call steps[] = {BYTES(1, TSRV_OK, "x"), UNTIL_CLOSE(3, TSRV_ETOOLONG, ""),
@@ -789,9 +721,9 @@ TEST_STREAM(test_inline_read_error)
 {
     static const call steps[] = {BYTES(1, TSRV_OK, "a"), PAUSE(1000), BYTES(1, -ECONNRESET, ""),
                                  BYTES(1, -ECONNRESET, ""), RETURN(-ECONNRESET)};
-    tsrv_set_log(count_log, NULL);
+    t_watch_log();
     PLAY(steps, ">a", ".", "!");
-    CHECK_INT(log_count, 0);
+    CHECK_INT(t_log_lines, 0);
 }
 
 /* What a handler returns is logged once when nobody could have expected it. */
@@ -801,12 +733,13 @@ TEST_STREAM(test_async_read_error_logging)
         int code, logged;
     } rows[] = {{0, 0}, {5, 0}, {TSRV_EOF, 0}, {TSRV_ECLOSED, 0}, {TSRV_ETIMEOUT, 0},
                 {TSRV_ETOOLONG, 1}, {TSRV_EINVAL, 1}, {-EIO, 1}};
-    tsrv_set_log(count_log, NULL);
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    t_watch_log();
+    for (size_t i = 0; i < COUNT(rows); i++) {
         call steps[] = {UNTIL("\n", 0, TSRV_OK, "a\n"), RETURN(rows[i].code)};
-        log_count = 0;
+        t_log_lines = 0;
         PLAY(steps, ">a\n");
-        CHECK_INT(log_count, rows[i].logged);
+        CHECK_INT(t_log_lines, rows[i].logged);
+        CHECK(rows[i].logged == 0 || strstr(t_log, "127.0.0.1:") != NULL);
     }
 }
 
@@ -874,53 +807,29 @@ TEST_COROUTINE(test_future_write)
     CHECK_INT(context.running, 0);
 }
 
-static int echo_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+static void add_refused(void *context)
 {
-    tsrv_slice slice;
-    int rc;
-    (void)address, (void)context;
-    while ((rc = tsrv_read_some(stream, 0, &slice)) == TSRV_OK) {
-        CHECK_INT(tsrv_write(stream, slice.data, slice.size), TSRV_OK);
-    }
-    return rc;
-}
-
-typedef struct addition {
-    int fd;
-    int code;
-} addition;
-
-static void add_stream(void *context)
-{
-    addition *a = (addition *)context;
-    a->code = tsrv_server_add_stream(t_server, a->fd);
+    CHECK_INT(tsrv_server_add_stream(t_server, *(int *)context), TSRV_EINVAL);
 }
 
 static void pipe_client(int port, void *context)
 {
-    int fds[2];
+    int fds[2], fd = connect_pair();
     (void)port, (void)context;
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
-    addition a = {fds[0], 1};
-    t_on_loop(add_stream, &a);
-    CHECK_INT(a.code, TSRV_OK);
-    t_prepare(fds[1]);
-    t_echo(fds[1], "hello");
-    t_echo(fds[1], "world");
-    t_finish(fds[1]);
+    t_echo(fd, "hello");
+    t_echo(fd, "world");
+    t_finish(fd);
 
     CHECK(pipe(fds) == 0);
-    a.fd = fds[0];
-    t_on_loop(add_stream, &a);
-    CHECK_INT(a.code, TSRV_EINVAL);
-    CHECK(fcntl(fds[0], F_GETFD) == -1);
+    t_on_loop(add_refused, &fds[0]);
+    CHECK(!t_is_open(fds[0]));
     t_close(fds[1]);
 }
 
 /* Pipes are socket pairs here; a pipe itself is refused, and closed as all that is handed over. */
 TEST_PLAIN_STREAM(test_pipe_iostream)
 {
-    t_case c = {.handler = echo_handler, .client = pipe_client};
+    t_case c = {.handler = echo_bytes, .client = pipe_client};
     t_run(&c);
 }
 
@@ -936,15 +845,10 @@ static int pattern_handler(tsrv_stream *stream, const tsrv_address *address, voi
 
 static void pipe_pattern_client(int port, void *context)
 {
-    int fds[2];
+    int fd = connect_pair();
     (void)port;
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
-    addition a = {fds[0], 1};
-    t_on_loop(add_stream, &a);
-    CHECK_INT(a.code, TSRV_OK);
-    t_prepare(fds[1]);
-    expect_pattern_from(fds[1], 0, *(size_t *)context);
-    t_leave(fds[1]);
+    expect_pattern_from(fd, 0, *(size_t *)context);
+    t_leave(fd);
 }
 
 TEST_PLAIN_STREAM(test_pipe_iostream_big_write)
@@ -961,7 +865,7 @@ TEST_STREAM(test_max_bytes)
 {
     static const char *const rows[][2] = {
         {"abcde\n", "\n"}, {"abcd\r\n", "\r\n"}, {"ab\r\n.\r\n", "\r\n.\r\n"}, {"\n", "\n"}};
-    for (size_t row = 0; row < sizeof rows / sizeof rows[0]; row++) {
+    for (size_t row = 0; row < COUNT(rows); row++) {
         const char *line = rows[row][0], *end = rows[row][1];
         size_t size = strlen(line);
         for (size_t limit = size - 1; limit <= size + 1; limit++) {
@@ -1002,7 +906,7 @@ TEST_STREAM(test_delimiter_split)
 {
     static const char *const rows[][2] = {{"a\r", "\r\n"}, {"\r\n\r", "\r\n\r\n"}, {"aaa", "aab"},
                                           {"abab", "ababc"}, {"\r\n.\r", "\r\n.\r\n"}};
-    for (size_t row = 0; row < sizeof rows / sizeof rows[0]; row++) {
+    for (size_t row = 0; row < COUNT(rows); row++) {
         const char *end = rows[row][1];
         char all[32], message[32];
         snprintf(all, sizeof all, "%s%s", rows[row][0], end);
@@ -1069,7 +973,7 @@ TEST_STREAM(test_delimiter_search)
     static const char *const rows[][2] = {{"aab", "ab"}, {"aa", "ab"}, {"abab", "ab"},
                                           {"\r\n\r\n", "\r\n"}, {"abaabaaab", "aab"}};
     unsigned random = 5;
-    for (size_t row = 0; row < sizeof rows / sizeof rows[0]; row++) {
+    for (size_t row = 0; row < COUNT(rows); row++) {
         static search s;
         s.delimiter = rows[row][0];
         for (size_t i = 0; i + 1 < sizeof s.data; i++) {
@@ -1134,7 +1038,7 @@ TEST_STREAM(test_drop_until)
 {
     static const char *const ends[] = {"\n", "\r\n", "aab", "\r\n\r\n"};
     tsrv_server_options options = {.max_buffer_size = 64, .read_chunk_size = t_hard ? 1 : 16};
-    for (size_t i = 0; i < sizeof ends / sizeof ends[0]; i++) {
+    for (size_t i = 0; i < COUNT(ends); i++) {
         for (int size = 58; size <= 70; size++) {
             call steps[] = {UNTIL(ends[i], 0, TSRV_OK, NULL), UNTIL("\n", 0, TSRV_OK, "next\n"),
                             UNTIL(ends[i], 0, TSRV_EOF, NULL), RETURN(0)};
@@ -1345,31 +1249,15 @@ TEST_COROUTINE(test_second_reader)
 
 /* ---- writes --------------------------------------------------------------------------------*/
 
-typedef struct sender {
-    int fd;
-    size_t size;
-} sender;
-
-static void *send_pattern(void *context)
-{
-    sender *s = (sender *)context;
-    char *data = new_pattern(s->size);
-    t_send(s->fd, data, s->size);
-    t_shut(s->fd);
-    free(data);
-    return NULL;
-}
-
 static void half_close_client(int port, void *context)
 {
-    sender s = {t_connect(port), *(size_t *)context};
-    pthread_t thread;
-    CHECK_INT(pthread_create(&thread, NULL, send_pattern, &s), 0);
+    sender s;
+    start_sending(&s, t_connect(port), *(size_t *)context);
     /* All the buffers between the two fill up first. */
     poll(NULL, 0, 50);
     expect_pattern_from(s.fd, 0, s.size);
     t_expect_eof(s.fd);
-    CHECK_INT(pthread_join(thread, NULL), 0);
+    join_sender(&s);
     t_close(s.fd);
     t_wait_records(1);
 }
@@ -1377,7 +1265,7 @@ static void half_close_client(int port, void *context)
 TEST_STREAM(test_half_close)
 {
     size_t size = bulk(32 << 20, 128 << 10);
-    t_case c = {.handler = echo_handler, .on_close = t_record_reason, .client = half_close_client,
+    t_case c = {.handler = echo_bytes, .on_close = t_record_reason, .client = half_close_client,
                 .context = &size};
     t_run(&c);
     CHECK_INT(t_recorded(0), TSRV_EOF);
@@ -1459,17 +1347,10 @@ static int too_much_handler(tsrv_stream *stream, const tsrv_address *address, vo
     return 0;
 }
 
-/* Receives until the end, be it a reset or not. */
 static void drained_client(int port, void *context)
 {
-    int fd = t_connect(port);
-    char buffer[4096];
-    ssize_t n;
     (void)context;
-    while ((n = recv(fd, buffer, sizeof buffer, 0)) > 0) {
-    }
-    CHECK(n == 0 || errno == ECONNRESET);
-    t_close(fd);
+    t_drain_and_close(t_connect(port));
     t_wait_records(1);
 }
 
@@ -1738,8 +1619,7 @@ TEST_STREAM(test_sendfile_of_no_file)
     c.context = &none;
     t_records_used = 0;
     t_run(&c);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static int flush_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -1950,7 +1830,7 @@ TEST_STREAM(test_close_ends_waiting_reads)
                                  MATCH(match_def, 0, TSRV_ECLOSED, ""), INTO(9, TSRV_ECLOSED, ""),
                                  UNTIL_CLOSE(0, TSRV_ECLOSED, ""), BYTES(2000, TSRV_ECLOSED, NULL),
                                  SOME(0, TSRV_ECLOSED, "")};
-    for (size_t i = 0; i < sizeof reads / sizeof reads[0]; i++) {
+    for (size_t i = 0; i < COUNT(reads); i++) {
         call steps[] = {WRITE("?", TSRV_OK), {0, 0, 0, 0, NULL, NULL, NULL},
                         BYTES(1, TSRV_ECLOSED, ""), WRITE("x", TSRV_ECLOSED), RETURN(TSRV_ECLOSED)};
         steps[1] = reads[i];
@@ -1985,7 +1865,7 @@ static void waiting_write_client(int port, void *context)
 {
     int fd = t_connect(port);
     wait_unsent(HIGH_WATER);
-    t_on_loop(close_stream, NULL);
+    t_on_loop(close_first, NULL);
     expect_pattern_from(fd, 0, *(size_t *)context);
     t_leave(fd);
 }
@@ -2016,20 +1896,13 @@ static void returned(tsrv_stream *stream, int reason, void *context)
     t_record(reason);
 }
 
-static void eof_client(int port, void *context)
-{
-    int fd = t_connect(port);
-    (void)context;
-    t_leave(fd);
-}
-
 /* on_close: once, after the handler, with what it returned. */
 TEST_PLAIN_STREAM(test_on_close_gets_what_was_returned)
 {
     static const int codes[] = {0, 5, TSRV_EOF, TSRV_ETOOLONG, -EIO};
-    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
+    for (size_t i = 0; i < COUNT(codes); i++) {
         int code = codes[i];
-        t_case c = {.handler = return_handler, .on_close = returned, .client = eof_client,
+        t_case c = {.handler = return_handler, .on_close = returned, .client = expect_end,
                     .context = &code, .options = {.data_size = sizeof(int)}};
         t_records_used = 0;
         t_run(&c);

@@ -201,10 +201,7 @@ TEST_SOFT(a_send_that_a_reset_overtakes_is_a_reset)
 {
     open_echo();
     int fd = t_connect(s_port);
-    t_fault_name = "send";
-    t_fault_errno = EPROTOTYPE;
-    t_fault_sticky = true;
-    t_fault_at = 1;
+    t_fail_call("send", EPROTOTYPE, 1, true);
     t_sends(fd, "abc");
     s_settle();
     CHECK(t_fault_hits > 0);

@@ -313,7 +313,7 @@ static int64_t trickle(int port, const char *bytes, int step_ms, int limit, int6
             *last = t_now_ms() - start;
             sent++;
         }
-    } while (poll(&end, 1, sent < limit ? step_ms : T_PATIENCE * 1000 * t_scale()) == 0);
+    } while (poll(&end, 1, sent < limit ? step_ms : t_patience_ms()) == 0);
     int64_t took = t_now_ms() - start;
     t_leave(fd);
     t_wait_records(1);

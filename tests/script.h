@@ -170,7 +170,9 @@ static inline void s_open_with(tsrv_handler handler, tsrv_server_options options
 {
     s_closed = s_reason = 0;
     options.handle_stream = handler;
-    options.on_close = s_note_close;
+    if (options.on_close == NULL) {
+        options.on_close = s_note_close;
+    }
     s_open(options);
 }
 
@@ -197,15 +199,9 @@ static inline void s_turn(void)
     s_turn_ms(V_STEP_MS);
 }
 
-/* For loops of turns that must come to an end: real time. */
-static inline int64_t s_patience(void)
-{
-    return t_now_ms() + T_PATIENCE * 1000 * t_scale();
-}
-
 static inline void s_run_ms(int duration_ms)
 {
-    int64_t end = v_ms() + duration_ms, limit = s_patience();
+    int64_t end = v_ms() + duration_ms, limit = t_patience();
     while (v_ms() < end) {
         s_turn_ms(end - v_ms() < V_STEP_MS ? (int)(end - v_ms()) : V_STEP_MS);
         CHECK(t_now_ms() < limit);
@@ -215,7 +211,7 @@ static inline void s_run_ms(int duration_ms)
 /* Turns until *counter has reached value. */
 static inline void s_until(const int *counter, int value)
 {
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (*counter < value) {
         s_turn();
         if (t_now_ms() > limit) {
@@ -233,13 +229,55 @@ static inline void s_settle(void)
     }
 }
 
+/* ---- a drain that a coroutine waits for ---------------------------------------------------*/
+
+typedef struct s_drainer {
+    tsrv_server *server;
+    int grace_ms;
+    int rc, done;
+    int64_t started_ms, took_ms;
+} s_drainer;
+
+static inline void s_drain(void *context)
+{
+    s_drainer *d = (s_drainer *)context;
+    d->started_ms = v_ms();
+    d->rc = tsrv_server_drain(d->server, d->grace_ms);
+    d->took_ms = v_ms() - d->started_ms;
+    d->done++;
+}
+
+static inline s_drainer s_new_drain(int grace_ms)
+{
+    s_drainer d = {s_server, grace_ms, 1, 0, 0, 0};
+    return d;
+}
+
+/* Spawns it and lets it begin. */
+static inline void s_begin_drain(s_drainer *d)
+{
+    CHECK_INT(tsrv_spawn(s_loop, s_drain, d), TSRV_OK);
+    s_settle();
+}
+
+/* Waits for its end and checks its result and how long it took. */
+static inline void s_check_drain(s_drainer *d, int rc, int64_t low_ms, int64_t high_ms)
+{
+    s_until(&d->done, 1);
+    CHECK_INT(d->rc, rc);
+    if (d->took_ms < low_ms || d->took_ms > high_ms) {
+        T_FAIL("the drain took %lld ms, not %lld to %lld", (long long)d->took_ms, (long long)low_ms,
+               (long long)high_ms);
+    }
+}
+
 /* ---- clients ------------------------------------------------------------------------------*/
 
 /* A client that has been accepted. */
 static inline int s_join_with_room(int receive_room)
 {
     uint64_t before = s_stats().accepted;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     int fd = t_connect_with_room(s_port, receive_room);
     while (s_stats().accepted == before) {
         s_turn();
@@ -259,13 +297,13 @@ static inline int s_join(void)
 static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
 {
     size_t got = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     *code = 0;
     while (got < size) {
         ssize_t n = recv(fd, (char *)buffer + got, size - got, MSG_DONTWAIT);
         if (n > 0) {
             got += (size_t)n;
-            limit = s_patience();
+            limit = t_patience();
         } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
             *code = n == 0 ? 0 : errno;
             break;
@@ -334,21 +372,11 @@ static inline void s_expect_reset(int fd)
     CHECK_INT(code, ECONNRESET);
 }
 
-/* Nothing has come, and no end. */
-static inline void s_expect_silence(int fd)
-{
-    char byte;
-    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
-    if (n >= 0 || errno != EAGAIN) {
-        T_FAIL("client: %s", n > 0 ? "a byte came" : n == 0 ? "the end came" : strerror(errno));
-    }
-}
-
 /* Sends all, turning the loop meanwhile. */
 static inline void s_send(int fd, const void *data, size_t size)
 {
     size_t sent = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (sent < size) {
         ssize_t n = send(fd, (const char *)data + sent, size - sent, MSG_DONTWAIT | T_NOSIGNAL);
         if (n < 0 && errno != EAGAIN) {

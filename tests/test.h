@@ -19,6 +19,9 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -26,6 +29,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -95,8 +99,9 @@ static inline void t_register(t_test *test)
 
 #define T_FAIL(...) (fprintf(stderr, "%s:%d: ", __FILE__, __LINE__), t_fail(__VA_ARGS__))
 
-int t_log_lines; /* since t_watch_log, without what is merely INFO */
-char t_log[512]; /* the last of them */
+int t_log_lines; /* since t_watch_log, of its level or above */
+int t_log_level;
+char t_log[1024]; /* the last of them */
 
 __attribute__((noreturn)) static inline void t_stop(void)
 {
@@ -207,12 +212,29 @@ static inline int t_scale(void)
     return scale > 1 ? scale : 1;
 }
 
-/* Milliseconds of a monotonic clock. */
-static inline int64_t t_now_ms(void)
+/* Microseconds of a monotonic clock. */
+static inline int64_t t_now_us(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+static inline int64_t t_now_ms(void)
+{
+    return t_now_us() / 1000;
+}
+
+/* How long somebody waits for what has to come. */
+static inline int t_patience_ms(void)
+{
+    return T_PATIENCE * 1000 * t_scale();
+}
+
+/* When it is over: for loops that must come to an end. */
+static inline int64_t t_patience(void)
+{
+    return t_now_ms() + t_patience_ms();
 }
 
 /* In a file of scripts, whose time is virtual elsewhere. */
@@ -226,7 +248,7 @@ static inline void t_use_real_time(void)
 /* Polls condition every millisecond. False: it did not become true in time. */
 static inline bool t_wait_until(bool (*condition)(void *), void *context)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     while (!condition(context)) {
         if (t_now_ms() > end) {
             return false;
@@ -339,6 +361,16 @@ static inline struct sockaddr_in t_address(int port)
     return address;
 }
 
+static inline struct sockaddr_un t_unix_address(const char *path)
+{
+    struct sockaddr_un address;
+    memset(&address, 0, sizeof address);
+    address.sun_family = AF_UNIX;
+    CHECK(strlen(path) < sizeof address.sun_path);
+    memcpy(address.sun_path, path, strlen(path));
+    return address;
+}
+
 /* A socket of 127.0.0.1 without the library, and behind the back of its seams. port may be NULL. */
 static inline int t_raw_socket(int type, bool listening, int *port)
 {
@@ -372,7 +404,7 @@ static inline int t_connect_tcp(int port, int receive_room)
     if (connect(fd, (struct sockaddr *)&address, sizeof address) != 0 && errno != EINPROGRESS) {
         T_FAIL("connect to port %d: %s", port, strerror(errno));
     }
-    if (poll(&connected, 1, T_PATIENCE * 1000 * t_scale()) != 1) {
+    if (poll(&connected, 1, t_patience_ms()) != 1) {
         T_FAIL("connect to port %d: no answer", port);
     }
     CHECK(fcntl(fd, F_SETFL, 0) == 0);
@@ -470,6 +502,16 @@ static inline void t_expect_eof(int fd)
     CHECK_MEM(&byte, received, "", 0);
 }
 
+/* Nothing has come, and no end. Says something once the server is known to have had its turn. */
+static inline void t_expect_silence(int fd)
+{
+    char byte;
+    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
+    if (n >= 0 || errno != EAGAIN) {
+        T_FAIL("client: %s", n > 0 ? "a byte came" : n == 0 ? "the end came" : strerror(errno));
+    }
+}
+
 /* Drops what comes before the reset. */
 static inline void t_expect_reset(int fd)
 {
@@ -552,6 +594,70 @@ static inline int t_free_port(void)
     return port;
 }
 
+/* For clients that do not use T_NOSIGNAL, and to see that the library raises none. */
+static inline void t_block_sigpipe(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+}
+
+/* How often the text has that part in it. */
+static inline int t_count(const char *text, const char *part)
+{
+    int count = 0;
+    for (const char *at = strstr(text, part); at != NULL; at = strstr(at + 1, part)) {
+        count++;
+    }
+    return count;
+}
+
+/* Reads a line without its newline, of a pipe too. False: there are no more. */
+static inline bool t_read_line(int fd, char *line, size_t capacity)
+{
+    size_t used = 0;
+    for (;;) {
+        struct pollfd ready = {fd, POLLIN, 0};
+        if (poll(&ready, 1, t_patience_ms()) != 1) {
+            T_FAIL("no line comes, but \"%.*s\"", (int)used, line);
+        }
+        CHECK(used + 1 < capacity);
+        ssize_t n = read(fd, line + used, 1);
+        CHECK(n >= 0);
+        if (n == 0 || line[used] == '\n') {
+            line[used] = 0;
+            return n > 0;
+        }
+        used++;
+    }
+}
+
+#ifdef __linux__
+/* As a container with one processor. */
+static inline void t_use_one_processor(void)
+{
+    cpu_set_t set, one;
+    size_t cpu = 0;
+    CHECK(sched_getaffinity(0, sizeof set, &set) == 0);
+    while (!CPU_ISSET(cpu, &set)) {
+        cpu++;
+    }
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+}
+#endif
+
+/* A directory of its own, below build/ where there is one. */
+static inline char *t_make_directory(void)
+{
+    static char name[64];
+    snprintf(name, sizeof name, "%s/tsrv-XXXXXX", access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(name) != NULL);
+    return name;
+}
+
 static inline bool t_is_open(int fd)
 {
     return fcntl(fd, F_GETFD) != -1;
@@ -611,7 +717,7 @@ static inline void t_no_log(int level, const char *message, void *context)
 static inline void t_see_log(int level, const char *message, void *context)
 {
     (void)context;
-    if (level <= TSRV_LOG_WARNING) {
+    if (level <= t_log_level) {
         pthread_mutex_lock(&t_record_mutex); /* any thread may log */
         snprintf(t_log, sizeof t_log, "%s", message);
         pthread_mutex_unlock(&t_record_mutex);
@@ -619,11 +725,32 @@ static inline void t_see_log(int level, const char *message, void *context)
     }
 }
 
-static inline void t_watch_log(void)
+/* level is the least one that counts. */
+static inline void t_watch_log_of(int level)
 {
+    t_log_level = level;
     t_log_lines = 0;
     t_log[0] = 0;
     tsrv_set_log(t_see_log, NULL);
+}
+
+/* Without what is merely INFO. */
+static inline void t_watch_log(void)
+{
+    t_watch_log_of(TSRV_LOG_WARNING);
+}
+
+static inline void t_see_info(int level, const char *message, void *context)
+{
+    CHECK_INT(level, TSRV_LOG_INFO);
+    t_see_log(level, message, context);
+}
+
+/* No line may be worse than INFO. */
+static inline void t_watch_info(void)
+{
+    t_watch_log_of(TSRV_LOG_INFO);
+    tsrv_set_log(t_see_info, NULL);
 }
 
 /* t_log_lines, for other threads than the loop's. */
@@ -653,7 +780,7 @@ static inline tsrv_loop *t_new_loop(void)
 /* Turns until *counter has reached value. */
 static inline void t_turn_until(tsrv_loop *loop, const int *counter, int value)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     while (*counter < value) {
         CHECK(tsrv_loop_run_once(loop, 10) >= 0);
         CHECK(t_now_ms() < end);
@@ -663,7 +790,7 @@ static inline void t_turn_until(tsrv_loop *loop, const int *counter, int value)
 /* Turns until the client fd has received text. */
 static inline void t_turn_until_text(tsrv_loop *loop, int fd, const char *text)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     size_t size = strlen(text), received = 0;
     char buffer[256];
     CHECK(size <= sizeof buffer);
@@ -694,6 +821,16 @@ static inline int t_listen(tsrv_server *server)
 {
     CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
     return t_port(server, 0);
+}
+
+/* The client's end of a pair of unix sockets, whose other end the server gets. */
+static inline int t_add_pair(tsrv_server *server)
+{
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    t_prepare(pair[0]);
+    CHECK_INT(tsrv_server_add_stream(server, pair[1]), TSRV_OK);
+    return pair[0];
 }
 
 /* ---- the fixture --------------------------------------------------------------------------*/

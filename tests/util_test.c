@@ -292,9 +292,7 @@ TEST_ONCE(full_pipe_loses_lines)
 /* Where a pipe cannot be opened anew: not Linux, no /proc, another user, no descriptor left. */
 TEST_ONCE(full_pipe_loses_lines_without_a_descriptor)
 {
-    t_fault_name = "open";
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("open", 0, 1, true);
     full_pipe();
     close_all();
 }
@@ -333,9 +331,7 @@ TEST_ONCE(broken_pipe_loses_lines_without_a_descriptor)
     make_pipe(fds);
     make_pipe(good);
     close(fds[0]);
-    t_fault_name = "open";
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("open", 0, 1, true);
     stderr_is(fds[1]);
     check_lost(-1);
     stderr_is(good[1]);
@@ -899,11 +895,7 @@ TEST_ONCE(move_to_a_higher_number_can_fail)
     for (int i = 0; i < 3; i++) {
         close_low();
         int before = open_count();
-        t_fault_name = names[i];
-        t_fault_errno = EMFILE;
-        t_fault_calls = 0;
-        t_fault_at = 1;
-        t_fault_sticky = true;
+        t_fail_call(names[i], EMFILE, 1, true);
         int fd = tsrvi_socket(AF_INET, SOCK_STREAM), fds[2], rc = tsrvi_pipe(fds);
         t_fault_at = 0;
         int nulls = (fcntl(0, F_GETFD) >= 0) + (fcntl(1, F_GETFD) >= 0) + (fcntl(2, F_GETFD) >= 0);
