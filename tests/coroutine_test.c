@@ -144,9 +144,7 @@ static int try_to_sleep(tsrv_stream *stream, const tsrv_address *address, void *
 
 TEST_CALLBACK(callback_mode_handler_is_no_coroutine)
 {
-    t_case c = {0};
-    c.handler = try_to_sleep;
-    c.client = expect_end;
+    t_case c = {.handler = try_to_sleep, .client = expect_end};
     t_run(&c);
 }
 
@@ -345,11 +343,8 @@ TEST_COROUTINE(stack_size_is_there_to_be_used)
     for (int i = 0; i < 3; i++) {
         size_t size = sizes[i] != 0 ? sizes[i] : 256 * 1024;
         int depth = (int)(size * 2 / 3 / FRAME);
-        t_case c = {0};
-        c.handler = dig_in_handler;
-        c.client = three_diggers;
-        c.context = &depth;
-        c.options.stack_size = sizes[i];
+        t_case c = {.handler = dig_in_handler, .client = three_diggers, .context = &depth,
+                    .options = {.stack_size = sizes[i]}};
         t_run(&c);
     }
 }
@@ -779,9 +774,7 @@ static void expect_ten(int port, void *context)
 
 TEST_COROUTINE(handler_joins_its_helper)
 {
-    t_case c = {0};
-    c.handler = join_a_helper;
-    c.client = expect_ten;
+    t_case c = {.handler = join_a_helper, .client = expect_ten};
     t_run(&c);
 }
 
@@ -819,9 +812,7 @@ static void send_line_later(int port, void *context)
 
 TEST_COROUTINE(second_reader_is_refused_and_the_first_goes_on)
 {
-    t_case c = {0};
-    c.handler = read_line_alone;
-    c.client = send_line_later;
+    t_case c = {.handler = read_line_alone, .client = send_line_later};
     t_run(&c);
 }
 
@@ -882,11 +873,8 @@ static void send_all_then_read(int port, void *context)
 TEST_COROUTINE(reader_and_writer_do_not_hold_each_other_up)
 {
     size_t size = t_hard ? 60000 : 12000000;
-    t_case c = {0};
-    c.handler = read_while_writing;
-    c.client = send_all_then_read;
-    c.context = &size;
-    c.options.write_high_water = t_hard ? 2000 : 0;
+    t_case c = {.handler = read_while_writing, .client = send_all_then_read, .context = &size,
+                .options = {.write_high_water = t_hard ? 2000 : 0}};
     t_run(&c);
 }
 
@@ -1097,10 +1085,7 @@ TEST_COROUTINE(closing_ends_a_wait_of_another_coroutine)
 {
     for (int i = 0; i < 8; i++) {
         kick_case k = {i % 2 ? abort_it : close_it, i / 2};
-        t_case c = {0};
-        c.handler = wait_to_be_kicked;
-        c.client = be_kicked;
-        c.context = &k;
+        t_case c = {.handler = wait_to_be_kicked, .client = be_kicked, .context = &k};
         t_run(&c);
         CHECK_INT(t_record_count(), i + 1);
     }
@@ -1205,9 +1190,7 @@ static void send_messages(int port, void *context)
 
 TEST_COROUTINE(slices_survive_sleeps_and_the_reads_of_others)
 {
-    t_case c = {0};
-    c.handler = hold_slices;
-    c.client = send_messages;
+    t_case c = {.handler = hold_slices, .client = send_messages};
     t_run(&c);
 }
 
@@ -1244,10 +1227,8 @@ static void send_two_lines(int port, void *context)
 
 TEST_COROUTINE(slice_survives_wait_write_and_flush)
 {
-    t_case c = {0};
-    c.handler = hold_across_other_waits;
-    c.client = send_two_lines;
-    c.options.write_high_water = 100;
+    t_case c = {.handler = hold_across_other_waits, .client = send_two_lines,
+                .options = {.write_high_water = 100}};
     t_run(&c);
 }
 

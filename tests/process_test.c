@@ -404,25 +404,13 @@ TEST_LOOP(clean_up_after_the_loop_is_not_cut)
     CHECK_INT(board->value, 2);
 }
 
-/* An own watch on SIGTERM replaces the drain: the connection is cut at once. */
-static int program_own_signal(void)
-{
-    tsrv_server *server = new_bound_server();
-    int rc = tsrv_server_start(server, workers, &fork_options);
-    if (rc == TSRV_OK) {
-        rc = tsrv_loop_run(NULL);
-        tsrv_signal_stop(&own_watch);
-    }
-    tsrv_server_free(server);
-    return rc;
-}
-
+/* The connection is cut at once. */
 TEST_LOOP(an_own_watch_replaces_the_drain)
 {
     long who = 0;
     workers = 2;
     server_options.on_start = watch_term;
-    pid_t pid = launch(program_own_signal);
+    pid_t pid = launch(program_own_watch);
     await_forks(2);
     int fd = connect_to(0, &who);
     t_sends(fd, "unfinished"); /* which a drain would wait for */
@@ -452,7 +440,7 @@ TEST_LOOP(a_timer_does_not_keep_a_drained_worker)
 {
     workers = 2;
     server_options.on_start = start_timer;
-    pid_t pid = launch(program_own_signal); /* which leaves on_start to the test */
+    pid_t pid = launch(program_own_watch); /* which leaves on_start to the test */
     await_forks(2);
     CHECK(kill(pid, SIGTERM) == 0);
     check_end(pid, 0, TSRV_EPARENT);

@@ -2909,24 +2909,12 @@ TEST_LOOP(workers_that_have_changed_their_user_end_with_their_parent)
 
 /* ---- the host ------------------------------------------------------------------------------*/
 
-static int program_own_watch(void)
-{
-    server_options.on_start = watch_term;
-    tsrv_server *server = new_bound_server();
-    int rc = tsrv_server_start(server, workers, &fork_options);
-    if (rc == TSRV_OK) {
-        rc = tsrv_loop_run(NULL);
-        tsrv_signal_stop(&own_watch);
-    }
-    tsrv_server_free(server);
-    return rc;
-}
-
 /* A worker's own watch on SIGTERM takes the place of the drain when the parent is told to stop, and is
  * called once. */
 TEST_LOOP(an_own_watch_hears_of_the_parents_stop)
 {
     begin(2);
+    server_options.on_start = watch_term;
     pid_t pid = launch(program_own_watch);
     await_forks(2);
     int fd = start_request();

@@ -106,11 +106,9 @@ static void connect_for_each_return(int port, void *context)
 /* Tornado's test_handle_stream_coroutine_logging: a failure is logged once, the server lives on. */
 TEST_STREAM(test_handle_stream_coroutine_logging)
 {
-    t_case c = {0};
     t_watch_log();
-    c.handler = return_a_value;
-    c.on_close = check_return;
-    c.client = connect_for_each_return;
+    t_case c = {.handler = return_a_value, .on_close = check_return,
+                .client = connect_for_each_return};
     t_run(&c);
     CHECK_INT(return_closed, RETURNS);
 }
@@ -138,11 +136,9 @@ static void connect_and_reset(int port, void *context)
 
 TEST_STREAM(reset_by_the_peer_is_no_failure)
 {
-    t_case c = {0};
     t_watch_log();
-    c.handler = read_to_the_end;
-    c.on_close = t_record_reason;
-    c.client = connect_and_reset;
+    t_case c = {.handler = read_to_the_end, .on_close = t_record_reason,
+                .client = connect_and_reset};
     t_run(&c);
     CHECK_INT(t_record_count(), 2);
     CHECK_INT(t_recorded(0), 1);
@@ -176,11 +172,8 @@ TEST_STREAM(test_handle_stream_native_coroutine)
 {
     for (int i = 0; i < 2; i++) {
         bool close_too = i == 1;
-        t_case c = {0};
-        c.handler = write_then_close;
-        c.on_close = t_record_reason;
-        c.client = expect_data;
-        c.context = &close_too;
+        t_case c = {.handler = write_then_close, .on_close = t_record_reason, .client = expect_data,
+                    .context = &close_too};
         t_run(&c);
         CHECK_INT(t_record_count(), i + 1);
         CHECK_INT(t_recorded(i), 3);
@@ -908,13 +901,9 @@ static void connect_twice(int port, void *context)
 TEST_STREAM(accepted_sockets_are_set_up)
 {
     for (int i = 0; i < 4; i++) {
-        t_case c = {0};
-        c.options.nagle = (i & 1) != 0;
-        c.options.keep_alive = (i & 2) != 0;
-        c.handler = check_socket;
-        c.on_close = t_record_reason;
-        c.client = connect_twice;
-        c.context = &c.options;
+        t_case c = {.handler = check_socket, .on_close = t_record_reason, .client = connect_twice,
+                    .context = &c.options,
+                    .options = {.nagle = (i & 1) != 0, .keep_alive = (i & 2) != 0}};
         t_run(&c);
         CHECK_INT(t_record_count(), 2 * (i + 1));
         CHECK_INT(t_recorded(2 * i), TSRV_ECLOSED);
@@ -991,12 +980,8 @@ TEST_STREAM(data_is_zeroed_aligned_and_kept)
 {
     static size_t sizes[] = {0, 1, 7, 64, 5000};
     for (int i = 0; i < 5; i++) {
-        t_case c = {0};
-        c.handler = fill_data;
-        c.on_close = check_data;
-        c.client = echo_on_eight;
-        c.context = &sizes[i];
-        c.options.data_size = sizes[i];
+        t_case c = {.handler = fill_data, .on_close = check_data, .client = echo_on_eight,
+                    .context = &sizes[i], .options = {.data_size = sizes[i]}};
         t_run(&c);
         CHECK_INT(t_record_count(), 8 * (i + 1));
     }
@@ -1042,10 +1027,7 @@ static void switch_protocols(int port, void *context)
 
 TEST_STREAM(handler_can_be_exchanged)
 {
-    t_case c = {0};
-    c.handler = first_protocol;
-    c.on_close = t_record_reason;
-    c.client = switch_protocols;
+    t_case c = {.handler = first_protocol, .on_close = t_record_reason, .client = switch_protocols};
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
     CHECK_INT(t_recorded(0), TSRV_EOF);
@@ -1090,11 +1072,8 @@ static void count_things(int port, void *context)
 TEST_STREAM(server_keeps_counters)
 {
     int entered = 0;
-    t_case c = {0};
-    c.handler = enter_and_echo;
-    c.client = count_things;
-    c.context = &entered;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = enter_and_echo, .client = count_things, .context = &entered,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
     CHECK_INT(entered, 3);
 }
@@ -1171,11 +1150,8 @@ static void be_walked(int port, void *context)
 
 TEST_STREAM(walk_over_open_streams)
 {
-    t_case c = {0};
-    c.handler = enter_and_read;
-    c.on_close = t_record_reason;
-    c.client = be_walked;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = enter_and_read, .on_close = t_record_reason, .client = be_walked,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
     for (int i = 0; i < WALKED; i++) {
         CHECK_INT(t_recorded(WALKED + i), TSRV_ECLOSED);
@@ -1202,11 +1178,8 @@ static void others_are_served(int port, void *context)
 TEST_STREAM(waiting_handler_does_not_hold_up_accepting)
 {
     int entered = 0;
-    t_case c = {0};
-    c.handler = enter_and_echo;
-    c.client = others_are_served;
-    c.context = &entered;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = enter_and_echo, .client = others_are_served, .context = &entered,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
     CHECK_INT(entered, 6);
 }
@@ -1257,12 +1230,8 @@ static void crowd(int port, void *context)
 TEST_STREAM(max_connections_pauses_and_resumes)
 {
     int entered = 0;
-    t_case c = {0};
-    c.handler = echo_within_limit;
-    c.client = crowd;
-    c.context = &entered;
-    c.options.max_connections = LIMIT;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = echo_within_limit, .client = crowd, .context = &entered,
+                .options = {.max_connections = LIMIT, .data_size = sizeof(int)}};
     t_run(&c);
     CHECK_INT(entered, CROWD);
 }
@@ -1991,9 +1960,7 @@ static void change_clients(int port, void *context)
 
 TEST_STREAM(descriptors_reused_in_a_batch_keep_connections_apart)
 {
-    t_case c = {0};
-    c.handler = echo_own_number;
-    c.client = change_clients;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = echo_own_number, .client = change_clients,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
 }

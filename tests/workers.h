@@ -1035,6 +1035,18 @@ static inline void watch_term(tsrv_server *server, void *context)
     CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGTERM, own_term, NULL), TSRV_OK);
 }
 
+static inline int program_own_watch(void)
+{
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+        tsrv_signal_stop(&own_watch);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
 /* The header, as it stands in its file. */
 static inline const char *header_text(void)
 {
