@@ -9,27 +9,20 @@
 static const tsrv_server_options defaults;
 static int entered;
 
-/* Answers each line with itself. */
-static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int enter_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    tsrv_slice line;
-    int rc;
-    (void)address, (void)context;
     if (!*(bool *)tsrv_data(stream)) {
         *(bool *)tsrv_data(stream) = true;
         entered++;
     }
-    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
-        tsrv_write(stream, line.data, line.size);
-    }
-    return rc;
+    return echo_lines(stream, address, context);
 }
 
 static void open_echo(int max_connections)
 {
     tsrv_server_options options = defaults;
     entered = 0;
-    options.handle_stream = echo;
+    options.handle_stream = enter_and_echo;
     options.data_size = sizeof(bool);
     options.max_connections = max_connections;
     s_open(options);
@@ -48,44 +41,33 @@ static void expect_answer(int fd)
     t_close(fd);
 }
 
-static void fail_from_now_on(const char *name, int code, long first, bool sticky)
-{
-    t_fault_name = name;
-    t_fault_errno = code;
-    t_fault_calls = t_fault_hits = 0;
-    t_fault_sticky = sticky;
-    t_fault_at = first;
-}
-
 /* A policy that forbids accept4 is taken to forbid that call only, so here it is done without. */
 static void forbid_accept(int code, bool sticky)
 {
     __atomic_fetch_or(&tsrvi_process.without, TSRVI_WITHOUT_ACCEPT4, __ATOMIC_RELAXED);
-    fail_from_now_on("accept", code, 1, sticky);
+    t_fail_call("accept", code, 1, sticky);
 }
 
 /* ---- accept --------------------------------------------------------------------------------*/
 
 static const int for_good[] = {EPERM, EACCES, ENOSYS, EPROTO, ECONNABORTED, EBADF, EINVAL, ENOTSOCK, EOPNOTSUPP};
-enum { FOR_GOOD = sizeof for_good / sizeof for_good[0] };
+enum { FOR_GOOD = COUNT(for_good) };
 
 TEST_LOOP(accept_that_fails_for_good_is_tried_some_times_a_second)
 {
     for (int i = 0; i < FOR_GOOD; i++) {
-        tsrv_stats stats;
         open_echo(0);
         forbid_accept(for_good[i], true);
         int fd = ask(s_port);
         s_run_ms(3000);
         CHECK(t_fault_hits >= 3);
         CHECK(t_fault_hits <= 100);
-        CHECK(s_log_lines >= 1 && s_log_lines <= 4);
-        CHECK(strstr(s_log, strerror(for_good[i])) != NULL);
-        CHECK(strstr(s_log, "127.0.0.1:") != NULL);
-        tsrv_server_stats(s_server, &stats);
-        CHECK(stats.accept_pauses >= 3);
-        CHECK_INT(stats.accept_errors, t_fault_hits);
-        CHECK_INT(stats.accepted, 0);
+        CHECK(t_log_lines >= 1 && t_log_lines <= 4);
+        CHECK(strstr(t_log, strerror(for_good[i])) != NULL);
+        CHECK(strstr(t_log, "127.0.0.1:") != NULL);
+        CHECK(s_stats().accept_pauses >= 3);
+        CHECK_INT(s_stats().accept_errors, t_fault_hits);
+        CHECK_INT(s_stats().accepted, 0);
 
         /* What has forbidden it changes its mind. */
         t_fault_at = 0;
@@ -107,7 +89,7 @@ TEST_LOOP(accept_that_fails_once_costs_no_time)
         CHECK_INT(t_fault_hits, 1);
         t_fault_at = 0;
         CHECK_INT(entered, 1);
-        CHECK_INT(s_log_lines, 0);
+        CHECK_INT(t_log_lines, 0);
         expect_answer(fd);
         s_close();
     }
@@ -136,12 +118,12 @@ TEST_LOOP(resume_that_fails_once_is_tried_again)
 {
     open_echo(1);
     int fd = make_room();
-    fail_from_now_on(wait_call(), ENOMEM, 1, false);
+    t_fail_call(wait_call(), ENOMEM, 1, false);
     s_settle();
     CHECK_INT(t_fault_hits, 1);
     t_fault_at = 0;
-    CHECK_INT(s_log_lines, 1);
-    CHECK(strstr(s_log, "cannot accept") != NULL);
+    CHECK_INT(t_log_lines, 1);
+    CHECK(strstr(t_log, "cannot accept") != NULL);
     s_run_ms(200);
     CHECK_INT(entered, 2);
     expect_answer(fd);
@@ -152,10 +134,10 @@ TEST_LOOP(resume_that_fails_for_long_is_tried_again)
 {
     open_echo(1);
     int fd = make_room();
-    fail_from_now_on(wait_call(), ENOSPC, 1, true);
+    t_fail_call(wait_call(), ENOSPC, 1, true);
     s_run_ms(3000);
     CHECK(t_fault_hits >= 3 && t_fault_hits <= 20);
-    CHECK(s_log_lines >= 1 && s_log_lines <= 4);
+    CHECK(t_log_lines >= 1 && t_log_lines <= 4);
     t_fault_at = 0;
     s_run_ms(1100);
     CHECK_INT(entered, 2);
@@ -169,14 +151,14 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
     for (int sticky = 0; sticky <= 1 && t_backend != TSRV_BACKEND_POLL; sticky++) {
         open_echo(0);
         tsrvi_process.number = 1;
-        fail_from_now_on(wait_call(), ENOMEM, 2, sticky);
+        t_fail_call(wait_call(), ENOMEM, 2, sticky);
         tsrvi_listener_requeue(s_server->listeners);
         CHECK_INT(t_fault_hits, 1);
         int fd = ask(s_port);
         s_run_ms(sticky ? 2000 : 200);
         CHECK_INT(entered, !sticky);
         CHECK(t_fault_hits < 20);
-        CHECK(s_log_lines >= 1 && s_log_lines <= 3);
+        CHECK(t_log_lines >= 1 && t_log_lines <= 3);
         t_fault_at = 0;
         s_run_ms(1100);
         CHECK_INT(entered, 1);
@@ -228,7 +210,7 @@ TEST_LOOP(lost_listener_does_not_silence_the_other)
             s_turn();
         }
         CHECK(waits < 1000);
-        CHECK(s_log_lines <= 8);
+        CHECK(t_log_lines <= 8);
         fds[0] = ask(port);
         expect_answer(fds[0]);
         if (loss == CLOSED) {
@@ -248,10 +230,7 @@ static void open_without_stacks(void)
 {
     s_serve(echo_lines);
     before_many = s_join();
-    t_fault_name = "mmap";
-    t_fault_calls = 0;
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("mmap", 0, 1, true);
     for (int i = 0; i < MANY; i++) {
         many[i] = t_connect(s_port);
         t_sends(many[i], "x\n");
@@ -285,17 +264,16 @@ TEST_SCRIPT(without_memory_for_stacks_the_listener_pauses)
     open_without_stacks();
     s_settle();
     CHECK_MOST(t_fault_hits, 2);
-    CHECK_INT(s_log_lines, 1);
+    CHECK_INT(t_log_lines, 1);
     CHECK_LEAST(s_stats().accept_pauses, 1);
     s_run_ms(2000);
     CHECK_LEAST(t_fault_hits, 2); /* it tries again */
     CHECK_MOST(t_fault_hits, 45);
-    CHECK_LEAST(s_log_lines, 1);
-    CHECK_MOST(s_log_lines, 3); /* one a second */
+    CHECK_LEAST(t_log_lines, 1);
+    CHECK_MOST(t_log_lines, 3); /* one a second */
     CHECK_INT(s_stats().accept_errors, t_fault_hits);
     CHECK_INT(s_stats().open, 1);
-    t_sends(before_many, "still here\n");
-    s_expect(before_many, "still here\n");
+    s_echo(before_many, "still here\n");
     close_with_stacks();
 }
 
@@ -386,7 +364,7 @@ static void crowd_replace(const int *fds, bool *served, const crowd_order *order
         } else {
             t_reset(fds[gone]);
         }
-        CHECK_INT(crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale()), report->served);
+        CHECK_INT(crowd_answered(fds, served, t_patience_ms()), report->served);
         int took = (int)(t_now_ms() - start);
         report->first_wait_ms = gone == 0 ? took : report->first_wait_ms;
         report->longest_wait_ms = took > report->longest_wait_ms ? took : report->longest_wait_ms;
@@ -412,7 +390,7 @@ __attribute__((noreturn)) static void crowd_process(int control)
         t_sends(fds[i], line);
     }
     for (; report.served < order.open; report.served++) { /* the first ones, in any order */
-        int first = crowd_answered(fds, served, T_PATIENCE * 1000 * t_scale());
+        int first = crowd_answered(fds, served, t_patience_ms());
         CHECK(first >= 0 && first < order.open);
     }
     CHECK(write(control, "s", 1) == 1);
@@ -441,7 +419,7 @@ static void crowd_client(int port, void *context)
     struct rlimit limit;
     CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
     for (int fd = 0; c->limit == 0 && fd < (int)limit.rlim_cur; fd++) {
-        order.open += fcntl(fd, F_GETFD) < 0;
+        order.open += !t_is_open(fd);
     }
     CHECK(order.open > 10 && order.open < CROWD / 2);
     CHECK(write(c->control, &order, sizeof order) == sizeof order);
@@ -454,11 +432,11 @@ static void crowd_client(int port, void *context)
     }
     printf("%d of %d open: %d ms of CPU in %d ms, %d log lines, %d pings, the longest %d ms; the first "
            "one freed: served after %d ms, the longest %d ms\n",
-           order.open, CROWD, (int)cpu, c->duration_ms, logged(), report.pings, report.longest_ms,
+           order.open, CROWD, (int)cpu, c->duration_ms, t_logged(), report.pings, report.longest_ms,
            report.first_wait_ms, report.longest_wait_ms);
     CHECK_NEAR_MS(cpu, 0, c->duration_ms * 2 / 100);
-    CHECK(logged() < 10);
-    CHECK(logged() >= (c->limit == 0)); /* shortage is worth a line */
+    CHECK(t_logged() < 10);
+    CHECK(t_logged() >= (c->limit == 0)); /* shortage is worth a line */
     CHECK(report.pings * t_scale() >= c->duration_ms / 100);
     CHECK_NEAR_MS(report.longest_ms, 0, 200);
     CHECK_NEAR_MS(report.first_wait_ms, 0, 100);
@@ -491,7 +469,7 @@ static void run_crowd(crowd *c, int descriptors)
     low = before;
     low.rlim_cur = (rlim_t)descriptors;
     CHECK(descriptors == 0 || setrlimit(RLIMIT_NOFILE, &low) == 0);
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     test.options.max_connections = c->limit;
     t_run(&test);
     tsrv_set_log(NULL, NULL);
@@ -548,11 +526,7 @@ static void break_accept(void *context)
     accept_fault *fault = (accept_fault *)context;
     accepts = 0;
     accept_stop = fault->times;
-    t_fault_name = ACCEPT;
-    t_fault_errno = fault->code;
-    t_fault_sticky = true;
-    t_fault_calls = 0;
-    t_fault_at = 1;
+    t_fail_call(ACCEPT, fault->code, 1, true);
 }
 
 static void mend_accept(void *context)
@@ -572,7 +546,7 @@ static void shortage_once(int port, int code)
 {
     enum { WAIT_MS = 400 };
     accept_fault fault = {code, 0};
-    int open = t_connect(port), other = t_connect(port), calls = 0, lines = logged();
+    int open = t_connect(port), other = t_connect(port), calls = 0, lines = t_logged();
     round_trip(open);
     round_trip(other);
     t_on_loop(break_accept, &fault);
@@ -593,7 +567,7 @@ static void shortage_once(int port, int code)
     CHECK(calls >= 2 && calls <= 5 * t_scale());
     CHECK_NEAR_MS(t_now_ms() - start, 0, 100);
     CHECK_NEAR_MS(cpu, 0, WAIT_MS / 8); /* the client's share included */
-    CHECK(logged() <= lines + 1 * t_scale());
+    CHECK(t_logged() <= lines + 1 * t_scale());
     t_reset(waiting);
     t_reset(open);
     CHECK(t_wait_until(none_open, NULL)); /* else their ends would end the next pause */
@@ -620,7 +594,7 @@ static void shortage_client(int port, void *context)
         shortage_once(port, codes[i]);
         shortage_alone(port, codes[i]);
     }
-    CHECK(logged() >= 1);
+    CHECK(t_logged() >= 1);
     tsrv_stats stats = server_stats();
     CHECK_INT(stats.accept_errors, 0);
     CHECK(stats.accept_pauses >= 2 * COUNT(codes));
@@ -631,7 +605,7 @@ TEST_STREAM(a_shortage_in_accept_pauses_it)
     t_case c = {.handler = echo_lines, .client = shortage_client};
     SOFT_ONLY();
     t_seen = see_accept;
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     t_run(&c);
     tsrv_set_log(NULL, NULL);
 }
@@ -657,14 +631,14 @@ static void lost_client(int port, void *context)
         CHECK_INT(stats.accept_errors, (i + 1) * TIMES);
         CHECK_INT(stats.accept_pauses, 0);
     }
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
 }
 
 TEST_STREAM(connections_lost_before_accept_pause_nothing)
 {
     t_case c = {.handler = echo_lines, .client = lost_client};
     t_seen = see_accept;
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     t_run(&c);
     tsrv_set_log(NULL, NULL);
 }

@@ -49,7 +49,7 @@ static int fake_getaddrinfo(const char *host, const char *service, const struct 
     const char *const none[3] = {host, NULL, NULL};
     const char *const *addresses = none;
     number.ai_flags |= AI_NUMERICHOST;
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+    for (size_t i = 0; i < COUNT(names); i++) {
         addresses = host != NULL && strcmp(names[i].name, host) == 0 ? names[i].addresses : addresses;
     }
     *all = NULL;
@@ -248,7 +248,7 @@ TEST_COROUTINE(connects_over_ipv6)
     s_server = s_new_server(options);
     int rc = tsrv_server_listen(s_server, 0, "::1", NULL);
     if (rc == -EADDRNOTAVAIL || rc == -EAFNOSUPPORT) {
-        fprintf(stderr, "%s\n", s_log);
+        fprintf(stderr, "%s\n", t_log);
         SKIP("IPv6");
     }
     CHECK_INT(rc, TSRV_OK);
@@ -299,7 +299,7 @@ static void connect_refused(void)
     CHECK_INT(connect_rc("127.0.0.1", port, 0), -ECONNREFUSED);
     CHECK_INT(connect_rc("two.test", port, 0), -ECONNREFUSED);
     CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 0), -ENOENT);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
 }
 
 /* Tornado's test_connection_refused. */
@@ -321,7 +321,7 @@ static void resolve_in_vain(void)
     CHECK_INT(connect_rc("127.0.0.1", -1, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", 65536, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc(NULL, port, 0), TSRV_EINVAL);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(t_log_lines, 0);
 }
 
 /* Tornado's test_gaierror. */
@@ -354,8 +354,7 @@ TEST_CALLBACK(connecting_needs_a_coroutine)
     CHECK_INT(connect_rc("127.0.0.1", s_port, 0), TSRV_EINVAL); /* outside the loop */
     CHECK_INT(tsrv_timer_start(s_loop, &timer, 0, connect_in_a_timer, NULL), TSRV_OK);
     int fd = t_connect(s_port);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_settle();
     CHECK_INT(timer_rc, TSRV_EINVAL);
     CHECK_INT(t_record_count(), 1);
@@ -394,9 +393,7 @@ static deaf open_deaf(const char *address, int port)
 
 static void close_deaf(deaf *d)
 {
-    for (int i = 0; i < FILLERS; i++) {
-        t_close(d->fillers[i]);
-    }
+    t_close_all(d->fillers, FILLERS);
     t_close(d->listener);
 }
 
@@ -550,15 +547,6 @@ TEST_LOOP(full_unix_queue_has_a_time_limit)
 
 /* ---- faults -------------------------------------------------------------------------------*/
 
-static void fail_next(const char *name, int code, long at)
-{
-    t_fault_calls = 0;
-    t_fault_hits = 0;
-    t_fault_name = name;
-    t_fault_errno = code;
-    t_fault_at = at;
-}
-
 static int port_of_faults, listener_of_faults;
 
 static void connect_under_faults(void)
@@ -571,18 +559,18 @@ static void connect_under_faults(void)
         {"connect", ENETUNREACH, -ENETUNREACH}, {"connect", EACCES, -EACCES},
         {"getaddrinfo", 0, -ENOMEM},           {"getsockopt", ENOBUFS, -ENOBUFS},
     };
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
-        fail_next(rows[i].call, rows[i].code, 1);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        t_fail_call(rows[i].call, rows[i].code, 1, false);
         int rc = connect_rc("127.0.0.1", port_of_faults, 500);
         long hits = t_fault_hits;
-        fail_next(NULL, 0, 0);
+        t_fail_call(NULL, 0, 0, false);
         CHECK_INT(hits, 1);
         CHECK_INT(rc, rows[i].rc);
     }
     /* Of two addresses the first one fails, the second one is good. */
-    fail_next("connect", ENETUNREACH, 1);
+    t_fail_call("connect", ENETUNREACH, 1, false);
     CHECK_INT(connect_rc("two.test", port_of_faults, 0), TSRV_OK);
-    fail_next(NULL, 0, 0);
+    t_fail_call(NULL, 0, 0, false);
 }
 
 TEST_LOOP(failing_calls_are_codes)
@@ -640,10 +628,10 @@ static int fault_rc;
 
 static void fault_script(void)
 {
-    fail_next(NULL, 0, fault_at);
+    t_fail_call(NULL, 0, fault_at, false);
     fault_rc = connect_and_echo();
     fault_total = t_fault_calls;
-    fail_next(NULL, 0, 0);
+    t_fail_call(NULL, 0, 0, false);
 }
 
 static void one_fault(long at)
@@ -750,8 +738,7 @@ TEST_COROUTINE(closing_sends_what_is_queued)
     in_coroutine(write_and_close);
     int fd = accepted(end_listener);
     CHECK_MEM(got, s_recv(fd, got, payload_size(), &code), payload, payload_size());
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     t_close(end_listener);
     s_settle();
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK);
@@ -942,7 +929,7 @@ TEST_LOOP(freeing_the_loop_ends_clients)
     CHECK_INT(ended[0], TSRV_ECLOSED);
     CHECK_INT(ended[1], TSRV_ECLOSED);
     CHECK_INT(ended[2], d.listener >= 0 ? TSRV_ECLOSED : 0);
-    CHECK_INT(s_log_lines, 0); /* none was dropped */
+    CHECK_INT(t_log_lines, 0); /* none was dropped */
     for (int i = 0; i < 3; i++) {
         fds[i] = accepted(end_listener);
         t_expect_reset(fds[i]);

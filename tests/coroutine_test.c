@@ -1,6 +1,8 @@
 /* Coroutines: spawning, sleeping, waiting for descriptors, stacks, and several on one stream. */
 #include "test.h"
 
+#include "handlers.h"
+
 #include <sys/resource.h>
 #if defined(__GLIBC__) && (defined(__x86_64__) || defined(__i386__))
 #include <execinfo.h>
@@ -26,16 +28,11 @@ static void check_records(const int *expected, int count)
 
 /* ---- spawn and sleep ----------------------------------------------------------------------*/
 
-static void record_call(void *context)
-{
-    t_record(*(int *)context);
-}
-
 static void spawn_two(void *context)
 {
     int *ids = (int *)context;
-    CHECK_INT(tsrv_spawn(tsrv_loop_current(), record_call, &ids[0]), TSRV_OK);
-    CHECK_INT(tsrv_spawn(tsrv_loop_current(), record_call, &ids[1]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(tsrv_loop_current(), t_record_call, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(tsrv_loop_current(), t_record_call, &ids[1]), TSRV_OK);
     t_record(100);
 }
 
@@ -44,7 +41,7 @@ TEST_LOOP(spawned_functions_run_from_the_loop_in_order)
     static const int expected[] = {0, 100, 1, 2};
     int ids[] = {0, 1, 2};
     tsrv_loop *loop = t_new_loop();
-    CHECK_INT(tsrv_spawn(loop, record_call, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, t_record_call, &ids[0]), TSRV_OK);
     CHECK_INT(tsrv_spawn(loop, spawn_two, &ids[1]), TSRV_OK);
     CHECK_INT(t_record_count(), 0);
     run_and_free(loop);
@@ -134,8 +131,7 @@ TEST_LOOP(waiting_needs_a_coroutine)
     CHECK_INT(tsrv_spawn(loop, negative_sleep, NULL), TSRV_OK);
     run_and_free(loop);
     CHECK_INT(t_record_count(), 4);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static int try_to_sleep(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -146,19 +142,9 @@ static int try_to_sleep(tsrv_stream *stream, const tsrv_address *address, void *
     return 0;
 }
 
-static void expect_end(int port, void *context)
-{
-    int fd = t_connect(port);
-    (void)context;
-    t_expect_eof(fd);
-    t_close(fd);
-}
-
 TEST_CALLBACK(callback_mode_handler_is_no_coroutine)
 {
-    t_case c = {0};
-    c.handler = try_to_sleep;
-    c.client = expect_end;
+    t_case c = {.handler = try_to_sleep, .client = expect_end};
     t_run(&c);
 }
 
@@ -207,8 +193,7 @@ TEST_LOOP(wait_fd_waits_for_a_pipe)
     CHECK_INT(tsrv_spawn(c.loop, wait_for_pipe, &c), TSRV_OK);
     run_and_free(c.loop);
     CHECK_INT(c.steps, 1);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    t_close_all(c.fds, 2);
 }
 
 static void wait_long(void *context)
@@ -216,12 +201,6 @@ static void wait_long(void *context)
     fd_case *c = (fd_case *)context;
     CHECK_INT(tsrv_wait_fd(c->fds[0], TSRV_READABLE, TSRV_NEVER), TSRV_OK);
     c->steps++;
-}
-
-static void never_called(int events, void *context)
-{
-    (void)events, (void)context;
-    T_FAIL("a refused watch was called");
 }
 
 static void wait_in_vain(void *context)
@@ -248,8 +227,7 @@ TEST_LOOP(wait_fd_refuses_a_second_waiter_and_bad_arguments)
     CHECK_INT(tsrv_spawn(c.loop, wait_in_vain, &c), TSRV_OK);
     run_and_free(c.loop);
     CHECK_INT(c.steps, 2);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    t_close_all(c.fds, 2);
 }
 
 /* ---- stacks and registers -----------------------------------------------------------------*/
@@ -354,8 +332,7 @@ static void three_diggers(int port, void *context)
     }
     for (int i = 0; i < 3; i++) {
         t_expect(fds[i], "deep\n");
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_leave(fds[i]);
     }
 }
 
@@ -366,11 +343,8 @@ TEST_COROUTINE(stack_size_is_there_to_be_used)
     for (int i = 0; i < 3; i++) {
         size_t size = sizes[i] != 0 ? sizes[i] : 256 * 1024;
         int depth = (int)(size * 2 / 3 / FRAME);
-        t_case c = {0};
-        c.handler = dig_in_handler;
-        c.client = three_diggers;
-        c.context = &depth;
-        c.options.stack_size = sizes[i];
+        t_case c = {.handler = dig_in_handler, .client = three_diggers, .context = &depth,
+                    .options = {.stack_size = sizes[i]}};
         t_run(&c);
     }
 }
@@ -450,12 +424,6 @@ static int leap_in_handler(tsrv_stream *stream, const tsrv_address *address, voi
     (void)stream, (void)address;
     leap_when_spawned(context);
     return 0;
-}
-
-static void sleep_long(void *context)
-{
-    (void)context;
-    tsrv_sleep(3600000);
 }
 
 static void leap_among_others(void *context)
@@ -622,9 +590,7 @@ TEST_LOOP(stacks_that_cannot_be_unmapped_are_used_again)
     enum { COUNT = TSRVI_STACK_POOL * 2 };
     tsrv_loop *loop = t_new_loop();
     t_seen = count_mapping_calls;
-    t_fault_name = "munmap";
-    t_fault_sticky = true;
-    t_fault_at = 1;
+    t_fail_call("munmap", 0, 1, true);
     run_at_once(loop, COUNT);
     CHECK_INT(maps, COUNT);
     run_at_once(loop, COUNT);
@@ -644,21 +610,12 @@ TEST_LOOP(all_stacks_are_unmapped_in_the_end)
     tsrv_loop *loop = t_new_loop();
     run_at_once(loop, 100);
     t_seen = count_mapping_calls;
-    t_fault_name = "munmap";
-    t_fault_sticky = false;
-    t_fault_calls = 0;
-    t_fault_at = 1;
+    t_fail_call("munmap", 0, 1, false);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(unmaps, 101);
 }
 
 /* ---- the end of the loop ------------------------------------------------------------------*/
-
-static void quiet_log(int level, const char *message, void *context)
-{
-    (void)level, (void)message;
-    ++*(int *)context;
-}
 
 static void sleep_until_the_end(void *context)
 {
@@ -677,9 +634,9 @@ static void wait_until_the_end(void *context)
 TEST_LOOP(freeing_the_loop_ends_every_wait_once)
 {
     fd_case c = {0};
-    int slept = 0, logged = 0;
+    int slept = 0;
     c.loop = t_new_loop();
-    tsrv_set_log(quiet_log, &logged);
+    t_watch_log_of(TSRV_LOG_INFO);
     CHECK(pipe(c.fds) == 0);
     CHECK_INT(tsrv_spawn(c.loop, sleep_until_the_end, &slept), TSRV_OK);
     CHECK_INT(tsrv_spawn(c.loop, sleep_until_the_end, &slept), TSRV_OK);
@@ -689,9 +646,8 @@ TEST_LOOP(freeing_the_loop_ends_every_wait_once)
     CHECK_INT(tsrv_loop_free(c.loop), TSRV_OK);
     CHECK_INT(slept, 2);
     CHECK_INT(c.steps, 1);
-    CHECK_INT(logged, 0);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    CHECK_INT(t_log_lines, 0);
+    t_close_all(c.fds, 2);
 }
 
 typedef struct stubborn {
@@ -712,9 +668,8 @@ static void sleep_for_ever(void *context)
 TEST_LOOP(coroutine_that_ignores_the_end_is_dropped_and_logged)
 {
     stubborn s = {0, 0, 0};
-    int logged = 0;
     tsrv_loop *loop = t_new_loop();
-    tsrv_set_log(quiet_log, &logged);
+    t_watch_log_of(TSRV_LOG_INFO);
     CHECK_INT(tsrv_spawn(loop, sleep_for_ever, &s), TSRV_OK);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
@@ -722,7 +677,7 @@ TEST_LOOP(coroutine_that_ignores_the_end_is_dropped_and_logged)
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(s.closed, 1);
     CHECK_INT(s.other, 0);
-    CHECK(logged >= 1);
+    CHECK(t_log_lines >= 1);
 }
 
 typedef struct end_case {
@@ -814,15 +769,12 @@ static void expect_ten(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_expect(fd, "0\n1\n2\n3\n4\n5\n6\n7\n8\n9\njoined\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(handler_joins_its_helper)
 {
-    t_case c = {0};
-    c.handler = join_a_helper;
-    c.client = expect_ten;
+    t_case c = {.handler = join_a_helper, .client = expect_ten};
     t_run(&c);
 }
 
@@ -854,17 +806,13 @@ static void send_line_later(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_wait_records(1);
-    t_sends(fd, "line\n");
-    t_expect(fd, "line\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_echo(fd, "line\n");
+    t_leave(fd);
 }
 
 TEST_COROUTINE(second_reader_is_refused_and_the_first_goes_on)
 {
-    t_case c = {0};
-    c.handler = read_line_alone;
-    c.client = send_line_later;
+    t_case c = {.handler = read_line_alone, .client = send_line_later};
     t_run(&c);
 }
 
@@ -877,19 +825,12 @@ typedef struct duplex {
     size_t received;
 } duplex;
 
-static char pattern_at(size_t i)
-{
-    return (char)('a' + i * 7 % 26);
-}
-
 static void write_pattern(void *context)
 {
     duplex *d = (duplex *)context;
     char block[1000];
     for (size_t at = 0; at < d->size; at += sizeof block) {
-        for (size_t i = 0; i < sizeof block; i++) {
-            block[i] = pattern_at(at + i);
-        }
+        fill_pattern(block, at, sizeof block);
         CHECK_INT(tsrv_write(d->h.stream, block, sizeof block), TSRV_OK);
     }
     d->h.done = true;
@@ -920,29 +861,20 @@ static int read_while_writing(tsrv_stream *stream, const tsrv_address *address, 
 static void send_all_then_read(int port, void *context)
 {
     size_t size = *(size_t *)context;
-    char *data = (char *)malloc(size), *back = (char *)malloc(size);
+    char *data = new_pattern(size);
     int fd = t_connect(port);
-    CHECK(data != NULL && back != NULL);
-    for (size_t i = 0; i < size; i++) {
-        data[i] = pattern_at(i);
-    }
     t_send(fd, data, size);
     t_shut(fd);
-    size_t received = t_recv_all(fd, back, size);
-    CHECK_MEM(back, received, data, size);
-    t_close(fd);
+    expect_pattern_from(fd, 0, size);
+    t_leave(fd);
     free(data);
-    free(back);
 }
 
 TEST_COROUTINE(reader_and_writer_do_not_hold_each_other_up)
 {
     size_t size = t_hard ? 60000 : 12000000;
-    t_case c = {0};
-    c.handler = read_while_writing;
-    c.client = send_all_then_read;
-    c.context = &size;
-    c.options.write_high_water = t_hard ? 2000 : 0;
+    t_case c = {.handler = read_while_writing, .client = send_all_then_read, .context = &size,
+                .options = {.write_high_water = t_hard ? 2000 : 0}};
     t_run(&c);
 }
 
@@ -975,11 +907,10 @@ static void write_a_block(void *context)
 static int spawn_writers(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     writers *w = (writers *)context;
-    int small = 8192;
     (void)address;
     w->stream = stream;
     w->left = WRITERS;
-    CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &small, sizeof small) == 0);
+    limit_output_to(stream, 8192);
     for (int i = 0; i < WRITERS; i++) {
         CHECK_INT(tsrv_spawn(tsrv_stream_loop(stream), write_a_block, w), TSRV_OK);
     }
@@ -1003,8 +934,7 @@ static void expect_blocks(int port, void *context)
         free(block);
     }
     t_expect(fd, "end");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(writers_go_in_call_order_each_in_one_piece)
@@ -1155,10 +1085,7 @@ TEST_COROUTINE(closing_ends_a_wait_of_another_coroutine)
 {
     for (int i = 0; i < 8; i++) {
         kick_case k = {i % 2 ? abort_it : close_it, i / 2};
-        t_case c = {0};
-        c.handler = wait_to_be_kicked;
-        c.client = be_kicked;
-        c.context = &k;
+        t_case c = {.handler = wait_to_be_kicked, .client = be_kicked, .context = &k};
         t_run(&c);
         CHECK_INT(t_record_count(), i + 1);
     }
@@ -1257,17 +1184,13 @@ static void send_messages(int port, void *context)
         }
     }
     for (int i = 0; i < peers; i++) {
-        t_shut(fds[i]);
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_finish(fds[i]);
     }
 }
 
 TEST_COROUTINE(slices_survive_sleeps_and_the_reads_of_others)
 {
-    t_case c = {0};
-    c.handler = hold_slices;
-    c.client = send_messages;
+    t_case c = {.handler = hold_slices, .client = send_messages};
     t_run(&c);
 }
 
@@ -1299,16 +1222,13 @@ static void send_two_lines(int port, void *context)
         t_expect(fd, "the first line\n");
     }
     t_expect(fd, "the second\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 TEST_COROUTINE(slice_survives_wait_write_and_flush)
 {
-    t_case c = {0};
-    c.handler = hold_across_other_waits;
-    c.client = send_two_lines;
-    c.options.write_high_water = 100;
+    t_case c = {.handler = hold_across_other_waits, .client = send_two_lines,
+                .options = {.write_high_water = 100}};
     t_run(&c);
 }
 
@@ -1336,13 +1256,9 @@ static void send_lines(int port, void *context)
 {
     int fd = t_connect(port);
     (void)context;
-    t_sends(fd, "a\nb\nc\n");
-    t_expect(fd, "a\nb\nc\n");
-    t_sends(fd, "d\n");
-    t_expect(fd, "d\n");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_echo(fd, "a\nb\nc\n");
+    t_echo(fd, "d\n");
+    t_finish(fd);
 }
 
 TEST_COROUTINE(handler_that_returns_eagain_is_called_again)
@@ -1381,8 +1297,7 @@ TEST_LOOP(loop_free_drops_a_coroutine_that_waits_for_a_descriptor_again)
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(t_record_count(), 1);
     CHECK_INT(t_recorded(0), TSRV_ECLOSED);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static int never_return(tsrv_stream *stream, const tsrv_address *address, void *context)

@@ -2,60 +2,13 @@
  * closing and freeing from inside every callback. */
 #include "script.h"
 
+#include "handlers.h"
+
 #include <sys/un.h>
-
-/* ---- a drain that a coroutine waits for ---------------------------------------------------*/
-
-typedef struct drainer {
-    tsrv_server *server;
-    int grace_ms;
-    int rc, done;
-    int64_t started_ms, took_ms;
-} drainer;
-
-static void drain(void *context)
-{
-    drainer *d = (drainer *)context;
-    d->started_ms = v_ms();
-    d->rc = tsrv_server_drain(d->server, d->grace_ms);
-    d->took_ms = v_ms() - d->started_ms;
-    d->done++;
-}
-
-static drainer spawn_drain(int grace_ms)
-{
-    drainer d = {s_server, grace_ms, 1, 0, 0, 0};
-    return d;
-}
-
-/* Spawns it and lets it begin. */
-static void begin(drainer *d)
-{
-    CHECK_INT(tsrv_spawn(s_loop, drain, d), TSRV_OK);
-    s_settle();
-}
-
-/* Waits for its end and checks its result and how long it took. */
-static void check_drain(drainer *d, int rc, int64_t low_ms, int64_t high_ms)
-{
-    s_until(&d->done, 1);
-    CHECK_INT(d->rc, rc);
-    if (d->took_ms < low_ms || d->took_ms > high_ms) {
-        T_FAIL("the drain took %lld ms, not %lld to %lld", (long long)d->took_ms,
-               (long long)low_ms, (long long)high_ms);
-    }
-}
 
 /* ---- handlers -----------------------------------------------------------------------------*/
 
-static int entered, lines, closed, reasons[64];
-
-static void on_close(tsrv_stream *stream, int reason, void *context)
-{
-    (void)stream, (void)context;
-    CHECK(closed < 64);
-    reasons[closed++] = reason;
-}
+static int entered, lines;
 
 /* What most handlers do at the end of their input. */
 static int say_goodbye(tsrv_stream *stream, int rc)
@@ -99,11 +52,9 @@ static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
 /* A server that listens, with everything at its start. */
 static void open_server(tsrv_handler handler, tsrv_server_options options)
 {
-    entered = lines = closed = 0;
-    options.handle_stream = handler;
-    options.on_close = on_close;
+    entered = lines = 0;
     options.data_size = sizeof(session);
-    s_open(options);
+    s_open_with(handler, options);
 }
 
 static const tsrv_server_options defaults;
@@ -125,16 +76,18 @@ static int join(void)
 static int join_and_ask(void)
 {
     int fd = join();
-    t_sends(fd, "hello\n");
-    s_expect(fd, "hello\n");
+    s_echo(fd, "hello\n");
     s_settle();
     return fd;
 }
 
-static void leave(int fd)
+/* A client whose request has begun, and does not end. */
+static int join_with_half_a_line(void)
 {
-    s_expect_eof(fd);
-    t_close(fd);
+    int fd = join();
+    t_sends(fd, "half a line");
+    s_settle();
+    return fd;
 }
 
 /* ---- who is idle --------------------------------------------------------------------------*/
@@ -142,18 +95,18 @@ static void leave(int fd)
 TEST_STREAM(answered_stream_ends_after_a_second_and_in_good_order)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(5000);
+    s_drainer d = s_new_drain(5000);
     int fd = join_and_ask();
     CHECK_INT(tsrv_stopping(tsrv_server_next(s_server, NULL)), false);
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(1000);
-    s_expect_silence(fd); /* its next request may be on its way */
+    t_expect_silence(fd); /* its next request may be on its way */
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 1000, 1400);
-    CHECK_INT(closed, 1);
-    CHECK_INT(reasons[0], TSRV_EOF);
-    CHECK_INT(s_log_lines, 0);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 1000, 1400);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
+    CHECK_INT(t_log_lines, 0);
     s_close();
 }
 
@@ -178,19 +131,18 @@ static int echo_until_stopping(tsrv_stream *stream, const tsrv_address *address,
 TEST_STREAM(busy_client_is_not_cut)
 {
     open_server(echo_until_stopping, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join_and_ask();
-    begin(&d);
+    s_begin_drain(&d);
     for (int i = 0; i < 8; i++) {
         s_run_ms(1000);
-        s_expect_silence(fd);
-        t_sends(fd, "next\n");
-        s_expect(fd, "next\n");
+        t_expect_silence(fd);
+        s_echo(fd, "next\n");
     }
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 8000, 8400);
-    CHECK_INT(s_log_lines, 0);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 8000, 8400);
+    CHECK_INT(t_log_lines, 0);
     s_close();
 }
 
@@ -198,7 +150,6 @@ TEST_STREAM(busy_client_is_not_cut)
 static void check_accepted_by_the_kernel(bool drained)
 {
     enum { CLIENTS = 5 };
-    tsrv_stats stats;
     int fds[CLIENTS];
     open_server(echo, defaults);
     for (int i = 0; i < CLIENTS; i++) {
@@ -215,12 +166,11 @@ static void check_accepted_by_the_kernel(bool drained)
     for (int i = 0; i < CLIENTS; i++) {
         s_expect(fds[i], drained ? "hello\nBYE\n" : "hello\n");
         t_shut(fds[i]);
-        leave(fds[i]);
+        s_leave(fds[i]);
     }
-    s_until(&closed, CLIENTS);
-    tsrv_server_stats(s_server, &stats);
-    CHECK_INT(stats.accepted, CLIENTS);
-    CHECK_INT(stats.ended_well, CLIENTS);
+    s_until(&s_closed, CLIENTS);
+    CHECK_INT(s_stats().accepted, CLIENTS);
+    CHECK_INT(s_stats().ended_well, CLIENTS);
     s_close();
 }
 
@@ -237,29 +187,29 @@ TEST_STREAM(connection_in_the_kernels_queue_is_served_after_a_stop)
 TEST_STREAM(fresh_connection_has_a_second_to_begin)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(1000);
-    s_expect_silence(fd);
+    t_expect_silence(fd);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 1000, 1400);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 1000, 1400);
     s_close();
 }
 
 TEST_STREAM(first_request_in_flight_is_served)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(500);
     t_sends(fd, "one\n");
     s_expect(fd, "one\nBYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 1500, 1900);
-    CHECK_INT(reasons[0], TSRV_EOF);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 1500, 1900);
+    CHECK_INT(s_reason, TSRV_EOF);
     s_close();
 }
 
@@ -267,33 +217,31 @@ TEST_STREAM(first_request_in_flight_is_served)
 TEST_STREAM(connection_that_never_asked_ends_at_once)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
     s_run_ms(1500);
-    begin(&d);
+    s_begin_drain(&d);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 0, 100);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 0, 100);
     s_close();
 }
 
 /* A stream that comes while the drain goes on, by tsrv_server_add_stream, is drained too. */
 TEST_STREAM(stream_added_during_a_drain_is_drained)
 {
-    int pair[2];
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
-    begin(&d);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    CHECK_INT(tsrv_server_add_stream(s_server, pair[0]), TSRV_OK);
-    t_sends(pair[1], "late\n");
-    s_expect(pair[1], "late\nBYE\n");
-    leave(pair[1]);
+    s_begin_drain(&d);
+    int late = t_add_pair(s_server);
+    t_sends(late, "late\n");
+    s_expect(late, "late\nBYE\n");
+    s_leave(late);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 1000, 1400);
-    CHECK_INT(closed, 2);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 1000, 1400);
+    CHECK_INT(s_closed, 2);
     s_close();
 }
 
@@ -309,13 +257,13 @@ static int wait_for_nothing(tsrv_stream *stream, const tsrv_address *address, vo
 TEST_STREAM(handler_that_only_returns_eagain_is_called_once_more)
 {
     open_server(wait_for_nothing, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
     s_run_ms(1500);
-    begin(&d);
+    s_begin_drain(&d);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 0, 100);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 0, 100);
     s_close();
 }
 
@@ -335,14 +283,14 @@ static int read_all(tsrv_stream *stream, const tsrv_address *address, void *cont
 TEST_STREAM(read_until_close_of_nothing_ends)
 {
     open_server(read_all, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
     s_run_ms(1500);
-    begin(&d);
+    s_begin_drain(&d);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 0, 100);
-    CHECK_INT(reasons[0], TSRV_EOF);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 0, 100);
+    CHECK_INT(s_reason, TSRV_EOF);
     CHECK_INT(lines, 0);
     s_close();
 }
@@ -351,18 +299,18 @@ TEST_STREAM(read_until_close_of_nothing_ends)
 TEST_STREAM(read_until_close_of_something_goes_on)
 {
     open_server(read_all, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
     t_sends(fd, "half ");
     s_run_ms(1500);
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(3000);
-    s_expect_silence(fd);
+    t_expect_silence(fd);
     t_sends(fd, "done");
     t_shut(fd);
     s_expect(fd, "9 bytes\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 3000, 3200);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 3000, 3200);
     s_close();
 }
 
@@ -420,7 +368,7 @@ static int serve_messages(tsrv_stream *stream, const tsrv_address *address, void
 }
 
 static body_reader readers[] = {{body_as_slice}, {body_into}, {body_dropped}};
-enum { READERS = sizeof readers / sizeof readers[0] };
+enum { READERS = COUNT(readers) };
 
 static void open_messages(body_reader *reader)
 {
@@ -433,17 +381,17 @@ TEST_STREAM(request_whose_header_was_read_is_finished)
 {
     for (int i = 0; i < READERS; i++) {
         open_messages(&readers[i]);
-        drainer d = spawn_drain(0);
+        s_drainer d = s_new_drain(0);
         int fd = join();
         t_sends(fd, "8\n");
         s_until(&lines, 1);
-        begin(&d);
+        s_begin_drain(&d);
         s_run_ms(300); /* the last act was a read */
-        s_expect_silence(fd);
+        t_expect_silence(fd);
         t_sends(fd, "01234567");
         s_expect(fd, "8 bytes\nBYE\n");
-        leave(fd);
-        check_drain(&d, TSRV_OK, 1290, 1700);
+        s_leave(fd);
+        s_check_drain(&d, TSRV_OK, 1290, 1700);
         s_close();
     }
 }
@@ -453,14 +401,14 @@ TEST_STREAM(request_whose_body_does_not_begin_ends_after_a_second)
 {
     for (int i = 0; i < READERS; i++) {
         open_messages(&readers[i]);
-        drainer d = spawn_drain(0);
+        s_drainer d = s_new_drain(0);
         int fd = join();
         t_sends(fd, "8\n");
         s_until(&lines, 1);
-        begin(&d);
+        s_begin_drain(&d);
         s_expect(fd, "BYE\n");
-        leave(fd);
-        check_drain(&d, TSRV_OK, 950, 1400);
+        s_leave(fd);
+        s_check_drain(&d, TSRV_OK, 950, 1400);
         s_close();
     }
 }
@@ -471,18 +419,18 @@ TEST_STREAM(stalled_upload_is_not_cut)
 {
     for (int i = 0; i < READERS; i++) {
         open_messages(&readers[i]);
-        drainer d = spawn_drain(0);
+        s_drainer d = s_new_drain(0);
         int fd = join();
         t_sends(fd, "8\n0123");
         s_until(&lines, 1);
         s_run_ms(1500); /* stalls already when the drain begins */
-        begin(&d);
+        s_begin_drain(&d);
         s_run_ms(3000);
-        s_expect_silence(fd);
+        t_expect_silence(fd);
         t_sends(fd, "4567");
         s_expect(fd, "8 bytes\nBYE\n");
-        leave(fd);
-        check_drain(&d, TSRV_OK, 3990, 4400);
+        s_leave(fd);
+        s_check_drain(&d, TSRV_OK, 3990, 4400);
         s_close();
     }
 }
@@ -491,18 +439,18 @@ TEST_STREAM(stalled_upload_is_cut_by_the_grace)
 {
     for (int i = 0; i < READERS; i++) {
         open_messages(&readers[i]);
-        drainer d = spawn_drain(2000);
+        s_drainer d = s_new_drain(2000);
         int fd = join();
         t_sends(fd, "8\n0123");
         s_until(&lines, 1);
-        begin(&d);
+        s_begin_drain(&d);
         s_run_ms(1900);
-        s_expect_silence(fd);
+        t_expect_silence(fd);
         s_expect_reset(fd);
-        check_drain(&d, TSRV_ETIMEOUT, 2000, 2100);
-        CHECK_INT(reasons[0], TSRV_ECLOSED);
-        CHECK_INT(s_log_lines, 1);
-        CHECK(strstr(s_log, "drain") != NULL && strstr(s_log, " 1 ") != NULL);
+        s_check_drain(&d, TSRV_ETIMEOUT, 2000, 2100);
+        CHECK_INT(s_reason, TSRV_ECLOSED);
+        CHECK_INT(t_log_lines, 1);
+        CHECK(strstr(t_log, "drain") != NULL && strstr(t_log, " 1 ") != NULL);
         t_close(fd);
         s_close();
     }
@@ -512,17 +460,17 @@ TEST_STREAM(stalled_upload_is_cut_by_the_grace)
 TEST_STREAM(unread_bytes_are_not_idle)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join_and_ask();
     t_sends(fd, "li");
     s_run_ms(1500);
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(2500);
-    s_expect_silence(fd);
+    t_expect_silence(fd);
     t_sends(fd, "ne\n");
     s_expect(fd, "line\nBYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 3490, 3900);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 3490, 3900);
     s_close();
 }
 
@@ -536,9 +484,9 @@ TEST_STREAM(unread_bytes_in_the_kernel_are_not_idle)
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN);
     s_expect(fd, "two\nBYE\n");
     s_expect(other, "BYE\n");
-    leave(fd);
-    leave(other);
-    s_until(&closed, 2);
+    s_leave(fd);
+    s_leave(other);
+    s_until(&s_closed, 2);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK);
     s_close();
 }
@@ -561,58 +509,35 @@ static int pause_between_lines(tsrv_stream *stream, const tsrv_address *address,
 TEST_COROUTINE(requests_that_came_while_the_handler_slept_are_answered)
 {
     open_server(pause_between_lines, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
     t_sends(fd, "one\n");
     s_until(&lines, 1);
-    begin(&d);
+    s_begin_drain(&d);
     t_sends(fd, "two\nthree\n");
     s_expect(fd, "one\ntwo\nthree\nBYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 1000, 1900);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 1000, 1900);
     s_close();
 }
 
 /* ---- unsent output ------------------------------------------------------------------------*/
 
-/* A handler that sends the pattern for each line. */
+/* Sends of a few bytes each take long: in hard mode less is big. */
 enum { BIG = 2 << 20 };
-static char *big;
 
-static size_t big_size;
-
-/* Sends of a few bytes each take long: then less is big. */
-static void make_big(size_t hard_size)
-{
-    big_size = t_hard ? hard_size : BIG;
-    big = (char *)malloc(big_size);
-    CHECK(big != NULL);
-    for (size_t i = 0; i < big_size; i++) {
-        big[i] = (char)('a' + i % 23);
-    }
-}
-
-static int answer_big(tsrv_stream *stream, const tsrv_address *address, void *context)
+/* A handler that sends the pattern for each line. */
+static int answer_large(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice line;
     int rc;
     (void)address, (void)context;
     enter(stream);
     while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
-        tsrv_write(stream, big, big_size);
+        tsrv_write(stream, large, large_size);
         lines++;
     }
     return say_goodbye(stream, rc);
-}
-
-static void expect_big(int fd)
-{
-    char *got = (char *)malloc(big_size);
-    int code;
-    CHECK(got != NULL);
-    size_t size = s_recv(fd, got, big_size, &code);
-    CHECK_MEM(got, size, big, big_size);
-    free(got);
 }
 
 /* A client that has asked for it and reads nothing yet. The kernel takes little of it, the less
@@ -620,10 +545,10 @@ static void expect_big(int fd)
  * they come again only after 200 ms. */
 static int join_slowly(int receive_room)
 {
-    int fd = join_with_room(receive_room), room = 65536;
+    int fd = join_with_room(receive_room);
     for (tsrv_stream *s = tsrv_server_next(s_server, NULL); s != NULL;
          s = tsrv_server_next(s_server, s)) {
-        CHECK(setsockopt(tsrv_fd(s), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+        limit_output_to(s, 65536);
     }
     t_sends(fd, "go\n");
     return fd;
@@ -641,7 +566,7 @@ static int count_unsent(void)
 
 static void await_unsent(int count)
 {
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (count_unsent() < count) {
         s_turn();
         CHECK(t_now_ms() < limit);
@@ -653,21 +578,21 @@ static void drain_with_unsent_output(size_t high_water)
 {
     tsrv_server_options options = defaults;
     options.write_high_water = high_water;
-    open_server(answer_big, options);
-    make_big(200000); /* twice what the kernel takes */
-    drainer d = spawn_drain(TSRV_NEVER);
+    open_server(answer_large, options);
+    make_large(bulk(BIG, 200000)); /* twice what the kernel takes */
+    s_drainer d = s_new_drain(TSRV_NEVER);
     int fd = join_slowly(16384);
     await_unsent(1);
     s_run_ms(1500);
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(3000);
     CHECK_INT(count_unsent(), 1);
-    expect_big(fd);
+    s_expect_bytes(fd, large, large_size);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 3000, INT64_MAX);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 3000, INT64_MAX);
     s_close();
-    free(big);
+    free(large);
 }
 
 TEST_STREAM(unsent_output_is_not_idle)
@@ -698,18 +623,18 @@ static int take_lines(tsrv_stream *stream, const tsrv_address *address, void *co
 TEST_STREAM(one_way_stream_ends_after_a_second_of_silence)
 {
     open_server(take_lines, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
-    begin(&d);
+    s_begin_drain(&d);
     for (int i = 1; i <= 8; i++) {
         t_sends(fd, "data\n");
         s_until(&lines, i);
         s_run_ms(800);
-        s_expect_silence(fd);
+        t_expect_silence(fd);
     }
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 7 * 800 + 950, 7 * 800 + 1400);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 7 * 800 + 950, 7 * 800 + 1400);
     CHECK_INT(lines, 8);
     s_close();
 }
@@ -736,7 +661,7 @@ static int chat(tsrv_stream *stream, const tsrv_address *address, void *context)
 TEST_STREAM(chat_ends_listeners_first_and_the_speaker_after_a_second)
 {
     open_server(chat, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int speaker = join(), listeners[3];
     for (int i = 0; i < 3; i++) {
         listeners[i] = join();
@@ -744,21 +669,21 @@ TEST_STREAM(chat_ends_listeners_first_and_the_speaker_after_a_second)
     s_run_ms(1500); /* the listeners have been silent since */
     t_sends(speaker, "hi all\n");
     s_until(&lines, 1);
-    begin(&d);
+    s_begin_drain(&d);
     for (int i = 0; i < 3; i++) {
         s_expect(listeners[i], "hi all\nBYE\n");
-        leave(listeners[i]);
+        s_leave(listeners[i]);
     }
-    s_until(&closed, 3);
+    s_until(&s_closed, 3);
     s_run_ms(800);
-    s_expect_silence(speaker);
+    t_expect_silence(speaker);
     t_sends(speaker, "anybody?\n"); /* another second */
     s_until(&lines, 2);
     s_run_ms(800);
-    s_expect_silence(speaker);
+    t_expect_silence(speaker);
     s_expect(speaker, "BYE\n");
-    leave(speaker);
-    check_drain(&d, TSRV_OK, 1700, 2200);
+    s_leave(speaker);
+    s_check_drain(&d, TSRV_OK, 1700, 2200);
     s_close();
 }
 
@@ -783,13 +708,13 @@ static int wait_for_the_drain(tsrv_stream *stream, const tsrv_address *address, 
 TEST_STREAM(wait_is_woken_when_the_drain_begins)
 {
     open_server(wait_for_the_drain, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join();
     s_run_ms(2000);
-    begin(&d);
+    s_begin_drain(&d);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    check_drain(&d, TSRV_OK, 0, 100);
+    s_leave(fd);
+    s_check_drain(&d, TSRV_OK, 0, 100);
     CHECK_INT(waits, 1);
     s_close();
 }
@@ -842,21 +767,6 @@ static int be_elsewhere(tsrv_stream *stream, const tsrv_address *address, void *
     return TSRV_OK;
 }
 
-static int raw_listener(int *port)
-{
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0);
-    CHECK(listen(fd, 16) == 0);
-    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    *port = ntohs(address.sin_port);
-    return fd;
-}
-
 /* Linux's abstract name space has no files to leave behind. */
 static int full_unix_listener(char *name, size_t size, int *fillers, int count)
 {
@@ -882,46 +792,42 @@ static void elsewhere_until_the_grace(int way)
 {
     elsewhere e = {0};
     tsrv_server_options options = {0};
-    int fillers[3], pair[2];
+    int fillers[3];
     e.way = way;
     CHECK(pipe(e.pipe) == 0);
     e.full = full_unix_listener(e.name, sizeof e.name, fillers, 3);
-    e.silent = raw_listener(&e.port);
+    e.silent = t_raw_socket(SOCK_STREAM, true, &e.port);
     options.context = &e;
     open_server(be_elsewhere, options);
     options.handle_stream = take_lines;
     options.data_size = sizeof(session);
     e.other = s_new_server(options);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    CHECK_INT(tsrv_server_add_stream(e.other, pair[0]), TSRV_OK);
-    t_sends(pair[1], "unread"); /* keeps the other server busy */
-    drainer d = spawn_drain(700);
+    int others = t_add_pair(e.other);
+    t_sends(others, "unread"); /* keeps the other server busy */
+    s_drainer d = s_new_drain(700);
     int fd = t_connect(s_port);
     s_until(&e.calls, 1);
     s_run_ms(2000);
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(600);
-    CHECK_INT(closed, 0);
-    s_expect_silence(fd);
+    CHECK_INT(s_closed, 0);
+    t_expect_silence(fd);
     s_expect_reset(fd);
-    check_drain(&d, TSRV_ETIMEOUT, 700, 800);
+    s_check_drain(&d, TSRV_ETIMEOUT, 700, 800);
     CHECK_INT(e.rc, TSRV_ECLOSED);
     CHECK_INT(e.calls, 1);
-    CHECK_INT(closed, 1);
-    CHECK_INT(s_log_lines, 1);
-    CHECK(strstr(s_log, "drain") != NULL);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(t_log_lines, 1);
+    CHECK(strstr(t_log, "drain") != NULL);
     tsrv_server_free(e.other);
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* nothing is left */
     s_close();
     t_close(fd);
     t_close(e.full);
     t_close(e.silent);
-    t_close(pair[1]);
-    for (int i = 0; i < 3; i++) {
-        t_close(fillers[i]);
-    }
-    t_close(e.pipe[0]);
-    t_close(e.pipe[1]);
+    t_close(others);
+    t_close_all(fillers, 3);
+    t_close_all(e.pipe, 2);
 }
 
 TEST_COROUTINE(grace_ends_other_waits_once)
@@ -952,20 +858,20 @@ static int sleep_on(tsrv_stream *stream, const tsrv_address *address, void *cont
 TEST_COROUTINE(stubborn_handler_does_not_hold_up_the_drain)
 {
     open_server(sleep_on, defaults);
-    drainer d = spawn_drain(500);
+    s_drainer d = s_new_drain(500);
     int fd = join();
-    begin(&d);
+    s_begin_drain(&d);
     s_expect_reset(fd);
-    check_drain(&d, TSRV_ETIMEOUT, 1500, 1700);
-    CHECK_INT(closed, 0);
-    CHECK_INT(s_log_lines, 2);
-    CHECK(strstr(s_log, "handlers still run") != NULL);
+    s_check_drain(&d, TSRV_ETIMEOUT, 1500, 1700);
+    CHECK_INT(s_closed, 0);
+    CHECK_INT(t_log_lines, 2);
+    CHECK(strstr(t_log, "handlers still run") != NULL);
     t_close(fd);
 
     /* It comes to its end all the same. */
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(ignored, 1);
-    CHECK_INT(reasons[0], TSRV_OK); /* what it returned: closing on this side is no error */
+    CHECK_INT(s_reason, TSRV_OK); /* what it returned: closing on this side is no error */
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK);
     s_close();
 }
@@ -975,11 +881,11 @@ TEST_COROUTINE(stubborn_handler_does_not_hold_up_the_drain)
 TEST_STREAM(peer_that_never_closes_is_waited_for_by_its_time_limit)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
+    s_drainer d = s_new_drain(0);
     int fd = join_and_ask();
-    begin(&d);
+    s_begin_drain(&d);
     s_expect(fd, "BYE\n");
-    check_drain(&d, TSRV_OK, 5900, 6400); /* close_timeout_ms, after a second */
+    s_check_drain(&d, TSRV_OK, 5900, 6400); /* close_timeout_ms, after a second */
     t_close(fd);
     s_close();
 }
@@ -987,13 +893,13 @@ TEST_STREAM(peer_that_never_closes_is_waited_for_by_its_time_limit)
 TEST_STREAM(lingering_counts_towards_the_grace)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(3000);
+    s_drainer d = s_new_drain(3000);
     int fd = join_and_ask();
-    begin(&d);
+    s_begin_drain(&d);
     s_expect(fd, "BYE\n");
     s_expect_eof(fd);
-    check_drain(&d, TSRV_ETIMEOUT, 3000, 3100);
-    CHECK_INT(s_log_lines, 1);
+    s_check_drain(&d, TSRV_ETIMEOUT, 3000, 3100);
+    CHECK_INT(t_log_lines, 1);
     t_close(fd);
     s_close();
 }
@@ -1006,12 +912,10 @@ static void check_grace(int option_ms, int argument_ms, int64_t expected_ms)
     tsrv_server_options options = defaults;
     options.grace_ms = option_ms;
     open_server(echo, options);
-    drainer d = spawn_drain(argument_ms);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
-    begin(&d);
-    check_drain(&d, TSRV_ETIMEOUT, expected_ms, expected_ms + 100);
+    s_drainer d = s_new_drain(argument_ms);
+    int fd = join_with_half_a_line();
+    s_begin_drain(&d);
+    s_check_drain(&d, TSRV_ETIMEOUT, expected_ms, expected_ms + 100);
     t_close(fd);
     s_close();
 }
@@ -1031,19 +935,17 @@ TEST_LOOP(cut_ends_the_grace_at_once)
     tsrv_server_options options = defaults;
     options.grace_ms = TSRV_NEVER;
     open_server(echo, options);
-    drainer d = spawn_drain(0);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
+    s_drainer d = s_new_drain(0);
+    int fd = join_with_half_a_line();
     tsrvi_loop_cut(s_loop); /* nothing is being drained */
-    begin(&d);
+    s_begin_drain(&d);
     s_run_ms(5000);
-    s_expect_silence(fd);
+    t_expect_silence(fd);
     tsrvi_loop_cut(s_loop);
     tsrvi_loop_cut(s_loop);
     s_expect_reset(fd);
-    check_drain(&d, TSRV_ETIMEOUT, 5000, 5100);
-    CHECK_INT(s_log_lines, 1);
+    s_check_drain(&d, TSRV_ETIMEOUT, 5000, 5100);
+    CHECK_INT(t_log_lines, 1);
     t_close(fd);
     s_close();
 }
@@ -1063,15 +965,13 @@ TEST_LOOP(drain_tells_its_beginning_and_its_end)
 {
     open_server(echo, defaults);
     tsrv_set_log(see_info, NULL);
-    drainer d = spawn_drain(2000);
-    int good = join_and_ask(), stalled = join();
-    t_sends(stalled, "half a line");
-    s_settle();
-    begin(&d);
+    s_drainer d = s_new_drain(2000);
+    int good = join_and_ask(), stalled = join_with_half_a_line();
+    s_begin_drain(&d);
     CHECK_INT(told_count, 1);
     CHECK_STR(told[0], "drain: begins, 2 connections are open");
     s_expect(good, "BYE\n");
-    leave(good);
+    s_leave(good);
     s_expect_reset(stalled);
     s_until(&d.done, 1);
     CHECK_INT(told_count, 2);
@@ -1087,18 +987,16 @@ TEST_LOOP(grace_can_be_without_limit_and_be_shortened_later)
     tsrv_server_options options = defaults;
     options.grace_ms = TSRV_NEVER;
     open_server(echo, options);
-    drainer d = spawn_drain(0);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
-    begin(&d);
+    s_drainer d = s_new_drain(0);
+    int fd = join_with_half_a_line();
+    s_begin_drain(&d);
     s_run_ms(60000); /* the default would be over */
     CHECK_INT(d.done, 0);
-    s_expect_silence(fd);
+    t_expect_silence(fd);
     CHECK_INT(tsrv_server_drain(s_server, 2000), TSRV_EAGAIN);
     CHECK_INT(tsrv_server_drain(s_server, 5000), TSRV_EAGAIN); /* does not lengthen it */
     CHECK_INT(tsrv_server_drain(s_server, TSRV_NEVER), TSRV_EAGAIN);
-    check_drain(&d, TSRV_ETIMEOUT, 62000, 62200);
+    s_check_drain(&d, TSRV_ETIMEOUT, 62000, 62200);
     t_close(fd);
     s_close();
 }
@@ -1112,14 +1010,14 @@ TEST_LOOP(drain_of_nothing_is_over_at_once)
     tsrv_server *unused;
     options.handle_stream = echo;
     unused = s_new_server(options);
-    drainer d = spawn_drain(0), e = spawn_drain(0);
+    s_drainer d = s_new_drain(0), e = s_new_drain(0);
     e.server = unused;
     CHECK_INT(tsrv_server_drain(unused, 0), TSRV_OK); /* never listened */
-    begin(&e);
-    check_drain(&e, TSRV_OK, 0, 1);
+    s_begin_drain(&e);
+    s_check_drain(&e, TSRV_OK, 0, 1);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK);
-    begin(&d);
-    check_drain(&d, TSRV_OK, 0, 1);
+    s_begin_drain(&d);
+    s_check_drain(&d, TSRV_OK, 0, 1);
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* it listens no more */
     tsrv_server_free(unused);
     s_close();
@@ -1142,9 +1040,7 @@ TEST_STREAM(drain_from_a_timer_reports_its_end_once)
 {
     int grace_ms = 1000;
     open_server(echo, defaults);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
+    int fd = join_with_half_a_line();
     CHECK_INT(tsrv_timer_start(s_loop, &poll_timer, 0, drain_by_timer, &grace_ms), TSRV_OK);
     s_until(&polls, 1);
     CHECK_INT(last_rc, TSRV_EAGAIN);
@@ -1164,9 +1060,9 @@ TEST_STREAM(drain_from_outside_goes_on_in_the_turns)
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN); /* twice: the same drain */
     s_expect(fd, "BYE\n");
-    leave(fd);
+    s_leave(fd);
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* until nothing is left */
-    CHECK_INT(closed, 1);
+    CHECK_INT(s_closed, 1);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK);
     s_close();
 }
@@ -1175,21 +1071,19 @@ TEST_STREAM(drain_from_outside_goes_on_in_the_turns)
 TEST_STREAM(result_of_an_old_drain_is_not_taken_for_the_next)
 {
     open_server(echo, defaults);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
+    int fd = join_with_half_a_line();
     CHECK_INT(tsrv_server_drain(s_server, 100), TSRV_EAGAIN);
     s_expect_reset(fd);
     t_close(fd);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     s_run_ms(200);
 
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
     fd = join_and_ask();
     CHECK_INT(tsrv_server_drain(s_server, 5000), TSRV_EAGAIN);
     s_expect(fd, "BYE\n");
-    leave(fd);
-    s_until(&closed, 2);
+    s_leave(fd);
+    s_until(&s_closed, 2);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK);
     s_close();
 }
@@ -1219,10 +1113,10 @@ TEST_STREAM(drain_in_an_own_handler_does_not_wait_for_itself)
     s_run_ms(1500);
     t_sends(fd, "quit\n");
     s_expect(fd, "bye all\nBYE\n");
-    leave(fd);
+    s_leave(fd);
     s_expect(other, "BYE\n");
-    leave(other);
-    s_until(&closed, 2);
+    s_leave(other);
+    s_until(&s_closed, 2);
     CHECK_INT(quit_rc, TSRV_EAGAIN);
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK);
     s_close();
@@ -1231,16 +1125,14 @@ TEST_STREAM(drain_in_an_own_handler_does_not_wait_for_itself)
 TEST_STREAM(two_coroutines_wait_for_one_drain)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0), e = spawn_drain(1000);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
-    begin(&d);
+    s_drainer d = s_new_drain(0), e = s_new_drain(1000);
+    int fd = join_with_half_a_line();
+    s_begin_drain(&d);
     s_run_ms(500);
-    begin(&e); /* shortens it for both */
-    check_drain(&d, TSRV_ETIMEOUT, 1500, 1650);
-    check_drain(&e, TSRV_ETIMEOUT, 1000, 1100);
-    CHECK_INT(s_log_lines, 1);
+    s_begin_drain(&e); /* shortens it for both */
+    s_check_drain(&d, TSRV_ETIMEOUT, 1500, 1650);
+    s_check_drain(&e, TSRV_ETIMEOUT, 1000, 1100);
+    CHECK_INT(t_log_lines, 1);
     CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_OK); /* they have had the result */
     t_close(fd);
     s_close();
@@ -1249,16 +1141,14 @@ TEST_STREAM(two_coroutines_wait_for_one_drain)
 TEST_STREAM(freeing_the_server_ends_the_wait_in_drain)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
-    begin(&d);
+    s_drainer d = s_new_drain(0);
+    int fd = join_with_half_a_line();
+    s_begin_drain(&d);
     tsrv_server_free(s_server);
     s_server = NULL;
     s_expect_reset(fd);
-    check_drain(&d, TSRV_ECLOSED, 0, 100);
-    CHECK_INT(closed, 1);
+    s_check_drain(&d, TSRV_ECLOSED, 0, 100);
+    CHECK_INT(s_closed, 1);
     t_close(fd);
     s_close();
 }
@@ -1271,14 +1161,12 @@ static void free_server(void *context)
 TEST_STREAM(freeing_the_server_inside_the_loop_ends_the_wait_in_drain)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
-    begin(&d);
+    s_drainer d = s_new_drain(0);
+    int fd = join_with_half_a_line();
+    s_begin_drain(&d);
     CHECK_INT(tsrv_loop_post(s_loop, free_server, s_server), TSRV_OK);
     s_server = NULL;
-    check_drain(&d, TSRV_ECLOSED, 0, 100);
+    s_check_drain(&d, TSRV_ECLOSED, 0, 100);
     s_expect_reset(fd);
     t_close(fd);
     s_close();
@@ -1287,16 +1175,14 @@ TEST_STREAM(freeing_the_server_inside_the_loop_ends_the_wait_in_drain)
 TEST_STREAM(freeing_the_loop_ends_the_wait_in_drain)
 {
     open_server(echo, defaults);
-    drainer d = spawn_drain(0);
-    int fd = join();
-    t_sends(fd, "half a line");
-    s_settle();
-    begin(&d);
+    s_drainer d = s_new_drain(0);
+    int fd = join_with_half_a_line();
+    s_begin_drain(&d);
     CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
     CHECK_INT(d.done, 1);
     CHECK_INT(d.rc, TSRV_ECLOSED);
-    CHECK_INT(closed, 1);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(t_log_lines, 0);
     tsrv_server_free(s_server);
     t_expect_reset(fd);
     t_close(fd);
@@ -1306,16 +1192,16 @@ TEST_STREAM(server_serves_again_after_a_drain)
 {
     open_server(echo, defaults);
     for (int round = 0; round < 3; round++) {
-        drainer d = spawn_drain(0);
+        s_drainer d = s_new_drain(0);
         int fd = join_and_ask();
         CHECK_INT(tsrv_stopping(tsrv_server_next(s_server, NULL)), false);
-        begin(&d);
+        s_begin_drain(&d);
         s_expect(fd, "BYE\n");
-        leave(fd);
-        check_drain(&d, TSRV_OK, 1000, 1400);
-        s_port = s_listen(s_server);
+        s_leave(fd);
+        s_check_drain(&d, TSRV_OK, 1000, 1400);
+        s_port = t_listen(s_server);
     }
-    CHECK_INT(closed, 3);
+    CHECK_INT(s_closed, 3);
     s_close();
 }
 
@@ -1342,8 +1228,8 @@ TEST_STREAM(sigterm_in_the_middle_of_twenty_replies)
     int fds[CLIENTS], rc;
     options.grace_ms = TSRV_NEVER; /* the clients take their time */
     options.write_timeout_ms = TSRV_NEVER;
-    open_server(answer_big, options);
-    make_big(50000);
+    open_server(answer_large, options);
+    make_large(bulk(BIG, 50000));
     CHECK_INT(tsrv_signal_start(s_loop, &signal_watch, SIGTERM, on_sigterm, s_server), TSRV_OK);
     for (int i = 0; i < CLIENTS; i++) {
         fds[i] = join_slowly(0);
@@ -1352,20 +1238,20 @@ TEST_STREAM(sigterm_in_the_middle_of_twenty_replies)
     CHECK(raise(SIGTERM) == 0);
     s_until(&terminated, 1);
     for (int i = 0; i < CLIENTS; i++) {
-        expect_big(fds[i]);
+        s_expect_bytes(fds[i], large, large_size);
         s_expect(fds[i], "BYE\n");
-        leave(fds[i]);
+        s_leave(fds[i]);
     }
     while ((rc = tsrv_loop_run_once(s_loop, TSRV_NEVER)) > 0) {
     }
     CHECK_INT(rc, 0);
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* the signal watch does not hold it */
     CHECK_INT(last_rc, TSRV_OK);
-    CHECK_INT(closed, CLIENTS);
-    CHECK_INT(s_log_lines, 0);
+    CHECK_INT(s_closed, CLIENTS);
+    CHECK_INT(t_log_lines, 0);
     tsrv_signal_stop(&signal_watch);
     s_close();
-    free(big);
+    free(large);
 }
 
 /* ---- everything from everywhere -----------------------------------------------------------
@@ -1467,7 +1353,7 @@ static void cell_on_start(tsrv_server *server, void *context)
 
 static void cell_on_close(tsrv_stream *stream, int reason, void *context)
 {
-    on_close(stream, reason, context);
+    s_note_close(stream, reason, context);
     act(P_ON_CLOSE);
 }
 
@@ -1494,12 +1380,9 @@ static void cell_begin(int place, void (*action)(cell *))
     memset(&now, 0, sizeof now);
     now.place = place;
     now.action = action;
-    entered = closed = 0;
-    options.handle_stream = cell_handler;
     options.on_close = cell_on_close;
     options.on_start = cell_on_start;
-    options.data_size = sizeof(session);
-    s_open(options);
+    open_server(cell_handler, options);
     CHECK(pipe(now.pipe) == 0);
     signal(SIGUSR1, SIG_IGN);
     CHECK_INT(tsrv_watch_start(s_loop, &now.watch, now.pipe[0], TSRV_READABLE, cell_watch, NULL),
@@ -1532,32 +1415,43 @@ static void cell_begin(int place, void (*action)(cell *))
 
 static void cell_end(void)
 {
-    for (int i = 0; i < 2; i++) {
-        t_close(now.clients[i]);
-    }
+    t_close_all(now.clients, 2);
     s_settle();
     tsrv_timer_stop(&now.timer);
     tsrv_watch_stop(&now.watch);
     tsrv_signal_stop(&now.signal_watch);
     s_close();
-    CHECK_INT(closed, entered);
-    t_close(now.pipe[0]);
-    t_close(now.pipe[1]);
+    CHECK_INT(s_closed, entered);
+    t_close_all(now.pipe, 2);
 }
 
-/* Runs a place's cell: the action, the check of its effect, and the balance. */
-static void run_cells(void (*action)(cell *), void (*check)(cell *))
+/* Each place's cell leaves nothing. */
+static void in_every_place(void (*run_cell)(int place))
 {
     for (int place = 0; place < PLACES; place++) {
         int fds = t_open_fds();
         long live = t_live_allocations;
-        cell_begin(place, action);
-        s_until(&now.acted, 1);
-        check(&now);
-        cell_end();
+        run_cell(place);
         CHECK_INT(t_open_fds(), fds);
         CHECK_INT(t_live_allocations, live);
     }
+}
+
+static void (*cell_action)(cell *), (*cell_check)(cell *);
+
+static void act_and_check(int place)
+{
+    cell_begin(place, cell_action);
+    s_until(&now.acted, 1);
+    cell_check(&now);
+    cell_end();
+}
+
+static void run_cells(void (*action)(cell *), void (*check)(cell *))
+{
+    cell_action = action;
+    cell_check = check;
+    in_every_place(act_and_check);
 }
 
 /* The client whose stream is open whenever one is. */
@@ -1569,8 +1463,7 @@ static int last_client(const cell *c)
 static void check_served(cell *c)
 {
     if (c->place != P_DRAINED) {
-        t_sends(last_client(c), "still there?\n");
-        s_expect(last_client(c), "still there?\n");
+        s_echo(last_client(c), "still there?\n");
     }
 }
 
@@ -1611,7 +1504,7 @@ static void check_aborted(cell *c)
         return;
     }
     s_expect_reset(last_client(c));
-    s_until(&closed, 2);
+    s_until(&s_closed, 2);
 }
 
 TEST_STREAM(every_callback_may_close_streams)
@@ -1656,7 +1549,7 @@ static void check_freed(cell *c)
 {
     if (c->open > 0) {
         s_expect_reset(last_client(c));
-        s_until(&closed, 2);
+        s_until(&s_closed, 2);
         CHECK_INT(entered, 2);
     }
     tsrv_timer_stop(&c->timer);
@@ -1705,13 +1598,7 @@ static void run_drain_cell(int place)
 
 TEST_STREAM(every_callback_may_drain_the_server)
 {
-    for (int place = 0; place < PLACES; place++) {
-        int fds = t_open_fds();
-        long live = t_live_allocations;
-        run_drain_cell(place);
-        CHECK_INT(t_open_fds(), fds);
-        CHECK_INT(t_live_allocations, live);
-    }
+    in_every_place(run_drain_cell);
 }
 
 static void stop_the_loop(cell *c)
@@ -1720,21 +1607,20 @@ static void stop_the_loop(cell *c)
     tsrv_loop_stop(s_loop);
 }
 
+static void run_stop_cell(int place)
+{
+    cell_begin(place, stop_the_loop);
+    CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* with the timer and the watch still active */
+    CHECK_INT(now.acted, 1);
+    if (now.open > 0) {
+        check_served(&now); /* it can run on */
+    }
+    cell_end();
+}
+
 TEST_STREAM(every_callback_may_stop_the_loop)
 {
-    for (int place = 0; place < PLACES; place++) {
-        int fds = t_open_fds();
-        long live = t_live_allocations;
-        cell_begin(place, stop_the_loop);
-        CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* with the timer and the watch still active */
-        CHECK_INT(now.acted, 1);
-        if (now.open > 0) {
-            check_served(&now); /* it can run on */
-        }
-        cell_end();
-        CHECK_INT(t_open_fds(), fds);
-        CHECK_INT(t_live_allocations, live);
-    }
+    in_every_place(run_stop_cell);
 }
 
 static void free_the_loop(cell *c)

@@ -108,13 +108,11 @@ static tsrv_server *upstream;
 static void open_proxy(tsrv_handler behind, tsrv_server_options options)
 {
     proxied = proxy_ends = waits_in_join = waits_in_handler = 0;
-    options.handle_stream = proxy;
     options.data_size = sizeof(proxy_pair);
-    s_open(options);
+    s_open_with(proxy, options);
     options.handle_stream = behind;
-    options.on_close = NULL;
     upstream = s_new_server(options);
-    upstream_port = s_listen(upstream);
+    upstream_port = t_listen(upstream);
 }
 
 static void close_proxy(void)
@@ -186,7 +184,7 @@ static int stream_both_ways(tsrv_stream *stream, const tsrv_address *address, vo
 /* Turns until as much output waits as may: the peer takes no more. */
 static void until_held_up(tsrv_stream *stream, size_t high_water)
 {
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (tsrv_unsent_size(stream) < high_water) {
         s_turn();
         CHECK(t_now_ms() < limit);
@@ -197,49 +195,32 @@ static void until_held_up(tsrv_stream *stream, size_t high_water)
 TEST_STREAM(row2_directions_of_a_proxy_are_independent)
 {
     tsrv_server_options options = {0};
-    int code;
     options.write_timeout_ms = TSRV_NEVER;
     options.write_high_water = t_hard ? 2000 : 100000;
     make_large(t_hard ? 120000 : 16 << 20);
     open_proxy(stream_both_ways, options);
-    char *got = (char *)malloc(large_size);
     int fd = t_connect(s_port);
     s_until(&producers, 1);
     tsrv_stream *held = tsrv_server_next(s_server, NULL);
     until_held_up(held, options.write_high_water);
     s_send(fd, large, large_size);
     CHECK(tsrv_unsent_size(held) > 0);
-    CHECK_MEM(got, s_recv(fd, got, large_size, &code), large, large_size);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_expect_bytes(fd, large, large_size);
+    s_finish(fd);
     s_until(&proxy_ends, 1);
     close_proxy();
-    free(got);
     free(large);
 }
 
 /* ---- a join under every end ----------------------------------------------------------------*/
 
-static int proxy_reason, proxy_closed;
-
-static void note_proxy_end(tsrv_stream *stream, int reason, void *context)
-{
-    (void)stream, (void)context;
-    proxy_reason = reason;
-    proxy_closed++;
-}
-
 /* A client whose proxy has a helper that reads from upstream. */
 static int open_joined(void)
 {
     tsrv_server_options options = {0};
-    options.on_close = note_proxy_end;
-    proxy_closed = 0;
     open_proxy(echo_bytes, options);
     int fd = t_connect(s_port);
-    t_sends(fd, "through\n");
-    s_expect(fd, "through\n");
+    s_echo(fd, "through\n");
     CHECK_INT(proxied, 1);
     return fd;
 }
@@ -248,9 +229,9 @@ TEST_STREAM(row8_join_when_the_client_resets)
 {
     int fd = open_joined();
     t_reset(fd);
-    s_until(&proxy_closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(proxy_ends, 1);
-    CHECK_INT(proxy_reason, -ECONNRESET);
+    CHECK_INT(s_reason, -ECONNRESET);
     CHECK(waits_in_join <= 3 && waits_in_handler <= 3);
     close_proxy();
 }
@@ -269,34 +250,23 @@ TEST_STREAM(row8_join_when_the_upstream_resets)
     int fd = open_joined();
     CHECK_INT(tsrv_loop_post(s_loop, abort_upstreams, NULL), TSRV_OK);
     s_expect_reset(fd);
-    s_until(&proxy_closed, 1);
+    s_until(&s_closed, 1);
     CHECK(waits_in_join <= 3 && waits_in_handler <= 3);
     t_close(fd);
     close_proxy();
 }
 
-typedef struct drainer {
-    int rc, grace_ms;
-} drainer;
-
-static void drain(void *context)
-{
-    drainer *d = (drainer *)context;
-    d->rc = tsrv_server_drain(s_server, d->grace_ms);
-    t_record(1);
-}
-
 TEST_STREAM(row8_join_in_a_drain)
 {
-    drainer d = {1, 0};
     int fd = open_joined();
-    CHECK_INT(tsrv_spawn(s_loop, drain, &d), TSRV_OK);
+    s_drainer d = s_new_drain(0);
+    s_begin_drain(&d);
     s_expect_eof(fd); /* the end of the input goes upstream, and comes back as one */
     t_close(fd);
-    s_until(&t_records_used, 1);
+    s_until(&d.done, 1);
     CHECK_INT(d.rc, TSRV_OK);
     CHECK_INT(proxy_ends, 1);
-    CHECK_INT(proxy_reason, TSRV_EOF);
+    CHECK_INT(s_reason, TSRV_EOF);
     close_proxy();
 }
 
@@ -311,20 +281,19 @@ static int swallow(tsrv_stream *stream, const tsrv_address *address, void *conte
 TEST_STREAM(row8_join_when_the_grace_is_over)
 {
     tsrv_server_options options = {0};
-    drainer d = {1, 500};
-    options.on_close = note_proxy_end;
     open_proxy(swallow, options);
     int fd = t_connect(s_port);
     s_until(&proxied, 1);
-    CHECK_INT(tsrv_spawn(s_loop, drain, &d), TSRV_OK);
+    s_drainer d = s_new_drain(500);
+    s_begin_drain(&d);
     for (int i = 0; i < 3; i++) {
         t_sends(fd, "more");
         s_run_ms(160);
-        CHECK_INT(t_record_count(), 0);
+        CHECK_INT(d.done, 0);
     }
     int64_t start = v_ms();
     s_expect_reset(fd);
-    s_until(&t_records_used, 1);
+    s_until(&d.done, 1);
     CHECK(v_ms() - start <= 100);
     CHECK_INT(d.rc, TSRV_ETIMEOUT);
     CHECK_INT(proxy_ends, 1);
@@ -347,21 +316,20 @@ static int sleep_on(tsrv_stream *stream, const tsrv_address *address, void *cont
 TEST_STREAM(row8_join_that_waits_for_a_silent_upstream)
 {
     tsrv_server_options options = {0};
-    drainer d = {1, 500};
-    options.on_close = note_proxy_end;
     open_proxy(sleep_on, options);
     int fd = t_connect(s_port);
     t_shut(fd);
     s_until(&waits_in_join, 1);
     int64_t start = v_ms();
-    CHECK_INT(tsrv_spawn(s_loop, drain, &d), TSRV_OK);
-    s_until(&t_records_used, 1);
+    s_drainer d = s_new_drain(500);
+    s_begin_drain(&d);
+    s_until(&d.done, 1);
     CHECK(v_ms() - start >= 1500 && v_ms() - start <= 1650);
     CHECK_INT(d.rc, TSRV_ETIMEOUT);
     CHECK(waits_in_join <= 4 && waits_in_handler <= 7);
     s_expect_reset(fd);
     t_close(fd);
-    s_until(&proxy_closed, 1); /* when upstream ends */
+    s_until(&s_closed, 1); /* when upstream ends */
     close_proxy();
 }
 
@@ -370,8 +338,8 @@ TEST_STREAM(row8_join_when_the_loop_is_freed)
     int fd = open_joined();
     CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
     CHECK_INT(proxy_ends, 1);
-    CHECK_INT(proxy_closed, 1);
-    CHECK_INT(s_log_lines, 0); /* no coroutine was dropped */
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(t_log_lines, 0); /* no coroutine was dropped */
     tsrv_server_free(upstream);
     tsrv_server_free(s_server);
     t_expect_reset(fd);
@@ -384,7 +352,7 @@ TEST_STREAM(row8_join_when_the_server_is_freed)
     tsrv_server_free(s_server);
     s_server = NULL;
     CHECK_INT(proxy_ends, 1);
-    CHECK_INT(proxy_closed, 1);
+    CHECK_INT(s_closed, 1);
     s_expect_reset(fd);
     t_close(fd);
     close_proxy();
@@ -402,36 +370,20 @@ static int echo_until_end(tsrv_stream *stream, const tsrv_address *address, void
     return rc;
 }
 
-typedef struct sender {
-    int fd;
-    size_t size;
-} sender;
-
-static void *send_and_shut(void *context)
-{
-    sender *s = (sender *)context;
-    char *data = new_pattern(s->size);
-    t_send(s->fd, data, s->size);
-    t_shut(s->fd);
-    free(data);
-    return NULL;
-}
-
 /* What fits into the kernel is only read after the server has seen the end: its answer comes behind
  * the FIN. */
 static void half_close_once(int port, size_t size)
 {
-    sender s = {t_connect(port), size};
-    pthread_t thread;
-    CHECK_INT(pthread_create(&thread, NULL, send_and_shut, &s), 0);
+    sender s;
+    start_sending(&s, t_connect(port), size);
     if (size <= 65536) {
         t_wait_records(1);
     } else if (!t_hard) {
-        CHECK(t_wait_until(has_unsent, NULL)); /* all the buffers in between are full */
+        wait_unsent(0); /* all the buffers in between are full */
     }
     expect_pattern_from(s.fd, 0, size);
     expect_clean_end(s.fd);
-    CHECK_INT(pthread_join(thread, NULL), 0);
+    join_sender(&s);
     t_close(s.fd);
     t_wait_records(2);
     CHECK_INT(t_recorded(0), 1);
@@ -483,13 +435,6 @@ static int answer_and_return(tsrv_stream *stream, const tsrv_address *address, v
     CHECK(there > 0);
     CHECK_INT(tsrv_write(stream, u->answer_data, u->answer), TSRV_OK);
     return TSRV_OK;
-}
-
-static void wake_first(void *context)
-{
-    (void)context;
-    CHECK(tsrv_server_next(t_server, NULL) != NULL);
-    tsrv_wake(tsrv_server_next(t_server, NULL));
 }
 
 static void unread_client(int port, void *context)
@@ -565,52 +510,6 @@ static void note_entered(void)
     __atomic_add_fetch(&entered, 1, __ATOMIC_RELAXED);
 }
 
-static bool has_received(void *bytes)
-{
-    return server_stats().bytes_in >= *(uint64_t *)bytes;
-}
-
-/* Waits until the server has received so many bytes in all. */
-static void wait_received(uint64_t bytes)
-{
-    if (!t_wait_until(has_received, &bytes)) {
-        T_FAIL("the server has received %llu of %llu bytes",
-               (unsigned long long)server_stats().bytes_in, (unsigned long long)bytes);
-    }
-}
-
-/* The loop, held so that a client can be faster than it. */
-typedef struct hold {
-    int told[2];
-    int go[2];
-} hold;
-
-static void hold_here(void *context)
-{
-    hold *h = (hold *)context;
-    char byte;
-    CHECK(write(h->told[1], "", 1) == 1);
-    CHECK(read(h->go[0], &byte, 1) == 1);
-}
-
-static void hold_loop(hold *h)
-{
-    char byte;
-    CHECK(pipe(h->told) == 0 && pipe(h->go) == 0);
-    CHECK_INT(tsrv_loop_post(t_loop, hold_here, h), TSRV_OK);
-    CHECK(read(h->told[0], &byte, 1) == 1);
-}
-
-static void release_loop(hold *h)
-{
-    CHECK(write(h->go[1], "", 1) == 1);
-    t_on_loop(nothing, NULL);
-    for (int i = 0; i < 2; i++) {
-        t_close(h->told[i]);
-        t_close(h->go[i]);
-    }
-}
-
 enum { REPLY = 4 << 20 };
 
 /* What the server does for the next connection. */
@@ -680,15 +579,15 @@ static void play_script(int port, const char *script)
     uint64_t sent = 0, received = server_stats().bytes_in;
     for (; *script != 0; script++) {
         switch (*script) {
-        case 'h': hold_loop(&h); break;
-        case 'u': release_loop(&h); break;
+        case 'h': open_hold(&h), hold_loop(&h); break;
+        case 'u': release_loop(&h), close_hold(&h); break;
         case 'c': fd = t_connect(port); break;
         case 'e': CHECK(t_wait_until(is_entered, &before)); break;
         case 'l': t_sends(fd, "go\n"), sent += 3; break;
         case 'p': t_sends(fd, "par"), sent += 3; break;
         case 'w': wait_received(received + sent); break;
         case 'j': t_send(fd, junk, sizeof junk); break;
-        case 'b': CHECK(t_wait_until(has_unsent, NULL)); break;
+        case 'b': wait_unsent(0); break;
         case 'r': CHECK_INT(t_recv(fd, junk, bulk(50000, 500)), bulk(50000, 500)); break;
         case 'f': t_expect(fd, "bye\n"), t_expect_eof(fd); break;
         case 's': t_shut(fd); break;
@@ -776,7 +675,7 @@ static void resets_client(int port, void *context)
         }
     }
     CHECK_INT(__atomic_load_n(&entered, __ATOMIC_RELAXED), connections + 2);
-    CHECK_INT(logged(), 0); /* a reset is everyday life */
+    CHECK_INT(t_logged(), 0); /* a reset is everyday life */
 }
 
 TEST_STREAM(resets_at_every_point)
@@ -788,7 +687,7 @@ TEST_STREAM(resets_at_every_point)
     point.file = tmpfile();
     CHECK(point.file != NULL && fwrite(point.reply, 1, REPLY, point.file) == REPLY);
     CHECK(fflush(point.file) == 0);
-    tsrv_set_log(count_line, NULL);
+    t_watch_log();
     t_run(&c);
     tsrv_set_log(NULL, NULL);
     CHECK(fclose(point.file) == 0);
@@ -812,22 +711,10 @@ static int say_bye(tsrv_stream *stream, const tsrv_address *address, void *conte
     return rc;
 }
 
-static void add_stream(void *context)
-{
-    CHECK_INT(tsrv_server_add_stream(t_server, *(int *)context), TSRV_OK);
-}
-
 /* A connection to the server: over TCP, or one end of a pair. */
 static int half_open_connect(int port, bool tcp)
 {
-    int pair[2];
-    if (tcp) {
-        return t_connect(port);
-    }
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    t_prepare(pair[0]);
-    t_on_loop(add_stream, &pair[1]);
-    return pair[0];
+    return tcp ? t_connect(port) : connect_pair();
 }
 
 /* It gets the FIN and stays, silent or sending; neither makes the wait longer. */

@@ -38,26 +38,6 @@ static int end_of(program *p)
     return status;
 }
 
-/* Reads a line of the program's stdout into line, without its newline. False: it ended first. */
-static bool read_output(program *p, char *line, size_t capacity)
-{
-    size_t used = 0;
-    for (;;) {
-        struct pollfd ready = {p->output, POLLIN, 0};
-        if (poll(&ready, 1, T_PATIENCE * 1000 * t_scale()) != 1) {
-            T_FAIL("%s prints nothing", p->name);
-        }
-        CHECK(used + 1 < capacity);
-        ssize_t n = read(p->output, line + used, 1);
-        CHECK(n >= 0);
-        if (n == 0 || line[used] == '\n') {
-            line[used] = 0;
-            return n > 0;
-        }
-        used++;
-    }
-}
-
 /* Starts the program on p->port. Returns whether it listens; if not, it has ended with status. */
 static bool try_start(program *p, int *status)
 {
@@ -82,7 +62,7 @@ static bool try_start(program *p, int *status)
     }
     close(fds[1]);
     p->output = fds[0];
-    if (!read_output(p, line, sizeof line)) {
+    if (!t_read_line(p->output, line, sizeof line)) {
         *status = end_of(p);
         CHECK_STR(line, "");
         /* A program of another processor, while the tests themselves run in an emulator. */
@@ -117,7 +97,7 @@ static void stop(program *p)
 {
     char more[256];
     CHECK(kill(p->pid, SIGTERM) == 0);
-    CHECK(!read_output(p, more, sizeof more));
+    CHECK(!t_read_line(p->output, more, sizeof more));
     CHECK_STR(more, "");
     int status = end_of(p);
     CHECK(WIFSIGNALED(status));
@@ -164,7 +144,7 @@ static program launch(const char *name, const char *const *arguments, int input,
     }
     close(fds[1]);
     p.output = fds[0];
-    if (!read_output(&p, text, sizeof text)) {
+    if (!t_read_line(p.output, text, sizeof text)) {
         status = end_of(&p);
         if (WIFEXITED(status) && WEXITSTATUS(status) == CANNOT_RUN) {
             SKIP("a kernel that runs the built examples (binfmt_misc)");
@@ -199,7 +179,7 @@ static void send_signal(program *p, int signo)
 static void expect_end(program *p)
 {
     char more[256];
-    CHECK(!read_output(p, more, sizeof more));
+    CHECK(!t_read_line(p->output, more, sizeof more));
     CHECK_STR(more, "");
     int status = end_of(p);
     CHECK(WIFEXITED(status));
@@ -209,7 +189,7 @@ static void expect_end(program *p)
 static void expect_output(program *p, const char *expected)
 {
     char line[2048];
-    CHECK(read_output(p, line, sizeof line));
+    CHECK(t_read_line(p->output, line, sizeof line));
     CHECK_STR(line, expected);
 }
 
@@ -233,7 +213,7 @@ static size_t exchange(int fd, const char *out, size_t out_size, char *in, size_
         if (sent < out_size) {
             ready.events = POLLIN | POLLOUT;
         }
-        if (poll(&ready, 1, T_PATIENCE * 1000 * t_scale()) != 1) {
+        if (poll(&ready, 1, t_patience_ms()) != 1) {
             T_FAIL("stuck after %zu of %zu bytes sent, %zu received", sent, out_size, received);
         }
         if (ready.revents & POLLOUT) {
@@ -257,15 +237,6 @@ static size_t exchange(int fd, const char *out, size_t out_size, char *in, size_
     }
 }
 
-/* Nothing has come so far. Only means something after a round trip on another connection. */
-static void expect_nothing(int fd)
-{
-    char byte;
-    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT);
-    CHECK_INT(n, -1);
-    CHECK(errno == EAGAIN || errno == EWOULDBLOCK);
-}
-
 /* ---- echo, echo_callback ------------------------------------------------------------------*/
 
 static void echo_lines(const char *name)
@@ -273,15 +244,13 @@ static void echo_lines(const char *name)
     program p = start(name);
     int fd = t_connect(p.port), other = t_connect(p.port);
     char received[64];
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     /* Split: the other connection's round trip makes the pieces arrive one by one. */
     static const char *const pieces[] = {"s", "pl", "it l", "ine"};
     for (size_t i = 0; i < sizeof pieces / sizeof pieces[0]; i++) {
         t_sends(fd, pieces[i]);
-        t_sends(other, "meanwhile\n");
-        t_expect(other, "meanwhile\n");
-        expect_nothing(fd);
+        t_echo(other, "meanwhile\n");
+        t_expect_silence(fd);
     }
     t_sends(fd, "\n");
     t_expect(fd, "split line\n");
@@ -296,8 +265,7 @@ static void echo_lines(const char *name)
     size_t size = t_recv(fd, received, sizeof binary - 1);
     CHECK_MEM(received, size, binary, sizeof binary - 1);
     t_close(fd);
-    t_sends(other, "still here\n");
-    t_expect(other, "still here\n");
+    t_echo(other, "still here\n");
     t_close(other);
     stop(&p);
 }
@@ -333,9 +301,7 @@ static void echo_half_close(const char *name)
 
     /* Nothing at all is answered by an end, too. */
     fd = t_connect(p.port);
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
     stop(&p);
     free(out);
     free(in);
@@ -367,11 +333,9 @@ static void echo_long_line(const char *name)
     t_sends(fd, "before\n");
     t_send(fd, line, TOO_LONG);
     t_expect(fd, "before\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 
-    t_sends(other, "still here\n");
-    t_expect(other, "still here\n");
+    t_echo(other, "still here\n");
     t_close(other);
     stop(&p);
     free(line);
@@ -408,9 +372,7 @@ static void echo_many(const char *name)
         if (i % 2) {
             t_reset(fds[i]);
         } else {
-            t_shut(fds[i]);
-            t_expect_eof(fds[i]);
-            t_close(fds[i]);
+            t_finish(fds[i]);
         }
     }
     stop(&p);
@@ -459,14 +421,6 @@ static int join(program *p, const char *nick, const int *others, int count)
     return fd;
 }
 
-/* Leaves in good order. */
-static void leave(int fd)
-{
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
-}
-
 TEST_MODES(chat_names_joins_and_leaves)
 {
     program p = start("chat");
@@ -483,7 +437,7 @@ TEST_MODES(chat_names_joins_and_leaves)
     t_expect(carl, "your name? ");
     t_sends(ann, "who is there?\n");
     t_expect(bob, "ann: who is there?\n");
-    leave(nobody);
+    t_finish(nobody);
     t_sends(carl, "\n\r\n\ncarl\r\nme\n");
     t_expect(ann, "carl has joined\ncarl: me\n");
     t_expect(bob, "carl has joined\ncarl: me\n");
@@ -492,7 +446,7 @@ TEST_MODES(chat_names_joins_and_leaves)
     t_expect(ann, "bob: welcome\n");
 
     /* A half close, a close and a reset are all heard of. */
-    leave(carl);
+    t_finish(carl);
     t_expect(ann, "carl has left\n");
     t_expect(bob, "carl has left\n");
     int both[] = {ann, bob};
@@ -514,13 +468,13 @@ TEST_MODES(chat_names_joins_and_leaves)
     snprintf(text, sizeof text, "%.*s has joined\n%.*s: hi\n", MAX_NICK, name, MAX_NICK, name);
     t_expect(ann, text);
     t_expect(bob, text);
-    leave(fred);
+    t_finish(fred);
     snprintf(text, sizeof text, "%.*s has left\n", MAX_NICK, name);
     t_expect(ann, text);
     t_expect(bob, text);
-    leave(ann);
+    t_finish(ann);
     t_expect(bob, "ann has left\n");
-    leave(bob);
+    t_finish(bob);
     stop(&p);
 }
 
@@ -533,9 +487,9 @@ TEST_MODES(chat_lets_no_control_characters_through)
     t_expect(eve, "your name? ");
     t_sends(eve, "e\x1b[2Jve\n\x1b]0;mine\x07 \x7f\tb\xc3\xa9\n");
     t_expect(ann, "e?[2Jve has joined\ne?[2Jve: ?]0;mine? ??b\xc3\xa9\n");
-    leave(eve);
+    t_finish(eve);
     t_expect(ann, "e?[2Jve has left\n");
-    leave(ann);
+    t_finish(ann);
     stop(&p);
 }
 
@@ -562,7 +516,7 @@ TEST_MODES(chat_reaches_all_others)
         }
     }
     for (int i = 0; i < COUNT; i++) {
-        leave(members[i]);
+        t_finish(members[i]);
         snprintf(text, sizeof text, "m%d has left\n", i);
         for (int k = i + 1; k < COUNT; k++) {
             t_expect(members[k], text);
@@ -593,8 +547,7 @@ TEST_MODES(chat_too_long_a_line)
         t_send(bob, line, sizes[i]);
         line[sizes[i] - 1] = 'x';
         t_expect(bob, "too long, good bye\n");
-        t_expect_eof(bob);
-        t_close(bob);
+        t_leave(bob);
         t_expect(ann, "bob has left\n");
     }
 
@@ -603,12 +556,11 @@ TEST_MODES(chat_too_long_a_line)
     t_expect(nobody, "your name? ");
     t_send(nobody, line, sizeof line);
     t_expect(nobody, "too long, good bye\n");
-    t_expect_eof(nobody);
-    t_close(nobody);
+    t_leave(nobody);
     int carl = join(&p, "carl", &ann, 1);
-    leave(carl);
+    t_finish(carl);
     t_expect(ann, "carl has left\n");
-    leave(ann);
+    t_finish(ann);
     stop(&p);
 }
 
@@ -697,7 +649,7 @@ TEST_MODES(chat_throws_out_who_never_reads)
     t_sends(listeners[0].fd, "finally\n");
     CHECK_STR(read_line(&listeners[1]), "listener0: finally");
     t_expect(speaker, "listener0: finally\n");
-    leave(speaker);
+    t_finish(speaker);
     for (int i = 0; i < LISTENERS; i++) {
         CHECK_STR(read_line(&listeners[i]), "speaker has left");
         t_close(listeners[i].fd);
@@ -717,7 +669,7 @@ static void through(route *r)
 {
     r->client = t_connect(r->proxy.port);
     struct pollfd ready = {r->listener, POLLIN, 0};
-    CHECK_INT(poll(&ready, 1, T_PATIENCE * 1000 * t_scale()), 1);
+    CHECK_INT(poll(&ready, 1, t_patience_ms()), 1);
     r->target = accept(r->listener, NULL, NULL);
     CHECK(r->target >= 0);
     t_prepare(r->target);
@@ -727,17 +679,10 @@ static route start_proxy(void)
 {
     route r;
     char port[16];
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    r.listener = socket(AF_INET, SOCK_STREAM, 0);
-    CHECK(r.listener >= 0 && fcntl(r.listener, F_SETFD, FD_CLOEXEC) == 0); /* not the proxy's */
-    CHECK(bind(r.listener, (struct sockaddr *)&address, size) == 0);
-    CHECK(listen(r.listener, 16) == 0);
-    CHECK(getsockname(r.listener, (struct sockaddr *)&address, &size) == 0);
-    snprintf(port, sizeof port, "%d", ntohs(address.sin_port));
+    int own_port;
+    r.listener = t_raw_socket(SOCK_STREAM, true, &own_port);
+    CHECK(fcntl(r.listener, F_SETFD, FD_CLOEXEC) == 0); /* not the proxy's */
+    snprintf(port, sizeof port, "%d", own_port);
     r.proxy = start_with("proxy", "127.0.0.1", port);
     through(&r);
     return r;
@@ -791,7 +736,7 @@ static void push_and_pull(int a, int b, size_t sent, size_t total)
         struct pollfd fds[2] = {{a, POLLIN, 0}, {b, POLLIN, 0}};
         fds[0].events = sent_a < total ? POLLIN | POLLOUT : POLLIN;
         fds[1].events = sent_b < total ? POLLIN | POLLOUT : POLLIN;
-        if (poll(fds, 2, T_PATIENCE * 1000 * t_scale()) < 1) {
+        if (poll(fds, 2, t_patience_ms()) < 1) {
             T_FAIL("stuck: %zu of %zu, and %zu of %zu came", received_b, sent_a, received_a,
                    sent_b);
         }
@@ -822,10 +767,8 @@ TEST_ONCE(proxy_slows_the_sender_down_and_loses_nothing)
     t_expect(r.client, "meanwhile");
     push_and_pull(r.client, r.target, sent, TOTAL);
     t_shut(r.client);
-    t_expect_eof(r.target);
-    t_close(r.target);
-    t_expect_eof(r.client);
-    t_close(r.client);
+    t_leave(r.target);
+    t_leave(r.client);
     stop_proxy(&r);
 }
 
@@ -841,8 +784,7 @@ TEST_ONCE(proxy_passes_each_end_on)
     t_sends(r.target, "more");
     t_close(r.target);
     t_expect(r.client, "more");
-    t_expect_eof(r.client);
-    t_close(r.client);
+    t_leave(r.client);
 
     through(&r);
     t_sends(r.target, "greeting");
@@ -854,8 +796,7 @@ TEST_ONCE(proxy_passes_each_end_on)
     t_sends(r.client, "later");
     t_close(r.client);
     t_expect(r.target, "later");
-    t_expect_eof(r.target);
-    t_close(r.target);
+    t_leave(r.target);
     stop_proxy(&r);
 }
 
@@ -895,7 +836,7 @@ TEST_ONCE(proxy_passes_a_reset_on)
 static void expect_broken(int fd)
 {
     struct pollfd broken = {fd, 0, 0};
-    CHECK_INT(poll(&broken, 1, T_PATIENCE * 1000 * t_scale()), 1);
+    CHECK_INT(poll(&broken, 1, t_patience_ms()), 1);
     CHECK((broken.revents & (POLLERR | POLLHUP)) != 0);
 }
 
@@ -931,8 +872,7 @@ TEST_ONCE(proxy_without_a_target_resets)
     t_sends(r.client, "still here");
     t_expect(r.target, "still here");
     t_close(r.client);
-    t_expect_eof(r.target);
-    t_close(r.target);
+    t_leave(r.target);
     stop(&r.proxy);
 }
 
@@ -982,8 +922,7 @@ TEST_MODES(smtp_takes_a_mail)
     program p = start_with("smtp", NULL, NULL);
     int fd = t_connect(p.port);
     PLAY(fd, steps);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     for (size_t i = 0; i < sizeof printed / sizeof printed[0]; i++) {
         expect_output(&p, printed[i]);
     }
@@ -1152,13 +1091,11 @@ TEST_MODES(smtp_says_good_bye_when_it_stops)
     t_expect(idle, "250 ok\r\n");
     send_signal(&p, SIGTERM);
     t_expect(idle, "421 good bye\r\n");
-    t_expect_eof(idle);
-    t_close(idle);
+    t_leave(idle);
     /* A line that has begun is under way. */
     t_sends(busy, "ond\r\n.\r\n");
     t_expect(busy, "250 thank you\r\n421 good bye\r\n");
-    t_expect_eof(busy);
-    t_close(busy);
+    t_leave(busy);
     expect_output(&p, "first\r");
     expect_output(&p, "second\r");
     expect_end(&p);
@@ -1248,9 +1185,8 @@ TEST_MODES(http_keeps_the_connection)
     }
     t_sends(fd, "GET / HTTP/1.1\r\nconnection: close\r\n\r\nGET / HTTP/1.1\r\n\r\n");
     t_expect(fd, LAST("200 OK", "10") "It works.\n");
-    t_expect_eof(fd);
-    t_close(fd);
-    leave(other);
+    t_leave(fd);
+    t_finish(other);
     stop_http(&s);
 }
 
@@ -1268,8 +1204,7 @@ TEST_MODES(http_sends_a_file_intact)
         CHECK_MEM(in, received, s.big, BIG);
     }
     t_expect(fd, LAST("200 OK", "6") "small\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     free(in);
     stop_http(&s);
 }
@@ -1461,8 +1396,7 @@ TEST_MODES(http_says_which_answer_is_the_last)
     t_close(idle);
     t_sends(busy, "TP/1.1\r\n\r\nGET /small.txt HTTP/1.1\r\n\r\n");
     t_expect(busy, REPLY("200 OK", "10") LAST("200 OK", "6") "small\n");
-    t_expect_eof(busy);
-    t_close(busy);
+    t_leave(busy);
     expect_end(&s.http);
     CHECK(unlink(s.big_name) == 0 && unlink(s.small_name) == 0 && rmdir(s.directory) == 0);
     free(s.big);
@@ -1551,7 +1485,7 @@ TEST_MODES(redis_answers_each_command)
     /* As one types it: words between blanks. */
     t_sends(fd, "SET k  word \r\n\tget k\n  \nDEL k\n");
     t_expect(fd, "+OK\r\n$4\r\nword\r\n:1\r\n");
-    leave(fd);
+    t_finish(fd);
     stop(&p);
 }
 
@@ -1572,8 +1506,8 @@ TEST_MODES(redis_pipelines_split_at_every_byte)
         t_sends(fd, script + at);
         t_expect(fd, replies);
     }
-    leave(fd);
-    leave(other);
+    t_finish(fd);
+    t_finish(other);
     stop(&p);
 }
 
@@ -1618,8 +1552,8 @@ TEST_MODES(redis_keeps_what_it_is_given)
     large[LARGE] = 0;
     t_expect(fd, large);
     t_expect(fd, "\r\n");
-    leave(fd);
-    leave(other);
+    t_finish(fd);
+    t_finish(other);
     free(large);
     stop(&p);
 }
@@ -1649,7 +1583,7 @@ TEST_MODES(redis_keeps_no_more_than_it_can)
         t_sends(fd, value);
         t_expect(fd, i == MOST + 1 || i == MOST + 3 ? "-OOM\r\n" : "+OK\r\n");
     }
-    leave(fd);
+    t_finish(fd);
     free(value);
     stop(&p);
 }
@@ -1690,7 +1624,7 @@ T_TEST(redis_values_change_while_answers_wait, T_COROUTINES)
         CHECK_INT(at, size);
         t_close(askers[i]);
     }
-    leave(fd);
+    t_finish(fd);
     stop(&p);
 }
 
@@ -1731,8 +1665,7 @@ TEST_MODES(redis_ends_after_a_protocol_error)
         t_sends(fd, errors[i]);
         t_sends(fd, "PING\n");
         t_expect(fd, "+PONG\r\n" MALFORMED);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
     /* A typed line without an end; the rest of it does not turn the answer into a reset. One that is
      * too long is so whether its end comes with it or not, and one with a 0 in it is not cut. */
@@ -1747,8 +1680,7 @@ TEST_MODES(redis_ends_after_a_protocol_error)
         t_send(fd, line, sizes[i]);
         line[sizes[i] - 1] = 'x';
         t_expect(fd, MALFORMED);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
     free(line);
     stop(&p);
@@ -1758,14 +1690,10 @@ TEST_MODES(redis_ends_after_a_protocol_error)
 
 static int connect_unix(const char *path)
 {
-    struct sockaddr_un address;
+    struct sockaddr_un address = t_unix_address(path);
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
     CHECK(fd >= 0);
     t_prepare(fd);
-    memset(&address, 0, sizeof address);
-    address.sun_family = AF_UNIX;
-    CHECK(strlen(path) < sizeof address.sun_path);
-    memcpy(address.sun_path, path, strlen(path));
     CHECK(connect(fd, (struct sockaddr *)&address, sizeof address) == 0);
     return fd;
 }
@@ -1797,9 +1725,8 @@ TEST_ONCE(unix_socket_greets_and_cleans_up)
     for (int i = 0; i < 2; i++) {
         int fd = connect_unix(path);
         t_expect(fd, greeting);
-        t_sends(fd, "a line\nanother\n");
-        t_expect(fd, "a line\nanother\n");
-        leave(fd);
+        t_echo(fd, "a line\nanother\n");
+        t_finish(fd);
     }
     send_signal(&p, SIGTERM);
     expect_end(&p);
@@ -1852,12 +1779,11 @@ TEST_ONCE(embed_loop_joins_stdin_and_clients)
     }
     t_sends(ann, "still ann\n");
     expect_output(&p, "still ann");
-    leave(ann);
+    t_finish(ann);
     CHECK_INT(write(input[1], "bob?\n", 5), 5);
     t_expect(bob, "bob?\n");
     t_close(input[1]);
-    t_expect_eof(bob);
-    t_close(bob);
+    t_leave(bob);
     expect_end(&p);
 }
 
@@ -1889,8 +1815,7 @@ TEST_ONCE(threads_share_the_connections)
     }
     send_signal(&p, SIGTERM);
     for (int i = 0; i < COUNT; i++) {
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_leave(fds[i]);
     }
     expect_end(&p);
 }
@@ -1918,13 +1843,11 @@ TEST_ONCE(graceful_stop_finishes_what_is_under_way)
         program p = begin_graceful(&idle, &busy);
         send_signal(&p, signals[i]);
         t_expect(idle, "good bye\n");
-        t_expect_eof(idle);
-        t_close(idle);
+        t_leave(idle);
         poll(NULL, 0, 100); /* much less than the grace: the client may take its time */
         t_sends(busy, "lf\n");
         t_expect(busy, "half\ngood bye\n");
-        t_expect_eof(busy);
-        t_close(busy);
+        t_leave(busy);
         expect_output(&p, "graceful_stop: all clients are served");
         expect_end(&p);
     }
@@ -1937,8 +1860,7 @@ TEST_ONCE(graceful_stop_second_signal_cuts_off)
     int64_t begin = t_now_ms();
     send_signal(&p, SIGINT);
     t_expect(idle, "good bye\n"); /* the first one has been seen */
-    t_expect_eof(idle);
-    t_close(idle);
+    t_leave(idle);
     send_signal(&p, SIGTERM);
     t_expect_reset(busy);
     t_close(busy);
@@ -1987,7 +1909,7 @@ static void serve_from_workers(const char *name)
 {
     int seen = 0;
     program p = start_workers(name, "3");
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     while (seen != 7) {
         int worker = ask_worker(p.port);
         CHECK(worker >= 0 && worker < 3);
@@ -2016,10 +1938,8 @@ TEST_ONCE(production_serves_counts_and_ends)
     char line[256];
     program p = start_workers("production", "2");
     int fd = t_connect(p.port), other = t_connect(p.port);
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
-    t_sends(other, "hi\n");
-    t_expect(other, "hi\n");
+    t_echo(fd, "hello\n");
+    t_echo(other, "hi\n");
     t_sends(fd, "stats\n");
     for (size_t used = 0; used + 1 < sizeof line; used++) {
         CHECK_INT(t_recv(fd, line + used, 1), 1);
@@ -2031,8 +1951,7 @@ TEST_ONCE(production_serves_counts_and_ends)
     CHECK_INT(sscanf(line, "accepted %llu, open %llu,", &accepted, &open), 2);
     CHECK_INT(accepted, 2);
     CHECK_INT(open, 2);
-    t_sends(fd, "statsx\n");
-    t_expect(fd, "statsx\n");
+    t_echo(fd, "statsx\n");
     t_sends(other, "unfinis");
     send_signal(&p, SIGTERM);
     t_expect(fd, "bye: the server ends\n");
@@ -2131,7 +2050,7 @@ static bool client_reads(tls_client *c, const char *text)
     while (strstr(got, text) == NULL) {
         struct pollfd ready = {c->out, POLLIN, 0};
         CHECK(used + 1 < sizeof got);
-        if (poll(&ready, 1, T_PATIENCE * 1000 * t_scale()) != 1) {
+        if (poll(&ready, 1, t_patience_ms()) != 1) {
             T_FAIL("instead of \"%s\" came \"%s\"", text, got);
         }
         ssize_t n = read(c->out, got + used, sizeof got - 1 - used);

@@ -3,22 +3,12 @@
  * and nothing in milliseconds. */
 #include "script.h"
 
-#define KIB ((size_t)1024)
+#include "handlers.h"
+
 #define MIB ((size_t)1024 * 1024)
 
 #define TEST_OUTPUT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES)
 #define TEST_PLAIN(name) T_TEST(name, T_PER_BACKEND | T_CALLBACKS)
-
-#define CHECK_MOST(actual, limit)                                                                  \
-    ((uint64_t)(actual) <= (uint64_t)(limit)                                                       \
-         ? (void)0                                                                                 \
-         : T_FAIL("CHECK_MOST(%s)\n    actual %llu\n    limit  %llu", #actual,                     \
-                  (unsigned long long)(actual), (unsigned long long)(limit)))
-#define CHECK_LEAST(actual, limit)                                                                 \
-    ((uint64_t)(actual) >= (uint64_t)(limit)                                                       \
-         ? (void)0                                                                                 \
-         : T_FAIL("CHECK_LEAST(%s)\n    actual %llu\n    limit  %llu", #actual,                    \
-                  (unsigned long long)(actual), (unsigned long long)(limit)))
 
 static size_t larger(size_t a, size_t b)
 {
@@ -234,28 +224,6 @@ TEST_SOFT(input_after_our_close_is_dropped_bit_by_bit)
 
 /* ---- output -------------------------------------------------------------------------------*/
 
-/* A client that takes everything: before each of the server's sends it empties its socket, so that
- * the kernel never has a reason to take nothing. */
-static int taker = -1;
-static size_t taken;
-
-static void take_all(void)
-{
-    static char buffer[256 * 1024];
-    ssize_t n;
-    while ((n = recv(taker, buffer, sizeof buffer, MSG_DONTWAIT)) > 0) {
-        taken += (size_t)n;
-    }
-    CHECK(n == 0 || errno == EAGAIN);
-}
-
-static void take_before_sends(const char *name)
-{
-    if (taker >= 0 && (strcmp(name, "send") == 0 || strcmp(name, "sendmsg") == 0)) {
-        take_all();
-    }
-}
-
 enum { ONE_WRITE, BLOCKS, BLOCKS_AND_FLUSH, SMALL, SMALL_AND_FLUSH, PIECES, PRINTED };
 
 /* How much is written, and in how large writes. */
@@ -316,9 +284,9 @@ typedef struct turns {
 static turns turn_until_taken(other *o)
 {
     turns t = {0, 0, 0};
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     uint64_t sent_at_first = s_stats().bytes_out;
-    while (!written_all || taken < volume) {
+    while (!written_all || taker_got < volume) {
         uint64_t sent = s_stats().bytes_out;
         size_t before = writes;
         s_turn();
@@ -328,7 +296,7 @@ static turns turn_until_taken(other *o)
         t.most_writes = larger(t.most_writes, writes - before);
         look_after(o);
         if (t_now_ms() > limit) {
-            T_FAIL("%zu of %zu bytes were taken", taken, volume);
+            T_FAIL("%zu of %zu bytes were taken", taker_got, volume);
         }
     }
     CHECK_LEAST(s_stats().bytes_out - sent_at_first, volume);
@@ -549,16 +517,14 @@ static void check_alone(int kind, size_t high_water, size_t size, bool take)
     open_writer(write_alone, kind, high_water != 0 ? high_water : 256 * KIB, size, high_water);
     taker = s_join();
     t_seen = take ? take_before_sends : NULL;
-    int64_t limit = s_patience();
-    while (!written_all || taken < written) {
+    int64_t limit = t_patience();
+    while (!written_all || taker_got < written) {
         s_turn();
         take_all();
         CHECK(t_now_ms() < limit);
     }
     t_seen = NULL;
-    t_shut(taker);
-    s_expect_eof(taker);
-    t_close(taker);
+    s_finish(taker);
     s_close();
     free(material);
 }
@@ -688,7 +654,7 @@ static void check_calls(int kind)
 {
     size_t most = 0, most_calls = 0;
     int count = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     tsrv_server_options options = {0};
     kind_of_call = kind;
     options.handle_stream = call_when_joined;
@@ -792,7 +758,7 @@ static int call_after_the_end(tsrv_stream *stream, const tsrv_address *address, 
 TEST_SOFT(reads_after_the_end_let_others_run)
 {
     size_t most = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     tsrv_server_options options = {0};
     options.handle_stream = call_after_the_end;
     s_open(options);
@@ -807,8 +773,7 @@ TEST_SOFT(reads_after_the_end_let_others_run)
         CHECK(t_now_ms() < limit);
     }
     CHECK_MOST(most, 2 * 258);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     t_close(o.fd);
     s_close();
 }
@@ -824,7 +789,7 @@ TEST_SOFT(accepts_leave_time_for_streams)
     static int fds[CROWD];
     int arrived = 0, count = 0;
     size_t most = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     tsrv_server_options options = {0};
     options.handle_stream = take_lines;
     s_open(options);
@@ -844,9 +809,7 @@ TEST_SOFT(accepts_leave_time_for_streams)
     CHECK_MOST(most, 64);
     CHECK_LEAST(most, 8); /* a crowd is not accepted one by one */
     CHECK_LEAST(o.answers, count / 4 - 1);
-    for (int i = 0; i < CROWD; i++) {
-        t_close(fds[i]);
-    }
+    t_close_all(fds, CROWD);
     t_close(o.fd);
     s_close();
 }

@@ -359,14 +359,6 @@ static void s_expect(const char *data, size_t size)
     s_expected_size += size;
 }
 
-static int s_unix_address(struct sockaddr_un *address)
-{
-    memset(address, 0, sizeof *address);
-    address->sun_family = AF_UNIX;
-    snprintf(address->sun_path, sizeof address->sun_path, "%s", s_path);
-    return (int)sizeof *address;
-}
-
 /* One port for all runs of a test: thousands of listeners in a row would leave connections in
  * TIME_WAIT on thousands of ports, until the system has none left to give for port 0. */
 static int start_tcp(void)
@@ -413,8 +405,7 @@ static int start_pair(void)
 /* A connection to whatever the scenario listens on; -1 when nobody listens. */
 static int p_connect(bool slow)
 {
-    struct sockaddr_un local;
-    int fd, small = 4096, rc;
+    int fd, small = 4096;
     if (s_now->start == start_pair) {
         if (s_add[0] < 0 && start_pair() < 0 && start_pair() < 0) {
             return -1;
@@ -423,9 +414,9 @@ static int p_connect(bool slow)
         s_add[0] = s_add[1];
         s_add[1] = -1;
     } else if (s_now->start == start_unix) {
+        struct sockaddr_un local = t_unix_address(s_path);
         fd = socket(AF_UNIX, SOCK_STREAM, 0);
-        rc = connect(fd, (struct sockaddr *)&local, (socklen_t)s_unix_address(&local));
-        if (rc < 0) {
+        if (connect(fd, (struct sockaddr *)&local, sizeof local) < 0) {
             close(fd);
             return -1;
         }

@@ -152,9 +152,7 @@ TEST_CALLBACK(input_calls_a_handler_whose_wait_is_over)
     CHECK_INT(own_calls, 1); /* nothing of that wait is left */
     t_sends(fd, "more\n");
     s_until(&got_lines, 1);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_until(&s_closed, 1);
     s_close();
 }
@@ -188,9 +186,7 @@ TEST_CALLBACK(input_calls_a_handler_whose_wait_has_timed_out)
     CHECK_INT(own_calls, 2);
     t_sends(fd, "more\n");
     s_until(&got_lines, 1);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_until(&s_closed, 1);
     s_close();
 }
@@ -228,8 +224,7 @@ TEST_CALLBACK(a_wait_after_a_read_has_a_time_of_its_own)
     CHECK_INT(got_code, TSRV_ETIMEOUT);
     CHECK_LEAST(wait_ended - line_came, 200);
     CHECK_MOST(wait_ended - line_came, 210);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&s_closed, 1);
     s_close();
 }
@@ -288,8 +283,7 @@ static void check_waits_of_others(bool wakes)
     CHECK_INT(got_code, wakes ? (int)TSRV_OK : (int)TSRV_ETIMEOUT);
     CHECK_LEAST(wait_ended - start, wakes ? 200 : 1000);
     CHECK_MOST(wait_ended - start, wakes ? 230 : 1030);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&s_closed, 1);
     s_close();
 }
@@ -342,8 +336,7 @@ TEST_CALLBACK(a_handlers_flush_survives_that_of_another)
     CHECK_INT(s_recv(fd, got, sizeof got, &code), sizeof got);
     s_until(&others_flushed, 1);
     s_until(&waits_over, 1);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&s_closed, 1);
     s_close();
 }

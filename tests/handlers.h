@@ -30,6 +30,12 @@ static inline size_t bulk(size_t soft, size_t hard)
     return t_hard ? hard : soft;
 }
 
+static inline unsigned next_random(unsigned *state)
+{
+    *state = *state * 1664525U + 1013904223U;
+    return *state >> 8;
+}
+
 /* ---- handlers -----------------------------------------------------------------------------*/
 
 static inline int echo_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -57,8 +63,21 @@ static inline int echo_bytes(tsrv_stream *stream, const tsrv_address *address, v
 /* With a server that echoes. */
 static inline void round_trip(int fd)
 {
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
+}
+
+/* Of a tsrv_watch that must not be called. */
+static inline void never_called(int events, void *context)
+{
+    (void)context;
+    T_FAIL("a watch was called with %d", events);
+}
+
+/* A coroutine, which outlives most tests. */
+static inline void sleep_long(void *context)
+{
+    (void)context;
+    tsrv_sleep(3600000);
 }
 
 /* A tsrv_match. */
@@ -130,6 +149,58 @@ static inline void expect_pattern_from(int fd, size_t offset, size_t end)
     }
 }
 
+/* Sends the pattern and ends its output, in a thread of its own: a server that echoes it needs somebody who reads
+ * meanwhile. */
+typedef struct sender {
+    int fd;
+    size_t size;
+    pthread_t thread;
+} sender;
+
+static inline void *send_pattern(void *context)
+{
+    sender *s = (sender *)context;
+    char *data = new_pattern(s->size);
+    t_send(s->fd, data, s->size);
+    t_shut(s->fd);
+    free(data);
+    return NULL;
+}
+
+static inline void start_sending(sender *s, int fd, size_t size)
+{
+    s->fd = fd;
+    s->size = size;
+    CHECK_INT(pthread_create(&s->thread, NULL, send_pattern, s), 0);
+}
+
+static inline void join_sender(sender *s)
+{
+    CHECK_INT(pthread_join(s->thread, NULL), 0);
+}
+
+/* A client that takes everything: before each of the server's sends it empties its socket, so that the kernel never
+ * has a reason to take nothing. take_before_sends is for t_seen. */
+static int taker = -1;
+static size_t taker_got;
+
+static inline void take_all(void)
+{
+    static char buffer[256 * 1024];
+    ssize_t n;
+    while ((n = recv(taker, buffer, sizeof buffer, MSG_DONTWAIT)) > 0) {
+        taker_got += (size_t)n;
+    }
+    CHECK(n == 0 || errno == EAGAIN);
+}
+
+static inline void take_before_sends(const char *name)
+{
+    if (taker >= 0 && (strcmp(name, "send") == 0 || strcmp(name, "sendmsg") == 0)) {
+        take_all();
+    }
+}
+
 /* More than the kernel takes; to be freed. */
 static char *large;
 static size_t large_size;
@@ -146,7 +217,7 @@ static inline void make_large(size_t size)
 static const char *counted_names[2];
 static int calls_counted;
 
-static inline void count_call(const char *name)
+static inline void count_named_call(const char *name)
 {
     for (int i = 0; i < 2; i++) {
         calls_counted += counted_names[i] != NULL && strcmp(name, counted_names[i]) == 0;
@@ -158,24 +229,7 @@ static inline void count_calls(const char *name, const char *other_name)
     counted_names[0] = name;
     counted_names[1] = other_name;
     calls_counted = 0;
-    t_seen = count_call;
-}
-
-/* Lines of the log; atomic. */
-static int log_lines;
-
-static inline void count_line(int level, const char *message, void *context)
-{
-    (void)context;
-    if (level <= TSRV_LOG_WARNING) {
-        __atomic_add_fetch(&log_lines, 1, __ATOMIC_RELAXED);
-        printf("log: %s\n", message);
-    }
-}
-
-static inline int logged(void)
-{
-    return __atomic_load_n(&log_lines, __ATOMIC_RELAXED);
+    t_seen = count_named_call;
 }
 
 static inline int64_t cpu_ms(void)
@@ -222,6 +276,20 @@ static inline tsrv_stats server_stats(void)
     return stats;
 }
 
+static inline bool has_received(void *bytes)
+{
+    return server_stats().bytes_in >= *(uint64_t *)bytes;
+}
+
+/* Waits until the server has received so many bytes in all. Something there has to be reading. */
+static inline void wait_received(uint64_t bytes)
+{
+    if (!t_wait_until(has_received, &bytes)) {
+        T_FAIL("the server has received %llu of %llu bytes", (unsigned long long)server_stats().bytes_in,
+               (unsigned long long)bytes);
+    }
+}
+
 static inline void load_unsent(void *context)
 {
     tsrv_stream *stream = tsrv_server_next(t_server, NULL);
@@ -234,6 +302,98 @@ static inline bool has_unsent(void *bytes)
     size_t unsent = 0;
     t_on_loop(load_unsent, &unsent);
     return unsent > (bytes == NULL ? 0 : *(const size_t *)bytes);
+}
+
+static inline void wait_unsent(size_t size)
+{
+    if (!t_wait_until(has_unsent, &size)) {
+        T_FAIL("there were never more than %zu bytes unsent", size);
+    }
+}
+
+/* For t_on_loop: something is done to the stream that has come first. */
+static inline tsrv_stream *first_of_server(void)
+{
+    tsrv_stream *stream = tsrv_server_next(t_server, NULL);
+    CHECK(stream != NULL);
+    return stream;
+}
+
+static inline void close_first(void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_close(first_of_server()), TSRV_OK);
+}
+
+static inline void abort_first(void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_abort(first_of_server()), TSRV_OK);
+}
+
+static inline void wake_first(void *context)
+{
+    (void)context;
+    tsrv_wake(first_of_server());
+}
+
+static inline void add_pair(void *context)
+{
+    *(int *)context = t_add_pair(t_server);
+}
+
+/* Connects by a pair of unix sockets. */
+static inline int connect_pair(void)
+{
+    int fd = -1;
+    t_on_loop(add_pair, &fd);
+    return fd;
+}
+
+/* A client that is only ended. */
+static inline void expect_end(int port, void *context)
+{
+    (void)context;
+    t_leave(t_connect(port));
+}
+
+/* The loop, held so that a client can be faster than it. */
+typedef struct hold {
+    int told[2];
+    int go[2];
+} hold;
+
+static inline void open_hold(hold *h)
+{
+    CHECK(pipe(h->told) == 0 && pipe(h->go) == 0);
+}
+
+static inline void hold_here(void *context)
+{
+    hold *h = (hold *)context;
+    char byte;
+    CHECK(write(h->told[1], "", 1) == 1);
+    CHECK(read(h->go[0], &byte, 1) == 1);
+}
+
+static inline void hold_loop(hold *h)
+{
+    char byte;
+    CHECK_INT(tsrv_loop_post(t_loop, hold_here, h), TSRV_OK);
+    CHECK(read(h->told[0], &byte, 1) == 1);
+}
+
+static inline void release_loop(hold *h)
+{
+    CHECK(write(h->go[1], "", 1) == 1);
+}
+
+/* Waits until the loop has come round. */
+static inline void close_hold(hold *h)
+{
+    t_on_loop(nothing, NULL);
+    t_close_all(h->told, 2);
+    t_close_all(h->go, 2);
 }
 
 /* FIN and nothing behind it: no reset follows. */

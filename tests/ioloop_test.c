@@ -2,6 +2,8 @@
  * ioloop_test.py checks. */
 #include "test.h"
 
+#include "handlers.h"
+
 #include <sys/resource.h>
 
 static void free_loop(tsrv_loop *loop)
@@ -15,12 +17,6 @@ typedef struct idle_watch {
     int fds[2];
 } idle_watch;
 
-static void never_called(int events, void *context)
-{
-    (void)context;
-    T_FAIL("the idle watch was called with %d", events);
-}
-
 static void start_idle(tsrv_loop *loop, idle_watch *idle)
 {
     memset(idle, 0, sizeof *idle);
@@ -32,18 +28,12 @@ static void start_idle(tsrv_loop *loop, idle_watch *idle)
 static void stop_idle(idle_watch *idle)
 {
     tsrv_watch_stop(&idle->watch);
-    t_close(idle->fds[0]);
-    t_close(idle->fds[1]);
+    t_close_all(idle->fds, 2);
 }
 
 static void count_call(void *context)
 {
     ++*(int *)context;
-}
-
-static void record_call(void *context)
-{
-    t_record(*(int *)context);
 }
 
 /* ---- timers -------------------------------------------------------------------------------*/
@@ -59,7 +49,7 @@ TEST_LOOP(equal_timers_fire_in_the_order_of_their_start)
         int before = t_record_count();
         for (int i = 0; i < COUNT; i++) {
             ids[i] = i;
-            CHECK_INT(tsrv_timer_start(loop, &timers[i], delays[d], record_call, &ids[i]), TSRV_OK);
+            CHECK_INT(tsrv_timer_start(loop, &timers[i], delays[d], t_record_call, &ids[i]), TSRV_OK);
         }
         CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
         CHECK_INT(t_record_count(), before + COUNT);
@@ -76,9 +66,9 @@ TEST_LOOP(restarted_timer_goes_behind_its_equals)
     int ids[3] = {0, 1, 2};
     tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < 3; i++) {
-        CHECK_INT(tsrv_timer_start(loop, &timers[i], 0, record_call, &ids[i]), TSRV_OK);
+        CHECK_INT(tsrv_timer_start(loop, &timers[i], 0, t_record_call, &ids[i]), TSRV_OK);
     }
-    CHECK_INT(tsrv_timer_start(loop, &timers[0], 0, record_call, &ids[0]), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(loop, &timers[0], 0, t_record_call, &ids[0]), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(t_record_count(), 3);
     CHECK_INT(t_recorded(0), 1);
@@ -118,7 +108,7 @@ static void start_timed(timed *t, int delay_ms)
 TEST_LOOP(timer_never_fires_early)
 {
     static const int delays[] = {0, 1, 2, 3, 7, 15, 33, 60};
-    enum { COUNT = sizeof delays / sizeof delays[0] };
+    enum { COUNT = COUNT(delays) };
     static timed timers[COUNT];
     tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
@@ -210,8 +200,7 @@ static uint32_t oracle_seed = 12345;
 
 static int oracle_random(int limit)
 {
-    oracle_seed = oracle_seed * 1664525u + 1013904223u;
-    return (int)((oracle_seed >> 8) % (uint32_t)limit);
+    return (int)(next_random(&oracle_seed) % (unsigned)limit);
 }
 
 static void oracle_fire(void *context);
@@ -374,8 +363,7 @@ TEST_LOOP(zero_delay_means_the_next_turn_and_starves_nobody)
     tsrv_timer_stop(&r.t.timer);
     tsrv_watch_stop(&watch);
     free_loop(r.t.loop);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static void free_itself(void *context)
@@ -447,7 +435,7 @@ TEST_LOOP(test_read_while_writeable)
         {TSRV_READABLE | TSRV_WRITABLE, true, TSRV_READABLE | TSRV_WRITABLE},
     };
     tsrv_loop *loop = t_new_loop();
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    for (size_t i = 0; i < COUNT(rows); i++) {
         tsrv_watch watch = {0};
         seen s = {0, 0};
         int fds[2];
@@ -465,8 +453,7 @@ TEST_LOOP(test_read_while_writeable)
         tsrv_watch_stop(&watch);
         tsrv_watch_stop(&watch);
         CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
-        t_close(fds[0]);
-        t_close(fds[1]);
+        t_close_all(fds, 2);
     }
     free_loop(loop);
 }
@@ -525,8 +512,7 @@ TEST_LOOP(test_add_handler_twice_is_refused)
     CHECK_INT(refused.calls, 1);
     tsrv_watch_stop(&second);
     free_loop(loop);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 TEST_LOOP(watch_refuses_bad_arguments)
@@ -540,7 +526,7 @@ TEST_LOOP(watch_refuses_bad_arguments)
     CHECK(file != NULL);
     CHECK(pipe(fds) == 0);
     tsrv_watch_stop(&watch);
-    for (size_t i = 0; i < sizeof bad_events / sizeof bad_events[0]; i++) {
+    for (size_t i = 0; i < COUNT(bad_events); i++) {
         CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], bad_events[i], see, &s), TSRV_EINVAL);
     }
     CHECK(tsrv_watch_start(loop, &watch, -1, TSRV_READABLE, see, &s) < 0);
@@ -566,7 +552,7 @@ TEST_LOOP(hang_up_is_reported_as_what_was_asked_for)
     } rows[] = {{false, 0, TSRV_READABLE}, {false, 1, TSRV_WRITABLE}, {true, 0, TSRV_READABLE},
                 {true, 0, TSRV_WRITABLE}, {true, 0, TSRV_READABLE | TSRV_WRITABLE}};
     tsrv_loop *loop = t_new_loop();
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    for (size_t i = 0; i < COUNT(rows); i++) {
         tsrv_watch watch = {0};
         seen s = {0, 0};
         int fds[2];
@@ -620,8 +606,7 @@ TEST_LOOP(test_remove_handler_from_handler)
     for (int i = 0; i < BATCH; i++) {
         calls += all[i].calls;
         tsrv_watch_stop(&all[i].watch);
-        t_close(all[i].fds[0]);
-        t_close(all[i].fds[1]);
+        t_close_all(all[i].fds, 2);
     }
     CHECK_INT(calls, 1);
     CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
@@ -756,7 +741,7 @@ TEST_LOOP(posts_are_called_in_order_and_not_inside_the_call)
     tsrv_loop *loop = t_new_loop();
     for (int i = 0; i < COUNT; i++) {
         ids[i] = i;
-        CHECK_INT(tsrv_loop_post(loop, record_call, &ids[i]), TSRV_OK);
+        CHECK_INT(tsrv_loop_post(loop, t_record_call, &ids[i]), TSRV_OK);
     }
     CHECK_INT(t_record_count(), 0);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
@@ -825,8 +810,7 @@ TEST_LOOP(test_add_callback_wakeup_other_thread)
     CHECK_INT(pthread_join(thread, NULL), 0);
     stop_idle(&idle);
     free_loop(c.loop);
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    t_close_all(c.fds, 2);
 }
 
 enum { POSTERS = 8, POSTS = 3000 };
@@ -1067,8 +1051,7 @@ TEST_LOOP(test_nested_start_is_refused)
     CHECK_INT(t_record_count(), 5);
     tsrv_watch_stop(&watch);
     free_loop(loop);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 TEST_LOOP(stop_before_run_holds_once)
@@ -1170,7 +1153,7 @@ TEST_ONCE(backends_are_chosen_by_number)
         {TSRV_BACKEND_POLL, true}, {99, false}, {-1, false}};
     tsrv_loop_options best = {TSRV_BACKEND_BEST};
     tsrv_loop *loop, *by_default;
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    for (size_t i = 0; i < COUNT(rows); i++) {
         tsrv_loop_options options = {rows[i].backend};
         loop = (tsrv_loop *)&options; /* to see it cleared */
         if (rows[i].here) {
@@ -1191,16 +1174,6 @@ TEST_ONCE(backends_are_chosen_by_number)
 }
 
 #if TSRVI_HAS_EPOLL
-static int lines_said;
-
-static void count_lines(int level, const char *message, void *context)
-{
-    (void)message;
-    (void)context;
-    CHECK_INT(level, TSRV_LOG_INFO);
-    lines_said++;
-}
-
 /* A kernel without epoll, or a policy against it: the best is the next one then, and that is said
  * once. Who has asked for epoll is told. A lack of descriptors is no reason. */
 TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
@@ -1215,20 +1188,15 @@ TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
                 {"epoll_create1", EMFILE, false}, {"epoll_create1", ENOMEM, false},
                 {"epoll_ctl", ENOMEM, false},    {"epoll_ctl", ENOSPC, false}};
     tsrv_loop_options best = {TSRV_BACKEND_BEST}, asked = {TSRV_BACKEND_EPOLL};
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    for (size_t i = 0; i < COUNT(rows); i++) {
         int before = t_open_fds();
         tsrv_loop *loop = NULL;
         tsrvi_process.without = 0; /* as in a new process */
-        lines_said = 0;
-        tsrv_set_log(count_lines, NULL);
-        t_fault_name = rows[i].call;
-        t_fault_errno = rows[i].code;
-        t_fault_sticky = true;
-        t_fault_calls = 0;
-        t_fault_at = 1;
+        t_watch_info();
+        t_fail_call(rows[i].call, rows[i].code, 1, true);
         CHECK_INT(tsrv_loop_new(&loop, &asked), -rows[i].code);
         CHECK(loop == NULL);
-        CHECK_INT(lines_said, 0);
+        CHECK_INT(t_log_lines, 0);
         for (int round = 0; round < 2; round++) {
             tsrv_timer timer = {0};
             int calls = 0;
@@ -1242,7 +1210,7 @@ TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
                 free_loop(loop);
             }
         }
-        CHECK_INT(lines_said, rows[i].other);
+        CHECK_INT(t_log_lines, rows[i].other);
         t_fault_at = 0;
         CHECK_INT(t_open_fds(), before);
     }
@@ -1255,10 +1223,7 @@ TEST_LOOP(pipe_wakes_a_loop_without_eventfd)
     tsrv_loop_options options = {t_backend};
     tsrv_loop *loop;
     int calls = 0, before = t_open_fds();
-    t_fault_name = "eventfd";
-    t_fault_errno = ENOSYS;
-    t_fault_sticky = true;
-    t_fault_at = 1;
+    t_fail_call("eventfd", ENOSYS, 1, true);
     CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
     CHECK_INT(t_fault_hits, TSRVI_HAS_EVENTFD);
     CHECK(loop->sources.wake_write != loop->sources.wake.fd);
@@ -1458,7 +1423,7 @@ TEST_LOOP(signals_that_cannot_be_watched)
     tsrv_signal watch = {0};
     int calls = 0;
     tsrv_loop *loop = t_new_loop();
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    for (size_t i = 0; i < COUNT(rows); i++) {
         CHECK_INT(tsrv_signal_start(loop, &watch, rows[i].signo, count_call, &calls), rows[i].rc);
         tsrv_signal_stop(&watch);
     }
@@ -1572,8 +1537,7 @@ TEST_LOOP(descriptor_for_an_outer_loop)
     CHECK_INT(posts, 1);
     CHECK(!is_readable(fd));
     free_loop(loop);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 static int echo_slowly(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -1592,12 +1556,9 @@ static void *echo_client(void *context)
 {
     int fd = t_connect(*(int *)context);
     for (int i = 0; i < 50; i++) {
-        t_sends(fd, "hello\nworld\n");
-        t_expect(fd, "hello\nworld\n");
+        t_echo(fd, "hello\nworld\n");
     }
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
     return NULL;
 }
 
@@ -1736,7 +1697,7 @@ static void abort_leaks(leak_case *c, tsrv_loop *turning)
     for (int i = 0; i < LEAKS; i++) {
         struct pollfd arrived = {c->copies[i], POLLIN, 0};
         t_sends(c->clients[i], "nobody reads this\n");
-        CHECK_INT(poll(&arrived, 1, T_PATIENCE * 1000 * t_scale()), 1);
+        CHECK_INT(poll(&arrived, 1, t_patience_ms()), 1);
     }
 }
 
@@ -1837,8 +1798,7 @@ static void check_wake_up(leak_case *c)
     CHECK_INT(pthread_create(&thread, NULL, post_when_asleep, c), 0);
     CHECK_INT(tsrv_loop_run(c->loop), TSRV_OK);
     CHECK_INT(pthread_join(thread, NULL), 0);
-    t_close(asleep[0]);
-    t_close(asleep[1]);
+    t_close_all(asleep, 2);
     asleep[0] = asleep[1] = -1;
 }
 
@@ -1857,11 +1817,7 @@ static const struct {
 
 static void fail_renewal(int row)
 {
-    t_fault_name = renewals[row].name;
-    t_fault_errno = renewals[row].code;
-    t_fault_sticky = renewals[row].lasts;
-    t_fault_calls = t_fault_hits = 0;
-    t_fault_at = renewals[row].name != NULL;
+    t_fail_call(renewals[row].name, renewals[row].code, renewals[row].name != NULL, renewals[row].lasts);
 }
 
 /* The loop comes to its rest, or goes on trying, and takes its time over both. */
@@ -1877,7 +1833,7 @@ static void run_without_spinning(leak_case *c)
 
 TEST_LOOP(leaked_descriptors_are_left_without_spinning_or_losing_events)
 {
-    int rows = t_backend == TSRV_BACKEND_EPOLL ? (int)(sizeof renewals / sizeof renewals[0]) : 1;
+    int rows = t_backend == TSRV_BACKEND_EPOLL ? (int)(COUNT(renewals)) : 1;
     t_seen = count_waits;
     for (int row = 0; row < rows; row++) {
         leak_case c;
@@ -1911,8 +1867,7 @@ TEST_LOOP(leaked_descriptors_are_left_without_spinning_or_losing_events)
         close_leaks(&c);
         t_close(before);
         t_close(during);
-        t_close(fds[0]);
-        t_close(fds[1]);
+        t_close_all(fds, 2);
         t_turn_until(c.loop, &c.closed, LEAKS + 2);
         tsrv_server_free(c.server);
         free_loop(c.loop);
@@ -2026,8 +1981,7 @@ TEST_LOOP(forked_child_cannot_use_the_loop_and_does_no_harm)
         tsrv_watch_stop(&c.watch);
         free_loop(c.loop);
         CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
-        t_close(c.fds[0]);
-        t_close(c.fds[1]);
+        t_close_all(c.fds, 2);
     }
 }
 

@@ -52,27 +52,6 @@ static int family_of(int fd)
     return tsrv_address_family(&address);
 }
 
-static void close_all(const int *fds, int count)
-{
-    for (int i = 0; i < count; i++) {
-        t_close(fds[i]);
-    }
-}
-
-static bool has_ipv6(void)
-{
-    struct sockaddr_in6 address;
-    int fd = socket(AF_INET6, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin6_family = AF_INET6;
-    address.sin6_addr.s6_addr[15] = 1;
-    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
-    if (fd >= 0) {
-        t_close(fd);
-    }
-    return has;
-}
-
 /* ---- TCP ----------------------------------------------------------------------------------*/
 
 /* Tornado's TestPortAllocation.test_same_port_allocation. */
@@ -86,7 +65,7 @@ TEST_ONCE(test_same_port_allocation)
         for (int k = 1; k < count; k++) {
             CHECK_INT(port_of(fds[k]), port_of(fds[0]));
         }
-        close_all(fds, count);
+        t_close_all(fds, count);
     }
 }
 
@@ -117,8 +96,7 @@ TEST_ONCE(port_can_be_bound_again_at_once)
     int accepted = accept(listener, NULL, NULL);
     CHECK(accepted >= 0);
     t_close(accepted);
-    t_expect_eof(client);
-    t_close(client);
+    t_leave(client);
     t_close(listener);
     CHECK_INT(tsrv_bind_sockets(port, "127.0.0.1", NULL, &again, 1), 1);
     t_close(again);
@@ -137,7 +115,7 @@ TEST_ONCE(families_come_in_order_and_can_be_chosen)
         {"::1", 0, false, true},        {"::", 0, false, true},
         {"localhost", AF_INET, true, false},
     };
-    bool v6 = has_ipv6();
+    bool v6 = t_has_ipv6();
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         tsrv_bind_options options = {0};
         int fds[CAPACITY], at = 0;
@@ -153,7 +131,7 @@ TEST_ONCE(families_come_in_order_and_can_be_chosen)
         if (at < count) {
             CHECK_INT(family_of(fds[at]), AF_INET6);
         }
-        close_all(fds, count);
+        t_close_all(fds, count);
     }
 }
 
@@ -174,7 +152,7 @@ TEST_ONCE(sockets_listen_and_are_set_up)
         }
     }
     t_close(t_connect(port_of(fds[0])));
-    close_all(fds, count);
+    t_close_all(fds, count);
 }
 
 /* The kernel's queue, told by how many may connect while nobody accepts. */
@@ -202,7 +180,7 @@ static int queue_length(int backlog)
         }
         connected++;
     }
-    close_all(clients, count);
+    t_close_all(clients, count);
     t_close(listener);
     return connected;
 }
@@ -245,7 +223,7 @@ TEST_ONCE(bad_arguments_leave_nothing_open)
 TEST_ONCE(too_small_a_capacity_leaves_nothing_open)
 {
     int before = t_open_fds(), fd = -1;
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, &fd, 1), TSRV_EINVAL);
@@ -258,7 +236,7 @@ TEST_ONCE(partial_failure_leaves_nothing_open)
     tsrv_bind_options v6_only = {0};
     int taken, fds[CAPACITY];
     v6_only.family = AF_INET6;
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     CHECK_INT(tsrv_bind_sockets(0, NULL, &v6_only, &taken, 1), 1);
@@ -278,7 +256,7 @@ TEST_ONCE(chosen_port_that_is_taken_in_the_other_family_is_not_the_end)
     struct rlimit limit;
     int count = 0;
     v6_only.family = AF_INET6;
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
@@ -290,34 +268,19 @@ TEST_ONCE(chosen_port_that_is_taken_in_the_other_family_is_not_the_end)
         int fds[CAPACITY];
         CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY), 2);
         CHECK_INT(port_of(fds[1]), port_of(fds[0]));
-        close_all(fds, 2);
+        t_close_all(fds, 2);
     }
-    close_all(taken, count);
+    t_close_all(taken, count);
 }
 
 /* ---- what a policy denies, or a kernel does not have --------------------------------------*/
 
-static int said; /* lines of the log, all of them INFO */
-
-static void count_lines(int level, const char *message, void *context)
-{
-    (void)message;
-    (void)context;
-    CHECK_INT(level, TSRV_LOG_INFO);
-    said++;
-}
-
 /* From now on calls of this name fail. */
 static void deny(const char *name, int code, bool sticky)
 {
-    t_fault_name = name;
-    t_fault_errno = code;
-    t_fault_sticky = sticky;
-    t_fault_calls = t_fault_hits = 0;
-    t_fault_at = 1;
+    t_fail_call(name, code, 1, sticky);
     tsrvi_process.without = 0; /* as in a new process */
-    said = 0;
-    tsrv_set_log(count_lines, NULL);
+    t_watch_info();
 }
 
 static void allow(void)
@@ -333,7 +296,7 @@ TEST_ONCE(refused_family_does_not_cost_the_other)
         const char *name;
         int left; /* the family that is bound */
     } rows[] = {{"socket6", AF_INET}, {"socket4", AF_INET6}};
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
@@ -345,10 +308,10 @@ TEST_ONCE(refused_family_does_not_cost_the_other)
                 int fds[CAPACITY];
                 CHECK_INT(tsrv_bind_sockets(0, addresses[round], NULL, fds, CAPACITY), 1);
                 CHECK_INT(family_of(fds[0]), rows[row].left);
-                close_all(fds, 1);
+                t_close_all(fds, 1);
             }
             CHECK(t_fault_hits >= 2);
-            CHECK_INT(said, codes[i] == EPERM || codes[i] == EACCES || codes[i] == ENOSYS);
+            CHECK_INT(t_log_lines, codes[i] == EPERM || codes[i] == EACCES || codes[i] == ENOSYS);
             /* Asked for alone, it is an error. */
             int fd = -1;
             CHECK_INT(tsrv_bind_sockets(0, row == 0 ? "::1" : "127.0.0.1", NULL, &fd, 1), -codes[i]);
@@ -367,21 +330,12 @@ TEST_ONCE(refused_bind_is_an_error)
         deny("bind", codes[i], true);
         CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY), -codes[i]);
         allow();
-        CHECK_INT(said, 0);
+        CHECK_INT(t_log_lines, 0);
         CHECK_INT(t_open_fds(), before);
     }
 }
 
 /* ---- unix sockets -------------------------------------------------------------------------*/
-
-/* A directory of its own, below build/ where there is one. */
-static const char *make_directory(void)
-{
-    static char name[64];
-    snprintf(name, sizeof name, "%s/tsrv-XXXXXX", access("build", W_OK) == 0 ? "build" : "/tmp");
-    CHECK(mkdtemp(name) != NULL);
-    return name;
-}
 
 static const char *path_in(const char *directory, const char *name)
 {
@@ -392,20 +346,10 @@ static const char *path_in(const char *directory, const char *name)
     return path;
 }
 
-static struct sockaddr_un unix_name(const char *path)
-{
-    struct sockaddr_un name;
-    memset(&name, 0, sizeof name);
-    name.sun_family = AF_UNIX;
-    CHECK(strlen(path) < sizeof name.sun_path);
-    memcpy(name.sun_path, path, strlen(path) + 1);
-    return name;
-}
-
 /* 0, or what connect failed with. */
 static int try_to_connect(const char *path)
 {
-    struct sockaddr_un name = unix_name(path);
+    struct sockaddr_un name = t_unix_address(path);
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
     CHECK(fd >= 0);
     int error = connect(fd, (struct sockaddr *)&name, sizeof name) == 0 ? 0 : errno;
@@ -416,7 +360,7 @@ static int try_to_connect(const char *path)
 /* A socket file that nobody listens on any more. */
 static void make_stale(const char *path)
 {
-    struct sockaddr_un name = unix_name(path);
+    struct sockaddr_un name = t_unix_address(path);
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
     CHECK(fd >= 0);
     CHECK(bind(fd, (struct sockaddr *)&name, sizeof name) == 0);
@@ -446,7 +390,7 @@ static void check_file(const char *path, const char *expected)
 /* Tornado deletes the path of a live server; here it is the second who fails. */
 TEST_ONCE(live_servers_path_is_not_stolen)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "live");
+    const char *directory = t_make_directory(), *path = path_in(directory, "live");
     int fd, second = -1;
     CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
     CHECK((fcntl(fd, F_GETFL) & O_NONBLOCK) != 0);
@@ -470,8 +414,8 @@ TEST_ONCE(live_servers_path_is_not_stolen)
 /* A server whose queue is full is alive, although it takes nobody at the moment. */
 TEST_ONCE(busy_servers_path_is_not_stolen)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "busy");
-    struct sockaddr_un name = unix_name(path);
+    const char *directory = t_make_directory(), *path = path_in(directory, "busy");
+    struct sockaddr_un name = t_unix_address(path);
     int listener = socket(AF_UNIX, SOCK_STREAM, 0), clients[20], count = 0, fd;
     CHECK(bind(listener, (struct sockaddr *)&name, sizeof name) == 0);
     CHECK(listen(listener, 1) == 0);
@@ -487,7 +431,7 @@ TEST_ONCE(busy_servers_path_is_not_stolen)
     int accepted = accept(listener, NULL, NULL); /* still in business */
     CHECK(accepted >= 0);
     t_close(accepted);
-    close_all(clients, count);
+    t_close_all(clients, count);
     t_close(listener);
     CHECK(unlink(path) == 0);
     CHECK(rmdir(directory) == 0);
@@ -495,7 +439,7 @@ TEST_ONCE(busy_servers_path_is_not_stolen)
 
 TEST_ONCE(stale_socket_file_is_replaced)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "stale");
+    const char *directory = t_make_directory(), *path = path_in(directory, "stale");
     int fd;
     make_stale(path);
     CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
@@ -507,7 +451,7 @@ TEST_ONCE(stale_socket_file_is_replaced)
 
 TEST_ONCE(other_files_are_left_alone)
 {
-    const char *directory = make_directory(), *file = path_in(directory, "file");
+    const char *directory = t_make_directory(), *file = path_in(directory, "file");
     const char *inner = path_in(directory, "directory"), *fifo = path_in(directory, "fifo");
     int before = t_open_fds(), fd;
     make_file(file, "precious");
@@ -529,7 +473,7 @@ TEST_ONCE(other_files_are_left_alone)
 TEST_ONCE(symbolic_links_are_left_alone)
 {
     static const char *const targets[] = {"live", "stale", "file", "missing"};
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int live, fd;
     CHECK_INT(tsrv_bind_unix_socket(path_in(directory, "live"), NULL, &live), TSRV_OK);
     make_stale(path_in(directory, "stale"));
@@ -559,7 +503,7 @@ TEST_ONCE(too_long_a_path_is_an_error)
 {
     struct sockaddr_un name;
     char path[300];
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int before = t_open_fds(), fd;
     size_t used = strlen(directory);
     memset(path, 'x', sizeof path);
@@ -586,7 +530,7 @@ TEST_ONCE(unix_mode_is_exact)
 {
     static const unsigned modes[][2] = {{0, 0600}, {0600, 0600}, {0666, 0666}, {0660, 0660},
                                         {0777, 0777}};
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     umask(027); /* must not matter */
     for (int i = 0; i < 5; i++) {
         tsrv_bind_options options = {0};
@@ -604,7 +548,7 @@ TEST_ONCE(unix_mode_is_exact)
 
 TEST_ONCE(unix_path_goes_where_an_address_goes)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     char address[120], text[TSRV_ADDRESS_SIZE];
     int fds[2], count;
     snprintf(address, sizeof address, "unix:%s", path);
@@ -711,7 +655,7 @@ static int bind_against_rival(const char *path, bool joined, int *fd)
 
 TEST_ONCE(unix_socket_bound_twice_at_once)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     int before = t_open_fds(), fd;
     for (int stale = 0; stale < 2; stale++) { /* the second time over a dead server's file */
         CHECK_INT(bind_against_rival(path, false, &fd), TSRV_OK);
@@ -729,13 +673,10 @@ TEST_ONCE(unix_socket_bound_twice_at_once)
 TEST_ONCE(unix_socket_bound_twice_at_once_without_locks)
 {
     static const int codes[] = {ENOLCK, EOPNOTSUPP, ENOSYS, EINVAL, EPERM};
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     int before = t_open_fds(), fd = 0;
     for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
-        t_fault_name = "flock";
-        t_fault_errno = codes[i];
-        t_fault_sticky = true;
-        t_fault_at = 1;
+        t_fail_call("flock", codes[i], 1, true);
         CHECK_INT(bind_against_rival(path, true, &fd), -EADDRINUSE);
         t_fault_at = 0;
         CHECK_INT(fd, -1);
@@ -758,7 +699,7 @@ static void count_polls(const char *name)
 /* As `flock DIRECTORY server` does: that is no reason not to start, after a while. */
 TEST_ONCE(locked_directory_is_no_obstacle)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     int holder = open(directory, O_RDONLY), fd;
     CHECK(holder >= 0 && flock(holder, LOCK_EX) == 0);
     t_seen = count_polls;
@@ -780,7 +721,7 @@ TEST_ONCE(locked_directory_is_no_obstacle)
 /* A directory that may be searched but not read cannot be locked. */
 TEST_ONCE(directory_that_cannot_be_opened_is_no_obstacle)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     int fd;
     deny("open", EACCES, true);
     CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
@@ -806,7 +747,7 @@ static void swap(const char *name)
 
 TEST_ONCE(mode_of_a_socket_does_not_go_to_what_takes_its_place)
 {
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     const char *victim = path_in(directory, "victim");
     tsrv_bind_options options = {0};
     int before = t_open_fds(), tries = 0;
@@ -850,7 +791,7 @@ TEST_ONCE(unix_mode_is_right_in_every_way)
         bool sticky;
     } rows[] = {{"fchmod", EINVAL, 1, true}, {"fchmod", EPERM, 1, true}, {"fchmod", ENOSYS, 1, true},
                 {"chmod", ENOENT, 1, false}};
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     umask(027);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
         tsrv_bind_options options = {0};
@@ -890,7 +831,7 @@ TEST_ONCE(unix_mode_is_narrow_from_the_beginning)
 {
     static const mode_t modes[][3] = {
         {0, 0600, 0600}, {0, 0666, 0666}, {077, 0666, 0600}, {022, 0660, 0640}};
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     watched_path = path;
     for (int i = 0; i < 4; i++) {
         tsrv_bind_options options = {0};
@@ -980,7 +921,7 @@ static bool file_stays(const char *path, int way)
 TEST_ONCE(socket_file_goes_with_the_server_that_bound_it)
 {
     static const bool stays[WAYS] = {false, false, false, false, true, true, true};
-    const char *directory = make_directory(), *path = path_in(directory, "socket");
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
     int before = t_open_fds();
     CHECK(tsrv_loop_current() != NULL);
     for (int way = 0; way < WAYS; way++) {
@@ -1009,12 +950,7 @@ TEST_ONCE(listening_ends_at_once_and_only_for_what_was_bound)
         ports[i] = port_of(fds[i]);
     }
     for (int i = 0; i < COUNT; i += 3) {
-        struct sockaddr_in name;
-        memset(&name, 0, sizeof name);
-        name.sin_family = AF_INET;
-        name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        int fd = socket(AF_INET, SOCK_STREAM, 0);
-        CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&name, sizeof name) == 0 && listen(fd, 1) == 0);
+        int fd = t_raw_socket(SOCK_STREAM, true, NULL);
         CHECK(dup2(fd, fds[i]) == fds[i]); /* the program's own */
         t_close(fd);
         ports[i] = port_of(fds[i]);
@@ -1022,11 +958,7 @@ TEST_ONCE(listening_ends_at_once_and_only_for_what_was_bound)
     tsrvi_bound_refuse_all(false, 0);
     CHECK_INT(tsrvi_process.bound.count, 0);
     for (int i = 0; i < COUNT; i++) {
-        struct sockaddr_in name;
-        memset(&name, 0, sizeof name);
-        name.sin_family = AF_INET;
-        name.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        name.sin_port = htons((uint16_t)ports[i]);
+        struct sockaddr_in name = t_address(ports[i]);
         int client = socket(AF_INET, SOCK_STREAM, 0);
         int error = connect(client, (struct sockaddr *)&name, sizeof name) == 0 ? 0 : errno;
         CHECK_INT(error, i % 3 == 0 ? 0 : ECONNREFUSED);
@@ -1149,7 +1081,7 @@ TEST_ONCE(internet_addresses_as_text)
 TEST_ONCE(unix_addresses_as_text)
 {
     enum { START = offsetof(struct sockaddr_un, sun_path) };
-    struct sockaddr_un name = unix_name("/run/x");
+    struct sockaddr_un name = t_unix_address("/run/x");
     char longest[TSRV_ADDRESS_SIZE];
     /* With its final 0, without it, and with the whole structure. */
     static const size_t sizes[] = {START + 7, START + 6, sizeof name};

@@ -143,8 +143,7 @@ TEST_SOFT(a_socket_taken_over_sends_without_sigpipe)
     p_sockets[pair[0]].quiet = false;
     p_sockets[pair[0]].connected = true;
     CHECK_INT(tsrv_server_add_stream(s_server, pair[0]), TSRV_OK);
-    t_sends(pair[1], "abc");
-    s_expect(pair[1], "abc");
+    s_echo(pair[1], "abc");
     CHECK_INT(p_unsafe, 0);
     t_close(pair[1]);
     s_until(&s_closed, 1);
@@ -202,10 +201,7 @@ TEST_SOFT(a_send_that_a_reset_overtakes_is_a_reset)
 {
     open_echo();
     int fd = t_connect(s_port);
-    t_fault_name = "send";
-    t_fault_errno = EPROTOTYPE;
-    t_fault_sticky = true;
-    t_fault_at = 1;
+    t_fail_call("send", EPROTOTYPE, 1, true);
     t_sends(fd, "abc");
     s_settle();
     CHECK(t_fault_hits > 0);
@@ -213,7 +209,7 @@ TEST_SOFT(a_send_that_a_reset_overtakes_is_a_reset)
     t_close(fd);
     s_until(&s_closed, 1);
     CHECK_INT(s_reason, -ECONNRESET);
-    CHECK_INT(s_log_lines, 0); /* as of every peer that has gone */
+    CHECK_INT(t_log_lines, 0); /* as of every peer that has gone */
     s_close();
 }
 

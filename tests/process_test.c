@@ -113,24 +113,16 @@ TEST_ONCE(refused_in_a_worker)
     CHECK_INT(forks_seen(), 2);
 }
 
-static int log_lines;
-
-static void count_log(int level, const char *message, void *context)
-{
-    (void)message, (void)context;
-    log_lines += level <= TSRV_LOG_WARNING;
-}
-
 TEST_ONCE(refused_when_a_loop_exists)
 {
-    tsrv_set_log(count_log, NULL);
+    t_watch_log();
     CHECK(tsrv_loop_current() != NULL);
     CHECK_INT(tsrv_fork_processes(2, NULL), TSRV_EINVAL);
-    CHECK_INT(log_lines, 1);
+    CHECK_INT(t_log_lines, 1);
     tsrv_server *server = new_server();
     CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
     CHECK_INT(tsrv_server_start(server, 2, NULL), TSRV_EINVAL);
-    CHECK(log_lines > 1);
+    CHECK(t_log_lines > 1);
     tsrv_server_free(server);
     CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
     check_no_child();
@@ -140,7 +132,7 @@ TEST_ONCE(start_wants_something_bound_and_only_once)
 {
     tsrv_server *server = new_server();
     tsrv_address before, after;
-    tsrv_set_log(count_log, NULL);
+    t_watch_log();
     CHECK_INT(tsrv_server_start(server, 1, NULL), TSRV_EINVAL);
     CHECK_INT(tsrv_server_start(server, 3, NULL), TSRV_EINVAL);
     CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
@@ -240,8 +232,7 @@ TEST_LOOP(restart_limit_drains_the_siblings)
         CHECK_INT(recv(fd, &byte, 1, 0), 1);
         CHECK_INT(byte, pattern(at));
     }
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     check_end(pid, 1, TSRV_ERESTARTS);
 }
 
@@ -413,40 +404,13 @@ TEST_LOOP(clean_up_after_the_loop_is_not_cut)
     CHECK_INT(board->value, 2);
 }
 
-static tsrv_signal own_signal;
-
-static void own_term(void *context)
-{
-    (void)context;
-    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
-    tsrv_loop_stop(NULL);
-}
-
-static void start_own_signal(tsrv_server *server, void *context)
-{
-    on_start(server, context);
-    CHECK_INT(tsrv_signal_start(NULL, &own_signal, SIGTERM, own_term, NULL), TSRV_OK);
-}
-
-/* An own watch on SIGTERM replaces the drain: the connection is cut at once. */
-static int program_own_signal(void)
-{
-    tsrv_server *server = new_bound_server();
-    int rc = tsrv_server_start(server, workers, &fork_options);
-    if (rc == TSRV_OK) {
-        rc = tsrv_loop_run(NULL);
-        tsrv_signal_stop(&own_signal);
-    }
-    tsrv_server_free(server);
-    return rc;
-}
-
+/* The connection is cut at once. */
 TEST_LOOP(an_own_watch_replaces_the_drain)
 {
     long who = 0;
     workers = 2;
-    server_options.on_start = start_own_signal;
-    pid_t pid = launch(program_own_signal);
+    server_options.on_start = watch_term;
+    pid_t pid = launch(program_own_watch);
     await_forks(2);
     int fd = connect_to(0, &who);
     t_sends(fd, "unfinished"); /* which a drain would wait for */
@@ -476,7 +440,7 @@ TEST_LOOP(a_timer_does_not_keep_a_drained_worker)
 {
     workers = 2;
     server_options.on_start = start_timer;
-    pid_t pid = launch(program_own_signal); /* which leaves on_start to the test */
+    pid_t pid = launch(program_own_watch); /* which leaves on_start to the test */
     await_forks(2);
     CHECK(kill(pid, SIGTERM) == 0);
     check_end(pid, 0, TSRV_EPARENT);
@@ -554,11 +518,6 @@ static int program_with_buffer(void)
     int rc = program_bare();
     fclose(file);
     return rc;
-}
-
-static int returns_well(void)
-{
-    return TSRV_OK;
 }
 
 TEST_ONCE(buffered_output_is_printed_once)
@@ -729,8 +688,7 @@ static void kill_with_a_backlog(void)
         t_expect(fds[i], "hello\n");
         t_close(fds[i]);
     }
-    t_close(hung[0]);
-    t_close(hung[1]);
+    t_close_all(hung, 2);
     await_forks(4); /* one of them can have answered all before the other began */
     CHECK_INT(forks_seen(), 4);
     CHECK(kill(pid, SIGTERM) == 0);
@@ -977,8 +935,7 @@ TEST_LOOP(counters_of_all_workers)
     int fd = t_connect(port());
     for (int i = 0; i < CLIENTS; i++, served++) {
         int client = t_connect(port());
-        t_sends(client, "x\n");
-        t_expect(client, "x\n");
+        t_echo(client, "x\n");
         t_close(client);
     }
     CHECK(t_wait_until(one_open, &fd));
@@ -1055,10 +1012,7 @@ TEST_ONCE(every_call_may_fail)
 
 static int program_fork_fails(void)
 {
-    t_fault_name = "fork";
-    t_fault_errno = EAGAIN;
-    t_fault_calls = 0;
-    t_fault_at = 2;
+    t_fail_call("fork", EAGAIN, 2, false);
     return program_bind_start();
 }
 
@@ -1104,8 +1058,7 @@ static void serve_and_stop(int count, int signo)
     pid_t pid = launch(program_serve);
     await_forks(count);
     int fd = t_connect(port());
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     t_sends(fd, "big\n");
     char byte = 0;
     CHECK_INT(recv(fd, &byte, 1, MSG_PEEK), 1);
@@ -1137,12 +1090,12 @@ TEST_ONCE(serve_says_why_it_does_not)
     int fds[2];
     tsrv_address address;
     server_options.handle_stream = serve_lines;
-    tsrv_set_log(count_log, NULL);
+    t_watch_log();
     CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, fds, 2), 1);
     CHECK_INT(tsrvi_address_get(fds[0], tsrvi_getsockname, &address), TSRV_OK);
     CHECK_INT(tsrv_serve(tsrv_address_port(&address), "127.0.0.1", 1, &server_options), -EADDRINUSE);
     CHECK_INT(tsrv_serve(tsrv_address_port(&address), "127.0.0.1", 3, &server_options), -EADDRINUSE);
-    CHECK_INT(log_lines, 2);
+    CHECK_INT(t_log_lines, 2);
     CHECK_INT(tsrv_serve(0, "127.0.0.1", 1, NULL), TSRV_EINVAL);
     CHECK_INT(tsrv_serve(0, "127.0.0.1", -1, &server_options), TSRV_EINVAL);
     t_close(fds[0]);

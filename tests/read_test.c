@@ -80,9 +80,7 @@ static int open_match(tsrv_match function, size_t most, bool drops, size_t max_b
 
 static void close_match(int fd)
 {
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -246,8 +244,7 @@ static void ask(const char *request, const char *answer)
     int fd = t_connect(s_port);
     s_send(fd, request, strlen(request));
     s_expect(fd, answer);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
 }
 
 TEST_STREAM(row10_one_handler_for_both_modes)
@@ -316,10 +313,9 @@ static int64_t trickle(int port, const char *bytes, int step_ms, int limit, int6
             *last = t_now_ms() - start;
             sent++;
         }
-    } while (poll(&end, 1, sent < limit ? step_ms : T_PATIENCE * 1000 * t_scale()) == 0);
+    } while (poll(&end, 1, sent < limit ? step_ms : t_patience_ms()) == 0);
     int64_t took = t_now_ms() - start;
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     t_wait_records(1);
     CHECK_INT(t_recorded(0), TSRV_ETIMEOUT);
     return took;
@@ -513,8 +509,7 @@ static void check_late_request(int which)
     CHECK_INT(late_answers, answers);
     CHECK_INT(late_slice.size, 0);
     CHECK_INT(late_left, 4);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&s_closed, 1);
     CHECK_INT(s_reason, TSRV_EOF);
     s_close();

@@ -209,7 +209,7 @@ static inline void t_relay_start(int plain, int secret)
 /* After a test: all relays have ended with their connections. */
 static inline void t_relay_await(void)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     while (__atomic_load_n(&t_relays, __ATOMIC_ACQUIRE) != 0) {
         CHECK(t_now_ms() < end);
         poll(NULL, 0, 1);

@@ -110,33 +110,12 @@ static inline int64_t v_ms(void)
 static tsrv_loop *s_loop;
 static tsrv_server *s_server;
 static int s_port;
-static int s_log_lines; /* since s_open_loop; without what is merely INFO */
-static char s_log[512]; /* the last line */
-
-static inline void s_see_log(int level, const char *message, void *context)
-{
-    (void)context;
-    if (level <= TSRV_LOG_WARNING) {
-        s_log_lines++;
-        snprintf(s_log, sizeof s_log, "%s", message);
-    }
-}
-
-static inline int s_listen(tsrv_server *server)
-{
-    tsrv_address address;
-    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    return tsrv_address_port(&address);
-}
 
 static inline void s_open_loop(void)
 {
     tsrv_loop_options options = {t_backend};
     CHECK_INT(tsrv_loop_new(&s_loop, &options), TSRV_OK);
-    s_log_lines = 0;
-    s_log[0] = 0;
-    tsrv_set_log(s_see_log, NULL);
+    t_watch_log();
 }
 
 static inline tsrv_server *s_new_server(tsrv_server_options options)
@@ -155,7 +134,7 @@ static inline void s_open(tsrv_server_options options)
 {
     s_open_loop();
     s_server = s_new_server(options);
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
 }
 
 static inline void s_close(void)
@@ -175,12 +154,14 @@ static inline tsrv_stats s_stats(void)
 
 static int s_closed; /* streams since s_open_with */
 static int s_reason; /* of the last one's end */
+static int64_t s_closed_ms; /* when that was */
 
 /* An on_close. */
 static inline void s_note_close(tsrv_stream *stream, int reason, void *context)
 {
     (void)stream, (void)context;
     s_closed++;
+    s_closed_ms = v_ms();
     s_reason = reason;
 }
 
@@ -189,7 +170,9 @@ static inline void s_open_with(tsrv_handler handler, tsrv_server_options options
 {
     s_closed = s_reason = 0;
     options.handle_stream = handler;
-    options.on_close = s_note_close;
+    if (options.on_close == NULL) {
+        options.on_close = s_note_close;
+    }
     s_open(options);
 }
 
@@ -216,15 +199,9 @@ static inline void s_turn(void)
     s_turn_ms(V_STEP_MS);
 }
 
-/* For loops of turns that must come to an end: real time. */
-static inline int64_t s_patience(void)
-{
-    return t_now_ms() + T_PATIENCE * 1000 * t_scale();
-}
-
 static inline void s_run_ms(int duration_ms)
 {
-    int64_t end = v_ms() + duration_ms, limit = s_patience();
+    int64_t end = v_ms() + duration_ms, limit = t_patience();
     while (v_ms() < end) {
         s_turn_ms(end - v_ms() < V_STEP_MS ? (int)(end - v_ms()) : V_STEP_MS);
         CHECK(t_now_ms() < limit);
@@ -234,7 +211,7 @@ static inline void s_run_ms(int duration_ms)
 /* Turns until *counter has reached value. */
 static inline void s_until(const int *counter, int value)
 {
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (*counter < value) {
         s_turn();
         if (t_now_ms() > limit) {
@@ -252,13 +229,55 @@ static inline void s_settle(void)
     }
 }
 
+/* ---- a drain that a coroutine waits for ---------------------------------------------------*/
+
+typedef struct s_drainer {
+    tsrv_server *server;
+    int grace_ms;
+    int rc, done;
+    int64_t started_ms, took_ms;
+} s_drainer;
+
+static inline void s_drain(void *context)
+{
+    s_drainer *d = (s_drainer *)context;
+    d->started_ms = v_ms();
+    d->rc = tsrv_server_drain(d->server, d->grace_ms);
+    d->took_ms = v_ms() - d->started_ms;
+    d->done++;
+}
+
+static inline s_drainer s_new_drain(int grace_ms)
+{
+    s_drainer d = {s_server, grace_ms, 1, 0, 0, 0};
+    return d;
+}
+
+/* Spawns it and lets it begin. */
+static inline void s_begin_drain(s_drainer *d)
+{
+    CHECK_INT(tsrv_spawn(s_loop, s_drain, d), TSRV_OK);
+    s_settle();
+}
+
+/* Waits for its end and checks its result and how long it took. */
+static inline void s_check_drain(s_drainer *d, int rc, int64_t low_ms, int64_t high_ms)
+{
+    s_until(&d->done, 1);
+    CHECK_INT(d->rc, rc);
+    if (d->took_ms < low_ms || d->took_ms > high_ms) {
+        T_FAIL("the drain took %lld ms, not %lld to %lld", (long long)d->took_ms, (long long)low_ms,
+               (long long)high_ms);
+    }
+}
+
 /* ---- clients ------------------------------------------------------------------------------*/
 
 /* A client that has been accepted. */
 static inline int s_join_with_room(int receive_room)
 {
     uint64_t before = s_stats().accepted;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     int fd = t_connect_with_room(s_port, receive_room);
     while (s_stats().accepted == before) {
         s_turn();
@@ -278,13 +297,13 @@ static inline int s_join(void)
 static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
 {
     size_t got = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     *code = 0;
     while (got < size) {
         ssize_t n = recv(fd, (char *)buffer + got, size - got, MSG_DONTWAIT);
         if (n > 0) {
             got += (size_t)n;
-            limit = s_patience();
+            limit = t_patience();
         } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
             *code = n == 0 ? 0 : errno;
             break;
@@ -298,16 +317,20 @@ static inline size_t s_recv(int fd, void *buffer, size_t size, int *code)
     return got;
 }
 
-static inline void s_expect(int fd, const char *text)
+static inline void s_expect_bytes(int fd, const char *data, size_t size)
 {
-    size_t size = strlen(text);
     char *buffer = (char *)malloc(size + 1);
     int code;
     CHECK(buffer != NULL);
     size_t got = s_recv(fd, buffer, size, &code);
-    CHECK_MEM(buffer, got, text, size);
+    CHECK_MEM(buffer, got, data, size);
     CHECK_INT(code, 0);
     free(buffer);
+}
+
+static inline void s_expect(int fd, const char *text)
+{
+    s_expect_bytes(fd, text, strlen(text));
 }
 
 static inline void s_expect_eof(int fd)
@@ -316,6 +339,27 @@ static inline void s_expect_eof(int fd)
     int code;
     CHECK_MEM(&byte, s_recv(fd, &byte, 1, &code), "", 0);
     CHECK_INT(code, 0);
+}
+
+/* Expects the server's end, and goes. */
+static inline void s_leave(int fd)
+{
+    s_expect_eof(fd);
+    t_close(fd);
+}
+
+/* Ends its own side first. */
+static inline void s_finish(int fd)
+{
+    t_shut(fd);
+    s_leave(fd);
+}
+
+/* With a server that echoes. */
+static inline void s_echo(int fd, const char *text)
+{
+    t_sends(fd, text);
+    s_expect(fd, text);
 }
 
 /* Drops what comes before it. */
@@ -328,21 +372,11 @@ static inline void s_expect_reset(int fd)
     CHECK_INT(code, ECONNRESET);
 }
 
-/* Nothing has come, and no end. */
-static inline void s_expect_silence(int fd)
-{
-    char byte;
-    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
-    if (n >= 0 || errno != EAGAIN) {
-        T_FAIL("client: %s", n > 0 ? "a byte came" : n == 0 ? "the end came" : strerror(errno));
-    }
-}
-
 /* Sends all, turning the loop meanwhile. */
 static inline void s_send(int fd, const void *data, size_t size)
 {
     size_t sent = 0;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (sent < size) {
         ssize_t n = send(fd, (const char *)data + sent, size - sent, MSG_DONTWAIT | T_NOSIGNAL);
         if (n < 0 && errno != EAGAIN) {

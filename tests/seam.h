@@ -99,6 +99,16 @@ static inline size_t t_clipped(size_t size)
     return size < most ? size : most;
 }
 
+/* From now on: the first-th call of that name fails, and with sticky all later ones too. code 0 = its usual one. */
+static inline void t_fail_call(const char *name, int code, long first, bool sticky)
+{
+    t_fault_name = name;
+    t_fault_errno = code;
+    t_fault_calls = t_fault_hits = 0;
+    t_fault_sticky = sticky;
+    t_fault_at = first;
+}
+
 static inline void *t_malloc(size_t size)
 {
     void *memory = t_fault("malloc") ? NULL : malloc(size);

@@ -17,13 +17,9 @@ static void check_options(tsrv_server_options options)
     options.handle_stream = echo_lines;
     s_open(options);
     int fd = t_connect(s_port);
-    t_sends(fd, "one\ntwo\n");
-    s_expect(fd, "one\ntwo\n");
-    t_sends(fd, "three\n");
-    s_expect(fd, "three\n");
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_echo(fd, "one\ntwo\n");
+    s_echo(fd, "three\n");
+    s_finish(fd);
     s_settle();
     s_close();
 }
@@ -36,8 +32,8 @@ TEST_STREAM(every_time_at_0_never_and_max)
         offsetof(tsrv_server_options, grace_ms),
     };
     static const int values[] = {0, TSRV_NEVER, INT_MAX, -2};
-    for (size_t i = 0; i < sizeof members / sizeof members[0]; i++) {
-        for (size_t k = 0; k < sizeof values / sizeof values[0]; k++) {
+    for (size_t i = 0; i < COUNT(members); i++) {
+        for (size_t k = 0; k < COUNT(values); k++) {
             tsrv_server_options options = {0};
             memcpy((char *)&options + members[i], &values[k], sizeof(int));
             check_options(options);
@@ -53,8 +49,8 @@ TEST_STREAM(every_size_at_0_16_and_max)
         offsetof(tsrv_server_options, stack_size), offsetof(tsrv_server_options, data_size),
     };
     static const size_t values[] = {0, 16, SIZE_MAX};
-    for (size_t i = 0; i < sizeof members / sizeof members[0]; i++) {
-        for (size_t k = 0; k < sizeof values / sizeof values[0]; k++) {
+    for (size_t i = 0; i < COUNT(members); i++) {
+        for (size_t k = 0; k < COUNT(values); k++) {
             tsrv_server_options options = {0};
             tsrv_server *server;
             if (values[k] == SIZE_MAX && i >= 4) { /* no switch for these two */
@@ -110,8 +106,7 @@ static void count_mappings(size_t stack_size)
     for (int i = 0; i < 100; i++) {
         int fd = s_join();
         CHECK_INT(tsrv_spawn(s_loop, note_spawned, NULL), TSRV_OK);
-        t_sends(fd, "x\n");
-        s_expect(fd, "x\n");
+        s_echo(fd, "x\n");
         t_close(fd);
         s_until(&s_closed, i + 1);
         s_until(&spawned, i + 1);
@@ -167,7 +162,6 @@ static int open_server(tsrv_handler handler, const tsrv_server_options *more)
 {
     tsrv_server_options options = {0};
     tsrv_bind_options bind_options = {.backlog = 4096};
-    tsrv_address address;
     if (more != NULL) {
         options = *more;
     }
@@ -177,8 +171,7 @@ static int open_server(tsrv_handler handler, const tsrv_server_options *more)
     options.loop = t_loop;
     CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
     CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", &bind_options), TSRV_OK);
-    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
-    return tsrv_address_port(&address);
+    return t_port(t_server, 0);
 }
 
 static void close_server(void)
@@ -230,7 +223,7 @@ enum { CHURN = 800, AT_ONCE = 8 };
 /* Turns until the server has received so many bytes in all, and so many connections are open. */
 static void turns_until(uint64_t bytes, uint64_t open)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     tsrv_stats stats;
     do {
         CHECK(tsrv_loop_run_once(t_loop, 1000) > 0);
@@ -395,7 +388,7 @@ static void idle_told(int events, void *context)
 
 static void idle_turns(idle *i, int open)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     tsrv_stats stats;
     do {
         CHECK(tsrv_loop_run_once(t_loop, 100) > 0);

@@ -2,35 +2,15 @@
  * peers that go, what on_close may not call, and the log line of a limit that was met. */
 #include "script.h"
 
-static const tsrv_server_options defaults;
-static int entered, closed, reason_of_last;
-static int64_t closed_ms;
+#include "handlers.h"
 
-static void on_close(tsrv_stream *stream, int reason, void *context)
-{
-    (void)stream, (void)context;
-    closed++;
-    closed_ms = v_ms();
-    reason_of_last = reason;
-}
+static const tsrv_server_options defaults;
+static int entered;
 
 static void open_with(tsrv_handler handler, tsrv_server_options options)
 {
-    entered = closed = 0;
-    options.handle_stream = handler;
-    if (options.on_close == NULL) {
-        options.on_close = on_close;
-    }
-    s_open(options);
-}
-
-/* The client's end of a pair of unix sockets, whose other end is served. */
-static int add_pair(void)
-{
-    int pair[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-    CHECK_INT(tsrv_server_add_stream(s_server, pair[1]), TSRV_OK);
-    return pair[0];
+    entered = 0;
+    s_open_with(handler, options);
 }
 
 static tsrv_stream *first_stream(void)
@@ -148,7 +128,7 @@ static void check_outside(void)
     reads = 0;
     handler_echoes = false;
     open_with(leave_to_others, options);
-    int fd = add_pair(), other = add_pair();
+    int fd = t_add_pair(s_server), other = t_add_pair(s_server);
     target = first_stream();
     s_settle();
     if (place == PLACE_TIMER) {
@@ -156,7 +136,7 @@ static void check_outside(void)
     } else if (place == PLACE_COROUTINE) {
         CHECK_INT(tsrv_spawn(s_loop, read_in_coroutine, target), TSRV_OK);
     }
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     for (int i = 0; was_read < PATTERN - 200; i++) {
         feed(fd, &sent, (size_t)(i * 37 % 900));
         if (place == PLACE_POST) {
@@ -177,9 +157,7 @@ static void check_outside(void)
 /* With 1-byte delimiters, sizes and matches of every kind in turn, while more input comes. */
 TEST_STREAM(reads_from_outside_get_every_byte_as_it_was_sent)
 {
-    for (size_t i = 0; i < PATTERN; i++) {
-        pattern[i] = (char)('a' + (i * 7 + i / 251) % 26);
-    }
+    fill_pattern(pattern, 0, PATTERN);
     for (place = 0; place < PLACES; place++) {
         check_outside();
     }
@@ -195,7 +173,7 @@ TEST_STREAM(handler_hears_of_input_after_a_read_from_outside)
     options.max_buffer_size = 64;
     handler_echoes = false;
     open_with(leave_to_others, options);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_settle();
     CHECK_INT(entered, 1);
     for (int i = 0; i < 16; i++) {
@@ -224,25 +202,23 @@ TEST_STREAM(drop_from_outside_is_over_when_it_is_over)
 {
     handler_echoes = false;
     open_with(leave_to_others, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_settle();
     t_sends(fd, "abc");
     CHECK_INT(tsrv_read_until(first_stream(), "d", 0, NULL), TSRV_EAGAIN);
     t_sends(fd, "d");
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     while (tsrv_read_until(first_stream(), "d", 0, NULL) != TSRV_OK) {
         s_turn();
         CHECK(t_now_ms() < limit);
     }
     handler_echoes = true;
-    t_sends(fd, "line\n");
-    s_expect(fd, "line\n");
+    s_echo(fd, "line\n");
     s_run_ms(1500);
     CHECK_INT(tsrv_server_drain(s_server, TSRV_NEVER), TSRV_EAGAIN);
-    s_expect_eof(fd);
-    t_close(fd);
-    s_until(&closed, 1);
-    CHECK_INT(reason_of_last, TSRV_EOF);
+    s_leave(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
     s_close();
 }
 
@@ -272,10 +248,10 @@ static void check_wait_and_linger(int own_ms, int linger_ms)
     int64_t start = v_ms();
     CHECK_INT(tsrv_close(first_stream()), TSRV_OK);
     s_run_ms(own_ms + linger_ms + 1000);
-    CHECK_INT(closed, 1);
+    CHECK_INT(s_closed, 1);
     int64_t longest = own_ms > linger_ms ? own_ms : linger_ms;
-    CHECK(closed_ms - start >= longest - 1);
-    CHECK(closed_ms - start <= longest + 500);
+    CHECK(s_closed_ms - start >= longest - 1);
+    CHECK(s_closed_ms - start <= longest + 500);
     t_close(fd);
     s_close();
 }
@@ -292,8 +268,7 @@ static int write_and_wait(tsrv_stream *stream, const tsrv_address *address, void
 {
     static char much[1 << 20];
     if (entered == 0) {
-        int room = 4096;
-        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+        limit_output_to(stream, 4096);
         CHECK_INT(tsrv_try_write(stream, much, sizeof much), TSRV_OK);
     }
     return wait_a_while(stream, address, context);
@@ -305,13 +280,13 @@ TEST_PLAIN_STREAM(wait_outlives_the_timeout_of_a_closed_streams_output)
     options.write_timeout_ms = 300;
     wait_ms = 1500;
     open_with(write_and_wait, options);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_until(&entered, 1);
     int64_t start = v_ms();
     CHECK_INT(tsrv_close(first_stream()), TSRV_OK);
     s_run_ms(4000);
-    CHECK_INT(closed, 1);
-    CHECK(closed_ms - start >= 1490 && closed_ms - start <= 2000);
+    CHECK_INT(s_closed, 1);
+    CHECK(s_closed_ms - start >= 1490 && s_closed_ms - start <= 2000);
     t_close(fd);
     s_close();
 }
@@ -335,7 +310,7 @@ static int echo_until_silence(tsrv_stream *stream, const tsrv_address *address, 
     return rc;
 }
 
-/* How long after the connect, or the last line, it is closed. */
+/* How long after the connect, or the last line, it is s_closed. */
 static int64_t closes_after(const char *said, const char *answer, bool shut)
 {
     tsrv_server_options options = defaults;
@@ -350,12 +325,11 @@ static int64_t closes_after(const char *said, const char *answer, bool shut)
     if (shut) {
         t_shut(fd);
     }
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     s_expect(fd, good_bye != NULL && !shut ? good_bye : "");
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_close();
-    return closed_ms - start;
+    return s_closed_ms - start;
 }
 
 TEST_STREAM(silent_peer_is_not_waited_for)
@@ -365,7 +339,7 @@ TEST_STREAM(silent_peer_is_not_waited_for)
     CHECK(ms >= 400 && ms <= 700);
     ms = closes_after("hello\n", "hello\n", false);
     CHECK(ms >= 400 && ms <= 700);
-    CHECK_INT(reason_of_last, TSRV_ETIMEOUT);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
     ms = closes_after("hello\nhalf a line", "hello\n", false); /* it is dropped */
     CHECK(ms >= 400 && ms <= 700);
 }
@@ -427,7 +401,7 @@ static void check_upload(int how, int expected)
     go_on = false;
     upload_rc = 1;
     open_with(take_upload, options);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     t_sends(fd, "PUT\n");
     s_until(&entered, 1);
     s_settle();
@@ -436,7 +410,7 @@ static void check_upload(int how, int expected)
     s_settle();
     go_on = true;
     tsrv_wake(first_stream());
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(upload_rc, expected);
     CHECK_INT(upload_size, 10);
     s_close();
@@ -472,7 +446,7 @@ TEST_STREAM(unix_peer_that_has_gone_before_is_none_that_has_reset)
     s_settle();
     go_on = true;
     tsrv_wake(first_stream());
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(upload_rc, TSRV_OK);
     CHECK_INT(upload_size, 10);
     s_close();
@@ -522,7 +496,7 @@ static void call_everything(tsrv_stream *stream, int reason, void *context)
     CHECK_INT(tsrv_sleep(0), TSRV_EINVAL);
     CHECK_INT(tsrv_fd(stream), -1);
     CHECK_INT(tsrv_error(stream), TSRV_OK);
-    on_close(stream, reason, context);
+    s_note_close(stream, reason, context);
 }
 
 TEST_STREAM(on_close_can_call_nothing_that_waits_or_does)
@@ -531,12 +505,11 @@ TEST_STREAM(on_close_can_call_nothing_that_waits_or_does)
     options.on_close = call_everything;
     open_with(end_at_once, options);
     int fd = t_connect(s_port);
-    s_expect_eof(fd);
-    t_close(fd);
-    s_until(&closed, 1);
-    CHECK_INT(reason_of_last, 7);
+    s_leave(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, 7);
     s_run_ms(100);
-    CHECK_INT(closed, 1);
+    CHECK_INT(s_closed, 1);
     s_close();
 }
 
@@ -570,17 +543,17 @@ TEST_STREAM(log_names_the_limit_that_was_met)
     char much[1500];
     memset(much, 'x', sizeof much);
     much[sizeof much - 1] = 0;
-    for (limited_by = 0; limited_by < (int)(sizeof names / sizeof names[0]); limited_by++) {
+    for (limited_by = 0; limited_by < (int)(COUNT(names)); limited_by++) {
         tsrv_server_options options = defaults;
         options.max_buffer_size = 1000;
         options.max_write_buffer_size = 3000;
         open_with(meet_a_limit, options);
-        int fd = add_pair();
+        int fd = t_add_pair(s_server);
         t_sends(fd, much);
         t_shut(fd);
-        s_until(&closed, 1);
-        CHECK_INT(s_log_lines, 1);
-        CHECK_STR(s_log + strlen("handle_stream for unix:: "), names[limited_by]);
+        s_until(&s_closed, 1);
+        CHECK_INT(t_log_lines, 1);
+        CHECK_STR(t_log + strlen("handle_stream for unix:: "), names[limited_by]);
         t_close(fd);
         s_close();
     }
@@ -615,14 +588,13 @@ TEST_ONCE(on_close_may_wake_a_stream_whose_coroutine_was_dropped)
 {
     tsrv_server_options options = {0};
     tsrv_server *server;
-    int ends[2][2];
+    int ends[2];
     options.handle_stream = wait_for_ever;
     options.on_close = wake_the_other;
     CHECK_INT(tsrv_loop_new(&options.loop, NULL), TSRV_OK);
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
     for (int i = 0; i < 2; i++) {
-        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends[i]) == 0);
-        CHECK_INT(tsrv_server_add_stream(server, ends[i][1]), TSRV_OK);
+        ends[i] = t_add_pair(server);
     }
     while (pair_begun < 2) {
         CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
@@ -630,8 +602,7 @@ TEST_ONCE(on_close_may_wake_a_stream_whose_coroutine_was_dropped)
     CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
     CHECK_INT(pair_ended, 2);
     tsrv_server_free(server);
-    t_close(ends[0][0]);
-    t_close(ends[1][0]);
+    t_close_all(ends, 2);
 }
 
 /* ---- a read_into that is complete, and not asked for yet ------------------------------------*/
@@ -666,23 +637,21 @@ TEST_ONCE(read_into_that_is_complete_does_not_see_an_end)
     tsrv_server_options options = {0};
     tsrv_server *server;
     static char got[65536];
-    int ends[2];
     options.handle_stream = write_and_read_into;
     options.mode = TSRV_CALLBACK;
     options.write_high_water = 100000;
     CHECK_INT(tsrv_loop_new(&options.loop, NULL), TSRV_OK);
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
-    CHECK_INT(tsrv_server_add_stream(server, ends[1]), TSRV_OK);
+    int fd = t_add_pair(server);
     CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
     writes_first = true;
-    t_sends(ends[0], "0123456789abcdef");
+    t_sends(fd, "0123456789abcdef");
     for (int i = 0; i < 2; i++) {
         CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
     }
-    t_sends(ends[0], "next");
+    t_sends(fd, "next");
     for (int i = 0; i < 1000 && into_calls < 2; i++) {
-        while (recv(ends[0], got, sizeof got, MSG_DONTWAIT) > 0) {
+        while (recv(fd, got, sizeof got, MSG_DONTWAIT) > 0) {
         }
         CHECK(tsrv_loop_run_once(options.loop, 1) >= 0);
     }
@@ -690,7 +659,7 @@ TEST_ONCE(read_into_that_is_complete_does_not_see_an_end)
     CHECK_INT(into_codes[1], TSRV_EAGAIN);
     tsrv_server_free(server);
     CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
-    t_close(ends[0]);
+    t_close(fd);
 }
 
 /* ---- a drop that ends at a delimiter of two bytes ---------------------------------------------*/
@@ -710,7 +679,7 @@ TEST_CALLBACK(drop_with_a_long_delimiter_calls_nobody_in_vain)
 {
     drop_calls = 0;
     open_with(drop_to_two_bytes, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_settle();
     int before = drop_calls;
     t_sends(fd, "some\r");
@@ -718,8 +687,8 @@ TEST_CALLBACK(drop_with_a_long_delimiter_calls_nobody_in_vain)
     s_run_ms(100);
     CHECK(drop_calls - before <= (t_hard ? 5 : 1));
     t_sends(fd, "more\r\n");
-    s_until(&closed, 1);
-    CHECK_INT(reason_of_last, TSRV_OK);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
     t_close(fd);
     s_close();
 }
@@ -736,7 +705,7 @@ static void wait_twice(void *context)
     CHECK_INT(late_code, TSRV_OK);
     late_code = tsrv_wait(stream, TSRV_NEVER);
     late_waits++;
-    CHECK_INT(closed, 0); /* it has kept the stream */
+    CHECK_INT(s_closed, 0); /* it has kept the stream */
     late_done = 1;
 }
 
@@ -756,8 +725,8 @@ TEST_COROUTINE(waits_are_over_before_on_close)
 {
     late_waits = late_done = 0;
     open_with(end_when_told, defaults);
-    int fd = add_pair();
-    s_until(&closed, 1);
+    int fd = t_add_pair(s_server);
+    s_until(&s_closed, 1);
     CHECK_INT(late_done, 1);
     CHECK_INT(late_code, TSRV_OK);
     t_close(fd);
@@ -795,12 +764,12 @@ TEST_SOFT(slice_from_outside_outlives_an_abort)
 {
     echoed_outside = 0;
     open_with(wait_only, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_until(&entered, 1);
     t_sends(fd, "slice");
     CHECK_INT(tsrv_loop_post(s_loop, use_slice_outside, target), TSRV_OK);
     s_until(&echoed_outside, 1);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     t_close(fd);
     s_close();
 }
@@ -870,7 +839,7 @@ static void take_huge(int fd, char letter)
 TEST_SCRIPT(lent_writes_come_in_the_order_of_the_calls)
 {
     open_lent(have_three_write);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     for (int i = 0; i < 3; i++) {
         take_huge(fd, (char)('a' + i));
         s_expect(fd, "-");
@@ -878,7 +847,7 @@ TEST_SCRIPT(lent_writes_come_in_the_order_of_the_calls)
     s_expect_eof(fd);
     CHECK_INT(huge_code, TSRV_OK);
     t_close(fd);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     s_close();
 }
 
@@ -899,7 +868,7 @@ static int write_until_closed(tsrv_stream *stream, const tsrv_address *address, 
 TEST_SCRIPT(lent_write_that_a_close_ends_still_comes)
 {
     open_lent(write_until_closed);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_run_ms(50);
     CHECK_INT(huge_done, 0);
     CHECK_INT(tsrv_close(target), TSRV_OK);
@@ -907,9 +876,8 @@ TEST_SCRIPT(lent_write_that_a_close_ends_still_comes)
     CHECK_INT(huge_code, TSRV_ECLOSED);
     take_huge(fd, 'a');
     s_expect(fd, "-");
-    s_expect_eof(fd);
-    t_close(fd);
-    s_until(&closed, 1);
+    s_leave(fd);
+    s_until(&s_closed, 1);
     s_close();
 }
 
@@ -917,12 +885,12 @@ TEST_SCRIPT(lent_write_that_a_close_ends_still_comes)
 TEST_SCRIPT(lent_write_is_dropped_by_an_abort)
 {
     open_lent(write_until_closed);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_run_ms(50);
     CHECK_INT(tsrv_abort(target), TSRV_OK);
     s_until(&huge_done, 1);
     CHECK_INT(huge_code, TSRV_ECLOSED);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     t_close(fd);
     s_close();
 }
@@ -952,10 +920,10 @@ TEST_PLAIN_SOFT(failed_output_ends_no_read_of_what_has_come)
     }
     lines_read = 0;
     open_with(answer_lines, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     t_send(fd, lines, sizeof lines);
     t_close(fd);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(lines_read, MANY_LINES);
     CHECK_INT(last_code, TSRV_EOF);
     s_close();
@@ -998,10 +966,10 @@ TEST_SCRIPT(read_that_lets_others_run_keeps_other_readers_out)
     lines_read = busy_reads = other_reads = 0;
     reader_done = false;
     open_with(read_many_lines, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     t_send(fd, lines, sizeof lines);
     t_shut(fd);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(lines_read, MANY_LINES);
     CHECK_INT(other_reads, 0);
     CHECK(busy_reads >= MANY_LINES / 256);
@@ -1032,11 +1000,11 @@ TEST_CALLBACK(read_that_succeeds_takes_back_the_wait_before)
         options.context = delimiters[i];
         lines_read = 0;
         open_with(ask_and_take, options);
-        int fd = add_pair();
+        int fd = t_add_pair(s_server);
         t_sends(fd, "one\r\ntwo\r\nthree\r\n");
         s_until(&lines_read, 3);
         t_shut(fd);
-        s_until(&closed, 1);
+        s_until(&s_closed, 1);
         t_close(fd);
         s_close();
     }
@@ -1058,12 +1026,12 @@ TEST_COROUTINE(handler_that_has_slept_is_called_again)
 {
     calls = 0;
     open_with(sleep_and_return, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_run_ms(200);
     CHECK_INT(calls, 1);
     t_sends(fd, "line\n");
-    s_until(&closed, 1);
-    CHECK_INT(reason_of_last, TSRV_OK);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
     t_close(fd);
     s_close();
 }
@@ -1102,11 +1070,11 @@ TEST_CALLBACK(wake_of_its_own_ends_its_wait_and_those_of_others)
 {
     calls = helper_woken = handler_woken = 0;
     open_with(wake_itself, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     s_until(&handler_woken, 1);
     s_until(&helper_woken, 1);
     t_close(fd);
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     s_close();
 }
 
@@ -1136,7 +1104,7 @@ T_TEST(partial_read_that_is_not_repeated_refuses_others, T_PER_BACKEND | T_CALLB
     calls = 0;
     last_code = TSRV_OK;
     open_with(give_a_read_up, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     t_sends(fd, "abc");
     s_run_ms(20);
     CHECK_INT(calls, 1);
@@ -1144,7 +1112,7 @@ T_TEST(partial_read_that_is_not_repeated_refuses_others, T_PER_BACKEND | T_CALLB
     s_run_ms(50);
     CHECK_INT(calls, 2);
     t_sends(fd, "def");
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(last_code, TSRV_EINVAL);
     CHECK_INT(calls, 3);
     t_close(fd);
@@ -1182,18 +1150,16 @@ static void check_mistake(tsrv_handler handler, const char *function, const char
     open_with(handler, defaults);
     tsrv_set_log(see_mistakes, NULL);
     for (int i = 0; i < 3; i++) {
-        fds[i] = add_pair();
+        fds[i] = t_add_pair(s_server);
         t_sends(fds[i], "some");
         s_settle();
         t_sends(fds[i], " bytes, and more of them\n");
         t_shut(fds[i]);
     }
-    s_until(&closed, 3);
+    s_until(&s_closed, 3);
     CHECK_INT(mistaken, 3);
     expect_mistake(function, text);
-    for (int i = 0; i < 3; i++) {
-        t_close(fds[i]);
-    }
+    t_close_all(fds, 3);
     s_close();
 }
 
@@ -1274,9 +1240,9 @@ T_TEST(debug_names_a_read_that_is_not_the_one_that_waited, T_PER_BACKEND | T_CAL
     open_with(read_otherwise, options);
     tsrv_set_log(see_mistakes, NULL);
     for (int i = 0; i < 3; i++) {
-        int fd = add_pair();
+        int fd = t_add_pair(s_server);
         t_sends(fd, "a line\n");
-        s_until(&closed, i + 1);
+        s_until(&s_closed, i + 1);
         t_close(fd);
     }
     expect_mistake("tsrv_read_bytes", "waited in another read");
@@ -1296,9 +1262,9 @@ TEST_CALLBACK(debug_names_a_wait_where_nothing_can_wait)
     open_with(have_others_wait, options);
     tsrv_set_log(see_mistakes, NULL);
     for (int i = 0; i < 2; i++) {
-        int fd = add_pair();
+        int fd = t_add_pair(s_server);
         t_sends(fd, "a line\n");
-        s_until(&closed, i + 1);
+        s_until(&s_closed, i + 1);
         t_close(fd);
     }
     expect_mistake("tsrv_wait", "nothing can wait here");
@@ -1328,9 +1294,9 @@ TEST_STREAM(debug_overwrites_what_a_slice_held)
 {
     mistaken = 0;
     open_with(keep_a_slice, defaults);
-    int fd = add_pair();
+    int fd = t_add_pair(s_server);
     t_sends(fd, "slice\n");
-    s_until(&closed, 1);
+    s_until(&s_closed, 1);
     CHECK_INT(mistaken, 1);
     t_close(fd);
     s_close();

@@ -120,10 +120,7 @@ static void take_notes(void)
 
 static void listen_for_notes(void)
 {
-    struct sockaddr_un address;
-    memset(&address, 0, sizeof address);
-    address.sun_family = AF_UNIX;
-    CHECK(snprintf(address.sun_path, sizeof address.sun_path, "%s", path_of("board")) > 0);
+    struct sockaddr_un address = t_unix_address(path_of("board"));
     notes = socket(AF_UNIX, SOCK_DGRAM, 0);
     CHECK(notes >= 0 && fcntl(notes, F_SETFD, FD_CLOEXEC) == 0);
     CHECK(bind(notes, (struct sockaddr *)&address, sizeof address) == 0);
@@ -540,11 +537,6 @@ TEST_ONCE(a_worker_that_cannot_be_waited_for_is_no_orphan)
     stop_well(pid, TSRV_OK);
 }
 
-static int ends(void)
-{
-    return TSRV_OK;
-}
-
 /* Workers are forked twice; the counters of the first time stay where they are. */
 static int program_twice(void)
 {
@@ -555,7 +547,7 @@ static int program_twice(void)
 TEST_ONCE(counters_that_cannot_be_unmapped_harm_nobody)
 {
     begin(2);
-    bare_worker = ends;
+    bare_worker = returns_well;
     fail("munmap", ENOMEM, EVER, IN_PARENT);
     check_end(launch(program_twice), 0, TSRV_EPARENT);
     CHECK_INT(exits_seen(), 4);
@@ -618,16 +610,6 @@ TEST_ONCE(readiness_is_told_again_until_it_is_heard)
         CHECK(close(notes) == 0);
         remove_directory();
     }
-}
-
-/* How often the log says that. */
-static int said(const char *text)
-{
-    int count = 0;
-    for (const char *at = strstr(board->log, text); at != NULL; at = strstr(at + 1, text)) {
-        count++;
-    }
-    return count;
 }
 
 /* The service manager is not there yet: its socket is missing, or nobody listens on it. */

@@ -55,16 +55,6 @@ static void behave_in_start(tsrv_server *server, void *context)
     on_start(server, context);
 }
 
-/* How often the log says this. */
-static int said(const char *text)
-{
-    int count = 0;
-    for (const char *at = strstr(board->log, text); at != NULL; at = strstr(at + 1, text)) {
-        count++;
-    }
-    return count;
-}
-
 /* ---- signals that were ignored or blocked at the start -------------------------------------*/
 
 static int spoiled;
@@ -263,24 +253,16 @@ TEST_LOOP(a_stop_refuses_new_connections_of_unix_sockets)
  *   path  of a unix socket; NULL = of a port, which is kept there */
 static int listen_plainly(const char *path, int *port_number)
 {
-    struct sockaddr_un local;
-    struct sockaddr_in tcp;
-    socklen_t size = sizeof tcp;
-    int fd = socket(path != NULL ? AF_UNIX : AF_INET, SOCK_STREAM, 0);
-    memset(&local, 0, sizeof local);
-    memset(&tcp, 0, sizeof tcp);
-    local.sun_family = AF_UNIX;
-    tcp.sin_family = AF_INET;
-    tcp.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int fd, port_there;
     if (path != NULL) {
-        CHECK(snprintf(local.sun_path, sizeof local.sun_path, "%s", path) > 0);
+        struct sockaddr_un local = t_unix_address(path);
+        fd = socket(AF_UNIX, SOCK_STREAM, 0);
         CHECK(bind(fd, (struct sockaddr *)&local, sizeof local) == 0);
+        CHECK(listen(fd, 10) == 0);
     } else {
-        CHECK(bind(fd, (struct sockaddr *)&tcp, sizeof tcp) == 0);
-        CHECK(getsockname(fd, (struct sockaddr *)&tcp, &size) == 0);
-        put(port_number, ntohs(tcp.sin_port));
+        fd = t_raw_socket(SOCK_STREAM, true, &port_there);
+        put(port_number, port_there);
     }
-    CHECK(listen(fd, 10) == 0);
     return fd;
 }
 
@@ -400,27 +382,13 @@ TEST_LOOP(a_supervisor_that_gives_up_refuses_new_connections)
 
 /* ---- how many processes --------------------------------------------------------------------*/
 
-/* As a container with one processor. */
-static void use_one_processor(void)
-{
-    cpu_set_t set, one;
-    size_t cpu = 0;
-    CHECK(sched_getaffinity(0, sizeof set, &set) == 0);
-    while (!CPU_ISSET(cpu, &set)) {
-        cpu++;
-    }
-    CPU_ZERO(&one);
-    CPU_SET(cpu, &one);
-    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
-}
-
 /* There is a parent, so that a dead worker is made good, and a reload is possible. */
 static void check_one_worker(int (*program)(void), int result)
 {
     int id = -1;
     long who = 0, parent = 0;
     begin(0);
-    before_program = use_one_processor;
+    before_program = t_use_one_processor;
     pid_t pid = launch(program);
     await_forks(1);
     int fd = reach();
@@ -442,15 +410,10 @@ TEST_ONCE(zero_processes_are_one_worker_on_one_processor)
     check_one_worker(program_bind_start, TSRV_EPARENT);
 }
 
-static int returns_well(void)
-{
-    return TSRV_OK;
-}
-
 TEST_ONCE(zero_bare_processes_are_one_worker_on_one_processor)
 {
     begin(0);
-    before_program = use_one_processor;
+    before_program = t_use_one_processor;
     bare_worker = returns_well;
     pid_t pid = launch(program_bare);
     check_end(pid, 0, TSRV_EPARENT);
@@ -809,7 +772,7 @@ TEST_ONCE(a_bare_worker_that_exits_well_has_finished)
 TEST_ONCE(restarts_come_later_each_time)
 {
     begin(0);
-    before_program = use_one_processor;
+    before_program = t_use_one_processor;
     fork_options.max_restarts = TSRV_NEVER;
     put(&board->value, EXITS_1);
     pid_t pid = launch(program_behaves);
@@ -882,7 +845,7 @@ TEST_LOOP(many_generations_drain_side_by_side)
     enum { MANY = 20 };
     int fds[MANY];
     begin(0);
-    before_program = use_one_processor;
+    before_program = t_use_one_processor;
     fork_options.grace_ms = NEVER_DUE_MS;
     pid_t pid = launch(program_serve);
     await_forks(1);
@@ -907,7 +870,7 @@ TEST_LOOP(many_generations_drain_side_by_side)
 /* A request to that very process. */
 static int start_request_at(pid_t process)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     for (;;) {
         int fd = reach(), id = 0;
         long pid = 0;
@@ -926,7 +889,7 @@ TEST_LOOP(a_reload_without_a_place_says_so_once)
 {
     int fds[TSRVI_GENERATIONS];
     begin(0);
-    before_program = use_one_processor;
+    before_program = t_use_one_processor;
     fork_options.grace_ms = NEVER_DUE_MS;
     pid_t pid = launch(program_serve);
     await_forks(1);
@@ -1420,7 +1383,7 @@ TEST_LOOP(a_worker_whose_watches_fail_is_told)
 {
     for (int i = 0; i < 11; i++) {
         begin(0);
-        before_program = use_one_processor;
+        before_program = t_use_one_processor;
         fail_after(i < 5 ? i + 1 : i, i < 5 ? "epoll_ctl" : "sigaction", ENOMEM, 1, IN_CHILDREN);
         pid_t pid = launch(program_serve);
         await_forks(1);
@@ -1821,8 +1784,7 @@ TEST_LOOP(workers_that_hang_after_all_was_given_up_are_killed)
     await_exits(2);
     advance_until_exits(pid, 0, 4);
     check_end(pid, 1, TSRV_ERESTARTS);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 /* ---- states that must not spin -------------------------------------------------------------*/
@@ -2036,8 +1998,7 @@ TEST_LOOP(every_loop_of_a_worker_ends_with_the_parent)
     tell(pid, SIGKILL);
     AWAIT(no_child_left(NULL));
     CHECK_INT(board->value, 2);
-    t_close(fds[0]);
-    t_close(fds[1]);
+    t_close_all(fds, 2);
 }
 
 /* The second signal ends the grace of every loop. */
@@ -2092,7 +2053,7 @@ TEST_LOOP(a_loop_that_runs_again_drains)
 
 /* ---- a loop that has ended -----------------------------------------------------------------*/
 
-static tsrv_signal own_watch;
+
 static bool wants_watch;
 
 /* In the last turn of a worker's loop, which goes on when board->go is set. */
@@ -2948,37 +2909,12 @@ TEST_LOOP(workers_that_have_changed_their_user_end_with_their_parent)
 
 /* ---- the host ------------------------------------------------------------------------------*/
 
-static void own_term(void *context)
-{
-    (void)context;
-    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
-    tsrv_loop_stop(NULL);
-}
-
-static void watch_term(tsrv_server *server, void *context)
-{
-    on_start(server, context);
-    CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGTERM, own_term, NULL), TSRV_OK);
-}
-
-static int program_own_watch(void)
-{
-    server_options.on_start = watch_term;
-    tsrv_server *server = new_bound_server();
-    int rc = tsrv_server_start(server, workers, &fork_options);
-    if (rc == TSRV_OK) {
-        rc = tsrv_loop_run(NULL);
-        tsrv_signal_stop(&own_watch);
-    }
-    tsrv_server_free(server);
-    return rc;
-}
-
 /* A worker's own watch on SIGTERM takes the place of the drain when the parent is told to stop, and is
  * called once. */
 TEST_LOOP(an_own_watch_hears_of_the_parents_stop)
 {
     begin(2);
+    server_options.on_start = watch_term;
     pid_t pid = launch(program_own_watch);
     await_forks(2);
     int fd = start_request();
@@ -4329,11 +4265,8 @@ TEST_ONCE(the_files_of_many_unix_sockets_go_after_an_upgrade)
 /* Where the service manager listens, who learns the sender's process id. */
 static int listen_for_notes(void)
 {
-    struct sockaddr_un local;
+    struct sockaddr_un local = t_unix_address(path_of("second"));
     int on = 1, fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    memset(&local, 0, sizeof local);
-    local.sun_family = AF_UNIX;
-    snprintf(local.sun_path, sizeof local.sun_path, "%s", path_of("second"));
     CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&local, sizeof local) == 0);
     CHECK(setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &on, sizeof on) == 0);
     CHECK(setenv("NOTIFY_SOCKET", local.sun_path, 1) == 0);

@@ -3,6 +3,8 @@
  * that each scenario runs in a process of its own, with only 0, 1 and 2 open. */
 #include "test.h"
 
+#include "handlers.h"
+
 #include <arpa/inet.h>
 #include <ftw.h>
 #include <limits.h>
@@ -28,7 +30,7 @@ __attribute__((constructor)) static void forget_the_manager(void)
     static const char *const names[] = {"LISTEN_PID",    "LISTEN_FDS",   "LISTEN_FDNAMES",
                                         "NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC",
                                         "TSRV_READY_FD"};
-    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+    for (size_t i = 0; i < COUNT(names); i++) {
         unsetenv(names[i]);
     }
 }
@@ -95,11 +97,7 @@ static void keep_log(int level, const char *message, void *context)
 /* How often the log says this. */
 static int logged(const char *part)
 {
-    int count = 0;
-    for (const char *at = strstr(log_text, part); at != NULL; at = strstr(at + 1, part)) {
-        count++;
-    }
-    return count;
+    return t_count(log_text, part);
 }
 
 /* ---- sockets ------------------------------------------------------------------------------*/
@@ -203,25 +201,9 @@ static int connect_to(const char *address, int port)
     return fd;
 }
 
-static bool has_ipv6(void)
-{
-    endpoint at = make_endpoint("::1", 0);
-    int fd = socket(AF_INET6, SOCK_STREAM, 0);
-    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&at.name, at.size) == 0;
-    if (fd >= 0) {
-        t_close(fd);
-    }
-    return has;
-}
-
 static bool is_nonblocking(int fd)
 {
     return (fcntl(fd, F_GETFL) & O_NONBLOCK) != 0;
-}
-
-static bool is_open(int fd)
-{
-    return fcntl(fd, F_GETFD) != -1;
 }
 
 static bool is_close_on_exec(int fd)
@@ -229,13 +211,6 @@ static bool is_close_on_exec(int fd)
     int flags = fcntl(fd, F_GETFD);
     CHECK(flags != -1);
     return (flags & FD_CLOEXEC) != 0;
-}
-
-static void close_all(const int *fds, int count)
-{
-    for (int i = 0; i < count; i++) {
-        t_close(fds[i]);
-    }
 }
 
 /* Moves sockets to where a service manager leaves them; -1 leaves a number closed. */
@@ -266,16 +241,6 @@ static void hand_over(int *fds, int count)
     set_number("LISTEN_FDS", count);
 }
 
-/* A directory of its own, below build/ where there is one. */
-static const char *make_directory(void)
-{
-    static char name[64];
-    snprintf(name, sizeof name, "%s/tsrv-systemd-XXXXXX",
-             access("build", W_OK) == 0 ? "build" : "/tmp");
-    CHECK(mkdtemp(name) != NULL);
-    return name;
-}
-
 static int remove_entry(const char *path, const struct stat *info, int kind, struct FTW *place_of)
 {
     (void)info, (void)kind, (void)place_of;
@@ -288,17 +253,6 @@ static void remove_directory(const char *directory)
 }
 
 /* ---- a server for them --------------------------------------------------------------------*/
-
-static int echo_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice line;
-    int rc;
-    (void)address, (void)context;
-    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
-           (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
-    }
-    return rc;
-}
 
 static tsrv_server *new_server(tsrv_loop *loop)
 {
@@ -328,8 +282,7 @@ static void free_server(tsrv_server *server, tsrv_loop *loop)
 static void check_answered(int port)
 {
     int fd = t_connect(port);
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     t_close(fd);
 }
 
@@ -361,7 +314,7 @@ static void learn_of_two(void *context)
     check_served(loop, t_connect(first));
     check_served(loop, t_connect(second));
     tsrv_server_stop(server);
-    CHECK(!is_open(3) && !is_open(4));
+    CHECK(!t_is_open(3) && !t_is_open(4));
     free_server(server, loop);
 }
 
@@ -441,7 +394,7 @@ TEST_ONCE(variables_that_are_wrong_or_not_for_us_give_nothing)
         {"%lld", 0, "18446744073709551617", TSRV_EINVAL},
         {"%lld", 0, "junk", TSRV_EINVAL},
     };
-    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+    for (size_t i = 0; i < COUNT(rows); i++) {
         apart(learn_in, &rows[i]);
     }
 }
@@ -493,9 +446,9 @@ static void learn_of_strangers(void *context)
     CHECK_INT(port_of(got[0]), port);
     for (int fd = FIRST; fd < FIRST + count; fd++) {
         bool good = fd == FIRST + GOOD;
-        CHECK_INT(is_open(fd), fd != FIRST + CLOSED);
-        CHECK(!is_open(fd) || is_close_on_exec(fd));
-        CHECK(!is_open(fd) || is_nonblocking(fd) == good);
+        CHECK_INT(t_is_open(fd), fd != FIRST + CLOSED);
+        CHECK(!t_is_open(fd) || is_close_on_exec(fd));
+        CHECK(!t_is_open(fd) || is_nonblocking(fd) == good);
         snprintf(part, sizeof part, "descriptor %d ", fd);
         CHECK_INT(logged(part), !good);
         others += !good;
@@ -530,7 +483,7 @@ static void learn_with_little_room(void *context)
         CHECK_INT(fds[i], FIRST + i);
     }
     CHECK_INT(tsrv_listen_fds(fds, 3), 0);
-    close_all(fds, 3);
+    t_close_all(fds, 3);
 }
 
 TEST_ONCE(too_little_room_loses_no_socket)
@@ -667,7 +620,7 @@ TEST_ONCE(socket_of_the_same_address_is_taken)
 TEST_ONCE(socket_of_the_same_ipv6_address_is_taken)
 {
     wish v6 = {"::1", "::1"};
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     apart(take_by_address, &v6);
@@ -675,7 +628,7 @@ TEST_ONCE(socket_of_the_same_ipv6_address_is_taken)
 
 TEST_ONCE(socket_of_the_same_unix_path_is_taken)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     wish w = {unix_address(directory, "one"), unix_address(directory, "one-more")};
     apart(take_by_address, &w);
     CHECK_INT(access(w.address + 5, F_OK), 0); /* the file is the service manager's */
@@ -713,13 +666,13 @@ static void leave_by_address(void *context)
     CHECK(got[1] != FIRST);
     CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 1);
     CHECK_INT(fds[0], FIRST);
-    close_all(got, 2);
+    t_close_all(got, 2);
     t_close(FIRST);
 }
 
 TEST_ONCE(sockets_of_other_addresses_are_left)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     wish port = {"127.0.0.1", "127.0.0.1"};
     wish path = {unix_address(directory, "one"), unix_address(directory, "one-more")};
     apart(leave_by_address, &port);
@@ -753,7 +706,7 @@ static void listen_takes(void *context)
     check_served(loop, t_connect(first));
     check_served(loop, t_connect(second));
     tsrv_server_stop(server);
-    CHECK(!is_open(FIRST) && !is_open(FIRST + 1));
+    CHECK(!t_is_open(FIRST) && !t_is_open(FIRST + 1));
     free_server(server, loop);
 }
 
@@ -796,7 +749,7 @@ static void listen_takes_dual(void *context)
 
 TEST_LOOP(socket_for_both_families_serves_both)
 {
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     apart(take_dual, NULL);
@@ -813,7 +766,7 @@ static void take_both(void *context)
     CHECK_INT(tsrv_bind_sockets(port, NULL, NULL, got, CAPACITY), 2);
     CHECK_INT(got[0], FIRST + 1);
     CHECK_INT(got[1], FIRST);
-    close_all(got, 2);
+    t_close_all(got, 2);
 }
 
 /* A socket for IPv6 only leaves IPv4 to us; one for both on another port says nothing. */
@@ -830,13 +783,13 @@ static void take_half(void *context)
     t_close(connect_to("127.0.0.1", port));
     CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 1);
     CHECK_INT(fds[0], FIRST + 1);
-    close_all(got, 2);
+    t_close_all(got, 2);
     t_close(FIRST + 1);
 }
 
 TEST_ONCE(socket_for_ipv6_only_does_not_stand_for_both)
 {
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     apart(take_both, NULL);
@@ -864,7 +817,7 @@ static void ask_for_half(void *context)
 TEST_ONCE(ipv4_alone_where_a_socket_for_both_was_handed_over)
 {
     wish any = {NULL, NULL}, number = {"0.0.0.0", NULL};
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     apart(ask_for_half, &any);
@@ -960,7 +913,7 @@ static void check_told(const char *name)
         "READY=1", "STOPPING=1", "WATCHDOG=1", "STATUS=a b = \303\274", "MAINPID=12\nSTATUS=%s %d",
     };
     int manager = open_manager(name);
-    for (size_t i = 0; i < sizeof states / sizeof states[0]; i++) {
+    for (size_t i = 0; i < COUNT(states); i++) {
         CHECK_INT(tsrv_notify(states[i]), 1);
         expect_message(manager, states[i]);
     }
@@ -970,7 +923,7 @@ static void check_told(const char *name)
 
 TEST_ONCE(manager_at_a_path_is_told)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     check_told(unix_address(directory, "notify") + 5);
     remove_directory(directory);
 }
@@ -982,22 +935,14 @@ TEST_ONCE(manager_at_an_abstract_name_is_told)
 }
 #endif
 
-/* Microseconds of the clock that the service manager compares with. */
-static unsigned long long now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (unsigned long long)now.tv_sec * 1000000 + (unsigned long long)now.tv_nsec / 1000;
-}
-
 TEST_ONCE(reloading_comes_with_its_time)
 {
     static const char *const states[] = {"RELOADING=1", "STATUS=anew\nRELOADING=1"};
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     for (int i = 0; i < 2; i++) {
         char expected[200];
-        unsigned long long before = now_us(), told = 0;
+        unsigned long long before = (unsigned long long)t_now_us(), told = 0;
         CHECK_INT(tsrv_notify(states[i]), 1);
         message m = next_message(manager);
         const char *stamp = strstr(m.text, "\nMONOTONIC_USEC=");
@@ -1005,7 +950,7 @@ TEST_ONCE(reloading_comes_with_its_time)
         snprintf(expected, sizeof expected, "%s\nMONOTONIC_USEC=%llu", states[i], told);
         CHECK_STR(m.text, expected);
         CHECK(told >= before);
-        CHECK(told <= now_us());
+        CHECK(told <= (unsigned long long)t_now_us());
     }
     t_close(manager);
     remove_directory(directory);
@@ -1015,7 +960,7 @@ TEST_ONCE(too_long_a_state_is_refused_whole)
 {
     static const size_t sizes[] = {1024, 1025, 4096, 99999};
     static char state[100000];
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     for (int i = 0; i < 4; i++) {
         memset(state, 'x', sizes[i]);
@@ -1034,7 +979,7 @@ TEST_ONCE(too_long_a_state_is_refused_whole)
 TEST_ONCE(longest_state_is_just_what_is_promised)
 {
     char state[LONGEST + 2];
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     memset(state, 'x', sizeof state);
     memcpy(state, "STATUS=", 7);
@@ -1060,7 +1005,7 @@ TEST_ONCE(manager_that_does_not_listen_is_an_error)
 {
     struct sockaddr_un name;
     char path[sizeof name.sun_path + 10];
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     CHECK(signal(SIGPIPE, SIG_DFL) != SIG_ERR);
     const char *dead = unix_address(directory, "dead"), *stream = unix_address(directory, "stream");
     t_close(open_manager(dead + 5));
@@ -1094,7 +1039,7 @@ TEST_ONCE(manager_that_does_not_listen_is_an_error)
 
 TEST_ONCE(failures_of_the_system_are_told)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     t_fault_at = 1;
     t_fault_name = "socket";
@@ -1114,7 +1059,7 @@ TEST_ONCE(failures_of_the_system_are_told)
 /* A manager that does not read must not hold up the loop. */
 TEST_ONCE(manager_whose_queue_is_full_is_not_waited_for)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5), told = 0, rc;
     while ((rc = tsrv_notify("STATUS=more")) == 1) {
         told++;
@@ -1148,7 +1093,7 @@ static void tell_the_predecessor(void *context)
     CHECK_INT(tsrv_notify("READY=1\nSTATUS=now"), 0);
     CHECK_INT(read(ends[0], &byte, 1), 1);
     CHECK_INT(read(ends[0], &byte, 1), 0);
-    CHECK(!is_open(ends[1]));
+    CHECK(!t_is_open(ends[1]));
     CHECK_INT(tsrv_notify("READY=1"), 0);
     t_close(ends[0]);
 }
@@ -1282,7 +1227,7 @@ static void end_alone(int manager, pid_t pid)
 
 TEST_LOOP(server_that_is_ready_serves_and_says_when_it_stops)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5), port;
     for (int handed = 0; handed < 2; handed++) {
         service s = {1, NULL, NO_PID, 0, handed};
@@ -1298,13 +1243,12 @@ TEST_LOOP(server_that_is_ready_serves_and_says_when_it_stops)
 /* The manager may want to start the successor, or count the time, while requests are finished. */
 TEST_LOOP(server_says_that_it_stops_before_the_drain_is_over)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5), port;
     service s = {1, NULL, NO_PID, 0, false};
     pid_t pid = start_alone(manager, &s, &port);
     int client = t_connect(port);
-    t_sends(client, "whole\n");
-    t_expect(client, "whole\n");
+    t_echo(client, "whole\n");
     t_sends(client, "half"); /* a request under way */
     CHECK(kill(pid, SIGTERM) == 0);
     expect_state(manager, pid, "STOPPING=1");
@@ -1312,8 +1256,7 @@ TEST_LOOP(server_says_that_it_stops_before_the_drain_is_over)
     CHECK_INT(poll(&ended, 1, 0), 0);
     t_sends(client, "\n");
     t_expect(client, "half\n");
-    t_expect_eof(client);
-    t_close(client);
+    t_leave(client);
     finish(pid);
     expect_no_message(manager);
     t_close(manager);
@@ -1323,7 +1266,7 @@ TEST_LOOP(server_says_that_it_stops_before_the_drain_is_over)
 TEST_LOOP(watchdog_is_told_again_and_again)
 {
     static const int pids[] = {OWN_PID, NO_PID};
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5), port;
     for (int i = 0; i < 2; i++) {
         service s = {1, "200000", pids[i], 0, false};
@@ -1344,7 +1287,7 @@ TEST_LOOP(watchdog_is_told_again_and_again)
 /* The service ends in the same loop that would tell: nothing comes in the time of three pings. */
 TEST_LOOP(watchdog_of_another_process_is_not_told)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     service s = {1, "200000", OTHER_PID, 350, false};
     pid_t pid = begin(serve, &s);
@@ -1362,7 +1305,7 @@ TEST_LOOP(watchdog_of_another_process_is_not_told)
  * loop's own beat and no multiple of it: at 0, 510, 1020, 1530 and 2040 ms. */
 TEST_ONCE(watchdog_is_told_in_time_whatever_its_limit_is)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5), pings = 0;
     service s = {1, "1020000", OWN_PID, 2200, false};
     pid_t pid = begin(serve, &s);
@@ -1393,7 +1336,7 @@ TEST_ONCE(watchdog_interval_is_half_of_the_limit)
 {
     static const char *const none[] = {NULL, "", "0", "-1", "-200000", "junk", "1x", " 1"};
     static const char *const pids[] = {"", "0", "-1", "junk", "99999999999999999999"};
-    for (size_t i = 0; i < sizeof none / sizeof none[0]; i++) {
+    for (size_t i = 0; i < COUNT(none); i++) {
         check_interval(none[i], NO_PID, (long long)TSRVI_FOREVER);
         check_interval(none[i], OWN_PID, (long long)TSRVI_FOREVER);
     }
@@ -1402,7 +1345,7 @@ TEST_ONCE(watchdog_interval_is_half_of_the_limit)
     check_interval("200000", OWN_PID, 100000000);
     check_interval("200000", OTHER_PID, (long long)TSRVI_FOREVER);
     check_interval("2147483647", OWN_PID, 1073741823500);
-    for (size_t i = 0; i < sizeof pids / sizeof pids[0]; i++) {
+    for (size_t i = 0; i < COUNT(pids); i++) {
         set_text("WATCHDOG_PID", pids[i]);
         CHECK_INT((long long)tsrvi_watchdog_interval(), (long long)TSRVI_FOREVER);
     }
@@ -1411,7 +1354,7 @@ TEST_ONCE(watchdog_interval_is_half_of_the_limit)
 /* WatchdogSec=1h has more microseconds than an int. */
 TEST_ONCE(watchdog_of_an_hour_is_told)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5), port;
     service s = {1, "3600000000", OWN_PID, 0, false};
     pid_t pid = begin(serve, &s);
@@ -1438,7 +1381,7 @@ TEST_ONCE(watchdog_of_an_hour_is_told)
 /* Nobody may be told that a service is ready whose port is taken. */
 TEST_ONCE(server_that_cannot_start_is_never_ready)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     int taken = listen_at("127.0.0.1", 0);
     tsrv_server_options options = {0};
@@ -1487,12 +1430,12 @@ static void expect_reloading(int manager, pid_t pid)
     sscanf(m.text, "RELOADING=1\nMONOTONIC_USEC=%llu", &told);
     snprintf(expected, sizeof expected, "RELOADING=1\nMONOTONIC_USEC=%llu", told);
     CHECK_STR(m.text, expected);
-    CHECK(told > 0 && told <= now_us());
+    CHECK(told > 0 && told <= (unsigned long long)t_now_us());
 }
 
 static void check_workers(const char *watchdog, bool handed)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int manager = open_manager(unix_address(directory, "notify") + 5);
     service s = {2, watchdog, OWN_PID, 0, handed};
     pid_t pid = begin(serve, &s);
@@ -1587,7 +1530,7 @@ typedef struct control_group {
 /* Counts with these files instead of the system's. */
 static void check_group(const control_group *g)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     int all = all_cpus(), expected = g->cpus < all ? g->cpus : all;
     t_root = directory;
     for (int i = 0; i < 4 && g->files[i][0] != NULL; i++) {
@@ -1781,11 +1724,11 @@ TEST_ONCE(malformed_quotas_are_no_limits)
                                          "0 100000\n", "1 -1\n",      "x1 100000\n"};
     static const char *const lines[] = {"",         "\n",       "junk\n",    "0:\n",
                                         "0:x:/a\n", "10::/a\n", "1:cpu:/a\n"};
-    for (size_t i = 0; i < sizeof quotas / sizeof quotas[0]; i++) {
+    for (size_t i = 0; i < COUNT(quotas); i++) {
         control_group g = {quotas[i], NO_LIMIT, {{GROUP_FILE, "0::/a\n"}, {TOP "/a/cpu.max", quotas[i]}}};
         check_group(&g);
     }
-    for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
+    for (size_t i = 0; i < COUNT(lines); i++) {
         control_group g = {lines[i], NO_LIMIT, {{GROUP_FILE, lines[i]}, {TOP "/a/cpu.max", "1 100000\n"}}};
         check_group(&g);
     }
@@ -1826,17 +1769,11 @@ TEST_ONCE(affinity_counts)
 {
     control_group none = {"one processor", NO_LIMIT, {{NULL, NULL}}},
           two = {"two of one", 2, {{GROUP_FILE, "0::/a\n"}, {TOP "/a/cpu.max", "200000 100000\n"}}};
-    cpu_set_t set, one;
-    size_t cpu = 0;
+    cpu_set_t set;
     CHECK(sched_getaffinity(0, sizeof set, &set) == 0);
     check_group(&none);
     CHECK(tsrv_cpu_count() <= CPU_COUNT(&set)); /* the system's own files */
-    while (!CPU_ISSET(cpu, &set)) {
-        cpu++;
-    }
-    CPU_ZERO(&one);
-    CPU_SET(cpu, &one);
-    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    t_use_one_processor();
     CHECK_INT(tsrv_cpu_count(), 1);
     check_group(&none);
     check_group(&two);
@@ -1845,11 +1782,9 @@ TEST_ONCE(affinity_counts)
 /* Without an answer about the affinity, those that are there. */
 TEST_ONCE(processors_that_are_online_count)
 {
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     t_root = directory;
-    t_fault_name = "sched_getaffinity";
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("sched_getaffinity", 0, 1, true);
     CHECK_INT(tsrv_cpu_count(), sysconf(_SC_NPROCESSORS_ONLN));
     CHECK_INT(t_fault_hits, 1);
     remove_directory(directory);
@@ -1865,24 +1800,6 @@ typedef struct activation {
     int port;
     int output, errors; /* where its stdout and stderr come out */
 } activation;
-
-/* Reads a line without its newline. False: there are no more. */
-static bool read_line(int fd, char *line, size_t capacity)
-{
-    size_t used = 0;
-    for (;;) {
-        struct pollfd ready = {fd, POLLIN, 0};
-        CHECK_INT(poll(&ready, 1, T_PATIENCE * 1000 * t_scale()), 1);
-        CHECK(used + 1 < capacity);
-        ssize_t n = read(fd, line + used, 1);
-        CHECK(n >= 0);
-        if (n == 0 || line[used] == '\n') {
-            line[used] = 0;
-            return n > 0;
-        }
-        used++;
-    }
-}
 
 static int end_of(activation *a)
 {
@@ -1916,7 +1833,7 @@ static bool try_to_activate(activation *a, const char *program)
     t_close(errors[1]);
     a->output = output[0];
     a->errors = errors[0];
-    while (read_line(a->errors, line, sizeof line)) {
+    while (t_read_line(a->errors, line, sizeof line)) {
         if (strncmp(line, "Listening on ", 13) == 0) {
             return true;
         }
@@ -1929,7 +1846,7 @@ static bool try_to_activate(activation *a, const char *program)
 static void explain(activation *a)
 {
     char line[4096], last[4096] = "";
-    while (read_line(a->errors, line, sizeof line)) {
+    while (t_read_line(a->errors, line, sizeof line)) {
         memcpy(last, line, sizeof last);
     }
     int status = end_of(a);
@@ -1957,7 +1874,7 @@ TEST_ONCE(systemd_starts_an_example_for_its_first_client)
     }
     int client = t_connect(a.port);
     t_sends(client, "first\n");
-    if (!read_line(a.output, line, sizeof line)) {
+    if (!t_read_line(a.output, line, sizeof line)) {
         explain(&a);
     }
     snprintf(expected, sizeof expected, "echo: listening on port %d", a.port);
@@ -1965,9 +1882,8 @@ TEST_ONCE(systemd_starts_an_example_for_its_first_client)
     t_expect(client, "first\n");
     check_answered(a.port);
     CHECK(kill(a.pid, SIGTERM) == 0);
-    t_expect_eof(client);
-    t_close(client);
-    CHECK(!read_line(a.output, line, sizeof line));
+    t_leave(client);
+    CHECK(!t_read_line(a.output, line, sizeof line));
     int status = end_of(&a);
     CHECK(WIFSIGNALED(status));
     CHECK_INT(WTERMSIG(status), SIGTERM);

@@ -2,6 +2,8 @@
  * checks, except what needs worker processes. */
 #include "test.h"
 
+#include "handlers.h"
+
 #include <sys/resource.h>
 #include <sys/un.h>
 
@@ -28,20 +30,6 @@ static void close_site(site *s)
     CHECK_INT(tsrv_loop_free(s->loop), TSRV_OK);
 }
 
-/* The port of the index-th listener. */
-static int port_of(tsrv_server *server, int index)
-{
-    tsrv_address address;
-    CHECK_INT(tsrv_server_address(server, index, &address), TSRV_OK);
-    return tsrv_address_port(&address);
-}
-
-static int listen_locally(tsrv_server *server)
-{
-    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
-    return port_of(server, 0);
-}
-
 static void run_for(tsrv_loop *loop, int duration_ms)
 {
     tsrv_timer timer = {0};
@@ -49,89 +37,21 @@ static void run_for(tsrv_loop *loop, int duration_ms)
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
 }
 
-typedef struct log_seen {
-    int lines;
-    char last[512];
-} log_seen;
-
-static void see_log(int level, const char *message, void *context)
-{
-    log_seen *seen = (log_seen *)context;
-    if (level <= TSRV_LOG_WARNING) {
-        seen->lines++;
-        snprintf(seen->last, sizeof seen->last, "%s", message);
-    }
-}
-
-static bool is_open(int fd)
-{
-    return fcntl(fd, F_GETFD) != -1;
-}
-
-/* Reads until the end, be it a FIN or a reset. */
-static void drain_and_close(int fd)
-{
-    char buffer[4096];
-    ssize_t n;
-    while ((n = recv(fd, buffer, sizeof buffer, 0)) > 0) {
-    }
-    CHECK(n == 0 || errno == ECONNRESET);
-    t_close(fd);
-}
-
-static int raw_socket(int type, bool listening, int *port)
-{
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, type, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(fd >= 0);
-    CHECK(bind(fd, (struct sockaddr *)&address, sizeof address) == 0);
-    CHECK(!listening || listen(fd, 16) == 0);
-    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
-    if (port != NULL) {
-        *port = ntohs(address.sin_port);
-    }
-    return fd;
-}
-
-static bool has_ipv6(void)
-{
-    struct sockaddr_in6 address;
-    int fd = socket(AF_INET6, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin6_family = AF_INET6;
-    address.sin6_addr.s6_addr[15] = 1;
-    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
-    if (fd >= 0) {
-        t_close(fd);
-    }
-    return has;
-}
-
 /* Echoes lines until the peer's end; *context counts the handlers that were entered. */
-static int echo_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int enter_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     int *entered = (int *)tsrv_data(stream);
-    tsrv_slice line;
-    int rc;
-    (void)address;
     if (*entered == 0) {
         *entered = 1;
         ++*(int *)context;
     }
-    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
-           (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK) {
-    }
-    return rc;
+    return echo_lines(stream, address, context);
 }
 
 static tsrv_server_options echo_options(int *entered)
 {
     tsrv_server_options options = {0};
-    options.handle_stream = echo_lines;
+    options.handle_stream = enter_and_echo;
     options.data_size = sizeof(int);
     options.context = entered;
     return options;
@@ -148,9 +68,8 @@ static const return_case returns[] = {
     {-EIO, 1}, {0, 0}, {TSRV_EINVAL, 1}, {7, 0}, {TSRV_EOF, 0}, {TSRV_ECLOSED, 0},
     {TSRV_ETIMEOUT, 0}, {TSRV_ETOOLONG, 1}, {TSRV_EPROXY, 1}, {2147483647, 0},
 };
-enum { RETURNS = sizeof returns / sizeof returns[0] };
+enum { RETURNS = COUNT(returns) };
 
-static log_seen return_log;
 static char return_peer[TSRV_ADDRESS_SIZE];
 static int return_at, return_closed;
 
@@ -158,7 +77,7 @@ static int return_a_value(tsrv_stream *stream, const tsrv_address *address, void
 {
     (void)stream, (void)context;
     tsrv_address_format(address, return_peer, sizeof return_peer);
-    return_log.lines = 0;
+    t_log_lines = 0;
     return returns[return_at++].value;
 }
 
@@ -167,9 +86,9 @@ static void check_return(tsrv_stream *stream, int reason, void *context)
     const return_case *row = &returns[return_closed++];
     (void)stream, (void)context;
     CHECK_INT(reason, row->value);
-    CHECK_INT(return_log.lines, row->lines);
-    if (row->lines > 0 && strstr(return_log.last, return_peer) == NULL) {
-        T_FAIL("\"%s\" does not name the peer %s", return_log.last, return_peer);
+    CHECK_INT(t_log_lines, row->lines);
+    if (row->lines > 0 && strstr(t_log, return_peer) == NULL) {
+        T_FAIL("\"%s\" does not name the peer %s", t_log, return_peer);
     }
     t_record(reason);
 }
@@ -179,8 +98,7 @@ static void connect_for_each_return(int port, void *context)
     (void)context;
     for (int i = 0; i < RETURNS; i++) {
         int fd = t_connect(port);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
         t_wait_records(i + 1);
     }
 }
@@ -188,11 +106,9 @@ static void connect_for_each_return(int port, void *context)
 /* Tornado's test_handle_stream_coroutine_logging: a failure is logged once, the server lives on. */
 TEST_STREAM(test_handle_stream_coroutine_logging)
 {
-    t_case c = {0};
-    tsrv_set_log(see_log, &return_log);
-    c.handler = return_a_value;
-    c.on_close = check_return;
-    c.client = connect_for_each_return;
+    t_watch_log();
+    t_case c = {.handler = return_a_value, .on_close = check_return,
+                .client = connect_for_each_return};
     t_run(&c);
     CHECK_INT(return_closed, RETURNS);
 }
@@ -220,17 +136,14 @@ static void connect_and_reset(int port, void *context)
 
 TEST_STREAM(reset_by_the_peer_is_no_failure)
 {
-    log_seen seen = {0};
-    t_case c = {0};
-    tsrv_set_log(see_log, &seen);
-    c.handler = read_to_the_end;
-    c.on_close = t_record_reason;
-    c.client = connect_and_reset;
+    t_watch_log();
+    t_case c = {.handler = read_to_the_end, .on_close = t_record_reason,
+                .client = connect_and_reset};
     t_run(&c);
     CHECK_INT(t_record_count(), 2);
     CHECK_INT(t_recorded(0), 1);
     CHECK_INT(t_recorded(1), -ECONNRESET);
-    CHECK_INT(seen.lines, 0);
+    CHECK_INT(t_log_lines, 0);
 }
 
 static int write_then_close(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -251,8 +164,7 @@ static void expect_data(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_expect(fd, "data");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 }
 
 /* Tornado's test_handle_stream_native_coroutine. */
@@ -260,11 +172,8 @@ TEST_STREAM(test_handle_stream_native_coroutine)
 {
     for (int i = 0; i < 2; i++) {
         bool close_too = i == 1;
-        t_case c = {0};
-        c.handler = write_then_close;
-        c.on_close = t_record_reason;
-        c.client = expect_data;
-        c.context = &close_too;
+        t_case c = {.handler = write_then_close, .on_close = t_record_reason, .client = expect_data,
+                    .context = &close_too};
         t_run(&c);
         CHECK_INT(t_record_count(), i + 1);
         CHECK_INT(t_recorded(i), 3);
@@ -279,7 +188,7 @@ TEST_STREAM(test_stop_twice)
     site s = open_site(echo_options(&entered));
     tsrv_address address;
     tsrv_server_stop(s.server);
-    int port = listen_locally(s.server);
+    int port = t_listen(s.server);
     int fd = t_connect(port);
     t_turn_until(s.loop, &entered, 1);
     tsrv_server_stop(s.server);
@@ -292,18 +201,16 @@ TEST_STREAM(test_stop_twice)
     t_shut(fd);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     t_expect(fd, "still here\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
 
-    fd = t_connect(listen_locally(s.server));
+    fd = t_connect(t_listen(s.server));
     t_sends(fd, "again\n");
     t_turn_until(s.loop, &entered, 2);
     tsrv_server_stop(s.server);
     t_shut(fd);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     t_expect(fd, "again\n");
-    t_expect_eof(fd);
-    t_close(fd);
+    t_leave(fd);
     close_site(&s);
 }
 
@@ -320,14 +227,13 @@ TEST_STREAM(test_stop_in_callback)
 {
     enum { CLIENTS = 40 };
     tsrv_server_options options = {0};
-    log_seen seen = {0};
     int fds[CLIENTS], entered = 0;
-    tsrv_set_log(see_log, &seen);
+    t_watch_log();
     options.handle_stream = stop_the_server;
     options.context = &entered;
     options.close_timeout_ms = 20; /* the clients hold still */
     site s = open_site(options);
-    int port = listen_locally(s.server);
+    int port = t_listen(s.server);
     for (int i = 0; i < CLIENTS; i++) {
         fds[i] = t_connect(port);
     }
@@ -335,9 +241,9 @@ TEST_STREAM(test_stop_in_callback)
     CHECK(entered >= 1 && entered <= CLIENTS);
     CHECK(t_is_refused(port));
     for (int i = 0; i < CLIENTS; i++) {
-        drain_and_close(fds[i]);
+        t_drain_and_close(fds[i]);
     }
-    CHECK_INT(seen.lines, 0);
+    CHECK_INT(t_log_lines, 0);
     close_site(&s);
 }
 
@@ -354,11 +260,10 @@ TEST_LOOP(test_listen_single)
         int entered = 0;
         tsrv_stats stats;
         CHECK(dup2(fds[1], 1) == 1 && dup2(fds[1], 2) == 2);
-        t_close(fds[0]);
-        t_close(fds[1]);
+        t_close_all(fds, 2);
         tsrv_set_log_level(TSRV_LOG_WARNING);
         site s = open_site(echo_options(&entered));
-        int fd = t_connect(listen_locally(s.server));
+        int fd = t_connect(t_listen(s.server));
         t_turn_until(s.loop, &entered, 1);
         t_close(fd);
         do {
@@ -407,32 +312,30 @@ TEST_STREAM(one_server_listens_on_several_ports)
     for (int i = 0; i < PORTS; i++) {
         CHECK(t_is_refused(ports[i]));
         t_expect(fds[i], "hello\n");
-        t_expect_eof(fds[i]);
-        t_close(fds[i]);
+        t_leave(fds[i]);
     }
     close_site(&s);
 }
 
 TEST_LOOP(failing_listen_is_logged_and_leaves_nothing)
 {
-    int entered = 0, port, fd = raw_socket(SOCK_STREAM, true, &port);
+    int entered = 0, port, fd = t_raw_socket(SOCK_STREAM, true, &port);
     char text[16];
-    log_seen seen = {0};
     tsrv_address address;
     site s = open_site(echo_options(&entered));
-    tsrv_set_log(see_log, &seen);
+    t_watch_log();
     CHECK_INT(tsrv_server_listen(s.server, port, "127.0.0.1", NULL), -EADDRINUSE);
-    CHECK_INT(seen.lines, 1);
+    CHECK_INT(t_log_lines, 1);
     snprintf(text, sizeof text, "%d", port);
-    CHECK(strstr(seen.last, text) != NULL);
-    CHECK(strstr(seen.last, "127.0.0.1") != NULL);
+    CHECK(strstr(t_log, text) != NULL);
+    CHECK(strstr(t_log, "127.0.0.1") != NULL);
     CHECK_INT(tsrv_server_listen(s.server, -1, "127.0.0.1", NULL), TSRV_EINVAL);
     CHECK_INT(tsrv_server_listen(s.server, 65536, "127.0.0.1", NULL), TSRV_EINVAL);
-    CHECK_INT(seen.lines, 3);
+    CHECK_INT(t_log_lines, 3);
     CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left */
     t_close(fd);
-    CHECK(listen_locally(s.server) > 0);
+    CHECK(t_listen(s.server) > 0);
     close_site(&s);
 }
 
@@ -443,7 +346,7 @@ TEST_ONCE(server_refuses_bad_options_and_needs_no_loop)
     tsrv_server_free(NULL);
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
     CHECK(server == NULL);
-    options.handle_stream = echo_lines;
+    options.handle_stream = enter_and_echo;
     options.mode = 2;
     server = (tsrv_server *)&options;
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
@@ -465,7 +368,7 @@ TEST_ONCE(server_without_a_loop_takes_the_threads)
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
     options.handle_stream = NULL; /* it was copied */
     options.data_size = 0;
-    int fd = t_connect(listen_locally(server));
+    int fd = t_connect(t_listen(server));
     t_sends(fd, "hello\n");
     t_turn_until(tsrv_loop_current(), &entered, 1);
     tsrv_server_stop(server);
@@ -492,8 +395,8 @@ static void note_start(tsrv_server *server, void *context)
 {
     start_case *c = (start_case *)context;
     CHECK_INT(c->entered, 0);
-    CHECK(port_of(server, 0) > 0);
-    CHECK(port_of(server, 1) > 0);
+    CHECK(t_port(server, 0) > 0);
+    CHECK(t_port(server, 1) > 0);
     CHECK(tsrv_loop_current() == c->loop);
     CHECK_INT(tsrv_timer_start(c->loop, &c->timer, 1, count_timer, c), TSRV_OK);
     c->starts++;
@@ -516,14 +419,14 @@ TEST_STREAM(on_start_is_called_once_before_the_first_connection)
     options.close_timeout_ms = 10;
     site s = open_site(options);
     c.loop = s.loop;
-    listen_locally(s.server);
+    t_listen(s.server);
     CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
-    int first = t_connect(port_of(s.server, 0)), second = t_connect(port_of(s.server, 1));
+    int first = t_connect(t_port(s.server, 0)), second = t_connect(t_port(s.server, 1));
     CHECK_INT(c.starts, 0);
     t_turn_until(s.loop, &c.entered, 2);
     t_turn_until(s.loop, &c.timers, 1);
     tsrv_server_stop(s.server);
-    int third = t_connect(listen_locally(s.server));
+    int third = t_connect(t_listen(s.server));
     t_turn_until(s.loop, &c.entered, 3);
     CHECK_INT(c.starts, 1);
     close_site(&s);
@@ -543,9 +446,8 @@ TEST_STREAM(failed_listen_does_not_start_the_server)
 {
     static start_case c;
     tsrv_server_options options = {0};
-    int port, taken = raw_socket(SOCK_STREAM, true, &port), fds[2];
-    log_seen seen = {0};
-    tsrv_set_log(see_log, &seen);
+    int port, taken = t_raw_socket(SOCK_STREAM, true, &port), fds[2];
+    t_watch_log();
     options.handle_stream = count_handler;
     options.on_start = count_start;
     options.context = &c;
@@ -560,10 +462,10 @@ TEST_STREAM(failed_listen_does_not_start_the_server)
         CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK); /* nothing is left to be called */
     }
     CHECK_INT(c.starts, 0);
-    int first = t_connect(listen_locally(s.server));
+    int first = t_connect(t_listen(s.server));
     CHECK_INT(tsrv_server_listen(s.server, port, "127.0.0.1", NULL), -EADDRINUSE);
     CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
-    int second = t_connect(port_of(s.server, 1));
+    int second = t_connect(t_port(s.server, 1));
     t_turn_until(s.loop, &c.entered, 2);
     tsrv_server_stop(s.server);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
@@ -584,11 +486,11 @@ TEST_STREAM(a_server_that_is_stopped_before_its_first_turn_does_not_start)
     options.context = &c;
     options.close_timeout_ms = 10;
     site s = open_site(options);
-    listen_locally(s.server);
+    t_listen(s.server);
     tsrv_server_stop(s.server);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     CHECK_INT(c.starts, 0);
-    int fd = t_connect(listen_locally(s.server));
+    int fd = t_connect(t_listen(s.server));
     t_turn_until(s.loop, &c.entered, 1);
     CHECK_INT(c.starts, 1);
     close_site(&s);
@@ -609,12 +511,12 @@ TEST_STREAM(server_may_be_freed_in_on_start)
     options.on_start = free_at_start;
     options.context = &c;
     site s = open_site(options);
-    int fd = t_connect(listen_locally(s.server));
+    int fd = t_connect(t_listen(s.server));
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     CHECK_INT(c.starts, 1);
     CHECK_INT(c.entered, 0);
     CHECK_INT(tsrv_loop_free(s.loop), TSRV_OK);
-    drain_and_close(fd);
+    t_drain_and_close(fd);
 }
 
 /* ---- addresses ----------------------------------------------------------------------------*/
@@ -656,7 +558,7 @@ static int connect_to(const tsrv_address *listener)
 /* Turns the loop until the server has closed the connection; text receives all it sent. */
 static void turn_until_eof(tsrv_loop *loop, int fd, char *text, size_t capacity)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     size_t size = 0;
     for (;;) {
         ssize_t n = recv(fd, text + size, capacity - 1 - size, MSG_DONTWAIT);
@@ -717,7 +619,7 @@ TEST_STREAM(handler_gets_the_peers_address)
     site s = open_site(tell_options(&entered));
     CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
     check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
-    if (has_ipv6()) {
+    if (t_has_ipv6()) {
         CHECK_INT(tsrv_server_listen(s.server, 0, "::1", NULL), TSRV_OK);
         check_addresses(&s, &entered, 1, "[::1]", "[::1]");
     }
@@ -728,7 +630,7 @@ TEST_STREAM(default_address_is_both_families_on_one_port)
 {
     int entered = 0;
     tsrv_address v4, v6, none;
-    if (!has_ipv6()) {
+    if (!t_has_ipv6()) {
         SKIP("IPv6 loopback");
     }
     site s = open_site(tell_options(&entered));
@@ -745,22 +647,12 @@ TEST_STREAM(default_address_is_both_families_on_one_port)
     close_site(&s);
 }
 
-/* A directory of its own, below build/ where there is one. */
-static char *make_directory(void)
-{
-    static char name[64];
-    snprintf(name, sizeof name, "%s/tsrv-XXXXXX", access("build", W_OK) == 0 ? "build" : "/tmp");
-    CHECK(mkdtemp(name) != NULL);
-    return name;
-}
-
 TEST_STREAM(unix_clients_have_addresses_too)
 {
     int entered = 0;
     char path[100], address[120], client_path[100], text[600], expected[600];
-    struct sockaddr_un name;
     tsrv_address listener;
-    const char *directory = make_directory();
+    const char *directory = t_make_directory();
     site s = open_site(tell_options(&entered));
     snprintf(path, sizeof path, "%s/s", directory);
     snprintf(client_path, sizeof client_path, "%s/c", directory);
@@ -771,9 +663,7 @@ TEST_STREAM(unix_clients_have_addresses_too)
     int fd = socket(AF_UNIX, SOCK_STREAM, 0);
     CHECK(fd >= 0);
     t_prepare(fd);
-    memset(&name, 0, sizeof name);
-    name.sun_family = AF_UNIX;
-    memcpy(name.sun_path, client_path, strlen(client_path) + 1);
+    struct sockaddr_un name = t_unix_address(client_path);
     CHECK(bind(fd, (struct sockaddr *)&name, sizeof name) == 0);
     CHECK_INT(tsrv_server_address(s.server, 0, &listener), TSRV_OK);
     CHECK(connect(fd, (struct sockaddr *)listener.storage, listener.size) == 0);
@@ -803,7 +693,7 @@ TEST_STREAM(add_sockets_takes_over_listeners)
     int count = tsrv_bind_sockets(0, "127.0.0.1", NULL, sockets, 8);
     CHECK_INT(count, 1);
     /* A blocking one must not hold up the loop when there is nobody to accept. */
-    sockets[1] = raw_socket(SOCK_STREAM, true, &port);
+    sockets[1] = t_raw_socket(SOCK_STREAM, true, &port);
     CHECK((fcntl(sockets[1], F_GETFL) & O_NONBLOCK) == 0);
     CHECK_INT(tsrv_server_add_sockets(s.server, sockets, 2), TSRV_OK);
     CHECK((fcntl(sockets[1], F_GETFL) & O_NONBLOCK) != 0);
@@ -814,24 +704,23 @@ TEST_STREAM(add_sockets_takes_over_listeners)
     check_addresses(&s, &entered, 1, "127.0.0.1", "127.0.0.1");
     check_addresses(&s, &entered, 1, "127.0.0.1", "127.0.0.1");
     tsrv_server_stop(s.server);
-    CHECK(!is_open(sockets[0]) && !is_open(sockets[1]));
+    CHECK(!t_is_open(sockets[0]) && !t_is_open(sockets[1]));
     close_site(&s);
 }
 
 TEST_LOOP(add_sockets_refuses_what_does_not_listen_and_closes_all)
 {
     static const int expected[] = {TSRV_EINVAL, TSRV_EINVAL, TSRV_EINVAL, -EBADF};
-    static log_seen seen;
-    tsrv_set_log(see_log, &seen);
+    t_watch_log();
     for (int kind = 0; kind < 4; kind++) {
         int entered = 0, fds[3], other[2] = {-1, -1};
         tsrv_address address;
         site s = open_site(tell_options(&entered));
-        fds[0] = raw_socket(SOCK_STREAM, true, NULL);
-        fds[2] = raw_socket(SOCK_STREAM, true, NULL);
+        fds[0] = t_raw_socket(SOCK_STREAM, true, NULL);
+        fds[2] = t_raw_socket(SOCK_STREAM, true, NULL);
         switch (kind) {
-        case 0: fds[1] = raw_socket(SOCK_STREAM, false, NULL); break;
-        case 1: fds[1] = raw_socket(SOCK_DGRAM, false, NULL); break;
+        case 0: fds[1] = t_raw_socket(SOCK_STREAM, false, NULL); break;
+        case 1: fds[1] = t_raw_socket(SOCK_DGRAM, false, NULL); break;
         case 2:
             CHECK(pipe(other) == 0);
             fds[1] = other[0];
@@ -842,7 +731,7 @@ TEST_LOOP(add_sockets_refuses_what_does_not_listen_and_closes_all)
         }
         CHECK_INT(tsrv_server_add_sockets(s.server, fds, 3), expected[kind]);
         for (int i = 0; i < 3; i++) {
-            CHECK(!is_open(fds[i]));
+            CHECK(!t_is_open(fds[i]));
         }
         CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
         CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
@@ -863,7 +752,7 @@ static void reopen_closed(const char *name)
     }
     given_closes++;
     for (int i = 0; i < given_count; i++) {
-        if (!is_open(given[i])) {
+        if (!t_is_open(given[i])) {
             CHECK_INT(fcntl(2, F_DUPFD, given[i]), given[i]);
         }
     }
@@ -877,7 +766,7 @@ TEST_LOOP(add_sockets_refuses_the_same_one_twice_and_closes_it_once)
         tsrv_address address;
         site s = open_site(tell_options(&entered));
         for (int i = 0; i < 2; i++) {
-            sockets[i] = raw_socket(SOCK_STREAM, true, NULL);
+            sockets[i] = t_raw_socket(SOCK_STREAM, true, NULL);
         }
         for (given_count = 0; given_count < 3 && orders[row][given_count] >= 0; given_count++) {
             given[given_count] = sockets[orders[row][given_count]];
@@ -888,10 +777,8 @@ TEST_LOOP(add_sockets_refuses_the_same_one_twice_and_closes_it_once)
         t_seen = NULL;
         CHECK_INT(given_closes, row < 2 ? 1 : 2);
         CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_EINVAL);
-        for (int i = 0; i < 2; i++) {
-            t_close(sockets[i]);
-        }
-        CHECK(listen_locally(s.server) > 0);
+        t_close_all(sockets, 2);
+        CHECK(t_listen(s.server) > 0);
         check_addresses(&s, &entered, 0, "127.0.0.1", "127.0.0.1");
         close_site(&s);
     }
@@ -916,7 +803,7 @@ TEST_STREAM(add_stream_serves_a_socket_pair)
     tsrv_server_stats(s.server, &stats);
     CHECK_INT(stats.accepted, 1);
     CHECK_INT(stats.closed, 1);
-    CHECK(!is_open(fds[0]));
+    CHECK(!t_is_open(fds[0]));
     t_close(fds[1]);
     close_site(&s);
 }
@@ -929,7 +816,7 @@ TEST_STREAM(add_stream_knows_the_peers_address)
     struct sockaddr_in name;
     socklen_t size = sizeof name;
     site s = open_site(tell_options(&entered));
-    int listener = raw_socket(SOCK_STREAM, true, &port), fd = t_connect(port);
+    int listener = t_raw_socket(SOCK_STREAM, true, &port), fd = t_connect(port);
     CHECK_INT(tsrv_server_add_stream(s.server, accept(listener, NULL, NULL)), TSRV_OK);
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     CHECK_INT(entered, 1);
@@ -945,17 +832,16 @@ TEST_STREAM(add_stream_knows_the_peers_address)
 TEST_LOOP(add_stream_refuses_other_descriptors_and_closes_them)
 {
     int entered = 0, pipe_fds[2];
-    log_seen seen = {0};
     site s = open_site(echo_options(&entered));
-    tsrv_set_log(see_log, &seen);
+    t_watch_log();
     CHECK(pipe(pipe_fds) == 0);
     CHECK_INT(tsrv_server_add_stream(s.server, pipe_fds[0]), TSRV_EINVAL);
-    CHECK(!is_open(pipe_fds[0]));
+    CHECK(!t_is_open(pipe_fds[0]));
     CHECK_INT(tsrv_server_add_stream(s.server, pipe_fds[0]), -EBADF);
     CHECK_INT(tsrv_server_add_stream(s.server, -1), -EBADF);
-    int fd = raw_socket(SOCK_DGRAM, false, NULL);
+    int fd = t_raw_socket(SOCK_DGRAM, false, NULL);
     CHECK_INT(tsrv_server_add_stream(s.server, fd), TSRV_EINVAL);
-    CHECK(!is_open(fd));
+    CHECK(!t_is_open(fd));
     CHECK_INT(tsrv_loop_run(s.loop), TSRV_OK);
     CHECK_INT(entered, 0);
     t_close(pipe_fds[1]);
@@ -973,7 +859,7 @@ TEST_STREAM(stream_that_was_never_entered_has_no_on_close)
 {
     int calls = 0, fds[2];
     tsrv_server_options options = {0};
-    options.handle_stream = echo_lines;
+    options.handle_stream = enter_and_echo;
     options.on_close = count_close;
     options.context = &calls;
     site s = open_site(options);
@@ -981,7 +867,7 @@ TEST_STREAM(stream_that_was_never_entered_has_no_on_close)
     CHECK_INT(tsrv_server_add_stream(s.server, fds[0]), TSRV_OK);
     close_site(&s);
     CHECK_INT(calls, 0);
-    CHECK(!is_open(fds[0]));
+    CHECK(!t_is_open(fds[0]));
     t_close(fds[1]);
 }
 
@@ -1008,21 +894,16 @@ static void connect_twice(int port, void *context)
     (void)context;
     for (int i = 0; i < 2; i++) {
         int fd = t_connect(port);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_leave(fd);
     }
 }
 
 TEST_STREAM(accepted_sockets_are_set_up)
 {
     for (int i = 0; i < 4; i++) {
-        t_case c = {0};
-        c.options.nagle = (i & 1) != 0;
-        c.options.keep_alive = (i & 2) != 0;
-        c.handler = check_socket;
-        c.on_close = t_record_reason;
-        c.client = connect_twice;
-        c.context = &c.options;
+        t_case c = {.handler = check_socket, .on_close = t_record_reason, .client = connect_twice,
+                    .context = &c.options,
+                    .options = {.nagle = (i & 1) != 0, .keep_alive = (i & 2) != 0}};
         t_run(&c);
         CHECK_INT(t_record_count(), 2 * (i + 1));
         CHECK_INT(t_recorded(2 * i), TSRV_ECLOSED);
@@ -1089,13 +970,9 @@ static void echo_on_eight(int port, void *context)
     (void)context;
     for (int i = 0; i < 8; i++) {
         int fd = t_connect(port);
-        t_sends(fd, "one\ntwo\n");
-        t_expect(fd, "one\ntwo\n");
-        t_sends(fd, "three\n");
-        t_expect(fd, "three\n");
-        t_shut(fd);
-        t_expect_eof(fd);
-        t_close(fd);
+        t_echo(fd, "one\ntwo\n");
+        t_echo(fd, "three\n");
+        t_finish(fd);
     }
 }
 
@@ -1103,12 +980,8 @@ TEST_STREAM(data_is_zeroed_aligned_and_kept)
 {
     static size_t sizes[] = {0, 1, 7, 64, 5000};
     for (int i = 0; i < 5; i++) {
-        t_case c = {0};
-        c.handler = fill_data;
-        c.on_close = check_data;
-        c.client = echo_on_eight;
-        c.context = &sizes[i];
-        c.options.data_size = sizes[i];
+        t_case c = {.handler = fill_data, .on_close = check_data, .client = echo_on_eight,
+                    .context = &sizes[i], .options = {.data_size = sizes[i]}};
         t_run(&c);
         CHECK_INT(t_record_count(), 8 * (i + 1));
     }
@@ -1149,17 +1022,12 @@ static void switch_protocols(int port, void *context)
     t_expect(fd, "1hello\n1switch\n2hello;2again;");
     t_sends(fd, "\n;");
     t_expect(fd, "2\n;");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
 }
 
 TEST_STREAM(handler_can_be_exchanged)
 {
-    t_case c = {0};
-    c.handler = first_protocol;
-    c.on_close = t_record_reason;
-    c.client = switch_protocols;
+    t_case c = {.handler = first_protocol, .on_close = t_record_reason, .client = switch_protocols};
     t_run(&c);
     CHECK_INT(t_record_count(), 1);
     CHECK_INT(t_recorded(0), TSRV_EOF);
@@ -1167,15 +1035,10 @@ TEST_STREAM(handler_can_be_exchanged)
 
 /* ---- counting and walking -----------------------------------------------------------------*/
 
-static void copy_stats(void *context)
-{
-    tsrv_server_stats(t_server, (tsrv_stats *)context);
-}
-
 static bool two_are_left(void *context)
 {
     tsrv_stats *stats = (tsrv_stats *)context;
-    t_on_loop(copy_stats, stats);
+    *stats = server_stats();
     return stats->open == 2;
 }
 
@@ -1184,14 +1047,13 @@ static void count_things(int port, void *context)
     tsrv_stats stats;
     int fds[3];
     (void)context;
-    t_on_loop(copy_stats, &stats);
+    stats = server_stats();
     CHECK_INT(stats.accepted + stats.open + stats.closed + stats.bytes_in + stats.bytes_out, 0);
     for (int i = 0; i < 3; i++) {
         fds[i] = t_connect(port);
-        t_sends(fds[i], "hello\n");
-        t_expect(fds[i], "hello\n");
+        t_echo(fds[i], "hello\n");
     }
-    t_on_loop(copy_stats, &stats);
+    stats = server_stats();
     CHECK_INT(stats.accepted, 3);
     CHECK_INT(stats.open, 3);
     CHECK_INT(stats.closed, 0);
@@ -1210,11 +1072,8 @@ static void count_things(int port, void *context)
 TEST_STREAM(server_keeps_counters)
 {
     int entered = 0;
-    t_case c = {0};
-    c.handler = echo_lines;
-    c.client = count_things;
-    c.context = &entered;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = enter_and_echo, .client = count_things, .context = &entered,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
     CHECK_INT(entered, 3);
 }
@@ -1291,11 +1150,8 @@ static void be_walked(int port, void *context)
 
 TEST_STREAM(walk_over_open_streams)
 {
-    t_case c = {0};
-    c.handler = enter_and_read;
-    c.on_close = t_record_reason;
-    c.client = be_walked;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = enter_and_read, .on_close = t_record_reason, .client = be_walked,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
     for (int i = 0; i < WALKED; i++) {
         CHECK_INT(t_recorded(WALKED + i), TSRV_ECLOSED);
@@ -1311,25 +1167,19 @@ static void others_are_served(int port, void *context)
     t_sends(silent, "no end of line");
     for (int i = 0; i < 5; i++) {
         fds[i] = t_connect(port);
-        t_sends(fds[i], "line\n");
-        t_expect(fds[i], "line\n");
+        t_echo(fds[i], "line\n");
     }
     t_sends(silent, "\n");
     t_expect(silent, "no end of line\n");
-    for (int i = 0; i < 5; i++) {
-        t_close(fds[i]);
-    }
+    t_close_all(fds, 5);
     t_close(silent);
 }
 
 TEST_STREAM(waiting_handler_does_not_hold_up_accepting)
 {
     int entered = 0;
-    t_case c = {0};
-    c.handler = echo_lines;
-    c.client = others_are_served;
-    c.context = &entered;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = enter_and_echo, .client = others_are_served, .context = &entered,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
     CHECK_INT(entered, 6);
 }
@@ -1342,7 +1192,7 @@ static int echo_within_limit(tsrv_stream *stream, const tsrv_address *address, v
     int before = *(int *)context;
     tsrv_server_stats(tsrv_stream_server(stream), &stats);
     CHECK(stats.open <= LIMIT);
-    int rc = echo_lines(stream, address, context);
+    int rc = enter_and_echo(stream, address, context);
     if (*(int *)context > before) {
         t_record(1);
     }
@@ -1361,7 +1211,7 @@ static void crowd(int port, void *context)
     for (int i = 0; i < CROWD; i++) {
         t_expect(fds[i], "hi\n"); /* in the order of their connects */
         for (int turn = 0; turn < 3; turn++) {
-            t_on_loop(copy_stats, &stats);
+            stats = server_stats();
             CHECK(stats.open <= LIMIT);
         }
         CHECK(stats.accepted <= (uint64_t)(i > LIMIT ? i : LIMIT) + 1);
@@ -1380,21 +1230,10 @@ static void crowd(int port, void *context)
 TEST_STREAM(max_connections_pauses_and_resumes)
 {
     int entered = 0;
-    t_case c = {0};
-    c.handler = echo_within_limit;
-    c.client = crowd;
-    c.context = &entered;
-    c.options.max_connections = LIMIT;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = echo_within_limit, .client = crowd, .context = &entered,
+                .options = {.max_connections = LIMIT, .data_size = sizeof(int)}};
     t_run(&c);
     CHECK_INT(entered, CROWD);
-}
-
-static int64_t cpu_ms(void)
-{
-    struct timespec used;
-    CHECK(clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used) == 0);
-    return (int64_t)used.tv_sec * 1000 + used.tv_nsec / 1000000;
 }
 
 typedef struct shortage {
@@ -1467,11 +1306,10 @@ TEST_LOOP(running_out_of_descriptors_pauses_accepting)
     enum { CLIENTS = 10, SPARE = 3, MILLISECONDS = 1500 };
     static shortage few;
     int entered = 0, fds[CLIENTS];
-    log_seen seen = {0};
     tsrv_stats stats;
     site s = open_site(echo_options(&entered));
-    int port = listen_locally(s.server);
-    tsrv_set_log(see_log, &seen);
+    int port = t_listen(s.server);
+    t_watch_log();
     for (int i = 0; i < CLIENTS; i++) {
         fds[i] = t_connect(port);
     }
@@ -1481,8 +1319,8 @@ TEST_LOOP(running_out_of_descriptors_pauses_accepting)
     run_for(s.loop, MILLISECONDS);
     CHECK_INT(entered, SPARE);
     CHECK_NEAR_MS(cpu_ms() - cpu, 0, MILLISECONDS * 5 / 100);
-    CHECK(seen.lines >= 1);
-    CHECK(seen.lines <= 1 + (t_now_ms() - start) / 1000);
+    CHECK(t_log_lines >= 1);
+    CHECK(t_log_lines <= 1 + (t_now_ms() - start) / 1000);
     tsrv_server_stats(s.server, &stats);
     CHECK(stats.accept_pauses >= 1);
     CHECK_INT(stats.open, SPARE);
@@ -1624,7 +1462,7 @@ static void end_from(int place, int action)
     options.data_size = sizeof(end_data);
     options.close_timeout_ms = 10; /* the clients hold still */
     e.s = open_site(options);
-    int port = listen_locally(e.s.server);
+    int port = t_listen(e.s.server);
     CHECK(pipe(e.fds) == 0 && write(e.fds[1], "x", 1) == 1);
     CHECK_INT(tsrv_signal_start(e.s.loop, &e.signal_watch, SIGUSR1, act, &e), TSRV_OK);
     for (int i = 0; i < 2; i++) {
@@ -1700,7 +1538,7 @@ TEST_STREAM(freeing_outside_the_loop_returns_after_the_last_on_close)
     options.on_close = t_record_reason;
     options.data_size = sizeof(int);
     site s = open_site(options);
-    int port = listen_locally(s.server);
+    int port = t_listen(s.server);
     for (int i = 0; i < CLIENTS; i++) {
         fds[i] = t_connect(port);
     }
@@ -1737,13 +1575,13 @@ TEST_COROUTINE(freeing_the_server_waits_for_a_sleeping_handler)
     options.on_close = t_record_reason;
     options.context = &entered;
     site s = open_site(options);
-    int fd = t_connect(listen_locally(s.server));
+    int fd = t_connect(t_listen(s.server));
     t_turn_until(s.loop, &entered, 1);
     tsrv_server_free(s.server);
     CHECK_INT(t_record_count(), 2);
     CHECK_INT(t_recorded(0), 1);
     CHECK_INT(tsrv_loop_free(s.loop), TSRV_OK);
-    drain_and_close(fd);
+    t_drain_and_close(fd);
 }
 
 /* ---- ends from on_close -------------------------------------------------------------------
@@ -1774,33 +1612,22 @@ static void not_called(void *context)
     T_FAIL("a stopped timer fired");
 }
 
-static void ignore_call(void *context)
-{
-    (void)context;
-}
-
 static void ignore_event(int events, void *context)
 {
     (void)events, (void)context;
-}
-
-static void sleep_long(void *context)
-{
-    (void)context;
-    tsrv_sleep(3600000);
 }
 
 /* All that on_close can leave behind in the loop. */
 static void start_and_stop(deed_case *c)
 {
     tsrv_timer_stop(&c->armed);
-    CHECK_INT(tsrv_timer_start(c->loop, &c->late, 0, ignore_call, c), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(c->loop, &c->late, 0, nothing, c), TSRV_OK);
     CHECK_INT(tsrv_watch_start(c->loop, &c->watch, c->fds[0], TSRV_READABLE, ignore_event, c),
               TSRV_OK);
-    CHECK_INT(tsrv_signal_start(c->loop, &c->signal_watch, SIGUSR1, ignore_call, c), TSRV_OK);
-    CHECK_INT(tsrv_loop_post(c->loop, ignore_call, c), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(c->loop, &c->signal_watch, SIGUSR1, nothing, c), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(c->loop, nothing, c), TSRV_OK);
     CHECK_INT(tsrv_spawn(c->loop, sleep_long, c), TSRV_OK);
-    CHECK_INT(tsrv_spawn(c->loop, ignore_call, c), TSRV_OK);
+    CHECK_INT(tsrv_spawn(c->loop, nothing, c), TSRV_OK);
 }
 
 static void end_others(deed_case *c)
@@ -1853,7 +1680,6 @@ static int read_or_never_return(tsrv_stream *stream, const tsrv_address *address
 static void open_deed(deed_case *c)
 {
     tsrv_server_options options = {0};
-    int pair[2];
     c->loop = t_new_loop();
     options.mode = t_mode;
     options.handle_stream = read_or_never_return;
@@ -1865,11 +1691,9 @@ static void open_deed(deed_case *c)
     for (int i = 0; i < 4; i++) {
         if (i % 2 == 0) {
             CHECK_INT(tsrv_server_new(&c->servers[i / 2], &options), TSRV_OK);
-            listen_locally(c->servers[i / 2]);
+            t_listen(c->servers[i / 2]);
         }
-        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
-        c->clients[i] = pair[0];
-        CHECK_INT(tsrv_server_add_stream(c->servers[i / 2], pair[1]), TSRV_OK);
+        c->clients[i] = t_add_pair(c->servers[i / 2]);
     }
     CHECK(pipe(c->fds) == 0);
     CHECK_INT(tsrv_timer_start(c->loop, &c->armed, 3600000, not_called, c), TSRV_OK);
@@ -1919,11 +1743,8 @@ static void do_in_close(int occasion, int deed)
     tsrv_timer_stop(&c.late);
     tsrv_watch_stop(&c.watch);
     tsrv_signal_stop(&c.signal_watch);
-    for (int i = 0; i < 4; i++) {
-        t_close(c.clients[i]);
-    }
-    t_close(c.fds[0]);
-    t_close(c.fds[1]);
+    t_close_all(c.clients, 4);
+    t_close_all(c.fds, 2);
 }
 
 /* But a callback-mode handler always returns. */
@@ -1986,13 +1807,12 @@ static void count_turn_waits(const char *name)
 TEST_STREAM(child_that_frees_a_paused_server_leaves_the_parents_alone)
 {
     int entered = 0, status;
-    log_seen seen = {0};
     tsrv_stats stats;
     tsrv_server_options options = echo_options(&entered);
     options.max_connections = 1;
     site s = open_site(options);
-    tsrv_set_log(see_log, &seen);
-    int port = listen_locally(s.server), first = t_connect(port), second = t_connect(port);
+    t_watch_log();
+    int port = t_listen(s.server), first = t_connect(port), second = t_connect(port);
     do {
         CHECK(tsrv_loop_run_once(s.loop, 10) > 0);
         tsrv_server_stats(s.server, &stats);
@@ -2028,7 +1848,7 @@ TEST_STREAM(child_that_frees_a_paused_server_leaves_the_parents_alone)
     CHECK_INT(entered, 3);
     CHECK_INT(stats.accepted, 3);
     CHECK_INT(stats.accept_errors, 0);
-    CHECK_INT(seen.lines, 0);
+    CHECK_INT(t_log_lines, 0);
     t_close(first);
     t_close(second);
     t_close(third);
@@ -2042,18 +1862,6 @@ TEST_STREAM(child_that_frees_a_paused_server_leaves_the_parents_alone)
  * number; everything on it starts with that number, and comes back on it alone. */
 
 enum { STALE_CLIENTS = 60, STALE_ROUNDS = 20 };
-
-typedef struct gate {
-    int held[2], release[2];
-} gate;
-
-static void hold_loop(void *context)
-{
-    gate *g = (gate *)context;
-    char byte;
-    CHECK(write(g->held[1], "", 1) == 1);
-    CHECK(read(g->release[0], &byte, 1) == 1);
-}
 
 static int echo_own_number(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
@@ -2122,21 +1930,18 @@ static void change_clients(int port, void *context)
     static stale_client clients[STALE_CLIENTS];
     int count = t_hard ? 15 : STALE_CLIENTS;
     unsigned seed = 1;
-    char byte;
-    gate g;
+    hold h;
     (void)context;
-    CHECK(pipe(g.held) == 0 && pipe(g.release) == 0);
+    open_hold(&h);
     for (int i = 0; i < count; i++) {
         connect_stale(&clients[i], port);
     }
     for (int round = 0; round < STALE_ROUNDS; round++) {
-        CHECK_INT(tsrv_loop_post(t_loop, hold_loop, &g), TSRV_OK);
-        CHECK(read(g.held[0], &byte, 1) == 1);
+        hold_loop(&h);
         for (int i = 0; i < count; i++) {
-            seed = seed * 1664525u + 1013904223u;
-            change_stale(&clients[i], (seed >> 16) % 5, port);
+            change_stale(&clients[i], (next_random(&seed) >> 8) % 5, port);
         }
-        CHECK(write(g.release[1], "", 1) == 1);
+        release_loop(&h);
         for (int i = 0; i < count; i++) {
             send_stale(&clients[i], "released");
         }
@@ -2148,21 +1953,14 @@ static void change_clients(int port, void *context)
         }
     }
     for (int i = 0; i < count; i++) {
-        t_shut(clients[i].fd);
-        t_expect_eof(clients[i].fd);
-        t_close(clients[i].fd);
+        t_finish(clients[i].fd);
     }
-    for (int i = 0; i < 2; i++) {
-        t_close(g.held[i]);
-        t_close(g.release[i]);
-    }
+    close_hold(&h);
 }
 
 TEST_STREAM(descriptors_reused_in_a_batch_keep_connections_apart)
 {
-    t_case c = {0};
-    c.handler = echo_own_number;
-    c.client = change_clients;
-    c.options.data_size = sizeof(int);
+    t_case c = {.handler = echo_own_number, .client = change_clients,
+                .options = {.data_size = sizeof(int)}};
     t_run(&c);
 }

@@ -21,6 +21,9 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -28,6 +31,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -97,8 +101,15 @@ static inline void t_register(t_test *test)
 
 #define T_FAIL(...) (fprintf(stderr, "%s:%d: ", __FILE__, __LINE__), t_fail(__VA_ARGS__))
 
+int t_log_lines; /* since t_watch_log, of its level or above */
+int t_log_level;
+char t_log[1024]; /* the last of them */
+
 __attribute__((noreturn)) static inline void t_stop(void)
 {
+    if (t_log_lines > 0) {
+        fprintf(stderr, "    the last of %d lines of the log: %s\n", t_log_lines, t_log);
+    }
     fflush(stdout);
     _exit(1);
 }
@@ -203,12 +214,29 @@ static inline int t_scale(void)
     return scale > 1 ? scale : 1;
 }
 
-/* Milliseconds of a monotonic clock. */
-static inline int64_t t_now_ms(void)
+/* Microseconds of a monotonic clock. */
+static inline int64_t t_now_us(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+static inline int64_t t_now_ms(void)
+{
+    return t_now_us() / 1000;
+}
+
+/* How long somebody waits for what has to come. */
+static inline int t_patience_ms(void)
+{
+    return T_PATIENCE * 1000 * t_scale();
+}
+
+/* When it is over: for loops that must come to an end. */
+static inline int64_t t_patience(void)
+{
+    return t_now_ms() + t_patience_ms();
 }
 
 /* In a file of scripts, whose time is virtual elsewhere. */
@@ -222,7 +250,7 @@ static inline void t_use_real_time(void)
 /* Polls condition every millisecond. False: it did not become true in time. */
 static inline bool t_wait_until(bool (*condition)(void *), void *context)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     while (!condition(context)) {
         if (t_now_ms() > end) {
             return false;
@@ -324,11 +352,47 @@ static inline void t_prepare(int fd)
 #define T_NOSIGNAL 0
 #endif
 
+/* 127.0.0.1 */
+static inline struct sockaddr_in t_address(int port)
+{
+    struct sockaddr_in address;
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    address.sin_port = htons((uint16_t)port);
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    return address;
+}
+
+static inline struct sockaddr_un t_unix_address(const char *path)
+{
+    struct sockaddr_un address;
+    memset(&address, 0, sizeof address);
+    address.sun_family = AF_UNIX;
+    CHECK(strlen(path) < sizeof address.sun_path);
+    memcpy(address.sun_path, path, strlen(path));
+    return address;
+}
+
+/* A socket of 127.0.0.1 without the library, and behind the back of its seams. port may be NULL. */
+static inline int t_raw_socket(int type, bool listening, int *port)
+{
+    struct sockaddr_in address = t_address(0);
+    socklen_t size = sizeof address;
+    int fd = socket(AF_INET, type, 0);
+    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
+    CHECK(!listening || listen(fd, 16) == 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    if (port != NULL) {
+        *port = ntohs(address.sin_port);
+    }
+    return fd;
+}
+
 /* Connects to 127.0.0.1. Nagle is off, so that pieces sent apart can arrive apart. receive_room
  * is the socket's SO_RCVBUF in bytes, which counts only before the connection; 0: the system's. */
 static inline int t_connect_tcp(int port, int receive_room)
 {
-    struct sockaddr_in address;
+    struct sockaddr_in address = t_address(port);
     int fd = socket(AF_INET, SOCK_STREAM, 0), on = 1;
     struct pollfd connected = {fd, POLLOUT, 0};
     CHECK(fd >= 0);
@@ -336,17 +400,13 @@ static inline int t_connect_tcp(int port, int receive_room)
     if (receive_room > 0) {
         CHECK(setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive_room, sizeof receive_room) == 0);
     }
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     /* Not by a connect that blocks: it would report, and so take away, the reset of a server that
      * was quicker than this thread. */
     CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
     if (connect(fd, (struct sockaddr *)&address, sizeof address) != 0 && errno != EINPROGRESS) {
         T_FAIL("connect to port %d: %s", port, strerror(errno));
     }
-    if (poll(&connected, 1, T_PATIENCE * 1000 * t_scale()) != 1) {
+    if (poll(&connected, 1, t_patience_ms()) != 1) {
         T_FAIL("connect to port %d: no answer", port);
     }
     CHECK(fcntl(fd, F_SETFL, 0) == 0);
@@ -360,16 +420,8 @@ static inline int t_connect_tcp(int port, int receive_room)
 /* Over a relay; see there. */
 static inline int t_connect_with_room(int port, int receive_room)
 {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int listener = socket(AF_INET, SOCK_STREAM, 0), on = 1, secret = t_connect_tcp(port, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&address, size) == 0);
-    CHECK(listen(listener, 1) == 0);
-    CHECK(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
-    int fd = t_connect_tcp(ntohs(address.sin_port), receive_room);
+    int on = 1, secret = t_connect_tcp(port, 0), relay_port;
+    int listener = t_raw_socket(SOCK_STREAM, true, &relay_port), fd = t_connect_tcp(relay_port, receive_room);
     int plain = accept(listener, NULL, NULL);
     CHECK(plain >= 0);
     CHECK(setsockopt(plain, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on) == 0);
@@ -452,6 +504,16 @@ static inline void t_expect_eof(int fd)
     CHECK_MEM(&byte, received, "", 0);
 }
 
+/* Nothing has come, and no end. Says something once the server is known to have had its turn. */
+static inline void t_expect_silence(int fd)
+{
+    char byte;
+    ssize_t n = recv(fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK);
+    if (n >= 0 || errno != EAGAIN) {
+        T_FAIL("client: %s", n > 0 ? "a byte came" : n == 0 ? "the end came" : strerror(errno));
+    }
+}
+
 /* Drops what comes before the reset. */
 static inline void t_expect_reset(int fd)
 {
@@ -478,12 +540,8 @@ static inline void t_close(int fd)
 /* Does nobody listen there? */
 static inline bool t_is_refused(int port)
 {
-    struct sockaddr_in address;
+    struct sockaddr_in address = t_address(port);
     int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     CHECK(fd >= 0);
     bool refused = connect(fd, (struct sockaddr *)&address, sizeof address) != 0 &&
                    errno == ECONNREFUSED;
@@ -498,19 +556,135 @@ static inline void t_reset(int fd)
     t_close(fd);
 }
 
-/* A port of 127.0.0.1 that is free now; asked for behind the back of the library's seams. */
+/* Expects the server's end, and goes. */
+static inline void t_leave(int fd)
+{
+    t_expect_eof(fd);
+    t_close(fd);
+}
+
+/* Ends its own side first. */
+static inline void t_finish(int fd)
+{
+    t_shut(fd);
+    t_leave(fd);
+}
+
+/* With a server that echoes. */
+static inline void t_echo(int fd, const char *text)
+{
+    t_sends(fd, text);
+    t_expect(fd, text);
+}
+
+/* Reads until the end, be it a FIN or a reset. */
+static inline void t_drain_and_close(int fd)
+{
+    char buffer[4096];
+    ssize_t n;
+    while ((n = recv(fd, buffer, sizeof buffer, 0)) > 0) {
+    }
+    CHECK(n == 0 || errno == ECONNRESET);
+    t_close(fd);
+}
+
+/* A port of 127.0.0.1 that is free now. */
 static inline int t_free_port(void)
 {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(fd >= 0 && bind(fd, (struct sockaddr *)&address, size) == 0);
-    CHECK(getsockname(fd, (struct sockaddr *)&address, &size) == 0);
+    int port, fd = t_raw_socket(SOCK_STREAM, false, &port);
     t_close(fd);
-    return ntohs(address.sin_port);
+    return port;
+}
+
+/* For clients that do not use T_NOSIGNAL, and to see that the library raises none. */
+static inline void t_block_sigpipe(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
+}
+
+/* How often the text has that part in it. */
+static inline int t_count(const char *text, const char *part)
+{
+    int count = 0;
+    for (const char *at = strstr(text, part); at != NULL; at = strstr(at + 1, part)) {
+        count++;
+    }
+    return count;
+}
+
+/* Reads a line without its newline, of a pipe too. False: there are no more. */
+static inline bool t_read_line(int fd, char *line, size_t capacity)
+{
+    size_t used = 0;
+    for (;;) {
+        struct pollfd ready = {fd, POLLIN, 0};
+        if (poll(&ready, 1, t_patience_ms()) != 1) {
+            T_FAIL("no line comes, but \"%.*s\"", (int)used, line);
+        }
+        CHECK(used + 1 < capacity);
+        ssize_t n = read(fd, line + used, 1);
+        CHECK(n >= 0);
+        if (n == 0 || line[used] == '\n') {
+            line[used] = 0;
+            return n > 0;
+        }
+        used++;
+    }
+}
+
+#ifdef __linux__
+/* As a container with one processor. */
+static inline void t_use_one_processor(void)
+{
+    cpu_set_t set, one;
+    size_t cpu = 0;
+    CHECK(sched_getaffinity(0, sizeof set, &set) == 0);
+    while (!CPU_ISSET(cpu, &set)) {
+        cpu++;
+    }
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+}
+#endif
+
+/* A directory of its own, below build/ where there is one. */
+static inline char *t_make_directory(void)
+{
+    static char name[64];
+    snprintf(name, sizeof name, "%s/tsrv-XXXXXX", access("build", W_OK) == 0 ? "build" : "/tmp");
+    CHECK(mkdtemp(name) != NULL);
+    return name;
+}
+
+static inline bool t_is_open(int fd)
+{
+    return fcntl(fd, F_GETFD) != -1;
+}
+
+static inline void t_close_all(const int *fds, int count)
+{
+    for (int i = 0; i < count; i++) {
+        t_close(fds[i]);
+    }
+}
+
+/* Has the machine ::1? */
+static inline bool t_has_ipv6(void)
+{
+    struct sockaddr_in6 address;
+    int fd = socket(AF_INET6, SOCK_STREAM, 0);
+    memset(&address, 0, sizeof address);
+    address.sin6_family = AF_INET6;
+    address.sin6_addr.s6_addr[15] = 1;
+    bool has = fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) == 0;
+    if (fd >= 0) {
+        t_close(fd);
+    }
+    return has;
 }
 
 static inline int t_socket_option(int fd, int level, int name)
@@ -531,9 +705,60 @@ static inline void t_record_reason(tsrv_stream *stream, int reason, void *contex
     t_record(reason);
 }
 
+/* For tsrv_loop_post, tsrv_spawn and timers; its context is the number. */
+static inline void t_record_call(void *context)
+{
+    t_record(*(int *)context);
+}
+
 static inline void t_no_log(int level, const char *message, void *context)
 {
     (void)level, (void)message, (void)context;
+}
+
+static inline void t_see_log(int level, const char *message, void *context)
+{
+    (void)context;
+    if (level <= t_log_level) {
+        pthread_mutex_lock(&t_record_mutex); /* any thread may log */
+        snprintf(t_log, sizeof t_log, "%s", message);
+        pthread_mutex_unlock(&t_record_mutex);
+        __atomic_add_fetch(&t_log_lines, 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* level is the least one that counts. */
+static inline void t_watch_log_of(int level)
+{
+    t_log_level = level;
+    t_log_lines = 0;
+    t_log[0] = 0;
+    tsrv_set_log(t_see_log, NULL);
+}
+
+/* Without what is merely INFO. */
+static inline void t_watch_log(void)
+{
+    t_watch_log_of(TSRV_LOG_WARNING);
+}
+
+static inline void t_see_info(int level, const char *message, void *context)
+{
+    CHECK_INT(level, TSRV_LOG_INFO);
+    t_see_log(level, message, context);
+}
+
+/* No line may be worse than INFO. */
+static inline void t_watch_info(void)
+{
+    t_watch_log_of(TSRV_LOG_INFO);
+    tsrv_set_log(t_see_info, NULL);
+}
+
+/* t_log_lines, for other threads than the loop's. */
+static inline int t_logged(void)
+{
+    return __atomic_load_n(&t_log_lines, __ATOMIC_ACQUIRE);
 }
 
 /* A tsrv_callback; its context is the loop. */
@@ -557,7 +782,7 @@ static inline tsrv_loop *t_new_loop(void)
 /* Turns until *counter has reached value. */
 static inline void t_turn_until(tsrv_loop *loop, const int *counter, int value)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     while (*counter < value) {
         CHECK(tsrv_loop_run_once(loop, 10) >= 0);
         CHECK(t_now_ms() < end);
@@ -567,7 +792,7 @@ static inline void t_turn_until(tsrv_loop *loop, const int *counter, int value)
 /* Turns until the client fd has received text. */
 static inline void t_turn_until_text(tsrv_loop *loop, int fd, const char *text)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     size_t size = strlen(text), received = 0;
     char buffer[256];
     CHECK(size <= sizeof buffer);
@@ -584,6 +809,31 @@ static inline void t_turn_until_text(tsrv_loop *loop, int fd, const char *text)
 #ifdef T_MEMORY
 #include "transport.h"
 #endif
+
+/* The port of the index-th listener. */
+static inline int t_port(tsrv_server *server, int index)
+{
+    tsrv_address address;
+    CHECK_INT(tsrv_server_address(server, index, &address), TSRV_OK);
+    return tsrv_address_port(&address);
+}
+
+/* Returns the port. */
+static inline int t_listen(tsrv_server *server)
+{
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    return t_port(server, 0);
+}
+
+/* The client's end of a pair of unix sockets, whose other end the server gets. */
+static inline int t_add_pair(tsrv_server *server)
+{
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    t_prepare(pair[0]);
+    CHECK_INT(tsrv_server_add_stream(server, pair[1]), TSRV_OK);
+    return pair[0];
+}
 
 /* ---- the fixture --------------------------------------------------------------------------*/
 
@@ -621,7 +871,6 @@ static inline void t_run(t_case *c)
     tsrv_loop_options loop_options = {t_backend};
     tsrv_server_options options = c->options;
     t_client client = {c, 0, false};
-    tsrv_address address;
     tsrv_stats stats;
     pthread_t thread;
 
@@ -636,9 +885,7 @@ static inline void t_run(t_case *c)
         options.read_chunk_size = 1;
     }
     CHECK_INT(tsrv_server_new(&t_server, &options), TSRV_OK);
-    CHECK_INT(tsrv_server_listen(t_server, 0, "127.0.0.1", NULL), TSRV_OK);
-    CHECK_INT(tsrv_server_address(t_server, 0, &address), TSRV_OK);
-    client.port = tsrv_address_port(&address);
+    client.port = t_listen(t_server);
     CHECK_INT(pthread_create(&thread, NULL, t_client_thread, &client), 0);
     do {
         int rc = tsrv_loop_run_once(t_loop, TSRV_NEVER);

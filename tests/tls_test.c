@@ -5,6 +5,8 @@
 #define TSRV_TLS_OPENSSL
 #include "test.h"
 
+#include "handlers.h"
+
 #include <malloc.h>
 #include <openssl/ec.h>
 #include <openssl/err.h>
@@ -175,7 +177,7 @@ static void remove_files(void)
         "expired.pem", "late.pem", "self.pem", "foreign.pem", "purpose.pem", "garbage.pem", "reload.pem",
         "big"};
     if (getpid() == folder_owner) {
-        for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        for (size_t i = 0; i < COUNT(names); i++) {
             unlink(path(names[i]));
         }
         rmdir(folder);
@@ -189,30 +191,6 @@ __attribute__((constructor)) static void set_up(void)
     folder_owner = getpid();
     CHECK(atexit(remove_files) == 0);
     make_files();
-}
-
-/* ---- the log ------------------------------------------------------------------------------*/
-
-static int log_lines; /* atomic */
-static char log_text[1024];
-
-static void see_log(int level, const char *message, void *context)
-{
-    (void)level, (void)context;
-    snprintf(log_text, sizeof log_text, "%s", message);
-    __atomic_add_fetch(&log_lines, 1, __ATOMIC_ACQ_REL);
-}
-
-static void watch_log(void)
-{
-    __atomic_store_n(&log_lines, 0, __ATOMIC_RELEASE);
-    log_text[0] = 0;
-    tsrv_set_log(see_log, NULL);
-}
-
-static int logged(void)
-{
-    return __atomic_load_n(&log_lines, __ATOMIC_ACQUIRE);
 }
 
 /* ---- servers ------------------------------------------------------------------------------*/
@@ -246,33 +224,15 @@ static void run_tls(t_case *c, const tsrv_tls_options *options)
     server_tls = NULL;
 }
 
-static int echo(tsrv_stream *stream, const tsrv_address *address, void *context)
-{
-    tsrv_slice some;
-    int rc;
-    (void)address, (void)context;
-    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
-        tsrv_write(stream, some.data, some.size);
-    }
-    return rc;
-}
-
 static void serve_echo(void (*client)(int, void *), const tsrv_tls_options *options)
 {
-    t_case c = {echo, t_record_reason, client, NULL, {0}};
+    t_case c = {echo_bytes, t_record_reason, client, NULL, {0}};
     run_tls(&c, options);
-}
-
-static void load_stats(void *context)
-{
-    tsrv_server_stats(t_server, (tsrv_stats *)context);
 }
 
 static uint64_t handshakes_failed(void)
 {
-    tsrv_stats stats;
-    t_on_loop(load_stats, &stats);
-    return stats.handshakes_failed;
+    return server_stats().handshakes_failed;
 }
 
 /* ---- clients: blocking, of OpenSSL --------------------------------------------------------*/
@@ -290,15 +250,6 @@ typedef struct dial {
 
 static const dial usual, tls_1_2 = {.version = TLS1_2_VERSION},
                   tls_1_3 = {.version = TLS1_3_VERSION};
-
-/* Only the library promises that it raises no SIGPIPE; OpenSSL's sockets do. */
-static void block_sigpipe(void)
-{
-    sigset_t pipe;
-    sigemptyset(&pipe);
-    sigaddset(&pipe, SIGPIPE);
-    CHECK(pthread_sigmask(SIG_BLOCK, &pipe, NULL) == 0);
-}
 
 static SSL_CTX *dial_context(const dial *how)
 {
@@ -330,7 +281,7 @@ static SSL *dial_ssl(const dial *how)
     const char *name = how->server_name != NULL ? how->server_name : "localhost";
     SSL_CTX *context = dial_context(how);
     SSL *ssl = SSL_new(context);
-    block_sigpipe();
+    t_block_sigpipe(); /* only the library promises that it raises none */
     ERR_clear_error();
     CHECK(ssl != NULL);
     SSL_CTX_free(context);
@@ -547,7 +498,7 @@ static void pump(SSL *ssl, uint64_t size, bool finish)
                 T_FAIL("the end came after %llu of %llu bytes", (unsigned long long)got,
                        (unsigned long long)size);
             }
-            CHECK(poll(&ready, 1, T_PATIENCE * 1000 * t_scale()) == 1);
+            CHECK(poll(&ready, 1, t_patience_ms()) == 1);
         }
     }
     CHECK(fcntl(fd, F_SETFL, 0) == 0);
@@ -558,11 +509,11 @@ static void pump(SSL *ssl, uint64_t size, bool finish)
 static void expect_refused(const tsrv_tls_options *options, int code, const char *word)
 {
     tsrv_tls *tls = (tsrv_tls *)(void *)folder;
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     CHECK_INT(tsrv_tls_new(&tls, options), code);
     CHECK(tls == NULL);
-    if (logged() != 1 || strstr(log_text, word) == NULL) {
-        T_FAIL("%d log lines, the last is \"%s\", without \"%s\"", logged(), log_text, word);
+    if (t_logged() != 1 || strstr(t_log, word) == NULL) {
+        T_FAIL("%d log lines, the last is \"%s\", without \"%s\"", t_logged(), t_log, word);
     }
 }
 
@@ -603,10 +554,10 @@ TEST_ONCE(test_context_expired)
 {
     tsrv_tls_options options = server_options();
     options.cert_file = path("expired.pem");
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     tsrv_tls_free(make_tls(&options));
-    CHECK_INT(logged(), 1);
-    CHECK(strstr(log_text, "/expired.pem: the certificate has expired") != NULL);
+    CHECK_INT(t_logged(), 1);
+    CHECK(strstr(t_log, "/expired.pem: the certificate has expired") != NULL);
 }
 
 /* Whoever prompts gets the passphrase, from standard input. */
@@ -696,14 +647,14 @@ TEST_ONCE(test_context_min_version)
 
 TEST_ONCE(test_server_without_certificate)
 {
-    tsrv_tls_options nothing;
+    tsrv_tls_options empty;
     tsrv_server_options options;
     tsrv_server *server = (tsrv_server *)(void *)folder;
-    memset(&nothing, 0, sizeof nothing);
+    memset(&empty, 0, sizeof empty);
     memset(&options, 0, sizeof options);
-    options.handle_stream = echo;
-    options.tls = make_tls(&nothing);
-    watch_log();
+    options.handle_stream = echo_bytes;
+    options.tls = make_tls(&empty);
+    t_watch_log_of(TSRV_LOG_INFO);
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
     CHECK(server == NULL);
     tsrv_tls_free(options.tls);
@@ -732,7 +683,7 @@ TEST_ONCE(test_context_copies_strings)
     options.certificate_count = 1;
     tsrv_tls *tls = make_tls(&options);
     char *all[] = {cert, key, ca, alpn, name, other, ciphers};
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
+    for (size_t i = 0; i < COUNT(all); i++) {
         memset(all[i], '?', strlen(all[i]));
         free(all[i]);
     }
@@ -741,7 +692,7 @@ TEST_ONCE(test_context_copies_strings)
     tsrv_tls_free(tls);
 }
 
-/* ---- 2: echo, the order of things, getters ------------------------------------------------*/
+/* ---- 2: echo_bytes, the order of things, getters ------------------------------------------------*/
 
 static void echo_client(int port, const dial *how, const char *version)
 {
@@ -798,7 +749,7 @@ static int wait_then_echo(tsrv_stream *stream, const tsrv_address *address, void
     CHECK(tsrv_tls_version(stream)[0] == 'T');
     note_once(stream, SHAKEN);
     CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_OK); /* ..._already_connected */
-    return echo(stream, address, context);
+    return echo_bytes(stream, address, context);
 }
 
 static void slow_client(int port, void *context)
@@ -905,14 +856,7 @@ static int greet(tsrv_stream *stream, const tsrv_address *address, void *context
         CHECK_INT(tsrv_unsent_size(stream), 8);
         note_once(stream, ENTERED);
     }
-    return echo(stream, address, context);
-}
-
-static int64_t cpu_ms(void)
-{
-    struct timespec used;
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &used);
-    return (int64_t)used.tv_sec * 1000 + used.tv_nsec / 1000000;
+    return echo_bytes(stream, address, context);
 }
 
 static void silent_client(int port, void *context)
@@ -1041,7 +985,7 @@ static int look_and_echo(tsrv_stream *stream, const tsrv_address *address, void 
         return rc;
     }
     look(stream, 1, context);
-    return echo(stream, address, context);
+    return echo_bytes(stream, address, context);
 }
 
 /* One connection, and what its stream's getters said at its end. */
@@ -1110,17 +1054,9 @@ static int plain_getters(tsrv_stream *stream, const tsrv_address *address, void 
     return TSRV_OK;
 }
 
-static void eof_client(int port, void *context)
-{
-    (void)context;
-    int fd = t_connect(port);
-    t_expect_eof(fd);
-    t_close(fd);
-}
-
 TEST_STREAM(test_getters_of_plain_stream)
 {
-    t_case c = {plain_getters, NULL, eof_client, NULL, {0}};
+    t_case c = {plain_getters, NULL, expect_end, NULL, {0}};
     t_run(&c);
 }
 
@@ -1137,14 +1073,14 @@ static void alpn_client(int port, void *context)
     how.alpn = NULL;
     look_once(port, &how);
     CHECK_STR(seen.alpn, "");
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     how.alpn = "\004spdy\001h";
     for (int i = 0; i < 2; i++) {
         CHECK_INT(dial_refused(dial_start(port, &how)), SSL_AD_NO_APPLICATION_PROTOCOL);
         how.version = TLS1_3_VERSION;
     }
     CHECK_INT(handshakes_failed(), 2);
-    CHECK_INT(logged(), 2);
+    CHECK_INT(t_logged(), 2);
 }
 
 TEST_STREAM(test_alpn)
@@ -1339,11 +1275,11 @@ static void garbage_client(int port, void *context)
                {noise, 1000}, {noise, sizeof noise}};
     fill(noise, sizeof noise, 12345);
     SSL *served = dial_open(port, &usual);
-    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) {
-        watch_log();
+    for (size_t i = 0; i < COUNT(all); i++) {
+        t_watch_log_of(TSRV_LOG_INFO);
         CHECK_INT(send_instead(port, all[i].data, all[i].size), TSRV_ETLS);
-        CHECK_INT(logged(), 1);
-        CHECK(strstr(log_text, "127.0.0.1:") != NULL);
+        CHECK_INT(t_logged(), 1);
+        CHECK(strstr(t_log, "127.0.0.1:") != NULL);
         CHECK_INT(handshakes_failed(), i + 1);
         dial_echo(served, "still here");
     }
@@ -1363,7 +1299,7 @@ static void half_hello_client(int port, void *context)
     size_t size = record_hello(hello, sizeof hello);
     (void)context;
     SSL *served = dial_open(port, &usual);
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     for (int i = 0; i < 3; i++) {
         int count = t_record_count(), fd = t_connect(port);
         int64_t begin = t_now_ms();
@@ -1375,7 +1311,7 @@ static void half_hello_client(int port, void *context)
         t_close(fd);
         dial_echo(served, "still here");
     }
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
     dial_finish(served);
 }
 
@@ -1461,7 +1397,7 @@ static void gone_client(int port, void *context)
     size_t size = record_hello(hello, sizeof hello);
     uint64_t failed = 0;
     (void)context;
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     for (size_t cut = 0; cut < size; cut += 20) {
         for (int reset = 0; reset < 2; reset++) {
             int count = t_record_count(), fd = t_connect(port);
@@ -1475,7 +1411,7 @@ static void gone_client(int port, void *context)
         }
     }
     CHECK_INT(handshakes_failed(), failed);
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
 }
 
 TEST_STREAM(test_handshake_client_gone_while_handler_reads)
@@ -1496,7 +1432,7 @@ static void gone_later_client(int port, void *context)
     unsigned char hello[2048], answer[64];
     size_t size = record_hello(hello, sizeof hello);
     (void)context;
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     for (int how = 0; how < 3; how++) {
         int count = t_record_count(), fd = t_connect(port);
         t_send(fd, hello, size);
@@ -1510,7 +1446,7 @@ static void gone_later_client(int port, void *context)
         }
     }
     CHECK_INT(handshakes_failed(), 3);
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
 }
 
 TEST_STREAM(test_handshake_client_gone_after_hello)
@@ -1553,7 +1489,7 @@ static int note_handshake(tsrv_stream *stream, const tsrv_address *address, void
         return rc;
     }
     note_once(stream, SHAKEN);
-    return echo(stream, address, context);
+    return echo_bytes(stream, address, context);
 }
 
 TEST_STREAM(test_handshake_byte_by_byte)
@@ -1568,7 +1504,7 @@ static void distrusting_client(int port, void *context)
 {
     dial how = {.server_name = "unknown.test"};
     (void)context;
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
         how.version = version;
         int count = t_record_count();
@@ -1578,7 +1514,7 @@ static void distrusting_client(int port, void *context)
         CHECK_INT(t_recorded(count), TSRV_ETLS);
         dial_free(ssl);
     }
-    CHECK_INT(logged(), 2);
+    CHECK_INT(t_logged(), 2);
     CHECK_INT(handshakes_failed(), 2);
 }
 
@@ -1642,7 +1578,7 @@ static int tell_end(tsrv_stream *stream, const tsrv_address *address, void *cont
 static void truncating_client(int port, void *context)
 {
     (void)context;
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     for (int i = 0; i < 4; i++) {
         bool clean = i & 1;
         SSL *ssl = dial_open(port, i < 2 ? &tls_1_2 : &tls_1_3);
@@ -1658,7 +1594,7 @@ static void truncating_client(int port, void *context)
         CHECK_INT(t_recorded(2 * i), clean ? TSRV_OK : TSRV_ETLS);
         CHECK_INT(t_recorded(2 * i + 1), clean ? TSRV_OK : TSRV_ETLS);
     }
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
     CHECK_INT(handshakes_failed(), 0);
 }
 
@@ -1782,7 +1718,7 @@ static void forge(int port, const dial *how, bool behind)
     SSL *ssl = dial_open(port, how);
     int count = t_record_count();
     dial_echo(ssl, "x");
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     size_t size = behind ? dial_seal(ssl, "y", 1, records, 100) : 0;
     memcpy(records + size, forged, sizeof forged);
     t_send(SSL_get_fd(ssl), records, size + sizeof forged);
@@ -1791,8 +1727,8 @@ static void forge(int port, const dial *how, bool behind)
     t_shut(SSL_get_fd(ssl)); /* the server waits for this, so that the alert is not lost */
     t_wait_records(count + 1);
     CHECK_INT(t_recorded(count), TSRV_ETLS);
-    CHECK_INT(logged(), 1);
-    CHECK(strstr(log_text, "127.0.0.1:") != NULL);
+    CHECK_INT(t_logged(), 1);
+    CHECK(strstr(t_log, "127.0.0.1:") != NULL);
     CHECK_INT(handshakes_failed(), 0);
     dial_free(ssl);
 }
@@ -1819,7 +1755,7 @@ static void forging_and_sending_client(int port, void *context)
 
 static int echo_and_record(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    int rc = echo(stream, address, context);
+    int rc = echo_bytes(stream, address, context);
     if (rc != TSRV_EAGAIN) {
         t_record(rc);
     }
@@ -1894,8 +1830,7 @@ static int output_and_more(tsrv_stream *stream, const tsrv_address *address, voi
         if ((rc = tsrv_read_until(stream, "\n", 0, &line)) < 0) {
             return rc;
         }
-        int small = 16384;
-        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &small, sizeof small) == 0);
+        limit_output(stream);
         note_once(stream, ENTERED);
         rc = how == IN_WRITE ? tsrv_write(stream, big_answer, ANSWER)
                              : tsrv_try_write(stream, big_answer, ANSWER);
@@ -1924,7 +1859,7 @@ static void forging_and_taking_client(int port, void *context)
         SSL *ssl = dial_open(port, &how);
         dial_sends(ssl, "go\n");
         t_wait_records(count + 1);
-        watch_log();
+        t_watch_log_of(TSRV_LOG_INFO);
         t_send(SSL_get_fd(ssl), forged, sizeof forged);
         t_shut(SSL_get_fd(ssl));
         size_t got = dial_recv(ssl, buffer, sizeof buffer, &kind);
@@ -1934,7 +1869,7 @@ static void forging_and_taking_client(int port, void *context)
         CHECK_INT(t_recorded(count + 1), TSRV_ETLS);
         CHECK_INT(kind, SSL_ERROR_SSL);
         CHECK_INT(ERR_GET_REASON(ERR_peek_error()), SSL_AD_REASON_OFFSET + SSL_AD_BAD_RECORD_MAC);
-        CHECK_INT(logged(), 1);
+        CHECK_INT(t_logged(), 1);
         dial_free(ssl);
     }
 }
@@ -1985,7 +1920,7 @@ static void trickled_record_client(int port, void *context)
 
 TEST_SOFT(test_idle_timeout_and_slow_record)
 {
-    t_case c = {echo, t_record_reason, trickled_record_client, NULL, {0}};
+    t_case c = {echo_bytes, t_record_reason, trickled_record_client, NULL, {0}};
     c.options.idle_timeout_ms = 1000;
     run_tls(&c, NULL);
 }
@@ -2118,7 +2053,7 @@ TEST_STREAM(test_abort)
 static void resetting_client(int port, void *context)
 {
     (void)context;
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     SSL *ssl = dial_open(port, &usual);
     dial_echo(ssl, "hello");
     struct linger now = {1, 0};
@@ -2127,7 +2062,7 @@ static void resetting_client(int port, void *context)
     t_wait_records(1);
     CHECK_INT(t_recorded(0), -ECONNRESET);
     CHECK_INT(__atomic_load_n(&last_code, __ATOMIC_ACQUIRE), -ECONNRESET);
-    CHECK_INT(logged(), 0);
+    CHECK_INT(t_logged(), 0);
 }
 
 TEST_STREAM(test_reset_by_peer)
@@ -2508,11 +2443,11 @@ static void update_client(int port, void *context)
             break; /* refused, or no more is taken */
         }
     }
-    t_on_loop(load_stats, &stats);
+    stats = server_stats();
     if (stats.open == 1) {
         size_t unsent = 0;
         for (int i = 0; i < 20; i++) {
-            t_on_loop(load_stats, &stats);
+            stats = server_stats();
             unsent = stats.open == 1 ? tsrv_unsent_size(tsrv_server_next(t_server, NULL)) : 0;
             poll(NULL, 0, 5);
         }
@@ -2524,7 +2459,7 @@ static void update_client(int port, void *context)
 
 TEST_SOFT(test_key_update_flood)
 {
-    t_case c = {echo, t_record_reason, update_client, NULL, {0}};
+    t_case c = {echo_bytes, t_record_reason, update_client, NULL, {0}};
     c.options.max_write_buffer_size = 300000;
     run_tls(&c, NULL);
 }
@@ -2750,7 +2685,7 @@ static void injecting_client(int port, void *context)
     char buffer[256];
     (void)context;
     int fd = mail_dialogue(port);
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     t_sends(fd, "STARTTLS\r\nMAIL evil\r\n");
     size_t size = 0;
     ssize_t n;
@@ -2768,18 +2703,18 @@ static void injecting_client(int port, void *context)
     } else {
         CHECK_INT(t_recorded(0), 100 - TSRV_ETLS);
         CHECK_STR(buffer, "220 go ahead\r\n");
-        CHECK(strstr(log_text, "STARTTLS injection") != NULL);
+        CHECK(strstr(t_log, "STARTTLS injection") != NULL);
     }
-    CHECK_INT(logged(), 1);
-    CHECK(strstr(log_text, "TLS with 127.0.0.1:") == log_text);
+    CHECK_INT(t_logged(), 1);
+    CHECK(strstr(t_log, "TLS with 127.0.0.1:") == t_log);
 }
 
 TEST_STREAM(test_start_tls_with_input)
 {
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     run_mail(injecting_client);
-    CHECK_INT(logged(), 1);
-    CHECK(t_hard || strstr(log_text, "injection") != NULL);
+    CHECK_INT(t_logged(), 1);
+    CHECK(t_hard || strstr(t_log, "injection") != NULL);
 }
 
 /* What was written before is sent as it is, however much it is, and files too. */
@@ -2798,7 +2733,7 @@ static int much_then_tls(tsrv_stream *stream, const tsrv_address *address, void 
         CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_OK);
         CHECK_INT(tsrv_write(stream, "secret", 6), TSRV_OK);
     }
-    return echo(stream, address, context);
+    return echo_bytes(stream, address, context);
 }
 
 static void much_client(int port, void *context)
@@ -2953,11 +2888,11 @@ TEST_STREAM(test_start_tls_while_read_waits)
 /* Bad arguments, and a stream that is over. */
 static int start_badly(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    tsrv_tls *nothing = make_tls(NULL);
+    tsrv_tls *empty = make_tls(NULL);
     (void)address, (void)context;
     CHECK_INT(tsrv_start_tls(stream, NULL, NULL), TSRV_EINVAL);
-    CHECK_INT(tsrv_start_tls(stream, nothing, NULL), TSRV_EINVAL); /* has no certificate */
-    tsrv_tls_free(nothing);
+    CHECK_INT(tsrv_start_tls(stream, empty, NULL), TSRV_EINVAL); /* has no certificate */
+    tsrv_tls_free(empty);
     tsrv_close(stream);
     CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_ECLOSED);
     return TSRV_OK;
@@ -2965,7 +2900,7 @@ static int start_badly(tsrv_stream *stream, const tsrv_address *address, void *c
 
 TEST_STREAM(test_start_tls_errors)
 {
-    t_case c = {start_badly, NULL, eof_client, NULL, {0}};
+    t_case c = {start_badly, NULL, expect_end, NULL, {0}};
     tsrv_tls_options options = server_options();
     tsrv_set_log(t_no_log, NULL);
     server_tls = make_tls(&options);
@@ -3052,13 +2987,13 @@ static void connecting_client(int port, void *context)
     CHECK_INT(try_connect(&a), TSRV_OK);
     a.options.server_name = "LOCALHOST";
     CHECK_INT(try_connect(&a), TSRV_OK);
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     static const char *const wrong[] = {"wrong.test", "127.0.0.2", "::1", "local", "xlocalhost",
                                         "*.host", "localhost.x"};
-    for (size_t i = 0; i < sizeof wrong / sizeof wrong[0]; i++) {
+    for (size_t i = 0; i < COUNT(wrong); i++) {
         a.options.server_name = wrong[i];
         CHECK_INT(try_connect(&a), TSRV_ETLS);
-        CHECK(logged() > (int)i);
+        CHECK(t_logged() > (int)i);
     }
     a.options.server_name = NULL;
     a.options.tls = others;
@@ -3075,7 +3010,7 @@ static void connecting_client(int port, void *context)
 /* Source: CheckHostname test_match, test_no_match. */
 TEST_STREAM(test_check_hostname)
 {
-    t_case c = {echo, NULL, connecting_client, NULL, {0}};
+    t_case c = {echo_bytes, NULL, connecting_client, NULL, {0}};
     tsrv_tls_options options = server_options();
     options.alpn = "h2,x";
     run_tls(&c, &options);
@@ -3102,7 +3037,7 @@ static void other_names_client(int port, void *context)
 
 TEST_STREAM(test_connect_wildcard)
 {
-    t_case c = {echo, NULL, other_names_client, NULL, {0}};
+    t_case c = {echo_bytes, NULL, other_names_client, NULL, {0}};
     tsrv_tls_options options = server_options();
     options.cert_file = path("wild.pem");
     run_tls(&c, &options);
@@ -3131,7 +3066,7 @@ static void refusing_client(int port, void *context)
 
 TEST_STREAM(test_connect_expired)
 {
-    t_case c = {echo, NULL, refusing_client, (void *)"verify failed: certificate has expired", {0}};
+    t_case c = {echo_bytes, NULL, refusing_client, (void *)"verify failed: certificate has expired", {0}};
     tsrv_tls_options options = server_options();
     options.cert_file = path("late.pem");
     run_tls(&c, &options);
@@ -3139,7 +3074,7 @@ TEST_STREAM(test_connect_expired)
 
 TEST_STREAM(test_connect_wrong_purpose)
 {
-    t_case c = {echo, NULL, refusing_client, (void *)" certificate purpose", {0}};
+    t_case c = {echo_bytes, NULL, refusing_client, (void *)" certificate purpose", {0}};
     tsrv_tls_options options = server_options();
     options.cert_file = path("good.pem");
     run_tls(&c, &options);
@@ -3148,25 +3083,17 @@ TEST_STREAM(test_connect_wrong_purpose)
 /* A plain server, which sends the hello back. */
 TEST_STREAM(test_connect_to_plain_server)
 {
-    t_case c = {echo, NULL, refusing_client, (void *)"TLS with ", {0}};
+    t_case c = {echo_bytes, NULL, refusing_client, (void *)"TLS with ", {0}};
     t_run(&c);
 }
 
 /* And one that says nothing. */
 static void silent_server_client(int port, void *context)
 {
-    struct sockaddr_in address;
-    socklen_t size = sizeof address;
     tsrv_tls *ours = client_tls("ca.pem", NULL);
-    int listener = socket(AF_INET, SOCK_STREAM, 0);
+    int silent_port, listener = t_raw_socket(SOCK_STREAM, true, &silent_port);
     (void)port, (void)context;
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    CHECK(listener >= 0 && bind(listener, (struct sockaddr *)&address, size) == 0);
-    CHECK(listen(listener, 5) == 0);
-    CHECK(getsockname(listener, (struct sockaddr *)&address, &size) == 0);
-    attempt a = {"127.0.0.1", ntohs(address.sin_port), {200, ours, NULL}, true, "", ""};
+    attempt a = {"127.0.0.1", silent_port, {200, ours, NULL}, true, "", ""};
     int64_t begin = t_now_ms();
     CHECK_INT(try_connect(&a), TSRV_ETIMEOUT);
     CHECK_NEAR_MS(t_now_ms() - begin, 190, 1500);
@@ -3181,7 +3108,7 @@ static void silent_server_client(int port, void *context)
 
 TEST_STREAM(test_connect_to_silent_server)
 {
-    t_case c = {echo, NULL, silent_server_client, NULL, {0}};
+    t_case c = {echo_bytes, NULL, silent_server_client, NULL, {0}};
     run_tls(&c, NULL);
 }
 
@@ -3203,7 +3130,7 @@ static void mutual_client(int port, void *context)
 
 TEST_STREAM(test_connect_mutual)
 {
-    t_case c = {echo, NULL, mutual_client, NULL, {0}};
+    t_case c = {echo_bytes, NULL, mutual_client, NULL, {0}};
     tsrv_tls_options options = server_options();
     options.ca_file = path("ca.pem");
     options.verify_client = TSRV_TLS_REQUIRED;
@@ -3268,7 +3195,7 @@ TEST_COROUTINE(test_start_tls_of_client)
 static tsrv_tls *asking_tls;
 
 /* What waits in a flush seals records on the handler's stack. */
-static int echo_lines(tsrv_stream *stream)
+static int echo_and_flush(tsrv_stream *stream)
 {
     tsrv_slice line;
     int rc;
@@ -3300,7 +3227,7 @@ static int relay_line(tsrv_stream *stream, const tsrv_address *address, void *co
         CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
         tsrv_close(other);
     }
-    return echo_lines(stream);
+    return echo_and_flush(stream);
 }
 
 static int start_then_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -3310,7 +3237,7 @@ static int start_then_echo(tsrv_stream *stream, const tsrv_address *address, voi
     CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
     CHECK_INT(tsrv_write(stream, "go\n", 3), TSRV_OK);
     CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_OK);
-    return echo_lines(stream);
+    return echo_and_flush(stream);
 }
 
 static void small_client(int port, void *context)
@@ -3375,12 +3302,12 @@ static void reload_client(int port, void *context)
     SSL *old = dial_open(port, &usual), *begun = dial_start(port, &usual);
     dial_echo(old, "before");
     t_wait_records(2);
-    watch_log();
+    t_watch_log_of(TSRV_LOG_INFO);
     static const char *const bad[] = {"garbage.pem", "server_cert.pem", "server_key.pem"};
     for (int i = 0; i < 3; i++) {
         copy_file(bad[i], "reload.pem");
         CHECK_INT(reload(), TSRV_ETLS);
-        CHECK_INT(logged(), i + 1);
+        CHECK_INT(t_logged(), i + 1);
         SSL *ssl = dial_open(port, &usual);
         CHECK_STR(peer_name(ssl, name, sizeof name), "server");
         dial_echo(ssl, "still");
@@ -3403,7 +3330,7 @@ static void reload_client(int port, void *context)
 static int note_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     note_once(stream, ENTERED);
-    return echo(stream, address, context);
+    return echo_bytes(stream, address, context);
 }
 
 TEST_STREAM(test_reload)
@@ -3421,10 +3348,8 @@ static int port_pipe[2];
 
 static void tell_port(tsrv_server *server, void *context)
 {
-    tsrv_address address;
+    int port = t_port(server, 0);
     (void)context;
-    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
-    int port = tsrv_address_port(&address);
     CHECK(write(port_pipe[1], &port, sizeof port) == (ssize_t)sizeof port);
 }
 
@@ -3440,7 +3365,7 @@ static pid_t launch_serve(int num_processes, int *port)
         tls_options.cert_file = path("reload.pem");
         options.tls = make_tls(&tls_options);
         options.mode = t_mode;
-        options.handle_stream = echo;
+        options.handle_stream = echo_bytes;
         options.on_start = tell_port;
         _exit(tsrv_serve(0, "127.0.0.1", num_processes, &options) == TSRV_OK ? 0 : 1);
     }
@@ -3464,7 +3389,7 @@ static bool is_served_as(int port, const char *expected)
 static void hang_up(int num_processes)
 {
     int port = 0, status = 0;
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     copy_file("server.pem", "reload.pem");
     tsrv_set_log(t_no_log, NULL);
     pid_t pid = launch_serve(num_processes, &port);
@@ -3482,8 +3407,7 @@ static void hang_up(int num_processes)
     CHECK(kill(pid, SIGTERM) == 0);
     CHECK_INT(waitpid(pid, &status, 0), pid);
     CHECK_INT(status, 0);
-    t_close(port_pipe[0]);
-    t_close(port_pipe[1]);
+    t_close_all(port_pipe, 2);
 }
 
 TEST_ONCE(test_hangup_reads_the_files_anew_in_one_process)
@@ -3582,7 +3506,7 @@ static pid_t start_worker(tsrv_tls *tls, int *port)
         tsrv_address address;
         tsrv_server *server;
         memset(&options, 0, sizeof options);
-        options.handle_stream = echo;
+        options.handle_stream = echo_bytes;
         options.loop = t_new_loop();
         options.mode = t_mode;
         options.tls = tls;
@@ -3631,11 +3555,6 @@ TEST_SOFT(test_workers_resume_each_others_sessions)
 /* Keeps the loop alive when the server is drained. */
 static tsrv_timer keeper;
 
-static void nothing(void *context)
-{
-    (void)context;
-}
-
 static void drain_now(void *context)
 {
     CHECK_INT(tsrv_timer_start(t_loop, &keeper, 3600 * 1000, nothing, NULL), TSRV_OK);
@@ -3644,7 +3563,7 @@ static void drain_now(void *context)
 
 static int say_bye(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
-    int rc = echo(stream, address, context);
+    int rc = echo_bytes(stream, address, context);
     if (rc == TSRV_EOF && tsrv_stopping(stream)) {
         CHECK_INT(tsrv_write(stream, "BYE", 3), TSRV_OK);
     }
@@ -3814,7 +3733,7 @@ static int pause_or_echo(tsrv_stream *stream, const tsrv_address *address, void 
     if (rc < 0 || part.data[0] != 'p') {
         return rc < 0 || (rc = tsrv_write(stream, part.data, 1)) < 0
                    ? rc
-                   : echo(stream, address, context);
+                   : echo_bytes(stream, address, context);
     }
     CHECK(SSL_pending((SSL *)tsrv_tls_native(stream)) > 0); /* which is what must not be lost */
     tsrv_write(stream, "p", 1);
@@ -3890,7 +3809,7 @@ static int fault_handler(tsrv_stream *stream, const tsrv_address *address, void 
         note_once(stream, ENTERED);
         tsrv_write(stream, "welcome\n", 8);
     }
-    int rc = echo(stream, address, context);
+    int rc = echo_bytes(stream, address, context);
     if (rc == TSRV_EOF) {
         tsrv_write(stream, big_answer, 70000);
     }
@@ -4065,7 +3984,7 @@ static pid_t serve_reload(void)
         memset(&options, 0, sizeof options);
         tls_options.cert_file = path("reload.pem");
         options.mode = t_mode;
-        options.handle_stream = echo;
+        options.handle_stream = echo_bytes;
         if (tsrv_tls_new(&options.tls, &tls_options) != TSRV_OK) {
             _exit(2);
         }
@@ -4078,13 +3997,9 @@ static pid_t serve_reload(void)
 
 static bool hup_listens(void *context)
 {
-    struct sockaddr_in address;
+    struct sockaddr_in address = t_address(hup_port);
     int fd = socket(AF_INET, SOCK_STREAM, 0);
     (void)context;
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)hup_port);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     bool listens = connect(fd, (struct sockaddr *)&address, sizeof address) == 0;
     t_close(fd);
     return listens;

@@ -6,13 +6,6 @@
 
 /* ---- floods beside round trips -------------------------------------------------------------*/
 
-static int64_t now_us(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000 + now.tv_nsec / 1000;
-}
-
 enum { PINGS = 200, HUGE = 12 << 20 };
 
 static int flood_over;        /* tells the threads below to end */
@@ -53,11 +46,7 @@ static void *flood_drain(void *context)
 /* Without a wait for the handshake: a full backlog would make it last a second. */
 static void *flood_connects(void *context)
 {
-    struct sockaddr_in address;
-    memset(&address, 0, sizeof address);
-    address.sin_family = AF_INET;
-    address.sin_port = htons((uint16_t)*(int *)context);
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    struct sockaddr_in address = t_address(*(int *)context);
     while (flooding()) {
         int fd = socket(AF_INET, SOCK_STREAM, 0);
         CHECK(fd >= 0 && fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
@@ -130,9 +119,9 @@ static void check_pings(int fd, uint64_t least)
     for (int i = 0; i < PINGS; i++) {
         uint64_t more = __atomic_load_n(&flood_amount, __ATOMIC_RELAXED) + 1;
         CHECK(i % 10 != 0 || t_wait_until(has_flooded, &more));
-        took[i] = now_us();
+        took[i] = t_now_us();
         round_trip(fd);
-        took[i] = now_us() - took[i];
+        took[i] = t_now_us() - took[i];
     }
     uint64_t amount = __atomic_load_n(&flood_amount, __ATOMIC_RELAXED);
     qsort(took, PINGS, sizeof took[0], by_value);
@@ -339,8 +328,7 @@ static void pipeline_client(int port, void *context)
     int64_t longest = 0;
     p->fd = t_connect(port);
     round_trip(fd);
-    t_sends(p->fd, "p\n");
-    t_expect(p->fd, "p\n");
+    t_echo(p->fd, "p\n");
     start_thread(&sending, send_requests, p);
     start_thread(&receiving, receive_answers, p);
     do {
@@ -372,7 +360,7 @@ TEST_STREAM(a_pipeline_of_a_million_needs_no_stack)
     c.options.stack_size = frames ? 64 << 10 : 16 << 10;
     CHECK(pipe(p.pipe) == 0);
     t_run(&c);
-    CHECK(close(p.pipe[0]) == 0 && close(p.pipe[1]) == 0);
+    t_close_all(p.pipe, 2);
     /* Last in one turn and first in the next. Counted, since a busy machine delays all. */
     CHECK(p.longest > 0 && p.longest <= 600);
     CHECK((p.here.high | p.outside.high) != 0);
@@ -450,13 +438,13 @@ static int handle_greedy(tsrv_stream *stream, const tsrv_address *address, void 
 
 static void client_greedy(int port, void *context)
 {
-    pthread_t sender;
+    pthread_t thread;
     int fd = t_connect(port);
     (void)context;
-    CHECK(pthread_create(&sender, NULL, send_greedily, &fd) == 0);
+    start_thread(&thread, send_greedily, &fd);
     t_expect_eof(fd);
     greedy_over = true;
-    CHECK(pthread_join(sender, NULL) == 0);
+    CHECK_INT(pthread_join(thread, NULL), 0);
     t_close(fd);
 }
 
@@ -496,9 +484,7 @@ static void client_empty(int port, void *context)
     int fd = t_connect(port);
     (void)context;
     t_sends(fd, "go\n");
-    t_shut(fd);
-    t_expect_eof(fd);
-    t_close(fd);
+    t_finish(fd);
 }
 
 TEST_SOFT(empty_reads_do_not_starve_a_timer)

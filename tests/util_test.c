@@ -292,9 +292,7 @@ TEST_ONCE(full_pipe_loses_lines)
 /* Where a pipe cannot be opened anew: not Linux, no /proc, another user, no descriptor left. */
 TEST_ONCE(full_pipe_loses_lines_without_a_descriptor)
 {
-    t_fault_name = "open";
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("open", 0, 1, true);
     full_pipe();
     close_all();
 }
@@ -333,9 +331,7 @@ TEST_ONCE(broken_pipe_loses_lines_without_a_descriptor)
     make_pipe(fds);
     make_pipe(good);
     close(fds[0]);
-    t_fault_name = "open";
-    t_fault_at = 1;
-    t_fault_sticky = true;
+    t_fail_call("open", 0, 1, true);
     stderr_is(fds[1]);
     check_lost(-1);
     stderr_is(good[1]);
@@ -763,11 +759,11 @@ TEST_SOFT(line_names_the_limit_that_was_met)
         options.max_buffer_size = 1000;
         options.max_write_buffer_size = 4096;
         s_open(options);
-        int fd = t_connect(s_port), lines = s_log_lines;
+        int fd = t_connect(s_port), lines = t_log_lines;
         t_send(fd, data, sizeof data);
-        s_until(&s_log_lines, lines + 1);
-        CHECK(strstr(s_log, "handle_stream for 127.0.0.1:") == s_log);
-        CHECK_STR(strstr(s_log, ": ") + 2, rows[i].text);
+        s_until(&t_log_lines, lines + 1);
+        CHECK(strstr(t_log, "handle_stream for 127.0.0.1:") == t_log);
+        CHECK_STR(strstr(t_log, ": ") + 2, rows[i].text);
         t_close(fd);
         s_close();
     }
@@ -783,7 +779,7 @@ TEST_ONCE(what_a_server_listens_on_is_logged)
     s_open_loop();
     tsrv_set_log(see_line, NULL);
     s_server = s_new_server(options);
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
     snprintf(expected, sizeof expected, "listening on 127.0.0.1:%d", s_port);
     CHECK_STR(seen_text, expected);
     CHECK_INT(seen_level, TSRV_LOG_INFO);
@@ -851,7 +847,7 @@ TEST_LOOP(library_is_never_at_a_low_number)
     s_open_loop();
     tsrv_set_log(NULL, NULL);
     s_server = s_new_server(options);
-    s_port = s_listen(s_server);
+    s_port = t_listen(s_server);
     CHECK(tsrv_cpu_count() > 0); /* reads files */
     restore_low(true);
     for (int i = 0; i < 3; i++) {
@@ -899,11 +895,7 @@ TEST_ONCE(move_to_a_higher_number_can_fail)
     for (int i = 0; i < 3; i++) {
         close_low();
         int before = open_count();
-        t_fault_name = names[i];
-        t_fault_errno = EMFILE;
-        t_fault_calls = 0;
-        t_fault_at = 1;
-        t_fault_sticky = true;
+        t_fail_call(names[i], EMFILE, 1, true);
         int fd = tsrvi_socket(AF_INET, SOCK_STREAM), fds[2], rc = tsrvi_pipe(fds);
         t_fault_at = 0;
         int nulls = (fcntl(0, F_GETFD) >= 0) + (fcntl(1, F_GETFD) >= 0) + (fcntl(2, F_GETFD) >= 0);

@@ -46,9 +46,7 @@ TEST_STREAM(row4_pause_while_the_peer_pipelines)
     s_expect(fd, "answer 1\nanswer 2\nanswer 3\nanswer 4\nanswer 5\n");
     CHECK(v_ms() - start >= 1450 && v_ms() - start <= 1600);
     CHECK(calls <= (t_hard ? 21 : 11)); /* no loop: once for each read and each pause, in hard mode for each byte */
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -135,7 +133,7 @@ static void check_late_call(int which)
     enum { LINES = 600 };
     char newlines[LINES];
     void *over = NULL;
-    int64_t limit = s_patience();
+    int64_t limit = t_patience();
     tsrv_server_options options = {0};
     dying = busy = NULL;
     dying_closed = helped = s_closed = 0;
@@ -156,8 +154,7 @@ static void check_late_call(int which)
         CHECK(t_now_ms() < limit);
     }
     free(over);
-    s_expect_eof(dead);
-    t_close(dead);
+    s_leave(dead);
     t_close(fd);
     s_until(&s_closed, 2);
     s_close();
@@ -184,18 +181,6 @@ TEST_SCRIPT(a_flush_that_yields_outlives_its_stream)
 TEST_SCRIPT(a_wait_that_yields_outlives_its_stream)
 {
     check_late_call(WAIT);
-}
-
-/* A client that takes all before each of the server's sends, so that no write has to wait. */
-static int taker = -1;
-
-static void take_before_sends(const char *name)
-{
-    static char buffer[65536];
-    if (strcmp(name, "send") == 0 || strcmp(name, "sendmsg") == 0) {
-        while (recv(taker, buffer, sizeof buffer, MSG_DONTWAIT) > 0) {
-        }
-    }
 }
 
 enum { ABORT_IT, CLOSE_IT, WRITE_IT = 0, PIECES_IT, PRINT_IT };
@@ -368,9 +353,7 @@ static void d_close(int fd)
     if (d_kind == D_FLUSH) {
         t_reset(fd);
     } else {
-        t_shut(fd);
-        s_expect_eof(fd);
-        t_close(fd);
+        s_finish(fd);
     }
     s_until(&s_closed, 1);
     s_close();
@@ -429,10 +412,8 @@ static void d_satisfy(int fd)
     if (d_kind == D_WAIT || d_kind == D_WAIT_TIMED) {
         tsrv_wake(d_stream);
     } else if (d_kind == D_FLUSH) {
-        char *data = new_pattern(D_OUTPUT), *got = new_pattern(D_OUTPUT);
-        int code;
-        CHECK_MEM(got, s_recv(fd, got, D_OUTPUT, &code), data, D_OUTPUT);
-        free(got);
+        char *data = new_pattern(D_OUTPUT);
+        s_expect_bytes(fd, data, D_OUTPUT);
         free(data);
     } else {
         t_sends(fd, "012345678\n");

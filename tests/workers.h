@@ -100,7 +100,7 @@ static tsrv_bind_options bind_options;
 /* Waits until the condition holds. */
 #define AWAIT(condition)                                                 \
     do {                                                                 \
-        int64_t await_end_ = t_now_ms() + T_PATIENCE * 1000 * t_scale(); \
+        int64_t await_end_ = t_patience(); \
         while (!(condition)) {                                           \
             if (t_now_ms() > await_end_) {                               \
                 T_FAIL("not in time: %s\n%s", #condition, board->log);   \
@@ -623,22 +623,14 @@ static inline pid_t launch_as_process_1(int (*program)(void))
 /* A connection to the program, or -errno. */
 static inline int dial(void)
 {
-    struct sockaddr_in tcp;
-    struct sockaddr_un local;
     int fd = socket(unix_path != NULL ? AF_UNIX : AF_INET, SOCK_STREAM, 0), rc;
     CHECK(fd >= 0);
     t_prepare(fd);
-    memset(&tcp, 0, sizeof tcp);
-    memset(&local, 0, sizeof local);
     if (unix_path != NULL) {
-        local.sun_family = AF_UNIX;
-        CHECK(strlen(unix_path) < sizeof local.sun_path);
-        strcpy(local.sun_path, unix_path);
+        struct sockaddr_un local = t_unix_address(unix_path);
         rc = connect(fd, (struct sockaddr *)&local, sizeof local);
     } else {
-        tcp.sin_family = AF_INET;
-        tcp.sin_port = htons((uint16_t)port());
-        tcp.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+        struct sockaddr_in tcp = t_address(port());
         rc = connect(fd, (struct sockaddr *)&tcp, sizeof tcp);
     }
     if (rc != 0) {
@@ -690,7 +682,7 @@ static inline void ask_id(int fd, int *id, long *pid, long *parent)
 /* A connection to the worker with that task id. */
 static inline int connect_to(int wanted, long *pid)
 {
-    int64_t end = t_now_ms() + T_PATIENCE * 1000 * t_scale();
+    int64_t end = t_patience();
     for (;;) {
         int fd = reach(), id = -1;
         ask_id(fd, &id, pid, NULL);
@@ -857,8 +849,7 @@ static inline void stop_well(pid_t pid, int result)
 static inline void check_served(void)
 {
     int fd = reach();
-    t_sends(fd, "hello\n");
-    t_expect(fd, "hello\n");
+    t_echo(fd, "hello\n");
     t_close(fd);
 }
 
@@ -905,9 +896,7 @@ static char directory[64];
 
 static inline void make_directory(void)
 {
-    snprintf(directory, sizeof directory, "%s/tsrv-supervisor-XXXXXX",
-             access("build", W_OK) == 0 ? "build" : "/tmp");
-    CHECK(mkdtemp(directory) != NULL);
+    snprintf(directory, sizeof directory, "%s", t_make_directory());
     CHECK(chmod(directory, 0755) == 0);
 }
 
@@ -952,8 +941,7 @@ static inline void *short_clients(void *context)
     load *l = (load *)context;
     while (!__atomic_load_n(&l->stop, __ATOMIC_ACQUIRE)) {
         int fd = t_connect(port());
-        t_sends(fd, "hello\n");
-        t_expect(fd, "hello\n");
+        t_echo(fd, "hello\n");
         t_close(fd);
         __atomic_add_fetch(&l->served, 1, __ATOMIC_ACQ_REL);
     }
@@ -1017,6 +1005,46 @@ static inline char *own_path(void)
     CHECK(size > 0);
     path[size] = 0;
     return path;
+}
+
+/* How often the log says this. */
+static inline int said(const char *text)
+{
+    return t_count(board->log, text);
+}
+
+/* A worker that has nothing to do. */
+static inline int returns_well(void)
+{
+    return TSRV_OK;
+}
+
+/* A program's own watch on SIGTERM, which counts in board->value and ends the loop. */
+static tsrv_signal own_watch;
+
+static inline void own_term(void *context)
+{
+    (void)context;
+    __atomic_add_fetch(&board->value, 1, __ATOMIC_ACQ_REL);
+    tsrv_loop_stop(NULL);
+}
+
+static inline void watch_term(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGTERM, own_term, NULL), TSRV_OK);
+}
+
+static inline int program_own_watch(void)
+{
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        rc = tsrv_loop_run(NULL);
+        tsrv_signal_stop(&own_watch);
+    }
+    tsrv_server_free(server);
+    return rc;
 }
 
 /* The header, as it stands in its file. */

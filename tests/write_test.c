@@ -33,7 +33,6 @@ static int share_an_item(tsrv_stream *stream, const tsrv_address *address, void 
 TEST_STREAM(row6_written_data_is_the_writers_again)
 {
     tsrv_server_options options = {0};
-    int code;
     options.handle_stream = share_an_item;
     options.write_timeout_ms = TSRV_NEVER;
     make_large(t_hard ? 300000 : 8 << 20);
@@ -41,7 +40,6 @@ TEST_STREAM(row6_written_data_is_the_writers_again)
     s_open(options);
     item = (char *)malloc(large_size);
     memcpy(item, large, large_size);
-    char *got = (char *)malloc(large_size);
     int reader = t_connect(s_port), other = t_connect(s_port);
     t_sends(reader, "get\n");
     s_until(&got_item, 1);
@@ -49,14 +47,11 @@ TEST_STREAM(row6_written_data_is_the_writers_again)
     t_sends(other, "delete\n");
     s_expect(other, "DELETED\n");
     CHECK(item == NULL);
-    CHECK_MEM(got, s_recv(reader, got, large_size, &code), large, large_size);
-    t_shut(reader);
-    s_expect_eof(reader);
-    t_close(reader);
+    s_expect_bytes(reader, large, large_size);
+    s_finish(reader);
     t_reset(other);
     s_settle();
     s_close();
-    free(got);
     free(large);
 }
 
@@ -108,7 +103,6 @@ static int write_and_be_tried(tsrv_stream *stream, const tsrv_address *address, 
 static void try_during(size_t times)
 {
     tsrv_server_options options = {0};
-    int code;
     tried = taken = 0;
     written = false;
     shared_stream = NULL;
@@ -118,19 +112,16 @@ static void try_during(size_t times)
     options.write_high_water = large_size / 8;
     options.write_timeout_ms = TSRV_NEVER;
     s_open(options);
-    char *got = (char *)malloc(large_size * times);
     int fd = t_connect(s_port);
     s_run_ms(200);
     CHECK(tried > 10);
-    CHECK_MEM(got, s_recv(fd, got, large_size * times, &code), large, large_size * times);
+    s_expect_bytes(fd, large, large_size * times);
     s_until(&tried, 50);
     for (int i = 0; i < taken; i++) {
         s_expect(fd, "<try>");
     }
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_close();
-    free(got);
 }
 
 TEST_STREAM(try_write_during_a_write_that_waits)
@@ -226,7 +217,7 @@ static void check_cut_write(int which)
     s_serve(write_behind);
     options.handle_stream = take_late;
     sink = s_new_server(options);
-    sink_port = s_listen(sink);
+    sink_port = t_listen(sink);
     int fd = s_join();
     s_run_ms(100);
     CHECK_INT(tsrv_server_drain(s_server, 100), TSRV_EAGAIN);
@@ -278,9 +269,7 @@ TEST_STREAM(pieces_of_any_size_come_as_one)
     int fd = s_join();
     t_sends(fd, "one\n\nthree\n");
     s_expect(fd, "<one>\n<>\n<three>\n");
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -297,9 +286,7 @@ TEST_SOFT(pieces_need_no_memory_of_their_own)
     }
     t_seen = NULL;
     CHECK_INT(calls_counted, 0);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -307,7 +294,7 @@ TEST_SOFT(pieces_need_no_memory_of_their_own)
 TEST_SOFT(pieces_that_fill_blocks_need_no_memory_of_their_own)
 {
     enum { LINES = 200, LINE = 300, ROUNDS = 12 };
-    static char lines[LINES * LINE], answers[LINES * (LINE + 2)], got[sizeof answers];
+    static char lines[LINES * LINE], answers[LINES * (LINE + 2)];
     for (int i = 0; i < LINES; i++) {
         char *line = lines + i * LINE, *answer = answers + i * (LINE + 2);
         fill_pattern(line, 0, LINE);
@@ -319,18 +306,15 @@ TEST_SOFT(pieces_that_fill_blocks_need_no_memory_of_their_own)
     s_serve(answer_in_pieces);
     int fd = s_join();
     for (int i = 0; i < ROUNDS; i++) {
-        int code;
         if (i == 4) {
             count_calls("malloc", "realloc");
         }
         s_send(fd, lines, sizeof lines);
-        CHECK_MEM(got, s_recv(fd, got, sizeof got, &code), answers, sizeof answers);
+        s_expect_bytes(fd, answers, sizeof answers);
     }
     t_seen = NULL;
     CHECK_INT(calls_counted, 0);
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_close();
 }
 
@@ -403,8 +387,7 @@ static void check_pieces_stay_together(size_t body, int messages)
     int fd = s_join_with_room(4096);
     CHECK_INT(s_recv(fd, got, size, &code), size);
     check_messages(got, size);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_leave(fd);
     s_until(&s_closed, 1);
     s_close();
     free(got);
@@ -523,12 +506,9 @@ static int send_file(tsrv_stream *stream, const tsrv_address *address, void *con
 
 static void expect_file(int fd, size_t size)
 {
-    char *got = new_pattern(size);
-    int code;
     s_expect(fd, "head\n");
-    CHECK_MEM(got, s_recv(fd, got, size, &code), file_bytes, size);
+    s_expect_bytes(fd, file_bytes, size);
     s_expect(fd, "tail\n");
-    free(got);
 }
 
 /* Returns how many calls of sendfile, or of fcntl, which duplicates, it took. */
@@ -547,9 +527,7 @@ static int serve_file(size_t size, size_t max_write_buffer_size)
     CHECK_INT(file_code, TSRV_OK);
     int calls = calls_counted;
     t_seen = NULL;
-    t_shut(fd);
-    s_expect_eof(fd);
-    t_close(fd);
+    s_finish(fd);
     s_until(&s_closed, 1);
     CHECK_INT(s_reason, TSRV_EOF);
     s_close();
@@ -560,7 +538,7 @@ static int serve_file(size_t size, size_t max_write_buffer_size)
 TEST_STREAM(small_files_are_read_at_once)
 {
     static const size_t sizes[] = {1, 100, 8192, 16000, 16383};
-    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+    for (size_t i = 0; i < COUNT(sizes); i++) {
         CHECK_INT(serve_file(sizes[i], 0), 0);
     }
 }
@@ -584,10 +562,7 @@ TEST_STREAM(small_files_above_the_write_limit_are_not_read)
 /* A read that was interrupted goes on. */
 TEST_STREAM(small_files_whose_read_is_interrupted)
 {
-    t_fault_name = "pread";
-    t_fault_errno = EINTR;
-    t_fault_calls = 0;
-    t_fault_at = 1;
+    t_fail_call("pread", EINTR, 1, false);
     CHECK_INT(serve_file(3000, 0), 0);
     CHECK_INT(t_fault_hits, 1);
 }
@@ -623,10 +598,7 @@ TEST_STREAM(small_files_that_are_shorter_than_promised)
 
 TEST_STREAM(small_files_that_cannot_be_read)
 {
-    t_fault_name = "pread";
-    t_fault_errno = EIO;
-    t_fault_calls = 0;
-    t_fault_at = 1;
+    t_fail_call("pread", EIO, 1, false);
     check_broken_file(100, 100);
     CHECK_INT(file_code, -EIO);
 }
@@ -700,19 +672,11 @@ TEST_SOFT(no_sigpipe_from_a_file)
     check_no_sigpipe();
 }
 
-static void block_sigpipe(void)
-{
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGPIPE);
-    CHECK(pthread_sigmask(SIG_BLOCK, &set, NULL) == 0);
-}
-
 /* A program that has it blocked finds none afterwards that it did not raise, */
 TEST_SOFT(no_sigpipe_from_a_file_where_it_is_blocked)
 {
     signal(SIGPIPE, SIG_DFL);
-    block_sigpipe();
+    t_block_sigpipe();
     check_no_sigpipe();
 }
 
@@ -720,7 +684,7 @@ TEST_SOFT(no_sigpipe_from_a_file_where_it_is_blocked)
 TEST_SOFT(a_sigpipe_that_was_pending_stays)
 {
     signal(SIGPIPE, SIG_DFL);
-    block_sigpipe();
+    t_block_sigpipe();
     raise(SIGPIPE);
     CHECK(sigpipe_is_pending());
     check_no_sigpipe();
