@@ -9470,12 +9470,16 @@ static int tsrvi_partial_save(tsrv_stream *stream, const tsrvi_read *read)
 static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
     tsrvi_wait *own = &stream->own;
+    uint32_t limit_ms;
     if ((own->facts & TSRVI_IN_READ) == 0) {
         own->due_ms = tsrvi_read_due(stream);
         stream->active_ms = tsrvi_loop_of(stream)->now_ms;
     }
-    tsrvi_own_set(stream, TSRVI_IN_READ);
-    return tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_read_limit(stream, own->due_ms));
+    limit_ms = tsrvi_read_limit(stream, own->due_ms);
+    if (limit_ms != 0) {
+        tsrvi_own_set(stream, TSRVI_IN_READ);
+    }
+    return tsrvi_ms_is_past(tsrvi_loop_of(stream), limit_ms);
 }
 
 /* The handler waits for this read. */
@@ -10367,7 +10371,9 @@ TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
     tsrv_loop *loop = tsrvi_loop_of(stream);
     stream->deadline_ms =
         delay_ms <= 0 ? 0 : tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), delay_ms));
-    tsrvi_set(stream, TSRVI_TIMED);
+    if (stream->deadline_ms != 0) {
+        tsrvi_set(stream, TSRVI_TIMED);
+    }
     tsrvi_stream_soon(stream);
 }
 
@@ -10664,6 +10670,7 @@ static int tsrvi_stream_keep(tsrv_stream *stream)
         }
     }
     stream->state = TSRVI_WAITING;
+    tsrvi_own_clear(stream, (TSRVI_IN_READ | TSRVI_IN_WAKE) & ~kinds); /* which it has given up */
     tsrvi_wait_add(stream, &stream->own, kinds);
     tsrvi_stream_soon(stream); /* it may have been resumed by something else than the stream */
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_WOKEN)) && (kinds & TSRVI_FOR_WAKE) != 0) {

@@ -485,6 +485,9 @@ static void take_balance(void *context)
 {
     balance *b = (balance *)context;
     b->allocations = t_live_allocations - t_loop->streams.pool.count - (t_loop->streams.input != NULL);
+    for (const tsrvi_buffer *kept = t_loop->streams.pool.large; kept != NULL; kept = kept->next) {
+        b->allocations--;
+    }
     b->fds = t_open_fds();
     b->open = t_server->stats->open;
 }

@@ -446,6 +446,45 @@ TEST_STREAM(an_endless_line_is_answered_and_dropped)
     t_run(&c);
 }
 
+/* ---- large messages ------------------------------------------------------------------------*/
+
+static void echo_large(int fd)
+{
+    s_send(fd, large, large_size);
+    s_expect_bytes(fd, large, large_size);
+}
+
+/* After the first few, and when there are none for a while the memory is given back. */
+TEST_SOFT(large_messages_allocate_nothing)
+{
+    tsrv_server_options options = {0};
+    int fds[2];
+    make_large((1 << 20) - 1);
+    large[large_size - 1] = '\n';
+    s_open_with(echo_lines, options);
+    for (int i = 0; i < 2; i++) {
+        fds[i] = s_join();
+    }
+    for (int i = 0; i < 4; i++) {
+        echo_large(fds[i % 2]);
+    }
+    s_settle();
+    count_calls("malloc", "realloc");
+    for (int i = 0; i < 6; i++) {
+        echo_large(fds[i % 2]);
+    }
+    CHECK_INT(calls_counted, 0);
+    CHECK(s_loop->streams.pool.large_size >= large_size);
+    s_run_ms(2500);
+    CHECK_INT(s_loop->streams.pool.large_size, 0);
+    echo_large(fds[0]);
+    for (int i = 0; i < 2; i++) {
+        s_finish(fds[i]);
+    }
+    s_close();
+    free(large);
+}
+
 /* ---- a request that comes too late for a drain ---------------------------------------------*/
 
 enum { T_UNTIL, T_SOME, T_BYTES, T_MATCH, T_INTO, T_DROP, T_LATE_READS };

@@ -50,6 +50,98 @@ TEST_STREAM(row4_pause_while_the_peer_pipelines)
     s_close();
 }
 
+/* ---- a read that a callback-mode handler gives up ------------------------------------------*/
+
+static int given_up, helper_rc, second_rc, deadline_ms; /* -1 = none is asked for */
+
+/* Waits in a read and for a wake at once; woken, it only waits, and a helper reads. */
+static int leave_it_to_a_helper(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    if (deadline_ms >= 0) {
+        tsrv_set_deadline(stream, deadline_ms);
+    }
+    if (!given_up && (rc = tsrv_read_until(stream, "\n", 0, &line)) != TSRV_EAGAIN) {
+        return rc;
+    }
+    while ((rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK && tsrv_error(stream) == TSRV_OK && helper_rc == 99) {
+    }
+    return rc;
+}
+
+static void read_for_it(void *context)
+{
+    tsrv_slice line;
+    helper_rc = tsrv_read_until((tsrv_stream *)context, "\n", 0, &line);
+    tsrv_wake((tsrv_stream *)context);
+}
+
+/* Whatever limits are, or were, in force. */
+TEST_CALLBACK(a_read_that_was_given_up_leaves_the_stream_to_others)
+{
+    static const int deadlines[] = {-1, 0, 10000};
+    tsrv_server_options options = {0};
+    for (size_t i = 0; i < COUNT(deadlines); i++) {
+        given_up = 0;
+        helper_rc = 99;
+        deadline_ms = deadlines[i];
+        s_open_with(leave_it_to_a_helper, options);
+        int fd = s_join();
+        s_settle();
+        tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+        given_up = 1;
+        tsrv_wake(stream);
+        s_settle();
+        CHECK_INT(tsrv_spawn(s_loop, read_for_it, stream), TSRV_OK);
+        s_settle();
+        t_sends(fd, "line\n");
+        s_until(&s_closed, 1);
+        CHECK_INT(helper_rc, TSRV_OK);
+        t_close(fd);
+        s_close();
+    }
+}
+
+/* Gives one read up, and begins another, with a limit. */
+static int read_something_else(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice data;
+    (void)address, (void)context;
+    if (given_up == 0) {
+        if (deadline_ms >= 0) {
+            tsrv_set_deadline(stream, deadline_ms);
+        }
+        CHECK_INT(tsrv_read_until(stream, "\n", 0, &data), TSRV_EAGAIN);
+        return tsrv_wait(stream, TSRV_NEVER);
+    }
+    if (given_up == 1) {
+        CHECK_INT(tsrv_wait(stream, TSRV_NEVER), TSRV_OK);
+        tsrv_set_timeout(stream, 100, 0);
+        given_up = 2;
+    }
+    second_rc = tsrv_read_bytes(stream, 10, &data);
+    return second_rc;
+}
+
+T_TEST(a_read_behind_one_that_was_given_up_has_its_limit, T_PER_BACKEND | T_CALLBACKS)
+{
+    tsrv_server_options options = {0};
+    for (deadline_ms = -1; deadline_ms <= 0; deadline_ms++) {
+        given_up = 0;
+        s_open_with(read_something_else, options);
+        int fd = s_join();
+        s_settle();
+        given_up = 1;
+        tsrv_wake(tsrv_server_next(s_server, NULL));
+        s_until(&s_closed, 1);
+        CHECK_INT(second_rc, TSRV_ETIMEOUT);
+        t_close(fd);
+        s_close();
+    }
+}
+
 /* ---- a stream that goes while a coroutine lets the others run ------------------------------*/
 
 enum { READ_SOME, READ_UNTIL, READ_BYTES, READ_MATCH, READ_CLOSE, READ_INTO, READ_NOTHING, FLUSH,
