@@ -69,6 +69,7 @@ help:
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh"
 	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
+	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make cert      a certificate for the TLS examples: $(BUILD)/cert.pem, key.pem"
 	@echo "make install   copy the header to PREFIX/include ($(PREFIX))"
 	@echo "make clean     remove $(BUILD)/"
@@ -108,6 +109,10 @@ $(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h tests/verify.h $(FUZZ_HEADER)
 	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \
 	    $(FUZZ_FLAGS) -o $@ $< -lpthread
 
+# What a line costs, in counts, beside what it cost when tests/bench/gate.txt was written.
+bench-gate:
+	CC='$(CC)' sh tests/bench/gate.sh '$(BUILD)'
+
 install:
 	mkdir -p '$(DESTDIR)$(PREFIX)/include'
 	cp tcpserver.h '$(DESTDIR)$(PREFIX)/include/tcpserver.h'
@@ -136,4 +141,4 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test check cert fuzz install clean
+.PHONY: all help run examples test check cert fuzz bench-gate install clean
