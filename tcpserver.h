@@ -8967,29 +8967,26 @@ TSRV_API int tsrv_abort(tsrv_stream *stream)
 static void tsrvi_loop_vacate(tsrv_loop *loop)
 {
     tsrv_stream *owner = loop->streams.input_owner;
-    tsrvi_buffer *copy;
-    size_t size;
+    tsrvi_buffer *input = loop->streams.input, *copy;
+    size_t size = tsrvi_buffer_size(input);
     if (owner == NULL) {
         return;
     }
     loop->streams.input_owner = NULL;
-    size = tsrvi_buffer_size(loop->streams.input);
-    if (size == 0 && !loop->streams.input->held) {
+    if (size == 0 && !input->held) {
         owner->in = NULL;
         return;
     }
-    copy =
-        loop->streams.input->held
-            ? NULL
-            : tsrvi_buffer_copy(loop->streams.input, &loop->streams.pool,
-                                size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2, true);
-    if (copy == NULL) {
-        loop->streams.input =
-            NULL; /* a slice of it is in use, or there is no memory for a copy: it changes
-                               hands */
-        return;
+    copy = input->held
+               ? NULL
+               : tsrvi_buffer_copy(input, &loop->streams.pool,
+                                   size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2,
+                                   tsrvi_is(owner, TSRVI_FILLED));
+    if (copy != NULL) {
+        owner->in = copy;
+    } else { /* a slice of it is in use, or there is no memory for a copy: it changes hands */
+        loop->streams.input = NULL;
     }
-    owner->in = copy;
 }
 
 /* The loop's buffer, empty, for a stream; NULL: no memory. */
