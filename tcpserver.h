@@ -9045,22 +9045,27 @@ static inline TSRVI_INLINE void tsrvi_input_release(tsrv_stream *stream)
     }
 }
 
-/* How much room to make behind so many unread bytes: as much again, but not more than the longest
- * result and one read behind it need. */
-static size_t tsrvi_input_growth(const tsrv_stream *stream, size_t size)
+/* How large a buffer has to be for so many unread bytes and more: for what the read needs, if it
+ * has said so; else twice as large, but not larger than for the longest result and one read behind
+ * it. */
+static size_t tsrvi_input_capacity(const tsrv_stream *stream, size_t size, size_t need)
 {
     const tsrv_server_options *options = &stream->server->options;
     size_t most = tsrvi_min(options->max_buffer_size, SIZE_MAX / 4);
     size_t least = tsrvi_is(stream, TSRVI_FILLED) ? options->read_chunk_size : TSRVI_SMALL_INPUT;
-    return size <= least || most <= size ? least : tsrvi_min(size, most - size + least);
+    if (size > least && size < most) {
+        least = tsrvi_min(size, most - size + least);
+    }
+    return size + least > need ? size + least : need;
 }
 
 /* Room for more input behind the unread bytes, at least 1 byte; NULL: no memory. Unread bytes move
  * to the front when at most half of the buffer is left behind them, and only after something before
  * them was read, so each byte moves O(1) times; a buffer that is full doubles, or, when the peer
- * sends faster than that, grows by a whole read. */
-static TSRVI_APART tsrvi_buffer *tsrvi_input_more_room(tsrv_stream *stream)
+ * sends faster than that, grows by a whole read, or at once to what a read needs. */
+static TSRVI_APART tsrvi_buffer *tsrvi_input_more_room(tsrv_stream *stream, size_t need)
 {
+    size_t chunk = stream->server->options.read_chunk_size;
     tsrvi_buffer *buffer = stream->in, *larger;
     size_t size = tsrvi_buffer_size(buffer), room;
     bool filled = tsrvi_is(stream, TSRVI_FILLED);
@@ -9070,12 +9075,13 @@ static TSRVI_APART tsrvi_buffer *tsrvi_input_more_room(tsrv_stream *stream)
         buffer->end = size;
     }
     room = buffer->capacity - buffer->end;
-    if (room != 0 && (!filled || room >= tsrvi_min(buffer->capacity / 4,
-                                                   stream->server->options.read_chunk_size))) {
+    need = filled ? need : 0;
+    if (room != 0 && need <= size + room &&
+        (!filled || room >= tsrvi_min(buffer->capacity / 4, chunk))) {
         return buffer;
     }
     larger = tsrvi_buffer_copy(buffer, &tsrvi_loop_of(stream)->streams.pool,
-                               size + tsrvi_input_growth(stream, size), filled);
+                               tsrvi_input_capacity(stream, size, need), filled);
     if (larger == NULL) {
         return room != 0 ? buffer : NULL;
     }
@@ -9114,12 +9120,13 @@ static size_t tsrvi_stream_receive_into(tsrv_stream *stream, char *into, size_t 
     return tsrvi_stream_received(stream, tsrvi_transport_recv(stream, into, size), size);
 }
 
-/* One recv into the stream's buffer. */
-static inline TSRVI_INLINE void tsrvi_stream_receive(tsrv_stream *stream)
+/* One recv into the stream's buffer.
+ *   need  unread bytes that are waited for */
+static inline TSRVI_INLINE void tsrvi_stream_receive(tsrv_stream *stream, size_t need)
 {
     tsrvi_buffer *buffer = TSRVI_LIKELY(stream->in == NULL)
                                ? tsrvi_loop_input(tsrvi_loop_of(stream), stream)
-                               : tsrvi_input_more_room(stream);
+                               : tsrvi_input_more_room(stream, need);
     size_t size;
     ssize_t got;
     if (TSRVI_UNLIKELY(buffer == NULL)) {
@@ -9503,7 +9510,7 @@ static TSRVI_APART int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
         tsrvi_buffer_size(stream->in) > stream->server->options.max_buffer_size) {
         return TSRV_EAGAIN;
     }
-    tsrvi_stream_receive(stream);
+    tsrvi_stream_receive(stream, read->need);
     return tsrvi_read_attempt(stream, read);
 }
 
@@ -11221,7 +11228,7 @@ static inline TSRVI_INLINE void tsrvi_stream_feed(tsrv_stream *stream, tsrvi_wai
     if (TSRVI_LIKELY(wait != &stream->own)) {
         tsrvi_read *read = TSRVI_CONTAINER(wait, tsrvi_read, wait);
         if (TSRVI_LIKELY(read->into == NULL || stream->in != NULL)) {
-            tsrvi_stream_receive(stream);
+            tsrvi_stream_receive(stream, read->need);
         } else {
             read->done = tsrvi_stream_feed_memory(stream, read->into, read->size, read->done);
             read->need = read->done == read->size ? 0 : 1;
@@ -11239,7 +11246,7 @@ static inline TSRVI_INLINE void tsrvi_stream_feed(tsrv_stream *stream, tsrvi_wai
             0; /* another coroutine has a slice of it, which ends with the reads of the
                              handler's next call */
     } else {
-        tsrvi_stream_receive(stream);
+        tsrvi_stream_receive(stream, *tsrvi_own_need(stream));
     }
 }
 

@@ -437,6 +437,37 @@ static void echo_large(int fd)
     s_expect_bytes(fd, large, large_size);
 }
 
+/* A read that says how much it needs has room made for that at once, though the buffer for it is new. */
+static int read_count(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_bytes(stream, large_size, &slice)) == TSRV_OK) {
+        CHECK_MEM(slice.data, slice.size, large, large_size);
+        tsrv_write(stream, "ok", 2);
+    }
+    return rc;
+}
+
+TEST_SOFT(read_bytes_makes_room_once)
+{
+    tsrv_server_options options = {0};
+    make_large(1000000);
+    s_open_with(read_count, options);
+    int fd = s_join();
+    s_settle();
+    s_send(fd, large, 1);
+    s_settle(); /* the loop's own buffer is there */
+    count_calls("malloc", "realloc");
+    s_send(fd, large + 1, large_size - 1);
+    s_expect(fd, "ok");
+    CHECK_MOST(calls_counted, 2); /* for the message, and for the answer */
+    s_finish(fd);
+    s_close();
+    free(large);
+}
+
 /* After the first few, and when there are none for a while the memory is given back. */
 TEST_SOFT(large_messages_allocate_nothing)
 {
