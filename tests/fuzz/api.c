@@ -1458,7 +1458,7 @@ static void operate_end(connection *on, int kind)
     if (kind == SHUTDOWN) {
         int rc = tsrv_shutdown(on->stream);
         on->shut = true;
-        if (rc != TSRV_OK && !has_ended(on) && !on->peer_gone && !unclean) {
+        if (rc != TSRV_OK && !has_ended(on) && !on->perhaps && !on->peer_gone && !unclean) {
             fail("%d: tsrv_shutdown returns %d", number_of(on), rc);
         }
         return;
