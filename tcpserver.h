@@ -10367,6 +10367,10 @@ TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
     if (stream->read_ms >= 0) {
         tsrvi_set(stream, TSRVI_TIMED);
     }
+    if (tsrvi_is(stream, TSRVI_BLOCKED) && !tsrvi_is(stream, TSRVI_SHAKING)) {
+        stream->own_due_ms = tsrvi_ms_earlier(stream->own_due_ms, tsrvi_stream_write_due(stream));
+        tsrvi_stream_soon(stream);
+    }
 }
 
 /* Calls that wait already are limited too. */

@@ -55,6 +55,47 @@ TEST_STREAM(row6_written_data_is_the_writers_again)
     free(large);
 }
 
+/* ---- a limit that is set while the output is blocked ---------------------------------------*/
+
+/* Writes more than anybody takes. */
+static int write_too_much(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *begun = (bool *)tsrv_data(stream);
+    (void)address, (void)context;
+    if (!*begun) {
+        *begun = true;
+        limit_output(stream);
+        tsrv_write(stream, large, large_size);
+    }
+    return tsrv_wait(stream, TSRV_NEVER) == TSRV_EAGAIN ? TSRV_EAGAIN : tsrv_flush(stream);
+}
+
+/* It counts from then on, and does not wait for the peer to take a byte first. A longer one does not help who has
+ * stalled already. */
+TEST_SOFT(write_timeout_that_is_set_while_the_output_is_blocked)
+{
+    static const int limits[][2] = {{TSRV_NEVER, 200}, {30000, 200}, {400, 5000}};
+    make_large(4 << 20);
+    for (size_t i = 0; i < COUNT(limits); i++) {
+        tsrv_server_options options = {0};
+        options.data_size = sizeof(bool);
+        options.max_write_buffer_size = 2 * large_size;
+        options.write_timeout_ms = limits[i][0];
+        s_open_with(write_too_much, options);
+        int fd = s_join();
+        s_run_ms(100);
+        int64_t start = v_ms();
+        tsrv_set_timeout(tsrv_server_next(s_server, NULL), 0, limits[i][1]);
+        s_until(&s_closed, 1);
+        CHECK_INT(s_reason, TSRV_ETIMEOUT);
+        CHECK_LEAST(s_closed_ms - start, 150);
+        CHECK_MOST(s_closed_ms - start, 450);
+        t_close(fd);
+        s_close();
+    }
+    free(large);
+}
+
 /* ---- tsrv_try_write during a write that waits ----------------------------------------------*/
 
 static tsrv_stream *shared_stream;
