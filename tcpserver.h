@@ -1176,8 +1176,8 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on);
 /* Limit calls that begin from now on.
  *   read_ms   a whole read; one byte a second does not extend it; then TSRV_ETIMEOUT, and the
  *             stream goes on
- *   write_ms  unsent output of which no byte is taken for so long; then the stream ends with
- *             TSRV_ETIMEOUT
+ *   write_ms  unsent output of which no byte is taken for so long, counted from now at the latest;
+ *             then the stream ends with TSRV_ETIMEOUT
  * 0 = the server's; TSRV_NEVER. */
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms);
 
