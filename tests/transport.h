@@ -7,7 +7,7 @@
 #define TRANSPORT_H
 
 #define Q_ROOM ((size_t)65536)
-#define Q_SERVERS 8
+#define Q_SERVERS 64 /* that one test has at a time */
 
 typedef struct q_queue {
     char data[Q_ROOM];
@@ -260,14 +260,16 @@ static struct {
     tsrv_server *server;
     tsrv_handler handler;
 } q_servers[Q_SERVERS];
+static int q_next; /* the oldest: its server is gone by the time its place is needed */
 
 static inline int q_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     q_bridge *q = (q_bridge *)calloc(1, sizeof *q);
-    int i = 0;
-    while (q_servers[i].server != tsrv_stream_server(stream)) {
-        CHECK(++i < Q_SERVERS);
-    }
+    int i = q_next;
+    do { /* the newest of that address */
+        i = (i + Q_SERVERS - 1) % Q_SERVERS;
+        CHECK(q_servers[i].server != NULL);
+    } while (q_servers[i].server != tsrv_stream_server(stream));
     CHECK(q != NULL && stream->in == NULL && stream->out == NULL && stream->io.interest == 0);
     tsrv_set_handler(stream, q_servers[i].handler);
     if (stream->phase == TSRVI_OPEN) {
@@ -288,18 +290,16 @@ static inline int q_handler(tsrv_stream *stream, const tsrv_address *address, vo
 static inline int q_server_new(tsrv_server **server, const tsrv_server_options *options)
 {
     tsrv_server_options bridged;
-    int rc, i = 0;
+    int rc;
     if (options == NULL || options->handle_stream == NULL) {
         return tsrv_server_new(server, options);
     }
     bridged = *options;
     bridged.handle_stream = q_handler;
     rc = tsrv_server_new(server, &bridged);
-    while (q_servers[i].server != NULL && q_servers[i].server != *server) {
-        CHECK(++i < Q_SERVERS);
-    }
-    q_servers[i].server = *server;
-    q_servers[i].handler = options->handle_stream;
+    q_servers[q_next].server = *server;
+    q_servers[q_next].handler = options->handle_stream;
+    q_next = (q_next + 1) % Q_SERVERS;
     return rc;
 }
 #define tsrv_server_new(server, options) q_server_new(server, options)
