@@ -9824,6 +9824,9 @@ static int tsrvi_read_nothing(tsrv_stream *stream)
         tsrvi_own_wants(stream, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
+    if (loop->streams.handling == stream) {
+        tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
+    }
     return stream->end;
 }
 

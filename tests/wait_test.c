@@ -142,6 +142,43 @@ T_TEST(a_read_behind_one_that_was_given_up_has_its_limit, T_PER_BACKEND | T_CALL
     }
 }
 
+/* A read of nothing is a read, behind which a wait begins anew. */
+static int waits_begun, wait_code;
+
+static int wait_behind_nothing(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    if (waits_begun++ == 0) {
+        CHECK_INT(tsrv_read_bytes(stream, 5, &slice), TSRV_EAGAIN);
+        return tsrv_wait(stream, 100);
+    }
+    if (waits_begun == 2) {
+        CHECK_INT(tsrv_read_bytes(stream, 0, &slice), TSRV_OK);
+    }
+    wait_code = tsrv_wait(stream, TSRV_NEVER);
+    return wait_code;
+}
+
+TEST_CALLBACK(wait_behind_a_read_of_nothing_has_its_own_time)
+{
+    tsrv_server_options options = {0};
+    waits_begun = 0;
+    s_open_with(wait_behind_nothing, options);
+    int fd = s_join();
+    s_settle();
+    t_sends(fd, "input");
+    s_until(&waits_begun, 2);
+    s_run_ms(1000);
+    CHECK_INT(wait_code, TSRV_EAGAIN);
+    CHECK_INT(s_closed, 0);
+    tsrv_wake(tsrv_server_next(s_server, NULL));
+    s_until(&s_closed, 1);
+    CHECK_INT(wait_code, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
 /* ---- a stream that goes while a coroutine lets the others run ------------------------------*/
 
 enum { READ_SOME, READ_UNTIL, READ_BYTES, READ_MATCH, READ_CLOSE, READ_INTO, READ_NOTHING, FLUSH,
