@@ -7355,6 +7355,21 @@ static void tsrvi_stream_later(tsrv_stream *stream)
     }
 }
 
+/* Go on to a phase: the table above, as bits of those that may follow each. */
+static void tsrvi_stream_enter(tsrv_stream *stream, int phase)
+{
+    static const uint8_t follow[] = {
+        1 << TSRVI_SHUTTING | 1 << TSRVI_CLOSING | 1 << TSRVI_CLOSED, /* OPEN */
+        1 << TSRVI_SHUT | 1 << TSRVI_CLOSING | 1 << TSRVI_CLOSED,     /* SHUTTING */
+        1 << TSRVI_CLOSING | 1 << TSRVI_CLOSED,                       /* SHUT */
+        1 << TSRVI_LINGER | 1 << TSRVI_CLOSED,                        /* CLOSING */
+        1 << TSRVI_CLOSED,                                            /* LINGER */
+        0,                                                            /* CLOSED */
+    };
+    TSRV_ASSERT((follow[stream->phase] >> phase & 1) != 0);
+    stream->phase = (uint8_t)phase;
+}
+
 /* Will nothing happen any more but on_close? */
 static bool tsrvi_stream_finished(const tsrv_stream *stream)
 {
@@ -8717,7 +8732,7 @@ static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
     stream->server->stats->open--;
     stream->server->stats->closed++;
     tsrvi_transport_of(stream)->close(stream, reset);
-    stream->phase = TSRVI_CLOSED;
+    tsrvi_stream_enter(stream, TSRVI_CLOSED);
 }
 
 /* End both directions at once with a reset: the output has a gap, or nobody may use the stream any
@@ -8899,7 +8914,7 @@ static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
         tsrvi_set(stream, TSRVI_FIN);
         tsrvi_transport_of(stream)->shut(stream);
     }
-    stream->phase = stream->phase == TSRVI_CLOSING ? TSRVI_LINGER : TSRVI_SHUT;
+    tsrvi_stream_enter(stream, stream->phase == TSRVI_CLOSING ? TSRVI_LINGER : TSRVI_SHUT);
     stream->own_due_ms =
         tsrvi_ms_after(tsrvi_loop_of(stream), stream->server->options.close_timeout_ms);
 }
@@ -8922,7 +8937,7 @@ TSRV_API int tsrv_shutdown(tsrv_stream *stream)
     }
     stream->out_end = TSRV_ECLOSED;
     tsrvi_set(stream, TSRVI_ENDED);
-    stream->phase = TSRVI_SHUTTING;
+    tsrvi_stream_enter(stream, TSRVI_SHUTTING);
     tsrvi_output_seal(stream);
     tsrvi_stream_soon(stream);
     return TSRV_OK;
@@ -8932,7 +8947,7 @@ TSRV_API int tsrv_shutdown(tsrv_stream *stream)
 static void tsrvi_stream_close(tsrv_stream *stream)
 {
     if (stream->phase < TSRVI_CLOSING) {
-        stream->phase = TSRVI_CLOSING;
+        tsrvi_stream_enter(stream, TSRVI_CLOSING);
         tsrvi_output_seal(stream);
     }
     if (stream->end == 0) {
