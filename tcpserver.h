@@ -7366,7 +7366,9 @@ static void tsrvi_stream_enter(tsrv_stream *stream, int phase)
         1 << TSRVI_CLOSED,                                            /* LINGER */
         0,                                                            /* CLOSED */
     };
-    TSRV_ASSERT((follow[stream->phase] >> phase & 1) != 0);
+    bool follows = (follow[stream->phase] >> phase & 1) != 0;
+    TSRV_ASSERT(follows);
+    (void)follows; /* with NDEBUG */
     stream->phase = (uint8_t)phase;
 }
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds the programs of tests/compile with every language standard and optimisation, and runs them.
 #   tests/compile.sh [build directory]        environment: BUILD CC CXX LDLIBS JOBS CI
-#   OPTIMISATIONS, "-O0 -O2 -Os -O2,-flto" for example
+#   OPTIMISATIONS, "-O0 -O2 -Os,-DNDEBUG -O2,-flto" for example
 # Output is one line per case. With CI=true a skip is a failure.
 set -u
 
@@ -143,7 +143,7 @@ export gcc_warnings
 sed -n 's/^TSRV_API [^(]*[ *]\(tsrv_[a-z0-9_]*\)(.*/FUNCTION(\1)/p' tcpserver.h |
     sort -u >"$out/functions.inc"
 
-optimisations=${OPTIMISATIONS:--O0 -O2 -Os -O2,-flto}
+optimisations=${OPTIMISATIONS:--O0 -O2 -Os,-DNDEBUG -O2,-flto}
 cases() { # cases <language> <standard> <names at every optimisation> <names at -O0>
     if ! can "$1" -std="$2"; then
         skip "$1: the compiler does not know -std=$2"
