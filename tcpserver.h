@@ -2422,9 +2422,9 @@ static int tsrvi_mistake_no_coroutine(const char *function)
  *
  * A queue is a list of buffers; the first one knows the last. Small writes fill
  * buffers of one size, which come from the loop's pool; a large one has a buffer
- * of its own. Two kinds hold no bytes: a part of a file, and what a suspended
- * writer has lent, which stays where it lies. A queue that is empty holds no
- * memory.
+ * of its own. The pool keeps large ones too, for as long as they are used. Two
+ * kinds hold no bytes: a part of a file, and what a suspended writer has lent,
+ * which stays where it lies. A queue that is empty holds no memory.
  * ==========================================================================*/
 
 #define TSRVI_POOLED ((size_t)16384) /* bytes of a buffer that the pool keeps, header included */
@@ -7540,8 +7540,9 @@ static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
  * records that are not sent yet, is counted in stream->unsent.
  *
  * None of them waits, ends a stream or calls the program. They return codes, and
- * the stream's sections say what follows from them; these touch the socket nowhere
- * else, so that a stream can do without one.
+ * the stream's sections say what follows from them. These touch the socket nowhere
+ * else, but for the common send of a plain stream (>>ends) and what a stream tells
+ * of its socket (>>state), so that a stream can do without one.
  * ==========================================================================*/
 
 /* One try to send. */
