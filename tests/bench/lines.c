@@ -1,7 +1,7 @@
 /* Lines to an echo server, in rounds: every connection sends its lines, then each reads them back. So a server sees
  * the same calls in every run, and can be measured by counting.
  *   lines <port> <connections> <lines of a round> <bytes of a line> <rounds> [<pid>]
- * With the server's pid it prints the page faults that the second half of the rounds has cost it. */
+ * With the server's pid it prints the page faults that each round has cost it, a line for a round. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>
@@ -109,7 +109,6 @@ int main(int argc, char **argv)
     size_t line = (size_t)atol(argv[4]), size = line * (size_t)lines;
     const char *pid = argc > 6 ? argv[6] : NULL;
     char *data = malloc(size), *buffer = malloc(size);
-    long faults = 0;
     if (data == NULL || buffer == NULL || count > 1000) {
         fail("malloc");
     }
@@ -121,13 +120,11 @@ int main(int argc, char **argv)
         ends[i].fd = dial(atoi(argv[1]));
     }
     for (int round = 0; round < rounds; round++) {
-        if (round == rounds / 2) {
-            faults = faults_of(pid);
-        }
+        long faults = faults_of(pid);
         play_round(count, data, buffer, size);
-    }
-    if (pid != NULL) {
-        printf("%ld\n", faults_of(pid) - faults);
+        if (pid != NULL) {
+            printf("%ld\n", faults_of(pid) - faults);
+        }
     }
     return 0;
 }
