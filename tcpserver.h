@@ -1271,6 +1271,7 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -7564,6 +7565,8 @@ typedef struct tsrvi_transport {
     /* Is there input, or has it ended? The bytes stay where they are. Returns TSRV_OK (there is
      * some), TSRV_EAGAIN, TSRV_EOF or an error. */
     int (*peek)(tsrv_stream *stream);
+    /* Has the peer's system taken all that was sent? False, too, where the system does not tell. */
+    bool (*is_delivered)(const tsrv_stream *stream);
     /* Does the session hold input that no event will tell of? */
     bool (*holds)(const tsrv_stream *stream);
     /* Does it hold nothing at all of what has come? */
@@ -7831,6 +7834,25 @@ static int tsrvi_plain_peek(tsrv_stream *stream)
                                       : tsrvi_error();
 }
 
+/* tcp(7), unix(7): SIOCOUTQ, which is TIOCOUTQ there; ioctl(2) of the BSDs: FIONWRITE; macOS:
+ * SO_NWRITE. */
+static bool tsrvi_plain_is_delivered(const tsrv_stream *stream)
+{
+    int kept = -1;
+#if defined(SO_NWRITE)
+    socklen_t size = sizeof(kept);
+    return TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_NWRITE, &kept, &size)) == 0 &&
+           kept == 0;
+#elif defined(FIONWRITE)
+    return TSRV_SYS(ioctl, (stream->io.fd, FIONWRITE, &kept)) == 0 && kept == 0;
+#elif defined(__linux__)
+    return TSRV_SYS(ioctl, (stream->io.fd, TIOCOUTQ, &kept)) == 0 && kept == 0;
+#else
+    (void)stream;
+    return kept == 0;
+#endif
+}
+
 static bool tsrvi_plain_holds(const tsrv_stream *stream)
 {
     (void)stream;
@@ -7899,13 +7921,21 @@ static void tsrvi_plain_close(tsrv_stream *stream, bool reset)
     tsrvi_loop_close_fd(tsrvi_loop_of(stream), fd);
 }
 
-static const tsrvi_transport tsrvi_plain_transport = {tsrvi_plain_send,     tsrvi_plain_recv,
-                                                      tsrvi_plain_peek,     tsrvi_plain_holds,
-                                                      tsrvi_plain_is_empty, NULL,
-                                                      tsrvi_plain_finish,   tsrvi_plain_is_over,
-                                                      tsrvi_plain_drop,     tsrvi_plain_free,
-                                                      tsrvi_plain_watch,    tsrvi_plain_shut,
-                                                      tsrvi_plain_error,    tsrvi_plain_close};
+static const tsrvi_transport tsrvi_plain_transport = {tsrvi_plain_send,
+                                                      tsrvi_plain_recv,
+                                                      tsrvi_plain_peek,
+                                                      tsrvi_plain_is_delivered,
+                                                      tsrvi_plain_holds,
+                                                      tsrvi_plain_is_empty,
+                                                      NULL,
+                                                      tsrvi_plain_finish,
+                                                      tsrvi_plain_is_over,
+                                                      tsrvi_plain_drop,
+                                                      tsrvi_plain_free,
+                                                      tsrvi_plain_watch,
+                                                      tsrvi_plain_shut,
+                                                      tsrvi_plain_error,
+                                                      tsrvi_plain_close};
 
 /* ---- the seam --------------------------------------------------------------*/
 
@@ -8411,9 +8441,10 @@ static void tsrvi_tls_end(tsrv_stream *stream)
 }
 
 static const tsrvi_transport tsrvi_tls_transport = {
-    tsrvi_tls_send,    tsrvi_tls_recv,   tsrvi_tls_peek,    tsrvi_tls_holds,  tsrvi_tls_is_empty,
-    tsrvi_tls_shake,   tsrvi_tls_finish, tsrvi_tls_is_over, tsrvi_tls_drop,   tsrvi_tls_end,
-    tsrvi_plain_watch, tsrvi_plain_shut, tsrvi_plain_error, tsrvi_plain_close};
+    tsrvi_tls_send,    tsrvi_tls_recv,     tsrvi_tls_peek,   tsrvi_plain_is_delivered,
+    tsrvi_tls_holds,   tsrvi_tls_is_empty, tsrvi_tls_shake,  tsrvi_tls_finish,
+    tsrvi_tls_is_over, tsrvi_tls_drop,     tsrvi_tls_end,    tsrvi_plain_watch,
+    tsrvi_plain_shut,  tsrvi_plain_error,  tsrvi_plain_close};
 
 /* ---- the beginning ---------------------------------------------------------*/
 
@@ -8875,10 +8906,11 @@ static bool tsrvi_stream_peer_is_done(const tsrv_stream *stream)
 }
 
 /* Has the peer let a read time out, with nothing written to it since, and sent nothing after that?
- * Then there is no answer that a reset could destroy. */
+ * And has its system all that was written before? Then there is no answer that a reset could
+ * destroy. */
 static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
 {
-    return tsrvi_is(stream, TSRVI_SILENT) &&
+    return tsrvi_is(stream, TSRVI_SILENT) && tsrvi_transport_of(stream)->is_delivered(stream) &&
            tsrvi_transport_of(stream)->peek(stream) == TSRV_EAGAIN;
 }
 

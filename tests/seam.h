@@ -182,6 +182,7 @@ static inline void t_free(void *memory)
 #define t_sys_inet_ntop(...) inet_ntop(__VA_ARGS__)
 #define t_sys_inet_pton(...) inet_pton(__VA_ARGS__)
 #define t_sys_initgroups(...) (t_fault("initgroups") ? -1 : initgroups(__VA_ARGS__))
+#define t_sys_ioctl(...) (t_fault("ioctl") ? -1 : ioctl(__VA_ARGS__))
 #define t_sys_kill(...) (t_fault("kill") ? -1 : kill(__VA_ARGS__))
 #define t_sys_kevent(kq, changes, count, ...) \
     (t_fault((count) > 0 ? "kevent_set" : "kevent") ? -1 : kevent(kq, changes, count, __VA_ARGS__))

@@ -310,6 +310,16 @@ static int echo_until_silence(tsrv_stream *stream, const tsrv_address *address, 
     return rc;
 }
 
+/* Delayed acknowledgements take time, and not the loop's. */
+static void until_delivered(tsrv_stream *stream)
+{
+    int64_t limit = t_patience();
+    while (!tsrvi_transport_of(stream)->is_delivered(stream)) {
+        CHECK(t_now_ms() < limit);
+        usleep(1000);
+    }
+}
+
 /* How long after the connect, or the last line, it is s_closed. */
 static int64_t closes_after(const char *said, const char *answer, bool shut)
 {
@@ -321,6 +331,7 @@ static int64_t closes_after(const char *said, const char *answer, bool shut)
     t_sends(fd, said);
     s_expect(fd, answer);
     s_settle();
+    until_delivered(first_stream());
     int64_t start = v_ms();
     if (shut) {
         t_shut(fd);
@@ -342,6 +353,46 @@ TEST_STREAM(silent_peer_is_not_waited_for)
     CHECK_INT(s_reason, TSRV_ETIMEOUT);
     ms = closes_after("hello\nhalf a line", "hello\n", false); /* it is dropped */
     CHECK(ms >= 400 && ms <= 700);
+}
+
+static int answer_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char answer[65536];
+    int *step = (int *)tsrv_data(stream), rc;
+    (void)address, (void)context;
+    if (*step == 0) {
+        if ((rc = tsrv_read_until(stream, "\n", 0, NULL)) != TSRV_OK) {
+            return rc;
+        }
+        memset(answer, 'a', sizeof answer);
+        CHECK_INT(tsrv_write(stream, answer, sizeof answer), TSRV_OK);
+        CHECK_INT(tsrv_unsent_size(stream), 0);
+        *step = 1;
+    }
+    return tsrv_read_until(stream, "\n", 0, NULL);
+}
+
+/* It reads slowly: the kernel has all of the answer, the peer's has not when the next read's time is over. What it sends
+ * then must not become a reset that takes the answer away. */
+TEST_PLAIN_SOFT(answer_under_way_is_no_silence)
+{
+    tsrv_server_options options = defaults;
+    char answer[65536];
+    int code;
+    options.read_timeout_ms = 500;
+    options.data_size = sizeof(int);
+    open_with(answer_and_wait, options);
+    int fd = t_connect_with_room(s_port, 4096);
+    t_sends(fd, "hello\n");
+    s_run_ms(1000);
+    CHECK_INT(s_closed, 0);
+    t_sends(fd, "x");
+    s_settle();
+    CHECK_INT(s_recv(fd, answer, sizeof answer, &code), sizeof answer);
+    s_leave(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    s_close();
 }
 
 /* A good-bye must not be turned into a reset. */

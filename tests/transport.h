@@ -193,6 +193,12 @@ static inline int q_peek(tsrv_stream *stream)
     return q_state(q_of(stream));
 }
 
+static inline bool q_is_delivered(const tsrv_stream *stream)
+{
+    int kept = -1;
+    return q_size(&q_of(stream)->out) == 0 && ioctl(q_of(stream)->fd, TIOCOUTQ, &kept) == 0 && kept == 0;
+}
+
 static inline bool q_is_empty(const tsrv_stream *stream)
 {
     return q_size(&q_of(stream)->in) == 0;
@@ -243,7 +249,7 @@ static inline void q_free(tsrv_stream *stream)
 }
 
 static const tsrvi_transport q_transport = {
-    q_send,     q_recv,   q_peek, tsrvi_plain_holds, q_is_empty, NULL, tsrvi_plain_finish, tsrvi_plain_is_over,
+    q_send,     q_recv,   q_peek, q_is_delivered, tsrvi_plain_holds, q_is_empty, NULL, tsrvi_plain_finish, tsrvi_plain_is_over,
     tsrvi_plain_drop, q_free, q_interest, q_shut, q_error, q_close,
 };
 
