@@ -9768,23 +9768,23 @@ static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimite
                                        tsrv_slice *slice)
 {
     tsrvi_buffer *buffer = stream->in;
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    char *data, *last;
-    if (slice == NULL || buffer->scanned != 0 || !tsrvi_read_is_plain(stream, loop)) {
+    const char *last;
+    if (slice == NULL || buffer->scanned != 0 ||
+        !tsrvi_read_is_plain(stream, tsrvi_loop_of(stream))) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
     tsrvi_buffer_release(buffer);
-    data = buffer->data + buffer->begin;
-    last =
-        (char *)memchr(data, delimiter[0],
-                       tsrvi_min(buffer->end - buffer->begin, tsrvi_read_most(stream, max_bytes)));
+    last = (const char *)memchr(buffer->data + buffer->begin, delimiter[0],
+                                tsrvi_min(buffer->end - buffer->begin,
+                                          tsrvi_read_most(stream, max_bytes)));
     if (TSRVI_UNLIKELY(last == NULL)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
+    buffer = stream->in;
     tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
     tsrvi_own_set(stream, TSRVI_CONSUMED);
-    loop->budget--;
-    tsrvi_buffer_take(buffer, (size_t)(last - data) + 1, slice);
+    tsrvi_loop_of(stream)->budget--;
+    tsrvi_buffer_take(buffer, (size_t)(last - (buffer->data + buffer->begin)) + 1, slice);
     return TSRV_OK;
 }
 
