@@ -150,6 +150,9 @@
  *   TSRV_SYS(name, arguments)     how system calls are made; default name arguments
  *   TSRV_NO_EPOLL, TSRV_NO_KQUEUE leave a backend out
  *   TSRV_NO_COROUTINES            callback mode only; the waiting calls return TSRV_ENOTSUP
+ *   TSRV_NO_THREADS               no helper threads, and no call of pthreads; tsrv_work and
+ *                                 tsrv_run_in_thread return TSRV_ENOTSUP. With them, and a glibc
+ *                                 older than 2.34, link with -pthread
  *   TSRV_USE_UCONTEXT             switch stacks by ucontext instead of by hand
  *   TSRV_TLS_OPENSSL              compile TLS in; link -lssl -lcrypto
  *   TSRV_DEBUG                    name mistakes in the log, each once: a handler in callback mode
@@ -180,6 +183,8 @@
  *     >>sources     timers, watches, posts, signals
  *     >>turn        turns
  *     >>coroutine   functions that can wait
+ *     >>condition   coroutines that wait for each other
+ *     >>work        threads, for what blocks
  *     >>socket      addresses, sockets
  *     >>handed      sockets that were handed over
  *     >>bound       what this process has bound
@@ -415,7 +420,8 @@ TSRV_API void tsrv_set_log_level(int level);
 /* ---- loop (IOLoop) ---------------------------------------------------------*/
 
 typedef struct tsrv_loop_options {
-    int backend; /* TSRV_BACKEND_...; 0 = the best there is */
+    int backend;     /* TSRV_BACKEND_...; 0 = the best there is */
+    int max_threads; /* for tsrv_work, at most; 0 = 4 */
 } tsrv_loop_options;
 
 /* The loop that runs on this thread, else the thread's own, which is made on first use and lives
@@ -426,13 +432,15 @@ TSRV_API tsrv_loop *tsrv_loop_current(void);
 /* Make a loop. A NULL loop argument elsewhere means tsrv_loop_current(), so most programs never
  * call this.
  *   options  NULL = all defaults
- * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), -ENOMEM, -EMFILE, -ENOSYS and
- * the like; then *loop is NULL. Any thread; the loop belongs to the thread that runs it. */
+ * Returns TSRV_OK, TSRV_ENOTSUP (the system lacks that backend), TSRV_EINVAL (a negative count),
+ * -ENOMEM, -EMFILE, -ENOSYS and the like; then *loop is NULL. Any thread; the loop belongs to the
+ * thread that runs it. */
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 
 /* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are
- * aborted, and the loop turns until nothing can run; what still waits then is dropped where it
- * stands, and logged. Servers on this loop stop and are freed by the caller, before or after.
+ * aborted, and the loop turns until nothing can run and no work of tsrv_work is left; what still
+ * waits then is dropped where it stands, and logged. Servers on this loop stop and are freed by the
+ * caller, before or after.
  *   loop  NULL = this thread's own, if there is one
  * Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
 TSRV_API int tsrv_loop_free(tsrv_loop *loop);
@@ -578,6 +586,46 @@ TSRV_API int tsrv_sleep(int delay_ms);
  * TSRV_ECLOSED (the loop is being freed), TSRV_EINVAL outside a coroutine, or as
  * tsrv_watch_start. */
 TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms);
+
+/* Coroutines of one loop that wait for something which another piece of the program brings about;
+ * the caller's memory, {0} at first. All fields private. Source: locks.Condition. */
+typedef struct tsrv_condition {
+    struct tsrvi_co *first, *last;
+} tsrv_condition;
+
+/* Wait until the condition is notified; who came first is woken first. What one waits for may have
+ * been undone by another by the time it runs, so look in a loop: joins, semaphores, pools and
+ * queues are that loop. In a coroutine only. Source: Condition.wait.
+ *   timeout_ms  0 = only let the others go first; TSRV_NEVER
+ * Returns TSRV_OK; TSRV_ETIMEOUT; TSRV_ECLOSED when the loop is being freed, or the grace of a
+ * drain is over; TSRV_EINVAL outside a coroutine, or when coroutines of another loop wait. */
+TSRV_API int tsrv_condition_wait(tsrv_condition *condition, int timeout_ms);
+
+/* Wake those who wait, up to `count` of them, the oldest first; they run in the next turn. Without
+ * any it does nothing, and nobody will know of it. Loop's thread. Source: Condition.notify.
+ *   count  SIZE_MAX = all
+ * Returns TSRV_OK. */
+TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count);
+
+/* ---- threads, for what blocks ----------------------------------------------*/
+
+/* Run work(context) on a helper thread, then done(context) on the loop: for what would block it,
+ * such as a file, a compressor or somebody's client library. Work begins in the order of the calls.
+ * The threads, tsrv_loop_options.max_threads of them at most, are made when they are needed, and
+ * end with the loop. Work that was taken is run, come what may: tsrv_loop_free waits for it, a
+ * drain does not. In `work` the only call of this library is tsrv_loop_post.
+ * Source: IOLoop.run_in_executor, uv_queue_work.
+ *   done  NULL = not wanted
+ * Returns TSRV_OK; TSRV_EINVAL (no work, or a forked child); -ENOMEM; -EAGAIN (the system gives no
+ * thread, and there is none yet); TSRV_ECLOSED (the loop is being freed); TSRV_ENOTSUP with
+ * TSRV_NO_THREADS. */
+TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, void *context);
+
+/* The same in a coroutine, which waits for it, also when the loop is freed or a drain's grace is
+ * over: so the context may be on its stack. In a coroutine only.
+ * Returns TSRV_OK when work(context) has run; TSRV_EINVAL outside a coroutine, and as tsrv_work,
+ * when it has not. */
+TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context);
 
 /* ---- sockets (netutil) -----------------------------------------------------*/
 
@@ -1309,6 +1357,13 @@ TSRV_API tsrv_loop *tsrv_stream_loop(tsrv_stream *stream);
 #endif
 #ifndef TSRVI_HAS_KQUEUE
 #define TSRVI_HAS_KQUEUE 0
+#endif
+
+#ifdef TSRV_NO_THREADS
+#define TSRVI_HAS_THREADS 0
+#else
+#define TSRVI_HAS_THREADS 1
+#include <pthread.h>
 #endif
 
 #if defined(__linux__)
@@ -3916,6 +3971,7 @@ typedef struct tsrvi_stacks {
     size_t size;
 } tsrvi_stacks;
 
+#define TSRVI_THREADS 4    /* helper threads of a loop */
 #define TSRVI_TRIM_MS 1000 /* large buffers that nobody has used for so long are freed */
 #define TSRVI_BUDGET \
     256 /* calls that may complete at once before a handler has to let others run */
@@ -3941,6 +3997,23 @@ typedef struct tsrvi_loop_coroutines {
     tsrvi_fiber main; /* where they switch back to */
 #endif
 } tsrvi_loop_coroutines;
+
+/* Of >>work. */
+typedef struct tsrvi_loop_work {
+    int most;             /* threads */
+    size_t left;          /* work that was taken, and of which the loop has not seen the end */
+#if TSRVI_HAS_THREADS
+    bool begun;           /* the following exist */
+    pthread_mutex_t lock; /* of all that follows */
+    pthread_cond_t more;
+    struct tsrvi_job *first, *last; /* that no thread has begun */
+    size_t waiting;                 /* of them */
+    int idle;                       /* threads */
+    int count;
+    bool over; /* they are to end */
+    pthread_t *threads;
+#endif
+} tsrvi_loop_work;
 
 /* Of the stream's sections. NULL = none. */
 typedef struct tsrvi_loop_streams {
@@ -3990,6 +4063,7 @@ struct tsrv_loop {
     tsrvi_link link; /* in the loops of the process */
     tsrvi_loop_sources sources;
     tsrvi_loop_coroutines coroutines;
+    tsrvi_loop_work work;
     tsrvi_loop_streams streams;
     tsrvi_loop_servers servers;
     tsrvi_loop_worker worker;
@@ -4235,9 +4309,13 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
 
 TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
 {
-    tsrv_loop *made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
+    tsrv_loop *made;
     int rc;
     *loop = NULL;
+    if (options != NULL && options->max_threads < 0) {
+        return TSRV_EINVAL;
+    }
+    made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
     if (made == NULL) {
         return -ENOMEM;
     }
@@ -4252,6 +4330,8 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_list_init(&made->coroutines.all);
     tsrvi_list_init(&made->servers.all);
     made->streams.trim.fire = tsrvi_loop_trim;
+    made->work.most =
+        options == NULL || options->max_threads == 0 ? TSRVI_THREADS : options->max_threads;
     if ((rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
             0 ||
@@ -4376,22 +4456,10 @@ TSRV_API void tsrv_watch_stop(tsrv_watch *watch)
 
 /* ---- posts -----------------------------------------------------------------*/
 
-TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *context)
+/* Any thread. */
+static void tsrvi_post_push(tsrv_loop *loop, tsrvi_post *post)
 {
-    tsrvi_post *post, *newest;
-    int rc;
-    if (callback == NULL) {
-        return TSRV_EINVAL;
-    }
-    if ((rc = tsrvi_loop_use(&loop)) < 0) {
-        return rc;
-    }
-    post = (tsrvi_post *)TSRV_MALLOC(sizeof(*post));
-    if (post == NULL) {
-        return -ENOMEM;
-    }
-    post->callback = callback;
-    post->context = context;
+    tsrvi_post *newest;
     /* As soon as it is in the list, the callback may run and free the loop: that waits for us. */
     __atomic_fetch_add(&loop->sources.posting, 1, __ATOMIC_ACQUIRE);
     newest = __atomic_load_n(&loop->sources.posts, __ATOMIC_RELAXED);
@@ -4405,6 +4473,25 @@ TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *conte
         tsrvi_wake_write(loop->sources.wake_write);
     }
     __atomic_fetch_sub(&loop->sources.posting, 1, __ATOMIC_RELEASE);
+}
+
+TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *context)
+{
+    tsrvi_post *post;
+    int rc;
+    if (callback == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0) {
+        return rc;
+    }
+    post = (tsrvi_post *)TSRV_MALLOC(sizeof(*post));
+    if (post == NULL) {
+        return -ENOMEM;
+    }
+    post->callback = callback;
+    post->context = context;
+    tsrvi_post_push(loop, post);
     return TSRV_OK;
 }
 
@@ -4748,11 +4835,13 @@ typedef struct tsrvi_co {
     char *stack;
     size_t stack_size;
     unsigned valgrind_id;
-    int result;     /* of the wait */
-    bool waiting;   /* nobody has woken it yet */
-    bool cancelled; /* has had its one TSRV_ECLOSED from tsrv_loop_free */
-    bool doomed;    /* is to have one at its next wait, from the end of a drain's grace */
-    bool over;      /* its function has returned */
+    tsrv_condition *condition;        /* that it waits for; NULL = none */
+    struct tsrvi_co *before, *behind; /* who waits for it, too */
+    int result;                       /* of the wait */
+    bool waiting;                     /* nobody has woken it yet */
+    bool cancelled;                   /* has had its one TSRV_ECLOSED from tsrv_loop_free */
+    bool doomed; /* is to have one at its next wait, from the end of a drain's grace */
+    bool over;   /* its function has returned */
 } tsrvi_co;
 
 static void tsrvi_stacks_push(tsrvi_stacks *stacks, char *stack)
@@ -4838,10 +4927,22 @@ static void tsrvi_co_entry(tsrvi_context *context)
     TSRV_ASSERT(false); /* nobody resumes it */
 }
 
+/* It does not wait for a condition any more. */
+static void tsrvi_co_leave(tsrvi_co *co)
+{
+    tsrv_condition *condition = co->condition;
+    if (condition != NULL) {
+        *(co->before != NULL ? &co->before->behind : &condition->first) = co->behind;
+        *(co->behind != NULL ? &co->behind->before : &condition->last) = co->before;
+        co->condition = NULL;
+    }
+}
+
 /* Give back what a coroutine holds; it is not running. */
 static void tsrvi_co_free(tsrvi_co *co)
 {
     tsrv_loop *loop = co->loop;
+    tsrvi_co_leave(co);
     tsrvi_heap_remove(&loop->heap, &co->timer);
     loop->heap.reserved--;
     loop->active--;
@@ -5193,6 +5294,294 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
     (void)fd;
     (void)events;
     (void)timeout_ms;
+    return TSRV_ENOTSUP;
+}
+#endif
+
+/* ============================================================================
+ * >>condition  Coroutines that wait for each other
+ * ==========================================================================*/
+
+#if TSRVI_HAS_COROUTINES
+TSRV_API int tsrv_condition_wait(tsrv_condition *condition, int timeout_ms)
+{
+    tsrvi_co *co = tsrvi_co_self();
+    int rc;
+    if (co == NULL) {
+        return tsrvi_mistake_no_coroutine(__func__);
+    }
+    if (timeout_ms < TSRV_NEVER ||
+        (condition->first != NULL && condition->first->loop != co->loop)) {
+        return TSRV_EINVAL;
+    }
+    co->condition = condition;
+    co->before = condition->last;
+    co->behind = NULL;
+    *(co->before != NULL ? &co->before->behind : &condition->first) = co;
+    condition->last = co;
+    rc = tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), timeout_ms));
+    tsrvi_co_leave(co);
+    return rc;
+}
+
+TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count)
+{
+    while (count != 0 && condition->first != NULL) {
+        tsrvi_co *co = condition->first;
+        tsrvi_co_leave(co);
+        if (tsrvi_co_wake(co, TSRV_OK)) { /* and not by the end of a drain or of the loop before */
+            count--;
+        }
+    }
+    return TSRV_OK;
+}
+#else
+TSRV_API int tsrv_condition_wait(tsrv_condition *condition, int timeout_ms)
+{
+    (void)condition;
+    (void)timeout_ms;
+    return TSRV_ENOTSUP;
+}
+
+TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count)
+{
+    (void)condition;
+    (void)count;
+    return TSRV_OK;
+}
+#endif
+
+/* ============================================================================
+ * >>work  Threads, for what blocks
+ *
+ * A job goes from the loop's queue to a helper thread, and comes back as a post.
+ * Its memory is taken before it is queued, so that nothing can fail later. A
+ * thread is made when a job comes and none is idle, and blocks every signal:
+ * they are the loop's. Threads see the queue and nothing else of the loop.
+ * ==========================================================================*/
+
+#if TSRVI_HAS_THREADS
+typedef struct tsrvi_job {
+    struct tsrvi_job *next;
+    tsrv_loop *loop;
+    tsrv_callback work, done;
+    void *context;
+    tsrvi_post *post; /* tells the loop that it has run */
+} tsrvi_job;
+
+/* On the loop: a job has run. */
+static void tsrvi_job_end(void *context)
+{
+    tsrvi_job job = *(tsrvi_job *)context;
+    TSRV_FREE(context);
+    job.loop->work.left--;
+    job.loop->active--;
+    if (job.done != NULL) {
+        job.done(job.context);
+    }
+}
+
+static void *tsrvi_work_thread(void *context)
+{
+    tsrv_loop *loop = (tsrv_loop *)context;
+    tsrvi_loop_work *work = &loop->work;
+    TSRV_SYS(pthread_mutex_lock, (&work->lock));
+    while (work->first != NULL || !work->over) {
+        tsrvi_job *job = work->first;
+        if (job == NULL) {
+            work->idle++;
+            TSRV_SYS(pthread_cond_wait, (&work->more, &work->lock));
+            work->idle--;
+            continue;
+        }
+        work->first = job->next;
+        work->waiting--;
+        TSRV_SYS(pthread_mutex_unlock, (&work->lock));
+        job->work(job->context);
+        tsrvi_post_push(loop, job->post);
+        TSRV_SYS(pthread_mutex_lock, (&work->lock));
+    }
+    TSRV_SYS(pthread_mutex_unlock, (&work->lock));
+    return NULL;
+}
+
+/* One more thread. The lock is held. Returns TSRV_OK or -errno. */
+static int tsrvi_work_grow(tsrv_loop *loop)
+{
+    tsrvi_loop_work *work = &loop->work;
+    sigset_t all, before;
+    int rc;
+    TSRV_SYS(sigfillset, (&all));
+    TSRV_SYS(pthread_sigmask, (SIG_SETMASK, &all, &before));
+    rc = TSRV_SYS(pthread_create, (&work->threads[work->count], NULL, tsrvi_work_thread, loop));
+    TSRV_SYS(pthread_sigmask, (SIG_SETMASK, &before, NULL));
+    work->count += rc == 0;
+    return -rc;
+}
+
+/* What threads need, before the first. Returns TSRV_OK or -ENOMEM. */
+static int tsrvi_work_begin(tsrvi_loop_work *work)
+{
+    if (work->begun) {
+        return TSRV_OK;
+    }
+    work->threads = (pthread_t *)tsrvi_zalloc((size_t)work->most * sizeof(*work->threads));
+    if (work->threads == NULL) {
+        return -ENOMEM;
+    }
+    if (TSRV_SYS(pthread_mutex_init, (&work->lock, NULL)) != 0) {
+        TSRV_FREE(work->threads);
+        return -ENOMEM;
+    }
+    if (TSRV_SYS(pthread_cond_init, (&work->more, NULL)) != 0) {
+        TSRV_SYS(pthread_mutex_destroy, (&work->lock));
+        TSRV_FREE(work->threads);
+        return -ENOMEM;
+    }
+    work->begun = true;
+    return TSRV_OK;
+}
+
+/* No work is left: end the threads. */
+static void tsrvi_work_end(tsrvi_loop_work *work)
+{
+    if (!work->begun) {
+        return;
+    }
+    TSRV_SYS(pthread_mutex_lock, (&work->lock));
+    work->over = true;
+    TSRV_SYS(pthread_cond_broadcast, (&work->more));
+    TSRV_SYS(pthread_mutex_unlock, (&work->lock));
+    for (int i = 0; i < work->count; i++) {
+        TSRV_SYS(pthread_join, (work->threads[i], NULL));
+    }
+    TSRV_SYS(pthread_cond_destroy, (&work->more));
+    TSRV_SYS(pthread_mutex_destroy, (&work->lock));
+    TSRV_FREE(work->threads);
+    work->begun = false;
+}
+
+/* Have a thread run it. Returns TSRV_OK; or why there is none. */
+static int tsrvi_work_push(tsrv_loop *loop, tsrvi_job *job)
+{
+    tsrvi_loop_work *work = &loop->work;
+    int rc = TSRV_OK;
+    TSRV_SYS(pthread_mutex_lock, (&work->lock));
+    if ((size_t)work->idle <= work->waiting && work->count < work->most) {
+        rc = tsrvi_work_grow(loop);
+    }
+    if (rc == TSRV_OK || work->count != 0) {
+        rc = TSRV_OK;
+        *(work->first == NULL ? &work->first : &work->last->next) = job;
+        work->last = job;
+        work->waiting++;
+        TSRV_SYS(pthread_cond_signal, (&work->more));
+    }
+    TSRV_SYS(pthread_mutex_unlock, (&work->lock));
+    return rc;
+}
+
+TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, void *context)
+{
+    tsrvi_job *job;
+    int rc;
+    if (work == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrvi_loop_use(&loop)) < 0 ||
+        (rc = loop->closing ? (int)TSRV_ECLOSED : tsrvi_work_begin(&loop->work)) < 0) {
+        return rc;
+    }
+    job = (tsrvi_job *)tsrvi_zalloc(sizeof(*job));
+    if (job == NULL || (job->post = (tsrvi_post *)TSRV_MALLOC(sizeof(*job->post))) == NULL) {
+        TSRV_FREE(job);
+        return -ENOMEM;
+    }
+    job->loop = loop;
+    job->work = work;
+    job->done = done;
+    job->context = context;
+    job->post->callback = tsrvi_job_end;
+    job->post->context = job;
+    if ((rc = tsrvi_work_push(loop, job)) < 0) {
+        TSRV_FREE(job->post);
+        TSRV_FREE(job);
+        return rc;
+    }
+    loop->work.left++;
+    loop->active++;
+    return TSRV_OK;
+}
+#else
+static void tsrvi_work_end(tsrvi_loop_work *work)
+{
+    (void)work;
+}
+
+TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, void *context)
+{
+    (void)loop;
+    (void)work;
+    (void)done;
+    (void)context;
+    return TSRV_ENOTSUP;
+}
+#endif
+
+#if TSRVI_HAS_COROUTINES && TSRVI_HAS_THREADS
+/* A coroutine that waits for work; on its stack. */
+typedef struct tsrvi_work_wait {
+    tsrvi_co *co;
+    tsrv_callback work;
+    void *context;
+    bool over;
+} tsrvi_work_wait;
+
+static void tsrvi_work_wait_run(void *context)
+{
+    tsrvi_work_wait *wait = (tsrvi_work_wait *)context;
+    wait->work(wait->context);
+}
+
+static void tsrvi_work_wait_end(void *context)
+{
+    tsrvi_work_wait *wait = (tsrvi_work_wait *)context;
+    wait->over = true;
+    tsrvi_co_wake_now(wait->co, TSRV_OK);
+}
+
+TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context)
+{
+    tsrvi_work_wait wait;
+    bool ended = false;
+    int rc;
+    wait.co = tsrvi_co_self();
+    wait.work = work;
+    wait.context = context;
+    wait.over = false;
+    if (wait.co == NULL) {
+        return tsrvi_mistake_no_coroutine(__func__);
+    }
+    if (work == NULL) {
+        return TSRV_EINVAL;
+    }
+    if ((rc = tsrv_work(wait.co->loop, tsrvi_work_wait_run, tsrvi_work_wait_end, &wait)) < 0) {
+        return rc;
+    }
+    while (!wait.over) { /* work cannot be stopped, and uses what is on this stack */
+        ended = tsrvi_co_wait(wait.co, TSRVI_FOREVER) == TSRV_ECLOSED || ended;
+    }
+    if (ended) { /* that the loop is freed, or the grace over, is for the next wait to tell */
+        wait.co->cancelled = false;
+        wait.co->doomed = !wait.co->loop->closing;
+    }
+    return TSRV_OK;
+}
+#else
+TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context)
+{
+    (void)work;
+    (void)context;
     return TSRV_ENOTSUP;
 }
 #endif
@@ -12934,9 +13323,10 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     }
     loop->closing = true;
     tsrvi_co_cancel_all(loop);
-    while (loop->ready.first != NULL || loop->soon.first != NULL) {
-        tsrvi_loop_turns(loop, true, 0);
+    while (loop->ready.first != NULL || loop->soon.first != NULL || loop->work.left != 0) {
+        tsrvi_loop_turns(loop, true, loop->work.left != 0 ? TSRV_NEVER : 0);
     }
+    tsrvi_work_end(&loop->work);
     tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */
     for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrvi_server_forget_waits(TSRVI_CONTAINER(link, tsrv_server, link));

@@ -354,6 +354,7 @@ else
     seam "the same, _GNU_SOURCE too late" "$else" seam_late.c -std=gnu99 -O0
     seam "the same, TSRV_NO_EPOLL" "$else" seam.c -O0 -DTSRV_NO_EPOLL
     seam "the same, TSRV_NO_COROUTINES" '' seam.c -O0 -DTSRV_NO_COROUTINES
+    seam "the same, TSRV_NO_THREADS" "$else" seam.c -O0 -DTSRV_NO_THREADS
     seam "the same, TSRV_USE_UCONTEXT" "$contexts" seam.c -O0 -DTSRV_USE_UCONTEXT
     if [ -n "$openssl" ]; then
         seam "the same, TSRV_TLS_OPENSSL" "${else:+$else|}(SSL|TLS|ERR|BIO|X509|OPENSSL|i2d)_.*|CRYPTO_free" \

@@ -163,13 +163,13 @@ cases() { # cases <language> <standard> <names at every optimisation> <names at 
 # The oldest and the newest C and C++ at every optimisation; what is between them at -O0.
 tls=
 if echo '#include <openssl/ssl.h>' | $CC -E -x c - >/dev/null 2>&1; then tls=tls; else skip 'TLS: no OpenSSL'; fi
-common='two_tus static_twice no_coroutines ucontext second_include'
+common='two_tus static_twice no_coroutines no_threads ucontext second_include'
 {
     strict=
     [ "$(uname -s)" = Linux ] && strict=strict_iso
     cases c c99 "c99 $common $tls" "shadow declarations_only $strict"
     cases c c11 '' "c99 $common shadow declarations_only $strict"
-    cases c gnu17 "c99 two_tus late_gnu_source" "static_twice no_coroutines ucontext second_include shadow declarations_only"
+    cases c gnu17 "c99 two_tus late_gnu_source" "static_twice no_coroutines no_threads ucontext second_include shadow declarations_only"
     cases c gnu99 '' late_gnu_source
     if can c++; then
         cases c++ c++11 "cxx11 exceptions $common $tls" 'shadow declarations_only c_and_cxx'

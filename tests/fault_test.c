@@ -654,7 +654,8 @@ static void s_probe(void)
 
 static int set_up_loop(void)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     int rc = tsrv_loop_new(&s_loop, &options);
     CHECK((rc == TSRV_OK) == (s_loop != NULL));
     return rc;

@@ -1151,7 +1151,8 @@ TEST_ONCE(backends_are_chosen_by_number)
     } rows[] = {
         {TSRV_BACKEND_EPOLL, TSRVI_HAS_EPOLL}, {TSRV_BACKEND_KQUEUE, TSRVI_HAS_KQUEUE},
         {TSRV_BACKEND_POLL, true}, {99, false}, {-1, false}};
-    tsrv_loop_options best = {TSRV_BACKEND_BEST};
+    tsrv_loop_options best = {0};
+    best.backend = TSRV_BACKEND_BEST;
     tsrv_loop *loop, *by_default;
     for (size_t i = 0; i < COUNT(rows); i++) {
         tsrv_loop_options options = {rows[i].backend};
@@ -1220,7 +1221,8 @@ TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
 /* Without an eventfd a pipe wakes the loop; without either there is none. */
 TEST_LOOP(pipe_wakes_a_loop_without_eventfd)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     tsrv_loop *loop;
     int calls = 0, before = t_open_fds();
     t_fail_call("eventfd", ENOSYS, 1, true);
@@ -1240,7 +1242,8 @@ TEST_LOOP(pipe_wakes_a_loop_without_eventfd)
 
 TEST_LOOP(loop_without_descriptors_is_a_code)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     tsrv_loop *loop = (tsrv_loop *)&options;
     struct rlimit limit, none;
     CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);

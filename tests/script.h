@@ -113,7 +113,8 @@ static int s_port;
 
 static inline void s_open_loop(void)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     CHECK_INT(tsrv_loop_new(&s_loop, &options), TSRV_OK);
     t_watch_log();
 }

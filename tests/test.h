@@ -771,7 +771,8 @@ static inline void t_stop_loop(void *context)
 
 static inline tsrv_loop *t_new_loop(void)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     tsrv_loop *loop = NULL;
     t_use_real_time();
     CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
@@ -868,7 +869,8 @@ static inline void *t_client_thread(void *context)
  * wait for the server's end of a connection has to wait for a record, to be sure of its accept. */
 static inline void t_run(t_case *c)
 {
-    tsrv_loop_options loop_options = {t_backend};
+    tsrv_loop_options loop_options = {0};
+    loop_options.backend = t_backend;
     tsrv_server_options options = c->options;
     t_client client = {c, 0, false};
     tsrv_stats stats;

@@ -170,7 +170,8 @@ static inline void end_fault(void)
 /* In each worker, before the library goes on: the thread's own loop has the backend of the test. */
 static inline void forked(void)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     void (*seen)(const char *) = t_seen;
     if (in_program) {
         in_parent = false;
@@ -404,7 +405,8 @@ static inline int program_bare(void)
 /* All in one call. */
 static inline int program_serve(void)
 {
-    tsrv_loop_options options = {t_backend};
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
     if (workers == 1) {
         CHECK_INT(tsrv_loop_new(&tsrvi_thread.own, &options), TSRV_OK);
     }
