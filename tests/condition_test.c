@@ -201,6 +201,31 @@ TEST_LOOP(freeing_the_loop_ends_waits)
     CHECK_INT(tsrv_condition_notify(&condition, SIZE_MAX), TSRV_OK);
 }
 
+/* Those whose wait the loop has ended take no notification from who waits on. */
+static void end_and_tell_one(void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_sleep(1000000), TSRV_ECLOSED);
+    CHECK_INT(tsrv_condition_notify(&condition, 1), TSRV_OK);
+}
+
+static void wait_on_or_once(void *context)
+{
+    (*(int *)context == 1 ? wait_on : wait_once)(context);
+}
+
+TEST_LOOP(wait_that_has_ended_takes_no_notification)
+{
+    static const int expected[] = {1, TSRV_ECLOSED, 2, TSRV_ECLOSED, 1, 0};
+    int ids[1], other = 2;
+    open_with_waiters(wait_on_or_once, ids, 1);
+    CHECK_INT(tsrv_spawn(loop, end_and_tell_one, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, wait_on_or_once, &other), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    check_records(expected, 6);
+}
+
 /* ---- what is built with it ----------------------------------------------------------------*/
 
 /* A pool of two: five who want one, and never more than two who have it. */
