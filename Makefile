@@ -70,6 +70,8 @@ help:
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh"
 	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
+	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
+	@echo "               ROWS='pp50 bulk1m' SECS=0.3 REPS=9 limit it"
 	@echo "make cert      a certificate for the TLS examples: $(BUILD)/cert.pem, key.pem"
 	@echo "make install   copy the header to PREFIX/include ($(PREFIX))"
 	@echo "make clean     remove $(BUILD)/"
@@ -113,6 +115,20 @@ $(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h tests/verify.h $(FUZZ_HEADER)
 bench-gate:
 	CC='$(CC)' sh tests/bench/gate.sh '$(BUILD)'
 
+# The library beside a bare epoll loop and other libraries: the table and the pictures of tests/bench/results.
+# Debian's packages are for Debian's Python.
+ROWS   =
+SERVERS =
+SECS   = 0.3
+REPS   = 9
+PYTHON = $(firstword $(wildcard /usr/bin/python3) python3)
+
+bench:
+	@$(MAKE) --no-print-directory -s -f tests/bench/Makefile CC='$(CC)' BIN='$(BUILD)/bench/bin'
+	CC='$(CC)' $(PYTHON) tests/bench/run.py --bin '$(BUILD)/bench/bin' --rows '$(ROWS)' --servers '$(SERVERS)' \
+	    --secs $(SECS) --reps $(REPS)
+	$(PYTHON) tests/bench/report.py
+
 install:
 	mkdir -p '$(DESTDIR)$(PREFIX)/include'
 	cp tcpserver.h '$(DESTDIR)$(PREFIX)/include/tcpserver.h'
@@ -141,4 +157,4 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test check cert fuzz bench-gate install clean
+.PHONY: all help run examples test check cert fuzz bench bench-gate install clean
