@@ -819,7 +819,8 @@ UNTRACED static int64_t limit_of(const call *c)
 
 UNTRACED static bool is_late(const call *c)
 {
-    int64_t limit = is_read(c->kind) && c->on->strayed ? INT64_MAX : limit_of(c); /* it may be another read's */
+    bool strayed = (is_read(c->kind) || c->kind == WAIT) && c->on->strayed; /* the time may be another call's */
+    int64_t limit = strayed ? INT64_MAX : limit_of(c);
     return c->must_end || (limit != INT64_MAX && limit + 2 < loop_ms);
 }
 
@@ -2032,8 +2033,9 @@ static void reset(void)
 /* The loop and the server, with the first stream. */
 static void begin(unsigned how, unsigned more)
 {
-    tsrv_loop_options loop_options = {(how & 2) != 0 ? TSRV_BACKEND_POLL : TSRV_BACKEND_EPOLL};
+    tsrv_loop_options loop_options = {0};
     int mode = (how & 1) != 0 ? TSRV_CALLBACK : TSRV_COROUTINE;
+    loop_options.backend = (how & 2) != 0 ? TSRV_BACKEND_POLL : TSRV_BACKEND_EPOLL;
     /* Either the clock begins somewhere, or milliseconds in 32 bits wrap soon. */
     now = (more & 1) != 0 ? ((uint64_t)1 << 32) * MS - 40 * MS : 1000000 * MS;
     loop_looks = true;
