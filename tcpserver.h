@@ -193,6 +193,7 @@
  *     >>tls_options contexts from options
  *     >>shared      counters of all workers
  *     >>peer        a peer's address
+ *     >>addresses   how many connections an address has
  *     >>stream      one connection: what is known of it
  *     >>debug       mistakes of a program, named
  *     >>transport   what carries its bytes
@@ -856,6 +857,12 @@ typedef struct tsrv_server_options {
     /* Called once in each process that accepts, from its loop, before the first connection; NULL =
      * not wanted. The place for timers, and to learn the port of listen(0). */
     void (*on_start)(tsrv_server *server, void *context);
+    /* Called from the loop for every connection that was accepted, before anything is made for it;
+     * NULL = not wanted. Returns TSRV_OK, or a negative code to refuse it: then it is reset,
+     * counted, and not logged. The address is valid during the call. It is not asked for
+     * tsrv_server_add_stream; and those that wait to be accepted when tsrv_server_stop is called
+     * are refused where there is one, since it is not called from inside that. */
+    int (*on_accept)(tsrv_server *server, const tsrv_address *address, void *context);
     void *context;                /* handed to all of them */
     tsrv_loop *loop;              /* NULL = the thread's, at the first listen or add_sockets */
     tsrv_tls *tls;                /* NULL = plain TCP; must outlive the server */
@@ -868,6 +875,9 @@ typedef struct tsrv_server_options {
     size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; at least
                                 64 KiB, which TLS, resolving a name and printf need */
     int max_connections;      /* open streams above which the listeners pause; 0 = no limit */
+    int max_per_address;      /* open streams of one IPv4 address, or of one /64 of IPv6, in this
+                                 process; one too many is reset before a handler sees it, and
+                                 counted; 0 = no limit */
     int handshake_timeout_ms; /* of TLS, all of it; 0 = 10 s */
     int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
     int read_timeout_ms;      /* a whole read; 0 = off */
@@ -876,7 +886,12 @@ typedef struct tsrv_server_options {
                                  tsrv_close */
     int grace_ms;             /* that a drain leaves to what is under way; 0 = 30 s */
     bool nagle;               /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
-    bool keep_alive;          /* SO_KEEPALIVE */
+    bool keep_alive;          /* SO_KEEPALIVE; also switched on by any of its three: */
+    int keep_alive_idle_ms;   /* without a byte before the first probe; 0 = the system's */
+    int keep_alive_interval_ms; /* between probes, in whole seconds like the former; 0 = the same */
+    int keep_alive_count;       /* probes without an answer that end the connection; 0 = the same */
+    int user_timeout_ms;        /* sent, and not acknowledged for so long: the connection ends with
+                                 -ETIMEDOUT (TCP_USER_TIMEOUT, Linux only); 0 = the system's */
     const tsrv_fork_options *fork; /* for tsrv_serve; NULL = all defaults */
     const tsrv_bind_options *bind; /* the same */
 } tsrv_server_options;
@@ -892,6 +907,7 @@ typedef struct tsrv_stats {
                                something; and times that one did, because accept failed for good */
     uint64_t accept_errors; /* failures of accept, and connections lost between the peer's connect
                                and our accept */
+    uint64_t refused;       /* connections reset at once: max_per_address, on_accept */
     uint64_t ended_well;    /* streams by the reason of their end: their handler's, or the peer's */
     uint64_t ended_reset;   /* the peer has reset it */
     uint64_t ended_timeout; /* TSRV_ETIMEOUT */
@@ -948,7 +964,8 @@ TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int co
 /* Serve a connected stream socket as if it had been accepted: inetd, descriptor passing,
  * socketpair in tests. The handler is called from the loop. Takes fd over, also when it fails.
  * Source: IOStream(socket).
- * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM. */
+ * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM; TSRV_ECLOSED: its peer
+ * has max_per_address connections, and it was reset. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
 /* Stop listening: connections that wait to be accepted already are, as far as max_connections
@@ -1456,6 +1473,13 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_SET_LENGTH(member, size) ((void)0)
 #endif
 
+/* When the first probe of SO_KEEPALIVE is sent. */
+#if defined(TCP_KEEPIDLE)
+#define TSRVI_KEEPIDLE TCP_KEEPIDLE
+#elif defined(TCP_KEEPALIVE)
+#define TSRVI_KEEPIDLE TCP_KEEPALIVE /* macOS */
+#endif
+
 /* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
  * vm.max_map_count. Older C libraries do not name it. */
 #if defined(__linux__) && !defined(MADV_GUARD_INSTALL)
@@ -1665,6 +1689,7 @@ static void tsrvi_list_remove(tsrvi_link *link)
 /* Lines that peers can cause, or a fault that lasts, by kind. */
 enum {
     TSRVI_LOG_HANDLER, /* handlers that failed */
+    TSRVI_LOG_REFUSED, /* addresses with too many connections */
     TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
     TSRVI_LOG_NOTIFY,  /* a service manager that cannot be told */
     TSRVI_LOG_WAIT,    /* ends of processes that cannot be learnt */
@@ -7452,6 +7477,136 @@ static void tsrvi_peer_free(tsrvi_peer *peer)
 }
 
 /* ============================================================================
+ * >>addresses  How many connections an address has
+ *
+ * A table with open addressing: an entry lies where its hash says, or behind
+ * that with no gap between. It is half full at most, and shrinks, so that it is
+ * bounded by the connections that are open. The hash has a secret key: who can
+ * choose addresses cannot choose where they lie.
+ * ==========================================================================*/
+
+#define TSRVI_ADDRESSES_LEAST 16 /* entries, a power of 2 */
+
+typedef struct tsrvi_address_count {
+    uint64_t key;
+    uint64_t count; /* 0 = the entry is free */
+} tsrvi_address_count;
+
+typedef struct tsrvi_addresses {
+    tsrvi_address_count *entries; /* NULL before the first */
+    size_t capacity;              /* a power of 2 */
+    size_t used;
+    uint64_t secret[2];
+} tsrvi_addresses;
+
+/* What is counted as one: an IPv4 address, also where it comes as IPv6; the first half of another
+ * IPv6 address, since that is what one customer has. Returns whether there is such a thing. */
+static bool tsrvi_address_key(const tsrv_address *address, uint64_t *key)
+{
+    static const unsigned char mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
+    tsrvi_sockaddr inside;
+    int family = tsrv_address_family(address);
+    tsrvi_address_load(address, &inside);
+    *key = 0;
+    if (family == AF_INET) {
+        memcpy(key, &inside.four.sin_addr, 4);
+    } else if (family == AF_INET6 && memcmp(&inside.six.sin6_addr, mapped, sizeof(mapped)) == 0) {
+        memcpy(key, (const char *)&inside.six.sin6_addr + sizeof(mapped), 4);
+    } else if (family == AF_INET6) {
+        memcpy(key, &inside.six.sin6_addr, 8);
+    }
+    return family == AF_INET || family == AF_INET6;
+}
+
+static void tsrvi_addresses_choose_secret(tsrvi_addresses *table)
+{
+    int fd = tsrvi_fd_own(TSRV_SYS(open, ("/dev/urandom", O_RDONLY | O_CLOEXEC)));
+    ssize_t got = -1;
+    if (fd >= 0) {
+        got = TSRV_SYS(read, (fd, table->secret, sizeof(table->secret)));
+        tsrvi_close_fd(fd);
+    }
+    if (got != (ssize_t)sizeof(table->secret)) { /* in a bare chroot: better than nothing */
+        table->secret[0] ^= tsrvi_clock() * 0x9E3779B97F4A7C15u;
+        table->secret[1] ^= (uint64_t)(uintptr_t)table * 0xC2B2AE3D27D4EB4Fu;
+    }
+    table->secret[1] |= 1;
+}
+
+/* Where a key lies, or would lie. */
+static size_t tsrvi_addresses_find(const tsrvi_addresses *table, uint64_t key)
+{
+    uint64_t hash = (key ^ table->secret[0]) * table->secret[1];
+    size_t i;
+    hash = (hash ^ (hash >> 32)) * table->secret[1];
+    i = (size_t)(hash >> 32) & (table->capacity - 1);
+    while (table->entries[i].count != 0 && table->entries[i].key != key) {
+        i = (i + 1) & (table->capacity - 1);
+    }
+    return i;
+}
+
+/* Returns TSRV_OK, or -ENOMEM; then all is as it was. */
+static int tsrvi_addresses_resize(tsrvi_addresses *table, size_t capacity)
+{
+    tsrvi_addresses grown = *table;
+    grown.entries = (tsrvi_address_count *)tsrvi_zalloc(capacity * sizeof(*grown.entries));
+    grown.capacity = capacity;
+    if (grown.entries == NULL) {
+        return -ENOMEM;
+    }
+    for (size_t i = 0; i < table->capacity; i++) {
+        if (table->entries[i].count != 0) {
+            grown.entries[tsrvi_addresses_find(&grown, table->entries[i].key)] = table->entries[i];
+        }
+    }
+    TSRV_FREE(table->entries);
+    *table = grown;
+    return TSRV_OK;
+}
+
+/* Count one more. Returns TSRV_OK; TSRV_EFULL: there are `most`; -ENOMEM. */
+static int tsrvi_addresses_add(tsrvi_addresses *table, uint64_t key, uint64_t most)
+{
+    tsrvi_address_count *entry;
+    if (table->entries == NULL) {
+        tsrvi_addresses_choose_secret(table);
+    }
+    if ((table->used + 1) * 2 > table->capacity &&
+        tsrvi_addresses_resize(table, table->capacity == 0 ? TSRVI_ADDRESSES_LEAST
+                                                           : table->capacity * 2) < 0) {
+        return -ENOMEM;
+    }
+    entry = &table->entries[tsrvi_addresses_find(table, key)];
+    if (entry->count >= most) {
+        return TSRV_EFULL;
+    }
+    table->used += entry->count == 0;
+    entry->key = key;
+    entry->count++;
+    return TSRV_OK;
+}
+
+/* One less. */
+static void tsrvi_addresses_remove(tsrvi_addresses *table, uint64_t key)
+{
+    size_t i = tsrvi_addresses_find(table, key), mask = table->capacity - 1;
+    TSRV_ASSERT(table->entries[i].count != 0);
+    if (--table->entries[i].count != 0) {
+        return;
+    }
+    table->used--;
+    for (i = (i + 1) & mask; table->entries[i].count != 0; i = (i + 1) & mask) {
+        tsrvi_address_count moved = table->entries[i]; /* perhaps to where there is a gap now */
+        table->entries[i].count = 0;
+        table->entries[tsrvi_addresses_find(table, moved.key)] = moved;
+    }
+    if (table->capacity > TSRVI_ADDRESSES_LEAST && table->used * 8 < table->capacity) {
+        tsrvi_addresses_resize(table, table->capacity / 2); /* without memory it stays */
+    }
+}
+
+/* ============================================================================
  * >>stream  One connection: what is known of it
  *
  * The core is one idea: a wait is a predicate, and a stream is settled in one
@@ -7608,6 +7763,7 @@ struct tsrv_server {
     tsrv_stats *stats;         /* or this process's place among those of all workers */
     int number;                /* see >>shared; -1 = none */
     uint64_t open;             /* streams whose descriptor is open */
+    tsrvi_addresses addresses; /* of their peers, with max_per_address */
     struct tsrvi_bound *bound; /* what tsrv_server_bind has bound for tsrv_server_start */
     int bound_count;
     bool started;           /* tsrv_server_start has been called */
@@ -9141,6 +9297,15 @@ static int tsrvi_output_send(tsrv_stream *stream, tsrvi_sending *sending)
  * >>ends  How a stream comes to its end
  * ==========================================================================*/
 
+/* A connection of this peer is over, or has not come about. */
+static void tsrvi_server_uncount(tsrv_server *server, const tsrv_address *peer)
+{
+    uint64_t key;
+    if (server->options.max_per_address != 0 && tsrvi_address_key(peer, &key)) {
+        tsrvi_addresses_remove(&server->addresses, key);
+    }
+}
+
 /* Close the socket, or reset it. */
 static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
 {
@@ -9151,6 +9316,11 @@ static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
     tsrvi_clear(stream, TSRVI_BLOCKED | TSRVI_SHAKING);
     tsrvi_output_drop(stream);
     tsrvi_transport_of(stream)->drop(stream, TSRV_ECLOSED);
+    if (stream->server->options.max_per_address != 0) {
+        tsrv_address peer;
+        tsrvi_peer_load(&stream->peer, &peer);
+        tsrvi_server_uncount(stream->server, &peer);
+    }
     stream->server->open--;
     stream->server->stats->open--;
     stream->server->stats->closed++;
@@ -11929,7 +12099,8 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     tsrv_server *made;
     *server = NULL;
     if (options == NULL || options->handle_stream == NULL || options->max_connections < 0 ||
-        options->data_size > SIZE_MAX / 2 || options->stack_size > SIZE_MAX / 2 ||
+        options->max_per_address < 0 || options->data_size > SIZE_MAX / 2 ||
+        options->stack_size > SIZE_MAX / 2 ||
         (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
         return TSRV_EINVAL;
     }
@@ -12189,17 +12360,48 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
     return accepted < 0 ? tsrvi_error() : accepted;
 }
 
-/* What the socket options ask for and a listener does not pass on. A kernel that refuses one is no
- * reason to refuse the connection. */
+/* A time in seconds, rounded up; 0 = as it is. */
+static inline void tsrvi_option_seconds(int fd, int name, int ms)
+{
+    if (ms > 0) {
+        tsrvi_option(fd, IPPROTO_TCP, name, (ms - 1) / 1000 + 1);
+    }
+}
+
+/* The options of TCP that are asked for. A kernel that refuses one is no reason to refuse the
+ * connection. */
+static void tsrvi_server_dress_tcp(const tsrv_server_options *options, int fd)
+{
+    if (!options->nagle) {
+        tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
+    }
+    if (options->keep_alive || options->keep_alive_idle_ms > 0 ||
+        options->keep_alive_interval_ms > 0 || options->keep_alive_count > 0) {
+        tsrvi_option_on(fd, SOL_SOCKET, SO_KEEPALIVE);
+    }
+#ifdef TSRVI_KEEPIDLE
+    tsrvi_option_seconds(fd, TSRVI_KEEPIDLE, options->keep_alive_idle_ms);
+#endif
+#ifdef TCP_KEEPINTVL
+    tsrvi_option_seconds(fd, TCP_KEEPINTVL, options->keep_alive_interval_ms);
+#endif
+#ifdef TCP_KEEPCNT
+    if (options->keep_alive_count > 0) {
+        tsrvi_option(fd, IPPROTO_TCP, TCP_KEEPCNT, options->keep_alive_count);
+    }
+#endif
+#ifdef TCP_USER_TIMEOUT
+    if (options->user_timeout_ms > 0) {
+        tsrvi_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, options->user_timeout_ms);
+    }
+#endif
+}
+
+/* Options that a listener does not pass on, or those that it does. */
 static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool inherited)
 {
     if (tcp && !inherited) {
-        if (!server->options.nagle) {
-            tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
-        }
-        if (server->options.keep_alive) {
-            tsrvi_option_on(fd, SOL_SOCKET, SO_KEEPALIVE);
-        }
+        tsrvi_server_dress_tcp(&server->options, fd);
     }
 }
 
@@ -12258,9 +12460,71 @@ static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
     }
 }
 
+/* Reset a connection for which there is no stream. */
+static void tsrvi_refuse(int fd)
+{
+    struct linger now;
+    now.l_onoff = 1;
+    now.l_linger = 0;
+    TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
+    tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
+}
+
+/* May this peer have one more connection? Then it is counted.
+ *   asks  the program, too
+ * Returns TSRV_OK, TSRV_ECLOSED (no) or
+ * -ENOMEM. */
+static int tsrvi_server_admit(tsrv_server *server, const tsrv_address *peer, bool asks)
+{
+    const tsrv_server_options *options = &server->options;
+    uint64_t key;
+    int rc = TSRV_OK;
+    if (options->max_per_address != 0 && tsrvi_address_key(peer, &key)) {
+        rc = tsrvi_addresses_add(&server->addresses, key, (uint64_t)options->max_per_address);
+        if (rc == TSRV_EFULL) {
+            char text[TSRV_ADDRESS_SIZE];
+            tsrvi_log_limited(TSRVI_LOG_REFUSED, TSRV_LOG_WARNING,
+                              "refused: %s has max_per_address (%d) connections",
+                              tsrv_address_format(peer, text, sizeof(text)),
+                              options->max_per_address);
+        }
+    }
+    if (rc == TSRV_OK && asks && options->on_accept != NULL) {
+        rc = options->on_accept(server, peer, options->context);
+        if (rc < 0 || server->freed) { /* by on_accept */
+            tsrvi_server_uncount(server, peer);
+            rc = TSRV_EFULL;
+        }
+    }
+    if (rc == TSRV_EFULL) {
+        server->stats->refused++;
+    }
+    return rc == -ENOMEM ? rc : rc < 0 ? (int)TSRV_ECLOSED : (int)TSRV_OK;
+}
+
+/* A stream for a connection, if its peer may have one. Takes fd over. Returns TSRV_OK, TSRV_ECLOSED
+ * (refused), or -ENOMEM and the like: then it is lost. */
+static int tsrvi_server_admit_stream(tsrv_server *server, int fd, const tsrv_address *peer,
+                                     bool asks, tsrv_stream **stream)
+{
+    int rc = tsrvi_server_admit(server, peer, asks);
+    *stream = NULL;
+    if (rc == TSRV_ECLOSED) {
+        tsrvi_refuse(fd);
+        return rc;
+    }
+    if (rc == TSRV_OK && (rc = tsrvi_stream_new(server, fd, peer, stream)) < 0) {
+        tsrvi_server_uncount(server, peer);
+    }
+    if (rc < 0) {
+        tsrvi_close_fd(fd); /* as above */
+    }
+    return rc;
+}
+
 /* Make a stream of the connection that has waited longest. Its handler is to be called. Returns
- * TSRV_OK, -EAGAIN (none waits), or what accept says, or -ENOMEM and the like: then that one is
- * lost. */
+ * TSRV_OK, -EAGAIN (none waits), TSRV_ECLOSED (it was refused), or what accept says, or -ENOMEM and
+ * the like: then that one is lost. */
 static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
 {
     tsrv_server *server = listener->server;
@@ -12270,13 +12534,13 @@ static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
         return fd;
     }
     tsrvi_loop_disown(server->loop, fd);
-    if ((rc = tsrvi_stream_new(server, fd, &peer, stream)) < 0) {
-        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
+    rc = tsrvi_server_admit_stream(server, fd, &peer, true, stream);
+    if (rc == TSRV_OK) {
+        tsrvi_server_dress(server, fd, listener->tcp, true);
+    } else if (rc != TSRV_ECLOSED) {
         server->stats->accept_errors++;
-        return rc;
     }
-    tsrvi_server_dress(server, fd, listener->tcp, true);
-    return TSRV_OK;
+    return rc;
 }
 
 /* Accept has failed. false: no more for now. */
@@ -12313,7 +12577,7 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     tsrv_server *server = listener->server;
     tsrv_stream *stream;
     int rc = tsrvi_listener_take(listener, &stream);
-    if (rc < 0) {
+    if (rc < 0 && rc != TSRV_ECLOSED) {
         return tsrvi_listener_failed(listener, rc);
     }
     listener->failures = 0;
@@ -12323,6 +12587,9 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
         (listener->taken == TSRVI_SHARE ||
          (listener->taken % TSRVI_SHARE_AHEAD == 0 && tsrvi_server_is_ahead(server)))) {
         tsrvi_listener_requeue(listener);
+    }
+    if (stream == NULL) {
+        return true; /* refused */
     }
     rc = tsrvi_stream_call(stream);
     tsrvi_stream_soon(stream);
@@ -12459,11 +12726,13 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
 
 /* Take the connections that wait already, before the listener is closed: their clients have been
  * told that they are connected, and would be reset. The handlers are called from the loop. Beyond
- * max_connections there is no room for them, and a fork's child leaves them to its parent. */
+ * max_connections there is no room for them, a fork's child leaves them to its parent, and
+ * on_accept is not called from inside tsrv_server_stop. */
 static void tsrvi_listener_empty(tsrvi_listener *listener)
 {
     tsrv_server *server = listener->server;
-    bool own = server->loop->poller.pid == TSRV_SYS(getpid, ());
+    bool own =
+        server->loop->poller.pid == TSRV_SYS(getpid, ()) && server->options.on_accept == NULL;
     int failures = 0;
     for (int left = TSRVI_LAST; own && left > 0 && !tsrvi_server_is_full(server); left--) {
         tsrv_stream *stream;
@@ -12583,9 +12852,11 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
                         ? (uint32_t)offsetof(struct sockaddr_un, sun_path)
                         : 0;
     }
-    if (rc < 0 || (rc = tsrvi_set_flags(fd)) < 0 ||
-        (rc = tsrvi_stream_new(server, fd, &peer, &stream)) < 0) {
+    if (rc < 0 || (rc = tsrvi_set_flags(fd)) < 0) {
         tsrvi_close_fd(fd);
+        return rc;
+    }
+    if ((rc = tsrvi_server_admit_stream(server, fd, &peer, false, &stream)) < 0) {
         return rc;
     }
     tsrvi_server_dress(server, fd, tsrv_address_family(&peer) != AF_UNIX, false);
@@ -13193,6 +13464,7 @@ static void tsrvi_server_destroy(tsrv_server *server)
     tsrvi_server_number_free(server->number);
     tsrvi_server_unbind(server);
     TSRV_FREE(server->bound);
+    TSRV_FREE(server->addresses.entries);
     while (server->listeners != NULL) {
         tsrvi_listener *listener = server->listeners;
         server->listeners = listener->next;

@@ -642,3 +642,365 @@ TEST_STREAM(connections_lost_before_accept_pause_nothing)
     t_run(&c);
     tsrv_set_log(NULL, NULL);
 }
+
+/* ---- who is refused ------------------------------------------------------------------------*/
+
+/* From another address of loopback. */
+static int connect_from(const char *own)
+{
+    struct sockaddr_in from = t_address(0), to = t_address(s_port);
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(fd >= 0 && inet_pton(AF_INET, own, &from.sin_addr) == 1);
+    t_prepare(fd);
+    CHECK(bind(fd, (struct sockaddr *)&from, sizeof from) == 0);
+    CHECK(connect(fd, (struct sockaddr *)&to, sizeof to) == 0);
+    return fd;
+}
+
+static void open_limited(int max_per_address)
+{
+    tsrv_server_options options = defaults;
+    entered = 0;
+    options.data_size = sizeof(bool);
+    options.max_per_address = max_per_address;
+    s_open_with(enter_and_echo, options);
+}
+
+TEST_LOOP(one_address_has_so_many_connections)
+{
+    int fds[5], other;
+    open_limited(3);
+    t_watch_log();
+    for (int i = 0; i < 5; i++) {
+        fds[i] = connect_from("127.0.0.1");
+        if (i < 3) {
+            s_echo(fds[i], "hello\n");
+        } else {
+            s_expect_reset(fds[i]);
+        }
+    }
+    CHECK_INT(t_log_lines, 2);
+    CHECK(strstr(t_log, "max_per_address (3)") != NULL && strstr(t_log, "refused: 127.0.0.1:") != NULL);
+    other = connect_from("127.0.0.2");
+    s_echo(other, "hello\n");
+    CHECK_INT(s_stats().refused, 2);
+    CHECK_INT(s_stats().accepted, 4);
+    CHECK_INT(entered, 4);
+    t_close(fds[3]);
+    t_close(fds[4]);
+    t_close(fds[0]);
+    s_until(&s_closed, 1);
+    fds[0] = connect_from("127.0.0.1"); /* there is room again */
+    s_echo(fds[0], "hello\n");
+    for (int i = 0; i < 3; i++) {
+        t_close(fds[i]);
+    }
+    t_close(other);
+    s_until(&s_closed, 5);
+    CHECK_INT(s_server->addresses.used, 0);
+    s_close();
+}
+
+TEST_LOOP(crowd_of_one_address_leaves_the_others_alone)
+{
+    enum { THRONG = 1000 };
+    static int fds[THRONG];
+    open_limited(10);
+    for (int i = 0; i < THRONG; i++) {
+        fds[i] = connect_from("127.0.0.1");
+        s_turn();
+    }
+    int other = connect_from("127.0.0.3");
+    s_echo(other, "hello\n");
+    CHECK_INT(s_stats().refused, THRONG - 10);
+    CHECK_INT(s_stats().open, 11);
+    CHECK_INT(s_server->addresses.capacity, TSRVI_ADDRESSES_LEAST);
+    for (int i = 0; i < THRONG; i++) {
+        t_close(fds[i]);
+    }
+    t_close(other);
+    s_until(&s_closed, 11);
+    s_close();
+}
+
+/* A refusal needs no memory but for the table's; without it the connection is lost, and nothing is counted. */
+TEST_LOOP(without_memory_for_the_table_a_connection_is_lost)
+{
+    open_limited(1);
+    t_fail_call("malloc", 0, 1, false);
+    int lost = connect_from("127.0.0.1"), next;
+    s_expect_eof(lost);
+    t_fail_call("", 0, 0, false);
+    CHECK_INT(s_stats().accept_errors, 1);
+    next = connect_from("127.0.0.1");
+    s_echo(next, "hello\n");
+    t_close(lost);
+    t_close(next);
+    s_until(&s_closed, 1);
+    s_close();
+}
+
+TEST_LOOP(streams_that_are_added_count_too)
+{
+    int port, listener, client, served, second;
+    open_limited(1);
+    listener = t_raw_socket(SOCK_STREAM, true, &port);
+    client = t_connect(port);
+    served = accept(listener, NULL, NULL);
+    CHECK_INT(tsrv_server_add_stream(s_server, served), TSRV_OK);
+    s_echo(client, "hello\n");
+    second = t_connect(port);
+    served = accept(listener, NULL, NULL);
+    CHECK_INT(tsrv_server_add_stream(s_server, served), TSRV_ECLOSED);
+    s_expect_reset(second);
+    CHECK_INT(s_stats().refused, 1);
+    t_close(client);
+    t_close(second);
+    close(listener);
+    s_until(&s_closed, 1);
+    s_close();
+}
+
+/* What IPv6 has in its second half belongs to one customer; an IPv4 address is the same in both families. */
+TEST_LOOP(addresses_that_count_as_one)
+{
+    static const struct {
+        const char *one, *other;
+        bool same;
+    } pairs[] = {
+        {"2001:db8:1:2::1", "2001:db8:1:2:ffff::9", true}, {"2001:db8:1:2::1", "2001:db8:1:3::1", false},
+        {"::ffff:10.1.2.3", "::ffff:10.1.2.4", false},     {"::ffff:10.1.2.3", "10.1.2.3", true},
+        {"10.1.2.3", "10.1.2.4", false},                   {"::1", "127.0.0.1", false},
+    };
+    for (size_t i = 0; i < COUNT(pairs); i++) {
+        uint64_t keys[2];
+        const char *texts[2] = {pairs[i].one, pairs[i].other};
+        for (int j = 0; j < 2; j++) {
+            tsrvi_sockaddr inside;
+            tsrv_address address;
+            bool six = strchr(texts[j], ':') != NULL;
+            memset(&inside, 0, sizeof inside);
+            inside.any.sa_family = six ? AF_INET6 : AF_INET;
+            CHECK(inet_pton(inside.any.sa_family, texts[j],
+                            six ? (void *)&inside.six.sin6_addr : (void *)&inside.four.sin_addr) == 1);
+            tsrvi_address_store(&address, &inside, six ? sizeof inside.six : sizeof inside.four);
+            CHECK(tsrvi_address_key(&address, &keys[j]));
+        }
+        CHECK_INT(keys[0] == keys[1], pairs[i].same);
+    }
+}
+
+/* Against an array, with few keys and with many, growing and shrinking; also without a source of secrets. */
+static void check_table(unsigned keys, unsigned steps)
+{
+    static uint64_t counts[4096];
+    tsrvi_addresses table;
+    uint64_t all = 0, used = 0;
+    unsigned seed = keys;
+    memset(&table, 0, sizeof table);
+    memset(counts, 0, sizeof counts);
+    for (unsigned i = 0; i < steps; i++) {
+        unsigned key = (seed = seed * 1103515245 + 12345) / 65536 % keys;
+        bool grows = i < steps / 2 ? seed / 7 % 3 != 0 : seed / 7 % 3 == 0;
+        if (grows) {
+            int rc = tsrvi_addresses_add(&table, key * 0x100000001u, 5);
+            CHECK_INT(rc, counts[key] < 5 ? TSRV_OK : TSRV_EFULL);
+            used += counts[key] == 0;
+            all += rc == TSRV_OK;
+            counts[key] += rc == TSRV_OK;
+        } else if (counts[key] != 0) {
+            tsrvi_addresses_remove(&table, key * 0x100000001u);
+            used -= --counts[key] == 0;
+            all--;
+        }
+        CHECK_INT(table.used, used);
+        CHECK(table.capacity <= TSRVI_ADDRESSES_LEAST || table.capacity <= used * 8 + 8);
+    }
+    for (unsigned key = 0; key < keys; key++) {
+        for (; counts[key] != 0; counts[key]--) {
+            tsrvi_addresses_remove(&table, key * 0x100000001u);
+        }
+    }
+    CHECK_INT(table.used, 0);
+    CHECK(table.capacity <= 2 * TSRVI_ADDRESSES_LEAST);
+    TSRV_FREE(table.entries);
+}
+
+TEST_LOOP(table_of_addresses_counts_as_an_array_does)
+{
+    check_table(3, 2000);
+    check_table(100, 10000);
+    check_table(4096, 60000);
+    t_fail_call("open", 0, 1, true);
+    check_table(100, 2000);
+}
+
+/* ---- on_accept -----------------------------------------------------------------------------*/
+
+static int asked, ended;
+
+static int refuse_every_second(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    char text[TSRV_ADDRESS_SIZE];
+    CHECK(server == s_server);
+    CHECK(context == &asked);
+    CHECK(strncmp(tsrv_address_format(address, text, sizeof text), "127.0.0.1:", 10) == 0);
+    CHECK_INT(entered, asked / 2 + asked % 2);
+    return asked++ % 2 == 0 ? TSRV_OK : -EACCES;
+}
+
+static void count_end(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)reason, (void)context;
+    ended++;
+}
+
+static void open_asking(int (*on_accept)(tsrv_server *, const tsrv_address *, void *))
+{
+    tsrv_server_options options = defaults;
+    asked = entered = ended = 0;
+    options.handle_stream = enter_and_echo;
+    options.on_close = count_end;
+    options.on_accept = on_accept;
+    options.context = &asked;
+    options.max_per_address = 100;
+    options.data_size = sizeof(bool);
+    s_open(options);
+}
+
+TEST_LOOP(on_accept_refuses_before_there_is_a_stream)
+{
+    int fds[6];
+    open_asking(refuse_every_second);
+    t_watch_log();
+    for (int i = 0; i < 6; i++) {
+        fds[i] = connect_from("127.0.0.1");
+        if (i % 2 == 0) {
+            s_echo(fds[i], "hello\n");
+        } else {
+            s_expect_reset(fds[i]);
+        }
+    }
+    CHECK_INT(asked, 6);
+    CHECK_INT(s_stats().accepted, 3);
+    CHECK_INT(s_stats().refused, 3);
+    CHECK_INT(s_stats().accept_errors, 0);
+    CHECK_INT(t_log_lines, 0);
+    CHECK_INT(s_server->addresses.entries[tsrvi_addresses_find(&s_server->addresses, 0x0100007F)].count, 3);
+    for (int i = 0; i < 6; i++) {
+        t_close(fds[i]);
+    }
+    s_until(&ended, 3);
+    s_close();
+    CHECK_INT(ended, 3);
+}
+
+static int refuse_and_stop(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    asked++;
+    tsrv_server_stop(server);
+    return -EACCES;
+}
+
+/* Neither from inside tsrv_server_stop, nor for who waits then. */
+TEST_LOOP(on_accept_may_stop_the_server)
+{
+    open_asking(refuse_and_stop);
+    int one = connect_from("127.0.0.1"), other = connect_from("127.0.0.1");
+    s_expect_reset(one);
+    s_expect_reset(other);
+    CHECK_INT(asked, 1);
+    CHECK_INT(entered, 0);
+    t_close(one);
+    t_close(other);
+    s_close();
+}
+
+static int allow_and_free(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    asked++;
+    tsrv_server_free(server);
+    return TSRV_OK;
+}
+
+TEST_LOOP(on_accept_may_free_the_server)
+{
+    tsrv_server_options options = defaults;
+    tsrv_server *server;
+    tsrv_loop *loop = t_new_loop();
+    tsrv_address address;
+    asked = entered = 0;
+    options.handle_stream = enter_and_echo;
+    options.on_accept = allow_and_free;
+    options.loop = loop;
+    options.data_size = sizeof(bool);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    int client = t_connect_tcp(tsrv_address_port(&address), 0);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(asked, 1);
+    CHECK_INT(entered, 0);
+    t_close(client);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+/* ---- options of TCP ------------------------------------------------------------------------*/
+
+static void check_options(int fd, int keep_alive, int idle, int interval, int count, int user)
+{
+    CHECK_INT(t_socket_option(fd, SOL_SOCKET, SO_KEEPALIVE), keep_alive);
+    CHECK_INT(t_socket_option(fd, IPPROTO_TCP, TCP_KEEPIDLE), idle);
+    CHECK_INT(t_socket_option(fd, IPPROTO_TCP, TCP_KEEPINTVL), interval);
+    CHECK_INT(t_socket_option(fd, IPPROTO_TCP, TCP_KEEPCNT), count);
+#ifdef TCP_USER_TIMEOUT
+    CHECK_INT(t_socket_option(fd, IPPROTO_TCP, TCP_USER_TIMEOUT), user);
+#endif
+}
+
+static void check_served(tsrv_server_options options, int keep_alive, int idle, int interval, int count, int user)
+{
+    int port, listener, client, added;
+    entered = 0;
+    options.data_size = sizeof(bool);
+    s_open_with(enter_and_echo, options);
+    client = t_connect(s_port);
+    s_echo(client, "hello\n");
+    check_options(tsrv_fd(tsrv_server_next(s_server, NULL)), keep_alive, idle, interval, count, user);
+    t_close(client);
+    s_until(&s_closed, 1);
+    listener = t_raw_socket(SOCK_STREAM, true, &port);
+    client = t_connect(port);
+    added = accept(listener, NULL, NULL);
+    CHECK_INT(tsrv_server_add_stream(s_server, added), TSRV_OK);
+    check_options(added, keep_alive, idle, interval, count, user);
+    t_close(client);
+    close(listener);
+    s_until(&s_closed, 2);
+    s_close();
+}
+
+TEST_LOOP(keep_alive_has_its_times)
+{
+    tsrv_server_options options = defaults;
+    int plain = socket(AF_INET, SOCK_STREAM, 0);
+    int idle = t_socket_option(plain, IPPROTO_TCP, TCP_KEEPIDLE), interval = t_socket_option(plain, IPPROTO_TCP, TCP_KEEPINTVL);
+    int count = t_socket_option(plain, IPPROTO_TCP, TCP_KEEPCNT);
+    close(plain);
+    check_served(options, 0, idle, interval, count, 0);
+    options.keep_alive = true;
+    check_served(options, 1, idle, interval, count, 0);
+    options.keep_alive = false;
+    options.keep_alive_idle_ms = 30001;
+    check_served(options, 1, 31, interval, count, 0);
+    options.keep_alive_interval_ms = 1;
+    options.keep_alive_count = 4;
+    options.user_timeout_ms = 12345;
+    check_served(options, 1, 31, 1, 4, 12345);
+    options = defaults;
+    options.user_timeout_ms = 777;
+    check_served(options, 0, idle, interval, count, 777);
+}
