@@ -214,6 +214,7 @@
  *     >>server      servers: their options
  *     >>accept      listeners: accepting, and pausing
  *     >>listen      servers: starting and stopping
+ *     >>metrics     counters as text
  *     >>client      connecting
  *     >>drain       draining servers, freeing servers and loops
  *     >>cpus        processors that this process may use
@@ -1016,6 +1017,14 @@ TSRV_API void tsrv_server_stats(tsrv_server *server, tsrv_stats *stats);
  *   task_id  -1 = the sum; in a single process what it has counted itself
  * Returns TSRV_OK, or TSRV_EINVAL when there is no such worker. */
 TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_stats *stats);
+
+/* The counters of all workers as text for Prometheus (its exposition format, 0.0.4): send it as
+ * "Content-Type: text/plain; version=0.0.4". Each sample has the label worker, the task id; a
+ * single process is worker 0. Times are seconds.
+ *   buffer  gets as much of it as fits, and a final 0; NULL with size 0 = only measure
+ * Returns the bytes of all of it, without the 0, as snprintf: if that is `size` or more, ask again
+ * with more room, and some to spare, since counters grow. */
+TSRV_API int tsrv_metrics_format(tsrv_server *server, char *buffer, size_t size);
 
 /* A whole server: make, bind, start, run, and clean up. SIGTERM and SIGINT drain it, in a single
  * process and in workers; under a service manager it tells READY=1 and the like. To upgrade the
@@ -13008,6 +13017,113 @@ TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_sta
     }
     tsrvi_stats_gather(stats, server->number, task_id);
     return TSRV_OK;
+}
+
+/* ============================================================================
+ * >>metrics  Counters as text
+ * ==========================================================================*/
+
+typedef struct tsrvi_metric {
+    const char *name; /* samples of one name stand together */
+    const char *type;
+    const char *help;
+    const char *reason; /* "" = no such label */
+    size_t field;       /* in tsrv_stats */
+    bool is_ms;         /* told in seconds */
+} tsrvi_metric;
+
+#define TSRVI_METRIC(name, type, field, help)                    \
+    {                                                            \
+        name, type, help, "", offsetof(tsrv_stats, field), false \
+    }
+#define TSRVI_METRIC_ENDED(reason, field)                                        \
+    {                                                                            \
+        "tsrv_connections_ended_total", "counter", "Ended connections.", reason, \
+            offsetof(tsrv_stats, field), false                                   \
+    }
+#define TSRVI_METRIC_TIME(name, field, help)                       \
+    {                                                              \
+        name, "gauge", help, "", offsetof(tsrv_stats, field), true \
+    }
+
+static const tsrvi_metric tsrvi_metrics[] = {
+    TSRVI_METRIC("tsrv_connections_accepted_total", "counter", accepted, "Accepted connections."),
+    TSRVI_METRIC("tsrv_connections_open", "gauge", open, "Open connections."),
+    TSRVI_METRIC("tsrv_connections_closed_total", "counter", closed, "Closed connections."),
+    TSRVI_METRIC("tsrv_connections_refused_total", "counter", refused,
+                 "Connections reset at once, by a limit or by the program."),
+    TSRVI_METRIC_ENDED("well", ended_well),
+    TSRVI_METRIC_ENDED("reset", ended_reset),
+    TSRVI_METRIC_ENDED("timeout", ended_timeout),
+    TSRVI_METRIC_ENDED("here", ended_here),
+    TSRVI_METRIC_ENDED("error", ended_error),
+    TSRVI_METRIC("tsrv_received_bytes_total", "counter", bytes_in, "Bytes received."),
+    TSRVI_METRIC("tsrv_sent_bytes_total", "counter", bytes_out, "Bytes that the kernel has taken."),
+    TSRVI_METRIC("tsrv_accept_pauses_total", "counter", accept_pauses, "Pauses of listeners."),
+    TSRVI_METRIC("tsrv_accept_errors_total", "counter", accept_errors, "Failures to accept."),
+    TSRVI_METRIC("tsrv_tls_handshakes_failed_total", "counter", handshakes_failed,
+                 "TLS handshakes that failed."),
+    TSRVI_METRIC("tsrv_worker_restarts_total", "counter", restarts,
+                 "Restarts of workers after a bad end."),
+    TSRVI_METRIC_TIME("tsrv_loop_lag_seconds", lag_ms, "How late the loop was when last measured."),
+    TSRVI_METRIC_TIME("tsrv_loop_lag_max_seconds", lag_max_ms, "The most it ever was."),
+};
+
+typedef struct tsrvi_text {
+    char *buffer;
+    size_t size;
+    size_t length; /* of all, also of what did not fit */
+} tsrvi_text;
+
+static TSRVI_PRINTF(2, 3) void tsrvi_text_add(tsrvi_text *text, const char *format, ...)
+{
+    size_t used = tsrvi_min(text->length, text->size);
+    va_list arguments;
+    int more;
+    va_start(arguments, format);
+    more = vsnprintf(text->size == 0 ? NULL : text->buffer + used, text->size - used, format,
+                     arguments);
+    va_end(arguments);
+    text->length += more > 0 ? (size_t)more : 0;
+}
+
+static void tsrvi_metric_add(tsrvi_text *text, const tsrvi_metric *metric, const tsrv_stats *stats,
+                             int worker)
+{
+    uint64_t value;
+    memcpy(&value, (const char *)stats + metric->field, sizeof(value));
+    tsrvi_text_add(text, "%s{worker=\"%d\"", metric->name, worker);
+    if (metric->reason[0] != 0) {
+        tsrvi_text_add(text, ",reason=\"%s\"", metric->reason);
+    }
+    if (metric->is_ms) {
+        tsrvi_text_add(text, "} %llu.%03u\n", (unsigned long long)(value / 1000),
+                       (unsigned)(value % 1000));
+    } else {
+        tsrvi_text_add(text, "} %llu\n", (unsigned long long)value);
+    }
+}
+
+TSRV_API int tsrv_metrics_format(tsrv_server *server, char *buffer, size_t size)
+{
+    tsrvi_text text = {buffer, size, 0};
+    tsrv_stats stats;
+    for (size_t i = 0; i < sizeof(tsrvi_metrics) / sizeof(tsrvi_metrics[0]); i++) {
+        const tsrvi_metric *metric = &tsrvi_metrics[i];
+        int worker = 0;
+        if (i == 0 || strcmp(metric->name, metric[-1].name) != 0) {
+            tsrvi_text_add(&text, "# HELP %s %s\n# TYPE %s %s\n", metric->name, metric->help,
+                           metric->name, metric->type);
+        }
+        while (server->number >= 0 && tsrv_server_worker_stats(server, worker, &stats) == TSRV_OK) {
+            tsrvi_metric_add(&text, metric, &stats, worker++);
+        }
+        if (worker == 0) { /* there are no workers, or too many servers for them to share */
+            tsrvi_metric_add(&text, metric, &server->own,
+                             tsrvi_worker_id() < 0 ? 0 : tsrvi_worker_id());
+        }
+    }
+    return (int)text.length;
 }
 
 /* ============================================================================

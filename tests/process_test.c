@@ -954,6 +954,11 @@ TEST_LOOP(counters_of_all_workers)
     t_sends(fd, "stats 3\n");
     CHECK(read_line(fd, line, sizeof line));
     CHECK_INT(atoi(line), TSRV_EINVAL);
+    t_sends(fd, "metrics\n");
+    CHECK(read_line(fd, line, sizeof line));
+    CHECK_INT(sscanf(line, "%d %d", &mine, &sum), 2);
+    CHECK_INT(mine, 3);
+    CHECK_INT(sum, 1 + served);
     int id = -1;
     ask_id(fd, &id, &who, NULL);
     t_sends(fd, "own\n");

@@ -267,6 +267,22 @@ static inline void answer_big(tsrv_stream *stream)
     }
 }
 
+/* How many workers the metrics tell of, and what they have accepted. */
+static inline void answer_metrics(tsrv_stream *stream)
+{
+    static char text[65536];
+    const char *at = text;
+    int count = 0, worker, accepted, sum = 0;
+    CHECK(tsrv_metrics_format(tsrv_stream_server(stream), text, sizeof text) < (int)sizeof text);
+    while ((at = strstr(at, "tsrv_connections_accepted_total{")) != NULL) {
+        CHECK_INT(sscanf(at, "tsrv_connections_accepted_total{worker=\"%d\"} %d", &worker, &accepted), 2);
+        CHECK_INT(worker, count++);
+        sum += accepted;
+        at++;
+    }
+    tsrv_printf(stream, "%d %d\n", count, sum);
+}
+
 /* The parent and its answer are those of the process that the line reaches. */
 static inline void obey(tsrv_stream *stream, const char *line)
 {
@@ -289,6 +305,8 @@ static inline void obey(tsrv_stream *stream, const char *line)
         int rc = tsrv_server_worker_stats(tsrv_stream_server(stream), number, &stats);
         tsrv_printf(stream, "%d %d %d %d %d\n", rc, (int)stats.accepted, (int)stats.open,
                     (int)stats.ended_well, (int)stats.restarts);
+    } else if (strncmp(line, "metrics", 7) == 0) {
+        answer_metrics(stream);
     } else if (strncmp(line, "own", 3) == 0) {
         tsrv_server_stats(tsrv_stream_server(stream), &stats);
         tsrv_printf(stream, "%d %d\n", (int)stats.accepted, (int)stats.open);
