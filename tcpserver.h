@@ -441,8 +441,9 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 
 /* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are
  * aborted, and the loop turns until nothing can run and no work of tsrv_work is left; what still
- * waits then is dropped where it stands, and logged. Servers on this loop stop and are freed by the
- * caller, before or after.
+ * waits then is dropped where it stands, and logged. It waits for names that are being looked up,
+ * too.
+ * Servers on this loop stop and are freed by the caller, before or after.
  *   loop  NULL = this thread's own, if there is one
  * Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
 TSRV_API int tsrv_loop_free(tsrv_loop *loop);
@@ -1057,15 +1058,17 @@ typedef struct tsrv_connect_options {
  * with it (what is queued is still sent); tsrv_abort cuts it, may be called by anybody, and frees
  * nothing. It has the limits of tsrv_server_options' defaults, no data and no on_close. Source:
  * TCPClient.connect.
- *   host     a name, a number or "unix:/path", "unix:@abstract"; a name that is not a number is
- *            looked up by getaddrinfo, which blocks the loop meanwhile
+ *   host     a name, a number ("[::1]" too) or "unix:/path", "unix:@abstract"; a name is looked up
+ *            by getaddrinfo on a helper thread, half of them at most, within the time limit; with
+ *            TSRV_NO_THREADS that blocks the loop
  *   port     1 to 65535; not used for unix paths
  *   options  NULL = all defaults
  *   stream   receives it; NULL after an error
  * Returns TSRV_OK, with TLS after the handshake; TSRV_ETLS (it failed, the reason is logged),
  * TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being freed, or the grace of a drain is
- * over), TSRV_EINVAL (not in a coroutine, bad port), -ENOMEM, or -errno of the last address:
- * -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
+ * over), TSRV_EINVAL (not in a coroutine, bad port), -ENOMEM, -EAGAIN (the system gives no thread
+ * to look the name up), or -errno of the last address: -ECONNREFUSED, -ENETUNREACH, -EMFILE and the
+ * like. */
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream);
 
@@ -4070,6 +4073,8 @@ typedef struct tsrvi_loop_streams {
 typedef struct tsrvi_loop_servers {
     tsrvi_link all;                     /* that have used this loop */
     tsrv_server *clients;               /* what tsrv_connect's streams belong to */
+    int lookups;                        /* names that threads look up for it */
+    tsrv_condition lookup_over;         /* one of them has ended */
     void (*fd_closed)(tsrv_loop *loop); /* NULL before the first server */
 } tsrvi_loop_servers;
 
@@ -13272,6 +13277,120 @@ static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options 
     return rc;
 }
 
+/* ---- names -----------------------------------------------------------------*/
+
+#if TSRVI_HAS_COROUTINES && TSRVI_HAS_THREADS
+/* A name that a thread looks up. Who has asked may be gone by the time it is found. */
+typedef struct tsrvi_lookup {
+    tsrv_loop *loop;
+    tsrvi_co *co; /* NULL = nobody waits any more */
+    struct addrinfo *all;
+    int port;
+    int rc;
+    bool over;
+    char host[1]; /* and more */
+} tsrvi_lookup;
+
+static void tsrvi_lookup_run(void *context)
+{
+    tsrvi_lookup *lookup = (tsrvi_lookup *)context;
+    lookup->rc = tsrvi_resolve(lookup->host, lookup->port, 0, 0, &lookup->all);
+}
+
+static void tsrvi_lookup_end(void *context)
+{
+    tsrvi_lookup *lookup = (tsrvi_lookup *)context;
+    lookup->loop->servers.lookups--;
+    tsrv_condition_notify(&lookup->loop->servers.lookup_over, 1);
+    lookup->over = true;
+    if (lookup->co != NULL) {
+        tsrvi_co_wake(lookup->co, TSRV_OK);
+    } else {
+        if (lookup->all != NULL) {
+            TSRV_SYS(freeaddrinfo, (lookup->all));
+        }
+        TSRV_FREE(lookup);
+    }
+}
+
+/* Names may use half of the threads: a name server that does not answer leaves the rest to work. */
+static int tsrvi_lookup_begin(tsrv_loop *loop, tsrvi_lookup *lookup, uint64_t due)
+{
+    int rc;
+    while (loop->servers.lookups >= (loop->work.most + 1) / 2) {
+        rc = tsrv_condition_wait(&loop->servers.lookup_over, tsrvi_client_left_ms(due));
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    rc = tsrv_work(loop, tsrvi_lookup_run, tsrvi_lookup_end, lookup);
+    loop->servers.lookups += rc == TSRV_OK;
+    return rc;
+}
+
+/* The addresses of a name. */
+static int tsrvi_client_lookup(tsrv_loop *loop, const char *host, int port, uint64_t due,
+                               struct addrinfo **all)
+{
+    size_t size = strlen(host);
+    tsrvi_lookup *lookup = (tsrvi_lookup *)tsrvi_zalloc(sizeof(*lookup) + size);
+    int rc;
+    if (lookup == NULL) {
+        return -ENOMEM;
+    }
+    memcpy(lookup->host, host, size);
+    lookup->loop = loop;
+    lookup->port = port;
+    lookup->co = loop->coroutines.running;
+    if ((rc = tsrvi_lookup_begin(loop, lookup, due)) < 0) {
+        TSRV_FREE(lookup);
+        return rc;
+    }
+    rc = tsrvi_co_wait(lookup->co, due);
+    if (!lookup->over) {
+        lookup->co = NULL; /* its end frees it */
+        return rc;
+    }
+    *all = lookup->all;
+    rc = rc < 0 ? rc : lookup->rc;
+    if (rc < 0 && lookup->all != NULL) {
+        TSRV_SYS(freeaddrinfo, (lookup->all));
+        *all = NULL;
+    }
+    TSRV_FREE(lookup);
+    return rc;
+}
+#else
+static int tsrvi_client_lookup(tsrv_loop *loop, const char *host, int port, uint64_t due,
+                               struct addrinfo **all)
+{
+    (void)loop;
+    (void)due;
+    return tsrvi_resolve(host, port, 0, 0, all);
+}
+#endif
+
+/* The addresses of a host. A number, also in brackets, needs no looking up. */
+static int tsrvi_client_resolve(tsrv_loop *loop, const char *host, int port, uint64_t due,
+                                struct addrinfo **all)
+{
+    char number[INET6_ADDRSTRLEN + 16]; /* and a zone */
+    size_t size = strlen(host);
+    int rc;
+    if (size >= 2 && host[0] == '[' && host[size - 1] == ']') {
+        if (size - 2 >= sizeof(number)) {
+            return TSRV_ERESOLVE;
+        }
+        memcpy(number, host + 1, size - 2);
+        number[size - 2] = 0;
+        return tsrvi_resolve(number, port, AF_INET6, AI_NUMERICHOST, all);
+    }
+    rc = tsrvi_resolve(host, port, 0, AI_NUMERICHOST, all);
+    return rc == TSRV_ERESOLVE && size != 0 ? tsrvi_client_lookup(loop, host, port, due, all) : rc;
+}
+
+/* ---- addresses -------------------------------------------------------------*/
+
 /* Each address in turn, with an equal share of the time that is left. */
 static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uint64_t due,
                                 tsrv_stream **stream)
@@ -13322,7 +13441,7 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
         rc = rc < 0 ? rc : tsrvi_client_try(loop, &inside.any, size, due, stream);
     } else if (port <= 0 || port > 65535) {
         return TSRV_EINVAL;
-    } else if ((rc = tsrvi_resolve(host, port, 0, 0, &all)) == TSRV_OK) {
+    } else if ((rc = tsrvi_client_resolve(loop, host, port, due, &all)) == TSRV_OK) {
         rc = tsrvi_client_try_all(loop, all, due, stream);
         TSRV_SYS(freeaddrinfo, (all));
     }

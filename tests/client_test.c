@@ -38,9 +38,30 @@ static const struct {
     {"both.test", {"::1", "127.0.0.1", NULL}},
     {"two.test", {"127.0.0.2", "127.0.0.1", NULL}},
     {"three.test", {"127.0.0.3", "127.0.0.2", "127.0.0.1"}},
+    {"hung.test", {"127.0.0.1", NULL, NULL}}, /* whose server answers late */
 };
 
 static int lookups_open; /* results that have not been freed */
+static int lookups_hung, most_hung, server_answers; /* atomic */
+
+/* What other threads do while the loop goes on. */
+static void wait_for_server(void)
+{
+    int now = __atomic_add_fetch(&lookups_hung, 1, __ATOMIC_SEQ_CST);
+    CHECK(tsrvi_thread.running == NULL);
+    if (now > __atomic_load_n(&most_hung, __ATOMIC_SEQ_CST)) {
+        __atomic_store_n(&most_hung, now, __ATOMIC_SEQ_CST);
+    }
+    while (!__atomic_load_n(&server_answers, __ATOMIC_SEQ_CST)) {
+        usleep(500);
+    }
+    __atomic_sub_fetch(&lookups_hung, 1, __ATOMIC_SEQ_CST);
+}
+
+static void let_server_answer(bool answers)
+{
+    __atomic_store_n(&server_answers, answers, __ATOMIC_SEQ_CST);
+}
 
 static int fake_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
                             struct addrinfo **all)
@@ -49,7 +70,10 @@ static int fake_getaddrinfo(const char *host, const char *service, const struct 
     const char *const none[3] = {host, NULL, NULL};
     const char *const *addresses = none;
     number.ai_flags |= AI_NUMERICHOST;
-    for (size_t i = 0; i < COUNT(names); i++) {
+    if (strcmp(host, "hung.test") == 0 && (hints->ai_flags & AI_NUMERICHOST) == 0) {
+        wait_for_server();
+    }
+    for (size_t i = 0; i < COUNT(names) && (hints->ai_flags & AI_NUMERICHOST) == 0; i++) {
         addresses = host != NULL && strcmp(names[i].name, host) == 0 ? names[i].addresses : addresses;
     }
     *all = NULL;
@@ -58,7 +82,7 @@ static int fake_getaddrinfo(const char *host, const char *service, const struct 
         if (rc != 0) {
             return rc; /* of the first: all others are good numbers */
         }
-        lookups_open++;
+        __atomic_add_fetch(&lookups_open, 1, __ATOMIC_SEQ_CST);
         end = &(*end)->ai_next;
     }
     return *all == NULL ? EAI_NONAME : 0;
@@ -70,7 +94,7 @@ static void fake_freeaddrinfo(struct addrinfo *all)
         struct addrinfo *next = all->ai_next;
         all->ai_next = NULL;
         freeaddrinfo(all);
-        lookups_open--;
+        __atomic_sub_fetch(&lookups_open, 1, __ATOMIC_SEQ_CST);
         all = next;
     }
 }
@@ -236,6 +260,7 @@ static void talk_over_6(void)
     char peer[64];
     snprintf(peer, sizeof peer, "[::1]:%d", s_port);
     talk("::1", s_port, peer);
+    talk("[::1]", s_port, peer);
     talk("both.test", s_port, peer); /* nobody listens on 127.0.0.1 */
 }
 
@@ -315,6 +340,11 @@ static void resolve_in_vain(void)
     CHECK_INT(connect_rc("", port, 0), TSRV_ERESOLVE);
     CHECK_INT(connect_rc("no.such.name", port, 0), TSRV_ERESOLVE);
     CHECK_INT(connect_rc("300.1.1.1", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("[]", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("[127.0.0.1]", port, 0), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("[localhost]", port, 0), TSRV_ERESOLVE);
+    snprintf(name, sizeof name, "[%0150d]", 0);
+    CHECK_INT(connect_rc(name, port, 0), TSRV_ERESOLVE);
     snprintf(name, sizeof name, "unix:/%0150d", 0);
     CHECK_INT(connect_rc(name, 0, 0), -ENAMETOOLONG);
     CHECK_INT(connect_rc("127.0.0.1", 0, 0), TSRV_EINVAL);
@@ -328,6 +358,128 @@ static void resolve_in_vain(void)
 TEST_LOOP(test_gaierror)
 {
     alone(resolve_in_vain);
+}
+
+/* ---- names that are found late ------------------------------------------------------------*/
+
+enum { ASKERS = 7 };
+static int asked, answers, expected_answer, ticks;
+
+static void ask_hung(void *context)
+{
+    (void)context;
+    asked++;
+    CHECK_INT(connect_rc("hung.test", s_port, 300), expected_answer);
+    answers++;
+}
+
+static void tick(void *context)
+{
+    ticks++;
+    if (answers < asked) {
+        CHECK_INT(tsrv_timer_start(s_loop, (tsrv_timer *)context, 10, tick, context), TSRV_OK);
+    }
+}
+
+static void work_beside(void)
+{
+    CHECK_INT(tsrv_run_in_thread(nothing, NULL), TSRV_OK);
+}
+
+static void open_hung(int askers, int expected)
+{
+    s_open_loop();
+    asked = answers = ticks = most_hung = 0;
+    expected_answer = expected;
+    s_port = t_free_port();
+    let_server_answer(false);
+    for (int i = 0; i < askers; i++) {
+        CHECK_INT(tsrv_spawn(s_loop, ask_hung, NULL), TSRV_OK);
+    }
+}
+
+/* The loop turns meanwhile, each asker has its limit, and no more than half of the threads hang. */
+TEST_LOOP(name_server_that_does_not_answer_holds_nobody_up)
+{
+    tsrv_timer timer = {0};
+    int64_t start = v_ms();
+    open_hung(ASKERS, TSRV_ETIMEOUT);
+    v_hung = true;
+    CHECK_INT(tsrv_timer_start(s_loop, &timer, 10, tick, &timer), TSRV_OK);
+    s_until(&answers, ASKERS);
+    CHECK(v_ms() - start >= 300 && v_ms() - start < 600);
+    CHECK(ticks >= 20);
+    CHECK(most_hung >= 1 && most_hung <= 2);
+    in_coroutine(work_beside);
+    let_server_answer(true); /* too late */
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(lookups_open, 0);
+    CHECK_INT(lookups_hung, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+static void answer(void *context)
+{
+    (void)context;
+    let_server_answer(true);
+}
+
+/* In turn. */
+TEST_LOOP(names_that_are_found_late_are_used)
+{
+    tsrv_timer timer = {0};
+    open_hung(ASKERS, -ECONNREFUSED);
+    v_hung = true;
+    CHECK_INT(tsrv_timer_start(s_loop, &timer, 100, answer, NULL), TSRV_OK);
+    while (__atomic_load_n(&server_answers, __ATOMIC_SEQ_CST) == 0) {
+        s_turn();
+    }
+    v_hung = false;
+    s_until(&answers, ASKERS);
+    CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(lookups_open, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+static void *answer_later(void *context)
+{
+    while (__atomic_load_n(&lookups_hung, __ATOMIC_SEQ_CST) == 0) {
+        usleep(500);
+    }
+    usleep(20000);
+    answer(NULL);
+    return context;
+}
+
+TEST_LOOP(freeing_the_loop_ends_lookups)
+{
+    pthread_t server;
+    open_hung(3, TSRV_ECLOSED);
+    CHECK(tsrv_loop_run_once(s_loop, 0) > 0);
+    CHECK_INT(pthread_create(&server, NULL, answer_later, NULL), 0);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(pthread_join(server, NULL), 0);
+    CHECK_INT(answers, 3);
+    CHECK_INT(lookups_open, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+static void look_up_without(void)
+{
+    t_fail_call("pthread_create", 0, 1, true);
+    CHECK_INT(connect_rc("localhost", 1, 0), -EAGAIN);
+    CHECK_INT(connect_rc("127.0.0.1", t_free_port(), 0), -ECONNREFUSED);
+    for (long at = 1; at <= 3; at++) {
+        t_fail_call("malloc", 0, at, false);
+        CHECK_INT(connect_rc("localhost", 1, 0), -ENOMEM);
+        t_fail_call(NULL, 0, 0, false);
+    }
+}
+
+TEST_LOOP(looking_up_without_a_thread_or_memory_is_a_code)
+{
+    alone(look_up_without);
 }
 
 static int timer_rc;

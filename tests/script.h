@@ -22,6 +22,9 @@
 
 static uint64_t v_now = 1000000000000u; /* the loop's clock, in nanoseconds; moves on a little whenever it is read */
 static bool v_stopped;                  /* time is real in this test */
+static bool v_hung;                     /* and stands still while a helper thread works, unless that hangs */
+
+static inline bool v_works(void);
 
 static pthread_mutex_t v_mutex = PTHREAD_MUTEX_INITIALIZER;
 
@@ -47,7 +50,7 @@ static inline int v_real(int timeout_ms)
 /* A wait has found count events: none of them, and time passes. */
 static inline int v_waited(int count, int timeout_ms)
 {
-    if (!v_stopped && count == 0 && timeout_ms > 0) {
+    if (!v_stopped && count == 0 && timeout_ms > 0 && (v_hung || !v_works())) {
         v_now += (uint64_t)(timeout_ms < V_STEP_MS ? timeout_ms : V_STEP_MS) * 1000000;
     }
     return count;
@@ -99,6 +102,11 @@ static inline int v_kevent(int fd, const struct kevent *changes, int count, stru
 
 /* Coroutines only, and not in pieces: for scripts whose figures the hard mode would change. */
 #define TEST_SCRIPT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES)
+
+static inline bool v_works(void)
+{
+    return tsrvi_thread.running != NULL && tsrvi_thread.running->work.left != 0;
+}
 
 static inline int64_t v_ms(void)
 {

@@ -1696,11 +1696,24 @@ static void open_listener(void)
 }
 
 /* Two ends of a connection; over a unix socket when TCP has no port left. */
+/* Our own connection, and not one of another program's that was meant for who had this port before. */
+static int accept_from(int client)
+{
+    struct sockaddr_in own = {0}, peer = {0};
+    socklen_t size = sizeof own, peer_size = sizeof peer;
+    int fd;
+    getsockname(client, (struct sockaddr *)&own, &size);
+    while ((fd = accept(listener, (struct sockaddr *)&peer, &peer_size)) >= 0 && peer.sin_port != own.sin_port) {
+        close(fd);
+    }
+    return fd;
+}
+
 static void connect_pair(int *ends)
 {
     ends[1] = tcp ? socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0) : -1;
     if (ends[1] >= 0 && connect(ends[1], (struct sockaddr *)&listener_address, sizeof listener_address) == 0 &&
-        (ends[0] = accept(listener, NULL, NULL)) >= 0) {
+        (ends[0] = accept_from(ends[1])) >= 0) {
         return;
     }
     if (ends[1] >= 0) {
