@@ -449,7 +449,8 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 TSRV_API int tsrv_loop_free(tsrv_loop *loop);
 
 /* Run until tsrv_loop_stop, or until nothing is left but signal watches: no listener, stream,
- * timer, watch, coroutine or posted callback. A stop that came before makes it return at once.
+ * timer, watch, coroutine, work of tsrv_work or posted callback. A stop that came before makes it
+ * return at once.
  * Source: IOLoop.start.
  * Returns TSRV_OK; TSRV_EBUSY when it runs already; TSRV_EINVAL in a fork of the process that
  * made the loop; -errno when the backend fails (-EBADF: somebody closed its descriptor). */
@@ -861,9 +862,10 @@ typedef struct tsrv_server_options {
     void (*on_start)(tsrv_server *server, void *context);
     /* Called from the loop for every connection that was accepted, before anything is made for it;
      * NULL = not wanted. Returns TSRV_OK, or a negative code to refuse it: then it is reset,
-     * counted, and not logged. The address is valid during the call. It is not asked for
-     * tsrv_server_add_stream; and those that wait to be accepted when tsrv_server_stop is called
-     * are refused where there is one, since it is not called from inside that. */
+     * counted, and not logged; so it is when this call stops, drains or frees the server. The
+     * address is valid during the call. It is not asked for who has max_per_address connections,
+     * nor for tsrv_server_add_stream; and those that wait to be accepted when tsrv_server_stop is
+     * called are refused where there is one, since it is not called from inside that. */
     int (*on_accept)(tsrv_server *server, const tsrv_address *address, void *context);
     void *context;                /* handed to all of them */
     tsrv_loop *loop;              /* NULL = the thread's, at the first listen or add_sockets */
@@ -1021,7 +1023,8 @@ TSRV_API int tsrv_server_worker_stats(tsrv_server *server, int task_id, tsrv_sta
 
 /* The counters of all workers as text for Prometheus (its exposition format, 0.0.4): send it as
  * "Content-Type: text/plain; version=0.0.4". Each sample has the label worker, the task id; a
- * single process is worker 0. Times are seconds.
+ * single process is worker 0, as is what a server from the 9th on counts here. Times are seconds.
+ * Of two servers it is the same text: send them apart.
  *   buffer  gets as much of it as fits, and a final 0; NULL with size 0 = only measure
  * Returns the bytes of all of it, without the 0, as snprintf: if that is `size` or more, ask again
  * with more room, and some to spare, since counters grow. */
@@ -1053,11 +1056,12 @@ typedef struct tsrv_connect_options {
     const char *server_name; /* whose certificate it must be; NULL = host */
 } tsrv_connect_options;
 
-/* Connect, in a coroutine. Each address of a name is tried in turn, with an equal share of the time
- * that is left. The stream is the caller's: tsrv_close gives it back and is the last thing done
- * with it (what is queued is still sent); tsrv_abort cuts it, may be called by anybody, and frees
- * nothing. It has the limits of tsrv_server_options' defaults, no data and no on_close. Source:
- * TCPClient.connect.
+/* Connect, in a coroutine. The addresses of a name are tried as RFC 8305 has it: families in turn,
+ * the next one when one has failed or said nothing for 250 ms; the first that connects wins, and
+ * the others are closed. The stream is the caller's: tsrv_close gives it back and is the last thing
+ * done with it (what is queued is still sent); tsrv_abort cuts it, may be called by anybody, and
+ * frees nothing. It has the limits of tsrv_server_options' defaults, no data and no on_close.
+ * Source: TCPClient.connect.
  *   host     a name, a number ("[::1]" too) or "unix:/path", "unix:@abstract"; a name is looked up
  *            by getaddrinfo on a helper thread, half of them at most, within the time limit; with
  *            TSRV_NO_THREADS that blocks the loop
@@ -1178,7 +1182,8 @@ TSRV_API int tsrv_shutdown(tsrv_stream *stream);
  * output is sent in the background, then FIN, then input is dropped until the peer's end or
  * close_timeout_ms, so that the answer is not turned into a reset: input that finds the descriptor
  * closed does that. It is closed without waiting for the peer when that has ended its output
- * before, and when it has let a read time out, with nothing unsent then, and nothing written or
+ * before, and when it has let a read time out, with nothing unsent then, not even by the system,
+ * and nothing written or
  * received since: then no answer can be on its way. The stream stays valid until its handler and
  * on_close have returned. Source: IOStream.close.
  * Returns TSRV_OK, again too. */
@@ -2140,7 +2145,7 @@ static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
  * >>log  The log: its default, its limits, what is done without
  * ==========================================================================*/
 
-static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "TLS",
+static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "refused", "TLS",
                                                              "NOTIFY_SOCKET", "waitpid"};
 
 #define TSRVI_LOG_RATE 10u        /* lines of a kind in a window */
@@ -5165,6 +5170,10 @@ static void tsrvi_co_cancel_all(tsrv_loop *loop)
 static size_t tsrvi_co_drop_all(tsrv_loop *loop)
 {
     size_t count = 0;
+    for (tsrvi_link *link = loop->coroutines.all.next; link != &loop->coroutines.all;
+         link = link->next) {
+        tsrvi_co_leave(TSRVI_CONTAINER(link, tsrvi_co, link)); /* conditions lie on stacks, too */
+    }
     while (!tsrvi_list_empty(&loop->coroutines.all)) {
         tsrvi_co_free(TSRVI_CONTAINER(loop->coroutines.all.next, tsrvi_co, link));
         count++;
@@ -5395,8 +5404,8 @@ TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count)
  *
  * A job goes from the loop's queue to a helper thread, and comes back as a post.
  * Its memory is taken before it is queued, so that nothing can fail later. A
- * thread is made when a job comes and none is idle, and blocks every signal:
- * they are the loop's. Threads see the queue and nothing else of the loop.
+ * thread is made when a job comes and none is idle, and blocks signals, but for
+ * its own faults: they are the loop's. Threads see the queue and nothing else of the loop.
  * ==========================================================================*/
 
 #if TSRVI_HAS_THREADS
@@ -5444,15 +5453,26 @@ static void *tsrvi_work_thread(void *context)
     return NULL;
 }
 
-/* One more thread. The lock is held. Returns TSRV_OK or -errno. */
+/* One more thread. It takes no signal but those that its own faults raise. The lock is held.
+ * Returns TSRV_OK or -errno. */
 static int tsrvi_work_grow(tsrv_loop *loop)
 {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
     tsrvi_loop_work *work = &loop->work;
-    sigset_t all, before;
+    sigset_t most, before;
     int rc;
-    TSRV_SYS(sigfillset, (&all));
-    TSRV_SYS(pthread_sigmask, (SIG_SETMASK, &all, &before));
-    rc = TSRV_SYS(pthread_create, (&work->threads[work->count], NULL, tsrvi_work_thread, loop));
+    pthread_t *threads = (pthread_t *)TSRV_REALLOC(work->threads, ((size_t)work->count + 1) *
+                                                                      sizeof(*work->threads));
+    if (threads == NULL) {
+        return -ENOMEM;
+    }
+    work->threads = threads;
+    TSRV_SYS(sigfillset, (&most));
+    for (size_t i = 0; i < sizeof(faults) / sizeof(faults[0]); i++) {
+        TSRV_SYS(sigdelset, (&most, faults[i]));
+    }
+    TSRV_SYS(pthread_sigmask, (SIG_SETMASK, &most, &before));
+    rc = TSRV_SYS(pthread_create, (&threads[work->count], NULL, tsrvi_work_thread, loop));
     TSRV_SYS(pthread_sigmask, (SIG_SETMASK, &before, NULL));
     work->count += rc == 0;
     return -rc;
@@ -5464,17 +5484,11 @@ static int tsrvi_work_begin(tsrvi_loop_work *work)
     if (work->begun) {
         return TSRV_OK;
     }
-    work->threads = (pthread_t *)tsrvi_zalloc((size_t)work->most * sizeof(*work->threads));
-    if (work->threads == NULL) {
-        return -ENOMEM;
-    }
     if (TSRV_SYS(pthread_mutex_init, (&work->lock, NULL)) != 0) {
-        TSRV_FREE(work->threads);
         return -ENOMEM;
     }
     if (TSRV_SYS(pthread_cond_init, (&work->more, NULL)) != 0) {
         TSRV_SYS(pthread_mutex_destroy, (&work->lock));
-        TSRV_FREE(work->threads);
         return -ENOMEM;
     }
     work->begun = true;
@@ -7518,17 +7532,19 @@ typedef struct tsrvi_addresses {
 static bool tsrvi_address_key(const tsrv_address *address, uint64_t *key)
 {
     static const unsigned char mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
+    /* IPv4 behind what begins no address of a peer: ff00::/8 is multicast. */
+    unsigned char bytes[8] = {0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0};
     tsrvi_sockaddr inside;
     int family = tsrv_address_family(address);
     tsrvi_address_load(address, &inside);
-    *key = 0;
     if (family == AF_INET) {
-        memcpy(key, &inside.four.sin_addr, 4);
+        memcpy(bytes + 4, &inside.four.sin_addr, 4);
     } else if (family == AF_INET6 && memcmp(&inside.six.sin6_addr, mapped, sizeof(mapped)) == 0) {
-        memcpy(key, (const char *)&inside.six.sin6_addr + sizeof(mapped), 4);
+        memcpy(bytes + 4, (const char *)&inside.six.sin6_addr + sizeof(mapped), 4);
     } else if (family == AF_INET6) {
-        memcpy(key, &inside.six.sin6_addr, 8);
+        memcpy(bytes, &inside.six.sin6_addr, 8);
     }
+    memcpy(key, bytes, sizeof(bytes));
     return family == AF_INET || family == AF_INET6;
 }
 
@@ -8393,11 +8409,14 @@ static int tsrvi_plain_peek(tsrv_stream *stream)
                                       : tsrvi_error();
 }
 
-/* tcp(7), unix(7): SIOCOUTQ, which is TIOCOUTQ there; ioctl(2) of the BSDs: FIONWRITE; macOS:
- * SO_NWRITE. */
+/* tcp(7): SIOCOUTQ, which is TIOCOUTQ there; ioctl(2) of the BSDs: FIONWRITE; macOS: SO_NWRITE.
+ * What a unix socket has taken is with the peer at once. */
 static bool tsrvi_plain_is_delivered(const tsrv_stream *stream)
 {
     int kept = -1;
+    if (stream->peer.family == AF_UNIX) {
+        return true;
+    }
 #if defined(SO_NWRITE)
     socklen_t size = sizeof(kept);
     return TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_NWRITE, &kept, &size)) == 0 &&
@@ -8407,7 +8426,6 @@ static bool tsrvi_plain_is_delivered(const tsrv_stream *stream)
 #elif defined(__linux__)
     return TSRV_SYS(ioctl, (stream->io.fd, TIOCOUTQ, &kept)) == 0 && kept == 0;
 #else
-    (void)stream;
     return kept == 0;
 #endif
 }
@@ -12374,11 +12392,11 @@ static int tsrvi_accept(int fd, tsrv_address *peer)
     return accepted < 0 ? tsrvi_error() : accepted;
 }
 
-/* A time in seconds, rounded up; 0 = as it is. */
+/* A time in seconds, rounded up; 0 = as it is. Linux takes no more than 32767. */
 static inline void tsrvi_option_seconds(int fd, int name, int ms)
 {
     if (ms > 0) {
-        tsrvi_option(fd, IPPROTO_TCP, name, (ms - 1) / 1000 + 1);
+        tsrvi_option(fd, IPPROTO_TCP, name, (int)tsrvi_min((size_t)(ms - 1) / 1000 + 1, 32767));
     }
 }
 
@@ -12401,7 +12419,8 @@ static void tsrvi_server_dress_tcp(const tsrv_server_options *options, int fd)
 #endif
 #ifdef TCP_KEEPCNT
     if (options->keep_alive_count > 0) {
-        tsrvi_option(fd, IPPROTO_TCP, TCP_KEEPCNT, options->keep_alive_count);
+        tsrvi_option(fd, IPPROTO_TCP, TCP_KEEPCNT,
+                     (int)tsrvi_min((size_t)options->keep_alive_count, 127));
     }
 #endif
 #ifdef TCP_USER_TIMEOUT
@@ -12505,7 +12524,7 @@ static int tsrvi_server_admit(tsrv_server *server, const tsrv_address *peer, boo
     }
     if (rc == TSRV_OK && asks && options->on_accept != NULL) {
         rc = options->on_accept(server, peer, options->context);
-        if (rc < 0 || server->freed) { /* by on_accept */
+        if (rc < 0 || !tsrvi_server_listens(server)) { /* any more: on_accept has stopped it */
             tsrvi_server_uncount(server, peer);
             rc = TSRV_EFULL;
         }
@@ -12753,7 +12772,7 @@ static void tsrvi_listener_empty(tsrvi_listener *listener)
         int rc = tsrvi_listener_take(listener, &stream);
         if (rc == TSRV_OK) {
             tsrvi_stream_later(stream);
-        } else if (rc == -EAGAIN || ++failures == TSRVI_FAILURES) {
+        } else if (rc == -EAGAIN || (rc != TSRV_ECLOSED && ++failures == TSRVI_FAILURES)) {
             return;
         }
     }
@@ -13139,8 +13158,9 @@ TSRV_API int tsrv_metrics_format(tsrv_server *server, char *buffer, size_t size)
  * handler the program holds them, until it calls tsrv_close.
  * ==========================================================================*/
 
-#define TSRVI_CONNECT_MS 10000   /* default limit */
-#define TSRVI_CONNECT_RETRY_MS 5 /* while a unix socket's queue is full */
+#define TSRVI_CONNECT_MS 10000    /* default limit */
+#define TSRVI_CONNECT_RETRY_MS 5  /* while a unix socket's queue is full */
+#define TSRVI_CONNECT_STEP_MS 250 /* before the next address is tried, too: RFC 8305, section 8 */
 
 static int tsrvi_client_unused(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
@@ -13181,20 +13201,6 @@ static int tsrvi_client_left_ms(uint64_t due)
     return due == TSRVI_FOREVER ? TSRV_NEVER : left > INT_MAX ? INT_MAX : (int)left;
 }
 
-/* Wait for the end of a connect(2) that goes on by itself. */
-static int tsrvi_client_wait(int fd, uint64_t due)
-{
-    int error = 0, rc = tsrv_wait_fd(fd, TSRV_WRITABLE, tsrvi_client_left_ms(due));
-    socklen_t size = sizeof(error);
-    if (rc < 0) {
-        return rc;
-    }
-    if (TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
-        return tsrvi_error();
-    }
-    return -error;
-}
-
 /* A port of this host that nobody listens on may be given to the connecting socket itself, which
  * then meets itself (RFC 9293, simultaneous open). */
 static bool tsrvi_client_met_itself(int fd)
@@ -13205,45 +13211,17 @@ static bool tsrvi_client_met_itself(int fd)
            tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
 }
 
-static int tsrvi_client_connect(int fd, const struct sockaddr *address, socklen_t size,
-                                uint64_t due)
-{
-    int rc = TSRV_OK;
-    while (TSRV_SYS(connect, (fd, address, size)) < 0) {
-        if (errno == EAGAIN && address->sa_family == AF_UNIX) {
-            /* Linux: the listener's queue is full, and nothing tells when it is not. */
-            if (tsrvi_clock() >= due) {
-                return TSRV_ETIMEOUT;
-            }
-            if ((rc = tsrv_sleep(TSRVI_CONNECT_RETRY_MS)) < 0) {
-                return rc;
-            }
-            continue;
-        }
-        if (errno != EINPROGRESS && errno != EINTR) { /* after EINTR it goes on too: POSIX */
-            return tsrvi_error();
-        }
-        rc = tsrvi_client_wait(fd, due);
-        break;
-    }
-    return rc == TSRV_OK && tsrvi_client_met_itself(fd) ? -ECONNREFUSED : rc;
-}
-
-/* A stream connected to one address. */
-static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, socklen_t size,
-                            uint64_t due, tsrv_stream **stream)
+/* A stream of a socket that is connected. Takes fd over. */
+static int tsrvi_client_stream(tsrv_loop *loop, int fd, const struct sockaddr *address,
+                               socklen_t size, tsrv_stream **stream)
 {
     tsrv_address peer;
     tsrvi_sockaddr inside;
-    int fd = tsrvi_socket(address->sa_family, SOCK_STREAM), rc;
-    if (fd < 0) {
-        return fd;
-    }
+    int rc;
     memset(&inside, 0, sizeof(inside));
     memcpy(&inside, address, tsrvi_min(size, sizeof(inside)));
     tsrvi_address_store(&peer, &inside, size);
-    if ((rc = tsrvi_client_connect(fd, address, size, due)) < 0 ||
-        (rc = tsrvi_stream_new(loop->servers.clients, fd, &peer, stream)) < 0) {
+    if ((rc = tsrvi_stream_new(loop->servers.clients, fd, &peer, stream)) < 0) {
         tsrvi_loop_close_fd(loop, fd);
         return rc;
     }
@@ -13252,6 +13230,25 @@ static int tsrvi_client_try(tsrv_loop *loop, const struct sockaddr *address, soc
     tsrvi_own_set(*stream, TSRVI_ENTERED);
     (*stream)->state = TSRVI_RUNNING;
     return TSRV_OK;
+}
+
+/* To a unix socket. Where a listener's queue is full Linux says EAGAIN, and nothing tells when it
+ * is not any more. */
+static int tsrvi_client_connect_unix(tsrv_loop *loop, const tsrvi_sockaddr *address, socklen_t size,
+                                     uint64_t due, tsrv_stream **stream)
+{
+    int fd = tsrvi_socket(AF_UNIX, SOCK_STREAM), rc = fd;
+    while (rc >= 0 && TSRV_SYS(connect, (fd, &address->any, size)) < 0) {
+        rc = errno == EINTR         ? TSRV_OK
+             : errno != EAGAIN      ? tsrvi_error()
+             : tsrvi_clock() >= due ? (int)TSRV_ETIMEOUT
+                                    : tsrv_sleep(TSRVI_CONNECT_RETRY_MS);
+    }
+    if (rc < 0) {
+        tsrvi_loop_close_fd(loop, fd);
+        return rc;
+    }
+    return tsrvi_client_stream(loop, fd, &address->any, size, stream);
 }
 
 /* The handshake of a new client stream, if there is to be one; one that fails is given back. */
@@ -13391,27 +13388,190 @@ static int tsrvi_client_resolve(tsrv_loop *loop, const char *host, int port, uin
 
 /* ---- addresses -------------------------------------------------------------*/
 
-/* Each address in turn, with an equal share of the time that is left. */
+#if TSRVI_HAS_COROUTINES
+/* One address. */
+typedef struct tsrvi_dial {
+    tsrvi_io io; /* fd -1 = not begun, or over */
+    const struct addrinfo *info;
+    tsrvi_co *co;
+    bool told; /* its connect(2) has come to an end */
+} tsrvi_dial;
+
+static void tsrvi_dial_event(tsrvi_io *io, int events)
+{
+    tsrvi_dial *dial = TSRVI_CONTAINER(io, tsrvi_dial, io);
+    (void)events;
+    dial->told = true;
+    tsrvi_co_wake(dial->co, TSRV_OK);
+}
+
+/* Families in turn, that of the first address first. Returns how many there are. */
+static int tsrvi_dials_order(tsrvi_dial *dials, const struct addrinfo *all)
+{
+    const struct addrinfo *same = all, *other = all;
+    int count = 0;
+    while (same != NULL || other != NULL) {
+        for (; same != NULL && same->ai_family != all->ai_family; same = same->ai_next) {
+        }
+        for (; other != NULL && other->ai_family == all->ai_family; other = other->ai_next) {
+        }
+        if (same != NULL) {
+            dials[count++].info = same;
+            same = same->ai_next;
+        }
+        if (other != NULL) {
+            dials[count++].info = other;
+            other = other->ai_next;
+        }
+    }
+    return count;
+}
+
+/* Returns TSRV_OK: connected; TSRV_EAGAIN: it goes on by itself, also after EINTR (POSIX); or why
+ * not. */
+static int tsrvi_dial_begin(tsrv_loop *loop, tsrvi_dial *dial)
+{
+    int fd = tsrvi_socket(dial->info->ai_family, SOCK_STREAM), rc;
+    if (fd < 0) {
+        return fd;
+    }
+    dial->io.fd = fd;
+    dial->io.on_event = tsrvi_dial_event;
+    dial->co = loop->coroutines.running;
+    if (TSRV_SYS(connect, (fd, dial->info->ai_addr, dial->info->ai_addrlen)) < 0) {
+        rc = errno == EINPROGRESS || errno == EINTR ? (int)TSRV_EAGAIN : tsrvi_error();
+        if (rc == TSRV_EAGAIN) {
+            int code = tsrvi_poller_set(&loop->poller, &dial->io, TSRV_WRITABLE);
+            rc = code < 0 ? code : rc;
+        }
+        return rc;
+    }
+    return tsrvi_client_met_itself(fd) ? -ECONNREFUSED : TSRV_OK;
+}
+
+/* How has it come to its end? */
+static int tsrvi_dial_result(const tsrvi_dial *dial)
+{
+    int error = 0;
+    socklen_t size = sizeof(error);
+    if (TSRV_SYS(getsockopt, (dial->io.fd, SOL_SOCKET, SO_ERROR, &error, &size)) < 0) {
+        return tsrvi_error();
+    }
+    return error != 0 ? -error : tsrvi_client_met_itself(dial->io.fd) ? -ECONNREFUSED : TSRV_OK;
+}
+
+/* Give up its socket. */
+static void tsrvi_dial_end(tsrv_loop *loop, tsrvi_dial *dial)
+{
+    if (dial->io.fd >= 0) {
+        tsrvi_poller_set(&loop->poller, &dial->io, 0);
+        tsrvi_loop_close_fd(loop, dial->io.fd);
+        dial->io.fd = -1;
+    }
+}
+
+/* The first of those that have come to their end well; else -1, and the others are given up.
+ *   rc  receives why the last of them was not
+ * Returns its index. */
+static int tsrvi_dials_look(tsrv_loop *loop, tsrvi_dial *dials, int begun, int *rc)
+{
+    for (int i = 0; i < begun; i++) {
+        if (dials[i].io.fd >= 0 && dials[i].told) {
+            *rc = tsrvi_dial_result(&dials[i]);
+            if (*rc == TSRV_OK) {
+                return i;
+            }
+            tsrvi_dial_end(loop, &dials[i]);
+        }
+    }
+    return -1;
+}
+
+static bool tsrvi_dials_go_on(const tsrvi_dial *dials, int begun)
+{
+    while (begun > 0 && dials[begun - 1].io.fd < 0) {
+        begun--;
+    }
+    return begun > 0;
+}
+
+/* Try them until one is connected. Returns its index, or why there is none. */
+static int tsrvi_dials_run(tsrv_loop *loop, tsrvi_dial *dials, int count, uint64_t due)
+{
+    int begun = 0, rc = TSRV_ERESOLVE, winner, code;
+    uint64_t step = 0;
+    for (;;) {
+        bool waits = tsrvi_dials_go_on(dials, begun);
+        if (begun < count && (!waits || tsrvi_clock() >= step)) {
+            code = tsrvi_dial_begin(loop, &dials[begun++]);
+            if (code == TSRV_OK) {
+                return begun - 1;
+            }
+            if (code != TSRV_EAGAIN) {
+                rc = code;
+                tsrvi_dial_end(loop, &dials[begun - 1]);
+            }
+            step = code == TSRV_EAGAIN ? tsrvi_after(tsrvi_clock(), TSRVI_CONNECT_STEP_MS) : 0;
+            continue;
+        }
+        if (!waits) {
+            return rc;
+        }
+        code =
+            tsrvi_co_wait(loop->coroutines.running, begun < count ? tsrvi_earlier(step, due) : due);
+        if (code == TSRV_ECLOSED || (code == TSRV_ETIMEOUT && due <= tsrvi_clock())) {
+            return code;
+        }
+        if (code == TSRV_OK) {
+            if ((winner = tsrvi_dials_look(loop, dials, begun, &rc)) >= 0) {
+                return winner;
+            }
+            step = 0; /* one has failed: the next, at once */
+        }
+    }
+}
+
+/* A stream connected to the first of these addresses that answers. */
 static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uint64_t due,
                                 tsrv_stream **stream)
 {
-    int rc = TSRV_ERESOLVE;
-    uint64_t count = 0;
+    tsrvi_dial *dials;
+    int count = 0, rc;
     for (const struct addrinfo *info = all; info != NULL; info = info->ai_next) {
         count++;
     }
-    for (const struct addrinfo *info = all; info != NULL; info = info->ai_next, count--) {
-        uint64_t now = tsrvi_clock(), share = due;
-        if (due != TSRVI_FOREVER) {
-            share = due > now ? now + (due - now) / count : now;
-        }
-        rc = tsrvi_client_try(loop, info->ai_addr, info->ai_addrlen, share, stream);
-        if (rc == TSRV_OK || rc == TSRV_ECLOSED || due <= tsrvi_clock()) {
-            break;
-        }
+    dials = (tsrvi_dial *)tsrvi_zalloc((size_t)count * sizeof(*dials));
+    if (dials == NULL) {
+        return -ENOMEM;
     }
+    for (int i = 0; i < count; i++) {
+        dials[i].io.fd = -1;
+    }
+    rc = tsrvi_dials_run(loop, dials, tsrvi_dials_order(dials, all), due);
+    if (rc >= 0) {
+        tsrvi_dial *won = &dials[rc];
+        int fd = won->io.fd;
+        tsrvi_poller_set(&loop->poller, &won->io, 0);
+        won->io.fd = -1;
+        rc = tsrvi_client_stream(loop, fd, won->info->ai_addr, won->info->ai_addrlen, stream);
+    }
+    for (int i = 0; i < count; i++) {
+        tsrvi_dial_end(loop, &dials[i]);
+    }
+    TSRV_FREE(dials);
     return rc;
 }
+#else
+static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uint64_t due,
+                                tsrv_stream **stream)
+{
+    (void)loop;
+    (void)all;
+    (void)due;
+    (void)stream;
+    return TSRV_ENOTSUP;
+}
+#endif
 
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream)
@@ -13438,7 +13598,7 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
     }
     if (strncmp(host, "unix:", 5) == 0) {
         rc = tsrvi_unix_address(host + 5, &inside, &size);
-        rc = rc < 0 ? rc : tsrvi_client_try(loop, &inside.any, size, due, stream);
+        rc = rc < 0 ? rc : tsrvi_client_connect_unix(loop, &inside, size, due, stream);
     } else if (port <= 0 || port > 65535) {
         return TSRV_EINVAL;
     } else if ((rc = tsrvi_client_resolve(loop, host, port, due, &all)) == TSRV_OK) {
@@ -13831,7 +13991,9 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     loop->closing = true;
     tsrvi_co_cancel_all(loop);
     while (loop->ready.first != NULL || loop->soon.first != NULL || loop->work.left != 0) {
-        tsrvi_loop_turns(loop, true, loop->work.left != 0 ? TSRV_NEVER : 0);
+        if (tsrvi_loop_turns(loop, true, loop->work.left != 0 ? TSRV_NEVER : 0) < 0) {
+            TSRV_SYS(poll, (NULL, 0, 1)); /* the backend is broken: look for the work's end */
+        }
     }
     tsrvi_work_end(&loop->work);
     tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */

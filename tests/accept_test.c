@@ -771,6 +771,7 @@ TEST_LOOP(addresses_that_count_as_one)
         {"2001:db8:1:2::1", "2001:db8:1:2:ffff::9", true}, {"2001:db8:1:2::1", "2001:db8:1:3::1", false},
         {"::ffff:10.1.2.3", "::ffff:10.1.2.4", false},     {"::ffff:10.1.2.3", "10.1.2.3", true},
         {"10.1.2.3", "10.1.2.4", false},                   {"::1", "127.0.0.1", false},
+        {"32.1.13.184", "2001:db8::1", false},             {"10.1.2.3", "::ffff:ffff:0:0", false},
     };
     for (size_t i = 0; i < COUNT(pairs); i++) {
         uint64_t keys[2];
@@ -886,7 +887,7 @@ TEST_LOOP(on_accept_refuses_before_there_is_a_stream)
     CHECK_INT(s_stats().refused, 3);
     CHECK_INT(s_stats().accept_errors, 0);
     CHECK_INT(t_log_lines, 0);
-    CHECK_INT(s_server->addresses.entries[tsrvi_addresses_find(&s_server->addresses, 0x0100007F)].count, 3);
+    CHECK_INT(s_server->addresses.used, 1);
     for (int i = 0; i < 6; i++) {
         t_close(fds[i]);
     }
@@ -914,6 +915,45 @@ TEST_LOOP(on_accept_may_stop_the_server)
     CHECK_INT(entered, 0);
     t_close(one);
     t_close(other);
+    s_close();
+}
+
+/* It allows what it has made impossible: nothing would look after that stream. */
+static int allow_and_drain(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    asked++;
+    CHECK_INT(tsrv_server_drain(server, 1000), TSRV_OK);
+    return TSRV_OK;
+}
+
+TEST_LOOP(on_accept_may_drain_the_server)
+{
+    open_asking(allow_and_drain);
+    int client = connect_from("127.0.0.1");
+    s_expect_reset(client);
+    CHECK_INT(asked, 1);
+    CHECK_INT(entered, 0);
+    CHECK_INT(s_stats().refused, 1);
+    t_close(client);
+    s_close();
+}
+
+/* Those that wait when the server stops are taken, whoever floods it. */
+TEST_LOOP(refused_crowd_keeps_nobody_from_the_last_accepts)
+{
+    int fds[50];
+    open_limited(1);
+    for (int i = 0; i < 50; i++) {
+        fds[i] = connect_from("127.0.0.1");
+    }
+    int other = connect_from("127.0.0.2");
+    tsrv_server_stop(s_server);
+    s_echo(other, "hello\n");
+    CHECK_INT(s_stats().refused, 49);
+    t_close_all(fds, 50);
+    t_close(other);
+    s_until(&s_closed, 2);
     s_close();
 }
 
@@ -1000,6 +1040,9 @@ TEST_LOOP(keep_alive_has_its_times)
     options.keep_alive_count = 4;
     options.user_timeout_ms = 12345;
     check_served(options, 1, 31, 1, 4, 12345);
+    options.keep_alive_idle_ms = options.keep_alive_interval_ms = INT_MAX;
+    options.keep_alive_count = INT_MAX;
+    check_served(options, 1, 32767, 32767, 127, 12345);
     options = defaults;
     options.user_timeout_ms = 777;
     check_served(options, 0, idle, interval, count, 777);

@@ -592,27 +592,106 @@ static int port_of_all(void)
     T_FAIL("no port is free");
 }
 
-/* The first address says nothing; each gets an equal share of what is left. */
-static void share_time(void)
+static int64_t connects_after(const char *host, int port)
 {
+    int64_t start = v_ms();
+    connects = 0;
+    CHECK_INT(connect_rc(host, port, 3000), TSRV_OK);
+    return v_ms() - start;
+}
+
+/* An address that says nothing has 250 ms before the next one is tried, one that refuses has none. */
+static void race_addresses(void)
+{
+    int fds = t_open_fds();
     deaf third = open_deaf("127.0.0.3", port_of_all());
     int listener = listener_at("127.0.0.1", &third.port, 16);
-    int64_t start = v_ms();
-    CHECK_INT(connect_rc("three.test", third.port, 3000), TSRV_OK); /* .3 deaf, .2 refuses */
-    CHECK(v_ms() - start >= 1000 && v_ms() - start < 1100);
-    t_close(listener);
+    int64_t ms = connects_after("three.test", third.port); /* .3 deaf, .2 refuses */
+    CHECK(ms >= 250 && ms < 320);
+    CHECK_INT(connects, 3);
 
     deaf second = open_deaf("127.0.0.2", third.port);
+    ms = connects_after("three.test", third.port);
+    CHECK(ms >= 500 && ms < 600);
+    t_close(listener);
+
     deaf first = open_deaf("127.0.0.1", third.port);
     expect_timeout("three.test", third.port, 3000, 3000);
+    expect_timeout("three.test", third.port, 300, 300);
     close_deaf(&first);
     close_deaf(&second);
     close_deaf(&third);
+    CHECK(t_open_fds() <= fds + 1); /* of the thread's that looks names up there is none */
 }
 
-TEST_LOOP(addresses_share_the_time)
+TEST_LOOP(addresses_are_tried_as_rfc_8305_has_it)
 {
-    alone(share_time);
+    alone(race_addresses);
+}
+
+/* A late answer of the first still wins. */
+static deaf late;
+static int late_accepted;
+
+static void let_first_in(void *context)
+{
+    (void)context;
+    for (int i = 0; i < FILLERS; i++) {
+        t_close(late.fillers[i]);
+    }
+    for (int i = 0; i < FILLERS + 2; i++) { /* the queue is empty then, and what is sent again gets in */
+        int fd = accept4(late.listener, NULL, NULL, SOCK_NONBLOCK);
+        if (fd >= 0) {
+            t_close(fd);
+            late_accepted++;
+        }
+    }
+}
+
+static void win_late(void)
+{
+    tsrv_timer timer = {0};
+    tsrv_stream *stream;
+    tsrv_connect_options options = {TSRV_NEVER, NULL, NULL};
+    tsrv_address peer;
+    late = open_deaf("127.0.0.2", port_of_all());
+    CHECK(fcntl(late.listener, F_SETFL, O_NONBLOCK) == 0);
+    deaf other = open_deaf("127.0.0.1", late.port);
+    CHECK_INT(tsrv_timer_start(s_loop, &timer, 600, let_first_in, NULL), TSRV_OK);
+    CHECK_INT(tsrv_connect("two.test", late.port, &options, &stream), TSRV_OK);
+    CHECK(late_accepted > 0);
+    CHECK_INT(tsrv_peer_address(stream, &peer), TSRV_OK);
+    char text[TSRV_ADDRESS_SIZE], expected[64];
+    snprintf(expected, sizeof expected, "127.0.0.2:%d", late.port);
+    CHECK_STR(tsrv_address_format(&peer, text, sizeof text), expected);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    close_deaf(&other);
+    t_close(late.listener);
+}
+
+TEST_LOOP(late_answer_of_the_first_address_wins)
+{
+    alone(win_late);
+}
+
+/* The order of what a name has. */
+TEST_LOOP(families_take_turns)
+{
+    static const int families[] = {AF_INET6, AF_INET6, AF_INET6, AF_INET, AF_INET6, AF_INET};
+    static const int expected[] = {0, 3, 1, 5, 2, 4};
+    struct addrinfo all[6];
+    tsrvi_dial dials[6];
+    memset(all, 0, sizeof all);
+    for (int i = 0; i < 6; i++) {
+        all[i].ai_family = families[i];
+        all[i].ai_next = i < 5 ? &all[i + 1] : NULL;
+    }
+    CHECK_INT(tsrvi_dials_order(dials, all), 6);
+    for (int i = 0; i < 6; i++) {
+        CHECK_INT(dials[i].info - all, expected[i]);
+    }
+    CHECK_INT(tsrvi_dials_order(dials, &all[5]), 1);
+    CHECK(dials[0].info == &all[5]);
 }
 
 /* ---- a unix listener with a full queue ----------------------------------------------------*/

@@ -201,6 +201,53 @@ TEST_LOOP(freeing_the_loop_ends_waits)
     CHECK_INT(tsrv_condition_notify(&condition, SIZE_MAX), TSRV_OK);
 }
 
+/* The condition lies on the stack of one that is dropped before those who wait for it, and whose stack is unmapped then,
+ * as the pool is full. */
+static tsrv_condition *lying;
+
+static void own_condition(void *context)
+{
+    tsrv_condition own;
+    (void)context;
+    memset(&own, 0, sizeof own);
+    lying = &own;
+    for (;;) {
+        tsrv_sleep(1000000);
+    }
+}
+
+static void wait_for_ever(void *context)
+{
+    (void)context;
+    for (;;) {
+        tsrv_condition_wait(lying, TSRV_NEVER);
+    }
+}
+
+static void sleep_briefly(void *context)
+{
+    (void)context;
+    CHECK(tsrv_sleep(1) <= 0);
+}
+
+TEST_LOOP(condition_may_be_dropped_with_its_stack)
+{
+    loop = t_new_loop();
+    for (int i = 0; i < TSRVI_STACK_POOL + 10; i++) {
+        CHECK_INT(tsrv_spawn(loop, sleep_briefly, NULL), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, own_condition, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, wait_for_ever, NULL), TSRV_OK);
+    for (int i = 0; i < TSRVI_STACK_POOL; i++) { /* so that there is no room for theirs */
+        CHECK_INT(tsrv_spawn(loop, sleep_briefly, NULL), TSRV_OK);
+    }
+    while (loop->coroutines.stacks[0].count < TSRVI_STACK_POOL) {
+        CHECK(tsrv_loop_run_once(loop, 10) > 0);
+    }
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
 /* Those whose wait the loop has ended take no notification from who waits on. */
 static void end_and_tell_one(void *context)
 {
