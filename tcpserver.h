@@ -13194,23 +13194,6 @@ static int tsrvi_client_server(tsrv_loop *loop)
     return rc;
 }
 
-/* Milliseconds until `due`, at least 1; TSRV_NEVER. */
-static int tsrvi_client_left_ms(uint64_t due)
-{
-    uint64_t now = tsrvi_clock(), left = due > now ? (due - now) / TSRVI_MS + 1 : 1;
-    return due == TSRVI_FOREVER ? TSRV_NEVER : left > INT_MAX ? INT_MAX : (int)left;
-}
-
-/* A port of this host that nobody listens on may be given to the connecting socket itself, which
- * then meets itself (RFC 9293, simultaneous open). */
-static bool tsrvi_client_met_itself(int fd)
-{
-    tsrv_address here, there;
-    return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
-           tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
-           tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
-}
-
 /* A stream of a socket that is connected. Takes fd over. */
 static int tsrvi_client_stream(tsrv_loop *loop, int fd, const struct sockaddr *address,
                                socklen_t size, tsrv_stream **stream)
@@ -13277,6 +13260,13 @@ static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options 
 /* ---- names -----------------------------------------------------------------*/
 
 #if TSRVI_HAS_COROUTINES && TSRVI_HAS_THREADS
+/* Milliseconds until `due`, at least 1; TSRV_NEVER. */
+static int tsrvi_client_left_ms(uint64_t due)
+{
+    uint64_t now = tsrvi_clock(), left = due > now ? (due - now) / TSRVI_MS + 1 : 1;
+    return due == TSRVI_FOREVER ? TSRV_NEVER : left > INT_MAX ? INT_MAX : (int)left;
+}
+
 /* A name that a thread looks up. Who has asked may be gone by the time it is found. */
 typedef struct tsrvi_lookup {
     tsrv_loop *loop;
@@ -13389,6 +13379,16 @@ static int tsrvi_client_resolve(tsrv_loop *loop, const char *host, int port, uin
 /* ---- addresses -------------------------------------------------------------*/
 
 #if TSRVI_HAS_COROUTINES
+/* A port of this host that nobody listens on may be given to the connecting socket itself, which
+ * then meets itself (RFC 9293, simultaneous open). */
+static bool tsrvi_client_met_itself(int fd)
+{
+    tsrv_address here, there;
+    return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
+           tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
+           tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
+}
+
 /* One address. */
 typedef struct tsrvi_dial {
     tsrvi_io io; /* fd -1 = not begun, or over */
