@@ -1155,7 +1155,8 @@ TEST_ONCE(backends_are_chosen_by_number)
     best.backend = TSRV_BACKEND_BEST;
     tsrv_loop *loop, *by_default;
     for (size_t i = 0; i < COUNT(rows); i++) {
-        tsrv_loop_options options = {rows[i].backend};
+        tsrv_loop_options options = {0};
+        options.backend = rows[i].backend;
         loop = (tsrv_loop *)&options; /* to see it cleared */
         if (rows[i].here) {
             CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
@@ -1188,7 +1189,8 @@ TEST_ONCE(best_backend_is_the_best_that_is_not_refused)
                 {"epoll_ctl", ENOSYS, true},     {"epoll_ctl", EPERM, true},
                 {"epoll_create1", EMFILE, false}, {"epoll_create1", ENOMEM, false},
                 {"epoll_ctl", ENOMEM, false},    {"epoll_ctl", ENOSPC, false}};
-    tsrv_loop_options best = {TSRV_BACKEND_BEST}, asked = {TSRV_BACKEND_EPOLL};
+    tsrv_loop_options best = {0}, asked = {0};
+    asked.backend = TSRV_BACKEND_EPOLL;
     for (size_t i = 0; i < COUNT(rows); i++) {
         int before = t_open_fds();
         tsrv_loop *loop = NULL;
