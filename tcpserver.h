@@ -442,8 +442,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
 /* Free a loop and what it still has: every wait ends once with TSRV_ECLOSED, streams are
  * aborted, and the loop turns until nothing can run and no work of tsrv_work is left; what still
  * waits then is dropped where it stands, and logged. It waits for names that are being looked up,
- * too.
- * Servers on this loop stop and are freed by the caller, before or after.
+ * too. Servers on this loop stop and are freed by the caller, before or after.
  *   loop  NULL = this thread's own, if there is one
  * Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
 TSRV_API int tsrv_loop_free(tsrv_loop *loop);
@@ -13311,7 +13310,11 @@ static int tsrvi_lookup_begin(tsrv_loop *loop, tsrvi_lookup *lookup, uint64_t du
         }
     }
     rc = tsrv_work(loop, tsrvi_lookup_run, tsrvi_lookup_end, lookup);
-    loop->servers.lookups += rc == TSRV_OK;
+    if (rc < 0) {
+        tsrv_condition_notify(&loop->servers.lookup_over, 1); /* its turn is the next one's */
+    } else {
+        loop->servers.lookups++;
+    }
     return rc;
 }
 

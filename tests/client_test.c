@@ -442,6 +442,37 @@ TEST_LOOP(names_that_are_found_late_are_used)
     CHECK_INT(t_live_allocations, 0);
 }
 
+/* Who waits for a turn gets it, also when the one before has found no memory for it. */
+static void ask_in_vain(void *context)
+{
+    (void)context;
+    asked++;
+    int rc = connect_rc("hung.test", s_port, TSRV_NEVER);
+    CHECK(rc == -ECONNREFUSED || rc == -ENOMEM);
+    answers++;
+}
+
+TEST_LOOP(turn_that_is_lost_goes_to_the_next)
+{
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
+    options.max_threads = 1;
+    CHECK_INT(tsrv_loop_new(&s_loop, &options), TSRV_OK);
+    asked = answers = 0;
+    s_port = t_free_port();
+    let_server_answer(false);
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(tsrv_spawn(s_loop, ask_in_vain, NULL), TSRV_OK);
+    }
+    CHECK(tsrv_loop_run_once(s_loop, 0) > 0);
+    CHECK_INT(asked, 3);
+    t_fail_call("malloc", 0, 1, false); /* the second's */
+    let_server_answer(true);
+    s_until(&answers, 3);
+    CHECK_INT(t_fault_hits, 1);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+}
+
 static void *answer_later(void *context)
 {
     while (__atomic_load_n(&lookups_hung, __ATOMIC_SEQ_CST) == 0) {
