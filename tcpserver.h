@@ -180,8 +180,10 @@
  *     >>poll        everywhere
  *     >>switch      stacks, and the jump from one to another
  *     >>loop        tasks, and a loop's life
+ *     >>slow        turns that take long
  *     >>sources     timers, watches, posts, signals
  *     >>turn        turns
+ *     >>stacks      stacks that are free
  *     >>coroutine   functions that can wait
  *     >>condition   coroutines that wait for each other
  *     >>work        threads, for what blocks
@@ -206,6 +208,7 @@
  *     >>attempt     can this read be answered?
  *     >>read        reads
  *     >>write       writes
+ *     >>files       writing files, flushing
  *     >>state       waiting for something else, and what a stream tells
  *     >>tls_stream  TLS, as a program asks for it
  *     >>handler     the handler: when it is called, and what its return means
@@ -424,6 +427,13 @@ TSRV_API void tsrv_set_log_level(int level);
 typedef struct tsrv_loop_options {
     int backend;     /* TSRV_BACKEND_...; 0 = the best there is */
     int max_threads; /* for tsrv_work, at most; 0 = 4 */
+    int slow_ms;     /* a turn that takes longer is logged, with who took the most of it, and
+                        counted; 0 = 1 s; TSRV_NEVER */
+    size_t max_total_buffer; /* unread input and unsent output of all streams together; above it no
+                                stream without unread input receives any, writes of coroutines wait
+                                until the kernel has taken them, and handlers in callback mode read
+                                on when all that they have written is sent; several times
+                                max_buffer_size; 0 = no limit */
 } tsrv_loop_options;
 
 /* The loop that runs on this thread, else the thread's own, which is made on first use and lives
@@ -918,6 +928,9 @@ typedef struct tsrv_stats {
     uint64_t ended_error;   /* every other code, and the connections of a worker that died */
     uint64_t handshakes_failed; /* of TLS: port scans and health checks too */
     uint64_t restarts;          /* of workers after a bad end; counted with the first server */
+    uint64_t proxies_failed;    /* connections without a good PROXY header: health checks too */
+    uint64_t slow_turns;        /* turns of the loop that took longer than slow_ms */
+    uint64_t turn_max_ms;       /* the longest turn */
     uint64_t lag_ms;     /* how late the loop was when last measured; in workers and tsrv_serve */
     uint64_t lag_max_ms; /* the most it ever was */
 } tsrv_stats;
@@ -1148,11 +1161,16 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
  * if the peer takes it.
- * Returns as above, but TSRV_EFULL leaves the stream as it was, with nothing of data in it. */
+ * Returns as above, but TSRV_EFULL, which max_total_buffer of the loop gives too, leaves the stream
+ * as it was, with nothing of data in it. */
 TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size);
 
-/* Write several pieces as one. */
+/* Write several pieces as one. Large ones are sent from where they lie, as far as the kernel takes
+ * them. */
 TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count);
+
+/* The same as tsrv_try_write does: all of them, or TSRV_EFULL and nothing. */
+TSRV_API int tsrv_try_writev(tsrv_stream *stream, const tsrv_slice *slices, int count);
 
 /* Write formatted text, without a limit of its own. TSRV_EINVAL: the format failed. */
 TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...) TSRVI_PRINTF(2, 3);
@@ -1707,6 +1725,8 @@ enum {
     TSRVI_LOG_HANDLER, /* handlers that failed */
     TSRVI_LOG_REFUSED, /* addresses with too many connections */
     TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
+    TSRVI_LOG_PROXY,   /* peers that broke those of the PROXY protocol */
+    TSRVI_LOG_SLOW,    /* turns that took long */
     TSRVI_LOG_NOTIFY,  /* a service manager that cannot be told */
     TSRVI_LOG_WAIT,    /* ends of processes that cannot be learnt */
     TSRVI_LOG_KINDS
@@ -2144,8 +2164,10 @@ static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
  * >>log  The log: its default, its limits, what is done without
  * ==========================================================================*/
 
-static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "refused", "TLS",
-                                                             "NOTIFY_SOCKET", "waitpid"};
+static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "refused",
+                                                             "TLS",           "PROXY",
+                                                             "slow turns",    "NOTIFY_SOCKET",
+                                                             "waitpid"};
 
 #define TSRVI_LOG_RATE 10u        /* lines of a kind in a window */
 #define TSRVI_LOG_WINDOW 1000u    /* in milliseconds; twice as long after each that was exceeded */
@@ -2561,8 +2583,12 @@ typedef struct tsrvi_pool {
     int count;
     tsrvi_buffer *large;
     size_t large_size; /* bytes of them */
+    size_t size;       /* bytes of all buffers that there are, those in use included */
     bool large_used;   /* since it was looked at last */
+    bool tight;        /* more are in use than are wanted: see >>settle */
 } tsrvi_pool;
+
+#define TSRVI_POOLED_ROOM (TSRVI_POOLED - sizeof(tsrvi_buffer) - 1)
 
 static inline TSRVI_INLINE void tsrvi_buffer_reset(tsrvi_buffer *buffer)
 {
@@ -2576,7 +2602,7 @@ static inline TSRVI_INLINE void tsrvi_buffer_reset(tsrvi_buffer *buffer)
 }
 
 /* A buffer for `capacity` bytes, or NULL. */
-static tsrvi_buffer *tsrvi_buffer_new(size_t capacity)
+static tsrvi_buffer *tsrvi_buffer_new(tsrvi_pool *pool, size_t capacity)
 {
     tsrvi_buffer *buffer;
     if (capacity > SIZE_MAX / 2) {
@@ -2586,9 +2612,23 @@ static tsrvi_buffer *tsrvi_buffer_new(size_t capacity)
     if (buffer != NULL) {
         buffer->data = (char *)(buffer + 1);
         buffer->capacity = capacity;
+        pool->size += capacity;
         tsrvi_buffer_reset(buffer);
     }
     return buffer;
+}
+
+/* NULL: nothing happens. */
+static void tsrvi_buffer_free(tsrvi_pool *pool, tsrvi_buffer *buffer)
+{
+    pool->size -= buffer == NULL ? 0 : buffer->capacity;
+    TSRV_FREE(buffer);
+}
+
+/* Bytes of the buffers that are not in the pool. */
+static size_t tsrvi_pool_in_use(const tsrvi_pool *pool)
+{
+    return pool->size - pool->large_size - (size_t)pool->count * TSRVI_POOLED_ROOM;
 }
 
 /* The first of the pool, which is not empty. */
@@ -2615,7 +2655,7 @@ static TSRVI_APART tsrvi_buffer *tsrvi_pool_take_large(tsrvi_pool *pool, size_t 
     if (best == NULL) {
         return size > SIZE_MAX / 2
                    ? NULL
-                   : tsrvi_buffer_new((size + TSRVI_LARGE - 1) / TSRVI_LARGE * TSRVI_LARGE);
+                   : tsrvi_buffer_new(pool, (size + TSRVI_LARGE - 1) / TSRVI_LARGE * TSRVI_LARGE);
     }
     buffer = *best;
     *best = buffer->next;
@@ -2627,19 +2667,18 @@ static TSRVI_APART tsrvi_buffer *tsrvi_pool_take_large(tsrvi_pool *pool, size_t 
 /* One for `size` bytes, from the pool if it has such; NULL: no memory. */
 static tsrvi_buffer *tsrvi_pool_take(tsrvi_pool *pool, size_t size)
 {
-    const size_t usual = TSRVI_POOLED - sizeof(tsrvi_buffer) - 1;
-    if (size > usual) {
-        return size < TSRVI_LARGE ? tsrvi_buffer_new(size)
+    if (size > TSRVI_POOLED_ROOM) {
+        return size < TSRVI_LARGE ? tsrvi_buffer_new(pool, size)
                                   : tsrvi_pool_take_large(pool, size, false);
     }
-    return pool->first == NULL ? tsrvi_buffer_new(usual) : tsrvi_pool_pop(pool);
+    return pool->first == NULL ? tsrvi_buffer_new(pool, TSRVI_POOLED_ROOM) : tsrvi_pool_pop(pool);
 }
 
 /* Keep a large one, if there is room for it. */
 static TSRVI_APART void tsrvi_pool_give_large(tsrvi_pool *pool, tsrvi_buffer *buffer)
 {
     if (buffer->capacity < TSRVI_LARGE || buffer->capacity > TSRVI_LARGE_MOST - pool->large_size) {
-        TSRV_FREE(buffer);
+        tsrvi_buffer_free(pool, buffer);
         return;
     }
     buffer->next = pool->large;
@@ -2650,8 +2689,7 @@ static TSRVI_APART void tsrvi_pool_give_large(tsrvi_pool *pool, tsrvi_buffer *bu
 
 static inline TSRVI_INLINE void tsrvi_pool_give(tsrvi_pool *pool, tsrvi_buffer *buffer)
 {
-    if (TSRVI_LIKELY(buffer->capacity == TSRVI_POOLED - sizeof(tsrvi_buffer) - 1 &&
-                     pool->count < TSRVI_POOL_MOST)) {
+    if (TSRVI_LIKELY(buffer->capacity == TSRVI_POOLED_ROOM && pool->count < TSRVI_POOL_MOST)) {
         buffer->next = pool->first;
         pool->first = buffer;
         pool->count++;
@@ -2666,7 +2704,7 @@ static void tsrvi_pool_trim(tsrvi_pool *pool)
     while (pool->large != NULL) {
         tsrvi_buffer *buffer = pool->large;
         pool->large = buffer->next;
-        TSRV_FREE(buffer);
+        tsrvi_buffer_free(pool, buffer);
     }
     pool->large_size = 0;
 }
@@ -2677,7 +2715,7 @@ static void tsrvi_pool_free(tsrvi_pool *pool)
     while (pool->first != NULL) {
         tsrvi_buffer *buffer = pool->first;
         pool->first = buffer->next;
-        TSRV_FREE(buffer);
+        tsrvi_buffer_free(pool, buffer);
     }
     pool->count = 0;
 }
@@ -2777,7 +2815,7 @@ static inline TSRVI_INLINE void tsrvi_buffer_release(tsrvi_buffer *buffer)
 static tsrvi_buffer *tsrvi_buffer_copy(const tsrvi_buffer *buffer, tsrvi_pool *pool,
                                        size_t capacity, bool roomy)
 {
-    tsrvi_buffer *copy = capacity < TSRVI_LARGE ? tsrvi_buffer_new(capacity)
+    tsrvi_buffer *copy = capacity < TSRVI_LARGE ? tsrvi_buffer_new(pool, capacity)
                                                 : tsrvi_pool_take_large(pool, capacity, roomy);
     size_t size = tsrvi_buffer_size(buffer);
     TSRV_ASSERT(!buffer->held && capacity >= size);
@@ -4013,6 +4051,7 @@ typedef struct tsrvi_stacks {
 } tsrvi_stacks;
 
 #define TSRVI_THREADS 4    /* helper threads of a loop */
+#define TSRVI_SLOW_MS 1000 /* of a turn */
 #define TSRVI_TRIM_MS 1000 /* large buffers that nobody has used for so long are freed */
 #define TSRVI_BUDGET \
     256 /* calls that may complete at once before a handler has to let others run */
@@ -4066,6 +4105,7 @@ typedef struct tsrvi_loop_streams {
     tsrvi_buffer *input;      /* what all receive into */
     tsrv_stream *input_owner; /* whose unread bytes or slice are in it */
     tsrvi_pool pool;          /* of buffers */
+    size_t most;              /* max_total_buffer; SIZE_MAX = no limit */
     tsrvi_timer trim;         /* when its large ones are looked at, whether they are used */
     tsrvi_link sessions;      /* that keep their buffers, the last used last */
     int session_count;        /* of them */
@@ -4081,6 +4121,19 @@ typedef struct tsrvi_loop_servers {
     tsrv_condition lookup_over;         /* one of them has ended */
     void (*fd_closed)(tsrv_loop *loop); /* NULL before the first server */
 } tsrvi_loop_servers;
+
+/* Of >>slow. Times are in ticks of the processor. */
+typedef struct tsrvi_loop_slow {
+    uint64_t limit;   /* nanoseconds of a turn that is slow; TSRVI_FOREVER = none is */
+    uint64_t turn;    /* when this turn began, */
+    uint64_t piece;   /* and what runs now */
+    uint64_t longest; /* of this turn's pieces, */
+    char name[128];   /* and which that was */
+    /* How the streams' sections call what a coroutine runs: false = it is not theirs. NULL before
+     * the first server. */
+    bool (*describe)(tsrv_callback function, void *context, char *text, size_t size);
+    void (*count)(tsrv_loop *loop, uint64_t ms, bool slow); /* the same: a turn took so long */
+} tsrvi_loop_slow;
 
 /* Of >>worker. */
 typedef struct tsrvi_loop_worker {
@@ -4109,6 +4162,7 @@ struct tsrv_loop {
     tsrvi_loop_work work;
     tsrvi_loop_streams streams;
     tsrvi_loop_servers servers;
+    tsrvi_loop_slow slow;
     tsrvi_loop_worker worker;
 };
 
@@ -4335,13 +4389,13 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
     if (loop->poller.backend != NULL) {
         loop->poller.backend->close(&loop->poller);
     }
+    tsrvi_buffer_free(&loop->streams.pool, loop->streams.input);
     tsrvi_pool_free(&loop->streams.pool);
     for (int page = 0; page < loop->poller.page_count; page++) {
         TSRV_FREE(loop->poller.pages[page]);
     }
     TSRV_FREE(loop->poller.pages);
     TSRV_FREE(loop->heap.items);
-    TSRV_FREE(loop->streams.input);
     while (loop->sources.posts != NULL) {
         tsrvi_post *post = loop->sources.posts;
         loop->sources.posts = post->next;
@@ -4373,6 +4427,11 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrvi_list_init(&made->coroutines.all);
     tsrvi_list_init(&made->servers.all);
     made->streams.trim.fire = tsrvi_loop_trim;
+    made->streams.most =
+        options == NULL || options->max_total_buffer == 0 ? SIZE_MAX : options->max_total_buffer;
+    made->slow.limit = options == NULL || options->slow_ms == 0 ? TSRVI_SLOW_MS * TSRVI_MS
+                       : options->slow_ms < 0                   ? TSRVI_FOREVER
+                                              : (uint64_t)options->slow_ms * TSRVI_MS;
     made->work.most =
         options == NULL || options->max_threads == 0 ? TSRVI_THREADS : options->max_threads;
     if ((rc = tsrvi_wake_open(made)) < 0 ||
@@ -4398,15 +4457,123 @@ TSRV_API tsrv_loop *tsrv_loop_current(void)
 }
 
 /* ============================================================================
+ * >>slow  Turns that take long
+ *
+ * To read the clock behind every piece of user code would cost more than many
+ * pieces do, so the processor's own counter is read, which takes two or three
+ * instructions. What it counts differs between machines, and only serves to find
+ * the piece that took most of a turn, and the turns that are worth a look at the
+ * clock.
+ * ==========================================================================*/
+
+/* Where it is not known how to read the counter, the clock is. TSRVI_TICKS_FEW are too few to look
+ * any further. */
+#if defined(__x86_64__) || defined(__i386__)
+#define TSRVI_TICKS_FEW 500000 /* at 2 to 5 GHz */
+static inline TSRVI_INLINE uint64_t tsrvi_ticks(void)
+{
+    return (uint64_t)__builtin_ia32_rdtsc();
+}
+#elif defined(__aarch64__)
+#define TSRVI_TICKS_FEW 5000 /* at 24 MHz to 1 GHz */
+static inline TSRVI_INLINE uint64_t tsrvi_ticks(void)
+{
+    uint64_t ticks;
+    __asm__ volatile("mrs %0, cntvct_el0" : "=r"(ticks));
+    return ticks;
+}
+#else
+#define TSRVI_TICKS_FEW 200000 /* nanoseconds */
+static uint64_t tsrvi_ticks(void)
+{
+    return tsrvi_clock();
+}
+#endif
+
+/* A piece of user code has given control back, and took so many ticks: if that is the most of its
+ * turn so far, its name is kept. */
+static void tsrvi_slow_note(tsrv_loop *loop, uint64_t ticks, const char *what, const char *whose)
+{
+    loop->slow.longest = ticks;
+    snprintf(loop->slow.name, sizeof(loop->slow.name), "%s%s", what, whose);
+}
+
+/* A piece of user code ends: how many ticks did it take? 0 = too few, or others took more. */
+static inline TSRVI_INLINE uint64_t tsrvi_slow_piece(tsrv_loop *loop)
+{
+    uint64_t now = tsrvi_ticks(), ticks = now - loop->slow.piece;
+    loop->slow.piece = now;
+    return TSRVI_LIKELY(ticks <= TSRVI_TICKS_FEW) || ticks <= loop->slow.longest ? 0 : ticks;
+}
+
+static TSRVI_APART void tsrvi_slow_callback_named(tsrv_loop *loop, uint64_t ticks, const char *what,
+                                                  uintptr_t function)
+{
+    char text[32];
+    snprintf(text, sizeof(text), " (0x%lx)", (unsigned long)function);
+    tsrvi_slow_note(loop, ticks, what, text);
+}
+
+/* A callback has returned.
+ *   function  its address, which a debugger knows by name */
+static inline TSRVI_INLINE void tsrvi_slow_callback(tsrv_loop *loop, const char *what,
+                                                    uintptr_t function)
+{
+    uint64_t ticks = tsrvi_slow_piece(loop);
+    if (TSRVI_UNLIKELY(ticks != 0)) {
+        tsrvi_slow_callback_named(loop, ticks, what, function);
+    }
+}
+
+static inline TSRVI_INLINE void tsrvi_slow_begin_turn(tsrv_loop *loop)
+{
+    loop->slow.turn = tsrvi_ticks();
+    loop->slow.piece = loop->slow.turn;
+    loop->slow.longest = 0;
+}
+
+/* The turn was worth a look. */
+static TSRVI_APART void tsrvi_slow_look(tsrv_loop *loop, uint64_t ticks)
+{
+    uint64_t took = tsrvi_clock() - loop->now;
+    bool slow = took >= loop->slow.limit;
+    if (loop->slow.count != NULL) {
+        loop->slow.count(loop, took / TSRVI_MS, slow);
+    }
+    if (slow) {
+        double part = (double)loop->slow.longest / (double)ticks;
+        tsrvi_log_limited(TSRVI_LOG_SLOW, TSRV_LOG_WARNING,
+                          "a turn of the loop took %llu ms (slow_ms is %llu)%s%s",
+                          (unsigned long long)(took / TSRVI_MS),
+                          (unsigned long long)(loop->slow.limit / TSRVI_MS),
+                          part < 0.1   ? ", in many pieces"
+                          : part < 0.9 ? ", the longest piece of it "
+                                       : ", nearly all of it ",
+                          part < 0.1 ? "" : loop->slow.name);
+    }
+}
+
+static inline TSRVI_INLINE void tsrvi_slow_end_turn(tsrv_loop *loop)
+{
+    uint64_t ticks = tsrvi_ticks() - loop->slow.turn;
+    if (TSRVI_UNLIKELY(ticks > TSRVI_TICKS_FEW)) {
+        tsrvi_slow_look(loop, ticks);
+    }
+}
+
+/* ============================================================================
  * >>sources  Timers, watches, posts, signals
  * ==========================================================================*/
 
 static void tsrvi_loop_timer_fire(tsrvi_timer *node)
 {
     tsrv_timer *timer = TSRVI_CONTAINER(node, tsrv_timer, node);
-    timer->loop->heap.reserved--;
-    timer->loop->active--;
-    timer->callback(timer->context);
+    tsrv_loop *loop = timer->loop;
+    tsrv_callback callback = timer->callback;
+    loop->heap.reserved--;
+    loop->active--;
+    callback(timer->context);
+    tsrvi_slow_callback(loop, "a timer's callback", (uintptr_t)callback);
 }
 
 TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
@@ -4454,9 +4621,12 @@ static void tsrvi_loop_run_timers(tsrv_loop *loop)
 static void tsrvi_watch_event(tsrvi_io *io, int events)
 {
     tsrv_watch *watch = TSRVI_CONTAINER(io, tsrv_watch, io);
+    tsrv_loop *loop = watch->loop;
+    tsrv_watch_callback callback = watch->callback;
     events &= watch->io.interest;
     if (events != 0) {
-        watch->callback(events, watch->context);
+        callback(events, watch->context);
+        tsrvi_slow_callback(loop, "a watch's callback", (uintptr_t)callback);
     }
 }
 
@@ -4555,6 +4725,7 @@ static void tsrvi_loop_run_posts(tsrv_loop *loop)
         TSRV_FREE(oldest);
         oldest = current.next;
         current.callback(current.context);
+        tsrvi_slow_callback(loop, "what was posted", (uintptr_t)current.callback);
         tsrvi_loop_settle(loop);
     }
 }
@@ -4679,7 +4850,9 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
             tsrv_signal *signal = loop->sources.signal_cursor;
             loop->sources.signal_cursor = signal->next;
             if (signal->signo == signo) {
-                signal->callback(signal->context);
+                tsrv_callback callback = signal->callback;
+                callback(signal->context);
+                tsrvi_slow_callback(loop, "a signal's callback", (uintptr_t)callback);
                 tsrvi_loop_settle(loop);
             }
         }
@@ -4748,6 +4921,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     loop->poller.fired_count = 0;
     rc = loop->poller.backend->wait(&loop->poller, timeout_ms);
     tsrvi_loop_tick(loop);
+    tsrvi_slow_begin_turn(loop);
     loop->turns++;
     tsrvi_log_settle(false);
     for (int i = 0; i < loop->poller.fired_count; i++) {
@@ -4762,6 +4936,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     }
     tsrvi_loop_run_timers(loop);
     tsrvi_loop_run_ready(loop);
+    tsrvi_slow_end_turn(loop);
     return rc;
 }
 
@@ -4851,13 +5026,7 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
 
 #if TSRVI_HAS_COROUTINES
 /* ============================================================================
- * >>coroutine  Functions that can wait
- *
- * The control block sits at the top of its stack, so that an idle coroutine
- * costs one or two pages. A coroutine that waits is woken once: by whatever it
- * waits for, by its timer, or because the loop is being freed; the first one
- * wins. Its timer is lazy: it stays armed when the wait ends early and is moved
- * only when it fires, so a read with a timeout does not touch the heap.
+ * >>stacks  Stacks of a loop that are free
  * ==========================================================================*/
 
 #define TSRVI_STACK_SIZE ((size_t)256 * 1024)
@@ -4865,27 +5034,6 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
  * double, 27 with ASan; a signal's frame may take 11 on top. */
 #define TSRVI_STACK_LEAST ((size_t)64 * 1024)
 #define TSRVI_STACK_POOL 256 /* free stacks that a loop keeps */
-
-typedef struct tsrvi_co {
-    tsrvi_fiber fiber;
-    tsrvi_task task; /* resumes it */
-    tsrvi_link link; /* in the loop's coroutines */
-    tsrv_loop *loop;
-    tsrvi_timer timer;
-    uint64_t due; /* when the wait times out; the timer may fire earlier and move on */
-    tsrv_callback function;
-    void *context;
-    char *stack;
-    size_t stack_size;
-    unsigned valgrind_id;
-    tsrv_condition *condition;        /* that it waits for; NULL = none */
-    struct tsrvi_co *before, *behind; /* who waits for it, too */
-    int result;                       /* of the wait */
-    bool waiting;                     /* nobody has woken it yet */
-    bool cancelled;                   /* has had its one TSRV_ECLOSED from tsrv_loop_free */
-    bool doomed; /* is to have one at its next wait, from the end of a drain's grace */
-    bool over;   /* its function has returned */
-} tsrvi_co;
 
 static void tsrvi_stacks_push(tsrvi_stacks *stacks, char *stack)
 {
@@ -4960,6 +5108,37 @@ static void tsrvi_stack_give(tsrv_loop *loop, char *stack, size_t size)
     tsrvi_stacks_trim(stacks, TSRVI_STACK_POOL);
 }
 
+/* ============================================================================
+ * >>coroutine  Functions that can wait
+ *
+ * The control block sits at the top of its stack, so that an idle coroutine
+ * costs one or two pages. A coroutine that waits is woken once: by whatever it
+ * waits for, by its timer, or because the loop is being freed; the first one
+ * wins. Its timer is lazy: it stays armed when the wait ends early and is moved
+ * only when it fires, so a read with a timeout does not touch the heap.
+ * ==========================================================================*/
+
+typedef struct tsrvi_co {
+    tsrvi_fiber fiber;
+    tsrvi_task task; /* resumes it */
+    tsrvi_link link; /* in the loop's coroutines */
+    tsrv_loop *loop;
+    tsrvi_timer timer;
+    uint64_t due; /* when the wait times out; the timer may fire earlier and move on */
+    tsrv_callback function;
+    void *context;
+    char *stack;
+    size_t stack_size;
+    unsigned valgrind_id;
+    tsrv_condition *condition;        /* that it waits for; NULL = none */
+    struct tsrvi_co *before, *behind; /* who waits for it, too */
+    int result;                       /* of the wait */
+    bool waiting;                     /* nobody has woken it yet */
+    bool cancelled;                   /* has had its one TSRV_ECLOSED from tsrv_loop_free */
+    bool doomed; /* is to have one at its next wait, from the end of a drain's grace */
+    bool over;   /* its function has returned */
+} tsrvi_co;
+
 static void tsrvi_co_entry(tsrvi_context *context)
 {
     tsrvi_co *co = TSRVI_CONTAINER(context, tsrvi_co, fiber.context);
@@ -4998,14 +5177,32 @@ static void tsrvi_co_free(tsrvi_co *co)
     tsrvi_stack_give(loop, co->stack, co->stack_size);
 }
 
+/* It has given control back after so many ticks. */
+static TSRVI_APART void tsrvi_co_took(const tsrvi_co *co, uint64_t ticks)
+{
+    tsrv_loop *loop = co->loop;
+    char text[96];
+    if (loop->slow.describe != NULL &&
+        loop->slow.describe(co->function, co->context, text, sizeof(text))) {
+        tsrvi_slow_note(loop, ticks, "handle_stream for ", text);
+    } else {
+        tsrvi_slow_callback_named(loop, ticks, "a coroutine", (uintptr_t)co->function);
+    }
+}
+
 static inline void tsrvi_co_resume(tsrvi_co *co)
 {
     tsrv_loop *loop = co->loop;
+    uint64_t ticks;
     loop->coroutines.running = co;
     loop->budget = TSRVI_BUDGET;
     loop->written = 0;
     tsrvi_fiber_switch(&loop->coroutines.main, &co->fiber, false);
     loop->coroutines.running = NULL;
+    ticks = tsrvi_slow_piece(loop);
+    if (TSRVI_UNLIKELY(ticks != 0)) {
+        tsrvi_co_took(co, ticks);
+    }
     if (co->over) {
         tsrvi_co_free(co);
     }
@@ -5425,6 +5622,7 @@ static void tsrvi_job_end(void *context)
     job.loop->active--;
     if (job.done != NULL) {
         job.done(job.context);
+        tsrvi_slow_callback(job.loop, "what follows work", (uintptr_t)job.done);
     }
 }
 
@@ -7382,19 +7580,20 @@ static uint64_t tsrvi_counter_load(const uint64_t *counter)
 #endif
 }
 
+#define TSRVI_STATS (sizeof(tsrv_stats) / sizeof(uint64_t)) /* counters, then times: */
+#define TSRVI_STATS_TIMES (offsetof(tsrv_stats, turn_max_ms) / sizeof(uint64_t))
+
 /* Add counters that their owner may be changing: times are not added, the longest counts. */
 static void tsrvi_stats_add(tsrv_stats *sum, const tsrv_stats *stats)
 {
-    uint64_t to[sizeof(tsrv_stats) / sizeof(uint64_t)], lag = sum->lag_ms,
-                                                        lag_max = sum->lag_max_ms;
+    uint64_t to[TSRVI_STATS];
     const uint64_t *from = (const uint64_t *)(const void *)stats;
     memcpy(to, sum, sizeof(to));
-    for (size_t i = 0; i < sizeof(to) / sizeof(to[0]); i++) {
-        to[i] += tsrvi_counter_load(&from[i]);
+    for (size_t i = 0; i < TSRVI_STATS; i++) {
+        uint64_t value = tsrvi_counter_load(&from[i]);
+        to[i] = i < TSRVI_STATS_TIMES ? to[i] + value : value > to[i] ? value : to[i];
     }
     memcpy(sum, to, sizeof(to));
-    sum->lag_ms = sum->lag_ms - lag > lag ? sum->lag_ms - lag : lag;
-    sum->lag_max_ms = sum->lag_max_ms - lag_max > lag_max ? sum->lag_max_ms - lag_max : lag_max;
 }
 
 /* A new process will have this place. */
@@ -7965,10 +8164,12 @@ static inline TSRVI_INLINE bool tsrvi_stream_output_failed(const tsrv_stream *st
     return stream->out_end != 0 && stream->out_end != TSRV_ECLOSED;
 }
 
-/* Is more unsent than a writer may leave behind? */
+/* Is more unsent than a writer may leave behind? Where memory is tight that is nothing. */
 static inline TSRVI_INLINE bool tsrvi_stream_above_mark(const tsrv_stream *stream)
 {
-    return stream->unsent > stream->server->options.write_high_water &&
+    return stream->unsent != 0 &&
+           (stream->unsent > stream->server->options.write_high_water ||
+            tsrvi_loop_of(stream)->streams.pool.tight) &&
            !tsrvi_stream_output_failed(stream);
 }
 
@@ -9268,6 +9469,19 @@ static bool tsrvi_output_fits(const tsrv_stream *stream, size_t size)
     return size <= limit && owned <= limit - size;
 }
 
+/* The same of max_total_buffer. The buffer that all receive into is nobody's. */
+static bool tsrvi_loop_has_room(const tsrv_loop *loop, size_t size)
+{
+    const tsrvi_buffer *input = loop->streams.input;
+    size_t most = loop->streams.most, used;
+    if (TSRVI_LIKELY(most == SIZE_MAX)) {
+        return true;
+    }
+    used = tsrvi_pool_in_use(&loop->streams.pool) - (input == NULL ? 0 : input->capacity);
+    size += size == 0 ? 0 : TSRVI_LARGE; /* buffers are larger than what they hold */
+    return size <= most && used <= most - size;
+}
+
 /* Copy data behind what is queued: all of it, or nothing and -ENOMEM. */
 static int tsrvi_output_copy(tsrv_stream *stream, const char *data, size_t size)
 {
@@ -9635,7 +9849,7 @@ static TSRVI_APART tsrvi_buffer *tsrvi_loop_input_new(tsrv_loop *loop, tsrv_stre
     size_t capacity = stream->server->options.read_chunk_size;
     tsrvi_loop_vacate(loop);
     if (loop->streams.input != NULL && loop->streams.input->capacity < capacity) {
-        TSRV_FREE(loop->streams.input);
+        tsrvi_buffer_free(&loop->streams.pool, loop->streams.input);
         loop->streams.input = NULL;
     }
     if (loop->streams.input == NULL) {
@@ -9829,6 +10043,10 @@ static inline TSRVI_INLINE bool tsrvi_stream_wants_input(const tsrv_stream *stre
     }
     if (stream->in_end != 0 || stream->end != 0 || tsrvi_is(stream, TSRVI_FEIGNED)) {
         return false;
+    }
+    if (TSRVI_UNLIKELY(tsrvi_loop_of(stream)->streams.pool.tight) &&
+        tsrvi_buffer_size(stream->in) == 0 && !tsrvi_is(stream, TSRVI_PARTIAL)) {
+        return false; /* those that have begun come first */
     }
     if ((stream->kinds & TSRVI_FOR_READ) != 0) {
         return (stream->own.kinds & TSRVI_FOR_READ) == 0 || !tsrvi_stream_above_mark(stream);
@@ -10586,22 +10804,50 @@ static int tsrvi_write_take(tsrv_stream *stream, const char *data, size_t size)
     return taken == size ? TSRV_OK : tsrvi_output_copy(stream, data + taken, size - taken);
 }
 
-/* ---- writes that are larger than the limit ---------------------------------*/
+/* ---- writes that are queued where they lie ---------------------------------*/
 
-/* A coroutine's write that is queued where it lies. */
+#define TSRVI_LENT_FEW 4                /* pieces of one write, which take no memory */
+#define TSRVI_LENT_LEAST ((size_t)4096) /* bytes of a piece that is not worth a copy */
+
+/* The pieces of one write that are. */
 typedef struct tsrvi_lending {
-    tsrvi_wait wait;
-    tsrvi_buffer buffer;
+    tsrvi_wait wait; /* the coroutine's, if it waits */
+    tsrvi_buffer *buffers;
+    int count; /* 0 = all of it has been copied */
 } tsrvi_lending;
 
-/* The wait has ended before the write has gone: what is left keeps its place, as a copy. */
-static TSRVI_APART int tsrvi_lending_keep(tsrv_stream *stream, tsrvi_lending *lending)
+/* The piece that goes last. */
+static const tsrvi_buffer *tsrvi_lending_last(const tsrvi_lending *lending)
 {
-    tsrvi_buffer *lent = &lending->buffer, **link = &stream->out;
+    return &lending->buffers[lending->count - 1];
+}
+
+/* Put a piece into the queue. */
+static void tsrvi_lending_add(tsrv_stream *stream, tsrvi_lending *lending, const tsrv_slice *piece)
+{
+    tsrvi_buffer *buffer = &lending->buffers[lending->count++];
+    union {
+        const char *in;
+        char *out;
+    } unconst; /* nobody writes to a lent buffer */
+    unconst.in = piece->data;
+    tsrvi_buffer_reset(buffer);
+    buffer->data = unconst.out;
+    buffer->capacity = piece->size;
+    buffer->end = piece->size;
+    buffer->kind = TSRVI_LENT;
+    tsrvi_output_seal(stream);
+    tsrvi_queue_append(&stream->out, buffer);
+    stream->unsent += piece->size;
+}
+
+/* What is left of a piece keeps its place, as a copy. Returns TSRV_OK or -ENOMEM. */
+static TSRVI_APART int tsrvi_lending_keep(tsrv_stream *stream, const tsrvi_buffer *lent)
+{
+    tsrvi_buffer **link = &stream->out;
     tsrvi_buffer *copy = tsrvi_buffer_copy(lent, &tsrvi_loop_of(stream)->streams.pool,
                                            tsrvi_buffer_size(lent), false);
     if (copy == NULL) {
-        tsrvi_stream_kill(stream, -ENOMEM);
         return -ENOMEM;
     }
     while (*link != lent) {
@@ -10614,38 +10860,78 @@ static TSRVI_APART int tsrvi_lending_keep(tsrv_stream *stream, tsrvi_lending *le
     return TSRV_OK;
 }
 
-static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const char *data, size_t size)
+/* The caller's memory is the caller's again: what has not gone is copied. */
+static int tsrvi_lending_end(tsrv_stream *stream, tsrvi_lending *lending)
 {
-    tsrvi_lending lending;
-    int rc;
-    union {
-        const char *in;
-        char *out;
-    } unconst; /* nobody writes to a lent buffer */
-    unconst.in = data;
-    tsrvi_buffer_reset(&lending.buffer);
-    lending.buffer.data = unconst.out;
-    lending.buffer.capacity = size;
-    lending.buffer.end = size;
-    lending.buffer.kind = TSRVI_LENT;
-    lending.wait.due_ms = 0;
-    tsrvi_output_seal(stream);
-    tsrvi_queue_append(&stream->out, &lending.buffer);
-    stream->unsent += size;
+    int rc = TSRV_OK;
+    for (int i = 0; i < lending->count && rc == TSRV_OK; i++) {
+        const tsrvi_buffer *lent = &lending->buffers[i];
+        if (lent->kind == TSRVI_LENT && tsrvi_buffer_size(lent) != 0) {
+            rc = tsrvi_lending_keep(stream, lent);
+        }
+    }
+    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
+}
+
+/* The pieces are queued: send what goes.
+ *   waits  until all of them have gone, for there is no room for a copy */
+static int tsrvi_lending_send(tsrv_stream *stream, tsrvi_lending *lending, bool waits)
+{
+    const tsrvi_buffer *last = lending->count == 0 ? NULL : tsrvi_lending_last(lending);
+    int rc = TSRV_OK, kept;
     tsrvi_clear(stream, TSRVI_SILENT);
     tsrvi_stream_soon(stream);
     tsrvi_stream_flush(stream);
-    rc = tsrvi_buffer_size(&lending.buffer) == 0 ? tsrvi_stream_yield(stream, 0)
-         : lending.buffer.kind == TSRVI_DROPPED
-             ? tsrvi_write_broken(stream)
-             : tsrvi_stream_wait(stream, &lending.wait, TSRVI_FOR_LENT);
-    if (lending.buffer.kind == TSRVI_LENT && tsrvi_buffer_size(&lending.buffer) != 0) {
-        tsrvi_lending_keep(stream, &lending);
+    if (tsrvi_write_broken(stream) != TSRV_OK || (last != NULL && last->kind == TSRVI_DROPPED)) {
+        rc = tsrvi_write_broken(stream);
+    } else if (waits && tsrvi_buffer_size(last) == 0) {
+        rc = tsrvi_stream_yield(stream, 0);
+    } else if (waits) {
+        rc = tsrvi_stream_wait(stream, &lending->wait, TSRVI_FOR_LENT);
+    }
+    kept = tsrvi_lending_end(stream, lending);
+    return rc < 0 ? rc : kept;
+}
+
+/* Write pieces, from where they lie.
+ *   waits  see tsrvi_lending_send; else small ones are copied at once, so that they go together */
+static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const tsrv_slice *pieces, int count,
+                                        bool waits)
+{
+    tsrvi_buffer few[TSRVI_LENT_FEW];
+    tsrvi_lending lending;
+    int rc = TSRV_OK;
+    lending.wait.due_ms = 0;
+    lending.count = 0;
+    lending.buffers = count <= TSRVI_LENT_FEW
+                          ? few
+                          : (tsrvi_buffer *)TSRV_MALLOC((size_t)count * sizeof(*lending.buffers));
+    if (lending.buffers == NULL) {
+        return tsrvi_write_refuse(stream, -ENOMEM);
+    }
+    for (int i = 0; i < count && rc == TSRV_OK; i++) {
+        if (!waits && pieces[i].size < TSRVI_LENT_LEAST && pieces[i].size != 0) {
+            rc = tsrvi_output_copy(stream, pieces[i].data, pieces[i].size);
+        } else if (pieces[i].size != 0) {
+            tsrvi_lending_add(stream, &lending, &pieces[i]);
+        }
+    }
+    rc = rc < 0 ? tsrvi_write_refuse(stream, rc) : tsrvi_lending_send(stream, &lending, waits);
+    if (lending.buffers != few) {
+        TSRV_FREE(lending.buffers);
     }
     return rc;
 }
 
 /* ---- every write -----------------------------------------------------------*/
+
+/* Has a coroutine to wait until so much more has gone, because there is no room for a copy of it?
+ * The program outside of coroutines cannot wait, so max_total_buffer holds its reads instead. */
+static bool tsrvi_write_must_wait(const tsrv_stream *stream, size_t size)
+{
+    return tsrvi_loop_of(stream)->coroutines.running != NULL &&
+           (!tsrvi_output_fits(stream, size) || !tsrvi_loop_has_room(tsrvi_loop_of(stream), size));
+}
 
 static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, size_t size)
 {
@@ -10653,10 +10939,12 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
     if (TSRVI_UNLIKELY(rc != 0) || size == 0) {
         return rc;
     }
+    if (TSRVI_UNLIKELY(tsrvi_write_must_wait(stream, size))) {
+        tsrv_slice piece = {data, size};
+        return tsrvi_write_lend(stream, &piece, 1, true);
+    }
     if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size))) {
-        return tsrvi_loop_of(stream)->coroutines.running != NULL
-                   ? tsrvi_write_lend(stream, data, size)
-                   : tsrvi_write_refuse(stream, TSRV_EFULL);
+        return tsrvi_write_refuse(stream, TSRV_EFULL);
     }
     rc = tsrvi_write_take(stream, data, size);
     if (TSRVI_UNLIKELY(rc < 0)) {
@@ -10672,7 +10960,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
     tsrvi_buffer *buffer = pool->first;
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION) || buffer == NULL ||
-                       size - 1 >= TSRVI_DIRECT / 2 || size > mark)) {
+                       size - 1 >= TSRVI_DIRECT / 2 || size > mark || pool->tight)) {
         return tsrvi_write_any(stream, data, size);
     }
     buffer = tsrvi_pool_pop(pool);
@@ -10708,62 +10996,87 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
     return TSRV_OK;
 }
 
-TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
+/* ---- several pieces --------------------------------------------------------*/
+
+/* Bytes of all slices; SIZE_MAX = no memory has so many. */
+static size_t tsrvi_slices_size(const tsrv_slice *slices, int count)
 {
+    size_t total = 0;
+    for (int i = 0; i < count && total != SIZE_MAX; i++) {
+        total = slices[i].size > SIZE_MAX - total ? SIZE_MAX : total + slices[i].size;
+    }
+    return count < 0 ? SIZE_MAX : total;
+}
+
+/* Copy them behind what is queued, or end the stream. */
+static int tsrvi_write_copy(tsrv_stream *stream, const tsrv_slice *slices, int count)
+{
+    int rc = TSRV_OK;
+    for (int i = 0; i < count && rc == TSRV_OK; i++) {
+        if (slices[i].size != 0) {
+            rc = tsrvi_output_copy(stream, slices[i].data, slices[i].size);
+        }
+    }
+    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
+}
+
+/* Nothing can come between the pieces: they are queued before anything else runs. */
+TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count)
+{
+    size_t total = tsrvi_slices_size(slices, count);
+    bool waits;
     int rc = tsrvi_write_state(stream);
-    if (rc != 0 || size == 0) {
+    if (total == SIZE_MAX) {
+        return TSRV_EINVAL;
+    }
+    if (rc < 0 || count == 1 || total == 0) {
+        return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
+    }
+    waits = tsrvi_write_must_wait(stream, total);
+    if (!waits && !tsrvi_output_fits(stream, total)) {
+        return tsrvi_write_refuse(stream, TSRV_EFULL);
+    }
+    rc = waits || total >= TSRVI_DIRECT ? tsrvi_write_lend(stream, slices, count, waits)
+                                        : tsrvi_write_copy(stream, slices, count);
+    return rc < 0 ? rc : tsrvi_write_taken(stream);
+}
+
+/* Is there room, without a wait? */
+static bool tsrvi_write_has_room(const tsrv_stream *stream, size_t size)
+{
+    return tsrvi_output_fits(stream, size) && tsrvi_loop_has_room(tsrvi_loop_of(stream), size);
+}
+
+TSRV_API int tsrv_try_writev(tsrv_stream *stream, const tsrv_slice *slices, int count)
+{
+    size_t total = tsrvi_slices_size(slices, count);
+    int rc = tsrvi_write_state(stream);
+    if (total == SIZE_MAX) {
+        return TSRV_EINVAL;
+    }
+    if (rc != 0 || total == 0) {
         return rc;
     }
-    if (!tsrvi_output_fits(stream, size)) {
+    if (!tsrvi_write_has_room(stream, total)) {
         /* Readers that are fast may not have been given their chance in this turn. */
         tsrvi_stream_soon(stream);
         tsrvi_stream_send(stream, "", 0);
         if ((rc = tsrvi_write_state(stream)) != 0) {
             return rc;
         }
-        if (!tsrvi_output_fits(stream, size)) {
+        if (!tsrvi_write_has_room(stream, total)) {
             return tsrvi_write_full(stream);
         }
     }
-    rc = tsrvi_output_copy(stream, (const char *)data, size);
-    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
+    return tsrvi_write_copy(stream, slices, count);
 }
 
-/* Small pieces go to the queue one by one, and nothing can come between them; others are gathered,
- * so that they are one write in every respect. */
-TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count)
+TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size)
 {
-    size_t total = 0, used = 0;
-    char *whole;
-    int rc = tsrvi_write_state(stream);
-    for (int i = 0; i < count && total != SIZE_MAX; i++) {
-        total = slices[i].size > SIZE_MAX - total ? SIZE_MAX : total + slices[i].size;
-    }
-    if (count < 0 || total == SIZE_MAX) {
-        return TSRV_EINVAL;
-    }
-    if (rc < 0 || count == 1 || total == 0) {
-        return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
-    }
-    whole = NULL;
-    if ((total >= TSRVI_DIRECT || !tsrvi_output_fits(stream, total)) &&
-        (whole = (char *)TSRV_MALLOC(total)) == NULL) {
-        return tsrvi_write_refuse(stream, -ENOMEM);
-    }
-    for (int i = 0; i < count && rc == TSRV_OK; i++) {
-        if (whole != NULL && slices[i].size != 0) {
-            memcpy(whole + used, slices[i].data, slices[i].size);
-            used += slices[i].size;
-        } else if (slices[i].size != 0) {
-            rc = tsrvi_output_copy(stream, slices[i].data, slices[i].size);
-        }
-    }
-    if (whole != NULL) {
-        rc = tsrv_write(stream, whole, total);
-        TSRV_FREE(whole);
-        return rc;
-    }
-    return rc < 0 ? tsrvi_write_refuse(stream, rc) : tsrvi_write_taken(stream);
+    tsrv_slice slice;
+    slice.data = (const char *)data;
+    slice.size = size;
+    return size == SIZE_MAX ? tsrvi_write_full(stream) : tsrv_try_writev(stream, &slice, 1);
 }
 
 TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
@@ -10794,13 +11107,15 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
     return rc;
 }
 
-/* ---- files -----------------------------------------------------------------*/
+/* ============================================================================
+ * >>files  Writing files, and waiting until all is sent
+ * ==========================================================================*/
 
 /* Queue a file range, with a descriptor of its own. */
 static int tsrvi_sendfile_queue(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_buffer *buffer = tsrvi_pool_take(&loop->streams.pool, 0);
+    tsrvi_buffer *buffer = tsrvi_buffer_new(&loop->streams.pool, 0); /* only what it says */
     if (buffer == NULL) {
         return -ENOMEM;
     }
@@ -11343,6 +11658,29 @@ static void tsrvi_stream_returned(tsrv_stream *stream, int rc)
     }
 }
 
+/* ---- how long user code took: see >>slow -----------------------------------*/
+
+static TSRVI_APART void tsrvi_stream_took_long(const tsrv_stream *stream, uint64_t ticks,
+                                               const char *what)
+{
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE];
+    tsrvi_peer_load(&stream->peer, &address);
+    tsrvi_slow_note(tsrvi_loop_of(stream), ticks, what,
+                    tsrv_address_format(&address, text, sizeof(text)));
+}
+
+/* A function of the program's has been called for the stream. */
+static inline TSRVI_INLINE void tsrvi_stream_took(const tsrv_stream *stream, const char *what)
+{
+    uint64_t ticks = tsrvi_slow_piece(tsrvi_loop_of(stream));
+    if (TSRVI_UNLIKELY(ticks != 0)) {
+        tsrvi_stream_took_long(stream, ticks, what);
+    }
+}
+
+/* ---- calls -----------------------------------------------------------------*/
+
 /* What a handler's coroutine runs. */
 static void tsrvi_stream_main(void *context)
 {
@@ -11352,6 +11690,18 @@ static void tsrvi_stream_main(void *context)
     tsrvi_peer_load(&stream->peer, &address);
     rc = stream->handler(stream, &address, stream->server->options.context);
     tsrvi_stream_returned(stream, rc);
+}
+
+/* Is that what a coroutine runs? Then say for whom. */
+static bool tsrvi_stream_describe(tsrv_callback function, void *context, char *text, size_t size)
+{
+    tsrv_address address;
+    if (function != tsrvi_stream_main) {
+        return false;
+    }
+    tsrvi_peer_load(&((const tsrv_stream *)context)->peer, &address);
+    tsrv_address_format(&address, text, size);
+    return true;
 }
 
 /* In callback mode it is a call. */
@@ -11368,6 +11718,7 @@ static void tsrvi_stream_call_back(tsrv_stream *stream)
     loop->written = 0;
     rc = stream->handler(stream, &loop->streams.address, stream->server->options.context);
     loop->streams.handling = NULL;
+    tsrvi_stream_took(stream, "handle_stream for ");
     tsrvi_stream_returned(stream, rc);
 }
 
@@ -11443,6 +11794,7 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
         loop->streams.parting = stream;
         server->options.on_close(stream, reason, server->options.context);
         loop->streams.parting = NULL;
+        tsrvi_stream_took(stream, "on_close for ");
     }
     loop->streams.limited = loop->streams.limited == stream ? NULL : loop->streams.limited;
     loop->streams.addressed = loop->streams.addressed == stream ? NULL : loop->streams.addressed;
@@ -11488,8 +11840,8 @@ static inline TSRVI_INLINE bool tsrvi_own_is_over(const tsrv_stream *stream)
 
 static bool tsrvi_lending_is_over(const tsrvi_wait *wait)
 {
-    const tsrvi_buffer *lent = &TSRVI_CONTAINER(wait, tsrvi_lending, wait)->buffer;
-    return lent->kind == TSRVI_DROPPED || lent->begin == lent->end;
+    const tsrvi_buffer *last = tsrvi_lending_last(TSRVI_CONTAINER(wait, tsrvi_lending, wait));
+    return last->kind == TSRVI_DROPPED || last->begin == last->end;
 }
 
 /* By its facts; its time may be over, too. */
@@ -11551,7 +11903,7 @@ static int tsrvi_wait_result(tsrv_stream *stream, tsrvi_wait *wait)
         }
         break;
     case TSRVI_FOR_LENT:
-        if (TSRVI_CONTAINER(wait, tsrvi_lending, wait)->buffer.kind == TSRVI_LENT &&
+        if (tsrvi_lending_last(TSRVI_CONTAINER(wait, tsrvi_lending, wait))->kind == TSRVI_LENT &&
             tsrvi_lending_is_over(wait)) {
             return TSRV_OK;
         }
@@ -11661,6 +12013,30 @@ static TSRVI_APART void tsrvi_stream_drain(tsrv_stream *stream)
         tsrvi_stream_end_input(stream, rc); /* the kernel tells an error once */
     }                                       /* else an event will tell the handler */
     tsrvi_stream_soon(stream);
+}
+
+/* ---- memory ----------------------------------------------------------------
+ *
+ * When the streams of a loop have more than max_total_buffer, memory is tight, until they have a
+ * quarter less. Then nothing is received for a stream that has no input yet, so that what others
+ * have begun is used up; a callback-mode handler waits in its next read until all that it has
+ * written is sent; and a coroutine's write is not copied: it waits for the kernel to take it. */
+
+/* Is it, after what has changed? When it is no more, all streams look again. */
+static TSRVI_APART void tsrvi_loop_weigh(tsrv_loop *loop)
+{
+    tsrvi_pool *pool = &loop->streams.pool;
+    bool was_tight = pool->tight;
+    pool->tight = !tsrvi_loop_has_room(loop, was_tight ? loop->streams.most / 4 : 0);
+    if (!was_tight || pool->tight) {
+        return;
+    }
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
+        const tsrvi_link *streams = &TSRVI_CONTAINER(link, tsrv_server, link)->streams;
+        for (tsrvi_link *one = streams->next; one != streams; one = one->next) {
+            tsrvi_stream_later(TSRVI_CONTAINER(one, tsrv_stream, link));
+        }
+    }
 }
 
 /* ---- settling --------------------------------------------------------------*/
@@ -11801,6 +12177,7 @@ static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
     return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
            !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
            stream->queued == TSRVI_IN_SETTLE &&
+           TSRVI_LIKELY(!tsrvi_loop_of(stream)->streams.pool.tight) &&
            (TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_TIMED)) || tsrvi_stream_is_timed(stream));
 }
 
@@ -11812,6 +12189,9 @@ static TSRVI_APART void tsrvi_stream_rest(tsrv_stream *stream)
     }
     if (stream->end != 0 && stream->in != NULL && !stream->in->held) {
         tsrvi_input_drop(stream);
+    }
+    if (TSRVI_UNLIKELY(tsrvi_loop_of(stream)->streams.most != SIZE_MAX)) {
+        tsrvi_loop_weigh(tsrvi_loop_of(stream));
     }
     tsrvi_stream_agree(stream);
     if (stream->queued == TSRVI_IN_SETTLE) {
@@ -11950,7 +12330,7 @@ static void tsrvi_stream_event(tsrvi_io *io, int events)
     tsrvi_wait *wait = stream->waits;
     if (TSRVI_UNLIKELY(events != TSRV_READABLE || stream->kinds != TSRVI_FOR_READ ||
                        stream->in != NULL || stream->queued != TSRVI_NOWHERE ||
-                       tsrvi_is(stream, TSRVI_ODD))) {
+                       tsrvi_is(stream, TSRVI_ODD) || tsrvi_loop_of(stream)->streams.pool.tight)) {
         tsrvi_stream_happens(stream, events);
         return;
     }
@@ -11984,10 +12364,14 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
 static void tsrvi_stream_run(tsrvi_task *task)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(task, tsrv_stream, task);
+    tsrv_loop *loop = tsrvi_loop_of(stream);
     bool turn = stream->queued == TSRVI_IN_READY;
     stream->queued = TSRVI_IN_SETTLE;
     if (turn && tsrvi_stream_finished(stream) && stream->waits == NULL) {
         tsrvi_stream_finish(stream);
+        if (TSRVI_UNLIKELY(loop->streams.pool.tight)) {
+            tsrvi_loop_weigh(loop);
+        }
         return;
     }
     if (turn && tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream)) {
@@ -12453,6 +12837,7 @@ static void tsrvi_server_begin(tsrv_server *server)
         server->starting = false;
         if (server->options.on_start != NULL) {
             server->options.on_start(server, server->options.context);
+            tsrvi_slow_callback(server->loop, "on_start", (uintptr_t)server->options.on_start);
         }
         if (tsrvi_process.on_ready != NULL) {
             tsrvi_process.on_ready();
@@ -12523,6 +12908,7 @@ static int tsrvi_server_admit(tsrv_server *server, const tsrv_address *peer, boo
     }
     if (rc == TSRV_OK && asks && options->on_accept != NULL) {
         rc = options->on_accept(server, peer, options->context);
+        tsrvi_slow_callback(server->loop, "on_accept", (uintptr_t)options->on_accept);
         if (rc < 0 || !tsrvi_server_listens(server)) { /* any more: on_accept has stopped it */
             tsrvi_server_uncount(server, peer);
             rc = TSRV_EFULL;
@@ -12671,6 +13057,16 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
  * >>listen  Servers: starting and stopping
  * ==========================================================================*/
 
+/* A turn of its loop took so long. */
+static void tsrvi_servers_count_turn(tsrv_loop *loop, uint64_t ms, bool slow)
+{
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
+        tsrv_stats *stats = TSRVI_CONTAINER(link, tsrv_server, link)->stats;
+        stats->slow_turns += slow;
+        stats->turn_max_ms = ms > stats->turn_max_ms ? ms : stats->turn_max_ms;
+    }
+}
+
 /* Tie the server to its loop, when it first needs one. */
 static int tsrvi_server_attach(tsrv_server *server)
 {
@@ -12692,6 +13088,8 @@ static int tsrvi_server_attach(tsrv_server *server)
     }
     server->retry.fire = tsrvi_server_retry;
     loop->servers.fd_closed = tsrvi_loop_fd_closed;
+    loop->slow.describe = tsrvi_stream_describe;
+    loop->slow.count = tsrvi_servers_count_turn;
     tsrvi_list_append(&loop->servers.all, &server->link);
     return TSRV_OK;
 }
@@ -13088,6 +13486,11 @@ static const tsrvi_metric tsrvi_metrics[] = {
                  "TLS handshakes that failed."),
     TSRVI_METRIC("tsrv_worker_restarts_total", "counter", restarts,
                  "Restarts of workers after a bad end."),
+    TSRVI_METRIC("tsrv_proxy_headers_failed_total", "counter", proxies_failed,
+                 "Connections without a good PROXY header."),
+    TSRVI_METRIC("tsrv_loop_slow_turns_total", "counter", slow_turns,
+                 "Turns of the loop that took longer than slow_ms."),
+    TSRVI_METRIC_TIME("tsrv_loop_turn_max_seconds", turn_max_ms, "The longest turn of the loop."),
     TSRVI_METRIC_TIME("tsrv_loop_lag_seconds", lag_ms, "How late the loop was when last measured."),
     TSRVI_METRIC_TIME("tsrv_loop_lag_max_seconds", lag_max_ms, "The most it ever was."),
 };

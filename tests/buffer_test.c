@@ -38,7 +38,8 @@ static void search_in_pieces(void)
 {
     char delimiters[2][6];
     size_t sizes[2];
-    tsrvi_buffer *buffer = tsrvi_buffer_new(2000);
+    tsrvi_pool pool = {0};
+    tsrvi_buffer *buffer = tsrvi_buffer_new(&pool, 2000);
     CHECK(buffer != NULL);
     for (int i = 0; i < 2; i++) {
         sizes[i] = 1 + any(5);
@@ -56,7 +57,8 @@ static void search_in_pieces(void)
             tsrvi_buffer_drop(buffer, found);
         }
     }
-    TSRV_FREE(buffer);
+    tsrvi_buffer_free(&pool, buffer);
+    CHECK_INT(pool.size, 0);
 }
 
 TEST_ONCE(search_finds_what_a_naive_one_finds)
@@ -78,7 +80,7 @@ TEST_ONCE(slices_leave_the_bytes_behind_them_as_they_were)
     seed = 2;
     for (int round = 0; round < 200; round++) {
         size_t at = 0;
-        tsrvi_buffer *buffer = tsrvi_buffer_new(SIZE);
+        tsrvi_buffer *buffer = tsrvi_buffer_new(&pool, SIZE);
         CHECK(buffer != NULL);
         for (size_t i = 0; i < SIZE; i++) {
             all[i] = (char)any(256);
@@ -101,12 +103,13 @@ TEST_ONCE(slices_leave_the_bytes_behind_them_as_they_were)
             if (any(10) == 0) {
                 tsrvi_buffer *copy = tsrvi_buffer_copy(buffer, &pool, SIZE - at + any(50), false);
                 CHECK(copy != NULL);
-                TSRV_FREE(buffer);
+                tsrvi_buffer_free(&pool, buffer);
                 buffer = copy;
             }
             CHECK_MEM(buffer->data + buffer->begin, tsrvi_buffer_size(buffer), all + at, SIZE - at);
         }
-        TSRV_FREE(buffer);
+        CHECK_INT(tsrvi_pool_in_use(&pool), buffer->capacity);
+        tsrvi_buffer_free(&pool, buffer);
     }
 }
 

@@ -119,9 +119,11 @@ static tsrv_loop *s_loop;
 static tsrv_server *s_server;
 static int s_port;
 
+static tsrv_loop_options s_loop_options; /* all zeros unless a test says otherwise */
+
 static inline void s_open_loop(void)
 {
-    tsrv_loop_options options = {0};
+    tsrv_loop_options options = s_loop_options;
     options.backend = t_backend;
     CHECK_INT(tsrv_loop_new(&s_loop, &options), TSRV_OK);
     t_watch_log();

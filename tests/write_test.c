@@ -359,6 +359,129 @@ TEST_SOFT(pieces_that_fill_blocks_need_no_memory_of_their_own)
     s_close();
 }
 
+/* ---- pieces of any size, against an oracle -------------------------------------------------*/
+
+enum { ANY_PIECES = 9, ANY_LARGEST = 70000, ANY_ROUNDS = 60 };
+static char *any_source;            /* bytes that pieces are made of, */
+static size_t any_at, any_promised; /* how many have been made so, and written with success */
+static uint32_t any_seed;
+static bool any_tries; /* by tsrv_try_writev */
+
+static size_t any_below(size_t limit)
+{
+    any_seed = any_seed * 1664525u + 1013904223u;
+    return (size_t)(any_seed >> 8) % limit;
+}
+
+/* For each line a write of pieces, most of them small, some large, some empty. */
+static int write_any_pieces(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice pieces[ANY_PIECES];
+    int rc;
+    (void)address, (void)context;
+    limit_output(stream);
+    while ((rc = tsrv_read_until(stream, "\n", 0, NULL)) == TSRV_OK) {
+        int count = (int)any_below(ANY_PIECES + 1);
+        size_t total = 0;
+        for (int i = 0; i < count; i++) {
+            size_t most = any_below(3) == 0 ? ANY_LARGEST : any_below(2) == 0 ? 5000 : 20;
+            pieces[i].size = any_below(5) == 0 ? 0 : any_below(most);
+            pieces[i].data = pieces[i].size == 0 ? NULL : any_source + any_at + total;
+            total += pieces[i].size;
+        }
+        rc = any_tries ? tsrv_try_writev(stream, pieces, count) : tsrv_writev(stream, pieces, count);
+        if (rc == TSRV_OK) {
+            any_at += total;
+            any_promised += total;
+        } else if (rc != TSRV_EFULL || !any_tries) {
+            return rc;
+        }
+    }
+    return rc;
+}
+
+/* What has come must be the pieces, and all of them where all writes have succeeded. */
+static void check_any_pieces(tsrv_server_options options, uint32_t seed)
+{
+    char *got;
+    int code;
+    bool ended = false;
+    any_at = any_promised = 0;
+    any_seed = seed;
+    s_open_with(write_any_pieces, options);
+    int fd = t_connect_with_room(s_port, 4096);
+    for (int i = 0; i < ANY_ROUNDS; i++) {
+        if (send(fd, "ask\n", 4, T_NOSIGNAL) != 4) {
+            CHECK(t_fault_at != 0); /* the stream has ended, which is told once */
+            ended = true;
+        }
+        if (any_below(3) == 0) {
+            s_run_ms(20);
+        }
+    }
+    shutdown(fd, SHUT_WR);
+    got = (char *)malloc((size_t)ANY_ROUNDS * ANY_PIECES * ANY_LARGEST);
+    size_t size = s_recv(fd, got, (size_t)ANY_ROUNDS * ANY_PIECES * ANY_LARGEST, &code);
+    CHECK_MEM(got, size < any_promised ? size : any_promised, any_source, size < any_promised ? size : any_promised);
+    CHECK(size == any_promised || (t_fault_at != 0 && (ended || code == ECONNRESET)));
+    free(got);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+}
+
+static void make_any_source(void)
+{
+    size_t size = (size_t)ANY_ROUNDS * ANY_PIECES * ANY_LARGEST;
+    any_source = (char *)malloc(size);
+    CHECK(any_source != NULL);
+    fill_pattern(any_source, 0, size);
+}
+
+static void check_any_limits(void)
+{
+    static const size_t limits[] = {0, 40000, 300000};
+    make_any_source();
+    for (size_t i = 0; i < COUNT(limits); i++) {
+        tsrv_server_options options = {0};
+        if (t_mode == TSRV_CALLBACK && limits[i] != 0 && !any_tries) {
+            continue; /* a write above the limit ends the stream: elsewhere */
+        }
+        options.max_write_buffer_size = limits[i];
+        for (uint32_t seed = 1; seed <= 3; seed++) {
+            check_any_pieces(options, seed);
+            s_loop_options.max_total_buffer = s_loop_options.max_total_buffer == 0 ? 200000 : 0;
+        }
+    }
+    free(any_source);
+}
+
+TEST_PLAIN_SOFT(any_pieces_come_whole_and_in_order)
+{
+    check_any_limits();
+}
+
+TEST_PLAIN_SOFT(any_pieces_that_are_tried_come_whole_or_not_at_all)
+{
+    any_tries = true;
+    check_any_limits();
+}
+
+/* Without memory the stream ends, and what has come until then is right. */
+TEST_PLAIN_SOFT(any_pieces_without_memory_leave_no_gap)
+{
+    tsrv_server_options options = {0};
+    make_any_source();
+    for (int i = 1; i < 40; i += 3) {
+        t_fail_call("malloc", ENOMEM, 20 + i, i % 2 == 0);
+        check_any_pieces(options, (uint32_t)i);
+        t_fail_call("malloc", 0, 0, false);
+    }
+    free(any_source);
+}
+
+/* ---- two that write pieces -----------------------------------------------------------------*/
+
 static size_t p_body;
 static int p_messages, p_writers;
 

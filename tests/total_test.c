@@ -1,0 +1,187 @@
+/* The memory of all streams of a loop together: max_total_buffer (>>settle, >>write). */
+#include "memory.h"
+
+#include "script.h"
+
+#include "handlers.h"
+
+#define MIB (1024 * KIB)
+#define TOTAL (4 * MIB)
+#define ANSWER MIB
+
+static char answer[ANSWER];
+static int asked; /* requests that a handler has seen */
+static const tsrv_server_options defaults;
+
+/* An answer of 1 MiB for each line; "v": in pieces, "s": in small ones. */
+static int answer_large(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line, parts[3] = {{answer, 10}, {answer + 10, ANSWER - 20}, {answer + ANSWER - 10, 10}};
+    int rc;
+    (void)address, (void)context;
+    limit_output(stream);
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        char how = line.data[0];
+        asked++;
+        if (how == 'v') {
+            tsrv_writev(stream, parts, 3);
+        } else if (how == 's') {
+            for (size_t at = 0; at < ANSWER; at += 2 * KIB) {
+                tsrv_write(stream, answer + at, 2 * KIB);
+            }
+        } else if (how == 'e') {
+            tsrv_write(stream, line.data, line.size);
+        } else {
+            tsrv_write(stream, answer, ANSWER);
+        }
+    }
+    return rc;
+}
+
+static void open_total(tsrv_server_options options)
+{
+    fill_pattern(answer, 0, ANSWER);
+    s_loop_options.max_total_buffer = TOTAL;
+    options.write_timeout_ms = TSRV_NEVER;
+    s_open_with(answer_large, options);
+}
+
+/* Forty ask, and read nothing until all have been asked: of 40 MiB the server keeps 4, and the answer that a handler
+ * in callback mode cannot wait with; then all get all of it. */
+static void check_slow_readers(const char *request)
+{
+    enum { READERS = 40 };
+    int fds[READERS];
+    size_t most = TOTAL + (t_mode == TSRV_CALLBACK ? ANSWER + 128 * KIB : 0) + 512 * KIB;
+    open_total(defaults);
+    for (int i = 0; i < READERS; i++) {
+        fds[i] = t_connect_with_room(s_port, 4096);
+    }
+    s_settle();
+    long before = m_forget();
+    for (int i = 0; i < READERS; i++) {
+        t_sends(fds[i], request);
+    }
+    s_run_ms(1000);
+    CHECK((size_t)m_grown_since(before) <= most);
+    CHECK((size_t)m_grown_since(before) >= TOTAL / 2);
+    CHECK(t_mode == TSRV_COROUTINE || asked < READERS); /* a coroutine waits in its write */
+    for (int i = 0; i < READERS; i++) {
+        s_expect_bytes(fds[i], answer, ANSWER);
+    }
+    CHECK_INT(asked, READERS);
+    CHECK((size_t)m_grown_since(before) <= most);
+    for (int i = 0; i < READERS; i++) {
+        s_finish(fds[i]);
+    }
+    s_close();
+}
+
+TEST_PLAIN_SOFT(slow_readers_take_no_more_than_the_total)
+{
+    check_slow_readers("get\n");
+}
+
+TEST_PLAIN_SOFT(slow_readers_of_pieces_take_no_more_than_the_total)
+{
+    check_slow_readers("v\n");
+}
+
+TEST_PLAIN_SOFT(slow_readers_of_small_writes_take_no_more_than_the_total)
+{
+    check_slow_readers("s\n");
+}
+
+/* While memory is tight, who has sent a part of a line is served, and who comes anew waits until it is not. */
+TEST_PLAIN_SOFT(input_that_has_begun_comes_first)
+{
+    enum { HOLDERS = 8 };
+    int fds[HOLDERS], first, late;
+    char rest[700 * KIB];
+    open_total(defaults);
+    memset(rest, 'e', sizeof rest);
+    for (int i = 0; i < HOLDERS; i++) {
+        fds[i] = t_connect(s_port);
+    }
+    first = t_connect(s_port);
+    late = t_connect(s_port);
+    t_sends(first, "e"); /* holds a byte */
+    s_settle();
+    for (int i = 0; i < HOLDERS; i++) {
+        s_send(fds[i], rest, sizeof rest);
+        s_settle();
+    }
+    CHECK(s_loop->streams.pool.tight);
+    t_sends(late, "e late\n");
+    s_run_ms(100);
+    CHECK_INT(asked, 0);
+    t_sends(first, " first\n");
+    s_expect(first, "e first\n");
+    CHECK_INT(asked, 1);
+    for (int i = 0; i < HOLDERS; i++) {
+        t_reset(fds[i]);
+    }
+    s_expect(late, "e late\n");
+    CHECK(!s_loop->streams.pool.tight);
+    s_finish(first);
+    s_finish(late);
+    s_close();
+}
+
+/* The end of a peer that waits is not held back. */
+TEST_PLAIN_SOFT(ends_are_told_while_memory_is_tight)
+{
+    enum { HOLDERS = 8 };
+    int fds[HOLDERS], quiet;
+    char rest[700 * KIB];
+    open_total(defaults);
+    memset(rest, 'e', sizeof rest);
+    quiet = s_join();
+    for (int i = 0; i < HOLDERS; i++) {
+        fds[i] = t_connect(s_port);
+        s_send(fds[i], rest, sizeof rest);
+        s_settle();
+    }
+    CHECK(s_loop->streams.pool.tight);
+    s_finish(quiet);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
+    for (int i = 0; i < HOLDERS; i++) {
+        t_reset(fds[i]);
+    }
+    s_until(&s_closed, HOLDERS + 1);
+    s_close();
+}
+
+static int tried; /* what the last tsrv_try_write returned */
+
+static void try_answer(void *context)
+{
+    tsrv_slice parts[2] = {{answer, ANSWER / 2}, {answer + ANSWER / 2, ANSWER / 2}};
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    while ((tried = tsrv_try_writev(stream, parts, 2)) == TSRV_OK) {
+        (*(int *)context)++;
+    }
+}
+
+/* A broadcast is refused what would go beyond the total, though the stream itself has room. */
+TEST_PLAIN_SOFT(try_write_keeps_to_the_total)
+{
+    int written = 0;
+    tsrv_server_options options = {0};
+    options.max_write_buffer_size = 64 * MIB;
+    open_total(options);
+    int fd = t_connect_with_room(s_port, 4096);
+    t_sends(fd, "e\n");
+    s_expect(fd, "e\n");
+    CHECK_INT(tsrv_loop_post(s_loop, try_answer, &written), TSRV_OK);
+    s_settle();
+    CHECK_INT(tried, TSRV_EFULL);
+    CHECK(written >= 3 && written <= 4);
+    CHECK_INT(tsrv_error(tsrv_server_next(s_server, NULL)), TSRV_OK);
+    for (int i = 0; i < written; i++) {
+        s_expect_bytes(fd, answer, ANSWER);
+    }
+    s_finish(fd);
+    s_close();
+}
