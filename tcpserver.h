@@ -240,6 +240,8 @@
  *              must not be overcommitted the guard counts. Hardware shadow stacks need
  *              TSRV_USE_UCONTEXT. The floating point environment (rounding, exception masks) is
  *              not switched.
+ *   Debugger   gdb -x tests/gdb.py has the command tsrv-coroutines: it lists the coroutines that
+ *              wait, with their stacks, in a core file, too.
  *   Platforms  Coroutines are there on x86, x86-64, ARM, AArch64, 64-bit RISC-V, ppc64le and s390x,
  *              and with every C library that has makecontext; on other processors with musl,
  *              Android (from API level 23) or OpenBSD it is as with TSRV_NO_COROUTINES.
