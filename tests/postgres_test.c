@@ -416,6 +416,11 @@ TEST_MODES(postgres_may_be_restarted)
     remove_directory();
 }
 
+static bool has_ended(void *connection)
+{
+    return !PQconsumeInput((PGconn *)connection);
+}
+
 /* A session that is ended in the middle of a statement: an answer, and no more. */
 TEST_MODES(postgres_may_end_in_the_middle)
 {
@@ -436,6 +441,7 @@ TEST_MODES(postgres_may_end_in_the_middle)
     CHECK(kill(backend, SIGKILL) == 0); /* after which the server ends all others, and begins anew */
     t_expect(fd, "ERROR ");
     CHECK(t_read_line(fd, line, sizeof line));
+    CHECK(t_wait_until(has_ended, own));
     PQfinish(own);
     CHECK(t_wait_until(is_ready, NULL));
     expect_answer(fd, "c\n", "\tc\nOK SELECT 1\n");
