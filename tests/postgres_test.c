@@ -486,27 +486,21 @@ TEST_MODES(postgres_clients_may_leave)
     remove_directory();
 }
 
-/* The server ends it, and the connection goes on; one that does not even do that is given up. */
+/* The server ends it, and the connection goes on. */
 TEST_MODES(postgres_statements_are_limited)
 {
     make_directory();
     create_server();
     PGconn *own = session();
-    example e = start_example("SELECT $1 FROM pg_sleep($1::float)", "400");
+    example e = start_example("SELECT $1 FROM pg_sleep($1::float)", "2000");
     int fd = t_connect(e.port);
     expect_answer(fd, "0\n", "0\nOK SELECT 1\n");
     int backend = ask_number(own, "SELECT pid FROM pg_stat_activity WHERE application_name = 'example'");
     int64_t start = t_now_ms();
     expect_answer(fd, "100\n", "ERROR canceling statement due to statement timeout\n");
-    CHECK(t_now_ms() - start >= 400);
+    CHECK(t_now_ms() - start >= 2000);
     expect_answer(fd, "0\n", "0\nOK SELECT 1\n");
     CHECK_INT(ask_number(own, "SELECT pid FROM pg_stat_activity WHERE application_name = 'example'"), backend);
-    CHECK(kill(backend, SIGSTOP) == 0);
-    start = t_now_ms();
-    expect_answer(fd, "0\n", "ERROR timed out\n");
-    CHECK(t_now_ms() - start >= 900);
-    expect_answer(fd, "0\n", "0\nOK SELECT 1\n");
-    CHECK(kill(backend, SIGCONT) == 0);
     t_finish(fd);
     stop_example(&e);
     PQfinish(own);
@@ -514,7 +508,8 @@ TEST_MODES(postgres_statements_are_limited)
     remove_directory();
 }
 
-/* All connections are in use for longer than somebody wants to wait for one. */
+/* All connections are in use for longer than somebody wants to wait for one; and a server that does not end what takes
+ * too long is given up. */
 TEST_MODES(postgres_wait_for_a_connection_is_limited)
 {
     int fds[POOL_SIZE];
@@ -522,8 +517,8 @@ TEST_MODES(postgres_wait_for_a_connection_is_limited)
     create_server();
     PGconn *own = session();
     ask_number(own, "SELECT pg_advisory_lock(1)");
-    example_name = "example options='-c statement_timeout=0'"; /* they are given up after 1,500 ms */
-    example e = start_example(LOCKED, "1000");
+    example_name = "example options='-c statement_timeout=0'"; /* they are given up after 2,500 ms */
+    example e = start_example(LOCKED, "2000");
     for (int i = 0; i < POOL_SIZE; i++) {
         fds[i] = t_connect(e.port);
         t_sends(fds[i], "a\n");
@@ -532,7 +527,7 @@ TEST_MODES(postgres_wait_for_a_connection_is_limited)
     int fd = t_connect(e.port);
     int64_t start = t_now_ms();
     expect_answer(fd, "b\n", "ERROR timed out\n");
-    CHECK_NEAR_MS(t_now_ms() - start, 1000, 2000);
+    CHECK_NEAR_MS(t_now_ms() - start, 2000, 4000);
     for (int i = 0; i < POOL_SIZE; i++) {
         t_expect(fds[i], "ERROR timed out\n");
         t_close(fds[i]);
@@ -555,7 +550,7 @@ TEST_MODES(postgres_that_says_nothing)
     snprintf(path, sizeof path, "%s/.s.PGSQL.5432", directory);
     struct sockaddr_un address = t_unix_address(path);
     CHECK(bind(silent, (struct sockaddr *)&address, sizeof address) == 0 && listen(silent, 64) == 0);
-    example e = start_example("SELECT $1", "500");
+    example e = start_example("SELECT $1", "1500");
     for (int i = 0; i < 2 * POOL_SIZE; i++) {
         fds[i] = t_connect(e.port);
         t_sends(fds[i], "hello\n");
