@@ -51,9 +51,16 @@ LONGEST   = tls iostream_tls iostream drain supervisor process # these begin fir
 HAS_OPENSSL := $(shell $(CC) -E -include openssl/ssl.h -x c /dev/null >/dev/null 2>&1 && echo yes)
 TLS_TESTS   = iostream_tls
 MEMORY_TESTS = iostream_memory stream_memory handler_memory
-NOT_BUILT   = $(if $(HAS_OPENSSL),,tls $(TLS_TESTS) echo_tls mutual_tls)
-LIBS        = -lpthread
+NO_OPENSSL  = $(if $(HAS_OPENSSL),,tls $(TLS_TESTS) echo_tls mutual_tls)
+# What is named postgres needs libpq, for this processor: so a program is linked.
+PQ_FLAGS := $(shell pkg-config --cflags libpq 2>/dev/null || echo "-I$$(pg_config --includedir 2>/dev/null)")
+HAS_LIBPQ := $(shell t=$$(mktemp) && echo 'int main(void) { return PQlibVersion() == 0; }' | \
+    $(CC) $(PQ_FLAGS) -include libpq-fe.h -x c -o "$$t" - -lpq >/dev/null 2>&1 && echo yes; rm -f "$$t")
+NO_LIBPQ  = $(if $(HAS_LIBPQ),,postgres)
+NOT_BUILT = $(NO_OPENSSL) $(NO_LIBPQ)
+LIBS      = -lpthread
 $(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test: LIBS += -lssl -lcrypto
+$(DIR)/postgres $(DIR)/postgres_test: LIBS += $(PQ_FLAGS) -lpq
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
 # Examples once more, for the tests: in callback mode, and with writes that wait.
@@ -84,7 +91,8 @@ run: $(DIR)/echo
 examples: $(EXAMPLES)
 
 test: $(EXAMPLES) $(VARIANTS) $(PROGRAMS)
-	@$(if $(NOT_BUILT),echo "left out for want of OpenSSL: $(NOT_BUILT)")
+	@$(if $(NO_OPENSSL),echo "left out for want of OpenSSL: $(NO_OPENSSL)")
+	@$(if $(NO_LIBPQ),echo "left out for want of libpq: $(NO_LIBPQ)")
 	@EXAMPLES='$(DIR)' sh tests/run.sh '$(strip $(RUN))' '$(BACKEND)' $(PROGRAMS)
 
 # A certificate for localhost and 127.0.0.1 that trusts itself, for the TLS examples.

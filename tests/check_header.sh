@@ -550,8 +550,24 @@ if [ -f README.md ]; then
         }' README.md
 fi
 
-# The manual: after a line with [compiles], the lines that are indented like the first one, or more.
+# The manual: after a line with [compiles], the lines that are indented like the first one, or more. After one with
+# [compiles behind it] they follow the block before.
 awk -v out="$doc/manual" -v header="$header" '
+    function begin(   line, before) {
+        before = file
+        file = out "_" ++count ".block"
+        printf "" >file
+        inside = 1
+        indent = -1
+        blank = 0
+        behind = /behind it/
+        if (!behind) return
+        while ((getline line <before) > 0) print line >file
+        close(before)
+        getline line <(before ".line")
+        print line >(file ".line")
+        close(file ".line")
+    }
     /^ \* >>api  / { exit }
     { sub(/^ \* ?/, "") }
     inside {
@@ -562,22 +578,19 @@ awk -v out="$doc/manual" -v header="$header" '
         }
         if (indent < 0) {
             indent = RLENGTH
-            print NR, header >(file ".line")
-            close(file ".line")
+            if (behind) print "#line", NR, "\"" header "\"" >file
+            else {
+                print NR, header >(file ".line")
+                close(file ".line")
+            }
         }
-        if (RLENGTH < indent || $0 ~ /\[compiles\]/ || $0 ~ /^ *\*\//) { inside = 0; close(file) }
+        if (RLENGTH < indent || $0 ~ /\[compiles/ || $0 ~ /^ *\*\//) { inside = 0; close(file) }
         else {
             for (; blank > 0; blank--) print "" >file
             print substr($0, indent + 1) >file
         }
     }
-    /\[compiles\]/ {
-        inside = 1
-        indent = -1
-        blank = 0
-        file = out "_" ++count ".block"
-        printf "" >file
-    }' "$header"
+    /\[compiles( behind it)?\]/ { begin() }' "$header"
 
 # How a block is compiled depends on what is in it: a program, functions, or statements.
 doc_block() { # doc_block <block>
@@ -658,6 +671,16 @@ elif [ ! -f "$doc/readme_1.block" ]; then
     fail "doc: README.md has no \`\`\`c block"
 fi
 [ -f "$doc/manual_1.block" ] || fail "doc: the manual has no program marked [compiles]"
+
+# ---- what the manual builds of conditions is what tests/condition_test.c runs, whole
+
+sed -n '/^ \* CONDITIONS/,/^ \* RULES/s/^ \*     //p' "$header" >"$work/conditions"
+sed -n '/^typedef struct join/,$p' tests/conditions.h | grep . >"$work/conditions_tested"
+if [ -s "$work/conditions" ] && diff "$work/conditions" "$work/conditions_tested" >"$work/conditions_diff"; then
+    ok "doc: the manual's CONDITIONS are tests/conditions.h"
+else
+    fail "doc: the manual's CONDITIONS are tests/conditions.h" "$work/conditions_diff"
+fi
 
 # ---- README's first code block is the example that `make run` runs, whole
 

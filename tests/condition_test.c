@@ -1,6 +1,8 @@
 /* Coroutines that wait for each other. */
 #include "test.h"
 
+#include "conditions.h"
+
 static tsrv_condition condition;
 static tsrv_loop *loop;
 
@@ -306,4 +308,480 @@ TEST_LOOP(pool_serves_all_and_never_more_at_once)
     CHECK_INT(served, 5);
     CHECK_INT(most_in_use, 2);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+/* ---- what the manual builds with it: see conditions.h --------------------------------------*/
+
+static unsigned seed;
+
+/* The same numbers in every run. */
+static int below(int most)
+{
+    seed = seed * 1103515245u + 12345u;
+    return (int)(seed >> 16) % most;
+}
+
+static void spawn_many(tsrv_callback callback, int *ids, int count)
+{
+    for (int i = 0; i < count; i++) {
+        ids[i] = i + 1;
+        CHECK_INT(tsrv_spawn(loop, callback, &ids[i]), TSRV_OK);
+    }
+}
+
+static void run_and_free(void)
+{
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+/* ---- a join ----*/
+
+typedef struct helpers {
+    join all;
+    int sleep_ms; /* of each */
+} helpers;
+
+static void help(void *context)
+{
+    helpers *h = (helpers *)context;
+    do {
+        tsrv_sleep(h->sleep_ms);
+    } while (h->sleep_ms == 1 && !h->all.over);
+    t_record(h->all.running);
+    join_end(&h->all);
+}
+
+/* On the stack of who waits: helpers that are left would write where others are by then. */
+static void join_helpers(int sleep_ms, int timeout_ms, int expected)
+{
+    helpers h;
+    memset(&h, 0, sizeof h);
+    h.sleep_ms = sleep_ms;
+    for (int i = 0; i < 5; i++) {
+        h.all.running++;
+        CHECK_INT(tsrv_spawn(loop, help, &h), TSRV_OK);
+    }
+    CHECK_INT(join_wait(&h.all, timeout_ms), expected);
+    CHECK_INT(h.all.running, 0);
+    CHECK_INT(t_record_count(), 5);
+    CHECK(h.all.over == (expected != TSRV_OK));
+    CHECK(h.all.ended.first == NULL);
+}
+
+static void join_in_time(void *context)
+{
+    (void)context;
+    join_helpers(2, TSRV_NEVER, TSRV_OK);
+}
+
+TEST_LOOP(join_waits_for_all)
+{
+    loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, join_in_time, NULL), TSRV_OK);
+    run_and_free();
+}
+
+static void join_too_late(void *context)
+{
+    (void)context;
+    join_helpers(1, 5, TSRV_ETIMEOUT); /* they go on until they are asked to end */
+}
+
+TEST_LOOP(join_whose_time_is_over_waits_on)
+{
+    loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, join_too_late, NULL), TSRV_OK);
+    run_and_free();
+}
+
+static void join_in_a_loop_that_is_freed(void *context)
+{
+    (void)context;
+    join_helpers(1000000, TSRV_NEVER, TSRV_ECLOSED);
+    t_record(100);
+}
+
+TEST_LOOP(join_ends_with_its_loop)
+{
+    loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, join_in_a_loop_that_is_freed, NULL), TSRV_OK);
+    for (int i = 0; i < 3; i++) {
+        CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    }
+    CHECK_INT(t_record_count(), 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(t_recorded(5), 100);
+}
+
+static join shared;
+
+static void await_shared(void *context)
+{
+    (void)context;
+    CHECK_INT(join_wait(&shared, TSRV_NEVER), TSRV_OK);
+    CHECK_INT(shared.running, 0);
+    t_record(1);
+}
+
+/* Woken, but there is one more by then. */
+TEST_LOOP(join_looks_again)
+{
+    memset(&shared, 0, sizeof shared);
+    shared.running = 1;
+    loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, await_shared, NULL), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    join_end(&shared);
+    shared.running++;
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(t_record_count(), 0);
+    join_end(&shared);
+    run_and_free();
+    CHECK_INT(t_record_count(), 1);
+}
+
+/* ---- a semaphore ----*/
+
+enum { PLACES = 3 };
+static semaphore places;
+static int inside, most_inside;
+
+static void open_places(int count)
+{
+    memset(&places, 0, sizeof places);
+    places.free = count;
+    inside = most_inside = 0;
+    loop = t_new_loop();
+}
+
+static void enter(void)
+{
+    inside++;
+    most_inside = inside > most_inside ? inside : most_inside;
+}
+
+static void leave(void)
+{
+    inside--;
+    semaphore_give(&places);
+}
+
+static void enter_and_leave(void *context)
+{
+    CHECK_INT(semaphore_take(&places, TSRV_NEVER), TSRV_OK);
+    t_record(*(int *)context);
+    enter();
+    tsrv_sleep(below(3));
+    leave();
+}
+
+TEST_LOOP(semaphore_lets_so_many_in_and_in_their_order)
+{
+    int ids[40];
+    open_places(PLACES);
+    spawn_many(enter_and_leave, ids, 40);
+    run_and_free();
+    CHECK_INT(most_inside, PLACES);
+    CHECK_INT(places.free, PLACES);
+    CHECK_INT(places.waiting, 0);
+    for (int i = 0; i < 40; i++) {
+        CHECK_INT(t_recorded(i), i + 1);
+    }
+}
+
+/* Gives and takes without a wait between: those who wait come first. */
+static void come_again(void *context)
+{
+    for (int i = 0; i < 3; i++) {
+        enter_and_leave(context);
+    }
+}
+
+TEST_LOOP(semaphore_is_not_taken_again_before_others)
+{
+    static const int expected[] = {1, 2, 3, 1, 2, 3, 1, 2, 3};
+    int ids[3];
+    open_places(1);
+    spawn_many(come_again, ids, 3);
+    run_and_free();
+    check_records(expected, 9);
+}
+
+static int served_of_many, given_up;
+
+/* Some wait for ever, and must be served; others give up at any moment. */
+static void come_at_random(void *context)
+{
+    int id = *(int *)context;
+    for (int i = 0; i < 20; i++) {
+        int rc = semaphore_take(&places, id % 2 == 0 ? TSRV_NEVER : below(3));
+        CHECK(places.free >= 0 && places.free + inside + (rc == TSRV_OK) <= PLACES);
+        if (rc == TSRV_OK) {
+            enter();
+            served_of_many++;
+            if (below(2) == 0) {
+                CHECK_INT(tsrv_sleep(below(3)), TSRV_OK);
+            }
+            leave();
+        } else {
+            CHECK_INT(rc, TSRV_ETIMEOUT);
+            CHECK(id % 2 == 1);
+            given_up++;
+        }
+        if (below(4) == 0) {
+            CHECK_INT(tsrv_sleep(below(2)), TSRV_OK);
+        }
+    }
+}
+
+TEST_LOOP(semaphore_loses_nothing)
+{
+    int ids[20];
+    for (unsigned run = 1; run <= 5; run++) {
+        seed = run;
+        served_of_many = given_up = 0;
+        open_places(PLACES);
+        spawn_many(come_at_random, ids, 20);
+        run_and_free(); /* it returns: nobody waits any more */
+        CHECK_INT(served_of_many + given_up, 400);
+        CHECK(given_up > 0);
+        CHECK_INT(most_inside, PLACES);
+        CHECK_INT(places.free, PLACES);
+        CHECK_INT(places.waiting, 0);
+    }
+}
+
+/* The first has it, and comes again when the loop has ended the waits of the two others, who do not know yet. */
+static void have_and_come_again(void *context)
+{
+    (void)context;
+    CHECK_INT(semaphore_take(&places, TSRV_NEVER), TSRV_OK);
+    CHECK_INT(tsrv_sleep(1000000), TSRV_ECLOSED);
+    semaphore_give(&places);
+    t_record(semaphore_take(&places, TSRV_NEVER));
+    semaphore_give(&places);
+}
+
+static void want(void *context)
+{
+    (void)context;
+    t_record(semaphore_take(&places, TSRV_NEVER));
+}
+
+TEST_LOOP(semaphore_passes_on_what_was_given_to_who_gives_up)
+{
+    static const int expected[] = {TSRV_ECLOSED, TSRV_ECLOSED, TSRV_OK};
+    int ids[2];
+    open_places(1);
+    CHECK_INT(tsrv_spawn(loop, have_and_come_again, NULL), TSRV_OK);
+    spawn_many(want, ids, 2);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    check_records(expected, 3);
+    CHECK_INT(places.free, 1);
+    CHECK_INT(places.waiting, 0);
+}
+
+/* ---- a pool ----*/
+
+static pool things;
+static char made[100];
+static int made_count, alive_count; /* things */
+
+static void open_pool(void)
+{
+    memset(&things, 0, sizeof things);
+    things.places.free = 8;
+    made_count = alive_count = inside = most_inside = 0;
+    loop = t_new_loop();
+}
+
+/* Making one takes time, and may fail; one may break. */
+static void use_thing(void *context)
+{
+    (void)context;
+    for (int i = 0; i < 5; i++) {
+        void *thing;
+        CHECK_INT(pool_take(&things, &thing, TSRV_NEVER), TSRV_OK);
+        enter();
+        if (thing == NULL) {
+            CHECK_INT(tsrv_sleep(1), TSRV_OK);
+            thing = below(4) == 0 ? NULL : &made[made_count++];
+            alive_count += thing != NULL;
+            CHECK(alive_count <= 8);
+        }
+        if (thing != NULL) {
+            CHECK_INT(*(char *)thing, 0); /* nobody else has it */
+            *(char *)thing = 1;
+            CHECK_INT(tsrv_sleep(below(2)), TSRV_OK);
+            *(char *)thing = 0;
+            if (below(8) == 0) {
+                thing = NULL;
+                alive_count--;
+            }
+        }
+        inside--;
+        pool_give(&things, thing);
+        CHECK(things.idle_count <= alive_count);
+    }
+}
+
+TEST_LOOP(pool_has_no_more_than_its_places)
+{
+    int ids[16];
+    open_pool();
+    seed = 1;
+    spawn_many(use_thing, ids, 16);
+    run_and_free();
+    CHECK_INT(most_inside, 8);
+    CHECK(made_count > 8 && made_count < 80);
+    CHECK_INT(things.idle_count, alive_count);
+    CHECK_INT(things.places.free, 8);
+}
+
+static void take_thing(void *context)
+{
+    int id = *(int *)context;
+    void *thing = &made[0];
+    int rc = pool_take(&things, &thing, id == 9 ? 5 : TSRV_NEVER);
+    CHECK(thing == NULL);
+    t_record(id);
+    t_record(rc);
+    if (id == 9) {
+        tsrv_loop_stop(loop);
+    } else if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_sleep(1000000), TSRV_ECLOSED);
+        pool_give(&things, &made[id]);
+    }
+}
+
+/* The ninth gives up, the tenth waits until the loop is freed. */
+TEST_LOOP(pool_may_have_none)
+{
+    int ids[10];
+    open_pool();
+    spawn_many(take_thing, ids, 10);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 18);
+    CHECK_INT(t_recorded(16), 9);
+    CHECK_INT(t_recorded(17), TSRV_ETIMEOUT);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(t_recorded(18), 10);
+    CHECK_INT(t_recorded(19), TSRV_ECLOSED);
+    CHECK_INT(things.idle_count, 8);
+    CHECK_INT(things.places.free, 8);
+    CHECK_INT(things.places.waiting, 0);
+}
+
+/* ---- a queue ----*/
+
+static queue items;
+static int numbers[1000], put_order[1000];
+static int put_count, got_count, producing;
+
+static void open_queue(void)
+{
+    memset(&items, 0, sizeof items);
+    items.room.free = 16;
+    put_count = got_count = 0;
+    loop = t_new_loop();
+}
+
+/* Tries until it is in. */
+static void put(int number, int timeout_ms)
+{
+    int rc;
+    numbers[number] = number;
+    while ((rc = queue_put(&items, &numbers[number], timeout_ms)) != TSRV_OK) {
+        CHECK_INT(rc, TSRV_ETIMEOUT);
+        CHECK(timeout_ms >= 0);
+    }
+    put_order[put_count++] = number;
+    CHECK(items.put - items.got <= 16);
+}
+
+static void produce(void *context)
+{
+    int id = *(int *)context;
+    for (int i = 0; i < 100; i++) {
+        put((id - 1) * 100 + i, id % 2 == 0 ? TSRV_NEVER : below(2));
+        if (below(10) == 0) {
+            CHECK_INT(tsrv_sleep(below(3)), TSRV_OK);
+        }
+    }
+    if (--producing == 0) {
+        for (int i = 0; i < 3; i++) { /* the consumers end */
+            put(900 + i, TSRV_NEVER);
+        }
+    }
+}
+
+static void consume(void *context)
+{
+    int id = *(int *)context, last[9], number = 0;
+    memset(last, -1, sizeof last);
+    do {
+        void *item = NULL;
+        int rc = queue_get(&items, &item, id == 1 ? below(2) : TSRV_NEVER);
+        if (rc == TSRV_OK) {
+            number = *(int *)item;
+            CHECK_INT(number, put_order[got_count++]); /* the very next one that was put */
+            CHECK(number >= 900 || number > last[number / 100]);
+            last[number < 900 ? number / 100 : 0] = number;
+        } else {
+            CHECK_INT(rc, TSRV_ETIMEOUT);
+            CHECK(id == 1 && item == NULL);
+        }
+        if (below(10) == 0) {
+            CHECK_INT(tsrv_sleep(below(3)), TSRV_OK);
+        }
+    } while (number < 900);
+}
+
+TEST_LOOP(queue_keeps_the_order_and_loses_nothing)
+{
+    int producers[5], consumers[3];
+    open_queue();
+    seed = 1;
+    producing = 5;
+    spawn_many(produce, producers, 5);
+    spawn_many(consume, consumers, 3);
+    run_and_free();
+    CHECK_INT(put_count, 503);
+    CHECK_INT(got_count, 503);
+    CHECK_INT(items.room.free, 16);
+    CHECK_INT(items.filled.free, 0);
+}
+
+static void fill(void *context)
+{
+    void *none = NULL;
+    (void)context;
+    CHECK_INT(queue_get(&items, &none, 3), TSRV_ETIMEOUT);
+    CHECK(none == NULL);
+    for (int i = 0; i < 16; i++) {
+        put(i, 0);
+    }
+    CHECK_INT(queue_put(&items, &numbers[16], 3), TSRV_ETIMEOUT);
+    CHECK_INT(items.put, 16);
+    tsrv_loop_stop(loop);
+    CHECK_INT(queue_put(&items, &numbers[16], TSRV_NEVER), TSRV_ECLOSED);
+    CHECK_INT(items.put, 16);
+    for (int i = 0; i < 16; i++) { /* what is in it can still be got */
+        void *item;
+        CHECK_INT(queue_get(&items, &item, 0), TSRV_OK);
+        CHECK_INT(*(int *)item, i);
+    }
+    t_record(1);
+}
+
+TEST_LOOP(queue_may_be_full_and_empty)
+{
+    open_queue();
+    CHECK_INT(tsrv_spawn(loop, fill, NULL), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(items.room.free, 16);
 }

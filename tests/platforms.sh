@@ -44,7 +44,7 @@ examples() { # examples <target> <sources...>
     target=$1
     shift
     for source; do
-        case $source in *tls.c) continue ;; esac # no OpenSSL
+        case $source in *tls.c | *postgres.c) continue ;; esac # no OpenSSL, no libpq
         # shellcheck disable=SC2086
         $ZIG cc -target "$target" -std=c99 -O0 $warnings -o "$out/program" "$source" || return 1
     done
@@ -54,6 +54,7 @@ tests() { # tests <target>
     for source in tests/*_test.c; do
         case $source in
         *tls_test.c) continue ;;        # no OpenSSL
+        *postgres_test.c) continue ;;   # no libpq
         *supervisor*_test.c) continue ;; # look by Linux's means: namespaces, affinity, TCP_INFO
         esac
         # shellcheck disable=SC2086
