@@ -1,5 +1,5 @@
-/* http_head.h - takes the head of a request apart, for http.c. It is strict: what others could read
- * in another way, and take another part of the input for the next request, is malformed. */
+/* http_head.h - takes the head of a request apart, for http.c and status.c. It is strict: what others
+ * could read in another way, and take another part of the input for the next request, is malformed. */
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>

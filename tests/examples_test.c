@@ -1964,6 +1964,299 @@ TEST_ONCE(production_serves_counts_and_ends)
     expect_end(&p);
 }
 
+/* ---- status -------------------------------------------------------------------------------*/
+
+#define TEXT "text/plain; charset=utf-8"
+#define KEPT(status, type, size)                                                    \
+    "HTTP/1.1 " status "\r\nContent-Type: " type "\r\nContent-Length: " size "\r\n" \
+    "Cache-Control: no-store\r\n\r\n"
+#define ENDED(status, type, size)                                                   \
+    "HTTP/1.1 " status "\r\nContent-Type: " type "\r\nContent-Length: " size "\r\n" \
+    "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
+
+/* Starts the example with so many workers. Returns it, and in admin the port to see it by. */
+static program start_status(const char *processes, int *admin)
+{
+    char line[256];
+    program p = start_with("status", "0", processes);
+    CHECK(t_read_line(p.output, line, sizeof line));
+    CHECK_INT(sscanf(line, "status: look at http://127.0.0.1:%d/", admin), 1);
+    return p;
+}
+
+/* Receives an answer of that type. Returns its body, which lives until the next, and its status. */
+static const char *receive_body(int fd, const char *type, int *status)
+{
+    static char text[65536];
+    char head[1024], expected[256];
+    size_t used = 0, size = 0;
+    while (used < 4 || memcmp(head + used - 4, "\r\n\r\n", 4) != 0) {
+        CHECK(used + 1 < sizeof head);
+        CHECK_INT(t_recv(fd, head + used, 1), 1);
+        head[++used] = 0;
+    }
+    CHECK_INT(sscanf(head, "HTTP/1.1 %d ", status), 1);
+    snprintf(expected, sizeof expected, "\r\nContent-Type: %s\r\n", type);
+    CHECK_INT(t_count(head, expected), 1);
+    CHECK_INT(sscanf(strstr(head, "\r\nContent-Length:"), "\r\nContent-Length: %zu", &size), 1);
+    CHECK(size < sizeof text);
+    CHECK_INT(t_recv(fd, text, size), size);
+    text[size] = 0;
+    CHECK_INT(strlen(text), size);
+    return text;
+}
+
+static const char *ask_body(int fd, const char *path, const char *type)
+{
+    char request[128];
+    int status;
+    snprintf(request, sizeof request, "GET %s HTTP/1.1\r\nHost: x\r\n\r\n", path);
+    t_sends(fd, request);
+    const char *text = receive_body(fd, type, &status);
+    CHECK_INT(status, 200);
+    return text;
+}
+
+static const char *receive_readiness(int fd, bool *ready)
+{
+    int status;
+    const char *text = receive_body(fd, TEXT, &status);
+    CHECK(status == 200 || status == 503);
+    *ready = status == 200;
+    return text;
+}
+
+TEST_ONCE(status_answers_probes_on_a_kept_connection)
+{
+    int admin;
+    program p = start_status("2", &admin);
+    int fd = t_connect(admin);
+    static const exchange_step steps[] = {
+        {"GET /healthz HTTP/1.1\r\n\r\n", KEPT("200 OK", TEXT, "3") "ok\n"},
+        {"GET /readyz HTTP/1.1\r\n\r\n", KEPT("200 OK", TEXT, "3") "ok\n"},
+        {"GET /readyz?verbose HTTP/1.1\r\n\r\n", KEPT("200 OK", TEXT, "3") "ok\n"},
+        {"HEAD /healthz HTTP/1.1\r\n\r\n", KEPT("200 OK", TEXT, "3")},
+        {"GET /none HTTP/1.1\r\n\r\n", KEPT("404 Not Found", TEXT, "0")},
+        {"GET /metrics/ HTTP/1.1\r\n\r\n", KEPT("404 Not Found", TEXT, "0")},
+        {"POST /metrics HTTP/1.1\r\n\r\n",
+         KEPT("405 Not Allowed\r\nAllow: GET, HEAD", TEXT, "0")},
+        {"DELETE / HTTP/1.1\r\nContent-Length: 0\r\n\r\n",
+         KEPT("405 Not Allowed\r\nAllow: GET, HEAD", TEXT, "0")},
+        {"GET /healthz HTTP/1.1\r\n\r\nGET /none HTTP/1.1\r\n\r\nGET /readyz HTTP/1.1\r\n\r\n",
+         KEPT("200 OK", TEXT, "3") "ok\n" KEPT("404 Not Found", TEXT, "0")
+             KEPT("200 OK", TEXT, "3") "ok\n"},
+        {"GET /healthz HTTP/1.1\r\nConnection: close\r\n\r\n",
+         ENDED("200 OK", TEXT, "3") "ok\n"},
+    };
+    PLAY(fd, steps);
+    t_leave(fd);
+    /* What could be taken in two ways, and what has a body that nobody reads, is the last. */
+    static const exchange_step lasts[] = {
+        {"nonsense\r\n\r\nGET / HTTP/1.1\r\n\r\n", ENDED("400 Bad Request", TEXT, "0")},
+        {"GET /healthz HTTP/1.1\r\nContent-Length: 9\r\n\r\nGET / HTT",
+         ENDED("200 OK", TEXT, "3") "ok\n"},
+    };
+    for (size_t i = 0; i < sizeof lasts / sizeof lasts[0]; i++) {
+        fd = t_connect(admin);
+        play(fd, &lasts[i], 1);
+        t_leave(fd);
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Prometheus' text: how often each name comes, once a worker. */
+static void check_metrics(const char *text, int workers)
+{
+    static const char *const names[] = {
+        "connections_accepted_total", "connections_open",   "connections_closed_total",
+        "received_bytes_total",       "sent_bytes_total",   "worker_restarts_total",
+        "loop_lag_seconds",           "loop_lag_max_seconds"};
+    static const char *const reasons[] = {"well", "here", "timeout", "reset", "error"};
+    char part[128];
+    for (int worker = 0; worker <= workers; worker++) {
+        for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+            snprintf(part, sizeof part, "\ntsrv_%s{worker=\"%d\"} ", names[i], worker);
+            CHECK_INT(t_count(text, part), worker < workers);
+        }
+        for (size_t i = 0; i < sizeof reasons / sizeof reasons[0]; i++) {
+            snprintf(part, sizeof part,
+                     "\ntsrv_connections_ended_total{worker=\"%d\",reason=\"%s\"} ", worker,
+                     reasons[i]);
+            CHECK_INT(t_count(text, part), worker < workers);
+        }
+    }
+    CHECK(strncmp(text, "# HELP ", 7) == 0);
+    CHECK(text[strlen(text) - 1] == '\n');
+}
+
+/* The sum of a counter of all workers. */
+static int sum_metric(const char *text, const char *name)
+{
+    char part[64];
+    int sum = 0;
+    snprintf(part, sizeof part, "\ntsrv_%s{worker=\"", name);
+    for (const char *at = strstr(text, part); at != NULL; at = strstr(at + 1, part)) {
+        sum += atoi(strchr(at, ' '));
+    }
+    return sum;
+}
+
+#define METRICS "text/plain; version=0.0.4; charset=utf-8"
+
+/* Asks, over a new connection each time, until the sum is as expected. */
+static void await_metric(int admin, const char *name, int expected)
+{
+    int sum = -1;
+    for (int64_t end = t_patience(); sum != expected;) {
+        int fd = t_connect(admin);
+        sum = sum_metric(ask_body(fd, "/metrics", METRICS), name);
+        t_finish(fd);
+        if (t_now_ms() > end) {
+            T_FAIL("%s is %d, not %d", name, sum, expected);
+        }
+    }
+}
+
+/* Whichever worker answers: what the service has done, and not what is done on the admin port. What
+ * was sent is counted after it was. */
+TEST_ONCE(status_tells_the_figures_of_all_workers)
+{
+    enum { CLIENTS = 12 };
+    int admin, fds[CLIENTS];
+    program p = start_status("3", &admin);
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = t_connect(p.port);
+        t_echo(fds[i], "four\n");
+    }
+    await_metric(admin, "sent_bytes_total", CLIENTS * 5);
+    for (int i = 0; i < CLIENTS; i++) {
+        int fd = t_connect(admin);
+        const char *text = ask_body(fd, "/metrics", METRICS);
+        check_metrics(text, 3);
+        CHECK_INT(sum_metric(text, "connections_accepted_total"), CLIENTS);
+        CHECK_INT(sum_metric(text, "connections_open"), CLIENTS);
+        CHECK_INT(sum_metric(text, "received_bytes_total"), CLIENTS * 5);
+        CHECK_INT(sum_metric(text, "sent_bytes_total"), CLIENTS * 5);
+        t_finish(fd);
+    }
+    for (int i = 0; i < CLIENTS; i++) {
+        t_finish(fds[i]);
+    }
+    await_metric(admin, "connections_open", 0);
+    await_metric(admin, "connections_closed_total", CLIENTS);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* The page is all there is: nothing of it comes from elsewhere, and a browser is told so. What the
+ * server says is only ever set as text. */
+TEST_ONCE(status_page_needs_nothing_else)
+{
+    static const char *const foreign[] = {"http://", "https://", "'//",  "\"//",  "=//",
+                                          "src=",    "@import",  "url(", "import ", "integrity="};
+    static const char *const unsafe[] = {"innerHTML", "outerHTML", "insertAdjacentHTML",
+                                         "document.write", "eval("};
+    int admin;
+    program p = start_status("2", &admin);
+    int fd = t_connect(admin);
+    const char *page = ask_body(fd, "/", "text/html; charset=utf-8");
+    CHECK(strncmp(page, "<!doctype html>\n", 16) == 0);
+    CHECK_STR(page + strlen(page) - 10, "</script>\n");
+    CHECK_INT(t_count(page, "default-src 'none'"), 1);
+    CHECK_INT(t_count(page, "fetch('metrics')"), 1);
+    for (size_t i = 0; i < sizeof foreign / sizeof foreign[0]; i++) {
+        if (strstr(page, foreign[i]) != NULL) {
+            T_FAIL("\"%s\" in the page", foreign[i]);
+        }
+    }
+    for (size_t i = 0; i < sizeof unsafe / sizeof unsafe[0]; i++) {
+        if (strstr(page, unsafe[i]) != NULL) {
+            T_FAIL("\"%s\" in the page", unsafe[i]);
+        }
+    }
+    CHECK_INT(t_count(page, "href="), 1);
+    CHECK_INT(t_count(page, "href='data:,'"), 1);
+    /* The connection goes on, and HEAD tells the size. */
+    char head[256];
+    snprintf(head, sizeof head, KEPT("200 OK", "text/html; charset=utf-8", "%zu"), strlen(page));
+    t_sends(fd, "HEAD / HTTP/1.1\r\n\r\n");
+    t_expect(fd, head);
+    t_finish(fd);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* While a line is under way its worker drains. New connections are refused on both ports; a probe
+ * that has kept its own hears it once. Each has a request under way when the drain comes: how long
+ * an idle one is left alone is for time to say. */
+TEST_ONCE(status_is_not_ready_in_a_drain)
+{
+    enum { PROBES = 6 };
+    static const char first[] = "GET /readyz HTTP/1.1\r\n\r\nGET /readyz HT";
+    int admin, probes[PROBES];
+    program p = start_status("2", &admin);
+    int busy = t_connect(p.port);
+    t_echo(busy, "hello\n");
+    t_sends(busy, "unfin");
+    for (int i = 0; i < PROBES; i++) {
+        probes[i] = t_connect(admin);
+        t_sends(probes[i], first);
+        t_expect(probes[i], KEPT("200 OK", TEXT, "3") "ok\n");
+    }
+    send_signal(&p, SIGTERM);
+    int64_t end = t_patience();
+    while (!t_is_refused(p.port) || !t_is_refused(admin)) {
+        CHECK(t_now_ms() < end);
+    }
+    /* What is pipelined is answered; the last answer says so. */
+    t_sends(probes[0], "TP/1.1\r\n\r\nGET /healthz HTTP/1.1\r\n\r\n");
+    t_expect(probes[0], KEPT("503 Service Unavailable", TEXT, "9") "draining\n"
+                            ENDED("200 OK", TEXT, "3") "ok\n");
+    t_leave(probes[0]);
+    for (int i = 1; i < PROBES; i++) {
+        t_sends(probes[i], "TP/1.1\r\n\r\n");
+        t_expect(probes[i], ENDED("503 Service Unavailable", TEXT, "9") "draining\n");
+        t_leave(probes[i]);
+    }
+    t_sends(busy, "ished\n");
+    t_expect(busy, "unfinished\n");
+    t_leave(busy);
+    expect_end(&p);
+}
+
+/* In a reload who has kept a connection hears of it once, and then finds a worker that is ready, if
+ * it is not another one that is about to be replaced. */
+TEST_ONCE(status_is_ready_again_in_a_reload)
+{
+    int admin;
+    program p = start_status("2", &admin);
+    int fd = t_connect(admin);
+    bool ready = true;
+    t_sends(fd, "GET /readyz HTTP/1.1\r\n\r\nGET /readyz HT");
+    CHECK_STR(receive_readiness(fd, &ready), "ok\n"); /* one of the first workers has it */
+    send_signal(&p, SIGHUP);
+    for (int64_t end = t_patience(); ready;) {
+        t_sends(fd, "TP/1.1\r\n\r\n");
+        const char *text = receive_readiness(fd, &ready);
+        CHECK_STR(text, ready ? "ok\n" : "draining\n");
+        if (ready) {
+            t_sends(fd, "GET /readyz HT"); /* so that one is under way when the drain comes */
+        }
+        CHECK(t_now_ms() < end);
+    }
+    t_leave(fd);
+    for (int64_t end = t_patience(); !ready;) {
+        fd = t_connect(admin);
+        t_sends(fd, "GET /readyz HTTP/1.1\r\nConnection: close\r\n\r\n");
+        receive_readiness(fd, &ready);
+        t_leave(fd);
+        CHECK(t_now_ms() < end);
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
 /* ---- echo_tls, mutual_tls -----------------------------------------------------------------*/
 
 /* An `openssl s_client`, with its stdin and stdout. */
