@@ -11699,7 +11699,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
     tsrvi_buffer *buffer = pool->first;
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION) || buffer == NULL ||
-                       size - 1 >= TSRVI_DIRECT / 2 || size > mark || pool->tight)) {
+                       size - 1 >= TSRVI_DIRECT / 2 || size > mark)) {
         return tsrvi_write_any(stream, data, size);
     }
     buffer = tsrvi_pool_pop(pool);
@@ -12492,10 +12492,6 @@ static int tsrvi_stream_call(tsrv_stream *stream)
 #ifdef TSRV_DEBUG
     tsrvi_debug_call(stream);
 #endif
-    if (tsrvi_stream_is_unknown(stream)) {
-        tsrvi_stream_over(stream, TSRV_ECLOSED); /* it has ended before its PROXY header came */
-        return TSRV_OK;
-    }
     tsrvi_wait_remove(stream, &stream->own);
     stream->state = TSRVI_RUNNING;
     tsrvi_own_clear(stream, TSRVI_CONSUMED);
@@ -12503,9 +12499,14 @@ static int tsrvi_stream_call(tsrv_stream *stream)
         stream->own.woken = false;
         tsrvi_set(stream, TSRVI_WOKEN); /* for the tsrv_wait that is repeated now */
     }
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED)) &&
-        tsrvi_stream_ended(stream) != 0) {
-        tsrvi_own_set(stream, TSRVI_TOLD);
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED))) {
+        if (tsrvi_stream_is_unknown(stream)) {
+            tsrvi_stream_over(stream, TSRV_ECLOSED); /* it has ended before its PROXY header came */
+            return TSRV_OK;
+        }
+        if (tsrvi_stream_ended(stream) != 0) {
+            tsrvi_own_set(stream, TSRVI_TOLD);
+        }
     }
     if (options->mode == TSRV_COROUTINE) {
         rc = tsrvi_co_new(tsrvi_loop_of(stream), options->stack_size, tsrvi_stream_main, stream,
@@ -12943,7 +12944,6 @@ static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
     return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
            !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
            stream->queued == TSRVI_IN_SETTLE &&
-           TSRVI_LIKELY(!tsrvi_loop_of(stream)->streams.pool.tight) &&
            (TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_TIMED)) || tsrvi_stream_is_timed(stream));
 }
 
@@ -12989,13 +12989,19 @@ static inline TSRVI_INLINE void tsrvi_stream_settled(tsrv_stream *stream, bool r
  *   turn     see tsrvi_stream_resume */
 static TSRVI_APART void tsrvi_stream_settle(tsrv_stream *stream, bool resumes, bool turn)
 {
+    bool resumed;
     if (tsrvi_is(stream, TSRVI_BORROWED)) {
         tsrvi_clear(stream, TSRVI_BORROWED);
         tsrvi_input_release(stream);
     }
     tsrvi_stream_send_on(stream);
-    tsrvi_stream_settled(stream,
-                         resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn));
+    resumed = resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn);
+    if (TSRVI_UNLIKELY(tsrvi_loop_of(stream)->streams.pool.tight)) {
+        tsrvi_stream_send_on(stream);
+        tsrvi_stream_rest(stream); /* the quick way would leave it waiting for input */
+    } else {
+        tsrvi_stream_settled(stream, resumed);
+    }
 }
 
 /* ============================================================================
