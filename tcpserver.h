@@ -222,7 +222,14 @@
  *              tsrv_strerror knows both. Out of memory is a code too, never an exit.
  *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
  *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
- *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
+ *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one. The buffers of
+ *              all streams together have one only with tsrv_loop_options.max_total_buffer, and
+ *              connections with max_connections and max_per_address.
+ *   Slowness   Whoever computes or blocks stops all others of its loop. A turn that takes longer
+ *              than slow_ms, 1 s, is logged with the connection or callback that took it: hand such
+ *              work to tsrv_run_in_thread.
+ *   Proxies    Behind HAProxy and its like all clients seem to have one address; with
+ *              proxy_protocol they have their own.
  *   Log        Lines go to stderr, or to tsrv_set_log's function. The loop never waits for its log,
  *              and peers cannot flood it. INFO is what a server does, see tsrv_set_log_level.
  *   Descriptors
@@ -465,7 +472,9 @@ typedef struct tsrv_tls tsrv_tls;       /* certificates and rules of TLS (SSLCon
  * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream
  * is called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not
  * touch it. Read where nothing can wait (a timer, another stream's callback-mode handler) it is
- * valid until that returns. After a read that failed it is "" with size 0. */
+ * valid until that returns. Until then its `size` bytes are the program's, which may change them in
+ * place (cast the const away): to unmask a WebSocket frame, for example, needs no copy. After a
+ * read that failed it is "" with size 0. */
 typedef struct tsrv_slice {
     const char *data; /* never NULL after a read */
     size_t size;      /* bytes */
