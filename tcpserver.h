@@ -10205,17 +10205,20 @@ static bool tsrvi_output_fits(const tsrv_stream *stream, size_t size)
     return size <= limit && owned <= limit - size;
 }
 
-/* The same of max_total_buffer. The buffer that all receive into is nobody's. */
-static bool tsrvi_loop_has_room(const tsrv_loop *loop, size_t size)
+/* Bytes of all streams' buffers. That which all receive into is nobody's. */
+static size_t tsrvi_loop_buffered(const tsrv_loop *loop)
 {
     const tsrvi_buffer *input = loop->streams.input;
-    size_t most = loop->streams.most, used;
-    if (TSRVI_LIKELY(most == SIZE_MAX)) {
-        return true;
-    }
-    used = tsrvi_pool_in_use(&loop->streams.pool) - (input == NULL ? 0 : input->capacity);
-    size += size == 0 ? 0 : TSRVI_LARGE; /* buffers are larger than what they hold */
-    return size <= most && used <= most - size;
+    return tsrvi_pool_in_use(&loop->streams.pool) - (input == NULL ? 0 : input->capacity);
+}
+
+/* The same of max_total_buffer; buffers are larger than what they hold. */
+static bool tsrvi_loop_has_room(const tsrv_loop *loop, size_t size)
+{
+    size_t most = loop->streams.most;
+    return TSRVI_LIKELY(most == SIZE_MAX) ||
+           (most > TSRVI_LARGE && size <= most - TSRVI_LARGE &&
+            tsrvi_loop_buffered(loop) <= most - TSRVI_LARGE - size);
 }
 
 /* Copy data behind what is queued: all of it, or nothing and -ENOMEM. */
@@ -11587,6 +11590,8 @@ static void tsrvi_lending_add(tsrv_stream *stream, tsrvi_lending *lending, const
     tsrvi_output_seal(stream);
     tsrvi_queue_append(&stream->out, buffer);
     stream->unsent += piece->size;
+    tsrvi_clear(stream, TSRVI_SILENT);
+    tsrvi_stream_soon(stream);
 }
 
 /* What is left of a piece keeps its place, as a copy. Returns TSRV_OK or -ENOMEM. */
@@ -11627,8 +11632,6 @@ static int tsrvi_lending_send(tsrv_stream *stream, tsrvi_lending *lending, bool 
 {
     const tsrvi_buffer *last = lending->count == 0 ? NULL : tsrvi_lending_last(lending);
     int rc = TSRV_OK, kept;
-    tsrvi_clear(stream, TSRVI_SILENT);
-    tsrvi_stream_soon(stream);
     tsrvi_stream_flush(stream);
     if (tsrvi_write_broken(stream) != TSRV_OK || (last != NULL && last->kind == TSRVI_DROPPED)) {
         rc = tsrvi_write_broken(stream);
@@ -12802,8 +12805,9 @@ static TSRVI_APART void tsrvi_stream_drain(tsrv_stream *stream)
 static TSRVI_APART void tsrvi_loop_weigh(tsrv_loop *loop)
 {
     tsrvi_pool *pool = &loop->streams.pool;
+    size_t most = loop->streams.most;
     bool was_tight = pool->tight;
-    pool->tight = !tsrvi_loop_has_room(loop, was_tight ? loop->streams.most / 4 : 0);
+    pool->tight = tsrvi_loop_buffered(loop) > (was_tight ? most - most / 4 : most);
     if (!was_tight || pool->tight) {
         return;
     }
