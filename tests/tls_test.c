@@ -56,8 +56,8 @@ static void add_extension(X509 *certificate, X509 *issuer, int nid, const char *
     X509_EXTENSION_free(extension);
 }
 
-/* issuer NULL: signed by itself. names and usage: extensions, NULL = none. Valid until a day after
- * (or before) now. */
+/* issuer NULL: signed by itself. names and usage: extensions, NULL = none. Valid until a month after
+ * now, or a day before. */
 static identity make_identity(const identity *issuer, const char *common, const char *names,
                               const char *usage, bool authority, bool expired)
 {
@@ -69,7 +69,7 @@ static identity make_identity(const identity *issuer, const char *common, const 
     X509_set_version(made.certificate, 2);
     ASN1_INTEGER_set(X509_get_serialNumber(made.certificate), serial++);
     X509_gmtime_adj(X509_getm_notBefore(made.certificate), -2 * day);
-    X509_gmtime_adj(X509_getm_notAfter(made.certificate), expired ? -day : day);
+    X509_gmtime_adj(X509_getm_notAfter(made.certificate), expired ? -day : 30 * day);
     CHECK(X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const unsigned char *)common, -1,
                                      -1, 0) == 1);
     X509_set_issuer_name(made.certificate, X509_get_subject_name(signer->certificate));
@@ -570,7 +570,7 @@ TEST_ONCE(test_context_key_with_passphrase)
     close(input[1]);
     options.cert_file = path("server_cert.pem");
     options.key_file = path("locked_key.pem");
-    expect_refused(&options, TSRV_ETLS, "/locked_key.pem: it is encrypted, and there is no password");
+    expect_refused(&options, TSRV_ETLS, "/locked_key.pem: it is encrypted, and there is no key_password");
     CHECK(dup2(saved, 0) == 0);
     close(input[0]);
     close(saved);
