@@ -222,7 +222,14 @@
  *              tsrv_strerror knows both. Out of memory is a code too, never an exit.
  *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
  *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
- *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one.
+ *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one. The buffers of
+ *              all streams together have one only with tsrv_loop_options.max_total_buffer, and
+ *              connections with max_connections and max_per_address.
+ *   Slowness   Whoever computes or blocks stops all others of its loop. A turn that takes longer
+ *              than slow_ms, 1 s, is logged with the connection or callback that took it: hand such
+ *              work to tsrv_run_in_thread.
+ *   Proxies    Behind HAProxy and its like all clients seem to have one address; with
+ *              proxy_protocol they have their own.
  *   Log        Lines go to stderr, or to tsrv_set_log's function. The loop never waits for its log,
  *              and peers cannot flood it. INFO is what a server does, see tsrv_set_log_level.
  *   Descriptors
@@ -307,10 +314,12 @@
  *     >>tls_options contexts from options
  *     >>shared      counters of all workers
  *     >>peer        a peer's address
+ *     >>proxy_header the PROXY protocol's headers
  *     >>addresses   how many connections an address has
  *     >>stream      one connection: what is known of it
  *     >>debug       mistakes of a program, named
  *     >>transport   what carries its bytes
+ *     >>proxy       a stream before its PROXY header has come
  *     >>tls_session sessions: their socket, as OpenSSL sees it
  *     >>tls_hello   what a client's first message decides: names, tickets
  *     >>tls_transport TLS as a transport
@@ -328,6 +337,7 @@
  *     >>settle      what follows from facts
  *     >>event       what happens to a stream
  *     >>server      servers: their options
+ *     >>admit       who may connect
  *     >>accept      listeners: accepting, and pausing
  *     >>listen      servers: starting and stopping
  *     >>metrics     counters as text
@@ -464,7 +474,9 @@ typedef struct tsrv_tls tsrv_tls;       /* certificates and rules of TLS (SSLCon
  * counted, so that sscanf and strncasecmp are safe. Valid until the next read on the same stream
  * is called or the handler returns (TSRV_EAGAIN included); other waits of a coroutine do not
  * touch it. Read where nothing can wait (a timer, another stream's callback-mode handler) it is
- * valid until that returns. After a read that failed it is "" with size 0. */
+ * valid until that returns. Until then its `size` bytes are the program's, which may change them in
+ * place (cast the const away): to unmask a WebSocket frame, for example, needs no copy. After a
+ * read that failed it is "" with size 0. */
 typedef struct tsrv_slice {
     const char *data; /* never NULL after a read */
     size_t size;      /* bytes */
@@ -923,6 +935,9 @@ enum {
     TSRV_TLS_REQUIRED = 2  /* without a valid one the handshake fails */
 };
 
+/* Values of tsrv_server_options.proxy_protocol. */
+enum { TSRV_PROXY_NONE = 0, TSRV_PROXY_REQUIRED = 1 };
+
 /* Values of tsrv_tls_options.min_version. */
 enum {
     TSRV_TLS_1_2 = 0x0303, /* the default */
@@ -1032,7 +1047,14 @@ typedef struct tsrv_server_options {
     int max_per_address;      /* open streams of one IPv4 address, or of one /64 of IPv6, in this
                                  process; one too many is reset before a handler sees it, and
                                  counted; 0 = no limit */
-    int handshake_timeout_ms; /* of TLS, all of it; 0 = 10 s */
+    int proxy_protocol;       /* TSRV_PROXY_NONE (0) or TSRV_PROXY_REQUIRED: every connection must
+                                 begin with a header of the PROXY protocol, version 1 or 2, before
+                                 TLS, and is the client's then: in tsrv_peer_address, the limits,
+                                 on_accept and the log. What has no good one is TSRV_EPROXY: reset,
+                                 counted and logged, and the handler is not called */
+    const char *proxy_from;   /* who may send one, others are reset: "10.0.0.0/8, ::1, unix:"; NULL
+                                 = everyone, who could then claim to be anybody */
+    int handshake_timeout_ms; /* of the PROXY header and TLS together; 0 = 10 s */
     int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
     int read_timeout_ms;      /* a whole read; 0 = off */
     int write_timeout_ms;     /* unsent output and no byte of it taken for so long; 0 = 60 s */
@@ -1206,7 +1228,10 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
 typedef struct tsrv_connect_options {
     int timeout_ms; /* for all addresses and the handshake together; 0 = 10 s, TSRV_NEVER */
     tsrv_tls *tls;  /* NULL = plain TCP */
-    const char *server_name; /* whose certificate it must be; NULL = host */
+    const char *server_name;       /* whose certificate it must be; NULL = host */
+    const tsrv_address *proxy_for; /* send a PROXY header of version 2 first, for that client; one
+                                      without a family: the connection is our own (LOCAL); NULL =
+                                      none */
 } tsrv_connect_options;
 
 /* Connect, in a coroutine. The addresses of a name are tried as RFC 8305 has it: families in turn,
@@ -1436,7 +1461,20 @@ TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms);
 /* The peer's address, kept from accept. Returns TSRV_OK. */
 TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address);
 
-/* Our own address. Returns TSRV_OK, TSRV_ECLOSED, -errno of getsockname. */
+/* Who has sent the stream's PROXY header: tsrv_peer_address is the client's then. Returns TSRV_OK;
+ * TSRV_EINVAL without tsrv_server_options.proxy_protocol. */
+TSRV_API int tsrv_proxy_address(tsrv_stream *stream, tsrv_address *address);
+
+/* What the PROXY header says besides addresses: the first TLV of a type, such as 0x02
+ * (PP2_TYPE_AUTHORITY, the name that the client has asked for) or 0x20 (PP2_TYPE_SSL). Valid as
+ * long as the stream.
+ *   type   0 to 255; see HAProxy's proxy-protocol.txt, 2.2
+ *   slice  receives its value; not terminated
+ * Returns TSRV_OK; TSRV_EINVAL when there is none. */
+TSRV_API int tsrv_proxy_tlv(tsrv_stream *stream, int type, tsrv_slice *slice);
+
+/* Our own address; behind a proxy that of the connection from it. Returns TSRV_OK, TSRV_ECLOSED,
+ * -errno of getsockname. */
 TSRV_API int tsrv_local_address(tsrv_stream *stream, tsrv_address *address);
 
 /* The descriptor, for socket options only; -1 when closed. */
@@ -4260,13 +4298,16 @@ typedef struct tsrvi_loop_streams {
     size_t limit_size;        /* and how much it is */
     tsrvi_buffer *input;      /* what all receive into */
     tsrv_stream *input_owner; /* whose unread bytes or slice are in it */
-    tsrvi_pool pool;          /* of buffers */
-    size_t most;              /* max_total_buffer; SIZE_MAX = no limit */
-    tsrvi_timer trim;         /* when its large ones are looked at, whether they are used */
-    tsrvi_link sessions;      /* that keep their buffers, the last used last */
-    int session_count;        /* of them */
-    tsrv_address address;     /* the peer's, while a handler is called */
-    tsrv_stream *addressed;   /* whose it is */
+    /* A stream's PROXY header has come, or not: see >>admit. Returns as a
+     * transport's shake. */
+    int (*introduced)(tsrv_stream *stream, const tsrv_address *client, int rc);
+    tsrvi_pool pool;        /* of buffers */
+    size_t most;            /* max_total_buffer; SIZE_MAX = no limit */
+    tsrvi_timer trim;       /* when its large ones are looked at, whether they are used */
+    tsrvi_link sessions;    /* that keep their buffers, the last used last */
+    int session_count;      /* of them */
+    tsrv_address address;   /* the peer's, while a handler is called */
+    tsrv_stream *addressed; /* whose it is */
 } tsrvi_loop_streams;
 
 /* Of >>server. */
@@ -8216,7 +8257,8 @@ static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
  * ==========================================================================*/
 
 typedef struct tsrvi_peer {
-    uint16_t family;
+    uint8_t family;
+    bool local;    /* it is connected by a unix socket: behind a proxy both are different things */
     uint16_t port; /* network order */
     uint32_t scope;
     union {
@@ -8263,7 +8305,8 @@ static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
 {
     tsrvi_sockaddr inside;
     tsrvi_address_load(address, &inside);
-    peer->family = (uint16_t)tsrv_address_family(address);
+    peer->family = (uint8_t)tsrv_address_family(address);
+    peer->local = peer->family == AF_UNIX;
     if (peer->family == AF_INET) {
         peer->port = inside.four.sin_port;
         memcpy(peer->u.ip, &inside.four.sin_addr, 4);
@@ -8286,6 +8329,389 @@ static void tsrvi_peer_free(tsrvi_peer *peer)
     if (peer->family == AF_UNIX) {
         TSRV_FREE(peer->u.whole);
     }
+}
+
+/* ============================================================================
+ * >>proxy_header  The PROXY protocol: headers, and who may send them
+ *
+ * As in HAProxy's doc/proxy-protocol.txt, versions 1 (text) and 2 (binary). The
+ * functions here know bytes and addresses, and nothing of streams.
+ * ==========================================================================*/
+
+#define TSRVI_PROXY_LINE ((size_t)107) /* the longest header of version 1, CRLF included: 2.1 */
+#define TSRVI_PROXY_SIGNATURE ((size_t)12)
+#define TSRVI_PROXY_FIXED ((size_t)16)    /* of version 2, before the addresses */
+#define TSRVI_PROXY_LARGEST ((size_t)232) /* that we send: two paths of unix sockets */
+#define TSRVI_PROXY_CRC32C 0x03           /* a TLV: PP2_TYPE_CRC32C */
+
+static const unsigned char tsrvi_proxy_signature[TSRVI_PROXY_SIGNATURE + 1] =
+    "\r\n\r\n\0\r\nQUIT\n";
+
+/* What a header says. */
+typedef struct tsrvi_proxied {
+    tsrv_address client; /* size 0 = the connection is the sender's own: LOCAL, UNKNOWN */
+    size_t tlvs;         /* where the TLVs begin in the header; up to its end */
+} tsrvi_proxied;
+
+/* ---- how long is it? -------------------------------------------------------*/
+
+/* Bytes of the header, as far as the first `have` of them tell; 0 = its line has not ended yet. Of
+ * what does not begin like one: SIZE_MAX. Until then nothing that lies behind it may be taken. */
+static size_t tsrvi_proxy_size(const char *header, size_t have)
+{
+    const unsigned char *bytes = (const unsigned char *)header;
+    const char *end;
+    if (have == 0) {
+        return TSRVI_PROXY_SIGNATURE; /* the shortest of either version is longer */
+    }
+    if (memcmp(header, tsrvi_proxy_signature, tsrvi_min(have, TSRVI_PROXY_SIGNATURE)) == 0) {
+        return have < TSRVI_PROXY_SIGNATURE ? TSRVI_PROXY_SIGNATURE
+               : have < TSRVI_PROXY_FIXED
+                   ? TSRVI_PROXY_FIXED
+                   : TSRVI_PROXY_FIXED + ((size_t)bytes[14] << 8) + bytes[15];
+    }
+    if (memcmp(header, "PROXY ", tsrvi_min(have, 6)) != 0) {
+        return SIZE_MAX;
+    }
+    if (have < TSRVI_PROXY_SIGNATURE) {
+        return TSRVI_PROXY_SIGNATURE;
+    }
+    end = (const char *)memchr(header, '\n', have);
+    return end != NULL ? (size_t)(end - header) + 1 : have >= TSRVI_PROXY_LINE ? SIZE_MAX : 0;
+}
+
+/* ---- version 1 -------------------------------------------------------------*/
+
+/* The next word of a line, which a blank ends, or the line's end; NULL = there is none. */
+static char *tsrvi_proxy_word(char **rest)
+{
+    char *word = *rest, *blank = word == NULL ? NULL : strchr(word, ' ');
+    if (blank != NULL) {
+        *blank = 0;
+    }
+    *rest = blank == NULL ? NULL : blank + 1;
+    return word == NULL || *word == 0 ? NULL : word;
+}
+
+/* A decimal number up to 65535, without anything around it; -1 = it is none. */
+static int tsrvi_proxy_port(const char *word)
+{
+    int port = 0;
+    size_t size = word == NULL ? 0 : strlen(word);
+    if (size == 0 || size > 5 || (word[0] == '0' && size > 1)) {
+        return -1;
+    }
+    for (; *word != 0; word++) {
+        if (*word < '0' || *word > '9') {
+            return -1;
+        }
+        port = port * 10 + (*word - '0');
+    }
+    return port > 65535 ? -1 : port;
+}
+
+/* An address and a port of a family. Returns whether they are. */
+static bool tsrvi_proxy_address(int family, const char *host, const char *service,
+                                tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    int port = tsrvi_proxy_port(service);
+    void *ip = family == AF_INET ? (void *)&inside.four.sin_addr : (void *)&inside.six.sin6_addr;
+    memset(&inside, 0, sizeof(inside));
+    if (host == NULL || port < 0 || TSRV_SYS(inet_pton, (family, host, ip)) != 1) {
+        return false;
+    }
+    inside.any.sa_family = (sa_family_t)family;
+    if (family == AF_INET) {
+        TSRVI_SET_LENGTH(inside.four.sin_len, sizeof(inside.four));
+        inside.four.sin_port = htons((uint16_t)port);
+        tsrvi_address_store(address, &inside, sizeof(inside.four));
+    } else {
+        TSRVI_SET_LENGTH(inside.six.sin6_len, sizeof(inside.six));
+        inside.six.sin6_port = htons((uint16_t)port);
+        tsrvi_address_store(address, &inside, sizeof(inside.six));
+    }
+    return true;
+}
+
+/* Returns what is wrong with it, or NULL. */
+static const char *tsrvi_proxy_parse_line(const char *header, size_t size, tsrvi_proxied *proxied)
+{
+    char line[TSRVI_PROXY_LINE + 1], *rest = line, *words[6];
+    tsrv_address ours;
+    int family;
+    if (size > TSRVI_PROXY_LINE || header[size - 2] != '\r' || memchr(header, 0, size) != NULL) {
+        return "a line that is too long, or does not end in CRLF";
+    }
+    memcpy(line, header, size);
+    line[size - 2] = 0;
+    if (strncmp(line, "PROXY UNKNOWN", 13) == 0 && (line[13] == 0 || line[13] == ' ')) {
+        return NULL; /* whatever follows: 2.1 */
+    }
+    for (int i = 0; i < 6; i++) {
+        words[i] = tsrvi_proxy_word(&rest);
+    }
+    family = words[1] == NULL                ? 0
+             : strcmp(words[1], "TCP4") == 0 ? AF_INET
+             : strcmp(words[1], "TCP6") == 0 ? AF_INET6
+                                             : 0;
+    if (family == 0 || rest != NULL ||
+        !tsrvi_proxy_address(family, words[2], words[4], &proxied->client) ||
+        !tsrvi_proxy_address(family, words[3], words[5], &ours)) {
+        return "its addresses";
+    }
+    return NULL;
+}
+
+/* ---- version 2 -------------------------------------------------------------*/
+
+/* Castagnoli's checksum, with the checksum itself as zeros. It is rare, and so without a table.
+ *   hole  where that is */
+static uint32_t tsrvi_proxy_crc32c(const char *data, size_t size, size_t hole)
+{
+    uint32_t crc = 0xFFFFFFFFu;
+    for (size_t i = 0; i < size; i++) {
+        crc ^= i - hole < 4 ? 0 : (unsigned char)data[i];
+        for (int bit = 0; bit < 8; bit++) {
+            crc = (crc & 1) != 0 ? (crc >> 1) ^ 0x82F63B78u : crc >> 1;
+        }
+    }
+    return ~crc;
+}
+
+/* The value of the first TLV of a type. Returns whether there is one. */
+static bool tsrvi_proxy_find(const char *header, size_t size, size_t tlvs, int type,
+                             tsrv_slice *value)
+{
+    const unsigned char *bytes = (const unsigned char *)header;
+    for (size_t at = tlvs; at + 3 <= size; at += 3 + value->size) {
+        value->data = header + at + 3;
+        value->size = (size_t)bytes[at + 1] << 8 | bytes[at + 2];
+        if (bytes[at] == type) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Do the TLVs fill the header exactly, and is the checksum right if there is one? Returns what is
+ * wrong, or NULL. */
+static const char *tsrvi_proxy_check_tlvs(const char *header, size_t size, size_t tlvs)
+{
+    const unsigned char *bytes = (const unsigned char *)header;
+    tsrv_slice sum;
+    size_t at = tlvs;
+    uint32_t crc;
+    while (size - at >= 3) {
+        size_t length = (size_t)bytes[at + 1] << 8 | bytes[at + 2];
+        if (length > size - at - 3) {
+            break;
+        }
+        at += 3 + length;
+    }
+    if (at != size) {
+        return "a TLV that reaches beyond it";
+    }
+    if (!tsrvi_proxy_find(header, size, tlvs, TSRVI_PROXY_CRC32C, &sum)) {
+        return NULL;
+    }
+    bytes = (const unsigned char *)sum.data;
+    crc = sum.size != 4 ? 0
+                        : (uint32_t)bytes[0] << 24 | (uint32_t)bytes[1] << 16 |
+                              (uint32_t)bytes[2] << 8 | (uint32_t)bytes[3];
+    return sum.size == 4 && crc == tsrvi_proxy_crc32c(header, size, (size_t)(sum.data - header))
+               ? NULL
+               : "its checksum";
+}
+
+/* The client's address, in front of ours. Ports stand behind both addresses. */
+static void tsrvi_proxy_load(const char *from, int family, tsrv_address *address)
+{
+    tsrvi_sockaddr inside;
+    memset(&inside, 0, sizeof(inside));
+    inside.any.sa_family = (sa_family_t)family;
+    if (family == AF_INET) {
+        TSRVI_SET_LENGTH(inside.four.sin_len, sizeof(inside.four));
+        memcpy(&inside.four.sin_addr, from, 4);
+        memcpy(&inside.four.sin_port, from + 8, 2);
+        tsrvi_address_store(address, &inside, sizeof(inside.four));
+    } else if (family == AF_INET6) {
+        TSRVI_SET_LENGTH(inside.six.sin6_len, sizeof(inside.six));
+        memcpy(&inside.six.sin6_addr, from, 16);
+        memcpy(&inside.six.sin6_port, from + 32, 2);
+        tsrvi_address_store(address, &inside, sizeof(inside.six));
+    } else {
+        size_t size = tsrvi_min(sizeof(inside.local.sun_path), 108), used = size;
+        memcpy(inside.local.sun_path, from, size);
+        while (used != 0 && from[used - 1] == 0) {
+            used--; /* of a path one is its end, and none of an unnamed socket */
+        }
+        used += used != 0 && used < size && from[0] != 0;
+        TSRVI_SET_LENGTH(inside.local.sun_len, offsetof(struct sockaddr_un, sun_path) + used);
+        tsrvi_address_store(address, &inside, offsetof(struct sockaddr_un, sun_path) + used);
+    }
+}
+
+/* Returns what is wrong with it, or NULL. */
+static const char *tsrvi_proxy_parse_binary(const char *header, size_t size, tsrvi_proxied *proxied)
+{
+    static const int families[] = {AF_UNSPEC, AF_INET, AF_INET6, AF_UNIX};
+    static const uint8_t sizes[] = {0, 12, 36, 216}; /* of both addresses */
+    unsigned command = (unsigned char)header[12], kind = (unsigned char)header[13];
+    if (command >> 4 != 2 || (command & 15) > 1) {
+        return "its version, or its command";
+    }
+    if (kind >> 4 > 3 || (kind & 15) > 2) {
+        return "its family";
+    }
+    if (size - TSRVI_PROXY_FIXED < sizes[kind >> 4]) {
+        if ((command & 15) == 0) {
+            proxied->tlvs = size; /* LOCAL: all of it is to be passed over: 2.2 */
+            return NULL;
+        }
+        return "its addresses";
+    }
+    proxied->tlvs = TSRVI_PROXY_FIXED + sizes[kind >> 4];
+    if ((command & 15) == 1 && (kind & 15) == 1 && kind >> 4 != 0) { /* PROXY, STREAM */
+        tsrvi_proxy_load(header + TSRVI_PROXY_FIXED, families[kind >> 4], &proxied->client);
+    }
+    return tsrvi_proxy_check_tlvs(header, size, proxied->tlvs);
+}
+
+/* A whole header of either version. Returns what is wrong with it, or NULL. */
+static const char *tsrvi_proxy_parse(const char *header, size_t size, tsrvi_proxied *proxied)
+{
+    memset(proxied, 0, sizeof(*proxied));
+    proxied->tlvs = size;
+    return header[0] == 'P' ? tsrvi_proxy_parse_line(header, size, proxied)
+                            : tsrvi_proxy_parse_binary(header, size, proxied);
+}
+
+/* ---- sending one -----------------------------------------------------------*/
+
+/* Write a header of version 2 for a client: where it came to is not known, and said to be `to`, if
+ * that is of its family. Of an address without a family the connection is our own: LOCAL. Returns
+ * its size. */
+static size_t tsrvi_proxy_build(const tsrv_address *client, const tsrv_address *to, char *header)
+{
+    tsrvi_sockaddr ends[2];
+    int family = tsrv_address_family(client);
+    size_t ip = family == AF_INET ? 4 : family == AF_INET6 ? 16 : family == AF_UNIX ? 108 : 0;
+    size_t size = family == AF_UNIX ? 216 : ip == 0 ? 0 : 2 * ip + 4;
+    char *at = header + TSRVI_PROXY_FIXED;
+    memset(header, 0, TSRVI_PROXY_FIXED + size);
+    memcpy(header, tsrvi_proxy_signature, TSRVI_PROXY_SIGNATURE);
+    header[12] = ip == 0 ? 0x20 : 0x21;
+    header[13] = family == AF_INET ? 0x11 : family == AF_INET6 ? 0x21 : ip == 0 ? 0 : 0x31;
+    header[15] = (char)size;
+    tsrvi_address_load(client, &ends[0]);
+    memset(&ends[1], 0, sizeof(ends[1]));
+    if (tsrv_address_family(to) == family) {
+        tsrvi_address_load(to, &ends[1]);
+    }
+    for (int i = 0; i < 2 && ip != 0; i++, at += ip) {
+        const void *from = family == AF_INET    ? (const void *)&ends[i].four.sin_addr
+                           : family == AF_INET6 ? (const void *)&ends[i].six.sin6_addr
+                                                : (const void *)ends[i].local.sun_path;
+        memcpy(at, from, family == AF_UNIX ? tsrvi_min(ip, sizeof(ends[i].local.sun_path)) : ip);
+    }
+    if (family == AF_INET || family == AF_INET6) {
+        for (int i = 0; i < 2; i++) {
+            memcpy(at + 2 * i, family == AF_INET ? &ends[i].four.sin_port : &ends[i].six.sin6_port,
+                   2);
+        }
+    }
+    return TSRVI_PROXY_FIXED + size;
+}
+
+/* ---- who may send one ------------------------------------------------------*/
+
+/* Addresses that begin with the same bits; IPv4 as IPv6 has it. */
+typedef struct tsrvi_network {
+    unsigned char ip[16];
+    int bits; /* -1 = every unix socket */
+} tsrvi_network;
+
+static const unsigned char tsrvi_ip_mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
+
+/* One of a list: "10.0.0.0/8", "::1", "unix:". Returns whether it is. */
+static bool tsrvi_network_parse(char *text, tsrvi_network *network)
+{
+    char *slash = strchr(text, '/');
+    int bits = slash == NULL ? -1 : tsrvi_proxy_port(slash + 1);
+    if (strcmp(text, "unix:") == 0) {
+        network->bits = -1;
+        return true;
+    }
+    if (slash != NULL) {
+        *slash = 0;
+    }
+    memcpy(network->ip, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped));
+    if (TSRV_SYS(inet_pton, (AF_INET, text, network->ip + 12)) == 1) {
+        network->bits = slash == NULL ? 128 : bits + 96;
+        return slash == NULL || (bits >= 0 && bits <= 32);
+    }
+    network->bits = slash == NULL ? 128 : bits;
+    return TSRV_SYS(inet_pton, (AF_INET6, text, network->ip)) == 1 &&
+           (slash == NULL || (bits >= 0 && bits <= 128));
+}
+
+/* A list of them, with commas or blanks between. Returns how many; TSRV_EINVAL; -ENOMEM. */
+static int tsrvi_networks_parse(const char *text, tsrvi_network **networks)
+{
+    static const char between[] = ", \t";
+    size_t most = strlen(text) / 2 + 1;
+    int count = 0;
+    *networks = (tsrvi_network *)tsrvi_zalloc(most * sizeof(**networks));
+    if (*networks == NULL) {
+        return -ENOMEM;
+    }
+    for (text += strspn(text, between); *text != 0; text += strspn(text, between)) {
+        char one[INET6_ADDRSTRLEN + 5];
+        size_t size = strcspn(text, between);
+        memcpy(one, text, tsrvi_min(size, sizeof(one) - 1));
+        one[tsrvi_min(size, sizeof(one) - 1)] = 0;
+        if (size >= sizeof(one) || !tsrvi_network_parse(one, &(*networks)[count])) {
+            TSRV_FREE(*networks);
+            *networks = NULL;
+            return TSRV_EINVAL;
+        }
+        count++;
+        text += size;
+    }
+    return count;
+}
+
+static bool tsrvi_network_has(const tsrvi_network *network, const unsigned char *ip)
+{
+    size_t whole = (size_t)network->bits / 8;
+    unsigned rest = (unsigned)network->bits % 8;
+    return memcmp(network->ip, ip, whole) == 0 &&
+           (rest == 0 || (network->ip[whole] ^ ip[whole]) >> (8 - rest) == 0);
+}
+
+/* Is the address in one of them? */
+static bool tsrvi_networks_have(const tsrvi_network *networks, int count,
+                                const tsrv_address *address)
+{
+    unsigned char ip[16];
+    tsrvi_sockaddr inside;
+    int family = tsrv_address_family(address);
+    tsrvi_address_load(address, &inside);
+    if (family == AF_INET) {
+        memcpy(ip, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped));
+        memcpy(ip + 12, &inside.four.sin_addr, 4);
+    } else if (family == AF_INET6) {
+        memcpy(ip, &inside.six.sin6_addr, 16);
+    }
+    for (int i = 0; i < count; i++) {
+        if (networks[i].bits < 0 ? family == AF_UNIX
+                                 : (family == AF_INET || family == AF_INET6) &&
+                                       tsrvi_network_has(&networks[i], ip)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* ============================================================================
@@ -8578,6 +9004,8 @@ struct tsrv_server {
     int number;                /* see >>shared; -1 = none */
     uint64_t open;             /* streams whose descriptor is open */
     tsrvi_addresses addresses; /* of their peers, with max_per_address */
+    tsrvi_network *proxies;    /* proxy_from */
+    int proxy_count;
     struct tsrvi_bound *bound; /* what tsrv_server_bind has bound for tsrv_server_start */
     int bound_count;
     bool started;           /* tsrv_server_start has been called */
@@ -9182,17 +9610,24 @@ static inline TSRVI_INLINE ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *i
                                       : tsrvi_error();
 }
 
+/* As tsrvi_plain_recv, but the bytes stay where they are. */
+static ssize_t tsrvi_plain_peek_at(tsrv_stream *stream, char *into, size_t size)
+{
+    ssize_t got;
+    do {
+        got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT | MSG_PEEK));
+    } while (got < 0 && errno == EINTR);
+    return got > 0                    ? got
+           : got == 0                 ? (ssize_t)TSRV_EOF
+           : tsrvi_would_block(errno) ? (ssize_t)TSRV_EAGAIN
+                                      : tsrvi_error();
+}
+
 static int tsrvi_plain_peek(tsrv_stream *stream)
 {
     char byte;
-    ssize_t got;
-    do {
-        got = TSRV_SYS(recv, (stream->io.fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK));
-    } while (got < 0 && errno == EINTR);
-    return got > 0                    ? (int)TSRV_OK
-           : got == 0                 ? (int)TSRV_EOF
-           : tsrvi_would_block(errno) ? (int)TSRV_EAGAIN
-                                      : tsrvi_error();
+    ssize_t got = tsrvi_plain_peek_at(stream, &byte, 1);
+    return got > 0 ? (int)TSRV_OK : (int)got;
 }
 
 /* tcp(7): SIOCOUTQ, which is TIOCOUTQ there; ioctl(2) of the BSDs: FIONWRITE; macOS: SO_NWRITE.
@@ -9200,7 +9635,7 @@ static int tsrvi_plain_peek(tsrv_stream *stream)
 static bool tsrvi_plain_is_delivered(const tsrv_stream *stream)
 {
     int kept = -1;
-    if (stream->peer.family == AF_UNIX) {
+    if (stream->peer.local) {
         return true;
     }
 #if defined(SO_NWRITE)
@@ -9328,6 +9763,196 @@ static inline TSRVI_INLINE bool tsrvi_transport_holds(const tsrv_stream *stream)
 {
     return TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SESSION)) &&
            stream->session->transport->holds(stream);
+}
+
+/* ============================================================================
+ * >>proxy  The PROXY protocol: a stream before its header has come
+ *
+ * Where it is on, a stream begins with a session that only shakes hands: it
+ * takes the header from the socket, and nothing of what lies behind that, since
+ * a TLS handshake may. The handler is not called before, and the program knows
+ * nothing of the stream. Then the stream goes on as one of the client: see
+ * tsrvi_stream_introduced in >>admit.
+ * ==========================================================================*/
+
+#define TSRVI_ALIGNED(type) ((sizeof(type) + 15) & ~(size_t)15)
+#define TSRVI_STREAM_SIZE TSRVI_ALIGNED(tsrv_stream)
+
+/* In the stream's memory, behind it. */
+typedef struct tsrvi_proxy {
+    tsrvi_session session;
+    tsrvi_peer sender; /* who has connected; stream->peer becomes the client */
+    char *header;      /* NULL before its first byte, and when nothing of it is needed any more */
+    size_t size;       /* of it; until it has come what there is room for */
+    size_t have;
+    size_t tlvs;   /* where they begin */
+    bool asks;     /* on_accept is to be asked */
+    bool admitted; /* the client is counted */
+} tsrvi_proxy;
+
+/* NULL = the stream's server does without. */
+static tsrvi_proxy *tsrvi_proxy_of(tsrv_stream *stream)
+{
+    return stream->server->options.proxy_protocol == TSRV_PROXY_NONE
+               ? NULL
+               : (tsrvi_proxy *)(void *)((char *)stream + TSRVI_STREAM_SIZE);
+}
+
+/* Where the program's own bytes begin in a stream's memory. */
+static size_t tsrvi_stream_data_at(const tsrv_server *server)
+{
+    return TSRVI_STREAM_SIZE +
+           (server->options.proxy_protocol == TSRV_PROXY_NONE ? 0 : TSRVI_ALIGNED(tsrvi_proxy));
+}
+
+/* Room for so many bytes of the header. */
+static int tsrvi_proxy_reserve(tsrvi_proxy *proxy, size_t size)
+{
+    char *more = size <= proxy->size ? proxy->header : (char *)TSRV_REALLOC(proxy->header, size);
+    if (more == NULL) {
+        return -ENOMEM;
+    }
+    proxy->header = more;
+    proxy->size = size > proxy->size ? size : proxy->size;
+    return TSRV_OK;
+}
+
+/* Receive the next part of a line whose length is not known: what lies behind it stays. */
+static ssize_t tsrvi_proxy_receive_line(tsrv_stream *stream, char *into, size_t size)
+{
+    ssize_t got = tsrvi_plain_peek_at(stream, into, size);
+    const char *end = got > 0 ? (const char *)memchr(into, '\n', (size_t)got) : NULL;
+    return got <= 0 ? got
+                    : tsrvi_plain_recv(stream, into,
+                                       end != NULL ? (size_t)(end - into) + 1 : (size_t)got);
+}
+
+/* Receive more of the header. Returns TSRV_OK: all of it is there; or as a transport's shake. */
+static int tsrvi_proxy_receive(tsrv_stream *stream, tsrvi_proxy *proxy)
+{
+    ssize_t got = 1;
+    while (got > 0) {
+        size_t size = tsrvi_proxy_size(proxy->header, proxy->have);
+        size_t room = size == 0 ? TSRVI_PROXY_LINE : size;
+        int rc;
+        if (size == proxy->have) {
+            return TSRV_OK;
+        }
+        if (size == SIZE_MAX) {
+            return TSRV_EPROXY;
+        }
+        if ((rc = tsrvi_proxy_reserve(proxy, room)) < 0) {
+            return rc;
+        }
+        got = size == 0 ? tsrvi_proxy_receive_line(stream, proxy->header + proxy->have,
+                                                   room - proxy->have)
+                        : tsrvi_plain_recv(stream, proxy->header + proxy->have, size - proxy->have);
+        proxy->have += got > 0 ? (size_t)got : 0;
+    }
+    return got == TSRV_EOF ? (int)TSRV_EPROXY : (int)got;
+}
+
+/* Say what is wrong with the header of a stream, unless it is only somebody who has connected and
+ * gone again, as a health check does. */
+static void tsrvi_proxy_complain(const tsrvi_proxy *proxy, const char *fault)
+{
+    tsrv_address address;
+    char text[TSRV_ADDRESS_SIZE];
+    if (proxy->have != 0) {
+        tsrvi_peer_load(&proxy->sender, &address);
+        tsrvi_log_limited(TSRVI_LOG_PROXY, TSRV_LOG_WARNING, "PROXY header from %s: %s",
+                          tsrv_address_format(&address, text, sizeof(text)), fault);
+    }
+}
+
+/* The session's handshake. The stream goes on as what the header makes it, or is over. */
+static int tsrvi_proxy_shake(tsrv_stream *stream)
+{
+    tsrvi_proxy *proxy = tsrvi_proxy_of(stream);
+    tsrvi_proxied proxied;
+    int rc = tsrvi_proxy_receive(stream, proxy);
+    const char *fault;
+    if (rc == TSRV_EAGAIN) {
+        return rc;
+    }
+    if (rc == TSRV_EPROXY) {
+        tsrvi_proxy_complain(proxy, tsrvi_proxy_size(proxy->header, proxy->have) == SIZE_MAX
+                                        ? "there is none"
+                                        : "the connection has ended within it");
+    }
+    memset(&proxied, 0, sizeof(proxied));
+    if (rc == TSRV_OK &&
+        (fault = tsrvi_proxy_parse(proxy->header, proxy->have, &proxied)) != NULL) {
+        char text[96];
+        snprintf(text, sizeof(text), "malformed: %s", fault);
+        tsrvi_proxy_complain(proxy, text);
+        rc = TSRV_EPROXY;
+    }
+    proxy->size = proxy->have;
+    proxy->tlvs = proxied.tlvs;
+    if (rc < 0 || proxied.tlvs == proxy->size) {
+        TSRV_FREE(proxy->header);
+        proxy->header = NULL;
+    }
+    return tsrvi_loop_of(stream)->streams.introduced(stream, &proxied.client, rc);
+}
+
+/* Nothing is sent meanwhile: nobody knows the stream. */
+static int tsrvi_proxy_send(tsrv_stream *stream, tsrvi_sending *sending)
+{
+    (void)stream;
+    (void)sending;
+    return TSRV_OK;
+}
+
+static const tsrvi_transport tsrvi_proxy_transport = {
+    tsrvi_proxy_send,    tsrvi_plain_recv,     tsrvi_plain_peek,  tsrvi_plain_is_delivered,
+    tsrvi_plain_holds,   tsrvi_plain_is_empty, tsrvi_proxy_shake, tsrvi_plain_finish,
+    tsrvi_plain_is_over, tsrvi_plain_drop,     tsrvi_plain_free,  tsrvi_plain_watch,
+    tsrvi_plain_shut,    tsrvi_plain_error,    tsrvi_plain_close};
+
+/* Has the stream's header not come yet? */
+static inline TSRVI_INLINE bool tsrvi_stream_is_unknown(const tsrv_stream *stream)
+{
+    return TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_SESSION)) &&
+           stream->session->transport == &tsrvi_proxy_transport;
+}
+
+/* A new stream waits for its header. Returns TSRV_OK or -ENOMEM. */
+static int tsrvi_proxy_begin(tsrv_stream *stream, const tsrv_address *peer)
+{
+    tsrvi_proxy *proxy = tsrvi_proxy_of(stream);
+    proxy->session.transport = &tsrvi_proxy_transport;
+    stream->session = &proxy->session;
+    tsrvi_set(stream, TSRVI_SESSION | TSRVI_SHAKING);
+    stream->own_due_ms =
+        tsrvi_ms_after(tsrvi_loop_of(stream), stream->server->options.handshake_timeout_ms);
+    return tsrvi_peer_store(&proxy->sender, peer);
+}
+
+/* The header is there, and the stream the client's, if it names one. Returns TSRV_OK or -ENOMEM. */
+static int tsrvi_proxy_end(tsrv_stream *stream, const tsrv_address *client)
+{
+    bool local = stream->peer.local;
+    int rc = TSRV_OK;
+    stream->session = NULL;
+    tsrvi_clear(stream, TSRVI_SESSION | TSRVI_SHAKING);
+    if (client->size != 0) {
+        tsrvi_peer_free(&stream->peer);
+        memset(&stream->peer, 0, sizeof(stream->peer));
+        rc = tsrvi_peer_store(&stream->peer, client);
+        stream->peer.local = local;
+    }
+    return rc;
+}
+
+static void tsrvi_proxy_free(tsrv_stream *stream)
+{
+    tsrvi_proxy *proxy = tsrvi_proxy_of(stream);
+    if (proxy != NULL) {
+        tsrvi_peer_free(&proxy->sender);
+        TSRV_FREE(proxy->header);
+    }
 }
 
 #if TSRVI_HAS_TLS
@@ -10358,7 +10983,8 @@ static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
     tsrvi_clear(stream, TSRVI_BLOCKED | TSRVI_SHAKING);
     tsrvi_output_drop(stream);
     tsrvi_transport_of(stream)->drop(stream, TSRV_ECLOSED);
-    if (stream->server->options.max_per_address != 0) {
+    if (stream->server->options.max_per_address != 0 &&
+        (tsrvi_proxy_of(stream) == NULL || tsrvi_proxy_of(stream)->admitted)) {
         tsrv_address peer;
         tsrvi_peer_load(&stream->peer, &peer);
         tsrvi_server_uncount(stream->server, &peer);
@@ -10421,7 +11047,7 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (stream->phase == TSRVI_LINGER) {
         code = TSRV_EOF; /* all was sent; how the peer takes its leave is its own affair */
         cut = true;
-    } else if (cut && had_failed && (stream->peer.family != AF_UNIX || stream->out_end != -EPIPE)) {
+    } else if (cut && had_failed && (!stream->peer.local || stream->out_end != -EPIPE)) {
         code = stream->out_end; /* Linux reports a reset once, and the failed send has seen it; but
                                    EPIPE of a unix socket only says that the peer has closed */
         cut = code == TSRV_EOF;
@@ -10812,8 +11438,7 @@ static TSRVI_APART void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
      * at every close of the peer's (unix_poll): a reset leaves an error, also behind the end of the
      * input. */
     if (!tsrvi_stream_output_failed(stream)) {
-        bool reset =
-            stream->in_end == 0 && !tsrvi_is(stream, TSRVI_FIN) && stream->peer.family != AF_UNIX;
+        bool reset = stream->in_end == 0 && !tsrvi_is(stream, TSRVI_FIN) && !stream->peer.local;
         int error = reset ? -ECONNRESET : tsrvi_transport_of(stream)->error(stream);
         if (error != TSRV_OK) {
             tsrvi_stream_end_output(stream, error);
@@ -10868,6 +11493,18 @@ static void tsrvi_stream_shake(tsrv_stream *stream)
         stream->server->stats->handshakes_failed++;
         tsrvi_stream_end_input(stream, rc);
     }
+}
+
+/* It has taken too long. */
+static void tsrvi_stream_shake_late(tsrv_stream *stream)
+{
+    tsrv_stats *stats = stream->server->stats;
+    if (tsrvi_stream_is_unknown(stream)) {
+        stats->proxies_failed++;
+    } else {
+        stats->handshakes_failed++;
+    }
+    tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
 }
 
 /* ============================================================================
@@ -11757,7 +12394,7 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
     tsrvi_buffer *buffer = pool->first;
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION) || buffer == NULL ||
-                       size - 1 >= TSRVI_DIRECT / 2 || size > mark || pool->tight)) {
+                       size - 1 >= TSRVI_DIRECT / 2 || size > mark)) {
         return tsrvi_write_any(stream, data, size);
     }
     buffer = tsrvi_pool_pop(pool);
@@ -12093,7 +12730,7 @@ TSRV_API void *tsrv_data(tsrv_stream *stream)
 {
     return stream->server->options.data_size == 0
                ? NULL
-               : (char *)stream + ((sizeof(*stream) + 15) & ~(size_t)15);
+               : (char *)stream + tsrvi_stream_data_at(stream->server);
 }
 
 TSRV_API void tsrv_set_handler(tsrv_stream *stream, tsrv_handler handler)
@@ -12106,9 +12743,7 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on)
     if (stream->phase == TSRVI_CLOSED) {
         return TSRV_ECLOSED;
     }
-    return stream->peer.family == AF_UNIX
-               ? TSRV_OK
-               : tsrvi_option(stream->io.fd, IPPROTO_TCP, TCP_NODELAY, on);
+    return stream->peer.local ? TSRV_OK : tsrvi_option(stream->io.fd, IPPROTO_TCP, TCP_NODELAY, on);
 }
 
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
@@ -12144,6 +12779,30 @@ TSRV_API int tsrv_peer_address(tsrv_stream *stream, tsrv_address *address)
 {
     memset(address, 0, sizeof(*address));
     tsrvi_peer_load(&stream->peer, address);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_proxy_address(tsrv_stream *stream, tsrv_address *address)
+{
+    memset(address, 0, sizeof(*address));
+    if (tsrvi_proxy_of(stream) == NULL) {
+        return TSRV_EINVAL;
+    }
+    tsrvi_peer_load(&tsrvi_proxy_of(stream)->sender, address);
+    return TSRV_OK;
+}
+
+TSRV_API int tsrv_proxy_tlv(tsrv_stream *stream, int type, tsrv_slice *slice)
+{
+    const tsrvi_proxy *proxy = tsrvi_proxy_of(stream);
+    slice->data = "";
+    slice->size = 0;
+    if (proxy == NULL || proxy->header == NULL ||
+        !tsrvi_proxy_find(proxy->header, proxy->size, proxy->tlvs, type, slice)) {
+        slice->data = "";
+        slice->size = 0;
+        return TSRV_EINVAL;
+    }
     return TSRV_OK;
 }
 
@@ -12584,9 +13243,14 @@ static int tsrvi_stream_call(tsrv_stream *stream)
         stream->own.woken = false;
         tsrvi_set(stream, TSRVI_WOKEN); /* for the tsrv_wait that is repeated now */
     }
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED)) &&
-        tsrvi_stream_ended(stream) != 0) {
-        tsrvi_own_set(stream, TSRVI_TOLD);
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_FEIGNED))) {
+        if (tsrvi_stream_is_unknown(stream)) {
+            tsrvi_stream_over(stream, TSRV_ECLOSED); /* it has ended before its PROXY header came */
+            return TSRV_OK;
+        }
+        if (tsrvi_stream_ended(stream) != 0) {
+            tsrvi_own_set(stream, TSRVI_TOLD);
+        }
     }
     if (options->mode == TSRV_COROUTINE) {
         rc = tsrvi_co_new(tsrvi_loop_of(stream), options->stack_size, tsrvi_stream_main, stream,
@@ -12647,6 +13311,7 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
     server->drained += server->draining && !server->forced;
     tsrvi_peer_free(&stream->peer);
     tsrvi_transport_of(stream)->free(stream);
+    tsrvi_proxy_free(stream);
     tsrvi_list_remove(&stream->link);
     TSRV_FREE(stream);
     if (tsrvi_list_empty(&server->streams) && (server->freed || server->draining)) {
@@ -13023,7 +13688,6 @@ static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
     return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
            !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
            stream->queued == TSRVI_IN_SETTLE &&
-           TSRVI_LIKELY(!tsrvi_loop_of(stream)->streams.pool.tight) &&
            (TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_TIMED)) || tsrvi_stream_is_timed(stream));
 }
 
@@ -13069,13 +13733,19 @@ static inline TSRVI_INLINE void tsrvi_stream_settled(tsrv_stream *stream, bool r
  *   turn     see tsrvi_stream_resume */
 static TSRVI_APART void tsrvi_stream_settle(tsrv_stream *stream, bool resumes, bool turn)
 {
+    bool resumed;
     if (tsrvi_is(stream, TSRVI_BORROWED)) {
         tsrvi_clear(stream, TSRVI_BORROWED);
         tsrvi_input_release(stream);
     }
     tsrvi_stream_send_on(stream);
-    tsrvi_stream_settled(stream,
-                         resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn));
+    resumed = resumes && stream->waits != NULL && tsrvi_stream_resume(stream, turn);
+    if (TSRVI_UNLIKELY(tsrvi_loop_of(stream)->streams.pool.tight)) {
+        tsrvi_stream_send_on(stream);
+        tsrvi_stream_rest(stream); /* the quick way would leave it waiting for input */
+    } else {
+        tsrvi_stream_settled(stream, resumed);
+    }
 }
 
 /* ============================================================================
@@ -13196,8 +13866,7 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
         if (stream->phase == TSRVI_LINGER) {
             tsrvi_stream_close_socket(stream, false);
         } else if (tsrvi_is(stream, TSRVI_SHAKING)) {
-            stream->server->stats->handshakes_failed++;
-            tsrvi_stream_kill(stream, TSRV_ETIMEOUT);
+            tsrvi_stream_shake_late(stream);
         } else if (tsrvi_is(stream, TSRVI_BLOCKED)) {
             tsrvi_stream_kill(stream, tsrvi_stream_output_failed(stream) ? stream->out_end
                                                                          : (int)TSRV_ETIMEOUT);
@@ -13226,6 +13895,13 @@ static void tsrvi_stream_run(tsrvi_task *task)
     tsrvi_stream_settle(stream, turn, turn);
 }
 
+/* Begin TLS, if the server has it. */
+static int tsrvi_stream_secure(tsrv_stream *stream)
+{
+    const tsrv_tls *tls = stream->server->options.tls;
+    return tls == NULL ? TSRV_OK : tsrvi_tls_begin(stream, tls, NULL);
+}
+
 /* A stream for a connected, non-blocking socket, which it takes over when it succeeds. Its handler
  * waits for its first turn. */
 static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *peer,
@@ -13236,8 +13912,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     tsrv_stream *stream;
     int rc;
     *made = NULL;
-    if (server->options.data_size != 0) {
-        size = ((size + 15) & ~(size_t)15) + server->options.data_size;
+    if (server->options.data_size != 0 || server->options.proxy_protocol != TSRV_PROXY_NONE) {
+        size = tsrvi_stream_data_at(server) + server->options.data_size;
     }
     if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
         return rc;
@@ -13265,14 +13941,17 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
         tsrvi_set(stream, TSRVI_ENDED);
         stream->out_end = -EPIPE; /* it is over already, which a send would raise the signal for */
     }
-    if (server->options.tls != NULL &&
-        (rc = tsrvi_tls_begin(stream, server->options.tls, NULL)) < 0) {
+    rc = server->options.proxy_protocol == TSRV_PROXY_NONE ? tsrvi_stream_secure(stream)
+                                                           : tsrvi_proxy_begin(stream, peer);
+    if (rc < 0) {
+        tsrvi_proxy_free(stream);
         tsrvi_peer_free(&stream->peer);
         TSRV_FREE(stream);
         loop->heap.reserved--;
         return rc;
     }
-    tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
+    tsrvi_wait_add(stream, &stream->own,
+                   tsrvi_stream_is_unknown(stream) ? TSRVI_FOR_SECURE : TSRVI_FOR_TURN);
     tsrvi_list_append(&server->streams, &stream->link);
     server->stats->accepted++;
     server->stats->open++;
@@ -13361,6 +14040,8 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     *server = NULL;
     if (options == NULL || options->handle_stream == NULL || options->max_connections < 0 ||
         options->max_per_address < 0 || options->data_size > SIZE_MAX / 2 ||
+        (options->proxy_protocol != TSRV_PROXY_NONE &&
+         options->proxy_protocol != TSRV_PROXY_REQUIRED) ||
         options->stack_size > SIZE_MAX / 2 ||
         (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
         return TSRV_EINVAL;
@@ -13378,6 +14059,13 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     made = (tsrv_server *)tsrvi_zalloc(sizeof(*made));
     if (made == NULL) {
         return -ENOMEM;
+    }
+    if (options->proxy_from != NULL &&
+        (made->proxy_count = tsrvi_networks_parse(options->proxy_from, &made->proxies)) < 0) {
+        int rc = made->proxy_count;
+        tsrvi_log(TSRV_LOG_ERROR, "proxy_from \"%s\": %s", options->proxy_from, tsrv_strerror(rc));
+        TSRV_FREE(made);
+        return rc;
     }
     made->options = *options;
     tsrvi_server_defaults(&made->options);
@@ -13399,6 +14087,135 @@ static int tsrvi_listener_watch(tsrvi_listener *listener)
     return tsrvi_poller_set(&listener->server->loop->poller, &listener->io,
                             tsrvi_worker_id() < 0 ? TSRV_READABLE
                                                   : TSRV_READABLE | TSRVI_EXCLUSIVE);
+}
+
+/* ============================================================================
+ * >>admit  Who may connect
+ *
+ * A connection is refused before anything is made for it: by proxy_from, by
+ * max_per_address, or by the program. Where a PROXY header comes first the last
+ * two are asked when that says who the client is.
+ * ==========================================================================*/
+
+static bool tsrvi_server_listens(const tsrv_server *server)
+{
+    const tsrvi_listener *listener = server->listeners;
+    while (listener != NULL && listener->io.fd < 0) {
+        listener = listener->next;
+    }
+    return listener != NULL;
+}
+
+/* Reset a connection for which there is no stream. */
+static void tsrvi_refuse(int fd)
+{
+    struct linger now;
+    now.l_onoff = 1;
+    now.l_linger = 0;
+    TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
+    tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
+}
+
+/* May this peer have one more connection? Then it is counted.
+ *   asks  the program, too
+ * Returns TSRV_OK, TSRV_ECLOSED (no) or -ENOMEM. */
+static int tsrvi_server_admit(tsrv_server *server, const tsrv_address *peer, bool asks)
+{
+    const tsrv_server_options *options = &server->options;
+    uint64_t key;
+    int rc = TSRV_OK;
+    if (options->max_per_address != 0 && tsrvi_address_key(peer, &key)) {
+        rc = tsrvi_addresses_add(&server->addresses, key, (uint64_t)options->max_per_address);
+        if (rc == TSRV_EFULL) {
+            char text[TSRV_ADDRESS_SIZE];
+            tsrvi_log_limited(TSRVI_LOG_REFUSED, TSRV_LOG_WARNING,
+                              "refused: %s has max_per_address (%d) connections",
+                              tsrv_address_format(peer, text, sizeof(text)),
+                              options->max_per_address);
+        }
+    }
+    if (rc == TSRV_OK && asks && options->on_accept != NULL) {
+        bool listened = tsrvi_server_listens(server);
+        rc = options->on_accept(server, peer, options->context);
+        tsrvi_slow_callback(server->loop, "on_accept", (uintptr_t)options->on_accept);
+        if (rc < 0 || server->freed || (listened && !tsrvi_server_listens(server))) {
+            /* Or on_accept has stopped it. */
+            tsrvi_server_uncount(server, peer);
+            rc = TSRV_EFULL;
+        }
+    }
+    if (rc == TSRV_EFULL) {
+        server->stats->refused++;
+    }
+    return rc == -ENOMEM ? rc : rc < 0 ? (int)TSRV_ECLOSED : (int)TSRV_OK;
+}
+
+/* May it send a PROXY header? TSRV_OK or TSRV_ECLOSED. */
+static int tsrvi_server_trusts(tsrv_server *server, const tsrv_address *peer)
+{
+    char text[TSRV_ADDRESS_SIZE];
+    if (server->options.proxy_from == NULL ||
+        tsrvi_networks_have(server->proxies, server->proxy_count, peer)) {
+        return TSRV_OK;
+    }
+    server->stats->refused++;
+    tsrvi_log_limited(TSRVI_LOG_PROXY, TSRV_LOG_WARNING, "refused: %s is not in proxy_from",
+                      tsrv_address_format(peer, text, sizeof(text)));
+    return TSRV_ECLOSED;
+}
+
+/* A stream for a connection, if its peer may have one. Takes fd over. Returns TSRV_OK, TSRV_ECLOSED
+ * (refused), or -ENOMEM and the like: then it is lost. */
+static int tsrvi_server_admit_stream(tsrv_server *server, int fd, const tsrv_address *peer,
+                                     bool asks, tsrv_stream **stream)
+{
+    bool proxied = server->options.proxy_protocol != TSRV_PROXY_NONE;
+    int rc = proxied ? tsrvi_server_trusts(server, peer) : tsrvi_server_admit(server, peer, asks);
+    *stream = NULL;
+    if (rc == TSRV_ECLOSED) {
+        tsrvi_refuse(fd);
+        return rc;
+    }
+    if (rc == TSRV_OK && (rc = tsrvi_stream_new(server, fd, peer, stream)) < 0 && !proxied) {
+        tsrvi_server_uncount(server, peer);
+    }
+    if (rc < 0) {
+        tsrvi_close_fd(fd); /* as above */
+    } else if (proxied) {
+        tsrvi_proxy_of(*stream)->asks = asks;
+    }
+    return rc;
+}
+
+/* A stream's PROXY header has come, or rc says why not: the stream goes on as the client's, if that
+ * may have one, or is over. The handler is called in the next turn. Returns as a transport's shake.
+ */
+static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *client, int rc)
+{
+    tsrv_server *server = stream->server;
+    tsrvi_proxy *proxy = tsrvi_proxy_of(stream);
+    uint32_t due_ms = stream->own_due_ms;
+    tsrv_address peer;
+    server->stats->proxies_failed += rc < 0;
+    if (rc == TSRV_OK && (rc = tsrvi_proxy_end(stream, client)) == TSRV_OK) {
+        tsrv_peer_address(stream, &peer);
+        rc = tsrvi_server_admit(server, &peer, proxy->asks);
+        proxy->admitted = rc == TSRV_OK;
+    }
+    if (rc == TSRV_OK && stream->end == 0) {
+        rc = tsrvi_stream_secure(stream);
+        stream->own_due_ms = due_ms; /* one limit for both */
+    }
+    if (rc < 0) {
+        tsrvi_stream_kill(stream, rc);
+        tsrvi_stream_over(stream, TSRV_ECLOSED); /* what there is to say has been said */
+        return TSRV_EAGAIN;
+    }
+    if (stream->state == TSRVI_NEW) {
+        tsrvi_wait_remove(stream, &stream->own);
+        tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
+    }
+    return stream->session == NULL ? TSRV_OK : TSRV_EAGAIN;
 }
 
 /* ============================================================================
@@ -13667,15 +14484,6 @@ static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool
     }
 }
 
-static bool tsrvi_server_listens(const tsrv_server *server)
-{
-    const tsrvi_listener *listener = server->listeners;
-    while (listener != NULL && listener->io.fd < 0) {
-        listener = listener->next;
-    }
-    return listener != NULL;
-}
-
 /* on_start comes before the first connection. */
 static void tsrvi_server_begin(tsrv_server *server)
 {
@@ -13721,69 +14529,6 @@ static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
             }
         }
     }
-}
-
-/* Reset a connection for which there is no stream. */
-static void tsrvi_refuse(int fd)
-{
-    struct linger now;
-    now.l_onoff = 1;
-    now.l_linger = 0;
-    TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
-    tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
-}
-
-/* May this peer have one more connection? Then it is counted.
- *   asks  the program, too
- * Returns TSRV_OK, TSRV_ECLOSED (no) or
- * -ENOMEM. */
-static int tsrvi_server_admit(tsrv_server *server, const tsrv_address *peer, bool asks)
-{
-    const tsrv_server_options *options = &server->options;
-    uint64_t key;
-    int rc = TSRV_OK;
-    if (options->max_per_address != 0 && tsrvi_address_key(peer, &key)) {
-        rc = tsrvi_addresses_add(&server->addresses, key, (uint64_t)options->max_per_address);
-        if (rc == TSRV_EFULL) {
-            char text[TSRV_ADDRESS_SIZE];
-            tsrvi_log_limited(TSRVI_LOG_REFUSED, TSRV_LOG_WARNING,
-                              "refused: %s has max_per_address (%d) connections",
-                              tsrv_address_format(peer, text, sizeof(text)),
-                              options->max_per_address);
-        }
-    }
-    if (rc == TSRV_OK && asks && options->on_accept != NULL) {
-        rc = options->on_accept(server, peer, options->context);
-        tsrvi_slow_callback(server->loop, "on_accept", (uintptr_t)options->on_accept);
-        if (rc < 0 || !tsrvi_server_listens(server)) { /* any more: on_accept has stopped it */
-            tsrvi_server_uncount(server, peer);
-            rc = TSRV_EFULL;
-        }
-    }
-    if (rc == TSRV_EFULL) {
-        server->stats->refused++;
-    }
-    return rc == -ENOMEM ? rc : rc < 0 ? (int)TSRV_ECLOSED : (int)TSRV_OK;
-}
-
-/* A stream for a connection, if its peer may have one. Takes fd over. Returns TSRV_OK, TSRV_ECLOSED
- * (refused), or -ENOMEM and the like: then it is lost. */
-static int tsrvi_server_admit_stream(tsrv_server *server, int fd, const tsrv_address *peer,
-                                     bool asks, tsrv_stream **stream)
-{
-    int rc = tsrvi_server_admit(server, peer, asks);
-    *stream = NULL;
-    if (rc == TSRV_ECLOSED) {
-        tsrvi_refuse(fd);
-        return rc;
-    }
-    if (rc == TSRV_OK && (rc = tsrvi_stream_new(server, fd, peer, stream)) < 0) {
-        tsrvi_server_uncount(server, peer);
-    }
-    if (rc < 0) {
-        tsrvi_close_fd(fd); /* as above */
-    }
-    return rc;
 }
 
 /* Make a stream of the connection that has waited longest. Its handler is to be called. Returns
@@ -13855,7 +14600,7 @@ static bool tsrvi_listener_accept(tsrvi_listener *listener)
     if (stream == NULL) {
         return true; /* refused */
     }
-    rc = tsrvi_stream_call(stream);
+    rc = tsrvi_stream_is_unknown(stream) ? TSRV_OK : tsrvi_stream_call(stream);
     tsrvi_stream_soon(stream);
     if (rc < 0) {
         server->stats->accept_errors++;
@@ -13934,6 +14679,7 @@ static int tsrvi_server_attach(tsrv_server *server)
     }
     server->retry.fire = tsrvi_server_retry;
     loop->servers.fd_closed = tsrvi_loop_fd_closed;
+    loop->streams.introduced = tsrvi_stream_introduced;
     loop->slow.describe = tsrvi_stream_describe;
     loop->slow.count = tsrvi_servers_count_turn;
     tsrvi_list_append(&loop->servers.all, &server->link);
@@ -14260,7 +15006,7 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
     tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
     for (; link != &server->streams; link = link->next) {
         tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
-        if (found->end == 0 && found->phase < TSRVI_CLOSING) {
+        if (found->end == 0 && found->phase < TSRVI_CLOSING && !tsrvi_stream_is_unknown(found)) {
             return found;
         }
     }
@@ -14482,18 +15228,29 @@ static int tsrvi_client_connect_unix(tsrv_loop *loop, const tsrvi_sockaddr *addr
     return tsrvi_client_stream(loop, fd, &address->any, size, stream);
 }
 
+/* Say whose connection it is, before anything else. */
+static int tsrvi_client_introduce(tsrv_stream *stream, const tsrv_connect_options *options)
+{
+    char header[TSRVI_PROXY_LARGEST];
+    tsrv_address to;
+    if (options == NULL || options->proxy_for == NULL) {
+        return TSRV_OK;
+    }
+    tsrv_peer_address(stream, &to);
+    return tsrv_write(stream, header, tsrvi_proxy_build(options->proxy_for, &to, header));
+}
+
 /* The handshake of a new client stream, if there is to be one; one that fails is given back. */
 static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options *options,
                                const char *host, uint64_t due)
 {
-    const char *name;
-    int rc;
-    if (options == NULL || options->tls == NULL) {
-        return TSRV_OK;
+    int rc = tsrvi_client_introduce(*stream, options);
+    bool secure = options != NULL && options->tls != NULL;
+    if (rc == TSRV_OK && secure) {
+        rc = tsrv_start_tls(*stream, options->tls,
+                            options->server_name != NULL ? options->server_name : host);
     }
-    name = options->server_name != NULL ? options->server_name : host;
-    rc = tsrv_start_tls(*stream, options->tls, name);
-    if (rc == TSRV_OK) {
+    if (rc == TSRV_OK && secure) {
         (*stream)->own_due_ms = tsrvi_ms_at(tsrvi_loop_of(*stream), due);
         rc = tsrv_wait_for_handshake(*stream);
     }
@@ -15110,6 +15867,7 @@ static void tsrvi_server_destroy(tsrv_server *server)
     }
     tsrvi_server_number_free(server->number);
     tsrvi_server_unbind(server);
+    TSRV_FREE(server->proxies);
     TSRV_FREE(server->bound);
     TSRV_FREE(server->addresses.entries);
     while (server->listeners != NULL) {

@@ -309,7 +309,7 @@ TEXT
 # What cannot fail, or only reports; then what compilers and C libraries put in on their own.
 cat >"$work/allowed" <<'TEXT'
 t_seam_(lookup|malloc|realloc|free)
-mem(cpy|move|set|chr|cmp|rchr|mem)|str(len|cmp|ncmp|chr|rchr|cspn|str|error|error_r)|v?snprintf
+mem(cpy|move|set|chr|cmp|rchr|mem)|str(len|cmp|ncmp|chr|rchr|spn|cspn|str|error|error_r)|v?snprintf
 __xpg_strerror_r|hton[sl]|ntoh[sl]|abort|fputs|fprintf|stderr
 __errno_location|__errno|__error|__isoc99_.*|__isoc23_.*scanf
 __assert_fail|__assert|__assert_rtn|__assert2|__assert13|__stderrp|__sF

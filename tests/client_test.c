@@ -153,7 +153,8 @@ static void alone(void (*function)(void))
 
 static int connect_rc(const char *host, int port, int timeout_ms)
 {
-    tsrv_connect_options options = {timeout_ms, NULL, NULL};
+    tsrv_connect_options options = {0};
+    options.timeout_ms = timeout_ms;
     tsrv_stream *stream = (tsrv_stream *)&options;
     int rc = tsrv_connect(host, port, &options, &stream);
     CHECK((rc == TSRV_OK) == (stream != NULL));
@@ -683,7 +684,8 @@ static void win_late(void)
 {
     tsrv_timer timer = {0};
     tsrv_stream *stream;
-    tsrv_connect_options options = {TSRV_NEVER, NULL, NULL};
+    tsrv_connect_options options = {0};
+    options.timeout_ms = TSRV_NEVER;
     tsrv_address peer;
     late = open_deaf("127.0.0.2", port_of_all());
     CHECK(fcntl(late.listener, F_SETFL, O_NONBLOCK) == 0);
@@ -760,7 +762,8 @@ static int queue_rc = 1;
 
 static void connect_to_queue(void *context)
 {
-    tsrv_connect_options options = {*(int *)context, NULL, NULL};
+    tsrv_connect_options options = {0};
+    options.timeout_ms = *(int *)context;
     tsrv_stream *stream;
     queue_rc = tsrv_connect(queue.host, 0, &options, &stream);
     if (queue_rc == TSRV_OK) {
@@ -865,7 +868,8 @@ static const char *fault_host;
 
 static int connect_and_echo(void)
 {
-    tsrv_connect_options options = {2000, NULL, NULL};
+    tsrv_connect_options options = {0};
+    options.timeout_ms = 2000;
     tsrv_stream *stream;
     tsrv_slice line;
     int rc = tsrv_connect(fault_host, s_port, &options, &stream);

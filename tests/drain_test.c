@@ -754,7 +754,8 @@ static int be_elsewhere(tsrv_stream *stream, const tsrv_address *address, void *
     case IN_SLEEP: e->rc = tsrv_sleep(60000); break;
     case IN_WAIT_FD: e->rc = tsrv_wait_fd(e->pipe[0], TSRV_READABLE, TSRV_NEVER); break;
     case IN_CONNECT: {
-        tsrv_connect_options options = {TSRV_NEVER, NULL, NULL};
+        tsrv_connect_options options = {0};
+        options.timeout_ms = TSRV_NEVER;
         e->rc = tsrv_connect(e->name, 0, &options, &client);
         CHECK(client == NULL);
         break;

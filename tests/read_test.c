@@ -574,3 +574,42 @@ TEST_STREAM(a_request_after_the_drains_end_is_not_taken)
         check_late_request(which);
     }
 }
+
+/* ---- slices are the program's until the next read ------------------------------------------*/
+
+/* Answers each line in capitals, which it makes where the line lies; what is behind it is still to be read. */
+static int shout(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        char *text = (char *)(uintptr_t)line.data;
+        for (size_t i = 0; i < line.size; i++) {
+            text[i] = (char)(text[i] >= 'a' && text[i] <= 'z' ? text[i] - 32 : text[i]);
+        }
+        if (line.size > 1 && t_mode == TSRV_COROUTINE) {
+            tsrv_sleep(1); /* others receive meanwhile */
+        }
+        tsrv_write(stream, line.data, line.size);
+    }
+    return rc;
+}
+
+TEST_STREAM(slices_may_be_changed_in_place)
+{
+    enum { CLIENTS = 3 };
+    int fds[CLIENTS];
+    s_serve(shout);
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = s_join();
+        t_sends(fds[i], "one\ntwo\n\nthr"); /* the terminator stands where the next line begins */
+    }
+    for (int i = 0; i < CLIENTS; i++) {
+        s_expect(fds[i], "ONE\nTWO\n\n");
+        t_sends(fds[i], "ee\nfour\n");
+        s_expect(fds[i], "THREE\nFOUR\n");
+        s_finish(fds[i]);
+    }
+    s_close();
+}
