@@ -951,8 +951,8 @@ typedef struct tsrv_tls_certificate {
     const char *key_file;
 } tsrv_tls_certificate;
 
-/* What is a file's name here has its text as another option, in PEM, for what comes from elsewhere
- * than the disk: one of the two. */
+/* A certificate, a key and whom to trust are given as a file or, when they are not kept on the
+ * disk, as a text; not as both. */
 typedef struct tsrv_tls_options {
     int verify_client;     /* TSRV_TLS_NONE (0), TSRV_TLS_OPTIONAL or TSRV_TLS_REQUIRED */
     int min_version;       /* TSRV_TLS_1_2 (0) or TSRV_TLS_1_3 */
@@ -964,29 +964,28 @@ typedef struct tsrv_tls_options {
     const tsrv_tls_certificate *certificates; /* for other host names; NULL = none */
     int certificate_count;
     void *native_context; /* an SSL_CTX to use as it is, instead of all but alpn; NULL = none */
-    const char *cert_pem; /* the text of what would be cert_file */
+    const char *cert_pem; /* the text of what would be cert_file; perhaps with the key */
     const char *key_pem;
     const char *ca_pem;
-    const char *key_password; /* of the keys that are encrypted; NULL = such a key is an error, and
+    const char *key_password; /* of the keys that are encrypted; NULL = such a key is an error:
                                  nobody is asked on the terminal */
-    const char *crl_file;  /* PEM: revoked certificates. Every CA of the peer's chain, the root too,
-                              needs a list here that is not out of date, else the peer is refused;
+    const char *crl_file;  /* PEM: lists of revoked certificates. Every CA of the peer's chain, the
+                              root too, needs one that has not expired, else the peer is refused;
                               NULL = nothing is looked up */
-    const char *ocsp_file; /* DER: the answer of cert_file's CA that it is not revoked, for clients
-                              that ask for one; fetch it and reload before it expires: after that
-                              clients get none. NULL = none */
-    /* Called when a client has said which host it wants; NULL = not wanted. It sets *tls, NULL at
-     * first, to go on with another tsrv_tls: all that this one says but ticket_hours and its
-     * on_server_name, which is not called; NULL = this one, and its certificates. The other one may
-     * be freed or reloaded afterwards. It is called from the loop, inside of the handshake: it must
-     * not wait, and nothing may be called on streams, servers and loops.
-     *   name  "" = the client has not named any
-     * Returns TSRV_OK, or a negative code to refuse the handshake (unrecognized_name). */
+    const char *ocsp_file; /* DER: the answer of the CA that the certificate is not revoked, for
+                              clients that ask for one. Replace it and reload before it expires:
+                              after that they get none. NULL = none */
+    /* Called with the host that a client asks for, before anything of its handshake is done; NULL =
+     * not wanted. To go on with another tsrv_tls set *tls, which is NULL at first: all of that
+     * one's options count, but for on_server_name and ticket_hours. Left NULL: this one's. The
+     * other one may be freed or reloaded as soon as this has returned. It is called from the loop,
+     * inside the handshake: it must not wait, nor call anything for streams, servers and loops.
+     *   name  "" = the client asks for none
+     * Returns TSRV_OK, or a negative code to refuse the handshake: unrecognized_name. */
     int (*on_server_name)(const char *name, tsrv_tls **tls, void *context);
     void *context;    /* handed to it */
-    int ticket_hours; /* until new session tickets are sealed with another key; 0 = 24; TSRV_NEVER =
-                         the same as long as the process and its workers live. A ticket is good for
-                         two hours. */
+    int ticket_hours; /* that a key seals session tickets, by the wall clock; then another does; 0 =
+                         24; TSRV_NEVER = the same one always. A ticket is good for two hours. */
 } tsrv_tls_options;
 
 /* Read certificates and keys, for servers (tsrv_server_options.tls), for tsrv_start_tls and for
@@ -7232,6 +7231,17 @@ static void tsrvi_tls_forget_errors(void)
     }
 }
 
+/* Does an error say no more than that there is no key? OpenSSL 3 tries all kinds of them. */
+static bool tsrvi_tls_is_no_key(unsigned long code)
+{
+#ifdef ERR_LIB_OSSL_DECODER
+    return ERR_GET_LIB(code) == ERR_LIB_OSSL_DECODER;
+#else
+    (void)code;
+    return false;
+#endif
+}
+
 /* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. The first one
  * is the root: those behind it only say which calls it was handed up through. */
 static const char *tsrvi_tls_reason(char *buffer, size_t size)
@@ -7241,11 +7251,9 @@ static const char *tsrvi_tls_reason(char *buffer, size_t size)
     if (ERR_GET_LIB(code) == ERR_LIB_SYS) {
         reason = strerror(ERR_GET_REASON(code)); /* OpenSSL 3 leaves these to the system */
     }
-#ifdef ERR_LIB_OSSL_DECODER
-    if (ERR_GET_LIB(code) == ERR_LIB_OSSL_DECODER) {
+    if (tsrvi_tls_is_no_key(code)) {
         reason = "no start line of a key in PEM format"; /* of OpenSSL 3: "unsupported" */
     }
-#endif
     snprintf(buffer, size, "%s", reason == NULL ? "unknown reason" : reason);
     ERR_clear_error();
     return buffer;
@@ -7332,7 +7340,7 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
     const char *host = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
     (void)alert;
     if (SSL_get_SSL_CTX(ssl) != set->context) {
-        return SSL_TLSEXT_ERR_OK; /* it has been chosen before, by on_server_name */
+        return SSL_TLSEXT_ERR_OK; /* on_server_name has chosen one, which OpenSSL does not mind */
     }
     for (int pass = 0; host != NULL && pass < 2; pass++) {
         for (int i = 0; i < set->count; i++) {
@@ -7504,6 +7512,9 @@ static int tsrvi_tls_complain_of_key(const tsrvi_tls_source *source, bool other,
         return tsrvi_tls_complain(source->option, source->file,
                                   "it is encrypted, and there is no key_password");
     }
+    if (tsrvi_tls_is_no_key(ERR_peek_error())) { /* what a wrong password has made of it */
+        return tsrvi_tls_complain(source->option, source->file, "key_password does not open it");
+    }
     used = (size_t)snprintf(reason, sizeof(reason), "key_password does not open it: ");
     tsrvi_tls_reason(reason + used, sizeof(reason) - used);
     return tsrvi_tls_complain(source->option, source->file, reason);
@@ -7555,7 +7566,7 @@ static bool tsrvi_tls_take_crl(SSL_CTX *context, X509_CRL *list, const tsrvi_tls
     const ASN1_TIME *end = X509_CRL_get0_nextUpdate(list);
     unsigned char own[TSRVI_TLS_DIGEST];
     if (end != NULL && tsrvi_tls_until(end) < 0) {
-        tsrvi_tls_warn(source, "all that it is about are refused: it is out of date since", end);
+        tsrvi_tls_warn(source, "whom its CA has signed is refused: the list has expired on", end);
     }
     return X509_STORE_add_crl(SSL_CTX_get_cert_store(context), list) == 1 &&
            X509_CRL_digest(list, EVP_sha256(), own, NULL) == 1 &&
@@ -7648,8 +7659,11 @@ static const char *tsrvi_tls_check_answer(OCSP_RESPONSE *answer, const X509 *own
         OCSP_single_get0_status(one, NULL, NULL, &begin, &end) != V_OCSP_CERTSTATUS_GOOD) {
         wrong = "the CA has answered that the certificate is not good";
     } else if (wrong == NULL && OCSP_check_validity(begin, end, 300, -1) != 1) {
-        tsrvi_tls_warn(source, "it is not stapled: it is out of its time, from or until",
-                       end == NULL ? begin : end);
+        bool over = end != NULL && tsrvi_tls_until(end) < 0;
+        tsrvi_tls_warn(source,
+                       over ? "it is not stapled: it has expired on"
+                            : "it is not stapled: it is not valid before",
+                       over ? end : begin);
     } else if (wrong == NULL) {
         *until = end == NULL ? INT64_MAX : tsrvi_tls_now() + tsrvi_tls_until(end);
     }
@@ -7859,11 +7873,12 @@ static int tsrvi_tls_set_others(tsrvi_tls_set *set, const tsrv_tls_options *opti
             tsrvi_tls_set_callbacks(set, set->others[i]);
         }
     }
+    SSL_CTX_set_tlsext_servername_callback(set->context, tsrvi_tls_choose);
+    SSL_CTX_set_tlsext_servername_arg(set->context, set);
     return rc;
 }
 
-/* Read all files into the set. The callback for names is there without others, too: OpenSSL would
- * ask the context that a session began with, when on_server_name has chosen another one. */
+/* Read all files into the set. */
 static int tsrvi_tls_set_read(tsrvi_tls_set *set, const tsrv_tls_options *options)
 {
     tsrvi_tls_source certificate = tsrvi_tls_either("cert_file", options->cert_file, "cert_pem",
@@ -7880,8 +7895,6 @@ static int tsrvi_tls_set_read(tsrvi_tls_set *set, const tsrv_tls_options *option
         SSL_CTX_set_tlsext_status_arg(set->context, set);
     }
     if (rc == TSRV_OK) {
-        SSL_CTX_set_tlsext_servername_callback(set->context, tsrvi_tls_choose);
-        SSL_CTX_set_tlsext_servername_arg(set->context, set);
         tsrvi_tls_set_callbacks(set, set->context);
         rc = tsrvi_tls_set_others(set, options);
     }

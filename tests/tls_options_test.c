@@ -307,13 +307,13 @@ TEST_ONCE(test_key_password)
         }
         expect_accepted(&options);
         options.key_password = "Secret";
-        expect_refused(&options, TSRV_ETLS, "key_password does not open it: ");
+        expect_refused(&options, TSRV_ETLS, "key_password does not open it");
         expect_refused(&options, TSRV_ETLS, i < 2 ? "TLS: key_file /" : "TLS: the key in cert_pem: ");
         options.key_password = "";
-        expect_refused(&options, TSRV_ETLS, "key_password does not open it: ");
+        expect_refused(&options, TSRV_ETLS, "key_password does not open it");
         memset(longer, 'x', sizeof longer - 1);
         options.key_password = longer;
-        expect_refused(&options, TSRV_ETLS, "key_password does not open it: ");
+        expect_refused(&options, TSRV_ETLS, "key_password does not open it");
         options.key_password = NULL;
         expect_refused(&options, TSRV_ETLS, "it is encrypted, and there is no key_password");
     }
@@ -323,7 +323,7 @@ TEST_ONCE(test_key_password)
     options.certificate_count = 1;
     expect_accepted(&options);
     options.key_password = "terces";
-    expect_refused(&options, TSRV_ETLS, "key_password does not open it: ");
+    expect_refused(&options, TSRV_ETLS, "key_password does not open it");
 }
 
 /* What is given back holds neither the password nor the key. */
@@ -443,7 +443,7 @@ TEST_ONCE(test_lists_that_cannot_be_used)
     expect_refused(&options, TSRV_ETLS, "/broken.crl: ");
     save_list("ca.crl", "ca_key.pem", NULL, -1000);
     options.crl_file = path("ca.crl");
-    expect_warned(&options, "/ca.crl: all that it is about are refused: it is out of date since 20");
+    expect_warned(&options, "/ca.crl: whom its CA has signed is refused: the list has expired on 20");
     save_list("ca.crl", "ca_key.pem", NULL, 100000);
     expect_accepted(&options);
 }
@@ -648,9 +648,9 @@ TEST_ONCE(test_answers_that_cannot_be_used)
     save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_UNKNOWN, -1000, 1000);
     expect_refused(&options, TSRV_ETLS, "that the certificate is not good");
     save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_GOOD, -2000, -1000);
-    expect_warned(&options, "/answer.der: it is not stapled: it is out of its time");
+    expect_warned(&options, "/answer.der: it is not stapled: it has expired on 20");
     save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_GOOD, 5000, 9000);
-    expect_warned(&options, "/answer.der: it is not stapled: it is out of its time");
+    expect_warned(&options, "/answer.der: it is not stapled: it is not valid before 20");
     save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_GOOD, -1000, 0);
     expect_accepted(&options);
     options.cert_file = NULL;
@@ -1009,10 +1009,15 @@ static void retried_client(int port, void *context)
     dial how = {.version = TLS1_3_VERSION, .server_name = "other.test"};
     (void)context;
     SSL *ssl = dial_start(port, &how);
-    CHECK(SSL_set1_groups_list(ssl, "X25519:P-384") == 1);
+    CHECK(SSL_set1_groups_list(ssl, "X25519:P-384:P-256") == 1);
     expect_named(ssl, "other", "");
     CHECK_INT(__atomic_load_n(&asked, __ATOMIC_RELAXED), 1);
-    t_wait_records(1);
+    how.server_name = "localhost"; /* this time nothing else is chosen */
+    ssl = dial_start(port, &how);
+    CHECK(SSL_set1_groups_list(ssl, "X25519:P-384:P-256") == 1);
+    expect_named(ssl, "server", "");
+    CHECK_INT(__atomic_load_n(&asked, __ATOMIC_RELAXED), 2);
+    t_wait_records(2);
 }
 
 TEST_STREAM(test_on_server_name_and_retried_hello)
@@ -1022,7 +1027,8 @@ TEST_STREAM(test_on_server_name_and_retried_hello)
     run_choosing(retry_then_echo, retried_client, NULL, &others);
 }
 
-/* The one that was chosen is freed, or reloaded, between the server's answer and the client's. */
+/* The one that was chosen is freed between the server's answer and the client's, which with a
+ * HelloRetryRequest is another hello: its protocols are still to be looked at. */
 static void free_chosen(void *context)
 {
     (void)context;
@@ -1034,8 +1040,9 @@ static void freed_client(int port, void *context)
 {
     (void)context;
     for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
-        dial how = {.version = version, .server_name = "other.test"};
+        dial how = {.version = version, .server_name = "other.test", .alpn = "\001a"};
         SSL *ssl = dial_ssl(&how);
+        CHECK(SSL_set1_groups_list(ssl, "X25519:P-384:P-256") == 1);
         BIO *out = BIO_new(BIO_s_mem());
         unsigned char hello[4096];
         int fd = t_connect(port);
@@ -1045,9 +1052,10 @@ static void freed_client(int port, void *context)
         CHECK(recv(fd, hello, 1, MSG_PEEK) == 1); /* the server has chosen */
         t_on_loop(free_chosen, NULL);
         CHECK(SSL_set_fd(ssl, fd) == 1);
-        expect_named(ssl, "other", "");
+        expect_named(ssl, "other", "a");
         tsrv_tls_options others = server_options();
         others.cert_file = path("other.pem");
+        others.alpn = "a";
         chosen_tls = make_tls(&others);
     }
     t_wait_records(2);
@@ -1057,7 +1065,8 @@ TEST_STREAM(test_on_server_name_and_free)
 {
     tsrv_tls_options others = server_options();
     others.cert_file = path("other.pem");
-    run_choosing(echo_bytes, freed_client, NULL, &others);
+    others.alpn = "a";
+    run_choosing(retry_then_echo, freed_client, NULL, &others);
 }
 
 /* A name that is none is refused before anybody is asked. */
