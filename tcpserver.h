@@ -309,7 +309,8 @@
  *     >>handed      sockets that were handed over
  *     >>bound       what this process has bound
  *     >>bind        binding
- *     >>tls         contexts: certificates, names, protocols
+ *     >>tls         contexts: names, protocols, times
+ *     >>tls_files   what contexts are made from: certificates, keys, lists, answers
  *     >>tls_options contexts from options
  *     >>shared      counters of all workers
  *     >>peer        a peer's address
@@ -320,6 +321,7 @@
  *     >>transport   what carries its bytes
  *     >>proxy       a stream before its PROXY header has come
  *     >>tls_session sessions: their socket, as OpenSSL sees it
+ *     >>tls_hello   what a client's first message decides: names, tickets
  *     >>tls_transport TLS as a transport
  *     >>wait        who waits for a stream
  *     >>output      what is queued, and how it goes
@@ -949,35 +951,62 @@ typedef struct tsrv_tls_certificate {
     const char *key_file;
 } tsrv_tls_certificate;
 
+/* A certificate, a key and whom to trust are given as a file or, when they are not kept on the
+ * disk, as a text; not as both. */
 typedef struct tsrv_tls_options {
     int verify_client;     /* TSRV_TLS_NONE (0), TSRV_TLS_OPTIONAL or TSRV_TLS_REQUIRED */
     int min_version;       /* TSRV_TLS_1_2 (0) or TSRV_TLS_1_3 */
     const char *cert_file; /* PEM: the certificate, then its chain; servers need one */
-    const char *key_file;  /* PEM, without a passphrase; NULL = it is in cert_file */
+    const char *key_file;  /* PEM; NULL = it is in cert_file, or cert_pem */
     const char *ca_file;   /* PEM: whom to trust; NULL = the system's (as a client) */
     const char *alpn;      /* protocols, the best first: "h2,http/1.1"; NULL = none */
     const char *ciphers;   /* of TLS 1.2, as OpenSSL lists them; NULL = forward-secret AEAD only */
     const tsrv_tls_certificate *certificates; /* for other host names; NULL = none */
     int certificate_count;
     void *native_context; /* an SSL_CTX to use as it is, instead of all but alpn; NULL = none */
+    const char *cert_pem; /* the text of what would be cert_file; perhaps with the key */
+    const char *key_pem;
+    const char *ca_pem;
+    const char *key_password; /* of the keys that are encrypted; NULL = such a key is an error:
+                                 nobody is asked on the terminal */
+    const char *crl_file;  /* PEM: lists of revoked certificates. Every CA of the peer's chain, the
+                              root too, needs one that has not expired, else the peer is refused;
+                              NULL = nothing is looked up */
+    const char *ocsp_file; /* DER: the answer of the CA that the certificate is not revoked, for
+                              clients that ask for one. Replace it and reload before it expires:
+                              after that they get none. NULL = none */
+    /* Called with the host that a client asks for, before anything of its handshake is done; NULL =
+     * not wanted. To go on with another tsrv_tls set *tls, which is NULL at first: all of that
+     * one's options count, but for on_server_name and ticket_hours. Left NULL: this one's. The
+     * other one may be freed or reloaded as soon as this has returned. It is called from the loop,
+     * inside the handshake: it must not wait, nor call anything for streams, servers and loops.
+     *   name  "" = the client asks for none
+     * Returns TSRV_OK, or a negative code to refuse the handshake: unrecognized_name. */
+    int (*on_server_name)(const char *name, tsrv_tls **tls, void *context);
+    void *context;    /* handed to it */
+    int ticket_hours; /* that a key seals session tickets, by the wall clock; then another does; 0 =
+                         24; TSRV_NEVER = the same one always. A ticket is good for two hours. */
 } tsrv_tls_options;
 
 /* Read certificates and keys, for servers (tsrv_server_options.tls), for tsrv_start_tls and for
- * tsrv_connect. A failure is logged with the file and OpenSSL's reason. Made before a fork, it is
- * shared by all workers, which then resume each other's sessions. Source: ssl_options, SSLContext.
+ * tsrv_connect. A failure is logged with the file and OpenSSL's reason; that a certificate is out
+ * of its time, or will be within a week, is a warning. Made before a fork, it is shared by all
+ * workers, also those that come later, which then resume each other's sessions; but not by the
+ * program that takes over in an upgrade. With TSRV_DEBUG the environment's SSLKEYLOGFILE is
+ * written, for Wireshark. Source: ssl_options, SSLContext.
  *   options  copied, strings included; native_context gets one more reference; NULL = a client that
  *            trusts whom the system does
- * Returns TSRV_OK, TSRV_ETLS (a file, or what is in it), TSRV_EINVAL, -ENOMEM, TSRV_ENOTSUP; then
- * *tls is NULL. */
+ * Returns TSRV_OK, TSRV_ETLS (a file or a text, or what is in it), TSRV_EINVAL, -ENOMEM,
+ * TSRV_ENOTSUP; then *tls is NULL. */
 TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options);
 
 /* Streams that use it go on. NULL: nothing happens. Free the servers that use it first. */
 TSRV_API void tsrv_tls_free(tsrv_tls *tls);
 
-/* Read the files anew, for streams that begin from now on. The keys of session tickets stay, so a
- * client that resumes is not asked for its certificate again, also when ca_file has changed: to
- * shut clients out make a new tsrv_tls. When anything fails nothing has changed. tsrv_serve and the
- * parent of tsrv_server_start's workers do so on SIGHUP. Not while another thread uses tls.
+/* Read the files anew, for streams that begin from now on; texts stay as they are. Sessions are
+ * resumed as before, without asking for the client's certificate again, unless what is in ca_file
+ * or crl_file has changed. When anything fails nothing has changed. tsrv_serve and the parent of
+ * tsrv_server_start's workers do so on SIGHUP. Not while another thread uses tls.
  * Returns as tsrv_tls_new; TSRV_EINVAL with a native_context. */
 TSRV_API int tsrv_tls_reload(tsrv_tls *tls);
 
@@ -1375,6 +1404,13 @@ TSRV_API const char *tsrv_tls_version(tsrv_stream *stream);
 /* The peer's certificate in DER. Valid as long as the stream, until the next call for it.
  * Returns TSRV_OK; TSRV_EINVAL when it has shown none; -ENOMEM. */
 TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice);
+
+/* Whom the peer's certificate is for, as RFC 2253 writes it: "CN=alice,O=Example". Every byte that
+ * is not printable ASCII is escaped.
+ *   size  of buffer; 512 is enough for most
+ * Returns TSRV_OK; TSRV_EINVAL when it has shown none; TSRV_ETOOLONG: the buffer holds what fits;
+ * -ENOMEM; TSRV_ENOTSUP. The buffer is terminated in any case. */
+TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size);
 
 /* The SSL of the stream, to look at; NULL = no TLS. It must not be read from or written to. */
 TSRV_API void *tsrv_tls_native(tsrv_stream *stream);
@@ -1785,8 +1821,16 @@ typedef int tsrvi_kevent_count;
 #if defined(TSRV_TLS_OPENSSL)
 #define TSRVI_HAS_TLS 1
 #include <openssl/err.h>
+#include <openssl/evp.h>
+#include <openssl/hmac.h>
+#include <openssl/ocsp.h>
+#include <openssl/pem.h>
+#include <openssl/rand.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+#include <openssl/core_names.h>
+#endif
 #if OPENSSL_VERSION_NUMBER < 0x10101000L
 #error "tcpserver.h: TSRV_TLS_OPENSSL needs OpenSSL 1.1.1 or newer"
 #endif
@@ -7120,13 +7164,15 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
 }
 
 /* ============================================================================
- * >>tls  Contexts: certificates, names, protocols
+ * >>tls  Contexts: names, protocols, times
  *
  * Without TSRV_TLS_OPENSSL the functions that make one say so.
  * ==========================================================================*/
 
 #if TSRVI_HAS_TLS
 #define TSRVI_TLS_CIPHERS "ECDHE+AESGCM:ECDHE+CHACHA20" /* forward-secret AEAD; for TLS 1.2 */
+#define TSRVI_TLS_DIGEST 32                             /* bytes of SHA-256 */
+#define TSRVI_TLS_TICKET_LIFE 7200                      /* seconds that a session can be resumed */
 
 /* What a tsrv_tls was made of; sessions keep it when the tsrv_tls gets another. */
 typedef struct tsrvi_tls_set {
@@ -7137,6 +7183,14 @@ typedef struct tsrvi_tls_set {
     int count;
     bool native; /* the context is the program's */
     bool system; /* clients trust whom the system does, and that has not been read yet */
+    bool serves; /* there is a certificate */
+    int (*on_server_name)(const char *name, tsrv_tls **tls, void *context);
+    void *user_context;
+    int ticket_hours;
+    unsigned char secret[TSRVI_TLS_DIGEST]; /* that the keys of session tickets are made from */
+    unsigned char *answer;                  /* of OCSP, to staple; NULL = none */
+    int answer_size;
+    int64_t answer_until; /* seconds since 1970 */
     unsigned alpn_size;
     unsigned char alpn[256]; /* as on the wire: sizes and names */
 } tsrvi_tls_set;
@@ -7145,6 +7199,7 @@ struct tsrv_tls {
     tsrv_tls_options options; /* strings are copies */
     tsrv_tls_certificate *certificates;
     tsrvi_tls_set *set;
+    unsigned char secret[TSRVI_TLS_DIGEST]; /* stays, whatever is reloaded */
 };
 
 static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
@@ -7162,6 +7217,8 @@ static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
     }
     TSRV_FREE(set->others);
     TSRV_FREE(set->names);
+    OPENSSL_free(set->answer);
+    OPENSSL_cleanse(set->secret, sizeof(set->secret));
     TSRV_FREE(set);
 }
 
@@ -7174,6 +7231,17 @@ static void tsrvi_tls_forget_errors(void)
     }
 }
 
+/* Does an error say no more than that there is no key? OpenSSL 3 tries all kinds of them. */
+static bool tsrvi_tls_is_no_key(unsigned long code)
+{
+#ifdef ERR_LIB_OSSL_DECODER
+    return ERR_GET_LIB(code) == ERR_LIB_OSSL_DECODER;
+#else
+    (void)code;
+    return false;
+#endif
+}
+
 /* OpenSSL's reason for what has just failed; its queue of errors is empty afterwards. The first one
  * is the root: those behind it only say which calls it was handed up through. */
 static const char *tsrvi_tls_reason(char *buffer, size_t size)
@@ -7183,11 +7251,9 @@ static const char *tsrvi_tls_reason(char *buffer, size_t size)
     if (ERR_GET_LIB(code) == ERR_LIB_SYS) {
         reason = strerror(ERR_GET_REASON(code)); /* OpenSSL 3 leaves these to the system */
     }
-#ifdef ERR_LIB_OSSL_DECODER
-    if (ERR_GET_LIB(code) == ERR_LIB_OSSL_DECODER) {
+    if (tsrvi_tls_is_no_key(code)) {
         reason = "no start line of a key in PEM format"; /* of OpenSSL 3: "unsupported" */
     }
-#endif
     snprintf(buffer, size, "%s", reason == NULL ? "unknown reason" : reason);
     ERR_clear_error();
     return buffer;
@@ -7209,19 +7275,6 @@ static int tsrvi_tls_complain(const char *option, const char *value, const char 
 }
 
 /* ---- contexts --------------------------------------------------------------*/
-
-/* A key with a passphrase is refused: a server has nobody to ask. */
-static int tsrvi_tls_no_passphrase(char *buffer, int size, int writing, void *context)
-{
-    bool *asked = (bool *)context;
-    (void)buffer;
-    (void)size;
-    (void)writing;
-    if (asked != NULL) {
-        *asked = true;
-    }
-    return -1;
-}
 
 /* "h2,http/1.1" as ALPN wants it: each name behind its size. */
 static int tsrvi_tls_alpn_parse(const char *names, tsrvi_tls_set *set)
@@ -7286,6 +7339,9 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
     const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
     const char *host = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
     (void)alert;
+    if (SSL_get_SSL_CTX(ssl) != set->context) {
+        return SSL_TLSEXT_ERR_OK; /* on_server_name has chosen one, which OpenSSL does not mind */
+    }
     for (int pass = 0; host != NULL && pass < 2; pass++) {
         for (int i = 0; i < set->count; i++) {
             if ((set->names[i][0] == '*') == (pass == 1) &&
@@ -7298,100 +7354,471 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
     return SSL_TLSEXT_ERR_OK;
 }
 
-/* Clients will refuse a certificate out of its time; that is no reason not to serve the others. */
-static void tsrvi_tls_check_dates(SSL_CTX *context, const char *file)
+/* ---- times -----------------------------------------------------------------*/
+
+/* Seconds since 1970. */
+static int64_t tsrvi_tls_now(void)
 {
-    const X509 *own = SSL_CTX_get0_certificate(context);
-    if (X509_cmp_current_time(X509_get0_notAfter(own)) < 0) {
-        tsrvi_log(TSRV_LOG_WARNING, "TLS: cert_file %s: the certificate has expired", file);
-    } else if (X509_cmp_current_time(X509_get0_notBefore(own)) > 0) {
-        tsrvi_log(TSRV_LOG_WARNING, "TLS: cert_file %s: the certificate is not valid yet", file);
+    struct timespec now;
+    now.tv_sec = 0;
+    TSRV_SYS(clock_gettime, (CLOCK_REALTIME, &now));
+    return (int64_t)now.tv_sec;
+}
+
+/* Seconds until then; negative = it is over. What is no date is over, too. */
+static int64_t tsrvi_tls_until(const ASN1_TIME *then)
+{
+    int days = 0, seconds = 0;
+    if (ASN1_TIME_diff(&days, &seconds, NULL, then) != 1) {
+        ERR_clear_error();
+        return -1;
+    }
+    return (int64_t)days * 86400 + seconds;
+}
+
+/* ============================================================================
+ * >>tls_files  What contexts are made from: certificates, keys, lists, answers
+ *
+ * All of it is read by us, from a file or from a text, so that both are held to
+ * the same rules. Whom a context trusts is digested as it is read: a session can
+ * be resumed where the digest is the same, and a CA or a list that has changed
+ * has every client show its certificate again.
+ * ==========================================================================*/
+
+#define TSRVI_TLS_SOON (7 * 86400) /* seconds; who sees to certificates needs them to act */
+
+/* Where to read something from. */
+typedef struct tsrvi_tls_source {
+    const char *option; /* its name, for the log */
+    const char *file;   /* NULL = a text */
+    const char *text;   /* NULL too = nothing */
+} tsrvi_tls_source;
+
+/* One of two options; both NULL = there is nothing to read. */
+static tsrvi_tls_source tsrvi_tls_either(const char *file_option, const char *file,
+                                         const char *text_option, const char *text)
+{
+    tsrvi_tls_source source;
+    source.option = file != NULL ? file_option : text_option;
+    source.file = file;
+    source.text = text;
+    return source;
+}
+
+static bool tsrvi_tls_is_given(const tsrvi_tls_source *source)
+{
+    return source->file != NULL || source->text != NULL;
+}
+
+static BIO *tsrvi_tls_open(const tsrvi_tls_source *source)
+{
+    return source->file != NULL ? BIO_new_file(source->file, "rb")
+                                : BIO_new_mem_buf(source->text, -1);
+}
+
+static void tsrvi_tls_warn(const tsrvi_tls_source *source, const char *what, const ASN1_TIME *when)
+{
+    struct tm date;
+    memset(&date, 0, sizeof(date));
+    ASN1_TIME_to_tm(when, &date);
+    tsrvi_log(TSRV_LOG_WARNING, "TLS: %s%s%s: %s %04d-%02d-%02d %02d:%02d:%02d UTC", source->option,
+              source->file == NULL ? "" : " ", source->file == NULL ? "" : source->file, what,
+              date.tm_year + 1900, date.tm_mon + 1, date.tm_mday, date.tm_hour, date.tm_min,
+              date.tm_sec);
+}
+
+/* ---- a certificate and its key ---------------------------------------------*/
+
+/* A server has nobody to ask: without a password OpenSSL would, on the terminal. */
+typedef struct tsrvi_tls_password {
+    const char *text; /* NULL = there is none */
+    bool asked;
+} tsrvi_tls_password;
+
+static int tsrvi_tls_give_password(char *buffer, int size, int writing, void *context)
+{
+    tsrvi_tls_password *password = (tsrvi_tls_password *)context;
+    size_t length;
+    (void)writing;
+    password->asked = true;
+    length = password->text == NULL ? 0 : strlen(password->text);
+    if (password->text == NULL || length > (size_t)size) {
+        return -1;
+    }
+    memcpy(buffer, password->text, length);
+    return (int)length;
+}
+
+/* Clients will refuse a certificate out of its time; that is no reason not to serve the others. */
+static void tsrvi_tls_check_dates(const X509 *own, const tsrvi_tls_source *source)
+{
+    const ASN1_TIME *begin = X509_get0_notBefore(own), *end = X509_get0_notAfter(own);
+    int64_t left = tsrvi_tls_until(end);
+    if (left < 0) {
+        tsrvi_tls_warn(source, "the certificate has expired on", end);
+    } else if (tsrvi_tls_until(begin) > 0) {
+        tsrvi_tls_warn(source, "the certificate is not valid before", begin);
+    } else if (left < TSRVI_TLS_SOON) {
+        tsrvi_tls_warn(source, "the certificate expires on", end);
     }
 }
 
-/* Load a certificate with its chain, and its key, and see that they belong together. */
-static int tsrvi_tls_load_key(SSL_CTX *context, const char *certificate, const char *key)
+/* The certificate, and behind it its chain. What is no certificate is passed over. */
+static bool tsrvi_tls_read_chain(SSL_CTX *context, BIO *bio)
 {
-    const char *option = key == NULL ? "the key in cert_file" : "key_file";
-    bool asked = false;
-    int loaded;
-    SSL_CTX_set_default_passwd_cb(context, tsrvi_tls_no_passphrase);
-    if (certificate == NULL) {
-        return TSRV_OK;
+    tsrvi_tls_password none = {NULL, false};
+    X509 *one = PEM_read_bio_X509_AUX(bio, NULL, tsrvi_tls_give_password, &none);
+    bool good = one != NULL && SSL_CTX_use_certificate(context, one) == 1;
+    X509_free(one);
+    while (good && (one = PEM_read_bio_X509(bio, NULL, tsrvi_tls_give_password, &none)) != NULL) {
+        good = SSL_CTX_add0_chain_cert(context, one) == 1;
+        if (!good) {
+            X509_free(one);
+        }
     }
-    if (SSL_CTX_use_certificate_chain_file(context, certificate) != 1) {
-        return tsrvi_tls_complain("cert_file", certificate, NULL);
+    if (good && ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_PEM &&
+        ERR_GET_REASON(ERR_peek_last_error()) == PEM_R_NO_START_LINE) {
+        ERR_clear_error(); /* that was the end */
     }
-    key = key == NULL ? certificate : key;
-    SSL_CTX_set_default_passwd_cb_userdata(context, &asked);
-    loaded = SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM);
-    SSL_CTX_set_default_passwd_cb_userdata(context, NULL);
-    if (loaded != 1 && asked) {
-        return tsrvi_tls_complain(option, key, "it is encrypted, and there is no password");
+    return good && ERR_peek_error() == 0;
+}
+
+static int tsrvi_tls_load_certificate(SSL_CTX *context, const tsrvi_tls_source *source)
+{
+    BIO *bio = tsrvi_tls_open(source);
+    bool good = bio != NULL && tsrvi_tls_read_chain(context, bio);
+    BIO_free(bio);
+    if (!good) {
+        return tsrvi_tls_complain(source->option, source->file, NULL);
     }
-    if (loaded == 1 ? SSL_CTX_check_private_key(context) != 1
-                    : ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_X509) {
-        return tsrvi_tls_complain(option, key, "it does not belong to the certificate");
+    tsrvi_tls_check_dates(SSL_CTX_get0_certificate(context), source);
+    return TSRV_OK;
+}
+
+/* Say why a key cannot be used. */
+static int tsrvi_tls_complain_of_key(const tsrvi_tls_source *source, bool other,
+                                     const tsrvi_tls_password *password)
+{
+    char reason[160];
+    size_t used;
+    if (other) {
+        return tsrvi_tls_complain(source->option, source->file,
+                                  "it does not belong to the certificate");
     }
-    if (loaded != 1) {
-        return tsrvi_tls_complain(option, key, NULL);
+    if (!password->asked) {
+        return tsrvi_tls_complain(source->option, source->file, NULL);
     }
-    tsrvi_tls_check_dates(context, certificate);
+    if (password->text == NULL) {
+        return tsrvi_tls_complain(source->option, source->file,
+                                  "it is encrypted, and there is no key_password");
+    }
+    if (tsrvi_tls_is_no_key(ERR_peek_error())) { /* what a wrong password has made of it */
+        return tsrvi_tls_complain(source->option, source->file, "key_password does not open it");
+    }
+    used = (size_t)snprintf(reason, sizeof(reason), "key_password does not open it: ");
+    tsrvi_tls_reason(reason + used, sizeof(reason) - used);
+    return tsrvi_tls_complain(source->option, source->file, reason);
+}
+
+/* The key, which must belong to the certificate that was loaded before. */
+static int tsrvi_tls_load_key(SSL_CTX *context, const tsrvi_tls_source *source,
+                              const char *key_password)
+{
+    tsrvi_tls_password password = {key_password, false};
+    BIO *bio = tsrvi_tls_open(source);
+    EVP_PKEY *key =
+        bio == NULL ? NULL : PEM_read_bio_PrivateKey(bio, NULL, tsrvi_tls_give_password, &password);
+    bool taken = key != NULL && SSL_CTX_use_PrivateKey(context, key) == 1;
+    bool other = taken || ERR_GET_LIB(ERR_peek_error()) == ERR_LIB_X509;
+    int rc = taken && SSL_CTX_check_private_key(context) == 1
+                 ? (int)TSRV_OK
+                 : tsrvi_tls_complain_of_key(source, other, &password);
+    EVP_PKEY_free(key);
+    BIO_free(bio);
+    return rc;
+}
+
+/* ---- whom to trust ---------------------------------------------------------*/
+
+/* Have a digest cover some more bytes. */
+static bool tsrvi_tls_digest(unsigned char *digest, const void *data, size_t size)
+{
+    unsigned char both[2 * TSRVI_TLS_DIGEST];
+    memcpy(both, digest, TSRVI_TLS_DIGEST);
+    return EVP_Digest(data, size, both + TSRVI_TLS_DIGEST, NULL, EVP_sha256(), NULL) == 1 &&
+           EVP_Digest(both, sizeof(both), digest, NULL, EVP_sha256(), NULL) == 1;
+}
+
+/* Take over a certificate to trust, whose name clients are told to choose theirs by. */
+static bool tsrvi_tls_take_ca(SSL_CTX *context, X509 *one, unsigned char *digest)
+{
+    unsigned char own[TSRVI_TLS_DIGEST];
+    return X509_STORE_add_cert(SSL_CTX_get_cert_store(context), one) == 1 &&
+           SSL_CTX_add_client_CA(context, one) == 1 &&
+           X509_digest(one, EVP_sha256(), own, NULL) == 1 &&
+           tsrvi_tls_digest(digest, own, sizeof(own));
+}
+
+/* Take over a list of revoked certificates. */
+static bool tsrvi_tls_take_crl(SSL_CTX *context, X509_CRL *list, const tsrvi_tls_source *source,
+                               unsigned char *digest)
+{
+    const ASN1_TIME *end = X509_CRL_get0_nextUpdate(list);
+    unsigned char own[TSRVI_TLS_DIGEST];
+    if (end != NULL && tsrvi_tls_until(end) < 0) {
+        tsrvi_tls_warn(source, "whom its CA has signed is refused: the list has expired on", end);
+    }
+    return X509_STORE_add_crl(SSL_CTX_get_cert_store(context), list) == 1 &&
+           X509_CRL_digest(list, EVP_sha256(), own, NULL) == 1 &&
+           tsrvi_tls_digest(digest, own, sizeof(own));
+}
+
+/* Read all certificates, or all lists. */
+static int tsrvi_tls_load_all(SSL_CTX *context, const tsrvi_tls_source *source, bool lists,
+                              unsigned char *digest)
+{
+    tsrvi_tls_password none = {NULL, false};
+    BIO *bio = tsrvi_tls_open(source);
+    STACK_OF(X509_INFO) *all =
+        bio == NULL ? NULL : PEM_X509_INFO_read_bio(bio, NULL, tsrvi_tls_give_password, &none);
+    bool good = all != NULL;
+    int taken = 0;
+    BIO_free(bio);
+    for (int i = 0; good && i < sk_X509_INFO_num(all); i++) {
+        const X509_INFO *info = sk_X509_INFO_value(all, i);
+        if (lists ? info->crl != NULL : info->x509 != NULL) {
+            good = lists ? tsrvi_tls_take_crl(context, info->crl, source, digest)
+                         : tsrvi_tls_take_ca(context, info->x509, digest);
+            taken++;
+        }
+    }
+    sk_X509_INFO_pop_free(all, X509_INFO_free);
+    if (!good || taken == 0) {
+        return tsrvi_tls_complain(source->option, source->file,
+                                  !good   ? NULL
+                                  : lists ? "no list of revoked certificates in PEM format"
+                                          : "no certificate in PEM format");
+    }
     return TSRV_OK;
 }
 
 /* Whom to trust, and whether clients must show a certificate. */
-static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *options)
+static int tsrvi_tls_load_trust(SSL_CTX *context, const tsrv_tls_options *options,
+                                unsigned char *digest)
 {
+    tsrvi_tls_source ca = tsrvi_tls_either("ca_file", options->ca_file, "ca_pem", options->ca_pem),
+                     lists = tsrvi_tls_either("crl_file", options->crl_file, "", NULL);
+    int rc = TSRV_OK;
     int verify = options->verify_client == TSRV_TLS_REQUIRED
                      ? SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT
                  : options->verify_client == TSRV_TLS_OPTIONAL ? SSL_VERIFY_PEER
                                                                : SSL_VERIFY_NONE;
     SSL_CTX_set_verify(context, verify, NULL);
-    if (options->ca_file == NULL) {
-        return TSRV_OK; /* the system's, which are many: only when a client needs them */
+    if (tsrvi_tls_is_given(&ca)) { /* else the system's, which are many: when a client needs them */
+        rc = tsrvi_tls_load_all(context, &ca, false, digest);
     }
-    if (SSL_CTX_load_verify_locations(context, options->ca_file, NULL) != 1) {
-        return tsrvi_tls_complain("ca_file", options->ca_file, NULL);
+    if (rc == TSRV_OK && tsrvi_tls_is_given(&lists)) {
+        rc = tsrvi_tls_load_all(context, &lists, true, digest);
+        X509_STORE_set_flags(SSL_CTX_get_cert_store(context),
+                             X509_V_FLAG_CRL_CHECK | X509_V_FLAG_CRL_CHECK_ALL);
     }
-    if (verify != SSL_VERIFY_NONE) { /* the names that clients choose their certificate by */
-        SSL_CTX_set_client_CA_list(context, SSL_load_client_CA_file(options->ca_file));
-    }
-    return TSRV_OK;
+    return rc;
 }
+
+/* ---- an answer to staple ---------------------------------------------------*/
+
+/* The part of an answer that is about this certificate; NULL = none. Serial numbers are compared:
+ * its CA, by which others are told apart, need not be known here. */
+static OCSP_SINGLERESP *tsrvi_tls_find_answer(OCSP_BASICRESP *basic, const X509 *own)
+{
+    for (int i = 0; i < OCSP_resp_count(basic); i++) {
+        OCSP_SINGLERESP *one = OCSP_resp_get0(basic, i);
+        ASN1_INTEGER *serial = NULL;
+        OCSP_id_get0_info(NULL, NULL, NULL, &serial, (OCSP_CERTID *)OCSP_SINGLERESP_get0_id(one));
+        if (serial != NULL && ASN1_INTEGER_cmp(serial, X509_get0_serialNumber(own)) == 0) {
+            return one;
+        }
+    }
+    return NULL;
+}
+
+/* Returns NULL, or what is wrong with an answer. *until is set when it can be stapled: seconds
+ * since 1970. */
+static const char *tsrvi_tls_check_answer(OCSP_RESPONSE *answer, const X509 *own,
+                                          const tsrvi_tls_source *source, int64_t *until)
+{
+    OCSP_BASICRESP *basic = OCSP_response_status(answer) == OCSP_RESPONSE_STATUS_SUCCESSFUL
+                                ? OCSP_response_get1_basic(answer)
+                                : NULL;
+    OCSP_SINGLERESP *one = basic == NULL ? NULL : tsrvi_tls_find_answer(basic, own);
+    ASN1_GENERALIZEDTIME *begin = NULL, *end = NULL;
+    const char *wrong = basic == NULL ? "the CA has answered with an error"
+                        : one == NULL ? "it is about another certificate"
+                                      : NULL;
+    if (wrong == NULL &&
+        OCSP_single_get0_status(one, NULL, NULL, &begin, &end) != V_OCSP_CERTSTATUS_GOOD) {
+        wrong = "the CA has answered that the certificate is not good";
+    } else if (wrong == NULL && OCSP_check_validity(begin, end, 300, -1) != 1) {
+        bool over = end != NULL && tsrvi_tls_until(end) < 0;
+        tsrvi_tls_warn(source,
+                       over ? "it is not stapled: it has expired on"
+                            : "it is not stapled: it is not valid before",
+                       over ? end : begin);
+    } else if (wrong == NULL) {
+        *until = end == NULL ? INT64_MAX : tsrvi_tls_now() + tsrvi_tls_until(end);
+    }
+    OCSP_BASICRESP_free(basic);
+    ERR_clear_error();
+    return wrong;
+}
+
+static int tsrvi_tls_load_answer(tsrvi_tls_set *set, const char *file)
+{
+    tsrvi_tls_source source = tsrvi_tls_either("ocsp_file", file, "", NULL);
+    BIO *bio = tsrvi_tls_open(&source);
+    OCSP_RESPONSE *answer = bio == NULL ? NULL : d2i_OCSP_RESPONSE_bio(bio, NULL);
+    const char *wrong = bio == NULL ? NULL
+                        : answer == NULL
+                            ? "it is no answer of OCSP in DER"
+                            : tsrvi_tls_check_answer(answer, SSL_CTX_get0_certificate(set->context),
+                                                     &source, &set->answer_until);
+    bool good = answer != NULL && wrong == NULL;
+    if (good && set->answer_until != 0) {
+        set->answer_size = i2d_OCSP_RESPONSE(answer, &set->answer);
+        good = set->answer_size > 0;
+    }
+    OCSP_RESPONSE_free(answer);
+    BIO_free(bio);
+    return good ? (int)TSRV_OK : tsrvi_tls_complain(source.option, file, wrong);
+}
+
+/* The client asks for an answer. */
+static int tsrvi_tls_staple(SSL *ssl, void *context)
+{
+    const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
+    unsigned char *copy = NULL;
+    if (set->answer_until > tsrvi_tls_now()) {
+        copy = (unsigned char *)OPENSSL_malloc((size_t)set->answer_size);
+    }
+    if (copy == NULL) {
+        return SSL_TLSEXT_ERR_NOACK; /* it can ask the CA itself */
+    }
+    memcpy(copy, set->answer, (size_t)set->answer_size);
+    SSL_set_tlsext_status_ocsp_resp(ssl, copy, set->answer_size); /* which owns it now */
+    return SSL_TLSEXT_ERR_OK;
+}
+
+/* ---- keys of sessions, for Wireshark ---------------------------------------*/
+
+#ifdef TSRV_DEBUG
+static void tsrvi_tls_keep_key(const SSL *ssl, const char *line)
+{
+    const char *path = TSRV_SYS(getenv, ("SSLKEYLOGFILE"));
+    char text[512];
+    int size = snprintf(text, sizeof(text), "%s\n", line), fd;
+    (void)ssl;
+    if (path == NULL || size >= (int)sizeof(text)) {
+        return;
+    }
+    fd = tsrvi_fd_own(
+        TSRV_SYS(open, (path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC | O_NOCTTY, 0600)));
+    if (fd >= 0) {
+        tsrvi_write_quiet(fd, text, (size_t)size);
+        tsrvi_close_fd(fd);
+    }
+}
+
+/* Who can read the file can read what is sent: never without TSRV_DEBUG. */
+static void tsrvi_tls_keep_keys(SSL_CTX *context)
+{
+    static bool told; /* atomic */
+    const char *path = TSRV_SYS(getenv, ("SSLKEYLOGFILE"));
+    if (path == NULL || path[0] == 0) {
+        return;
+    }
+    SSL_CTX_set_keylog_callback(context, tsrvi_tls_keep_key);
+    if (!__atomic_exchange_n(&told, true, __ATOMIC_RELAXED)) {
+        tsrvi_log(TSRV_LOG_WARNING,
+                  "TSRV_DEBUG: the keys of all TLS sessions go to SSLKEYLOGFILE: "
+                  "%s",
+                  path);
+    }
+}
+#else
+static void tsrvi_tls_keep_keys(SSL_CTX *context)
+{
+    (void)context;
+}
+#endif
 
 /* ============================================================================
  * >>tls_options  Contexts from options
  * ==========================================================================*/
 
+/* What sessions are made under, besides whom the peer is verified by: one that was made under other
+ * rules is not resumed. A client certificate forbids resumption where nothing is set. */
+static bool tsrvi_tls_digest_rules(unsigned char *digest, const tsrv_tls_options *options,
+                                   const char *ciphers)
+{
+    int rules[2];
+    rules[0] = options->verify_client;
+    rules[1] = options->min_version;
+    return tsrvi_tls_digest(digest, rules, sizeof(rules)) &&
+           tsrvi_tls_digest(digest, ciphers, strlen(ciphers));
+}
+
 /* Secure by default: TLS 1.2 at least, forward-secret AEAD ciphers, our preference, no
  * compression, no renegotiation, stateless sessions only. */
-static SSL_CTX *tsrvi_tls_context(const tsrv_tls_options *options, const char *certificate,
-                                  const char *key, int *rc)
+static int tsrvi_tls_configure(SSL_CTX *context, const tsrv_tls_options *options)
 {
-    static const unsigned char session_id[] = "tcpserver.h"; /* else a client certificate forbids
-                                                                resumption */
-    SSL_CTX *context = SSL_CTX_new(TLS_method());
     const char *ciphers = options->ciphers == NULL ? TSRVI_TLS_CIPHERS : options->ciphers;
+    unsigned char digest[TSRVI_TLS_DIGEST] = "tcpserver.h";
+    int rc;
+    SSL_CTX_set_options(context, SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION |
+                                     SSL_OP_CIPHER_SERVER_PREFERENCE);
+    SSL_CTX_set_read_ahead(context, 1);
+    SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+    SSL_CTX_set_timeout(context, TSRVI_TLS_TICKET_LIFE);
+    tsrvi_tls_keep_keys(context);
+    if (SSL_CTX_set_min_proto_version(context, options->min_version == 0
+                                                   ? TLS1_2_VERSION
+                                                   : options->min_version) != 1) {
+        return tsrvi_tls_complain("min_version", NULL, NULL);
+    }
+    if (SSL_CTX_set_cipher_list(context, ciphers) != 1) {
+        return tsrvi_tls_complain("ciphers", ciphers, NULL);
+    }
+    if ((rc = tsrvi_tls_load_trust(context, options, digest)) < 0) {
+        return rc;
+    }
+    if (!tsrvi_tls_digest_rules(digest, options, ciphers) ||
+        SSL_CTX_set_session_id_context(context, digest, sizeof(digest)) != 1) {
+        ERR_clear_error();
+        return -ENOMEM;
+    }
+    return TSRV_OK;
+}
+
+/* A context with a certificate, unless that is not given. NULL: *rc says why. */
+static SSL_CTX *tsrvi_tls_context(const tsrv_tls_options *options,
+                                  const tsrvi_tls_source *certificate, const tsrvi_tls_source *key,
+                                  int *rc)
+{
+    SSL_CTX *context = SSL_CTX_new(TLS_method());
+    tsrvi_tls_source inside = *certificate;
     if (context == NULL) {
         ERR_clear_error();
         *rc = -ENOMEM;
         return NULL;
     }
-    SSL_CTX_set_options(context, SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION |
-                                     SSL_OP_CIPHER_SERVER_PREFERENCE);
-    SSL_CTX_set_read_ahead(context, 1);
-    SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
-    SSL_CTX_set_session_id_context(context, session_id, sizeof(session_id) - 1);
-    *rc = TSRV_OK;
-    if (SSL_CTX_set_min_proto_version(context, options->min_version == 0
-                                                   ? TLS1_2_VERSION
-                                                   : options->min_version) != 1) {
-        *rc = tsrvi_tls_complain("min_version", NULL, NULL);
-    } else if (SSL_CTX_set_cipher_list(context, ciphers) != 1) {
-        *rc = tsrvi_tls_complain("ciphers", ciphers, NULL);
-    } else if ((*rc = tsrvi_tls_load_key(context, certificate, key)) == TSRV_OK) {
-        *rc = tsrvi_tls_load_trust(context, options);
+    inside.option = inside.file != NULL ? "the key in cert_file" : "the key in cert_pem";
+    if (tsrvi_tls_is_given(certificate) &&
+        (*rc = tsrvi_tls_load_certificate(context, certificate)) == TSRV_OK) {
+        *rc = tsrvi_tls_load_key(context, tsrvi_tls_is_given(key) ? key : &inside,
+                                 options->key_password);
+    }
+    if (*rc == TSRV_OK) {
+        *rc = tsrvi_tls_configure(context, options);
     }
     if (*rc < 0) {
         SSL_CTX_free(context);
@@ -7411,6 +7838,8 @@ static char *tsrvi_copy(const char *text, int *rc)
     }
     return copy;
 }
+
+/* ---- what a tsrv_tls was made of -------------------------------------------*/
 
 static void tsrvi_tls_set_callbacks(tsrvi_tls_set *set, SSL_CTX *context)
 {
@@ -7433,10 +7862,12 @@ static int tsrvi_tls_set_others(tsrvi_tls_set *set, const tsrv_tls_options *opti
     }
     for (int i = 0; rc == TSRV_OK && i < options->certificate_count; i++) {
         const tsrv_tls_certificate *one = &options->certificates[i];
+        tsrvi_tls_source certificate = tsrvi_tls_either("cert_file", one->cert_file, "", NULL),
+                         key = tsrvi_tls_either("key_file", one->key_file, "", NULL);
         set->names[i] = tsrvi_copy(one->server_name, &rc);
         set->count = i + 1;
         if (rc == TSRV_OK) {
-            set->others[i] = tsrvi_tls_context(options, one->cert_file, one->key_file, &rc);
+            set->others[i] = tsrvi_tls_context(options, &certificate, &key, &rc);
         }
         if (rc == TSRV_OK) {
             tsrvi_tls_set_callbacks(set, set->others[i]);
@@ -7447,28 +7878,52 @@ static int tsrvi_tls_set_others(tsrvi_tls_set *set, const tsrv_tls_options *opti
     return rc;
 }
 
-/* Read all files. NULL: *rc says why, and the log says more. */
-static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls_options *options, int *rc)
+/* Read all files into the set. */
+static int tsrvi_tls_set_read(tsrvi_tls_set *set, const tsrv_tls_options *options)
 {
+    tsrvi_tls_source certificate = tsrvi_tls_either("cert_file", options->cert_file, "cert_pem",
+                                                    options->cert_pem),
+                     key = tsrvi_tls_either("key_file", options->key_file, "key_pem",
+                                            options->key_pem);
+    int rc = TSRV_OK;
+    set->system = options->ca_file == NULL && options->ca_pem == NULL;
+    set->serves = tsrvi_tls_is_given(&certificate);
+    set->context = tsrvi_tls_context(options, &certificate, &key, &rc);
+    if (rc == TSRV_OK && options->ocsp_file != NULL) {
+        rc = tsrvi_tls_load_answer(set, options->ocsp_file);
+        SSL_CTX_set_tlsext_status_cb(set->context, tsrvi_tls_staple);
+        SSL_CTX_set_tlsext_status_arg(set->context, set);
+    }
+    if (rc == TSRV_OK) {
+        tsrvi_tls_set_callbacks(set, set->context);
+        rc = tsrvi_tls_set_others(set, options);
+    }
+    return rc;
+}
+
+/* NULL: *rc says why, and the log says more. */
+static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls *tls, int *rc)
+{
+    const tsrv_tls_options *options = &tls->options;
     tsrvi_tls_set *set = (tsrvi_tls_set *)tsrvi_zalloc(sizeof(*set));
     if (set == NULL) {
         *rc = -ENOMEM;
         return NULL;
     }
     set->references = 1;
-    set->system = options->ca_file == NULL && options->native_context == NULL;
+    set->on_server_name = options->on_server_name;
+    set->user_context = options->context;
+    set->ticket_hours = options->ticket_hours == 0 ? 24 : options->ticket_hours;
+    memcpy(set->secret, tls->secret, sizeof(set->secret));
     *rc = tsrvi_tls_alpn_parse(options->alpn, set);
     if (*rc == TSRV_OK && options->native_context != NULL) {
         set->context = (SSL_CTX *)options->native_context;
         set->native = true;
+        set->serves = true;
         SSL_CTX_up_ref(set->context);
         tsrvi_tls_set_callbacks(set, set->context);
     } else if (*rc == TSRV_OK) {
-        set->context = tsrvi_tls_context(options, options->cert_file, options->key_file, rc);
-        if (*rc == TSRV_OK) {
-            tsrvi_tls_set_callbacks(set, set->context);
-            *rc = tsrvi_tls_set_others(set, options);
-        }
+        *rc = tsrvi_tls_set_read(set, options);
     }
     if (*rc < 0) {
         tsrvi_tls_set_drop(set);
@@ -7477,7 +7932,9 @@ static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls_options *options, int *rc
     return set;
 }
 
-/* The strings of options are const; these are our copies. */
+/* ---- options ---------------------------------------------------------------*/
+
+/* The strings of options are const; these are our copies. Keys and passwords are among them. */
 static void tsrvi_free_text(const char *text)
 {
     union {
@@ -7485,6 +7942,9 @@ static void tsrvi_free_text(const char *text)
         char *out;
     } unconst;
     unconst.in = text;
+    if (text != NULL) {
+        OPENSSL_cleanse(unconst.out, strlen(text));
+    }
     TSRV_FREE(unconst.out);
 }
 
@@ -7505,6 +7965,13 @@ TSRV_API void tsrv_tls_free(tsrv_tls *tls)
     tsrvi_free_text(tls->options.ca_file);
     tsrvi_free_text(tls->options.alpn);
     tsrvi_free_text(tls->options.ciphers);
+    tsrvi_free_text(tls->options.cert_pem);
+    tsrvi_free_text(tls->options.key_pem);
+    tsrvi_free_text(tls->options.ca_pem);
+    tsrvi_free_text(tls->options.key_password);
+    tsrvi_free_text(tls->options.crl_file);
+    tsrvi_free_text(tls->options.ocsp_file);
+    OPENSSL_cleanse(tls->secret, sizeof(tls->secret));
     TSRV_FREE(tls);
 }
 
@@ -7519,6 +7986,12 @@ static int tsrvi_tls_options_copy(tsrv_tls *tls, const tsrv_tls_options *options
     tls->options.ca_file = tsrvi_copy(options->ca_file, &rc);
     tls->options.alpn = tsrvi_copy(options->alpn, &rc);
     tls->options.ciphers = tsrvi_copy(options->ciphers, &rc);
+    tls->options.cert_pem = tsrvi_copy(options->cert_pem, &rc);
+    tls->options.key_pem = tsrvi_copy(options->key_pem, &rc);
+    tls->options.ca_pem = tsrvi_copy(options->ca_pem, &rc);
+    tls->options.key_password = tsrvi_copy(options->key_password, &rc);
+    tls->options.crl_file = tsrvi_copy(options->crl_file, &rc);
+    tls->options.ocsp_file = tsrvi_copy(options->ocsp_file, &rc);
     tls->certificates =
         count == 0 ? NULL
                    : (tsrv_tls_certificate *)tsrvi_zalloc(count * sizeof(tsrv_tls_certificate));
@@ -7540,6 +8013,33 @@ static int tsrvi_tls_refuse(const char *what, const char *name)
     return TSRV_EINVAL;
 }
 
+/* Of a file and a text it could only be guessed which one is meant. */
+static int tsrvi_tls_check_sources(const tsrv_tls_options *options)
+{
+    bool cert = options->cert_file != NULL || options->cert_pem != NULL;
+    if (options->cert_file != NULL && options->cert_pem != NULL) {
+        return tsrvi_tls_refuse("cert_file and cert_pem are both given", "");
+    }
+    if (options->key_file != NULL && options->key_pem != NULL) {
+        return tsrvi_tls_refuse("key_file and key_pem are both given", "");
+    }
+    if (options->ca_file != NULL && options->ca_pem != NULL) {
+        return tsrvi_tls_refuse("ca_file and ca_pem are both given", "");
+    }
+    if (options->verify_client != TSRV_TLS_NONE && options->ca_file == NULL &&
+        options->ca_pem == NULL && options->native_context == NULL) {
+        return tsrvi_tls_refuse("verify_client needs a ca_file or ca_pem", "");
+    }
+    if ((options->key_file != NULL || options->key_pem != NULL) && !cert) {
+        return tsrvi_tls_refuse("there is a key and no certificate: ",
+                                options->key_file != NULL ? options->key_file : "key_pem");
+    }
+    if (options->ocsp_file != NULL && !cert && options->native_context == NULL) {
+        return tsrvi_tls_refuse("there is an ocsp_file and no certificate: ", options->ocsp_file);
+    }
+    return TSRV_OK;
+}
+
 /* What cannot be meant. */
 static int tsrvi_tls_check(const tsrv_tls_options *options)
 {
@@ -7550,12 +8050,8 @@ static int tsrvi_tls_check(const tsrv_tls_options *options)
     if (options->verify_client < TSRV_TLS_NONE || options->verify_client > TSRV_TLS_REQUIRED) {
         return tsrvi_tls_refuse("verify_client must be TSRV_TLS_NONE, _OPTIONAL or _REQUIRED", "");
     }
-    if (options->verify_client != TSRV_TLS_NONE && options->ca_file == NULL &&
-        options->native_context == NULL) {
-        return tsrvi_tls_refuse("verify_client needs a ca_file", "");
-    }
-    if (options->key_file != NULL && options->cert_file == NULL) {
-        return tsrvi_tls_refuse("there is a key and no certificate: ", options->key_file);
+    if (options->ticket_hours < 0 && options->ticket_hours != TSRV_NEVER) {
+        return tsrvi_tls_refuse("ticket_hours must be positive, 0 or TSRV_NEVER", "");
     }
     if (options->certificate_count < 0 ||
         (options->certificate_count > 0 && options->certificates == NULL)) {
@@ -7568,6 +8064,15 @@ static int tsrvi_tls_check(const tsrv_tls_options *options)
         if (options->certificates[i].cert_file == NULL) {
             return tsrvi_tls_refuse("no cert_file for ", options->certificates[i].server_name);
         }
+    }
+    return tsrvi_tls_check_sources(options);
+}
+
+/* Once, before any fork: all that share it can open each other's tickets. */
+static int tsrvi_tls_make_secret(tsrv_tls *tls)
+{
+    if (RAND_bytes(tls->secret, (int)sizeof(tls->secret)) != 1) {
+        return tsrvi_tls_complain("no random numbers", NULL, NULL);
     }
     return TSRV_OK;
 }
@@ -7588,26 +8093,13 @@ TSRV_API int tsrv_tls_new(tsrv_tls **tls, const tsrv_tls_options *options)
         return -ENOMEM;
     }
     if ((rc = tsrvi_tls_options_copy(made, options)) < 0 ||
-        (made->set = tsrvi_tls_set_new(&made->options, &rc)) == NULL) {
+        (rc = tsrvi_tls_make_secret(made)) < 0 ||
+        (made->set = tsrvi_tls_set_new(made, &rc)) == NULL) {
         tsrv_tls_free(made);
         return rc;
     }
     *tls = made;
     return TSRV_OK;
-}
-
-/* The keys that session tickets are sealed with outlive the certificates, so that sessions do too.
- * */
-static void tsrvi_tls_keep_tickets(SSL_CTX *from, SSL_CTX *to)
-{
-    unsigned char keys[256];
-    long size = SSL_CTX_get_tlsext_ticket_keys(from, NULL, 0);
-    if (size > 0 && size <= (long)sizeof(keys) &&
-        SSL_CTX_get_tlsext_ticket_keys(from, keys, size) == 1) {
-        SSL_CTX_set_tlsext_ticket_keys(to, keys, size);
-    }
-    OPENSSL_cleanse(keys, sizeof(keys));
-    ERR_clear_error();
 }
 
 TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
@@ -7617,13 +8109,9 @@ TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
     if (tls->options.native_context != NULL) {
         return TSRV_EINVAL;
     }
-    set = tsrvi_tls_set_new(&tls->options, &rc);
+    set = tsrvi_tls_set_new(tls, &rc);
     if (set == NULL) {
         return rc;
-    }
-    tsrvi_tls_keep_tickets(tls->set->context, set->context);
-    for (int i = 0; i < set->count; i++) {
-        tsrvi_tls_keep_tickets(tls->set->context, set->others[i]);
     }
     tsrvi_tls_set_drop(tls->set);
     tls->set = set;
@@ -7633,7 +8121,7 @@ TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
 /* Can it serve? */
 static bool tsrvi_tls_serves(const tsrv_tls *tls)
 {
-    return tls->options.native_context != NULL || tls->options.cert_file != NULL;
+    return tls->set->serves;
 }
 
 #else
@@ -9500,11 +9988,21 @@ static void tsrvi_proxy_free(tsrv_stream *stream)
 #define TSRVI_TLS_TAKE ((size_t)128 * 1024)    /* received at a time, whatever the records hold */
 #define TSRVI_TLS_RECENT 128                   /* sessions of a loop that keep their buffers */
 
+/* OpenSSL 3 would make an end without close_notify a fatal error; we tell it by `ended`, and can
+ * still answer who has only stopped sending. */
+#ifdef SSL_OP_IGNORE_UNEXPECTED_EOF
+#define TSRVI_TLS_OPTIONS SSL_OP_IGNORE_UNEXPECTED_EOF
+#else
+#define TSRVI_TLS_OPTIONS 0
+#endif
+
 typedef struct tsrvi_tls {
     tsrvi_session session;
     tsrv_stream *stream;
     SSL *ssl;
     tsrvi_tls_set *set;         /* what it was made from */
+    tsrvi_tls_set *chosen;      /* what on_server_name has put in its place; NULL = nothing */
+    const char *refusal;        /* why the handshake was refused by us; NULL = it was not */
     tsrvi_link recent;          /* in loop->streams.sessions */
     tsrvi_buffer *sealed;       /* the queue of records to send */
     size_t sealed_size;         /* bytes in it */
@@ -9516,6 +10014,7 @@ typedef struct tsrvi_tls {
     bool drained;               /* the socket had no more */
     bool more;                  /* the session holds input that no event will tell of */
     bool ended;                 /* the socket's end came */
+    bool asked;                 /* on_server_name was */
     char alpn[256];
 } tsrvi_tls;
 
@@ -9651,6 +10150,205 @@ static void tsrvi_tls_use(tsrvi_tls *tls)
 }
 
 /* ============================================================================
+ * >>tls_hello  What a client's first message decides: names, tickets
+ *
+ * OpenSSL shows the ClientHello before it has done anything about it. To change
+ * over to another context then, and not in its callback for names, is what keeps
+ * sessions apart: it resumes one before it calls that, so that who is known to
+ * one host would be let in by all. A session's digest of rules (>>tls_files) is
+ * that of the context it was made in, and is compared after the change.
+ *
+ * Tickets are sealed by the context that a session began with, whichever follows.
+ * Their keys follow from a secret and from the time, so that workers, and those
+ * that come after them, have the same ones without telling each other.
+ * ==========================================================================*/
+
+static tsrvi_tls *tsrvi_tls_of_ssl(const SSL *ssl)
+{
+    return (tsrvi_tls *)BIO_get_data(SSL_get_rbio(ssl));
+}
+
+/* ---- names -----------------------------------------------------------------*/
+
+/* The host that the client names, "" = none. RFC 6066, 3: the size of a list, 0 for a host's name,
+ * and its size; there is no other kind, and not more than one. False: the message is malformed, or
+ * the name is none. */
+static bool tsrvi_tls_hello_name(SSL *ssl, char name[256])
+{
+    const unsigned char *data = NULL;
+    size_t size = 0, length;
+    name[0] = 0;
+    if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) != 1) {
+        return true;
+    }
+    if (size < 5 || (size_t)(data[0] << 8 | data[1]) != size - 2 ||
+        data[2] != TLSEXT_NAMETYPE_host_name) {
+        return false;
+    }
+    length = (size_t)(data[3] << 8 | data[4]);
+    if (length != size - 5 || length > 255 || memchr(data + 5, 0, length) != NULL) {
+        return false;
+    }
+    memcpy(name, data + 5, length);
+    name[length] = 0;
+    return true;
+}
+
+/* Go on with another context. SSL_set_SSL_CTX brings its certificates, whom it trusts, its ciphers
+ * and callbacks; what SSL_new has copied is brought by us. */
+static bool tsrvi_tls_change(tsrvi_tls *tls, tsrvi_tls_set *to)
+{
+    SSL_CTX *context = to->context;
+    if (SSL_set_SSL_CTX(tls->ssl, context) == NULL) {
+        return false;
+    }
+    __atomic_add_fetch(&to->references, 1, __ATOMIC_ACQ_REL);
+    tls->chosen = to;
+    SSL_set_verify(tls->ssl, SSL_CTX_get_verify_mode(context),
+                   SSL_CTX_get_verify_callback(context));
+    SSL_set_verify_depth(tls->ssl, SSL_CTX_get_verify_depth(context));
+    SSL_clear_options(tls->ssl, SSL_get_options(tls->ssl));
+    SSL_set_options(tls->ssl, SSL_CTX_get_options(context) | TSRVI_TLS_OPTIONS);
+    return SSL_set_min_proto_version(tls->ssl, SSL_CTX_get_min_proto_version(context)) == 1 &&
+           SSL_set_max_proto_version(tls->ssl, SSL_CTX_get_max_proto_version(context)) == 1;
+}
+
+static int tsrvi_tls_refuse_hello(tsrvi_tls *tls, const char *why, int *alert, int code)
+{
+    tls->refusal = why;
+    *alert = code;
+    return SSL_CLIENT_HELLO_ERROR;
+}
+
+/* After a HelloRetryRequest there is a second one, which changes nothing. */
+static int tsrvi_tls_hello(SSL *ssl, int *alert, void *context)
+{
+    tsrvi_tls *tls = tsrvi_tls_of_ssl(ssl);
+    const tsrvi_tls_set *set = tls->set;
+    tsrv_tls *chosen = NULL;
+    char name[256];
+    int rc;
+    (void)context;
+    if (set->on_server_name == NULL || tls->asked) {
+        return SSL_CLIENT_HELLO_SUCCESS;
+    }
+    tls->asked = true;
+    if (!tsrvi_tls_hello_name(ssl, name)) {
+        return tsrvi_tls_refuse_hello(tls, "the server_name is malformed", alert,
+                                      SSL_AD_DECODE_ERROR);
+    }
+    rc = set->on_server_name(name, &chosen, set->user_context);
+    tsrvi_slow_callback(tsrvi_loop_of(tls->stream), "on_server_name",
+                        (uintptr_t)set->on_server_name);
+    if (rc < 0) {
+        return tsrvi_tls_refuse_hello(tls, "on_server_name has refused the name", alert,
+                                      SSL_AD_UNRECOGNIZED_NAME);
+    }
+    if (chosen != NULL && !tsrvi_tls_serves(chosen)) {
+        return tsrvi_tls_refuse_hello(tls, "on_server_name has chosen one without a certificate",
+                                      alert, SSL_AD_INTERNAL_ERROR);
+    }
+    if (chosen != NULL && chosen->set != set && !tsrvi_tls_change(tls, chosen->set)) {
+        return tsrvi_tls_refuse_hello(tls, "no memory for another context", alert,
+                                      SSL_AD_INTERNAL_ERROR);
+    }
+    return SSL_CLIENT_HELLO_SUCCESS;
+}
+
+/* ---- session tickets (RFC 5077, 4) -----------------------------------------*/
+
+/* The keys of a period of ticket_hours: their name, one to authenticate, one to encrypt. */
+typedef struct tsrvi_tls_keys {
+    unsigned char name[32]; /* 16 are used */
+    unsigned char mac[32];
+    unsigned char cipher[64]; /* 32 are used */
+} tsrvi_tls_keys;
+
+static bool tsrvi_tls_keys_make(tsrvi_tls_keys *keys, const unsigned char *secret, int64_t period)
+{
+    unsigned char text[9], made[128];
+    bool good = true;
+    for (int i = 0; i < 8; i++) {
+        text[i] = (unsigned char)((uint64_t)period >> (8 * i));
+    }
+    for (int part = 0; good && part < 2; part++) {
+        text[8] = (unsigned char)part;
+        good = HMAC(EVP_sha512(), secret, TSRVI_TLS_DIGEST, text, sizeof(text), made + 64 * part,
+                    NULL) != NULL;
+    }
+    memcpy(keys, made, sizeof(*keys));
+    OPENSSL_cleanse(made, sizeof(made));
+    return good;
+}
+
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+typedef EVP_MAC_CTX tsrvi_tls_mac;
+
+static bool tsrvi_tls_mac_begin(tsrvi_tls_mac *mac, tsrvi_tls_keys *keys)
+{
+    char digest[] = "SHA256";
+    OSSL_PARAM settings[3];
+    settings[0] =
+        OSSL_PARAM_construct_octet_string(OSSL_MAC_PARAM_KEY, keys->mac, sizeof(keys->mac));
+    settings[1] = OSSL_PARAM_construct_utf8_string(OSSL_MAC_PARAM_DIGEST, digest, 0);
+    settings[2] = OSSL_PARAM_construct_end();
+    return EVP_MAC_CTX_set_params(mac, settings) == 1;
+}
+#else
+typedef HMAC_CTX tsrvi_tls_mac;
+
+static bool tsrvi_tls_mac_begin(tsrvi_tls_mac *mac, tsrvi_tls_keys *keys)
+{
+    return HMAC_Init_ex(mac, keys->mac, (int)sizeof(keys->mac), EVP_sha256(), NULL) == 1;
+}
+#endif
+
+/* The number of the period that a time is in. */
+static int64_t tsrvi_tls_period(const tsrvi_tls_set *set, int64_t seconds)
+{
+    return set->ticket_hours == TSRV_NEVER ? 0 : seconds / ((int64_t)set->ticket_hours * 3600);
+}
+
+/* A ticket is opened with the key of its period as long as a ticket lives, and then sealed anew, as
+ * 2 asks for. Returns 1, 2, 0 = none of our keys, the client is to begin anew, -1 = an error. */
+static int tsrvi_tls_ticket(SSL *ssl, unsigned char *name, unsigned char *iv,
+                            EVP_CIPHER_CTX *cipher, tsrvi_tls_mac *mac, int sealing)
+{
+    const tsrvi_tls_set *set = tsrvi_tls_of_ssl(ssl)->set;
+    int64_t now = tsrvi_tls_now(), newest = tsrvi_tls_period(set, now), at = newest,
+            oldest = sealing ? newest : tsrvi_tls_period(set, now - TSRVI_TLS_TICKET_LIFE);
+    tsrvi_tls_keys keys;
+    bool good = tsrvi_tls_keys_make(&keys, set->secret, at);
+    while (good && !sealing && at >= oldest && CRYPTO_memcmp(name, keys.name, 16) != 0) {
+        good = tsrvi_tls_keys_make(&keys, set->secret, --at);
+    }
+    if (good && sealing) {
+        memcpy(name, keys.name, 16);
+        good = RAND_bytes(iv, EVP_CIPHER_iv_length(EVP_aes_256_cbc())) == 1;
+    }
+    if (good && at >= oldest) {
+        good = EVP_CipherInit_ex(cipher, EVP_aes_256_cbc(), NULL, keys.cipher, iv, sealing) == 1 &&
+               tsrvi_tls_mac_begin(mac, &keys);
+    }
+    OPENSSL_cleanse(&keys, sizeof(keys));
+    return !good ? -1 : at < oldest ? 0 : at < newest ? 2 : 1;
+}
+
+/* What a server's context asks us, from its first session on. The program's own is left alone. */
+static void tsrvi_tls_hear(tsrvi_tls_set *set)
+{
+    if (set->native) {
+        return;
+    }
+    SSL_CTX_set_client_hello_cb(set->context, tsrvi_tls_hello, NULL);
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+    SSL_CTX_set_tlsext_ticket_key_evp_cb(set->context, tsrvi_tls_ticket);
+#else
+    SSL_CTX_set_tlsext_ticket_key_cb(set->context, tsrvi_tls_ticket);
+#endif
+}
+
+/* ============================================================================
  * >>tls_transport  TLS as a transport
  * ==========================================================================*/
 
@@ -9679,7 +10377,10 @@ static void tsrvi_tls_explain(const tsrvi_tls *tls)
     unsigned long error = ERR_peek_error();
     char reason[128];
     size_t used;
-    if (error != 0) {
+    if (error != 0 && tls->refusal != NULL) {
+        ERR_clear_error();
+        tsrvi_tls_log(tls->stream, tls->refusal);
+    } else if (error != 0) {
         bool refused = ERR_GET_LIB(error) == ERR_LIB_SSL &&
                        ERR_GET_REASON(error) == SSL_R_CERTIFICATE_VERIFY_FAILED;
         used = strlen(tsrvi_tls_reason(reason, sizeof(reason)));
@@ -9949,6 +10650,7 @@ static void tsrvi_tls_end(tsrv_stream *stream)
     SSL_free(tls->ssl);
     OPENSSL_free(tls->certificate);
     tsrvi_tls_set_drop(tls->set);
+    tsrvi_tls_set_drop(tls->chosen);
     TSRV_FREE(tls);
     stream->session = NULL;
 }
@@ -9998,11 +10700,7 @@ static SSL *tsrvi_tls_ssl_new(tsrvi_tls *tls)
     BIO_set_init(bio, 1);
     SSL_set_bio(ssl, bio, bio);
     SSL_set_mode(ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-#ifdef SSL_OP_IGNORE_UNEXPECTED_EOF
-    /* OpenSSL 3 would make an end without close_notify a fatal error; we tell it by `ended`, and
-     * can still answer who has only stopped sending. */
-    SSL_set_options(ssl, SSL_OP_IGNORE_UNEXPECTED_EOF);
-#endif
+    SSL_set_options(ssl, TSRVI_TLS_OPTIONS);
     return ssl;
 }
 
@@ -10029,6 +10727,7 @@ static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char
         return -ENOMEM;
     }
     if (server_name == NULL) {
+        tsrvi_tls_hear(tls->set);
         SSL_set_accept_state(tls->ssl);
     } else if ((rc = tsrvi_tls_expect(tls, server_name)) < 0) {
         SSL_free(tls->ssl);
@@ -12296,6 +12995,46 @@ TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
     slice->size = (size_t)size;
     return TSRV_OK;
 }
+
+/* Copy what fits. */
+static int tsrvi_tls_copy_name(const X509_NAME *name, char *buffer, size_t size)
+{
+    BIO *bio = BIO_new(BIO_s_mem());
+    char *text = NULL;
+    size_t length, part;
+    if (bio == NULL || X509_NAME_print_ex(bio, name, 0, XN_FLAG_RFC2253) < 0) {
+        ERR_clear_error();
+        BIO_free(bio);
+        return -ENOMEM;
+    }
+    length = (size_t)BIO_get_mem_data(bio, &text);
+    part = size == 0 ? 0 : tsrvi_min(length, size - 1);
+    if (part != 0) {
+        memcpy(buffer, text, part);
+    }
+    if (size != 0) {
+        buffer[part] = 0;
+    }
+    BIO_free(bio);
+    return length < size ? TSRV_OK : TSRV_ETOOLONG;
+}
+
+TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size)
+{
+    const tsrvi_tls *tls = stream->session == NULL ? NULL : tsrvi_tls_of(stream);
+    X509 *certificate;
+    int rc;
+    if (size != 0) {
+        buffer[0] = 0;
+    }
+    certificate = tls == NULL || !tls->established ? NULL : SSL_get_peer_certificate(tls->ssl);
+    if (certificate == NULL) {
+        return TSRV_EINVAL;
+    }
+    rc = tsrvi_tls_copy_name(X509_get_subject_name(certificate), buffer, size);
+    X509_free(certificate);
+    return rc;
+}
 #else
 TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream)
 {
@@ -12326,6 +13065,15 @@ TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
     (void)stream;
     slice->data = "";
     slice->size = 0;
+    return TSRV_ENOTSUP;
+}
+
+TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size)
+{
+    (void)stream;
+    if (size != 0) {
+        buffer[0] = 0;
+    }
     return TSRV_ENOTSUP;
 }
 #endif

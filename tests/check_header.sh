@@ -357,7 +357,7 @@ else
     seam "the same, TSRV_NO_THREADS" "$else" seam.c -O0 -DTSRV_NO_THREADS
     seam "the same, TSRV_USE_UCONTEXT" "$contexts" seam.c -O0 -DTSRV_USE_UCONTEXT
     if [ -n "$openssl" ]; then
-        seam "the same, TSRV_TLS_OPENSSL" "${else:+$else|}(SSL|TLS|ERR|BIO|X509|OPENSSL|i2d)_.*|CRYPTO_free" \
+        seam "the same, TSRV_TLS_OPENSSL" "${else:+$else|}(SSL|TLS|ERR|BIO|X509|OPENSSL|PEM|OCSP|EVP|ASN1|OSSL|RAND|i2d|d2i)_.*|CRYPTO_(free|malloc|memcmp)|HMAC" \
             seam.c -O0 -DTSRV_TLS_OPENSSL
     else
         skip "seam with TLS: no OpenSSL"
