@@ -7731,17 +7731,14 @@ static void tsrvi_tls_keep_key(const SSL *ssl, const char *line)
 /* Who can read the file can read what is sent: never without TSRV_DEBUG. */
 static void tsrvi_tls_keep_keys(SSL_CTX *context)
 {
-    static bool told; /* atomic */
     const char *path = TSRV_SYS(getenv, ("SSLKEYLOGFILE"));
     if (path == NULL || path[0] == 0) {
         return;
     }
     SSL_CTX_set_keylog_callback(context, tsrvi_tls_keep_key);
-    if (!__atomic_exchange_n(&told, true, __ATOMIC_RELAXED)) {
+    if (tsrvi_mistake_is_new(__func__, "SSLKEYLOGFILE")) {
         tsrvi_log(TSRV_LOG_WARNING,
-                  "TSRV_DEBUG: the keys of all TLS sessions go to SSLKEYLOGFILE: "
-                  "%s",
-                  path);
+                  "TSRV_DEBUG: the keys of all TLS sessions go to SSLKEYLOGFILE, %s", path);
     }
 }
 #else

@@ -1427,7 +1427,7 @@ TEST_SOFT(test_key_log)
 #ifdef TSRV_DEBUG
     char *text = text_of("keys");
     CHECK_INT(t_logged(), 1);
-    CHECK(strstr(t_log, "TSRV_DEBUG: the keys of all TLS sessions go to SSLKEYLOGFILE: ") != NULL);
+    CHECK(strstr(t_log, "TSRV_DEBUG: the keys of all TLS sessions go to SSLKEYLOGFILE, ") != NULL);
     CHECK(stat(path("keys"), &file) == 0);
     CHECK_INT(file.st_mode & 07777, 0600);
     CHECK(strncmp(text, "CLIENT_RANDOM ", 14) == 0);

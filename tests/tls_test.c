@@ -2535,7 +2535,7 @@ static void connecting_client(int port, void *context)
     tsrv_tls *ours = client_tls("ca.pem", "x,h2"), *others = client_tls("foreign_ca.pem", NULL),
              *systems = client_tls(NULL, NULL);
     (void)context;
-    attempt a = {"localhost", port, {0, ours, NULL}, true, "", ""};
+    attempt a = {"localhost", port, {0, ours, NULL, NULL}, true, "", ""};
     CHECK_INT(try_connect(&a), TSRV_OK);
     CHECK_STR(a.version, "TLSv1.3");
     CHECK_STR(a.alpn, "h2");
@@ -2579,7 +2579,7 @@ static void other_names_client(int port, void *context)
 {
     tsrv_tls *ours = client_tls("ca.pem", NULL);
     (void)context;
-    attempt a = {"127.0.0.1", port, {0, ours, "a.wild.test"}, true, "", ""};
+    attempt a = {"127.0.0.1", port, {0, ours, "a.wild.test", NULL}, true, "", ""};
     tsrv_set_log(t_no_log, NULL);
     CHECK_INT(try_connect(&a), TSRV_OK);
     a.options.server_name = "a.b.wild.test";
@@ -2614,7 +2614,7 @@ static void refusing_client(int port, void *context)
 {
     tsrv_tls *ours = client_tls("ca.pem", NULL);
     (void)context;
-    attempt a = {"127.0.0.1", port, {0, ours, NULL}, true, "", ""};
+    attempt a = {"127.0.0.1", port, {0, ours, NULL, NULL}, true, "", ""};
     refusal = (const char *)context;
     tsrv_set_log(see_refusal, NULL);
     CHECK_INT(try_connect(&a), TSRV_ETLS);
@@ -2651,7 +2651,7 @@ static void silent_server_client(int port, void *context)
     tsrv_tls *ours = client_tls("ca.pem", NULL);
     int silent_port, listener = t_raw_socket(SOCK_STREAM, true, &silent_port);
     (void)port, (void)context;
-    attempt a = {"127.0.0.1", silent_port, {200, ours, NULL}, true, "", ""};
+    attempt a = {"127.0.0.1", silent_port, {200, ours, NULL, NULL}, true, "", ""};
     int64_t begin = t_now_ms();
     CHECK_INT(try_connect(&a), TSRV_ETIMEOUT);
     CHECK_NEAR_MS(t_now_ms() - begin, 190, 1500);
@@ -2680,7 +2680,7 @@ static void mutual_client(int port, void *context)
     options.ca_file = path("ca.pem");
     options.cert_file = path("good.pem");
     tsrv_tls *with = make_tls(&options);
-    attempt a = {"localhost", port, {0, with, NULL}, true, "", ""};
+    attempt a = {"localhost", port, {0, with, NULL, NULL}, true, "", ""};
     CHECK_INT(try_connect(&a), TSRV_OK);
     tsrv_tls_free(with);
     tsrv_tls_free(without);
@@ -2729,7 +2729,7 @@ static void asking_client(int port, void *context)
 {
     tsrv_tls *ours = client_tls("ca.pem", NULL);
     (void)context;
-    attempt a = {"127.0.0.1", port, {0, ours, "localhost"}, true, "", ""};
+    attempt a = {"127.0.0.1", port, {0, ours, "localhost", NULL}, true, "", ""};
     t_on_loop(spawn_ask, &a);
     t_wait_records(3); /* start_tls, and both ends, in any order */
     CHECK_INT(t_recorded(0), 100);
@@ -3567,4 +3567,68 @@ TEST_SOFT(test_sighup_reloads_a_single_process)
 TEST_SOFT(test_sighup_reloads_workers)
 {
     hup(2);
+}
+
+/* ---- the PROXY protocol before TLS -----------------------------------------------------------*/
+
+static int echo_for_client(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    if (tsrv_unread_size(stream) == 0 && tsrv_address_port(address) != 9) {
+        t_record(-1);
+    }
+    return echo_bytes(stream, address, context);
+}
+
+/* A header and the first message of the handshake, in one piece or byte by byte. */
+static void check_behind_header(int port, bool whole)
+{
+    static const char header[] = "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n";
+    char first[4096];
+    int fd = t_connect(port), size = (int)strlen(header);
+    SSL *ssl = dial_ssl(&usual);
+    BIO *hello = BIO_new(BIO_s_mem());
+    BIO_up_ref(hello);
+    SSL_set0_wbio(ssl, hello);
+    SSL_set0_rbio(ssl, BIO_new_socket(fd, BIO_NOCLOSE));
+    BIO_socket_nbio(fd, 1);
+    CHECK(SSL_do_handshake(ssl) < 0);
+    BIO_socket_nbio(fd, 0);
+    memcpy(first, header, (size_t)size);
+    size += BIO_read(hello, first + size, (int)sizeof first - size);
+    BIO_free(hello);
+    CHECK(size > (int)strlen(header) + 100);
+    SSL_set0_wbio(ssl, BIO_new_socket(fd, BIO_NOCLOSE));
+    if (whole) {
+        t_send(fd, first, (size_t)size);
+    }
+    for (int i = 0; i < size && !whole; i++) {
+        t_send(fd, first + i, 1);
+        if (i % 16 == 0) {
+            usleep(100); /* so that they come one by one, though nothing depends on it */
+        }
+    }
+    shake_hands(ssl);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+static void client_behind_headers(int port, void *context)
+{
+    (void)context;
+    check_behind_header(port, true);
+    check_behind_header(port, false);
+    SSL *ssl = dial_start(port, &usual); /* a handshake without a header */
+    CHECK(SSL_do_handshake(ssl) < 0);
+    dial_free(ssl);
+}
+
+TEST_STREAM(test_proxy_header_comes_before_the_handshake)
+{
+    t_case c = {echo_for_client, t_record_reason, client_behind_headers, NULL, {0}};
+    c.options.proxy_protocol = TSRV_PROXY_REQUIRED;
+    c.options.proxy_from = "127.0.0.0/8";
+    tsrv_set_log(t_no_log, NULL);
+    run_tls(&c, NULL);
+    CHECK_INT(t_record_count(), 2); /* two ends, and no wrong address */
+    CHECK(t_recorded(0) != -1 && t_recorded(1) != -1);
 }
