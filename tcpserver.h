@@ -554,11 +554,13 @@ typedef struct tsrv_loop_options {
     int max_threads; /* for tsrv_work, at most; 0 = 4 */
     int slow_ms;     /* a turn that takes longer is logged, with who took the most of it, and
                         counted; 0 = 1 s; TSRV_NEVER */
-    size_t max_total_buffer; /* unread input and unsent output of all streams together; above it no
-                                stream without unread input receives any, writes of coroutines wait
-                                until the kernel has taken them, and handlers in callback mode read
-                                on when all that they have written is sent; several times
-                                max_buffer_size; 0 = no limit */
+    size_t max_total_buffer; /* unread input and unsent output of all streams together, OpenSSL's
+                                own memory apart; above it no stream of a server receives input if
+                                it has none, writes of coroutines wait until the kernel has taken
+                                them from where they lie, and handlers in callback mode read on when
+                                all that they have written is sent. Who has begun a message may end
+                                it, at leisure unless there is a read_timeout_ms: set one. Many
+                                times max_buffer_size; 0 = no limit */
 } tsrv_loop_options;
 
 /* The loop that runs on this thread, else the thread's own, which is made on first use and lives
@@ -1029,7 +1031,8 @@ typedef struct tsrv_server_options {
      * counted, and not logged; so it is when this call stops, drains or frees the server. The
      * address is valid during the call. It is not asked for who has max_per_address connections,
      * nor for tsrv_server_add_stream; and those that wait to be accepted when tsrv_server_stop is
-     * called are refused where there is one, since it is not called from inside that. */
+     * called are refused where there is one, since it is not called from inside that. With
+     * proxy_protocol it is asked when the header has come, for the client's address. */
     int (*on_accept)(tsrv_server *server, const tsrv_address *address, void *context);
     void *context;                /* handed to all of them */
     tsrv_loop *loop;              /* NULL = the thread's, at the first listen or add_sockets */
@@ -1052,7 +1055,8 @@ typedef struct tsrv_server_options {
                                  on_accept and the log. What has no good one is TSRV_EPROXY: reset,
                                  counted and logged, and the handler is not called */
     const char *proxy_from;   /* who may send one, others are reset: "10.0.0.0/8, ::1, unix:"; NULL
-                                 = everyone, who could then claim to be anybody */
+                                 = everyone, who could then claim to be anybody; without
+                                 proxy_protocol it is TSRV_EINVAL */
     int handshake_timeout_ms; /* of the PROXY header and TLS together; 0 = 10 s */
     int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
     int read_timeout_ms;      /* a whole read; 0 = off */
@@ -1082,7 +1086,7 @@ typedef struct tsrv_stats {
                                something; and times that one did, because accept failed for good */
     uint64_t accept_errors; /* failures of accept, and connections lost between the peer's connect
                                and our accept */
-    uint64_t refused;       /* connections reset at once: max_per_address, on_accept */
+    uint64_t refused;       /* connections reset at once: max_per_address, on_accept, proxy_from */
     uint64_t ended_well;    /* streams by the reason of their end: their handler's, or the peer's */
     uint64_t ended_reset;   /* the peer has reset it */
     uint64_t ended_timeout; /* TSRV_ETIMEOUT */
@@ -1318,10 +1322,10 @@ TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_s
  * SIGPIPE is never raised. */
 
 /* Write bytes; afterwards data is the caller's again. Source: IOStream.write.
- *   size  0 = nothing happens, but the stream's state is returned; more than
- *         max_write_buffer_size: a coroutine has it sent from where it lies, in its place among the
- *         other writes, and must leave data alone until the call returns; if that is ended by
- *         tsrv_close, what is left is copied, and still goes */
+ *   size  0 = nothing happens, but the stream's state is returned; more than max_write_buffer_size,
+ *         or than there is room for in max_total_buffer: a coroutine has it sent from where it
+ *         lies, in its place among the other writes, and must leave data alone until the call
+ *         returns; if that is ended by tsrv_close, what is left is copied, and still goes */
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
@@ -4732,7 +4736,7 @@ static inline TSRVI_INLINE void tsrvi_slow_begin_turn(tsrv_loop *loop)
 static TSRVI_APART void tsrvi_slow_look(tsrv_loop *loop, uint64_t ticks)
 {
     uint64_t took = tsrvi_clock() - loop->now;
-    bool slow = took >= loop->slow.limit;
+    bool slow = took > loop->slow.limit;
     if (loop->slow.count != NULL) {
         loop->slow.count(loop, took / TSRVI_MS, slow);
     }
@@ -8365,12 +8369,14 @@ typedef struct tsrvi_proxied {
 
 /* ---- how long is it? -------------------------------------------------------*/
 
-/* Bytes of the header, as far as the first `have` of them tell; 0 = its line has not ended yet. Of
- * what does not begin like one: SIZE_MAX. Until then nothing that lies behind it may be taken. */
+/* Bytes of the header, as far as the first `have` of them tell, and never less than that; 0 = its
+ * line has not ended yet; SIZE_MAX = it is none. Nothing that lies behind it may be taken, so that
+ * a line which ends within the first bytes, and is no header of either version, is refused here. */
 static size_t tsrvi_proxy_size(const char *header, size_t have)
 {
     const unsigned char *bytes = (const unsigned char *)header;
     const char *end;
+    size_t size;
     if (have == 0) {
         return TSRVI_PROXY_SIGNATURE; /* the shortest of either version is longer */
     }
@@ -8387,7 +8393,9 @@ static size_t tsrvi_proxy_size(const char *header, size_t have)
         return TSRVI_PROXY_SIGNATURE;
     }
     end = (const char *)memchr(header, '\n', have);
-    return end != NULL ? (size_t)(end - header) + 1 : have >= TSRVI_PROXY_LINE ? SIZE_MAX : 0;
+    size = end == NULL ? 0 : (size_t)(end - header) + 1;
+    return (end != NULL && size < have) || (end == NULL && have >= TSRVI_PROXY_LINE) ? SIZE_MAX
+                                                                                     : size;
 }
 
 /* ---- version 1 -------------------------------------------------------------*/
@@ -8571,18 +8579,17 @@ static const char *tsrvi_proxy_parse_binary(const char *header, size_t size, tsr
     if (command >> 4 != 2 || (command & 15) > 1) {
         return "its version, or its command";
     }
+    if ((command & 15) == 0) {
+        return NULL; /* LOCAL: all that follows is to be passed over: 2.2 */
+    }
     if (kind >> 4 > 3 || (kind & 15) > 2) {
         return "its family";
     }
     if (size - TSRVI_PROXY_FIXED < sizes[kind >> 4]) {
-        if ((command & 15) == 0) {
-            proxied->tlvs = size; /* LOCAL: all of it is to be passed over: 2.2 */
-            return NULL;
-        }
         return "its addresses";
     }
     proxied->tlvs = TSRVI_PROXY_FIXED + sizes[kind >> 4];
-    if ((command & 15) == 1 && (kind & 15) == 1 && kind >> 4 != 0) { /* PROXY, STREAM */
+    if ((kind & 15) == 1 && kind >> 4 != 0) { /* STREAM */
         tsrvi_proxy_load(header + TSRVI_PROXY_FIXED, families[kind >> 4], &proxied->client);
     }
     return tsrvi_proxy_check_tlvs(header, size, proxied->tlvs);
@@ -9854,6 +9861,7 @@ static int tsrvi_proxy_receive(tsrv_stream *stream, tsrvi_proxy *proxy)
         if ((rc = tsrvi_proxy_reserve(proxy, room)) < 0) {
             return rc;
         }
+        TSRV_ASSERT(room > proxy->have && room <= proxy->size);
         got = size == 0 ? tsrvi_proxy_receive_line(stream, proxy->header + proxy->have,
                                                    room - proxy->have)
                         : tsrvi_plain_recv(stream, proxy->header + proxy->have, size - proxy->have);
@@ -11480,8 +11488,9 @@ static inline TSRVI_INLINE bool tsrvi_stream_wants_input(const tsrv_stream *stre
         return false;
     }
     if (TSRVI_UNLIKELY(tsrvi_loop_of(stream)->streams.pool.tight) &&
-        tsrvi_buffer_size(stream->in) == 0 && !tsrvi_is(stream, TSRVI_PARTIAL)) {
-        return false; /* those that have begun come first */
+        tsrvi_buffer_size(stream->in) == 0 && !tsrvi_is(stream, TSRVI_PARTIAL) &&
+        stream->server != tsrvi_loop_of(stream)->servers.clients) {
+        return false; /* those that have begun come first, and answers that they wait for */
     }
     if ((stream->kinds & TSRVI_FOR_READ) != 0) {
         return (stream->own.kinds & TSRVI_FOR_READ) == 0 || !tsrvi_stream_above_mark(stream);
@@ -12290,36 +12299,57 @@ static void tsrvi_lending_add(tsrv_stream *stream, tsrvi_lending *lending, const
     tsrvi_stream_soon(stream);
 }
 
-/* What is left of a piece keeps its place, as a copy. Returns TSRV_OK or -ENOMEM. */
-static TSRVI_APART int tsrvi_lending_keep(tsrv_stream *stream, const tsrvi_buffer *lent)
+/* What is left of pieces that lie in the queue one behind the other, from *link on, keeps its
+ * place, as a copy. Returns where the rest of the queue begins; NULL: no memory. */
+static tsrvi_buffer **tsrvi_lending_keep(tsrv_stream *stream, tsrvi_buffer **link, int count)
 {
-    tsrvi_buffer **link = &stream->out;
-    tsrvi_buffer *copy = tsrvi_buffer_copy(lent, &tsrvi_loop_of(stream)->streams.pool,
-                                           tsrvi_buffer_size(lent), false);
-    if (copy == NULL) {
-        return -ENOMEM;
+    tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
+    tsrvi_buffer *copies = NULL, *last = stream->out->last, *lent = *link, *end;
+    int rc = TSRV_OK;
+    for (; count > 0 && rc == TSRV_OK; count--, lent = lent->next) {
+        rc = tsrvi_queue_copy(&copies, pool, lent->data + lent->begin, tsrvi_buffer_size(lent));
     }
-    while (*link != lent) {
-        link = &(*link)->next;
+    if (rc < 0) {
+        while (copies != NULL) {
+            tsrvi_pool_give(pool, tsrvi_queue_pop(&copies));
+        }
+        return NULL;
     }
-    copy->next = lent->next;
-    copy->last = stream->out->last == lent ? copy : stream->out->last;
-    *link = copy;
-    stream->out->last = copy->last;
-    return TSRV_OK;
+    end = copies->last;
+    end->next = lent;
+    *link = copies;
+    stream->out->last = lent == NULL ? end : last; /* *link may be the first */
+    return &end->next;
+}
+
+/* How many pieces from the i-th on lie one behind the other? */
+static int tsrvi_lending_run(const tsrvi_lending *lending, int i)
+{
+    int count = 1;
+    while (i + count < lending->count &&
+           lending->buffers[i + count - 1].next == &lending->buffers[i + count]) {
+        count++;
+    }
+    return count;
 }
 
 /* The caller's memory is the caller's again: what has not gone is copied. */
 static int tsrvi_lending_end(tsrv_stream *stream, tsrvi_lending *lending)
 {
-    int rc = TSRV_OK;
-    for (int i = 0; i < lending->count && rc == TSRV_OK; i++) {
-        const tsrvi_buffer *lent = &lending->buffers[i];
-        if (lent->kind == TSRVI_LENT && tsrvi_buffer_size(lent) != 0) {
-            rc = tsrvi_lending_keep(stream, lent);
-        }
+    tsrvi_buffer **link = &stream->out;
+    int i = 0, count;
+    while (i < lending->count && (lending->buffers[i].kind != TSRVI_LENT ||
+                                  tsrvi_buffer_size(&lending->buffers[i]) == 0)) {
+        i++; /* it has gone, or the stream is over */
     }
-    return rc < 0 ? tsrvi_write_refuse(stream, rc) : rc;
+    for (; i < lending->count && link != NULL; i += count) {
+        while (*link != &lending->buffers[i]) {
+            link = &(*link)->next;
+        }
+        count = tsrvi_lending_run(lending, i);
+        link = tsrvi_lending_keep(stream, link, count);
+    }
+    return link == NULL ? tsrvi_write_refuse(stream, -ENOMEM) : (int)TSRV_OK;
 }
 
 /* The pieces are queued: send what goes.
@@ -12350,9 +12380,10 @@ static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const tsrv_slice *p
     int rc = TSRV_OK;
     lending.wait.due_ms = 0;
     lending.count = 0;
-    lending.buffers = count <= TSRVI_LENT_FEW
-                          ? few
-                          : (tsrvi_buffer *)TSRV_MALLOC((size_t)count * sizeof(*lending.buffers));
+    lending.buffers = count <= TSRVI_LENT_FEW ? few
+                      : (size_t)count > SIZE_MAX / sizeof(few[0])
+                          ? NULL
+                          : (tsrvi_buffer *)TSRV_MALLOC((size_t)count * sizeof(few[0]));
     if (lending.buffers == NULL) {
         return tsrvi_write_refuse(stream, -ENOMEM);
     }
@@ -12511,8 +12542,12 @@ TSRV_API int tsrv_try_writev(tsrv_stream *stream, const tsrv_slice *slices, int 
         if ((rc = tsrvi_write_state(stream)) != 0) {
             return rc;
         }
-        if (!tsrvi_write_has_room(stream, total)) {
+        if (!tsrvi_output_fits(stream, total)) {
             return tsrvi_write_full(stream);
+        }
+        if (!tsrvi_write_has_room(stream, total)) {
+            return tsrvi_stream_limited(stream, TSRV_EFULL, "max_total_buffer",
+                                        tsrvi_loop_of(stream)->streams.most);
         }
     }
     return tsrvi_write_copy(stream, slices, count);
@@ -13527,6 +13562,13 @@ static bool tsrvi_stream_is_idle(const tsrv_stream *stream)
 static TSRVI_APART void tsrvi_stream_drain(tsrv_stream *stream)
 {
     int rc;
+    if (tsrvi_stream_is_unknown(stream) && tsrvi_proxy_of(stream)->have == 0 &&
+        tsrvi_loop_of(stream)->now_ms - stream->fresh_ms >= TSRVI_FRESH_MS &&
+        tsrvi_plain_peek(stream) == TSRV_EAGAIN) {
+        tsrvi_stream_kill(stream,
+                          TSRV_ECLOSED); /* nobody has said anything, as in a health check */
+        return;
+    }
     if (!tsrvi_stream_is_idle(stream)) {
         return;
     }
@@ -14056,6 +14098,7 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
         options->max_per_address < 0 || options->data_size > SIZE_MAX / 2 ||
         (options->proxy_protocol != TSRV_PROXY_NONE &&
          options->proxy_protocol != TSRV_PROXY_REQUIRED) ||
+        (options->proxy_from != NULL && options->proxy_protocol == TSRV_PROXY_NONE) ||
         options->stack_size > SIZE_MAX / 2 ||
         (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
         return TSRV_EINVAL;
@@ -14149,11 +14192,11 @@ static int tsrvi_server_admit(tsrv_server *server, const tsrv_address *peer, boo
         }
     }
     if (rc == TSRV_OK && asks && options->on_accept != NULL) {
-        bool listened = tsrvi_server_listens(server);
+        bool listened = tsrvi_server_listens(server), drained = server->draining;
         rc = options->on_accept(server, peer, options->context);
         tsrvi_slow_callback(server->loop, "on_accept", (uintptr_t)options->on_accept);
-        if (rc < 0 || server->freed || (listened && !tsrvi_server_listens(server))) {
-            /* Or on_accept has stopped it. */
+        if (rc < 0 || server->freed || (listened && !tsrvi_server_listens(server)) ||
+            (server->draining && !drained)) { /* on_accept has stopped it */
             tsrvi_server_uncount(server, peer);
             rc = TSRV_EFULL;
         }
@@ -14214,15 +14257,19 @@ static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *clie
     if (rc == TSRV_OK && (rc = tsrvi_proxy_end(stream, client)) == TSRV_OK) {
         tsrv_peer_address(stream, &peer);
         rc = tsrvi_server_admit(server, &peer, proxy->asks);
-        proxy->admitted = rc == TSRV_OK;
     }
-    if (rc == TSRV_OK && stream->end == 0) {
+    if (rc == TSRV_OK && stream->end != 0) {
+        tsrvi_server_uncount(server, &peer); /* which its end could not do */
+    } else if (rc == TSRV_OK) {
+        proxy->admitted = true;
         rc = tsrvi_stream_secure(stream);
         stream->own_due_ms = due_ms; /* one limit for both */
     }
-    if (rc < 0) {
-        tsrvi_stream_kill(stream, rc);
-        tsrvi_stream_over(stream, TSRV_ECLOSED); /* what there is to say has been said */
+    if (rc < 0 || stream->end != 0) {
+        tsrvi_stream_kill(stream, rc < 0 ? rc : (int)TSRV_ECLOSED);
+        if (stream->state == TSRVI_NEW) {            /* else on_accept has freed the server */
+            tsrvi_stream_over(stream, TSRV_ECLOSED); /* what there is to say has been said */
+        }
         return TSRV_EAGAIN;
     }
     if (stream->state == TSRVI_NEW) {
@@ -15020,7 +15067,8 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
     tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
     for (; link != &server->streams; link = link->next) {
         tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
-        if (found->end == 0 && found->phase < TSRVI_CLOSING && !tsrvi_stream_is_unknown(found)) {
+        if (found->end == 0 && found->phase < TSRVI_CLOSING &&
+            (tsrvi_proxy_of(found) == NULL || tsrvi_proxy_of(found)->admitted)) {
             return found;
         }
     }

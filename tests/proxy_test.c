@@ -135,9 +135,10 @@ TEST_ONCE(binary_headers_say_who_the_client_is)
     begin_header(0x20, 0x11, sizeof four); /* LOCAL, whatever it says */
     put(four, sizeof four);
     CHECK_STR(parsed(&proxied), "-");
-    begin_header(0x20, 0x11, 3);
+    begin_header(0x20, 0xFF, 3); /* it is passed over */
     put("abc", 3);
     CHECK_STR(parsed(&proxied), "-");
+    CHECK_INT(proxied.tlvs, built_size);
     begin_header(0x21, 0x12, sizeof four); /* a datagram */
     put(four, sizeof four);
     CHECK_STR(parsed(&proxied), "-");
@@ -146,7 +147,7 @@ TEST_ONCE(binary_headers_say_who_the_client_is)
 TEST_ONCE(binary_headers_that_are_not_as_they_must_be_are_refused)
 {
     static const unsigned char bad[][2] = {{0x11, 0x11}, {0x31, 0x11}, {0x22, 0x11}, {0x2F, 0x11}, {0x01, 0x11},
-                                           {0x21, 0x41}, {0x21, 0x13}, {0x21, 0xF1}, {0x20, 0x41}};
+                                           {0x21, 0x41}, {0x21, 0x13}, {0x21, 0xF1}};
     tsrvi_proxied proxied;
     for (size_t i = 0; i < COUNT(bad); i++) {
         begin_header(bad[i][0], bad[i][1], sizeof four);
@@ -332,6 +333,7 @@ TEST_ONCE(lists_with_mistakes_are_refused)
     tsrv_server *server;
     options.handle_stream = echo_lines;
     tsrv_set_log(t_no_log, NULL);
+    options.proxy_protocol = TSRV_PROXY_REQUIRED;
     for (size_t i = 0; i < COUNT(bad); i++) {
         options.proxy_from = bad[i];
         CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
@@ -339,6 +341,9 @@ TEST_ONCE(lists_with_mistakes_are_refused)
     }
     options.proxy_from = NULL;
     options.proxy_protocol = 2;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    options.proxy_from = "127.0.0.1"; /* which would refuse nobody */
+    options.proxy_protocol = TSRV_PROXY_NONE;
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
 }
 
@@ -485,6 +490,25 @@ TEST_PLAIN_STREAM(bad_headers_are_reset)
     s_close();
 }
 
+/* A line that ends too soon, wherever, with much behind it. */
+TEST_PLAIN_SOFT(lines_that_end_at_once_are_reset)
+{
+    static char much[8192];
+    open_proxied(defaults);
+    for (size_t at = 0; at < 20; at++) {
+        int fd = s_join();
+        memset(much, 'x', sizeof much);
+        memcpy(much, "PROXY TCP4 1.2.3.4 5", 20);
+        much[at] = '\n';
+        t_send(fd, much, sizeof much);
+        s_expect_reset(fd);
+        t_close(fd);
+    }
+    CHECK_INT(s_stats().proxies_failed, 20);
+    CHECK_INT(entered, 0);
+    s_close();
+}
+
 /* Those that connect and go, as health checks do, are counted and not told of; nor is what comes too late. */
 TEST_PLAIN_SOFT(connections_without_a_header_are_counted)
 {
@@ -590,6 +614,54 @@ TEST_PLAIN_SOFT(on_accept_refuses_clients)
     s_close();
 }
 
+/* What on_accept may do to the stream, or to the server, before it answers. */
+enum { ABORT_ALL, FREE_SERVER, STOP_SERVER, DRAIN_SERVER };
+
+static int meddle(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)address;
+    accepted++;
+    switch (*(int *)context) {
+    case ABORT_ALL:
+        for (tsrv_stream *s = tsrv_server_next(server, NULL); s != NULL; s = tsrv_server_next(server, NULL)) {
+            tsrv_abort(s);
+        }
+        break;
+    case FREE_SERVER: tsrv_server_free(server); break;
+    case STOP_SERVER: tsrv_server_stop(server); break;
+    default: tsrv_server_drain(server, 0); break;
+    }
+    return TSRV_OK;
+}
+
+TEST_PLAIN_SOFT(on_accept_may_end_what_it_is_asked_for)
+{
+    for (int what = ABORT_ALL; what <= DRAIN_SERVER; what++) {
+        tsrv_server_options options = {0};
+        options.max_per_address = 2;
+        options.on_accept = meddle;
+        options.context = &what;
+        open_proxied(options);
+        accepted = 0;
+        int fd = s_join();
+        t_sends(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+        if (what == ABORT_ALL) {
+            s_expect(fd, "hi\n"); /* it does not see the stream yet */
+            s_finish(fd);
+            s_until(&s_closed, 1);
+            CHECK_INT(s_server->addresses.used, 0);
+        } else {
+            s_expect_reset(fd);
+            t_close(fd);
+        }
+        CHECK_INT(accepted, 1);
+        if (what == FREE_SERVER) {
+            s_server = NULL;
+        }
+        s_close();
+    }
+}
+
 /* A server that is stopped, drained or freed meanwhile: who has not introduced itself is not in its way. */
 TEST_PLAIN_SOFT(header_that_is_awaited_survives_a_stop_and_no_more)
 {
@@ -600,6 +672,7 @@ TEST_PLAIN_SOFT(header_that_is_awaited_survives_a_stop_and_no_more)
     t_sends(late, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
     s_expect(late, "hi\n");
     s_finish(late);
+    t_sends(never, "PROXY");
     d = s_new_drain(300);
     s_begin_drain(&d);
     s_check_drain(&d, TSRV_ETIMEOUT, 300, 400);
@@ -607,6 +680,20 @@ TEST_PLAIN_SOFT(header_that_is_awaited_survives_a_stop_and_no_more)
     t_close(never);
     CHECK_INT(entered, 0);
     CHECK_INT(s_closed, 1);
+    s_close();
+}
+
+/* Who has said nothing for a second holds no drain. */
+TEST_PLAIN_SOFT(silence_holds_no_drain)
+{
+    s_drainer d;
+    open_proxied(defaults);
+    int fd = s_join();
+    d = s_new_drain(9000);
+    s_begin_drain(&d);
+    s_check_drain(&d, TSRV_OK, 1000, 2000);
+    s_expect_reset(fd);
+    t_close(fd);
     s_close();
 }
 

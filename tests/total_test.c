@@ -185,3 +185,104 @@ TEST_PLAIN_SOFT(try_write_keeps_to_the_total)
     s_finish(fd);
     s_close();
 }
+
+/* ---- what a handler waits for is not held back ---------------------------------------------*/
+
+static int backend_port;
+
+static int say_yes(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, "yes\n", 4);
+    }
+    return rc;
+}
+
+/* Holds a large request while it asks another server about it. */
+static int ask_about(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice request, answer_line;
+    tsrv_stream *backend;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &request)) == TSRV_OK) {
+        tsrv_sleep(100); /* until all have come */
+        CHECK_INT(tsrv_connect("127.0.0.1", backend_port, NULL, &backend), TSRV_OK);
+        tsrv_write(backend, "may I?\n", 7);
+        CHECK_INT(tsrv_read_until(backend, "\n", 0, &answer_line), TSRV_OK);
+        tsrv_write(stream, answer_line.data, answer_line.size);
+        tsrv_close(backend);
+    }
+    return rc;
+}
+
+TEST_COROUTINE(answers_of_others_come_while_memory_is_tight)
+{
+    enum { CLIENTS = 12 };
+    static char request[500 * KIB];
+    tsrv_server_options options = {0};
+    int fds[CLIENTS];
+    s_loop_options.max_total_buffer = TOTAL;
+    s_open_with(ask_about, defaults);
+    options.handle_stream = say_yes;
+    options.loop = NULL;
+    /* The backend has a loop of its own thread in life; here it must not be held, so it is not of this loop. */
+    tsrv_loop *other;
+    CHECK_INT(tsrv_loop_new(&other, NULL), TSRV_OK);
+    options.loop = other;
+    tsrv_server *backend;
+    CHECK_INT(tsrv_server_new(&backend, &options), TSRV_OK);
+    backend_port = t_listen(backend);
+    memset(request, 'r', sizeof request);
+    request[sizeof request - 1] = '\n';
+    for (int i = 0; i < CLIENTS; i++) {
+        fds[i] = t_connect(s_port);
+        s_send(fds[i], request, sizeof request);
+    }
+    for (int i = 0; i < CLIENTS; i++) {
+        char got[4];
+        size_t size = 0;
+        int64_t limit = t_patience();
+        while (size < sizeof got) {
+            ssize_t n = recv(fds[i], got + size, sizeof got - size, MSG_DONTWAIT);
+            size += n > 0 ? (size_t)n : 0;
+            CHECK(t_now_ms() < limit);
+            s_turn_ms(1);
+            CHECK(tsrv_loop_run_once(other, 0) >= 0);
+        }
+        CHECK_MEM(got, 4, "yes\n", 4);
+    }
+    for (int i = 0; i < CLIENTS; i++) {
+        t_close(fds[i]);
+    }
+    s_until(&s_closed, CLIENTS);
+    tsrv_server_free(backend);
+    CHECK_INT(tsrv_loop_free(other), TSRV_OK);
+    s_close();
+}
+
+/* A limit that is smaller than a buffer ends, too, and serves one after the other. */
+TEST_PLAIN_SOFT(small_totals_serve_all)
+{
+    static const size_t totals[] = {1, 20000, 65536, 86000};
+    for (size_t i = 0; i < COUNT(totals); i++) {
+        int fds[8];
+        s_loop_options.max_total_buffer = totals[i];
+        s_open_with(echo_lines, defaults);
+        for (int k = 0; k < 8; k++) {
+            fds[k] = t_connect(s_port);
+            t_sends(fds[k], "a part of a line ");
+        }
+        s_settle();
+        for (int k = 0; k < 8; k++) {
+            t_sends(fds[k], "and the rest\n");
+            s_expect(fds[k], "a part of a line and the rest\n");
+            s_finish(fds[k]);
+        }
+        CHECK(!s_loop->streams.pool.tight);
+        s_close();
+    }
+}

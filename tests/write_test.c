@@ -480,6 +480,54 @@ TEST_PLAIN_SOFT(any_pieces_without_memory_leave_no_gap)
     free(any_source);
 }
 
+/* Very many pieces that are closed before they have gone keep their order, and cost what they are. */
+static int write_many_pieces(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    enum { MANY = 50000, EACH = 12 };
+    tsrv_slice *pieces = (tsrv_slice *)malloc(MANY * sizeof *pieces);
+    (void)address, (void)context;
+    CHECK(pieces != NULL);
+    limit_output(stream);
+    for (int i = 0; i < MANY; i++) {
+        pieces[i].data = any_source + i * EACH;
+        pieces[i].size = EACH;
+    }
+    any_promised = (size_t)MANY * EACH;
+    CHECK_INT(tsrv_writev(stream, pieces, MANY), TSRV_ECLOSED);
+    free(pieces);
+    return TSRV_OK;
+}
+
+static void close_only(void *context)
+{
+    (void)context;
+    tsrv_close(tsrv_server_next(s_server, NULL));
+}
+
+TEST_SCRIPT(pieces_that_are_closed_go_all_the_same)
+{
+    tsrv_server_options options = {0};
+    tsrv_timer timer = {0};
+    char *got;
+    int code;
+    make_any_source();
+    options.max_write_buffer_size = 100000;
+    options.close_timeout_ms = TSRV_NEVER;
+    s_open_with(write_many_pieces, options);
+    int fd = s_join_with_room(4096);
+    CHECK_INT(tsrv_timer_start(s_loop, &timer, 10, close_only, NULL), TSRV_OK);
+    s_run_ms(100);
+    got = (char *)malloc(any_promised + 1);
+    CHECK(got != NULL);
+    CHECK_INT(s_recv(fd, got, any_promised + 1, &code), any_promised);
+    CHECK_MEM(got, any_promised, any_source, any_promised);
+    free(got);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+    free(any_source);
+}
+
 /* ---- two that write pieces -----------------------------------------------------------------*/
 
 static size_t p_body;
