@@ -1,11 +1,14 @@
 #!/bin/sh
 # The examples behind HAProxy and nginx, which say in the PROXY protocol's header whose a connection is: the servers
-# have to see the client's own address and port, health checks must do no harm, and others are turned away.
-#   sh tests/proxies.sh [headers] [tls] [checks] [others]     default: all of them
-# Needs haproxy, nginx with its stream module, openssl, nc. BUILD, CC; what is missing is a failure with CI=true.
+# have to see the client's own address and port, health checks must do no harm, and others are turned away. And a rolling
+# restart behind examples/haproxy.cfg, which no client may notice.
+#   sh tests/proxies.sh [headers] [tls] [checks] [others] [rolling]     default: all of them
+# Needs haproxy, nginx with its stream module, openssl, nc; what is missing is a failure with CI=true. BUILD, CC; ROUNDS
+# (2) of restarts.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} build=${BUILD:-build}/proxies
+ROUNDS=${ROUNDS:-2}
 PATIENCE=${PATIENCE:-20} # seconds for one step, after which it has failed
 passed=0 failed=0 skipped=0 started='' port=$((20000 + $$ * 37 % 11000))
 mkdir -p "$build" || exit 1
@@ -139,31 +142,36 @@ failures() {
 has haproxy 'all of it' || { echo "$passed passed, $failed failed, $skipped skipped"; exit $failed; }
 has openssl 'all of it' || { echo "$passed passed, $failed failed, $skipped skipped"; exit $failed; }
 
-for program in echo echo_tls; do
-    $CC -std=gnu99 -O1 -Wall -Wextra -DTSRV_TLS_OPENSSL= -include tests/proxied.h -o "$build/$program" examples/$program.c -lssl -lcrypto \
-        -lpthread || exit 1
-done
-$CC -std=gnu99 -O1 -Wall -Wextra -o "$build/production" examples/production.c -lpthread || exit 1
-[ -f "$build/both.pem" ] || {
-    make -s BUILD="$build" cert 2>/dev/null && cat "$build/cert.pem" "$build/key.pem" >"$build/both.pem"
-} || exit 1
+# begin: the examples, and HAProxy in front of them in many ways; once.
+ready=''
+begin() {
+    [ -z "$ready" ] || return 0
+    ready=yes
+    for program in echo echo_tls; do
+        $CC -std=gnu99 -O1 -Wall -Wextra -DTSRV_TLS_OPENSSL= -include tests/proxied.h -o "$build/$program" examples/$program.c -lssl -lcrypto \
+            -lpthread || exit 1
+    done
+    $CC -std=gnu99 -O1 -Wall -Wextra -o "$build/production" examples/production.c -lpthread || exit 1
+    [ -f "$build/both.pem" ] || {
+        make -s BUILD="$build" cert 2>/dev/null && cat "$build/cert.pem" "$build/key.pem" >"$build/both.pem"
+    } || exit 1
 
-export PROXY_FROM='127.0.0.1'
-serve echo echo
-echo=$port
-serve echo_tls echo_tls "$build/cert.pem" "$build/key.pem"
-echo_tls=$port
-serve production production 2 127.0.0.1
-production=$port
-PROXY_FROM='10.0.0.0/8, ::1' serve closed echo
-closed=$port
-serve looked_at echo
-looked_at=$port
-serve touched echo
-touched=$port
+    export PROXY_FROM='127.0.0.1'
+    serve echo echo
+    echo=$port
+    serve echo_tls echo_tls "$build/cert.pem" "$build/key.pem"
+    echo_tls=$port
+    serve production production 2 127.0.0.1
+    production=$port
+    PROXY_FROM='10.0.0.0/8, ::1' serve closed echo
+    closed=$port
+    serve looked_at echo
+    looked_at=$port
+    serve touched echo
+    touched=$port
 
-rm -f "$build/haproxy.sock"
-cat >"$build/haproxy.cfg" <<CONFIG
+    rm -f "$build/haproxy.sock"
+    cat >"$build/haproxy.cfg" <<CONFIG
 global
     stats socket $build/haproxy.sock
 defaults
@@ -174,36 +182,38 @@ defaults
     timeout check 5s
     unique-id-format id-%pid-%rt
 CONFIG
-listen v1 "$echo" send-proxy
-v1=$port
-listen v2 "$echo" send-proxy-v2
-v2=$port
-listen sums "$echo" send-proxy-v2 proxy-v2-options unique-id,crc32c
-sums=$port
-bind="ssl crt $build/both.pem ca-file $build/cert.pem verify optional"
-listen ssl "$echo" send-proxy-v2-ssl
-ssl=$port
-listen ssl_cn "$echo" send-proxy-v2 proxy-v2-options ssl,cert-cn,authority,crc32c
-ssl_cn=$port
-bind=''
-listen through "$echo_tls" send-proxy-v2
-through=$port
-listen through1 "$echo_tls" send-proxy
-through1=$port
-listen workers "$production" send-proxy-v2
-workers=$port
-listen closed "$closed" send-proxy-v2
-closed=$port
-listen without "$echo"
-without=$port
-# Checks as HAProxy makes them for send-proxy, and such that only connect: a check with a port of its own has no header.
-listen local1 "$looked_at" send-proxy check check-send-proxy inter 50
-listen local2 "$looked_at" send-proxy-v2 check check-send-proxy inter 50
-listen bare "$touched" send-proxy-v2 check port "$touched" inter 50 fall 1
-bare=$port
-haproxy_starts "$bare"
+    listen v1 "$echo" send-proxy
+    v1=$port
+    listen v2 "$echo" send-proxy-v2
+    v2=$port
+    listen sums "$echo" send-proxy-v2 proxy-v2-options unique-id,crc32c
+    sums=$port
+    bind="ssl crt $build/both.pem ca-file $build/cert.pem verify optional"
+    listen ssl "$echo" send-proxy-v2-ssl
+    ssl=$port
+    listen ssl_cn "$echo" send-proxy-v2 proxy-v2-options ssl,cert-cn,authority,crc32c
+    ssl_cn=$port
+    bind=''
+    listen through "$echo_tls" send-proxy-v2
+    through=$port
+    listen through1 "$echo_tls" send-proxy
+    through1=$port
+    listen workers "$production" send-proxy-v2
+    workers=$port
+    listen closed "$closed" send-proxy-v2
+    closed=$port
+    listen without "$echo"
+    without=$port
+    # Checks as HAProxy makes them for send-proxy, and such that only connect: a check with a port of its own has no header.
+    listen local1 "$looked_at" send-proxy check check-send-proxy inter 50
+    listen local2 "$looked_at" send-proxy-v2 check check-send-proxy inter 50
+    listen bare "$touched" send-proxy-v2 check port "$touched" inter 50 fall 1
+    bare=$port
+    haproxy_starts "$bare"
+}
 
 headers() {
+    begin
     plain 'v1' echo "$v1" 'tlv$' 'HAProxy, send-proxy: the client'
     plain 'v2' echo "$v2" 'tlv$' 'HAProxy, send-proxy-v2: the client'
     plain 'sums' echo "$sums" ' 03:{.*} 05:{id-' 'HAProxy, unique-id and crc32c: the client, the id, and a sum that is right'
@@ -250,6 +260,7 @@ CONFIG
 }
 
 tls() {
+    begin
     secure 'through' echo_tls "$through" 'tlv$' 'HAProxy, send-proxy-v2: TLS goes through behind the header'
     secure 'through1' echo_tls "$through1" 'tlv$' 'HAProxy, send-proxy: TLS goes through behind the header'
     # 0x20: the client's flags (1: over TLS; 4: it has shown a certificate), how its verification went, and more.
@@ -263,6 +274,7 @@ tls() {
 looked() { [ "$(grep -c '^from \(127.0.0.1:[0-9]*\) by \1 ' "$build/$1.out")" -ge "$2" ]; }
 
 checks() {
+    begin
     await looked looked_at 40
     result $? 'checks with a header: the handler sees the proxy itself' "$build/looked_at.out"
     state_is local1 'UP L4OK' && state_is local2 'UP L4OK'
@@ -294,6 +306,7 @@ turned_away() {
 }
 
 others() {
+    begin
     failures echo "$echo"
     before=$failures
     turned_away "$without"
@@ -315,9 +328,78 @@ others() {
     result $? 'a proxy that is not in proxy_from: refused, and logged' "$build/closed.log"
 }
 
-for scenario in ${*:-headers tls checks others}; do
+# instance NAME PORT ADMIN-PORT: start it, and until it listens. Sets the variable NAME to its pid.
+instance() {
+    : >"$build/status_$1.out"
+    "$build/status" "$2" "$3" 2 127.0.0.1 >"$build/status_$1.out" 2>>"$build/status_$1.log" &
+    eval "$1=$!"
+    started="$started $!"
+    await answers 'look at' "$build/status_$1.out"
+}
+
+# sees NAME FIELD: what HAProxy says of an instance: 18 is its state, 8 how many connections it has had.
+sees() {
+    echo 'show stat' | nc -N -U "$build/rolling.sock" |
+        awk -F, -v name="$1" -v field="$2" '$1 == "instances" && $2 == name {print $field}'
+}
+is_up() { [ "$(sees "$1" 18)" = UP ]; }
+has_had() { [ "$(sees "$1" 8)" -ge "$2" ]; }
+
+# works NAME: does it come to be UP, and get 100 more connections?
+works() {
+    await is_up "$1" && await has_had "$1" $(($(sees "$1" 8) + 100))
+}
+
+# restart NAME PORT ADMIN-PORT: as one would roll a new version out.
+restart() {
+    eval "pid=\$$1"
+    kill -TERM "$pid"
+    wait "$pid"
+    result $? "rolling: $1 has ended in good order" "$build/status_$1.log"
+    instance "$@" && works "$1"
+    result $? "rolling: $1 is UP again, and at work" "$build/rolling.out"
+}
+
+rolling() { # examples/haproxy.cfg and examples/status.c: both instances are restarted under load
+    $CC -std=gnu99 -O1 -Wall -Wextra -o "$build/status" examples/status.c -lpthread || exit 1
+    $CC -std=gnu99 -O1 -Wall -Wextra -o "$build/rolling_load" tests/rolling_load.c -lpthread || exit 1
+    edits="s|/tmp/haproxy.sock|$build/rolling.sock|"
+    for fixed in 8888 8001 8002 8003 8004; do
+        free_port
+        edits="$edits; s|:$fixed|:$port|; s|port $fixed|port $port|"
+        eval "at_$fixed=$port"
+    done
+    sed "$edits" examples/haproxy.cfg >"$build/rolling.cfg"
+    # shellcheck disable=SC2154 # set by eval
+    instance a "$at_8001" "$at_8002" && instance b "$at_8003" "$at_8004"
+    result $? 'rolling: two instances of examples/status.c'
+    rm -f "$build/rolling.sock"
+    haproxy -db -f "$build/rolling.cfg" >"$build/rolling.out" 2>&1 &
+    started="$started $!"
+    await test -S "$build/rolling.sock"
+    result $? 'rolling: HAProxy runs' "$build/rolling.out"
+    # shellcheck disable=SC2154
+    "$build/rolling_load" "$at_8888" 8 4 >"$build/rolling_load.out" 2>&1 &
+    load=$!
+    started="$started $load"
+    works a && works b
+    result $? 'rolling: both are UP, and at work' "$build/rolling.out"
+    round=0
+    while [ $round -lt "$ROUNDS" ]; do
+        restart a "$at_8001" "$at_8002"
+        restart b "$at_8003" "$at_8004"
+        round=$((round + 1))
+    done
+    kill -TERM $load
+    wait $load
+    result $? "rolling: $(tail -n 1 "$build/rolling_load.out")" "$build/rolling_load.out"
+    answers ' [1-9][0-9]* asked again, 0 failed' "$build/rolling_load.out"
+    result $? 'rolling: clients that keep their connection heard the good-byes' "$build/rolling_load.out"
+}
+
+for scenario in ${*:-headers tls checks others rolling}; do
     case $scenario in
-    headers | tls | checks | others) $scenario ;;
+    headers | tls | checks | others | rolling) $scenario ;;
     *) echo "no such scenario: $scenario" && exit 2 ;;
     esac
 done
