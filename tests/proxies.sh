@@ -1,7 +1,7 @@
 #!/bin/sh
 # The examples behind HAProxy and nginx, which say in the PROXY protocol's header whose a connection is: the servers
-# have to see the client's own address and port, health checks must do no harm, and others are turned away. And a rolling
-# restart behind examples/haproxy.cfg, which no client may notice.
+# have to see the client's own address and port, health checks must do no harm, and others are turned away. And a
+# rolling restart behind examples/haproxy.cfg, which no client may notice.
 #   sh tests/proxies.sh [headers] [tls] [checks] [others] [rolling]     default: all of them
 # Needs haproxy, nginx with its stream module, openssl, nc; what is missing is a failure with CI=true. BUILD, CC; ROUNDS
 # (2) of restarts.
@@ -114,7 +114,8 @@ haproxy_starts() {
 
 # state BACKEND: how HAProxy sees its only server, such as "UP L4OK".
 state() {
-    echo 'show stat' | nc -N -U "$build/haproxy.sock" | awk -F, -v name="$1" '$1 == name && $2 == "s" {sub(/[*] /, "", $37); print $18, $37}'
+    echo 'show stat' | nc -N -U "$build/haproxy.sock" |
+        awk -F, -v name="$1" '$1 == name && $2 == "s" {sub(/[*] /, "", $37); print $18, $37}'
 }
 state_is() { [ "$(state "$1")" = "$2" ]; }
 
@@ -148,8 +149,8 @@ begin() {
     [ -z "$ready" ] || return 0
     ready=yes
     for program in echo echo_tls; do
-        $CC -std=gnu99 -O1 -Wall -Wextra -DTSRV_TLS_OPENSSL= -include tests/proxied.h -o "$build/$program" examples/$program.c -lssl -lcrypto \
-            -lpthread || exit 1
+        $CC -std=gnu99 -O1 -Wall -Wextra -DTSRV_TLS_OPENSSL= -include tests/proxied.h -o "$build/$program" \
+            examples/$program.c -lssl -lcrypto -lpthread || exit 1
     done
     $CC -std=gnu99 -O1 -Wall -Wextra -o "$build/production" examples/production.c -lpthread || exit 1
     [ -f "$build/both.pem" ] || {
@@ -204,7 +205,7 @@ CONFIG
     closed=$port
     listen without "$echo"
     without=$port
-    # Checks as HAProxy makes them for send-proxy, and such that only connect: a check with a port of its own has no header.
+    # Checks as HAProxy makes them for send-proxy, and such that only connect: one with a port of its own has no header.
     listen local1 "$looked_at" send-proxy check check-send-proxy inter 50
     listen local2 "$looked_at" send-proxy-v2 check check-send-proxy inter 50
     listen bare "$touched" send-proxy-v2 check port "$touched" inter 50 fall 1
@@ -216,7 +217,7 @@ headers() {
     begin
     plain 'v1' echo "$v1" 'tlv$' 'HAProxy, send-proxy: the client'
     plain 'v2' echo "$v2" 'tlv$' 'HAProxy, send-proxy-v2: the client'
-    plain 'sums' echo "$sums" ' 03:{.*} 05:{id-' 'HAProxy, unique-id and crc32c: the client, the id, and a sum that is right'
+    plain 'sums' echo "$sums" ' 03:{.*} 05:{id-' 'HAProxy, unique-id and crc32c: the client, the id, the sum'
     free_port
     client=$port
     expected="you are 127.0.0.1:$client" ask production stats nc -N -p "$client" 127.0.0.1 "$workers"
@@ -284,8 +285,8 @@ checks() {
     result $? 'checks with a header: none is counted as bad' "$build/looked_at.out"
     [ "$(grep -c PROXY "$build/looked_at.log")" -eq 0 ]
     result $? 'checks with a header: none is logged' "$build/looked_at.log"
-    # HAProxy's checks that only connect are over before there is anything to accept, and so are not seen at all; those of
-    # others, that connect and close, are.
+    # HAProxy's checks that only connect are over before there is anything to accept, and so are not seen at all; those
+    # of others, that connect and close, are.
     await state_is bare 'UP L4OK'
     result $? "checks that only connect: HAProxy says $(state bare)"
     failures touched "$touched"
@@ -337,12 +338,14 @@ instance() {
     await answers 'look at' "$build/status_$1.out"
 }
 
-# sees NAME FIELD: what HAProxy says of an instance: 18 is its state, 8 how many connections it has had.
+# sees NAME FIELD: what HAProxy says of an instance: 8 is how many connections it has had, 17 how many were sent to
+# another in its place, 18 its state.
 sees() {
     echo 'show stat' | nc -N -U "$build/rolling.sock" |
         awk -F, -v name="$1" -v field="$2" '$1 == "instances" && $2 == name {print $field}'
 }
 is_up() { [ "$(sees "$1" 18)" = UP ]; }
+is_down() { [ "$(sees "$1" 18)" = DOWN ]; }
 has_had() { [ "$(sees "$1" 8)" -ge "$2" ]; }
 
 # works NAME: does it come to be UP, and get 100 more connections?
@@ -356,6 +359,8 @@ restart() {
     kill -TERM "$pid"
     wait "$pid"
     result $? "rolling: $1 has ended in good order" "$build/status_$1.log"
+    await is_down "$1"
+    result $? "rolling: $1 is DOWN" "$build/rolling.out"
     instance "$@" && works "$1"
     result $? "rolling: $1 is UP again, and at work" "$build/rolling.out"
 }
@@ -390,6 +395,9 @@ rolling() { # examples/haproxy.cfg and examples/status.c: both instances are res
         restart b "$at_8003" "$at_8004"
         round=$((round + 1))
     done
+    redispatched=$(($(sees a 17) + $(sees b 17)))
+    [ $redispatched -gt 0 ]
+    result $? "rolling: $redispatched connections that one has refused went to the other"
     kill -TERM $load
     wait $load
     result $? "rolling: $(tail -n 1 "$build/rolling_load.out")" "$build/rolling_load.out"
