@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} build=${BUILD:-build}/proxies
 ROUNDS=${ROUNDS:-2}
 PATIENCE=${PATIENCE:-20} # seconds for one step, after which it has failed
-passed=0 failed=0 skipped=0 started='' port=$((20000 + $$ * 37 % 11000))
+passed=0 failed=0 skipped=0 started='' pid='' port=$((20000 + $$ * 37 % 11000))
 mkdir -p "$build" || exit 1
 build=$(cd "$build" && pwd)
 rm -f "$build"/*.out "$build"/*.log "$build"/*.got
@@ -71,6 +71,7 @@ ask() {
     got=$build/$1.got text=$2
     shift 2
     : >"$got"
+    # shellcheck disable=SC2094 # the one waits for what the other writes
     {
         printf '%s\n' "$text"
         await answers "${expected:-$text}" "$got"
@@ -405,6 +406,7 @@ rolling() { # examples/haproxy.cfg and examples/status.c: both instances are res
     result $? 'rolling: clients that keep their connection heard the good-byes' "$build/rolling_load.out"
 }
 
+# shellcheck disable=SC2048
 for scenario in ${*:-headers tls checks others rolling}; do
     case $scenario in
     headers | tls | checks | others | rolling) $scenario ;;
