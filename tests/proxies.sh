@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.." || exit 1
 CC=${CC:-cc} build=${BUILD:-build}/proxies
 ROUNDS=${ROUNDS:-2}
 PATIENCE=${PATIENCE:-20} # seconds for one step, after which it has failed
-passed=0 failed=0 skipped=0 started='' pid='' port=$((20000 + $$ * 37 % 11000))
+passed=0 failed=0 skipped=0 started='' pid='' port=$((20000 + $$ * 101 % 11000))
 mkdir -p "$build" || exit 1
 build=$(cd "$build" && pwd)
 rm -f "$build"/*.out "$build"/*.log "$build"/*.got
@@ -30,7 +30,7 @@ result() {
 
 # has TOOL WHAT: true when it is there; else that is skipped, or fails.
 has() {
-    command -v "$1" >/dev/null && return 0
+    { command -v "$1" >/dev/null || [ -f "$1" ]; } && return 0
     echo "SKIP $2: no $1"
     if [ "${CI:-}" = true ]; then failed=$((failed + 1)); else skipped=$((skipped + 1)); fi
     return 1
