@@ -354,15 +354,22 @@ works() {
     await is_up "$1" && await has_had "$1" $(($(sees "$1" 8) + 100))
 }
 
-# restart NAME PORT ADMIN-PORT: as one would roll a new version out.
+# set_state NAME drain|ready: whether HAProxy sends new connections there. It answers nothing but a fault.
+set_state() {
+    [ -z "$(echo "set server instances/$1 state $2" | nc -N -U "$build/rolling.sock")" ]
+    result $? "rolling: $1 is set to $2"
+}
+
+# restart NAME PORT ADMIN-PORT: as one would roll a new version out; by turns HAProxy is told before, or finds out.
 restart() {
     eval "pid=\$$1"
+    [ $((round % 2)) -eq 0 ] || set_state "$1" drain
     kill -TERM "$pid"
     wait "$pid"
     result $? "rolling: $1 has ended in good order" "$build/status_$1.log"
     await is_down "$1"
     result $? "rolling: $1 is DOWN" "$build/rolling.out"
-    instance "$@" && works "$1"
+    instance "$@" && { [ $((round % 2)) -eq 0 ] || set_state "$1" ready; } && works "$1"
     result $? "rolling: $1 is UP again, and at work" "$build/rolling.out"
 }
 
