@@ -1,9 +1,11 @@
 /* production.c - a server as one would run it: workers that are looked after, limits, figures.
  *
  *   cc -O2 -o production examples/production.c
- *   ./production [port [processes]]   then: nc 127.0.0.1 8888, and say "stats"
+ *   ./production [port [processes [proxies]]]      then: nc 127.0.0.1 8888, and say "stats"
  *   kill -USR2  starts the program anew, which takes the port over: an upgrade without a gap
  *   kill -HUP   replaces the workers one by one; -TERM finishes what is under way (30 s), and ends
+ *   ./production 8888 0 127.0.0.1   only through a proxy there (HAProxy with send-proxy-v2, nginx
+ *               with proxy_protocol on), which says in a header of each connection whose it is
  *
  * As /etc/systemd/system/production.service; with ListenStream=127.0.0.1:8888 in production.socket
  * beside it systemd holds the port, and this program finds it by itself; from systemd 253 on
@@ -31,14 +33,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* The figures of all workers; each of them can be asked. */
-static void tell_stats(tsrv_stream *stream)
+/* The figures of all workers; each of them can be asked. Behind a proxy `address` is the client's. */
+static void tell_stats(tsrv_stream *stream, const tsrv_address *address)
 {
+    char you[TSRV_ADDRESS_SIZE];
     tsrv_stats all;
     if (tsrv_server_worker_stats(tsrv_stream_server(stream), -1, &all) == TSRV_OK) {
-        tsrv_printf(stream, "accepted %llu, open %llu, timeouts %llu, restarts %llu\n",
+        tsrv_printf(stream, "accepted %llu, open %llu, timeouts %llu, restarts %llu, you are %s\n",
                     (unsigned long long)all.accepted, (unsigned long long)all.open,
-                    (unsigned long long)all.ended_timeout, (unsigned long long)all.restarts);
+                    (unsigned long long)all.ended_timeout, (unsigned long long)all.restarts,
+                    tsrv_address_format(address, you, sizeof(you)));
     }
 }
 
@@ -47,10 +51,10 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
 {
     tsrv_slice line;
     int rc;
-    (void)address, (void)context;
+    (void)context;
     while ((rc = tsrv_read_until(stream, "\n", 4096, &line)) == TSRV_OK) {
         if (strcmp(line.data, "stats\n") == 0 || strcmp(line.data, "stats\r\n") == 0) {
-            tell_stats(stream);
+            tell_stats(stream, address);
         } else {
             tsrv_write(stream, line.data, line.size);
         }
@@ -91,6 +95,10 @@ int main(int argc, char **argv)
     options.idle_timeout_ms = 60000;
     options.keep_alive = true;
     options.fork = &fork_options;
+    if (argc > 3) { /* "10.0.0.0/8, ::1": nobody else may connect, or claim to be somebody */
+        options.proxy_protocol = TSRV_PROXY_REQUIRED;
+        options.proxy_from = argv[3];
+    }
     rc = tsrv_serve(port, "127.0.0.1", processes, &options);
     if (tsrv_task_id() < 0) { /* the parent: here, not in atexit, is what is done once at the end */
         fprintf(stderr, "production: over, %s\n", rc == TSRV_OK ? "all well" : tsrv_strerror(rc));

@@ -1,11 +1,11 @@
 /* status.c - a service, and a second port to see it by: figures, probes, and a page that draws them.
  *
  *   cc -O2 -o status examples/status.c
- *   ./status [port [admin port [processes]]]      then: nc 127.0.0.1 8888, several times, and open
- *                                                 http://127.0.0.1:8889/ in a browser
+ *   ./status [port [admin port [processes [proxies]]]]      then: nc 127.0.0.1 8888, and open
+ *                                                           http://127.0.0.1:8889/ in a browser
  * For Prometheus there is /metrics, which the page reads too. /healthz is 200 when somebody answers;
- * so is /readyz, but 503 from a worker that drains. All workers accept on the admin port, and each
- * can tell of all of them: so it is there as long as one of them is.
+ * so is /readyz, but 503 from a worker that drains. Every worker accepts on the admin port, and can
+ * tell of all. With proxies, as in haproxy.cfg, the service's clients come through these only.
  *
  * It drains with the rest. When the server is told to end, both ports refuse at once, which a probe
  * that connects each time, as Kubernetes' does, takes for "not ready". Who has kept a connection,
@@ -36,9 +36,7 @@ static void reply_metrics(tsrv_stream *stream, const request *r)
 {
     size_t room = (size_t)tsrv_metrics_format(service, NULL, 0) + 4096; /* they grow meanwhile */
     char *text = (char *)malloc(room);
-    if (text != NULL) {
-        tsrv_metrics_format(service, text, room);
-    }
+    tsrv_metrics_format(service, text, text != NULL ? room : 0);
     reply(stream, r, text != NULL ? "200 OK" : "503 Service Unavailable",
           "text/plain; version=0.0.4", text != NULL ? text : "");
     free(text);
@@ -88,7 +86,7 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
            (rc = tsrv_write(stream, line.data, line.size)) == TSRV_OK &&
            !(tsrv_stopping(stream) && tsrv_unread_size(stream) == 0)) {
     }
-    return rc;
+    return tsrv_stopping(stream) ? tsrv_printf(stream, "bye\n") : rc; /* the rest is not done */
 }
 
 int main(int argc, char **argv)
@@ -98,6 +96,8 @@ int main(int argc, char **argv)
     tsrv_address bound, also;
     options.handle_stream = handle_stream;
     options.idle_timeout_ms = 60000;
+    options.proxy_protocol = argc > 4 ? TSRV_PROXY_REQUIRED : TSRV_PROXY_NONE;
+    options.proxy_from = argc > 4 ? argv[4] : NULL;
     admin_options.handle_stream = handle_admin;
     admin_options.idle_timeout_ms = 90000; /* Prometheus may ask once a minute */
     if (tsrv_server_new(&service, &options) != TSRV_OK ||

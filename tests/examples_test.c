@@ -1951,6 +1951,7 @@ TEST_ONCE(production_serves_counts_and_ends)
     CHECK_INT(sscanf(line, "accepted %llu, open %llu,", &accepted, &open), 2);
     CHECK_INT(accepted, 2);
     CHECK_INT(open, 2);
+    CHECK(strstr(line, ", you are 127.0.0.1:") != NULL);
     t_echo(fd, "statsx\n");
     t_sends(other, "unfinis");
     send_signal(&p, SIGTERM);
@@ -2220,7 +2221,7 @@ TEST_ONCE(status_is_not_ready_in_a_drain)
         t_leave(probes[i]);
     }
     t_sends(busy, "ished\n");
-    t_expect(busy, "unfinished\n");
+    t_expect(busy, "unfinished\nbye\n");
     t_leave(busy);
     expect_end(&p);
 }
