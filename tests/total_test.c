@@ -264,7 +264,7 @@ TEST_COROUTINE(answers_of_others_come_while_memory_is_tight)
     s_close();
 }
 
-/* A limit that is smaller than a buffer ends, too, and serves one after the other. */
+/* Where the limit is smaller than a buffer, too, all are served, one after the other: who has begun comes first. */
 TEST_PLAIN_SOFT(small_totals_serve_all)
 {
     static const size_t totals[] = {1, 20000, 65536, 86000};
@@ -279,6 +279,8 @@ TEST_PLAIN_SOFT(small_totals_serve_all)
         s_settle();
         for (int k = 0; k < 8; k++) {
             t_sends(fds[k], "and the rest\n");
+        }
+        for (int k = 0; k < 8; k++) {
             s_expect(fds[k], "a part of a line and the rest\n");
             s_finish(fds[k]);
         }
