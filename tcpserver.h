@@ -558,9 +558,10 @@ typedef struct tsrv_loop_options {
                                 own memory apart; above it no stream of a server receives input if
                                 it has none, writes of coroutines wait until the kernel has taken
                                 them from where they lie, and handlers in callback mode read on when
-                                all that they have written is sent. Who has begun a message may end
-                                it, at leisure unless there is a read_timeout_ms: set one. Many
-                                times max_buffer_size; 0 = no limit */
+                                all that they have written is sent. So who does not read, or ends
+                                no message, keeps newcomers waiting until write_timeout_ms or
+                                read_timeout_ms: make both short. Many times max_buffer_size; 0 = no
+                                limit */
 } tsrv_loop_options;
 
 /* The loop that runs on this thread, else the thread's own, which is made on first use and lives
@@ -1071,8 +1072,11 @@ typedef struct tsrv_server_options {
     int keep_alive_count;       /* probes without an answer that end the connection; 0 = the same */
     int user_timeout_ms;        /* sent, and not acknowledged for so long: the connection ends with
                                  -ETIMEDOUT (TCP_USER_TIMEOUT, Linux only); 0 = the system's */
-    const tsrv_fork_options *fork; /* for tsrv_serve; NULL = all defaults */
-    const tsrv_bind_options *bind; /* the same */
+    const tsrv_fork_options *fork;         /* for tsrv_serve; NULL = all defaults */
+    const tsrv_bind_options *bind;         /* the same */
+    const tsrv_loop_options *loop_options; /* for the thread's loop, if this server is the first to
+                                              need it, also in a worker: so tsrv_serve has no other
+                                              way to set them; NULL = all defaults */
 } tsrv_server_options;
 
 /* Counters of one server. */
@@ -1233,8 +1237,10 @@ typedef struct tsrv_connect_options {
     tsrv_tls *tls;  /* NULL = plain TCP */
     const char *server_name;       /* whose certificate it must be; NULL = host */
     const tsrv_address *proxy_for; /* send a PROXY header of version 2 first, for that client; one
-                                      without a family: the connection is our own (LOCAL); NULL =
-                                      none */
+                                      without a family: the connection is our own (LOCAL); where it
+                                      came to is said to be the address that we connect to, or
+                                      zeros if the families differ. HAProxy refuses clients of unix
+                                      sockets. NULL = none */
 } tsrv_connect_options;
 
 /* Connect, in a coroutine. The addresses of a name are tried as RFC 8305 has it: families in turn,
@@ -1406,14 +1412,16 @@ TSRV_API const char *tsrv_tls_server_name(tsrv_stream *stream);
 TSRV_API const char *tsrv_tls_version(tsrv_stream *stream);
 
 /* The peer's certificate in DER. Valid as long as the stream, until the next call for it.
- * Returns TSRV_OK; TSRV_EINVAL when it has shown none; -ENOMEM. */
+ * Returns TSRV_OK; TSRV_EINVAL when it has shown none, or before the handshake; -ENOMEM. */
 TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice);
 
 /* Whom the peer's certificate is for, as RFC 2253 writes it: "CN=alice,O=Example". Every byte that
  * is not printable ASCII is escaped.
+ * To allow somebody compare the whole text: to look for "CN=alice" in it finds others, too.
  *   size  of buffer; 512 is enough for most
- * Returns TSRV_OK; TSRV_EINVAL when it has shown none; TSRV_ETOOLONG: the buffer holds what fits;
- * -ENOMEM; TSRV_ENOTSUP. The buffer is terminated in any case. */
+ * Returns TSRV_OK; TSRV_EINVAL when it has shown none, or before the handshake, which a handler
+ * that has read nothing waits for by tsrv_wait_for_handshake; TSRV_ETOOLONG: the buffer holds what
+ * fits; -ENOMEM; TSRV_ENOTSUP. The buffer is terminated in any case. */
 TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size);
 
 /* The SSL of the stream, to look at; NULL = no TLS. It must not be read from or written to. */
@@ -1924,6 +1932,7 @@ enum {
     TSRVI_LOG_TLS,     /* peers that broke the rules of TLS */
     TSRVI_LOG_PROXY,   /* peers that broke those of the PROXY protocol */
     TSRVI_LOG_SLOW,    /* turns that took long */
+    TSRVI_LOG_TIGHT,   /* more than max_total_buffer */
     TSRVI_LOG_NOTIFY,  /* a service manager that cannot be told */
     TSRVI_LOG_WAIT,    /* ends of processes that cannot be learnt */
     TSRVI_LOG_KINDS
@@ -2363,8 +2372,8 @@ static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
 
 static const char *const tsrvi_log_kinds[TSRVI_LOG_KINDS] = {"handle_stream", "refused",
                                                              "TLS",           "PROXY",
-                                                             "slow turns",    "NOTIFY_SOCKET",
-                                                             "waitpid"};
+                                                             "slow turns",    "max_total_buffer",
+                                                             "NOTIFY_SOCKET", "waitpid"};
 
 #define TSRVI_LOG_RATE 10u        /* lines of a kind in a window */
 #define TSRVI_LOG_WINDOW 1000u    /* in milliseconds; twice as long after each that was exceeded */
@@ -9011,9 +9020,10 @@ typedef struct tsrvi_wait {
 } tsrvi_wait;
 
 struct tsrv_server {
-    tsrv_server_options options; /* the defaults filled in; times that are off are TSRV_NEVER */
-    tsrv_loop *loop;             /* NULL until the first listen */
-    tsrvi_link link;             /* in loop->servers.all */
+    tsrv_server_options options;    /* the defaults filled in; times that are off are TSRV_NEVER */
+    tsrv_loop_options loop_options; /* to which they point, if they do */
+    tsrv_loop *loop;                /* NULL until the first listen */
+    tsrvi_link link;                /* in loop->servers.all */
     tsrvi_link streams;
     struct tsrvi_listener *listeners;
     tsrv_stats own;            /* its counters, */
@@ -13595,6 +13605,12 @@ static TSRVI_APART void tsrvi_loop_weigh(tsrv_loop *loop)
     size_t most = loop->streams.most;
     bool was_tight = pool->tight;
     pool->tight = tsrvi_loop_buffered(loop) > (was_tight ? most - most / 4 : most);
+    if (!was_tight && pool->tight) {
+        tsrvi_log_limited(TSRVI_LOG_TIGHT, TSRV_LOG_WARNING,
+                          "the streams hold more than max_total_buffer (%llu bytes): new input "
+                          "waits until they hold less",
+                          (unsigned long long)most);
+    }
     if (!was_tight || pool->tight) {
         return;
     }
@@ -14125,6 +14141,10 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
         return rc;
     }
     made->options = *options;
+    if (options->loop_options != NULL) {
+        made->loop_options = *options->loop_options;
+        made->options.loop_options = &made->loop_options;
+    }
     tsrvi_server_defaults(&made->options);
     tsrvi_list_init(&made->link);
     tsrvi_list_init(&made->streams);
@@ -14719,11 +14739,24 @@ static void tsrvi_servers_count_turn(tsrv_loop *loop, uint64_t ms, bool slow)
     }
 }
 
+/* The loop that the server has, or is to have: the thread's is made as its options say, if it is
+ * not there yet. */
+static int tsrvi_server_loop(const tsrv_server *server, tsrv_loop **loop)
+{
+    int rc = TSRV_OK;
+    *loop = server->loop != NULL ? server->loop : server->options.loop;
+    if (*loop == NULL && server->options.loop_options != NULL && tsrvi_thread.running == NULL &&
+        tsrvi_thread.own == NULL) {
+        rc = tsrv_loop_new(&tsrvi_thread.own, server->options.loop_options);
+    }
+    return rc < 0 ? rc : tsrvi_loop_use(loop);
+}
+
 /* Tie the server to its loop, when it first needs one. */
 static int tsrvi_server_attach(tsrv_server *server)
 {
-    tsrv_loop *loop = server->loop != NULL ? server->loop : server->options.loop;
-    int rc = tsrvi_loop_use(&loop);
+    tsrv_loop *loop;
+    int rc = tsrvi_server_loop(server, &loop);
     if (rc < 0 || server->loop != NULL) {
         return rc;
     }
@@ -18403,9 +18436,9 @@ static void tsrvi_serve_ready(void)
  * signals are watched before it binds, so that none ends it in between. */
 static int tsrvi_serve_alone(tsrv_server *server)
 {
-    tsrv_loop *loop = server->options.loop;
+    tsrv_loop *loop;
     uint64_t watchdog = tsrvi_watchdog_interval();
-    int rc = tsrvi_loop_use(&loop);
+    int rc = tsrvi_server_loop(server, &loop);
     if (rc < 0) {
         return rc;
     }

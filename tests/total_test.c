@@ -288,3 +288,26 @@ TEST_PLAIN_SOFT(small_totals_serve_all)
         s_close();
     }
 }
+
+/* A server's loop_options are those of the thread's loop, if it makes that. */
+TEST_SOFT(loop_options_of_a_server_are_its_loops)
+{
+    tsrv_server_options options = {0};
+    tsrv_loop_options loop_options = {0};
+    tsrv_server *server;
+    options.handle_stream = echo_lines;
+    options.mode = t_mode;
+    options.loop_options = &loop_options;
+    loop_options.backend = t_backend;
+    loop_options.max_total_buffer = 12345;
+    loop_options.slow_ms = 77;
+    tsrv_set_log(t_no_log, NULL);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    memset(&loop_options, 0, sizeof loop_options); /* they were copied */
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_loop_current()->streams.most, 12345);
+    CHECK_INT(tsrv_loop_current()->slow.limit, 77000000);
+    CHECK_INT(tsrv_loop_backend(NULL), t_backend == TSRV_BACKEND_BEST ? tsrv_loop_backend(NULL) : t_backend);
+    tsrv_server_free(server);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+}
