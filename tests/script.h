@@ -23,6 +23,7 @@
 static uint64_t v_now = 1000000000000u; /* the loop's clock, in nanoseconds; moves on a little whenever it is read */
 static bool v_stopped;                  /* time is real in this test */
 static bool v_hung;                     /* and stands still while a helper thread works, unless that hangs */
+#define TSRVI_TICKS v_now               /* by which the loop finds what took most of a turn */
 
 static inline bool v_works(void);
 

@@ -1,17 +1,14 @@
-/* Turns that take long (>>slow): they are counted, and logged with who took the most of them. Time is virtual, but what
- * a piece takes beside the others of its turn is measured by the processor: so it also spins for a moment. */
+/* Turns that take long (>>slow): they are counted, and logged with who took the most of them. Time is virtual, and so is
+ * the processor's counter. */
 #include "script.h"
 
 #include "handlers.h"
 
 static const tsrv_server_options defaults;
 
-/* Takes so many milliseconds of the loop's clock, and some real time. */
+/* Takes so many milliseconds. */
 static void take_ms(int ms)
 {
-    int64_t end = t_now_us() + 3000;
-    while (t_now_us() < end) {
-    }
     v_now += (uint64_t)ms * 1000000;
 }
 
