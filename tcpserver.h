@@ -8773,7 +8773,6 @@ typedef struct tsrvi_addresses {
  * IPv6 address, since that is what one customer has. Returns whether there is such a thing. */
 static bool tsrvi_address_key(const tsrv_address *address, uint64_t *key)
 {
-    static const unsigned char mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
     /* IPv4 behind what begins no address of a peer: ff00::/8 is multicast. */
     unsigned char bytes[8] = {0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0};
     tsrvi_sockaddr inside;
@@ -8781,8 +8780,9 @@ static bool tsrvi_address_key(const tsrv_address *address, uint64_t *key)
     tsrvi_address_load(address, &inside);
     if (family == AF_INET) {
         memcpy(bytes + 4, &inside.four.sin_addr, 4);
-    } else if (family == AF_INET6 && memcmp(&inside.six.sin6_addr, mapped, sizeof(mapped)) == 0) {
-        memcpy(bytes + 4, (const char *)&inside.six.sin6_addr + sizeof(mapped), 4);
+    } else if (family == AF_INET6 &&
+               memcmp(&inside.six.sin6_addr, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped)) == 0) {
+        memcpy(bytes + 4, (const char *)&inside.six.sin6_addr + sizeof(tsrvi_ip_mapped), 4);
     } else if (family == AF_INET6) {
         memcpy(bytes, &inside.six.sin6_addr, 8);
     }
