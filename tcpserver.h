@@ -4361,6 +4361,7 @@ struct tsrv_loop {
     size_t active;  /* what keeps it running: timers, watches, listeners, streams, coroutines */
     int budget;     /* of what is running: see TSRVI_BUDGET; */
     size_t written; /* bytes that were sent since it began */
+    struct tsrv_stream *plain; /* the stream that it reads in the short way: see >>read; NULL */
     bool running;
     bool stopping;
     bool leaving;    /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
@@ -5414,6 +5415,7 @@ static inline void tsrvi_co_resume(tsrvi_co *co)
     loop->written = 0;
     tsrvi_fiber_switch(&loop->coroutines.main, &co->fiber, false);
     loop->coroutines.running = NULL;
+    loop->plain = NULL;
     ticks = tsrvi_slow_piece(loop);
     if (TSRVI_UNLIKELY(ticks != 0)) {
         tsrvi_co_took(co, ticks);
@@ -8976,6 +8978,8 @@ enum { /* tsrv_stream.queued */
 #define TSRVI_WOKEN 0x4000    /* tsrv_wake came, and nobody waited */
 #define TSRVI_TIMED 0x8000    /* reads have, or have had, limits of time */
 /* A stream without any of these is the common case, which is looked for first. */
+/* What hinders a read from taking what is there, or waiting for it, without a further look. */
+#define TSRVI_HINDERS (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED)
 #define TSRVI_ODD                                                                   \
     (TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_DRAINING | TSRVI_SESSION | TSRVI_SHAKING | \
      TSRVI_BLOCKED | TSRVI_BORROWED)
@@ -9112,6 +9116,9 @@ static inline TSRVI_INLINE bool tsrvi_is(const tsrv_stream *stream, int facts)
 
 static inline TSRVI_INLINE void tsrvi_set(tsrv_stream *stream, int facts)
 {
+    if ((facts & TSRVI_HINDERS) != 0) {
+        tsrvi_loop_of(stream)->plain = NULL;
+    }
     stream->flags = (uint16_t)(stream->flags | facts);
 }
 
@@ -9123,6 +9130,9 @@ static inline TSRVI_INLINE void tsrvi_clear(tsrv_stream *stream, int facts)
 /* The same of the handler. */
 static inline TSRVI_INLINE void tsrvi_own_set(tsrv_stream *stream, int facts)
 {
+    if ((facts & TSRVI_PARTLY) != 0) {
+        tsrvi_loop_of(stream)->plain = NULL;
+    }
     stream->own.facts = (uint8_t)(stream->own.facts | facts);
 }
 
@@ -9132,8 +9142,9 @@ static inline TSRVI_INLINE void tsrvi_own_clear(tsrv_stream *stream, int facts)
 }
 
 /* The handler will wait for this when it returns TSRV_EAGAIN; or it will not. */
-static inline TSRVI_INLINE void tsrvi_own_wants(tsrv_stream *stream, int kinds)
+static inline TSRVI_INLINE void tsrvi_own_wants(tsrv_stream *stream, tsrv_loop *loop, int kinds)
 {
+    loop->plain = NULL;
     stream->own.kinds = (uint8_t)(stream->own.kinds | kinds);
 }
 
@@ -10059,6 +10070,7 @@ static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
     }
     tls->sealed_size += bytes;
     tls->stream->unsent += bytes;
+    tsrvi_loop_of(tls->stream)->plain = NULL; /* as tsrvi_output_grows has it */
     return size;
 }
 
@@ -10941,14 +10953,21 @@ static bool tsrvi_loop_has_room(const tsrv_loop *loop, size_t size)
             tsrvi_loop_buffered(loop) <= most - TSRVI_LARGE - size);
 }
 
+/* So many bytes more are queued. */
+static void tsrvi_output_grows(tsrv_stream *stream, size_t size)
+{
+    stream->unsent += size;
+    tsrvi_clear(stream, TSRVI_SILENT);
+    tsrvi_loop_of(stream)->plain = NULL; /* the handler's next read may have to wait for room */
+    tsrvi_stream_soon(stream);
+}
+
 /* Copy data behind what is queued: all of it, or nothing and -ENOMEM. */
 static int tsrvi_output_copy(tsrv_stream *stream, const char *data, size_t size)
 {
     int rc = tsrvi_queue_copy(&stream->out, &tsrvi_loop_of(stream)->streams.pool, data, size);
     if (rc == TSRV_OK) {
-        stream->unsent += size;
-        tsrvi_clear(stream, TSRVI_SILENT);
-        tsrvi_stream_soon(stream);
+        tsrvi_output_grows(stream, size);
     }
     return rc;
 }
@@ -11822,7 +11841,7 @@ static inline TSRVI_INLINE int tsrvi_read_note(tsrv_stream *stream, tsrvi_read *
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED)) && tsrvi_read_is_late(stream)) {
         return TSRV_ETIMEOUT;
     }
-    tsrvi_own_wants(stream, TSRVI_FOR_READ);
+    tsrvi_own_wants(stream, tsrvi_loop_of(stream), TSRVI_FOR_READ);
     if (read->attempt == tsrvi_attempt_into) {
         return tsrvi_partial_save(stream, read);
     }
@@ -11873,17 +11892,39 @@ static bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
            (!handling && (stream->own.facts & (TSRVI_IN_READ | TSRVI_PARTLY)) != 0);
 }
 
-/* May this read take what is there, without a further look? */
-static inline TSRVI_INLINE bool tsrvi_read_is_plain(const tsrv_stream *stream,
-                                                    const tsrv_loop *loop)
+/* Nobody waits for the stream, nothing has happened to it, and a coroutine reads, or its own
+ * handler, whose output is below the mark. */
+static inline TSRVI_INLINE bool tsrvi_read_looks_plain(const tsrv_stream *stream,
+                                                       const tsrv_loop *loop)
 {
-    return (stream->kinds | (stream->flags & (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED))) ==
-               0 &&
-           loop->budget > 0 &&
+    return (stream->kinds | (stream->flags & TSRVI_HINDERS)) == 0 &&
            (loop->coroutines.running != NULL ||
             (loop->streams.handling == stream &&
              (stream->own.kinds | (stream->own.facts & TSRVI_PARTLY)) == 0 &&
              stream->unsent <= stream->server->options.write_high_water));
+}
+
+static TSRVI_APART bool tsrvi_read_turns_plain(tsrv_stream *stream, tsrv_loop *loop)
+{
+    loop->plain = tsrvi_read_looks_plain(stream, loop) ? stream : NULL;
+    return loop->plain != NULL;
+}
+
+/* May this read take what is there, without a further look? loop->plain remembers that it looked
+ * so, until user code has given control back, or something of that changes: see tsrvi_set,
+ * tsrvi_own_set, tsrvi_own_wants, tsrvi_output_grows. */
+static inline TSRVI_INLINE bool tsrvi_read_is_plain(tsrv_stream *stream, tsrv_loop *loop)
+{
+    if (TSRVI_UNLIKELY(loop->budget <= 0)) {
+        return false;
+    }
+    if (TSRVI_UNLIKELY(loop->plain != stream)) {
+        return tsrvi_read_turns_plain(stream, loop);
+    }
+#ifdef TSRV_DEBUG
+    TSRV_ASSERT(tsrvi_read_looks_plain(stream, loop));
+#endif
+    return true;
 }
 
 /* If not, what comes first. Returns TSRV_OK; TSRV_EAGAIN: the handler's output, or the others, do;
@@ -11913,7 +11954,7 @@ static TSRVI_APART int tsrvi_read_enter(tsrv_stream *stream, tsrvi_read *read)
         return TSRV_EAGAIN;
     }
     if (stream->end == 0 && loop->budget <= 0) {
-        tsrvi_own_wants(stream, TSRVI_FOR_TURN);
+        tsrvi_own_wants(stream, loop, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
     return TSRV_OK;
@@ -12072,7 +12113,11 @@ static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimite
 static TSRVI_APART int tsrvi_read_await_line(tsrv_stream *stream, const char *delimiter,
                                              size_t max_bytes, tsrv_slice *slice)
 {
-    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice, 1);
+    tsrvi_read read;
+    if (!tsrvi_read_is_plain(stream, tsrvi_loop_of(stream))) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
+    read = tsrvi_read_make(tsrvi_attempt_until, slice, 1);
     read.delimiter = delimiter;
     read.max = tsrvi_read_most(stream, max_bytes);
     return tsrvi_read_wait(stream, &read);
@@ -12083,11 +12128,11 @@ static TSRVI_APART int tsrvi_read_no_line(tsrv_stream *stream, const char *delim
                                           size_t max_bytes, tsrv_slice *slice)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (!tsrvi_read_is_plain(stream, loop)) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
     if (loop->coroutines.running != NULL) {
         return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
+    }
+    if (!tsrvi_read_is_plain(stream, loop)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
     if (tsrvi_is(stream, TSRVI_TIMED) && tsrvi_read_is_late(stream)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
@@ -12096,7 +12141,7 @@ static TSRVI_APART int tsrvi_read_no_line(tsrv_stream *stream, const char *delim
         tsrvi_input_release(stream);
     }
     tsrvi_slice_clear(slice);
-    tsrvi_own_wants(stream, TSRVI_FOR_READ);
+    tsrvi_own_wants(stream, loop, TSRVI_FOR_READ);
     stream->own.u.need = 1;
     return TSRV_EAGAIN;
 }
@@ -12151,7 +12196,7 @@ static int tsrvi_read_nothing(tsrv_stream *stream)
         return rc;
     }
     if (loop->streams.handling == stream && loop->budget < 0 && stream->end == 0) {
-        tsrvi_own_wants(stream, TSRVI_FOR_TURN);
+        tsrvi_own_wants(stream, loop, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
     if (loop->streams.handling == stream) {
@@ -12310,9 +12355,7 @@ static void tsrvi_lending_add(tsrv_stream *stream, tsrvi_lending *lending, const
     buffer->kind = TSRVI_LENT;
     tsrvi_output_seal(stream);
     tsrvi_queue_append(&stream->out, buffer);
-    stream->unsent += piece->size;
-    tsrvi_clear(stream, TSRVI_SILENT);
-    tsrvi_stream_soon(stream);
+    tsrvi_output_grows(stream, piece->size);
 }
 
 /* What is left of pieces that lie in the queue one behind the other, from *link on, keeps its
@@ -12683,9 +12726,7 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (rc < 0) {
         return tsrvi_write_refuse(stream, rc);
     }
-    stream->unsent += size;
-    tsrvi_clear(stream, TSRVI_SILENT);
-    tsrvi_stream_soon(stream);
+    tsrvi_output_grows(stream, size);
     return tsrvi_write_taken(stream);
 }
 
@@ -12714,7 +12755,7 @@ static int tsrvi_flush_run(tsrv_stream *stream)
         if (tsrvi_ms_is_past(loop, stream->deadline_ms)) {
             return TSRV_ETIMEOUT;
         }
-        tsrvi_own_wants(stream, TSRVI_FOR_SENT);
+        tsrvi_own_wants(stream, loop, TSRVI_FOR_SENT);
     }
     return TSRV_EAGAIN;
 }
@@ -13283,10 +13324,12 @@ static void tsrvi_stream_call_back(tsrv_stream *stream)
         loop->streams.addressed = stream;
     }
     loop->streams.handling = stream;
+    loop->plain = tsrvi_read_looks_plain(stream, loop) ? stream : NULL;
     loop->budget = TSRVI_BUDGET;
     loop->written = 0;
     rc = stream->handler(stream, &loop->streams.address, stream->server->options.context);
     loop->streams.handling = NULL;
+    loop->plain = NULL;
     tsrvi_stream_took(stream, "handle_stream for ");
     tsrvi_stream_returned(stream, rc);
 }
@@ -13509,6 +13552,9 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
         rc = TSRV_ETIMEOUT;
     }
     tsrvi_wait_remove(stream, wait);
+    if (stream->kinds == 0 && !tsrvi_is(stream, TSRVI_HINDERS)) {
+        tsrvi_loop_of(stream)->plain = stream;
+    }
     tsrvi_co_wake_now(co, rc);
     return true;
 }
