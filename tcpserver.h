@@ -9402,8 +9402,9 @@ typedef struct tsrvi_transport {
     bool (*is_delivered)(const tsrv_stream *stream);
     /* Does the session hold input that no event will tell of? */
     bool (*holds)(const tsrv_stream *stream);
-    /* Does it hold nothing at all of what has come? */
-    bool (*is_empty)(const tsrv_stream *stream);
+    /* Does it hold nothing at all of what has come? While hands are to be shaken: has nothing come
+     * of that? */
+    bool (*is_empty)(tsrv_stream *stream);
     /* Go on with the handshake. Returns TSRV_OK when it is done; TSRV_EAGAIN; or why it has failed.
      */
     int (*shake)(tsrv_stream *stream);
@@ -9701,7 +9702,7 @@ static bool tsrvi_plain_holds(const tsrv_stream *stream)
     return false;
 }
 
-static bool tsrvi_plain_is_empty(const tsrv_stream *stream)
+static bool tsrvi_plain_is_empty(tsrv_stream *stream)
 {
     (void)stream;
     return true;
@@ -9942,6 +9943,11 @@ static int tsrvi_proxy_shake(tsrv_stream *stream)
     return tsrvi_loop_of(stream)->streams.introduced(stream, &proxied.client, rc);
 }
 
+static bool tsrvi_proxy_is_empty(tsrv_stream *stream)
+{
+    return tsrvi_proxy_of(stream)->have == 0;
+}
+
 /* Nothing is sent meanwhile: nobody knows the stream. */
 static int tsrvi_proxy_send(tsrv_stream *stream, tsrvi_sending *sending)
 {
@@ -9952,7 +9958,7 @@ static int tsrvi_proxy_send(tsrv_stream *stream, tsrvi_sending *sending)
 
 static const tsrvi_transport tsrvi_proxy_transport = {
     tsrvi_proxy_send,    tsrvi_plain_recv,     tsrvi_plain_peek,  tsrvi_plain_is_delivered,
-    tsrvi_plain_holds,   tsrvi_plain_is_empty, tsrvi_proxy_shake, tsrvi_plain_finish,
+    tsrvi_plain_holds,   tsrvi_proxy_is_empty, tsrvi_proxy_shake, tsrvi_plain_finish,
     tsrvi_plain_is_over, tsrvi_plain_drop,     tsrvi_plain_free,  tsrvi_plain_watch,
     tsrvi_plain_shut,    tsrvi_plain_error,    tsrvi_plain_close};
 
@@ -10144,10 +10150,11 @@ static BIO_METHOD *tsrvi_tls_bio_method(void)
 
 /* ---- OpenSSL's buffers -----------------------------------------------------*/
 
-static bool tsrvi_tls_is_empty(const tsrv_stream *stream)
+static bool tsrvi_tls_is_empty(tsrv_stream *stream)
 {
     const tsrvi_tls *tls = tsrvi_tls_of(stream); /* not even the header of a record */
-    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
+    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0 &&
+           (tls->established || SSL_get_state(tls->ssl) == TLS_ST_BEFORE);
 }
 
 static void tsrvi_tls_unuse(tsrvi_tls *tls)
@@ -13620,15 +13627,20 @@ static bool tsrvi_stream_is_idle(const tsrv_stream *stream)
            tsrvi_loop_of(stream)->now_ms - stream->fresh_ms >= TSRVI_FRESH_MS;
 }
 
+/* Does it wait in vain for a header or a handshake to begin, as with a health check? */
+static bool tsrvi_stream_is_mute(tsrv_stream *stream)
+{
+    return tsrvi_is(stream, TSRVI_SHAKING) && stream->end == 0 &&
+           tsrvi_loop_of(stream)->now_ms - stream->fresh_ms >= TSRVI_FRESH_MS &&
+           tsrvi_transport_of(stream)->is_empty(stream) && tsrvi_plain_peek(stream) == TSRV_EAGAIN;
+}
+
 /* The server is being drained: an idle stream reads TSRV_EOF. */
 static TSRVI_APART void tsrvi_stream_drain(tsrv_stream *stream)
 {
     int rc;
-    if (tsrvi_stream_is_unknown(stream) && tsrvi_proxy_of(stream)->have == 0 &&
-        tsrvi_loop_of(stream)->now_ms - stream->fresh_ms >= TSRVI_FRESH_MS &&
-        tsrvi_plain_peek(stream) == TSRV_EAGAIN) {
-        tsrvi_stream_kill(stream,
-                          TSRV_ECLOSED); /* nobody has said anything, as in a health check */
+    if (tsrvi_stream_is_mute(stream)) {
+        tsrvi_stream_kill(stream, TSRV_ECLOSED);
         return;
     }
     if (!tsrvi_stream_is_idle(stream)) {

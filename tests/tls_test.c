@@ -3086,12 +3086,28 @@ static int say_bye(tsrv_stream *stream, const tsrv_address *address, void *conte
     return rc;
 }
 
+/* Send the ClientHello, and read nothing yet. */
+static void begin_handshake(SSL *ssl)
+{
+    int fd = SSL_get_fd(ssl), flags = fcntl(fd, F_GETFL);
+    char *hello;
+    CHECK(fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0);
+    SSL_set0_wbio(ssl, BIO_new(BIO_s_mem()));
+    CHECK_INT(SSL_get_error(ssl, SSL_do_handshake(ssl)), SSL_ERROR_WANT_READ);
+    CHECK(fcntl(fd, F_SETFL, flags) == 0);
+    long size = BIO_get_mem_data(SSL_get_wbio(ssl), &hello);
+    CHECK(size > 0);
+    t_send(fd, hello, (size_t)size);
+    SSL_set0_wbio(ssl, BIO_new_socket(fd, BIO_NOCLOSE));
+}
+
 static void drained_client(int port, void *context)
 {
     SSL *ssl[2] = {dial_open(port, &tls_1_2), dial_open(port, &tls_1_3)};
     SSL *begun = dial_start(port, &usual), *idle = dial_open(port, &usual);
     int grace_ms = 60000;
     (void)context;
+    begin_handshake(begun);
     dial_echo(ssl[0], "hello");
     dial_echo(ssl[1], "hello");
     t_wait_records(4);
@@ -3150,6 +3166,30 @@ TEST_STREAM(test_drain_within_record)
     t_case c = {note_and_say_bye, NULL, drained_within_record_client, NULL, {0}};
     c.options.data_size = sizeof(unsigned);
     run_tls(&c, NULL);
+}
+
+/* Who has connected, and not even begun a handshake, holds no drain; who has begun one is waited for. */
+static void mute_client(int port, void *context)
+{
+    int grace_ms = 60000, mute = t_connect(port);
+    unsigned char hello[] = {22, 3, 1};
+    int begun = t_connect(port);
+    (void)context;
+    t_send(begun, hello, sizeof hello);
+    t_on_loop(drain_now, &grace_ms);
+    t_expect_reset(mute);
+    t_wait_records(1);
+    t_expect_silence(begun);
+    t_close(mute);
+    t_close(begun);
+    t_wait_records(2);
+}
+
+TEST_SOFT(test_drain_of_the_mute)
+{
+    t_case c = {echo_bytes, t_record_reason, mute_client, NULL, {0}};
+    run_tls(&c, NULL);
+    CHECK_INT(t_recorded(0), TSRV_ECLOSED);
 }
 
 /* When the grace is over, also a handshake that has not ended, and output that nobody takes. */

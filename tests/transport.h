@@ -199,7 +199,7 @@ static inline bool q_is_delivered(const tsrv_stream *stream)
     return q_size(&q_of(stream)->out) == 0 && ioctl(q_of(stream)->fd, TIOCOUTQ, &kept) == 0 && kept == 0;
 }
 
-static inline bool q_is_empty(const tsrv_stream *stream)
+static inline bool q_is_empty(tsrv_stream *stream)
 {
     return q_size(&q_of(stream)->in) == 0;
 }
