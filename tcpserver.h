@@ -6717,7 +6717,8 @@ static int tsrvi_bound_adopt(int fd)
     socklen_t size = sizeof(inside);
     bool has_file = tsrvi_process.handed.file[fd - TSRVI_LISTEN_FIRST];
     memset(&inside, 0, sizeof(inside)); /* which ends the path */
-    has_file = has_file && TSRV_SYS(getsockname, (fd, &inside.any, &size)) == 0;
+    has_file = has_file && TSRV_SYS(getsockname, (fd, &inside.any, &size)) == 0 &&
+               inside.any.sa_family == AF_UNIX; /* of another it would be no path */
     return tsrvi_bound_remember(fd, has_file ? inside.local.sun_path : NULL);
 }
 
@@ -9004,6 +9005,7 @@ enum {
 #define TSRVI_ENTERED 2              /* it has been called; */
 #define TSRVI_TOLD 4                 /* after the end of the input */
 #define TSRVI_CONSUMED 8             /* it has read something in this call */
+#define TSRVI_PAYS 16                /* a read of nothing lets others run first */
 
 /* Bytes that a callback-mode handler's read into its own memory, or its drop, has got so far. */
 typedef struct tsrvi_partial {
@@ -11880,12 +11882,13 @@ static void tsrvi_read_lend(tsrv_stream *stream)
 
 /* ---- every read ------------------------------------------------------------*/
 
-/* Is a coroutine within a read that lets others run first? */
+/* Is somebody within a read that lets others run first? */
 static TSRVI_APART bool tsrvi_read_pays(const tsrv_stream *stream)
 {
     const tsrvi_wait *wait = stream->waits;
-    while (wait != NULL && (wait == &stream->own || wait->kinds != TSRVI_FOR_TURN ||
-                            (wait->facts & TSRVI_IN_READ) == 0)) {
+    while (wait != NULL &&
+           (wait->kinds != TSRVI_FOR_TURN ||
+            (wait->facts & (wait == &stream->own ? TSRVI_PAYS : TSRVI_IN_READ)) == 0)) {
         wait = wait->next;
     }
     return wait != NULL;
@@ -12203,6 +12206,7 @@ static int tsrvi_read_nothing(tsrv_stream *stream)
         return rc;
     }
     if (loop->streams.handling == stream && loop->budget < 0 && stream->end == 0) {
+        tsrvi_own_set(stream, TSRVI_PAYS);
         tsrvi_own_wants(stream, loop, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
@@ -13352,7 +13356,7 @@ static int tsrvi_stream_call(tsrv_stream *stream)
 #endif
     tsrvi_wait_remove(stream, &stream->own);
     stream->state = TSRVI_RUNNING;
-    tsrvi_own_clear(stream, TSRVI_CONSUMED);
+    tsrvi_own_clear(stream, TSRVI_CONSUMED | TSRVI_PAYS);
     if (TSRVI_UNLIKELY(stream->own.woken)) {
         stream->own.woken = false;
         tsrvi_set(stream, TSRVI_WOKEN); /* for the tsrv_wait that is repeated now */
@@ -14666,7 +14670,7 @@ static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
     for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         for (tsrvi_listener *listener = TSRVI_CONTAINER(link, tsrv_server, link)->listeners;
              listener != NULL; listener = listener->next) {
-            if (TSRVI_UNLIKELY(listener->io.fd == fd)) {
+            if (TSRVI_UNLIKELY(fd >= 0 && listener->io.fd == fd)) {
                 tsrvi_log(TSRV_LOG_ERROR, "somebody has closed the listening socket %d", fd);
                 tsrvi_poller_set(&loop->poller, &listener->io, 0);
                 listener->io.fd = -1;
@@ -15006,6 +15010,9 @@ TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *addre
     if (rc == TSRV_OK) {
         rc = count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
     }
+    for (int i = 0; i < count; i++) {
+        tsrvi_loop_disown(server->loop, fds[i]);
+    }
     if (count > 0) {
         rc = tsrv_server_add_sockets(server, fds, count);
     }
@@ -15036,6 +15043,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
         tsrvi_close_fd(fd);
         return rc;
     }
+    tsrvi_loop_disown(server->loop, fd);
     if ((rc = tsrvi_server_admit_stream(server, fd, &peer, false, &stream)) < 0) {
         return rc;
     }
@@ -15374,6 +15382,7 @@ static int tsrvi_client_connect_unix(tsrv_loop *loop, const tsrvi_sockaddr *addr
                                      uint64_t due, tsrv_stream **stream)
 {
     int fd = tsrvi_socket(AF_UNIX, SOCK_STREAM), rc = fd;
+    tsrvi_loop_disown(loop, fd);
     while (rc >= 0 && TSRV_SYS(connect, (fd, &address->any, size)) < 0) {
         rc = errno == EINTR         ? TSRV_OK
              : errno != EAGAIN      ? tsrvi_error()
@@ -15603,6 +15612,7 @@ static int tsrvi_dial_begin(tsrv_loop *loop, tsrvi_dial *dial)
     if (fd < 0) {
         return fd;
     }
+    tsrvi_loop_disown(loop, fd);
     dial->io.fd = fd;
     dial->io.on_event = tsrvi_dial_event;
     dial->co = loop->coroutines.running;

@@ -220,6 +220,71 @@ TEST_LOOP(lost_listener_does_not_silence_the_other)
     }
 }
 
+/* ---- whoever gets the number of a listener that somebody has closed --------------------------*/
+
+enum { DIALS, DIALS_UNIX, IS_ADDED, LISTENS, GETTERS };
+
+static int to_port;
+static char to_path[64];
+static int got_rc;
+
+static void dial_one(void *context)
+{
+    tsrv_stream *stream;
+    got_rc = *(int *)context == DIALS ? tsrv_connect("127.0.0.1", to_port, NULL, &stream)
+                                      : tsrv_connect(to_path, 0, NULL, &stream);
+    if (got_rc == TSRV_OK) {
+        tsrv_close(stream);
+    }
+}
+
+/* Whose number is to be had stays the lowest that is free. */
+static void get_number(int how)
+{
+    int pair[2];
+    got_rc = 1;
+    if (how == IS_ADDED) {
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        got_rc = tsrv_server_add_stream(s_server, pair[0]);
+        close(pair[1]);
+    } else if (how == LISTENS) {
+        got_rc = tsrv_server_listen(s_server, 0, "127.0.0.1", NULL);
+    } else {
+        CHECK_INT(tsrv_spawn(s_loop, dial_one, &how), TSRV_OK);
+        for (int i = 0; i < 100 && got_rc == 1; i++) {
+            s_turn();
+        }
+    }
+    CHECK_INT(got_rc, TSRV_OK);
+}
+
+TEST_LOOP(number_of_a_lost_listener_is_anybodys)
+{
+    for (int how = 0; how < GETTERS; how++) {
+        int path_fd;
+        int listener = t_raw_socket(SOCK_STREAM, true, &to_port);
+        snprintf(to_path, sizeof to_path, "unix:@lost-%d", (int)getpid());
+        CHECK_INT(tsrv_bind_unix_socket(to_path + 5, NULL, &path_fd), TSRV_OK);
+        open_echo(10);
+        int lost = s_server->listeners->io.fd;
+        CHECK(close(lost) == 0);
+        get_number(how);
+        CHECK(how == LISTENS || s_server->listeners->io.fd == -1);
+        CHECK(fcntl(lost, F_GETFD) >= 0 || errno == EBADF); /* it is whoever's, or free again */
+        if (how == LISTENS) {
+            tsrv_address address;
+            CHECK_INT(s_server->listeners->io.fd, lost);
+            CHECK_INT(tsrv_server_address(s_server, 0, &address), TSRV_OK);
+            int fd = ask(tsrv_address_port(&address));
+            expect_answer(fd);
+        }
+        s_settle();
+        s_close();
+        close(listener);
+        close(path_fd);
+    }
+}
+
 /* ---- no memory for stacks ------------------------------------------------------------------*/
 
 enum { MANY = 80 };
