@@ -1356,7 +1356,8 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...) TSRVI_PRI
  *   fd      a regular file; a duplicate is kept while needed, so it may be closed at once
  *   offset  of the first byte
  *   size    bytes; 0 = nothing happens
- * Returns as tsrv_write, TSRV_EINVAL, -EBADF, -EMFILE. */
+ * Returns as tsrv_write, and -EBADF, -EMFILE and the like, which end the stream, too; TSRV_EINVAL (no
+ * regular file), which does not. */
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size);
 
 /* Wait until the kernel has taken all that was written. Source: awaiting IOStream.write.
@@ -6294,7 +6295,7 @@ static int tsrvi_listening(int fd)
 }
 
 /* ============================================================================
- * >>handed  Sockets that were handed over: LISTEN_FDS, TSRV_FDS
+ * >>handed  Sockets that were handed over: LISTEN_FDS, TSRV_FILE_FDS
  * ==========================================================================*/
 
 /* Listening sockets from systemd, or from the program that this one replaces: descriptors from 3
@@ -12726,7 +12727,7 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
         return rc;
     }
     if (TSRV_SYS(fstat, (fd, &info)) < 0) {
-        return tsrvi_error();
+        return tsrvi_write_refuse(stream, tsrvi_error());
     }
     if (!S_ISREG(info.st_mode) || offset < 0 || size > UINT64_MAX - stream->unsent) {
         return TSRV_EINVAL;
@@ -16058,7 +16059,8 @@ static void tsrvi_server_run(tsrvi_task *task)
     }
     if (server->freed && empty) {
         tsrvi_server_destroy(server);
-    } else if (!server->freed && tsrvi_server_listens(server)) { /* not stopped before its turn */
+    } else if (!server->freed && (tsrvi_server_listens(server) || !empty)) {
+        /* not stopped before its turn, or it has accepted then */
         tsrvi_server_begin(server);
     }
 }

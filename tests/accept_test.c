@@ -220,6 +220,46 @@ TEST_LOOP(lost_listener_does_not_silence_the_other)
     }
 }
 
+/* ---- stopped before its first turn ---------------------------------------------------------*/
+
+static int begun, begun_first;
+
+static void begin(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+    begun++;
+}
+
+static int enter_begun(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    begun_first += begun;
+    return enter_and_echo(stream, address, context);
+}
+
+/* Who waits in the queue is taken by tsrv_server_stop: what on_start prepares must be there for them. */
+TEST_LOOP(on_start_comes_before_who_is_taken_by_a_stop)
+{
+    for (int waits = 0; waits <= 1; waits++) {
+        tsrv_server_options options = defaults;
+        begun = begun_first = entered = 0;
+        options.data_size = sizeof(bool);
+        options.on_start = begin;
+        s_open_with(enter_begun, options);
+        int fd = waits ? t_connect(s_port) : -1;
+        tsrv_server_stop(s_server);
+        s_settle();
+        CHECK_INT(begun, waits);
+        CHECK_INT(entered, waits);
+        CHECK_INT(begun_first, waits);
+        if (waits) {
+            s_echo(fd, "hello\n");
+            t_close(fd);
+            s_until(&s_closed, 1);
+        }
+        s_close();
+    }
+}
+
 /* ---- whoever gets the number of a listener that somebody has closed --------------------------*/
 
 enum { DIALS, DIALS_UNIX, IS_ADDED, LISTENS, GETTERS };

@@ -755,6 +755,32 @@ TEST_STREAM(small_files_are_read_at_once)
     }
 }
 
+/* Else an answer would be its head, and then the next one. */
+static int send_no_file(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc != TSRV_OK) {
+        return rc;
+    }
+    CHECK_INT(tsrv_write(stream, "head\n", 5), TSRV_OK);
+    CHECK_INT(tsrv_sendfile(stream, -1, 0, 100), -EBADF);
+    CHECK_INT(tsrv_write(stream, "tail\n", 5), -EBADF);
+    return tsrv_read_until(stream, "\n", 0, &line);
+}
+
+TEST_STREAM(file_that_cannot_be_looked_at_ends_the_stream)
+{
+    s_serve(send_no_file);
+    int fd = s_join();
+    t_sends(fd, "one\n");
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, -EBADF);
+    t_close(fd);
+    s_close();
+}
+
 TEST_STREAM(large_files_are_not_read)
 {
 #if TSRVI_HAS_SENDFILE
