@@ -74,7 +74,8 @@ help:
 	@echo "make test      build and run the tests: each in a process of its own, on every backend,"
 	@echo "               in both modes, and once more in hard mode"
 	@echo "make examples  build the examples"
-	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh"
+	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh,"
+	@echo "               tests/docs.sh"
 	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
@@ -108,6 +109,7 @@ $(BUILD)/cert.pem:
 check:
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/check_header.sh
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/compile.sh
+	CC='$(CC)' BUILD='$(BUILD)' sh tests/docs.sh
 
 # libFuzzer is clang's. FUZZ_HEADER tests another version, 0.1.0 with FUZZ_FLAGS=-DFUZZ_OLD=1.
 FUZZ_HEADER = $(abspath tcpserver.h)

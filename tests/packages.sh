@@ -72,6 +72,7 @@ snippet() {
         inside { text = text $0 "\n" }
         $0 == begin { inside = 1; text = "" }
         END { exit !found }' "$readme" >snippet.md || { echo "README has no $1 block with $2" && return 1; }
+    echo "$1 $2" >>"$build/used"
     sed "$names" snippet.md | tee snippet
 }
 
@@ -173,9 +174,9 @@ test_install() {
     find "$build/staged" "$build/placed" "$build/apart" -type f | sed "s|^$build||" | sort >"$build/files"
     share='share/cmake/tcpserver/tcpserver-config-version.cmake share/cmake/tcpserver/tcpserver-config.cmake
         share/pkgconfig/tcpserver-tls.pc share/pkgconfig/tcpserver.pc'
-    for file in /apart/include/tcpserver-0/tcpserver.h /placed/include/tcpserver.h /staged/opt/it/include/tcpserver.h; do
-        echo "$file"
-        for other in $share; do echo "${file%/include/*}/$other"; done
+    for place in apart/include/tcpserver-0 placed/include staged/opt/it/include; do
+        echo "/$place/tcpserver.h"
+        for other in $share; do echo "/${place%%/include*}/$other"; done
     done | sort | diff - "$build/files" >"$build/files.log"
     result $? 'make install: all files, and no others' "$build/files.log"
     ! grep -r '@[a-z]*@' "$build/placed/share" >"$build/files.log" 2>&1
@@ -290,6 +291,14 @@ test_meson() {
     unset PKG_CONFIG_PATH
 }
 
+# With all scenarios every block of README was used, unless a tool is missing.
+test_blocks() {
+    [ $skipped -eq 0 ] || return
+    blocks=$(grep -c -e '^```sh$' -e '^```cmake$' -e '^```meson$' "$readme")
+    [ "$blocks" = "$(sort -u "$build/used" | wc -l)" ]
+    result $? "README: all its $blocks blocks of sh, cmake and meson were used"
+}
+
 # shellcheck disable=SC2048
 for scenario in ${*:-copy install pkgconfig find subdirectory fetch meson}; do
     case $scenario in
@@ -297,5 +306,6 @@ for scenario in ${*:-copy install pkgconfig find subdirectory fetch meson}; do
     *) echo "no such scenario: $scenario" && exit 2 ;;
     esac
 done
+[ $# -gt 0 ] || test_blocks
 echo "$passed passed, $failed failed, $skipped skipped"
 [ $failed -eq 0 ]
