@@ -193,7 +193,8 @@ awk '{
 exist() {
     awk 'NR == FNR { known[$1]; next } !($3 in known) { print $1 ":" $2 ": no such name: " $3 }' \
         "$build/identifiers" "$1" >"$build/bad"
-    counted "$1" names
+    cut -d ' ' -f 3 "$1" | sort -u >"$build/different"
+    counted "$build/different" names
 }
 
 # A beginning, as in TSRV_E... or tsrv_*, is no name.
