@@ -53,11 +53,11 @@ major=${version%%.*} minor=${version#*.}
 minor=${minor%.*}
 
 kinds=plain
-if echo '#include <openssl/ssl.h>' | $CC -E - >/dev/null 2>&1 && has 'TLS' openssl; then
+if ! echo '#include <openssl/ssl.h>' | $CC -E - >/dev/null 2>&1; then
+    has 'TLS' openssl/ssl.h
+elif has 'TLS' openssl; then
     kinds='plain tls'
     make -s cert BUILD="$build" >"$build/cert.log" 2>&1 || result 1 'a certificate' "$build/cert.log"
-else
-    has 'TLS' 'openssl/ssl.h'
 fi
 
 # snippet LANGUAGE WORD: the block of README in that language that has the word, for the kind of program, in `snippet`.
