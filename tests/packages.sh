@@ -182,8 +182,8 @@ test_install() {
     ! grep -r '@[a-z]*@' "$build/placed/share" >"$build/files.log" 2>&1
     result $? 'make install: every place in them is filled in' "$build/files.log"
     installed /opt/it DESTDIR="$build/gone"
-    make -s -C "$tree" uninstall PREFIX=/opt/it DESTDIR="$build/gone" >"$build/gone.log" 2>&1 &&
-        find "$build/gone" ! -type d -o -name '*tcpserver*' >>"$build/gone.log" && [ ! -s "$build/gone.log" ]
+    make -s -C "$tree" uninstall PREFIX=/opt/it DESTDIR="$build/gone" >"$build/install.log" 2>&1 &&
+        find "$build/gone" ! -type d -o -name '*tcpserver*' >"$build/gone.log" && [ ! -s "$build/gone.log" ]
     result $? 'make uninstall: nothing is left' "$build/gone.log"
 }
 
