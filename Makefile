@@ -74,13 +74,14 @@ help:
 	@echo "make test      build and run the tests: each in a process of its own, on every backend,"
 	@echo "               in both modes, and once more in hard mode"
 	@echo "make examples  build the examples"
-	@echo "make check     what the compiler cannot check: see tests/check_header.sh, tests/compile.sh"
+	@echo "make check     what the compiler cannot check: see tests/check_header.sh, compile.sh, docs.sh"
 	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
 	@echo "               ROWS='pp50 bulk1m' SECS=0.3 REPS=9 limit it"
 	@echo "make cert      a certificate for the TLS examples: $(BUILD)/cert.pem, key.pem"
-	@echo "make install   copy the header to PREFIX/include ($(PREFIX))"
+	@echo "make install   the header to PREFIX/include ($(PREFIX)), and what pkg-config and CMake"
+	@echo "               find it by; PREFIX=, DESTDIR=, includedir=; make uninstall"
 	@echo "make clean     remove $(BUILD)/"
 	@echo "variables      CC=clang SAN=address|undefined|thread|valgrind BACKEND=epoll|poll|kqueue"
 	@echo "               STD=c99|c11|c17 KQUEUE=1 DEBUG= TESTS='ioloop iostream'"
@@ -107,6 +108,7 @@ $(BUILD)/cert.pem:
 check:
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/check_header.sh
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/compile.sh
+	CC='$(CC)' BUILD='$(BUILD)' sh tests/docs.sh
 
 # libFuzzer is clang's. FUZZ_HEADER tests another version, 0.1.0 with FUZZ_FLAGS=-DFUZZ_OLD=1.
 FUZZ_HEADER = $(abspath tcpserver.h)
@@ -137,9 +139,28 @@ bench:
 	    --secs $(SECS) --reps $(REPS)
 	$(PYTHON) tests/bench/report.py
 
+# The header, and what pkg-config and CMake find it by: that is the same for every processor, so it goes to share.
+# It names the header by its place below PREFIX, which may be moved.
+includedir = $(PREFIX)/include
+VERSION    = $(shell sed -n 's/.*define TSRV_VERSION "\(.*\)"/\1/p' tcpserver.h)
+SHARE      = '$(DESTDIR)$(PREFIX)/share'
+# $(call FILL,prefix): a template's places, where `prefix` is a variable of its language
+FILL = sed -e 's|@prefix@|$(PREFIX)|' -e 's|@version@|$(VERSION)|' -e 's|@scope@||' \
+    -e 's|@includedir@|$(patsubst $(PREFIX)/%,$${$1}/%,$(includedir))|'
+
 install:
-	mkdir -p '$(DESTDIR)$(PREFIX)/include'
-	cp tcpserver.h '$(DESTDIR)$(PREFIX)/include/tcpserver.h'
+	mkdir -p '$(DESTDIR)$(includedir)' $(SHARE)/pkgconfig $(SHARE)/cmake/tcpserver
+	cp tcpserver.h '$(DESTDIR)$(includedir)/tcpserver.h'
+	for name in tcpserver.pc tcpserver-tls.pc; do \
+	    $(call FILL,prefix) .pkgconfig/$$name.in >$(SHARE)/pkgconfig/$$name || exit 1; \
+	done
+	for name in tcpserver-config.cmake tcpserver-config-version.cmake; do \
+	    $(call FILL,tcpserver_prefix) .cmake/$$name.in >$(SHARE)/cmake/tcpserver/$$name || exit 1; \
+	done
+
+uninstall:
+	rm -f '$(DESTDIR)$(includedir)/tcpserver.h' $(SHARE)/pkgconfig/tcpserver.pc $(SHARE)/pkgconfig/tcpserver-tls.pc
+	rm -rf $(SHARE)/cmake/tcpserver
 
 clean:
 	rm -rf '$(BUILD)'
@@ -165,4 +186,4 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test check cert fuzz bench bench-gate install clean
+.PHONY: all help run examples test check cert fuzz bench bench-gate install uninstall clean
