@@ -109,6 +109,7 @@ check:
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/check_header.sh
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/compile.sh
 	CC='$(CC)' BUILD='$(BUILD)' sh tests/docs.sh
+	CC='$(CC)' python3 tests/manual.py '$(BUILD)'
 
 # libFuzzer is clang's. FUZZ_HEADER tests another version, 0.1.0 with FUZZ_FLAGS=-DFUZZ_OLD=1.
 FUZZ_HEADER = $(abspath tcpserver.h)

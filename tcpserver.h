@@ -92,6 +92,229 @@
  *     result of a write may be ignored.
  *   - Nothing ever calls the program back from inside a library call.
  *
+ * CODES, and what to do about each
+ *
+ *   TSRV_EAGAIN     a callback-mode handler returns it, and repeats the call when it is called
+ *                   again; elsewhere: not now
+ *   TSRV_EOF        the peer has sent all that it will send: answer what is left, and return it.
+ *                   With tsrv_stopping(stream) it is a drain: say good-bye, and return it
+ *   TSRV_ECLOSED    this side has closed or aborted the stream, or a grace is over: return it
+ *   TSRV_ETIMEOUT   of a read or a wait: nothing is lost; say so and return it, or go on. Of a
+ *                   write: the peer takes nothing, and the stream is over
+ *   TSRV_ETOOLONG   the bytes are still there: answer, then drop them (a read without a slice), or
+ *                   return it. Is max_buffer_size, or the call's max_bytes, what you want?
+ *   TSRV_EFULL      tsrv_try_write: later. Of another write: the stream is over, since more than
+ *                   max_write_buffer_size would be unsent; write less at a time, or flush
+ *   TSRV_EBUSY      somebody else reads, runs or serves already: a mistake of the program
+ *   TSRV_EINVAL     a mistake of the program, of which nothing has come; the log often names it
+ *   TSRV_ENOTSUP    compile it in (TSRV_TLS_OPENSSL, TSRV_NO_...), or do without
+ *   TSRV_ERESOLVE   look at the name, and at the system's name servers; try again later
+ *   TSRV_ETLS       the log has OpenSSL's reason. Instead of TSRV_EOF: the end was not the peer's
+ *                   own, so do not take what has come for whole
+ *   TSRV_EPROXY     the proxy does not send the header, or somebody came past the proxy
+ *   TSRV_ERESTARTS  the workers' ends are in the log; repair, and start again
+ *   TSRV_EPARENT    all went well: the parent of workers returns from main
+ *   -ECONNRESET, -EPIPE, -ETIMEDOUT of a stream: the peer is gone: return it, it is not logged
+ *   -EMFILE, -ENFILE  raise `ulimit -n`; accepting goes on by itself when there are descriptors
+ *   -EADDRINUSE     another process has the port or the path
+ *   -EACCES         ports below 1024 need a privilege (CAP_NET_BIND_SERVICE)
+ *   -ENOMEM         the stream at hand is over, and the server goes on
+ *
+ * OPTIONS, their defaults, and what switches them off. Times are milliseconds, sizes bytes.
+ *
+ *   tsrv_server_options      default         off           what
+ *   mode                     TSRV_COROUTINE                or TSRV_CALLBACK
+ *   handle_stream            -                             the program; required
+ *   on_close, on_start, on_accept  NULL                    called for each stream, process, client
+ *   context                  NULL                          handed to all of them
+ *   loop, loop_options       this thread's                 on which loop, and how that is made
+ *   tls                      NULL                          plain TCP without
+ *   data_size                0                             zeroed bytes for each stream
+ *   max_buffer_size          1 MiB           SIZE_MAX      unread input of a stream
+ *   read_chunk_size          64 KiB          SIZE_MAX      of one recv
+ *   max_write_buffer_size    16 MiB          SIZE_MAX      unsent output of a stream
+ *   write_high_water         256 KiB         SIZE_MAX      unsent output above which writers wait
+ *   stack_size               256 KiB                       of a coroutine; at least 64 KiB
+ *   max_connections          0 = no limit    0             open streams
+ *   max_per_address          0 = no limit    0             the same of one address
+ *   proxy_protocol           TSRV_PROXY_NONE               or TSRV_PROXY_REQUIRED
+ *   proxy_from               NULL = all                    who may send its header
+ *   handshake_timeout_ms     10 s            TSRV_NEVER    PROXY header and TLS together
+ *   idle_timeout_ms          0 = off         0             no byte either way
+ *   read_timeout_ms          0 = off         0             a whole read
+ *   write_timeout_ms         60 s            TSRV_NEVER    unsent output, of which nothing goes
+ *   close_timeout_ms         5 s             TSRV_NEVER    for the peer's end, behind ours
+ *   grace_ms                 30 s            TSRV_NEVER    that a drain leaves
+ *   nagle                    false                         true: leave Nagle's algorithm on
+ *   keep_alive               false                         SO_KEEPALIVE; on with any of its three
+ *   keep_alive_idle_ms, keep_alive_interval_ms, keep_alive_count   0 = the system's
+ *   user_timeout_ms          0 = the system's              sent, and not acknowledged (Linux)
+ *   fork, bind               NULL = defaults               for tsrv_serve
+ *
+ *   tsrv_loop_options
+ *   backend                  TSRV_BACKEND_BEST             epoll, kqueue, else poll
+ *   max_threads              4                             for tsrv_work and its kin
+ *   slow_ms                  1 s             TSRV_NEVER    a turn of the loop that is logged
+ *   max_total_buffer         0 = no limit    0             what all streams hold
+ *
+ *   tsrv_bind_options
+ *   family                   0 = both                      AF_INET, AF_INET6
+ *   backlog                  128                           connections that the kernel queues
+ *   reuse_port               false                         a queue for each worker
+ *   unix_mode                0600                          of a socket file
+ *
+ *   tsrv_fork_options
+ *   max_restarts             100             TSRV_NEVER    bad ends in a row
+ *   grace_ms                 the server's, 30 s  TSRV_NEVER  5 s later a worker is killed
+ *   start_timeout_ms         60 s            TSRV_NEVER    for a new worker to accept
+ *   heartbeat_ms             0 = off         0             a loop that does not turn
+ *   on_exit, context         NULL                          called for each worker's end
+ *   upgrade_argv             NULL            NULL          what SIGUSR2 starts
+ *   fds, fd_count            NULL, 0                       more sockets, to be handed over
+ *   user, group              NULL = as they are            whom workers become
+ *
+ *   tsrv_connect_options
+ *   timeout_ms               10 s            TSRV_NEVER    for everything together
+ *   tls, server_name         NULL, the host                whose certificate it must be
+ *   proxy_for                NULL                          send a PROXY header for that client
+ *
+ *   tsrv_tls_options
+ *   verify_client            TSRV_TLS_NONE                 must clients have a certificate?
+ *   min_version              TSRV_TLS_1_2                  or TSRV_TLS_1_3
+ *   cert_file, key_file, cert_pem, key_pem, key_password, certificates, certificate_count
+ *                            NULL                          who this is; a server needs one
+ *   ca_file, ca_pem          the system's                  whom to trust
+ *   crl_file, ocsp_file      NULL                          what was revoked, what was not
+ *   alpn, ciphers            NULL, AEAD                    protocols; ciphers of TLS 1.2
+ *   on_server_name, context  NULL                          which certificate, by the host asked for
+ *   ticket_hours             24              TSRV_NEVER    that a key seals tickets
+ *   native_context           NULL                          an SSL_CTX of your own
+ *
+ * MISTAKES that are often made, and what is seen. Those with a D are named in the log of a program
+ * that was compiled with -DTSRV_DEBUG: develop with it.
+ *
+ *    1   A handler blocks (sleep, getaddrinfo, a file on a slow disk) or computes for long: all
+ *        others of its loop stand still. The log: "a turn of the loop took 2000 ms (slow_ms is
+ *        1000), nearly all of it handle_stream for ...". tsrv_sleep, tsrv_run_in_thread.
+ *    2 D A slice is used after the next read, or kept: wrong bytes, silently; with TSRV_DEBUG they
+ *        are all 0xDD. Copy what must last.
+ *    3 D A callback-mode handler makes two different reads and keeps no step: called again, it
+ *        begins with the first one. Keep the step in tsrv_data.
+ *    4 D A callback-mode handler does not return the TSRV_EAGAIN of its read: the connection ends
+ *        before its answer. `if (rc != TSRV_OK) return rc;`
+ *    5 D A loop goes on though its calls fail: the server hangs at full load. A loop ends with the
+ *        first result that is not TSRV_OK.
+ *    6 D A timer, a post or another stream's callback waits for a stream, or calls what needs a
+ *        coroutine: nothing happens. tsrv_spawn.
+ *    7 D A stream is used on another thread: anything may happen. tsrv_loop_post takes the work
+ *        to its loop.
+ *    8   A coroutine has a large array or recurses deeply: SIGSEGV, in the guard below its stack; a
+ *        worker is replaced, and the log says by which signal it ended. -Wframe-larger-than finds
+ *        the function, stack_size makes room.
+ *    9   A process forks workers after it has made a loop: TSRV_EINVAL, "cannot fork workers: this
+ *        process has a loop already". Fork first; on_start is the place for timers.
+ *   10   A pointer into what coroutines share is held over a call that waits (a read, a write above
+ *        the mark): another one has changed it. Look it up again, or write from a copy.
+ *   11   What stands behind tsrv_serve runs in each worker: a pid file goes with the first reload.
+ *        `if (tsrv_task_id() < 0)`.
+ *   12   No time is set: clients that say nothing stay for ever, and the counter `open` only grows.
+ *        idle_timeout_ms, read_timeout_ms, tsrv_set_deadline.
+ *
+ * DEBUGGING
+ *
+ *   gdb        gdb -x tests/gdb.py has the command tsrv-coroutines: it lists the coroutines that
+ *              wait, with their stacks, in a core file, too.
+ *   Sanitizers -fsanitize=address,undefined and -fsanitize=thread know about the stacks by
+ *              themselves. Valgrind needs -DTSRV_VALGRIND.
+ *   Profiles   perf record --call-graph=fp finds a coroutine's callers up to its beginning if the
+ *              program has frame pointers (-fno-omit-frame-pointer).
+ *   Stacks     -Wframe-larger-than=16384 names the functions that need much; with
+ *              -fstack-clash-protection no frame, however large, can jump over the guard. An idle
+ *              coroutine keeps the pages that it has ever touched: /proc/<pid>/smaps_rollup.
+ *   System     strace -f -e trace=network shows one recv and one send for a request.
+ *   A server   kill -TERM drains it, and a log line says what is left; tsrv_metrics_format, or
+ *              examples/status.c, says how connections ended.
+ *
+ * C++
+ *
+ * Write {} where these examples write {0}, and no exception may leave a handler. What is made can
+ * be owned by objects, and a lambda without captures is a handler:             [compiles as C++]
+ *
+ *     #include <memory>
+ *     #include <stdexcept>
+ *     #include <string>
+ *
+ *     struct server_end {
+ *         void operator()(tsrv_server *server) const { tsrv_server_free(server); }
+ *     };
+ *     typedef std::unique_ptr<tsrv_server, server_end> server_ptr;
+ *
+ *     static int check(int rc)
+ *     {
+ *         return rc >= 0 ? rc : throw std::runtime_error(tsrv_strerror(rc));
+ *     }
+ *
+ *     static server_ptr listen(int port, tsrv_handler handler)
+ *     {
+ *         tsrv_server_options options = {};
+ *         tsrv_server *server;
+ *         options.handle_stream = handler;
+ *         check(tsrv_server_new(&server, &options));
+ *         server_ptr owned(server);
+ *         check(tsrv_server_listen(server, port, "127.0.0.1", nullptr));
+ *         return owned;
+ *     }
+ *
+ *     static std::string read_line(tsrv_stream *stream) // in a coroutine
+ *     {
+ *         tsrv_slice line;
+ *         check(tsrv_read_until(stream, "\n", 0, &line));
+ *         return std::string(line.data, line.size); // a copy: it may be kept
+ *     }
+ *
+ * The body of a handler is then try { ... return TSRV_OK; } catch (const std::exception &) {
+ * return TSRV_ECLOSED; }. The library's own memory goes with the stream, also when a coroutine is
+ * dropped where it stands (tsrv_loop_free): what lies on its stack is not destroyed then.
+ *
+ * OTHER LANGUAGES
+ *
+ * A binding needs callback mode (other languages' stacks do not move), a shared library, and the
+ * layout of a few structs, in which every field that is not set is 0:
+ *
+ *     cc -shared -fPIC -DTCPSERVER_IMPLEMENTATION -o libtcpserver.so -x c tcpserver.h
+ *
+ * Keep callbacks alive for as long as the server, and let no exception leave them. In Python:
+ *
+ *     import ctypes as c, sys
+ *
+ *     class Slice(c.Structure):
+ *         _fields_ = [("data", c.c_void_p), ("size", c.c_size_t)]
+ *
+ *     Handler = c.CFUNCTYPE(c.c_int, c.c_void_p, c.c_void_p, c.c_void_p)
+ *
+ *     class Options(c.Structure):  # the first two fields, and more than all of the others
+ *         _fields_ = [("mode", c.c_int), ("handle_stream", Handler), ("rest", c.c_char * 1024)]
+ *
+ *     lib = c.CDLL(sys.argv[1])
+ *     for name in "server_new", "server_listen", "read_until", "write", "loop_run":
+ *         getattr(lib, "tsrv_" + name).restype = c.c_int
+ *
+ *     @Handler
+ *     def handle_stream(stream, address, context):
+ *         line = Slice()
+ *         while True:
+ *             rc = lib.tsrv_read_until(c.c_void_p(stream), b"\n", c.c_size_t(0), c.byref(line))
+ *             if rc != 0:
+ *                 return rc  # TSRV_EAGAIN included
+ *             text = c.string_at(line.data, line.size).upper()
+ *             lib.tsrv_write(c.c_void_p(stream), text, c.c_size_t(len(text)))
+ *
+ *     options, server = Options(mode=1, handle_stream=handle_stream), c.c_void_p()
+ *     rc = lib.tsrv_server_new(c.byref(server), c.byref(options)) or \
+ *         lib.tsrv_server_listen(server, int(sys.argv[2]), b"127.0.0.1", None) or \
+ *         lib.tsrv_loop_run(None)
+ *     sys.exit(rc != 0)
+ *
  * CONDITIONS
  *
  * A tsrv_condition_wait may end early: with TSRV_ETIMEOUT or TSRV_ECLOSED, or for what another has
@@ -247,8 +470,6 @@
  *              must not be overcommitted the guard counts. Hardware shadow stacks need
  *              TSRV_USE_UCONTEXT. The floating point environment (rounding, exception masks) is
  *              not switched.
- *   Debugger   gdb -x tests/gdb.py has the command tsrv-coroutines: it lists the coroutines that
- *              wait, with their stacks, in a core file, too.
  *   Platforms  Coroutines are there on x86, x86-64, ARM, AArch64, 64-bit RISC-V, ppc64le and s390x,
  *              and with every C library that has makecontext; on other processors with musl,
  *              Android (from API level 23) or OpenBSD it is as with TSRV_NO_COROUTINES.
@@ -1356,8 +1577,8 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...) TSRVI_PRI
  *   fd      a regular file; a duplicate is kept while needed, so it may be closed at once
  *   offset  of the first byte
  *   size    bytes; 0 = nothing happens
- * Returns as tsrv_write, and -EBADF, -EMFILE and the like, which end the stream, too; TSRV_EINVAL (no
- * regular file), which does not. */
+ * Returns as tsrv_write, and -EBADF, -EMFILE and the like, which end the stream, too; TSRV_EINVAL
+ * (no regular file), which does not. */
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size);
 
 /* Wait until the kernel has taken all that was written. Source: awaiting IOStream.write.
@@ -4367,6 +4588,9 @@ struct tsrv_loop {
     bool stopping;
     bool leaving;    /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
     bool closing;    /* being freed */
+#ifdef TSRV_DEBUG
+    const void *thread; /* the tsrvi_thread of the one that runs it */
+#endif
     tsrvi_link link; /* in the loops of the process */
     tsrvi_loop_sources sources;
     tsrvi_loop_coroutines coroutines;
@@ -5167,6 +5391,9 @@ static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
     }
     tsrvi_thread.running = loop;
     loop->running = true;
+#ifdef TSRV_DEBUG
+    loop->thread = &tsrvi_thread;
+#endif
     tsrvi_loop_tick(loop);
     tsrvi_loop_settle(loop); /* what was written from outside */
     while (rc == TSRV_OK && tsrvi_loop_alive(loop) && (once || !loop->stopping)) {
@@ -9343,10 +9570,26 @@ static void tsrvi_debug_read(tsrv_stream *stream, const char *function, int rc)
     stream->waits_in = rc == TSRV_EAGAIN ? function : NULL;
 }
 
+/* A callback-mode handler has returned. */
+static void tsrvi_debug_returned(const tsrv_stream *stream, int rc)
+{
+    if (rc >= 0 && stream->waits_in != NULL && stream->end == 0 && stream->phase == TSRVI_OPEN) {
+        tsrvi_debug_tell(stream, stream->waits_in,
+                         "said TSRV_EAGAIN, and the handler returned something else, which ends "
+                         "the connection");
+    }
+}
+
 static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
 {
     const tsrv_loop *loop = tsrvi_loop_of(stream);
     bool reads = strncmp(function, "tsrv_read", 9) == 0;
+    if (loop->running && loop->thread != (const void *)&tsrvi_thread) {
+        tsrvi_debug_tell(stream, function,
+                         "called on another thread than its loop's, where only tsrv_loop_post may "
+                         "be called");
+        return rc;
+    }
     if (loop->streams.handling == stream && reads) {
         tsrvi_debug_read(stream, function, rc);
     }
@@ -13342,6 +13585,9 @@ static void tsrvi_stream_call_back(tsrv_stream *stream)
     rc = stream->handler(stream, &loop->streams.address, stream->server->options.context);
     loop->streams.handling = NULL;
     loop->plain = NULL;
+#ifdef TSRV_DEBUG
+    tsrvi_debug_returned(stream, rc);
+#endif
     tsrvi_stream_took(stream, "handle_stream for ");
     tsrvi_stream_returned(stream, rc);
 }
@@ -13784,6 +14030,7 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
         kinds = (uint8_t)(kinds | wait->kinds);
     }
     TSRV_ASSERT(queued <= stream->unsent && (stream->session != NULL || queued == stream->unsent));
+    (void)queued; /* with NDEBUG */
     TSRV_ASSERT(kinds == stream->kinds);
     TSRV_ASSERT(tsrvi_is(stream, TSRVI_ENDED) ==
                 ((stream->end | stream->in_end | stream->out_end) != 0));

@@ -1341,6 +1341,63 @@ TEST_ONCE(debug_names_calls_that_need_a_coroutine)
     tsrv_set_log(NULL, NULL);
 }
 
+static int swallow_eagain(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (tsrv_read_until(stream, "\n", 0, &line) < 0) {
+        mistaken++;
+        return TSRV_OK;
+    }
+    return TSRV_OK;
+}
+
+T_TEST(debug_names_a_wait_that_the_handler_swallows, T_PER_BACKEND | T_CALLBACKS)
+{
+    mistakes = mistaken = 0;
+    open_with(swallow_eagain, defaults);
+    tsrv_set_log(see_mistakes, NULL);
+    for (int i = 0; i < 2; i++) {
+        int fd = t_add_pair(s_server);
+        t_sends(fd, "half a line");
+        s_until(&s_closed, i + 1);
+        t_close(fd);
+    }
+    CHECK_INT(mistaken, 2);
+    expect_mistake("tsrv_read_until", "returned something else");
+    s_close();
+}
+
+#if !TSRVI_HAS_TSAN /* which would name it, too */
+static void write_elsewhere(void *context)
+{
+    tsrv_write((tsrv_stream *)context, "x", 1);
+}
+
+static int write_on_another_thread(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    mistaken++;
+    CHECK_INT(tsrv_run_in_thread(write_elsewhere, stream), TSRV_OK);
+    return TSRV_OK;
+}
+
+T_TEST(debug_names_a_call_on_another_thread, T_PER_BACKEND | T_COROUTINES)
+{
+    mistakes = mistaken = 0;
+    open_with(write_on_another_thread, defaults);
+    tsrv_set_log(see_mistakes, NULL);
+    for (int i = 0; i < 2; i++) {
+        int fd = t_add_pair(s_server);
+        s_until(&s_closed, i + 1);
+        t_close(fd);
+    }
+    CHECK_INT(mistaken, 2);
+    expect_mistake("tsrv_write", "on another thread");
+    s_close();
+}
+#endif
+
 TEST_STREAM(debug_overwrites_what_a_slice_held)
 {
     mistaken = 0;
