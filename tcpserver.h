@@ -4586,12 +4586,12 @@ struct tsrv_loop {
     struct tsrv_stream *plain; /* the stream that it reads in the short way: see >>read; NULL */
     bool running;
     bool stopping;
-    bool leaving;    /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
-    bool closing;    /* being freed */
+    bool leaving;       /* its servers are being drained, and then it stops: see tsrvi_loop_leave */
+    bool closing;       /* being freed */
 #ifdef TSRV_DEBUG
     const void *thread; /* the tsrvi_thread of the one that runs it */
 #endif
-    tsrvi_link link; /* in the loops of the process */
+    tsrvi_link link;    /* in the loops of the process */
     tsrvi_loop_sources sources;
     tsrvi_loop_coroutines coroutines;
     tsrvi_loop_work work;
