@@ -1686,6 +1686,485 @@ TEST_MODES(redis_ends_after_a_protocol_error)
     stop(&p);
 }
 
+/* ---- memcached ----------------------------------------------------------------------------*/
+
+#define BAD_LINE "CLIENT_ERROR bad command line format\r\n"
+#define BAD_BLOCK "CLIENT_ERROR bad data chunk\r\n"
+#define NO_NUMBER "CLIENT_ERROR cannot increment or decrement non-numeric value\r\n"
+#define NO_DELTA "CLIENT_ERROR invalid numeric delta argument\r\n"
+#define NO_TIME "CLIENT_ERROR invalid exptime argument\r\n"
+#define LARGE_ITEM "SERVER_ERROR object too large for cache\r\n"
+#define NO_MEMORY "SERVER_ERROR out of memory storing object\r\n"
+
+/* Each leaves the keys as it found them: absent. */
+static const exchange_step memcached_steps[] = {
+    {"version\r\n", "VERSION " TSRV_VERSION "\r\n"},
+    {"get k\r\n", "END\r\n"},
+    {"set k 7 0 5\r\nvalue\r\n", "STORED\r\n"},
+    {"get k\r\nget none k  none k\n", "VALUE k 7 5\r\nvalue\r\nEND\r\n"
+                                      "VALUE k 7 5\r\nvalue\r\nVALUE k 7 5\r\nvalue\r\nEND\r\n"},
+    {"set k 4294967295 0 0\n\r\nget k\n", "STORED\r\nVALUE k 4294967295 0\r\n\r\nEND\r\n"},
+    {"add k 0 0 1\r\na\r\nreplace k 1 0 4\r\n\r\n\r\n\r\nget k\r\n",
+     "NOT_STORED\r\nSTORED\r\nVALUE k 1 4\r\n\r\n\r\n\r\nEND\r\n"},
+    {"append k 9 -1 2\r\nde\r\nprepend k 9 9 1\r\nx\r\nget k\r\n",
+     "STORED\r\nSTORED\r\nVALUE k 1 7\r\nx\r\n\r\nde\r\nEND\r\n"},
+    {"cas k 0 0 1 18446744073709551615\r\na\r\ncas none 0 0 1 1\r\na\r\n", "EXISTS\r\nNOT_FOUND\r\n"},
+    {"delete k\r\ndelete k\r\nget k\r\n", "DELETED\r\nNOT_FOUND\r\nEND\r\n"},
+    {"replace k 0 0 1\r\na\r\nappend k 0 0 1\r\na\r\nprepend k 0 0 1\r\na\r\n",
+     "NOT_STORED\r\nNOT_STORED\r\nNOT_STORED\r\n"},
+    {"add k 0 0 2\r\n10\r\nincr k 5\r\ndecr k 6\r\nget k\r\n",
+     "STORED\r\n15\r\n9\r\nVALUE k 0 1\r\n9\r\nEND\r\n"},
+    {"decr k 10\r\nincr k 18446744073709551615\r\nincr k 3\r\nget k\r\n",
+     "0\r\n18446744073709551615\r\n2\r\nVALUE k 0 1\r\n2\r\nEND\r\n"},
+    {"incr k x\r\nincr k -1\r\nincr k 18446744073709551616\r\nincr k\r\nincr none 1\r\n",
+     NO_DELTA NO_DELTA NO_DELTA "ERROR\r\nNOT_FOUND\r\n"},
+    {"set k 3 0 2\r\n1x\r\nincr k 1\r\nset k 3 0 0\r\n\r\ndecr k 1\r\nset k 3 0 3\r\n 10\r\nincr k 1\r\n",
+     "STORED\r\n" NO_NUMBER "STORED\r\n" NO_NUMBER "STORED\r\n" NO_NUMBER},
+    {"set k 3 0 20\r\n18446744073709551616\r\nincr k 1\r\nset k 3 0 1\r\n1\r\nincr k 1\r\nget k\r\n",
+     "STORED\r\n" NO_NUMBER "STORED\r\n2\r\nVALUE k 3 1\r\n2\r\nEND\r\n"},
+    /* What is to be quiet is done all the same. */
+    {"set k 0 0 1 noreply\r\n8\r\nincr k 1 noreply\r\ndecr k 2 noreply\r\nappend k 0 0 1 noreply\r\n0\r\n"
+     "touch k 0 noreply\r\nget k\r\n", "VALUE k 0 2\r\n70\r\nEND\r\n"},
+    {"add k 0 0 1 noreply\r\n8\r\nreplace none 0 0 1 noreply\r\n8\r\ndelete none noreply\r\n"
+     "verbosity 1 noreply\r\nverbosity noreply\r\nincr k x noreply\r\nset k x 0 1 noreply\r\nx\r\nget k\r\n",
+     "VALUE k 0 2\r\n70\r\nEND\r\n"},
+    {"delete k noreply\r\nget k noreply\r\n", "END\r\n"},
+    /* A time that is over, one that comes, one in 1970, one in 2106, and none. */
+    {"set k 0 -1 1\r\na\r\nget k\r\nset k 0 1000 1\r\nb\r\nget k\r\nset k 0 2592001 1\r\na\r\nget k\r\n",
+     "STORED\r\nEND\r\nSTORED\r\nVALUE k 0 1\r\nb\r\nEND\r\nSTORED\r\nEND\r\n"},
+    {"add k 0 4294967295 1\r\nc\r\ntouch k 1000\r\nget k\r\ntouch k -1\r\nget k\r\ntouch k 0\r\n",
+     "STORED\r\nTOUCHED\r\nVALUE k 0 1\r\nc\r\nEND\r\nTOUCHED\r\nEND\r\nNOT_FOUND\r\n"},
+    {"touch k\r\ntouch k x\r\ntouch k 4294967296\r\n", "ERROR\r\n" NO_TIME NO_TIME},
+    {"set k 0 0 1\r\na\r\nset l 0 0 1\r\nb\r\nflush_all\r\nget k l\r\nadd k 0 0 1\r\nc\r\nget k l\r\n",
+     "STORED\r\nSTORED\r\nOK\r\nEND\r\nSTORED\r\nVALUE k 0 1\r\nc\r\nEND\r\n"},
+    {"flush_all 0\r\nflush_all noreply\r\nflush_all 10\r\nflush_all 0 0\r\nget k\r\n",
+     "OK\r\nCLIENT_ERROR it cannot wait\r\nERROR\r\nEND\r\n"},
+    /* Two keys of one chain, whatever its number is: 'a' * 33 + 'b' is 'b' * 33 + 'A'. */
+    {"set ab 0 0 1\r\n1\r\nset bA 0 0 1\r\n2\r\nget bA ab\r\ndelete ab\r\nget ab bA\r\ndelete bA\r\n",
+     "STORED\r\nSTORED\r\nVALUE bA 0 1\r\n2\r\nVALUE ab 0 1\r\n1\r\nEND\r\nDELETED\r\n"
+     "VALUE bA 0 1\r\n2\r\nEND\r\nDELETED\r\n"},
+    {"nonsense\r\n\r\n\nget\r\ngets\r\nGET k\r\ndelete\r\ndelete a b\r\nverbosity\r\nverbosity 1\r\n",
+     "ERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nOK\r\n"},
+    /* A block that is refused is skipped, whatever is in it. */
+    {"set k x 0 9\r\nversion\r\n\r\nset k 0 x 1\r\na\r\ncas k 0 0 1 x\r\na\r\nset k 4294967296 0 0\r\n\r\nget k\r\n",
+     BAD_LINE BAD_LINE BAD_LINE BAD_LINE "END\r\n"},
+};
+
+enum { MEMCACHED_STEPS = sizeof memcached_steps / sizeof memcached_steps[0] };
+
+TEST_MODES(memcached_answers_each_command)
+{
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    PLAY(fd, memcached_steps);
+    t_sends(fd, "quit\r\nversion\r\n");
+    t_leave(fd);
+    stop(&p);
+}
+
+/* The other connection's round trip makes the halves arrive one by one. */
+TEST_MODES(memcached_pipelines_split_at_every_byte)
+{
+    char script[4096] = "", replies[4096] = "";
+    for (size_t i = 0; i < MEMCACHED_STEPS; i++) {
+        strcat(script, memcached_steps[i].send);
+        strcat(replies, memcached_steps[i].expect);
+    }
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    for (size_t at = 0; script[at] != 0; at++) {
+        t_send(fd, script, at);
+        t_sends(other, "version\r\n");
+        t_expect(other, "VERSION " TSRV_VERSION "\r\n");
+        t_sends(fd, script + at);
+        t_expect(fd, replies);
+    }
+    t_finish(fd);
+    t_finish(other);
+    stop(&p);
+}
+
+/* The client that the protocol's authors have written to tell who speaks it. */
+TEST_MODES(memcached_passes_memccapable)
+{
+    char line[256];
+    if (system("memccapable -h >/dev/null 2>&1; test $? -ne 127") != 0) {
+        SKIP("memccapable (libmemcached-tools)");
+    }
+    program p = start_with("memcached", NULL, NULL);
+    snprintf(line, sizeof line, "memccapable -h 127.0.0.1 -p %d -t %d -a 2>&1 | grep '^All tests passed$'",
+             p.port, t_patience_ms() / 1000);
+    CHECK_INT(system(line), 0);
+    stop(&p);
+}
+
+/* cas stores when nobody else has, since gets. */
+TEST_MODES(memcached_compares_and_sets)
+{
+    char text[256];
+    unsigned long long unique, later;
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    t_sends(fd, "set k 0 0 1\r\na\r\n");
+    t_expect(fd, "STORED\r\n");
+    for (int i = 0; i < 3; i++) {
+        reader r = {fd, 0, 0, "", ""};
+        t_sends(fd, "gets k\r\n");
+        CHECK_INT(sscanf(read_line(&r), "VALUE k 0 1 %llu", &unique), 1);
+        CHECK_STR(read_line(&r), "a\r");
+        CHECK_STR(read_line(&r), "END\r");
+        /* Time does not count, another value does. */
+        t_sends(other, "touch k 0\r\n");
+        t_expect(other, "TOUCHED\r\n");
+        if (i == 1) {
+            t_sends(other, "set k 0 0 1\r\na\r\n");
+            t_expect(other, "STORED\r\n");
+        }
+        snprintf(text, sizeof text, "cas k 0 0 1 %llu\r\na\r\n", unique);
+        t_sends(fd, text);
+        t_expect(fd, i == 1 ? "EXISTS\r\n" : "STORED\r\n");
+        t_sends(fd, text); /* its own counts, too */
+        t_expect(fd, "EXISTS\r\n");
+        t_sends(fd, "gets k\r\n");
+        CHECK_INT(sscanf(read_line(&r), "VALUE k 0 1 %llu", &later), 1);
+        CHECK(later > unique);
+        CHECK_STR(read_line(&r), "a\r");
+        CHECK_STR(read_line(&r), "END\r");
+    }
+    t_finish(fd);
+    t_finish(other);
+    stop(&p);
+}
+
+/* "<verb> <key> 0 0 <size>" and so many bytes of one letter. */
+static void send_block(int fd, const char *verb, const char *key, size_t size, char letter)
+{
+    char head[512], *block = allocate(size + 3);
+    snprintf(head, sizeof head, "%s %s 0 0 %zu\r\n", verb, key, size);
+    memset(block, letter, size);
+    memcpy(block + size, "\r\n", 3);
+    t_sends(fd, head);
+    t_sends(fd, block);
+    free(block);
+}
+
+/* Asks for a key. Returns whether it is there, with a value of so many bytes of one letter. */
+static bool get_block(int fd, const char *key, size_t size, char letter)
+{
+    char head[512], first[2], *block = allocate(size + 8);
+    snprintf(head, sizeof head, "get %s\r\n", key);
+    t_sends(fd, head);
+    CHECK_INT(t_recv(fd, first, 1), 1);
+    bool there = first[0] == 'V';
+    if (there) {
+        snprintf(head, sizeof head, "ALUE %s 0 %zu\r\n", key, size);
+        t_expect(fd, head);
+        CHECK_INT(t_recv(fd, block, size), size);
+        for (size_t i = 0; i < size; i++) {
+            CHECK_INT(block[i], letter);
+        }
+    }
+    t_expect(fd, there ? "\r\nEND\r\n" : "ND\r\n");
+    free(block);
+    return there;
+}
+
+/* Keys of 250 bytes, values of any bytes and of up to 1 MiB; what is larger is skipped, and what it
+ * was to replace is gone. */
+TEST_MODES(memcached_keeps_what_it_is_given)
+{
+    enum { MOST = 1024 * 1024 };
+    static const char binary[] = "set b 0 0 9\r\n\0\r\n\n\xff\x80 \r\n\r\nget b\r\n";
+    static const char reply[] = "STORED\r\nVALUE b 0 9\r\n\0\r\n\n\xff\x80 \r\n\r\nEND\r\n";
+    char key[252], text[600], got[sizeof reply];
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_send(fd, binary, sizeof binary - 1);
+    CHECK_MEM(got, t_recv(fd, got, sizeof reply - 1), reply, sizeof reply - 1);
+
+    memset(key, 'k', 251);
+    key[251] = 0;
+    static const char *const lines[] = {"get %s\r\n", "get b %s\r\n", "delete %s\r\n",
+                                        "incr %s 1\r\n", "touch %s 0\r\n",
+                                        "set %s 0 0 9\r\nversion\r\n\r\n"};
+    for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
+        snprintf(text, sizeof text, lines[i], key);
+        t_sends(fd, text);
+        if (i == 1) {
+            t_recv(fd, got, sizeof reply - 14); /* what came before it in the line */
+        }
+        t_expect(fd, BAD_LINE);
+    }
+    key[250] = 0;
+    send_block(fd, "set", key, 1, 'a');
+    t_expect(fd, "STORED\r\n");
+    CHECK(get_block(fd, key, 1, 'a'));
+
+    send_block(fd, "set", "k", MOST, 'a');
+    t_expect(fd, "STORED\r\n");
+    CHECK(get_block(fd, "k", MOST, 'a'));
+    send_block(fd, "append", "k", 1, 'a');
+    t_expect(fd, LARGE_ITEM);
+    send_block(fd, "add", "k", MOST + 1, 'b');
+    t_expect(fd, LARGE_ITEM);
+    CHECK(get_block(fd, "k", MOST, 'a'));
+    send_block(fd, "set", "k", MOST + 1, 'b');
+    t_expect(fd, LARGE_ITEM);
+    CHECK(!get_block(fd, "k", MOST, 'a'));
+    send_block(fd, "set", "k", 5 * MOST, 'b');
+    t_sends(fd, "version\r\n");
+    t_expect(fd, LARGE_ITEM "VERSION " TSRV_VERSION "\r\n");
+    send_block(fd, "set", "k", MOST / 2, 'c');
+    send_block(fd, "prepend", "k", MOST / 2, 'c');
+    t_expect(fd, "STORED\r\nSTORED\r\n");
+    CHECK(get_block(fd, "k", MOST, 'c'));
+    t_finish(fd);
+    stop(&p);
+}
+
+/* More than there is room for: who was not used for the longest time goes, and nothing else. */
+TEST_MODES(memcached_makes_room)
+{
+    enum { LARGE = 1000000, KEYS = 100, ROOM = 64 * 1024 * 1024 / LARGE };
+    char key[16];
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    for (int i = 0; i < KEYS; i++) {
+        snprintf(key, sizeof key, "k%d", i);
+        send_block(fd, "set", key, LARGE, (char)('a' + i % 26));
+        t_expect(fd, "STORED\r\n");
+        CHECK(get_block(fd, "k0", LARGE, 'a')); /* it is always in use */
+    }
+    for (int i = 1; i < KEYS; i++) {
+        snprintf(key, sizeof key, "k%d", i);
+        CHECK_INT(get_block(fd, key, LARGE, (char)('a' + i % 26)), i > KEYS - ROOM);
+    }
+    /* What has ended or was deleted makes room, too. */
+    t_sends(fd, "flush_all\r\n");
+    t_expect(fd, "OK\r\n");
+    for (int i = 0; i < ROOM; i++) {
+        snprintf(key, sizeof key, "l%d", i);
+        send_block(fd, "set", key, LARGE, 'l');
+        t_expect(fd, "STORED\r\n");
+    }
+    for (int i = 0; i < ROOM; i++) {
+        snprintf(key, sizeof key, "l%d", i);
+        CHECK(get_block(fd, key, LARGE, 'l'));
+    }
+    t_finish(fd);
+    stop(&p);
+}
+
+/* Blocks that do not come: their memory is lost to others, who are told so, until it is given up. */
+TEST_MODES(memcached_waits_for_blocks_no_longer_than_it_may)
+{
+    enum { ROOM = 64, SMALL = 4096 };
+    int fds[ROOM];
+    int seconds = t_scale() > 1 ? 6 : 2;
+    program p = start_with("memcached", seconds == 2 ? "2" : "6", NULL);
+    int fd = t_connect(p.port);
+    int64_t begin = t_now_ms();
+    for (int i = 0; i < ROOM; i++) {
+        fds[i] = t_connect(p.port);
+        t_sends(fds[i], i < ROOM - 1 ? "version\r\nset k 0 0 1048576\r\nabc"
+                                     : "version\r\nset k 0 0 1030000\r\nabc");
+        t_expect(fds[i], "VERSION " TSRV_VERSION "\r\n");
+    }
+    send_block(fd, "set", "l", SMALL, 'l');
+    t_expect(fd, "STORED\r\n");
+    send_block(fd, "set", "m", 1024 * 1024, 'm');
+    t_expect(fd, NO_MEMORY);
+    CHECK(!get_block(fd, "l", SMALL, 'l')); /* it has made what room it could */
+    for (int i = 0; i < ROOM; i++) {
+        t_leave(fds[i]);
+    }
+    CHECK_NEAR_MS(t_now_ms() - begin, seconds * 1000 - 100, 6000);
+    send_block(fd, "set", "m", 1024 * 1024, 'm');
+    t_expect(fd, "STORED\r\n");
+    CHECK(get_block(fd, "m", 1024 * 1024, 'm'));
+    CHECK(!get_block(fd, "k", 1, 'k'));
+    t_finish(fd);
+    stop(&p);
+}
+
+/* A second is over when the key is not found any more, and not much sooner. */
+TEST_MODES(memcached_items_end)
+{
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    int64_t begin = t_now_ms();
+    t_sends(fd, "set k 0 1 1\r\na\r\n");
+    t_expect(fd, "STORED\r\n");
+    int64_t end = t_patience();
+    while (get_block(fd, "k", 1, 'a')) {
+        CHECK(t_now_ms() < end);
+    }
+    CHECK_NEAR_MS(t_now_ms() - begin, 900, 5000);
+    t_finish(fd);
+    stop(&p);
+}
+
+/* Whoever knows the hash function fills one chain, and not more of it than there may be. */
+TEST_MODES(memcached_keys_that_collide)
+{
+    enum { BITS = 8, KEYS = 1 << BITS, MAX_CHAIN = 64 };
+    char key[2 * BITS + 1] = "", value = 'a';
+    int there = 0;
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int i = 0; i < KEYS; i++) {
+            for (int bit = 0; bit < BITS; bit++) {
+                memcpy(key + 2 * bit, i >> bit & 1 ? "ab" : "bA", 2);
+            }
+            value = (char)('a' + i % 26);
+            if (pass == 0) {
+                send_block(fd, "set", key, 3, value);
+                t_expect(fd, "STORED\r\n");
+            } else {
+                there += get_block(fd, key, 3, value);
+            }
+        }
+    }
+    CHECK_INT(there, MAX_CHAIN);
+    CHECK(get_block(fd, key, 3, value)); /* the last one is there */
+    t_sends(fd, "flush_all\r\n");
+    t_expect(fd, "OK\r\n");
+    CHECK(!get_block(fd, key, 3, value));
+    t_finish(fd);
+    stop(&p);
+}
+
+/* What follows could be a block, and somebody else's words in it: it is not taken for commands. */
+TEST_MODES(memcached_ends_where_it_is_lost)
+{
+    static const exchange_step ends[] = {
+        {"set k 0 0\r\nversion\r\n", "ERROR\r\n"},
+        {"set k 0 0 9 9\r\nversion\r\n", "ERROR\r\n"},
+        {"set my key 0 0 9\r\nversion\r\n", "ERROR\r\n"},
+        {"cas k 0 0 9\r\nversion\r\n", "ERROR\r\n"},
+        {"set k 0 0 x\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 -1\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 +1\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 2147483648\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 18446744073709551617\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 3\r\nabcd\r\nversion\r\n", BAD_BLOCK},
+        {"set k 0 0 3\r\nabc\n\nversion\r\n", BAD_BLOCK},
+        {"set k 0 0 3\r\nab\r\n\r\nversion\r\n", BAD_BLOCK},
+        {"set k 0 0 3 noreply\r\nabcd\r\nversion\r\n", ""},
+        {"get a\tb\r\nversion\r\n", BAD_LINE},
+        {"get a\rb\r\nversion\r\n", BAD_LINE},
+        {"get a\x7f\r\nversion\r\n", BAD_LINE},
+        {"\x01\r\nversion\r\n", BAD_LINE},
+        {"get a\r\r\nversion\r\n", BAD_LINE},
+    };
+    static const char zero[] = "get a\0b\r\nversion\r\n";
+    program p = start_with("memcached", NULL, NULL);
+    for (size_t i = 0; i <= sizeof ends / sizeof ends[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, "version\r\n");
+        if (i < sizeof ends / sizeof ends[0]) {
+            t_sends(fd, ends[i].send);
+        } else {
+            t_send(fd, zero, sizeof zero - 1);
+        }
+        t_expect(fd, "VERSION " TSRV_VERSION "\r\n");
+        t_expect(fd, i < sizeof ends / sizeof ends[0] ? ends[i].expect : BAD_LINE);
+        t_leave(fd);
+    }
+    /* A line without an end; the rest of it does not turn the answer into a reset. */
+    char *line = allocate(2 * 1024 * 1024);
+    memset(line, 'x', 2 * 1024 * 1024);
+    int fd = t_connect(p.port);
+    t_sends(fd, "verbosity 1 noreply\r\n");
+    t_send(fd, line, 2 * 1024 * 1024);
+    t_expect(fd, "CLIENT_ERROR line too long\r\n");
+    t_leave(fd);
+    fd = t_connect(p.port);
+    CHECK(!get_block(fd, "k", 1, 'k'));
+    t_finish(fd);
+    free(line);
+    stop(&p);
+}
+
+/* More in one answer than may be unsent: a coroutine waits for who reads it, callback mode says that
+ * it has no room. */
+TEST_MODES(memcached_large_answers)
+{
+    enum { LARGE = 1024 * 1024, TIMES = 40 };
+    char text[256] = "get";
+    program p = start_with("memcached", NULL, NULL);
+    char *block = allocate(LARGE + 32);
+    int fd = t_connect(p.port), came = 0, size;
+    send_block(fd, "set", "k", LARGE, 'k');
+    t_expect(fd, "STORED\r\n");
+    for (int i = 0; i < TIMES; i++) {
+        strcat(text, " k");
+    }
+    t_sends(fd, text);
+    t_sends(fd, "\r\nversion\r\n");
+    size = snprintf(text, sizeof text, "VALUE k 0 %d\r\n", LARGE);
+    for (t_recv(fd, block, 1); block[0] == 'V'; t_recv(fd, block, 1), came++) {
+        CHECK_INT(t_recv(fd, block + 1, (size_t)(size - 1 + LARGE + 2)), size - 1 + LARGE + 2);
+        CHECK_MEM(block, (size_t)size, text, (size_t)size);
+        CHECK_MEM(block + size + LARGE - 1, 3, "k\r\n", 3);
+    }
+    if (t_mode == TSRV_COROUTINE) {
+        CHECK_INT(came, TIMES);
+        t_expect(fd, "ND\r\n");
+    } else {
+        CHECK(came >= 8 && came < TIMES);
+        t_expect(fd, "ERVER_ERROR out of memory writing get response\r\n");
+    }
+    t_expect(fd, "VERSION " TSRV_VERSION "\r\n");
+    t_finish(fd);
+    free(block);
+    stop(&p);
+}
+
+/* Each write waits; meanwhile other clients replace, delete and flush what is being sent. */
+T_TEST(memcached_values_change_while_answers_wait, T_COROUTINES)
+{
+    enum { ASKERS = 4, CHANGES = 60 };
+    static const char *const changes[] = {"set k 0 0 2\r\nbb\r\n", "delete k\r\n", "flush_all\r\n",
+                                          "set k 0 0 2\r\naa\r\n"};
+    static const char *const answers[] = {"STORED\r\n", "DELETED\r\n", "OK\r\n", "STORED\r\n"};
+    char text[65536], *at, *end;
+    int askers[ASKERS];
+    variant = "slow_";
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_sends(fd, "set k 0 0 2\r\naa\r\n");
+    t_expect(fd, "STORED\r\n");
+    for (int i = 0; i < ASKERS; i++) {
+        askers[i] = t_connect(p.port);
+        for (int k = 0; k < 10; k++) {
+            t_sends(askers[i], "get k k k\r\n");
+        }
+        t_shut(askers[i]);
+    }
+    for (int i = 0; i < CHANGES; i++) {
+        t_sends(fd, changes[i % 4]);
+        t_expect(fd, answers[i % 4]);
+    }
+    for (int i = 0; i < ASKERS; i++) {
+        size_t size = t_recv_all(askers[i], text, sizeof text - 1);
+        text[size] = 0;
+        for (at = text; (end = strstr(at, "\r\n")) != NULL; at = end + 2) {
+            if (strncmp(at, "END\r\n", 5) != 0) {
+                CHECK(strncmp(at, "VALUE k 0 2\r\naa\r\n", 17) == 0 ||
+                      strncmp(at, "VALUE k 0 2\r\nbb\r\n", 17) == 0);
+                end = at + 15;
+            }
+        }
+        CHECK_STR(at, "");
+        CHECK_INT(t_count(text, "END\r\n"), 10);
+        t_close(askers[i]);
+    }
+    t_finish(fd);
+    stop(&p);
+}
+
 /* ---- unix_socket --------------------------------------------------------------------------*/
 
 static int connect_unix(const char *path)
