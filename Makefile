@@ -64,7 +64,7 @@ $(DIR)/postgres $(DIR)/postgres_test: LIBS += $(PQ_FLAGS) -lpq
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
 # Examples once more, for the tests: in callback mode, and with writes that wait.
-VARIANTS = $(patsubst %,$(DIR)/callback_%,chat http memcached redis smtp) $(patsubst %,$(DIR)/slow_%,memcached redis)
+VARIANTS = $(patsubst %,$(DIR)/callback_%,chat http memcached redis smtp websocket) $(patsubst %,$(DIR)/slow_%,memcached redis)
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)
 
 all: examples

@@ -2165,6 +2165,466 @@ T_TEST(memcached_values_change_while_answers_wait, T_COROUTINES)
     stop(&p);
 }
 
+/* ---- websocket ----------------------------------------------------------------------------*/
+
+#define WS_HEAD "GET /socket HTTP/1.1\r\nHost: x:1\r\n"
+#define WS_KEY "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" /* RFC 6455's own, section 1.3 */
+#define WS_FIELDS "Upgrade: websocket\r\nConnection: Upgrade\r\n" WS_KEY
+#define WS_VERSION "Sec-WebSocket-Version: 13\r\n"
+#define WS_REQUEST WS_HEAD WS_FIELDS WS_VERSION "\r\n"
+#define WS_OPEN                                                                                 \
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"       \
+    "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+#define WS_REFUSED(status)                                                                     \
+    "HTTP/1.1 " status "\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: 0\r\n" \
+    "Connection: close\r\n\r\n"
+#define WS_UPGRADE "426 Upgrade Required\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
+
+enum { WS_MOST = 256 * 1024 }; /* the longest message */
+
+static int open_websocket(program *p)
+{
+    int fd = t_connect(p->port);
+    t_sends(fd, WS_REQUEST);
+    t_expect(fd, WS_OPEN);
+    return fd;
+}
+
+/* Writes a client's frame. Its first byte has the opcode, and 0x80 in the last one of a message.
+ * Returns the frame's size. */
+static size_t make_frame(char *to, int first, const char *data, size_t size)
+{
+    static const char mask[4] = {'\x37', '\xfa', '\x21', '\x3d'};
+    size_t at = 0, more = size < 126 ? 0 : size < 65536 ? 2 : 8;
+    to[at++] = (char)first;
+    to[at++] = (char)(0x80 | (more == 0 ? size : more == 2 ? 126 : 127));
+    for (size_t i = 0; i < more; i++) {
+        to[at++] = (char)((uint64_t)size >> 8 * (more - 1 - i));
+    }
+    memcpy(to + at, mask, 4);
+    at += 4;
+    for (size_t i = 0; i < size; i++) {
+        to[at++] = (char)(data[i] ^ mask[i % 4]);
+    }
+    return at;
+}
+
+static void send_frame(int fd, int first, const char *data, size_t size)
+{
+    char *frame = allocate(size + 14);
+    t_send(fd, frame, make_frame(frame, first, data, size));
+    free(frame);
+}
+
+/* A server's frame: in one piece, without a mask, and with the shortest length there is. */
+static void expect_frame(int fd, int opcode, const char *data, size_t size)
+{
+    char head[10] = {0}, *got = allocate(size + 1);
+    size_t more = size < 126 ? 0 : size < 65536 ? 2 : 8, length = 0;
+    CHECK_INT(t_recv(fd, head, 2 + more), 2 + more);
+    CHECK_INT((unsigned char)head[0], 0x80 | opcode);
+    CHECK_INT((unsigned char)head[1], more == 0 ? size : more == 2 ? 126 : 127);
+    for (size_t i = 0; i < more; i++) {
+        length = length << 8 | (unsigned char)head[2 + i];
+    }
+    CHECK_INT(more == 0 ? size : length, size);
+    CHECK_MEM(got, t_recv(fd, got, size), data, size);
+    free(got);
+}
+
+static void expect_close(int fd, int code)
+{
+    char data[2] = {(char)(code >> 8), (char)code};
+    expect_frame(fd, 8, data, 2);
+    t_leave(fd);
+}
+
+/* A page of the program's own, in a browser, and the message that its script sends. Virtual time runs
+ * while nothing is loaded, so a slow machine gives it no less. */
+TEST_MODES(websocket_answers_a_browser)
+{
+    char line[2048], directory[512];
+    bool came = false;
+    if (system("command -v chromium >/dev/null") != 0) {
+        SKIP("chromium");
+    }
+    snprintf(directory, sizeof directory, "%s/chromium.XXXXXX", examples());
+    CHECK(mkdtemp(directory) != NULL);
+    program p = start_with("websocket", NULL, NULL);
+    snprintf(line, sizeof line,
+             "cd %s && HOME=$PWD TMPDIR=$PWD XDG_CONFIG_HOME=$PWD XDG_CACHE_HOME=$PWD chromium --headless "
+             "--no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage "
+             "--user-data-dir=$PWD/profile --virtual-time-budget=20000 --dump-dom "
+             "http://127.0.0.1:%d/ 2>/dev/null | grep -q '<pre>hello, h\xc3\xa9llo$'",
+             directory, p.port);
+    for (int64_t end = t_patience(); !came && t_now_ms() < end;) {
+        came = system(line) == 0;
+    }
+    snprintf(line, sizeof line, "rm -rf %s", directory);
+    CHECK_INT(system(line), 0);
+    CHECK(came);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Another implementation: messages in parts, pings, both directions of a close, and 1009. */
+TEST_MODES(websocket_answers_python)
+{
+    static const char script[] =
+        "import asyncio, sys, websockets\n"
+        "async def run(url):\n"
+        "    async with websockets.connect(url) as w:\n"
+        "        for m in ['', 'h\\u00e9', 'x' * 65536, b'\\xff\\x00' * 60000]:\n"
+        "            await w.send(m)\n"
+        "            assert await w.recv() == m\n"
+        "        await w.send(['a', 'b\\u20ac', '', 'c'])\n"
+        "        assert await w.recv() == 'ab\\u20acc'\n"
+        "        await (await w.ping(b'hello'))\n"
+        "    assert w.close_code == 1000, w.close_code\n"
+        "    async with websockets.connect(url) as w:\n"
+        "        await w.send('x' * 300000)\n"
+        "        try:\n"
+        "            await w.recv()\n"
+        "        except websockets.exceptions.ConnectionClosedError as e:\n"
+        "            assert e.code == 1009, e.code\n"
+        "            print('good')\n"
+        "asyncio.run(run(sys.argv[1]))\n";
+    char line[sizeof script + 256];
+    if (system("/usr/bin/python3 -c 'import websockets' 2>/dev/null") != 0) {
+        SKIP("python3-websockets");
+    }
+    program p = start_with("websocket", NULL, NULL);
+    snprintf(line, sizeof line, "/usr/bin/python3 -c \"%s\" ws://127.0.0.1:%d/socket | grep -q good",
+             script, p.port);
+    CHECK_INT(system(line), 0);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Who may open a WebSocket, and how it is asked for. */
+TEST_MODES(websocket_shakes_hands)
+{
+    static const char *const good[] = {
+        WS_REQUEST,
+        WS_HEAD "upgrade:\tWebSocket \r\nCONNECTION: keep-alive, upgrade\r\n" WS_KEY WS_VERSION "\r\n",
+        WS_HEAD WS_FIELDS WS_VERSION "Origin: http://x:1\r\n\r\n",
+        WS_HEAD WS_FIELDS WS_VERSION "origin: HTTPS://X:1 \r\n\r\n",
+        "GET /socket?query HTTP/1.1\r\nHost: x\r\n" WS_FIELDS WS_VERSION "Cookie: a\r\n\r\n",
+    };
+    static const exchange_step bad[] = {
+        {WS_HEAD "\r\n", WS_REFUSED("400 Bad Request")},
+        {"GET /socket HTTP/1.1\r\n" WS_FIELDS WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {"GET /socket HTTP/1.0\r\nHost: x\r\n" WS_FIELDS WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Connection: Upgrade\r\n" WS_KEY WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\n" WS_KEY WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: h2c\r\nConnection: Upgrade\r\n" WS_KEY WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD WS_FIELDS WS_KEY WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==x\r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                 "Sec-WebSocket-Key: \r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Content-Length: 1\r\n\r\nx", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD WS_FIELDS "\r\n", WS_REFUSED(WS_UPGRADE)},
+        {WS_HEAD WS_FIELDS "Sec-WebSocket-Version: 8\r\n\r\n", WS_REFUSED(WS_UPGRADE)},
+        {WS_HEAD WS_FIELDS "Sec-WebSocket-Version: 130\r\n\r\n", WS_REFUSED(WS_UPGRADE)},
+        /* The page of somebody else. */
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://y:1\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://x:12\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://x\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://y/http://x:1\r\n\r\n",
+         WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: null\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {"GET /other HTTP/1.1\r\nHost: x:1\r\n" WS_FIELDS WS_VERSION "\r\n",
+         WS_REFUSED("404 Not Found")},
+        {"POST /socket HTTP/1.1\r\nHost: x:1\r\n" WS_FIELDS WS_VERSION "\r\n",
+         WS_REFUSED("405 Not Allowed\r\nAllow: GET")},
+        {"nonsense\r\n\r\n", WS_REFUSED("400 Bad Request")},
+        {"GET /socket HTTP/1.1\r\nHost: x:1\r\nUpgrade : websocket\r\n\r\n",
+         WS_REFUSED("400 Bad Request")},
+    };
+    program p = start_with("websocket", NULL, NULL);
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, good[i]);
+        t_expect(fd, WS_OPEN);
+        send_frame(fd, 0x81, "hello", 5);
+        expect_frame(fd, 1, "hello", 5);
+        t_finish(fd);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, bad[i].send);
+        t_expect(fd, bad[i].expect);
+        t_leave(fd);
+    }
+    char *head = allocate(BIG);
+    memset(head, 'x', BIG);
+    int fd = t_connect(p.port);
+    t_send(fd, head, BIG);
+    t_expect(fd, WS_REFUSED("431 Request Header Fields Too Large"));
+    t_leave(fd);
+    free(head);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Every form of a length, texts and bytes; the head and its first frame may come together. */
+TEST_MODES(websocket_sends_messages_back)
+{
+    static const size_t sizes[] = {0, 1, 2, 125, 126, 127, 1000, 65535, 65536, WS_MOST};
+    program p = start_with("websocket", NULL, NULL);
+    char *data = allocate(WS_MOST), *text = allocate(WS_MOST), *out = allocate(WS_MOST + 1024);
+    make_pattern();
+    for (size_t i = 0; i < WS_MOST; i++) {
+        data[i] = pattern[i % PATTERN];
+        text[i] = (char)('a' + i % 26);
+    }
+    int fd = open_websocket(&p);
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        send_frame(fd, 0x82, data, sizes[i]);
+        expect_frame(fd, 2, data, sizes[i]);
+        send_frame(fd, 0x81, text, sizes[i]);
+        expect_frame(fd, 1, text, sizes[i]);
+    }
+    t_finish(fd);
+    fd = t_connect(p.port);
+    size_t size = (size_t)sprintf(out, "%s", WS_REQUEST);
+    for (size_t i = 0; i < 5; i++) {
+        size += make_frame(out + size, 0x81, text, i);
+    }
+    t_send(fd, out, size);
+    t_expect(fd, WS_OPEN);
+    for (size_t i = 0; i < 5; i++) {
+        expect_frame(fd, 1, text, i);
+    }
+    t_finish(fd);
+    free(data);
+    free(text);
+    free(out);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Messages in parts, with pings and pongs between them, in pieces of every size: the other
+ * connection's round trip makes these arrive one by one. */
+TEST_MODES(websocket_joins_parts_split_at_every_byte)
+{
+    char script[512], long_ping[125];
+    size_t size = 0;
+    memset(long_ping, 'p', sizeof long_ping);
+    size += make_frame(script + size, 0x01, "h\xc3", 2); /* cut within a letter */
+    size += make_frame(script + size, 0x89, "one", 3);
+    size += make_frame(script + size, 0x00, "", 0);
+    size += make_frame(script + size, 0x8a, "nobody has asked", 16);
+    size += make_frame(script + size, 0x80, "\xa9llo", 4);
+    size += make_frame(script + size, 0x02, "", 0);
+    size += make_frame(script + size, 0x89, long_ping, sizeof long_ping);
+    size += make_frame(script + size, 0x00, "\xff", 1);
+    size += make_frame(script + size, 0x89, "", 0);
+    size += make_frame(script + size, 0x80, "\x00\x80", 2);
+    size += make_frame(script + size, 0x81, "whole", 5);
+    program p = start_with("websocket", NULL, NULL);
+    int fd = open_websocket(&p), other = open_websocket(&p);
+    for (size_t at = 0; at <= size; at++) {
+        t_send(fd, script, at);
+        send_frame(other, 0x81, "meanwhile", 9);
+        expect_frame(other, 1, "meanwhile", 9);
+        t_send(fd, script + at, size - at);
+        expect_frame(fd, 10, "one", 3);
+        expect_frame(fd, 1, "h\xc3\xa9llo", 6);
+        expect_frame(fd, 10, long_ping, sizeof long_ping);
+        expect_frame(fd, 10, "", 0);
+        expect_frame(fd, 2, "\xff\x00\x80", 3);
+        expect_frame(fd, 1, "whole", 5);
+    }
+    t_finish(fd);
+    t_finish(other);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* What comes behind a good message, and the code that it is answered with. */
+typedef struct bad_frames {
+    const char *bytes;
+    size_t size;
+    int code;
+} bad_frames;
+
+#define FRAMES(bytes, code) {bytes, sizeof bytes - 1, code}
+#define NO_MASK "\0\0\0\0"
+
+TEST_MODES(websocket_closes_what_it_does_not_understand)
+{
+    static const bad_frames bad[] = {
+        FRAMES("\x81\x05hello", 1002),                    /* no mask */
+        FRAMES("\xc1\x80" NO_MASK, 1002),                 /* reserved bits: nothing was agreed on */
+        FRAMES("\xa1\x80" NO_MASK, 1002),
+        FRAMES("\x91\x80" NO_MASK, 1002),
+        FRAMES("\x83\x80" NO_MASK, 1002),                 /* opcodes that there are not */
+        FRAMES("\x87\x80" NO_MASK, 1002),
+        FRAMES("\x8b\x80" NO_MASK, 1002),
+        FRAMES("\x8f\x80" NO_MASK, 1002),
+        FRAMES("\x09\x80" NO_MASK, 1002),                 /* a ping in parts */
+        FRAMES("\x08\x80" NO_MASK, 1002),
+        FRAMES("\x89\xfe\0\x7e" NO_MASK, 1002),           /* one of 126 bytes */
+        FRAMES("\x88\xfe\0\x7e" NO_MASK, 1002),
+        FRAMES("\x80\x80" NO_MASK, 1002),                 /* a part of nothing */
+        FRAMES("\x00\x80" NO_MASK, 1002),
+        FRAMES("\x01\x80" NO_MASK "\x81\x80" NO_MASK, 1002), /* a message within another one */
+        FRAMES("\x02\x80" NO_MASK "\x01\x80" NO_MASK, 1002),
+        FRAMES("\x81\xfe\0\x7d" NO_MASK, 1002),           /* a length that could be shorter */
+        FRAMES("\x81\xff\0\0\0\0\0\0\xff\xff" NO_MASK, 1002),
+        FRAMES("\x81\xff\0\0\0\0\0\x04\0\x01" NO_MASK, 1009),
+        FRAMES("\x82\xff\x80\0\0\0\0\0\0\0" NO_MASK, 1009),
+        FRAMES("\x82\xff\xff\xff\xff\xff\xff\xff\xff\xff" NO_MASK, 1009),
+        FRAMES("\x01\xff\0\0\0\0\0\x04\0\x01" NO_MASK, 1009),
+        /* Texts that are none: cut, too long a form, surrogates, above 10FFFF, a byte of its own. */
+        FRAMES("\x81\x81" NO_MASK "\xc3", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xe2\x82", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xf0\x9f\x98", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xc0\x80", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xc1\xbf", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xe0\x9f\xbf", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf0\x8f\xbf\xbf", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xed\xa0\x80", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xed\xbf\xbf", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf4\x90\x80\x80", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf5\x80\x80\x80", 1007),
+        FRAMES("\x81\x81" NO_MASK "\x80", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xff\x80", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xe2\x28\xa1", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf0\x9f\x98\x28", 1007),
+        FRAMES("\x01\x82" NO_MASK "a\xc3\x80\x81" NO_MASK "b", 1007),
+    };
+    program p = start_with("websocket", NULL, NULL);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        int fd = open_websocket(&p);
+        send_frame(fd, 0x81, "good", 4);
+        t_send(fd, bad[i].bytes, bad[i].size);
+        send_frame(fd, 0x81, "not any more", 12);
+        expect_frame(fd, 1, "good", 4);
+        expect_close(fd, bad[i].code);
+    }
+    /* What is at the bounds of UTF-8 is text. */
+    static const char text[] = "\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xef\xbf\xbf"
+                               "\xf0\x90\x80\x80\xf4\x8f\xbf\xbf";
+    int fd = open_websocket(&p);
+    send_frame(fd, 0x81, text, sizeof text - 1);
+    expect_frame(fd, 1, text, sizeof text - 1);
+    t_finish(fd);
+    /* A message may be as long as a frame, and no longer. */
+    char *half = allocate(WS_MOST);
+    memset(half, 'h', WS_MOST);
+    for (size_t more = 0; more < 2; more++) {
+        fd = open_websocket(&p);
+        send_frame(fd, 0x01, half, WS_MOST / 2);
+        send_frame(fd, 0x00, half, WS_MOST / 2);
+        send_frame(fd, 0x80, "x", more);
+        if (more == 0) {
+            expect_frame(fd, 1, half, WS_MOST);
+            t_finish(fd);
+        } else {
+            expect_close(fd, 1009);
+        }
+    }
+    free(half);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+TEST_MODES(websocket_closes_when_it_is_asked_to)
+{
+    static const struct {
+        const char *data;
+        size_t size;
+        int code;
+    } closes[] = {
+        {"", 0, 1000},           {"\x03\xe8", 2, 1000},      {"\x03\xe9h\xc3\xa9", 5, 1001},
+        {"\x03\xeb", 2, 1003},   {"\x03\xef", 2, 1007},      {"\x03\xf3", 2, 1011},
+        {"\x03\xf6", 2, 1014},   {"\x0b\xb8", 2, 3000},      {"\x13\x87", 2, 4999},
+        {"\x03", 1, 1002},       {"\x00\x00", 2, 1002},      {"\x03\xe7", 2, 1002},
+        {"\x03\xec", 2, 1002},   {"\x03\xed", 2, 1002},      {"\x03\xee", 2, 1002},
+        {"\x03\xf7", 2, 1002},   {"\x07\xd0", 2, 1002},      {"\x0b\xb7", 2, 1002},
+        {"\x13\x88", 2, 1002},   {"\xff\xff", 2, 1002},      {"\x03\xe8\xff", 3, 1007},
+        {"\x03\xe8\xc3", 3, 1007},
+    };
+    program p = start_with("websocket", NULL, NULL);
+    for (size_t i = 0; i < sizeof closes / sizeof closes[0]; i++) {
+        int fd = open_websocket(&p);
+        send_frame(fd, 0x01, "begun", 5);
+        send_frame(fd, 0x88, closes[i].data, closes[i].size);
+        send_frame(fd, 0x80, "not any more", 12);
+        expect_close(fd, closes[i].code);
+    }
+    /* Without a close frame: an end, a reset, in the middle of a message, a frame, a head. */
+    static const size_t cuts[] = {1, 30, sizeof WS_REQUEST - 1, sizeof WS_REQUEST + 1,
+                                  sizeof WS_REQUEST + 5};
+    for (size_t i = 0; i < 2 * sizeof cuts / sizeof cuts[0]; i++) {
+        int fd = t_connect(p.port);
+        t_send(fd, WS_REQUEST "\x01\xff\0\0\0\0\0", cuts[i / 2]);
+        if (i % 2) {
+            t_reset(fd);
+        } else {
+            t_shut(fd);
+            t_drain_and_close(fd);
+        }
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Who is silent is asked once, and has to say something: anything. */
+TEST_MODES(websocket_pings_who_is_silent)
+{
+    program p = start_with("websocket", "1", NULL);
+    int64_t begin = t_now_ms();
+    int silent = open_websocket(&p), there = open_websocket(&p);
+    for (int i = 0; i < 3; i++) {
+        expect_frame(there, 9, "", 0);
+        send_frame(there, 0x8a, "", 0);
+    }
+    expect_frame(silent, 9, "", 0);
+    t_expect_eof(silent);
+    CHECK_NEAR_MS(t_now_ms() - begin, 2800, 8000);
+    send_frame(there, 0x81, "still here", 10);
+    expect_frame(there, 1, "still here", 10);
+    t_close(silent);
+    t_finish(there);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* In a drain what is under way is answered, and then everybody hears that the server goes away. */
+TEST_MODES(websocket_goes_away)
+{
+    program p = start_with("websocket", NULL, NULL);
+    int idle = open_websocket(&p), busy = open_websocket(&p), later = t_connect(p.port);
+    char frame[64];
+    size_t size = make_frame(frame, 0x81, "under way", 9);
+    t_send(busy, frame, 5);
+    t_sends(later, "GET /sock");
+    send_frame(idle, 0x81, "hello", 5);
+    expect_frame(idle, 1, "hello", 5);
+    send_signal(&p, SIGTERM);
+    expect_close(idle, 1001);
+    t_send(busy, frame + 5, size - 5);
+    expect_frame(busy, 1, "under way", 9);
+    expect_close(busy, 1001);
+    t_sends(later, WS_REQUEST + 9);
+    t_expect(later, WS_OPEN);
+    expect_close(later, 1001);
+    expect_end(&p);
+}
+
 /* ---- unix_socket --------------------------------------------------------------------------*/
 
 static int connect_unix(const char *path)
