@@ -2,6 +2,7 @@
  * stopped by a signal. EXAMPLES names the directory of the built programs. */
 #include "test.h"
 
+#include <dirent.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
@@ -2623,6 +2624,319 @@ TEST_MODES(websocket_goes_away)
     t_expect(later, WS_OPEN);
     expect_close(later, 1001);
     expect_end(&p);
+}
+
+/* ---- upload -------------------------------------------------------------------------------*/
+
+#define PUT_REPLY(status) \
+    "HTTP/1.1 " status "\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+/* A program that keeps uploads in a directory of its own, and the writing end of its stdin. */
+typedef struct store {
+    program upload;
+    char directory[512];
+    int gate;
+} store;
+
+static store start_upload(void)
+{
+    store s;
+    char line[512];
+    int fds[2];
+    snprintf(s.directory, sizeof s.directory, "%s/upload.XXXXXX", examples());
+    CHECK(mkdtemp(s.directory) != NULL);
+    const char *arguments[3] = {"0", s.directory, NULL};
+    CHECK(pipe(fds) == 0);
+    CHECK(fcntl(fds[1], F_SETFD, FD_CLOEXEC) == 0);
+    s.upload = launch("upload", arguments, fds[0], line, sizeof line);
+    CHECK_INT(sscanf(line, "port %d", &s.upload.port), 1);
+    t_close(fds[0]);
+    s.gate = fds[1];
+    make_pattern();
+    return s;
+}
+
+/* How many files there are, half ones included. */
+static int count_files(const char *directory)
+{
+    int count = 0;
+    DIR *d = opendir(directory);
+    CHECK(d != NULL);
+    for (struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+        count += strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0;
+    }
+    closedir(d);
+    return count;
+}
+
+static bool is_empty(void *directory)
+{
+    return count_files((const char *)directory) == 0;
+}
+
+static bool has_one_file(void *directory)
+{
+    return count_files((const char *)directory) == 1;
+}
+
+/* The file must hold the pattern's first bytes, so many of them. It is removed. */
+static void take_file(const store *s, const char *name, size_t size)
+{
+    char path[600], *got = allocate(PATTERN);
+    struct stat file;
+    snprintf(path, sizeof path, "%s/%s", s->directory, name);
+    int fd = open(path, O_RDONLY);
+    CHECK(fd >= 0);
+    CHECK(fstat(fd, &file) == 0);
+    CHECK_INT(file.st_size, size);
+    for (size_t at = 0, n; at < size; at += n) {
+        n = size - at < PATTERN ? size - at : PATTERN;
+        CHECK_INT(read(fd, got, n), n);
+        CHECK_MEM(got, n, pattern, n);
+    }
+    t_close(fd);
+    CHECK(unlink(path) == 0);
+    free(got);
+}
+
+static void stop_upload(store *s)
+{
+    CHECK_INT(count_files(s->directory), 0);
+    CHECK(rmdir(s->directory) == 0);
+    t_close(s->gate);
+    send_signal(&s->upload, SIGTERM);
+    expect_end(&s->upload);
+}
+
+static int begin_put(const store *s, const char *name, size_t size)
+{
+    char head[256];
+    int fd = t_connect(s->upload.port);
+    snprintf(head, sizeof head, "PUT /%s HTTP/1.1\r\nContent-Length: %zu\r\n\r\n", name, size);
+    t_sends(fd, head);
+    return fd;
+}
+
+/* Bytes [from, to) of the pattern, which goes on and on. */
+static void send_pattern(int fd, size_t from, size_t to)
+{
+    for (size_t n; from < to; from += n) {
+        n = to - from < PATTERN ? to - from : PATTERN;
+        t_send(fd, pattern + from % PATTERN, n);
+    }
+}
+
+TEST_ONCE(upload_keeps_files)
+{
+    enum { LARGE = 8 * 1024 * 1024 + 7 };
+    store s = start_upload();
+    int fd = begin_put(&s, "none", 0);
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "none", 0);
+    fd = begin_put(&s, "a-Large_file.bin", LARGE);
+    send_pattern(fd, 0, LARGE);
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "a-Large_file.bin", LARGE);
+
+    /* In the place of an older one, at once: of two that come side by side each is whole. */
+    int other = begin_put(&s, "x", 70000);
+    fd = begin_put(&s, "x", 90000);
+    send_pattern(fd, 0, 50000);
+    send_pattern(other, 0, 70000);
+    t_expect(other, PUT_REPLY("201 Created"));
+    send_pattern(fd, 50000, 90000);
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    t_leave(other);
+    take_file(&s, "x", 90000);
+
+    /* Who waits until it is asked for the body is asked. What is behind the body is not read. */
+    fd = t_connect(s.upload.port);
+    t_sends(fd, "PUT /x?query HTTP/1.1\r\nExpect: 100-Continue\r\nContent-Length: 9\r\n\r\n");
+    t_expect(fd, "HTTP/1.1 100 Continue\r\n\r\n");
+    send_pattern(fd, 0, 9);
+    t_sends(fd, "PUT /y HTTP/1.1\r\n\r\n");
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "x", 9);
+    stop_upload(&s);
+}
+
+/* As somebody would do it: 32 MiB, or UPLOAD_MIB of them. */
+TEST_ONCE(upload_takes_what_curl_sends)
+{
+    const char *given = getenv("UPLOAD_MIB");
+    size_t size = (size_t)(given != NULL ? atoi(given) : 32) * 1024 * 1024;
+    char path[600], line[4096];
+    if (system("command -v curl >/dev/null") != 0) {
+        SKIP("curl");
+    }
+    store s = start_upload();
+    snprintf(path, sizeof path, "%s.sent", s.directory);
+    FILE *file = fopen(path, "w");
+    CHECK(file != NULL);
+    for (size_t at = 0, n; at < size; at += n) {
+        n = size - at < PATTERN ? size - at : PATTERN;
+        CHECK_INT(fwrite(pattern, 1, n, file), n);
+    }
+    CHECK(fclose(file) == 0);
+    snprintf(line, sizeof line,
+             "test \"$(curl --noproxy '*' -sS -o /dev/null -w '%%{http_code}' -T %s "
+             "http://127.0.0.1:%d/sent)\" = 201 && cmp %s %s/sent",
+             path, s.upload.port, path, s.directory);
+    CHECK_INT(system(line), 0);
+    take_file(&s, "sent", size);
+    CHECK(unlink(path) == 0);
+    stop_upload(&s);
+}
+
+/* Names that lead elsewhere, or to what is hidden; sizes that are too large; other methods. */
+TEST_ONCE(upload_refuses_what_it_cannot_keep)
+{
+    static const exchange_step bad[] = {
+        {"PUT / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /.x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /.. HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /../x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /a/b HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT //x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /a%2fb HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"GET /x HTTP/1.1\r\n\r\n", PUT_REPLY("405 Not Allowed\r\nAllow: PUT")},
+        {"POST /x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx",
+         PUT_REPLY("405 Not Allowed\r\nAllow: PUT")},
+        {"PUT /x HTTP/1.1\r\nContent-Length: 2147483648\r\nExpect: 100-continue\r\n\r\n",
+         PUT_REPLY("413 Content Too Large")},
+        {"PUT /x HTTP/1.1\r\nContent-Length: 18446744073709551617\r\n\r\n",
+         PUT_REPLY("413 Content Too Large")},
+        {"PUT /x HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx",
+         PUT_REPLY("400 Bad Request")},
+        {"PUT /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+         PUT_REPLY("501 Not Implemented")},
+        {"nonsense\r\n\r\n", PUT_REPLY("400 Bad Request")},
+    };
+    store s = start_upload();
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        int fd = t_connect(s.upload.port);
+        t_sends(fd, bad[i].send);
+        t_expect(fd, bad[i].expect);
+        t_leave(fd);
+    }
+    /* A directory has the name already. */
+    char path[600];
+    snprintf(path, sizeof path, "%s/x", s.directory);
+    CHECK(mkdir(path, 0700) == 0);
+    int fd = begin_put(&s, "x", 1);
+    send_pattern(fd, 0, 1);
+    t_expect(fd, PUT_REPLY("500 Internal Server Error"));
+    t_leave(fd);
+    CHECK(rmdir(path) == 0);
+    stop_upload(&s);
+}
+
+/* However a connection is cut, and even when the program ends: nobody ever finds half a file. */
+TEST_ONCE(upload_leaves_no_half_file)
+{
+    enum { SIZE = 1024 * 1024 };
+    store s = start_upload();
+    for (int way = 0; way < 2; way++) {
+        int fd = begin_put(&s, "x", SIZE);
+        send_pattern(fd, 0, SIZE / 2);
+        CHECK(t_wait_until(has_one_file, s.directory)); /* under a name of its own */
+        if (way == 0) {
+            t_shut(fd);
+            t_expect(fd, PUT_REPLY("500 Internal Server Error"));
+            t_leave(fd);
+        } else {
+            t_reset(fd);
+        }
+        CHECK(t_wait_until(is_empty, s.directory));
+    }
+    /* A drain waits for who is under way; a second signal ends its patience. */
+    int whole = begin_put(&s, "whole", SIZE);
+    send_pattern(whole, 0, SIZE - 1);
+    CHECK(t_wait_until(has_one_file, s.directory));
+    send_signal(&s.upload, SIGTERM);
+    int64_t end = t_patience();
+    while (!t_is_refused(s.upload.port)) {
+        CHECK(t_now_ms() < end);
+    }
+    send_pattern(whole, SIZE - 1, SIZE);
+    t_expect(whole, PUT_REPLY("201 Created"));
+    t_leave(whole);
+    expect_end(&s.upload);
+    take_file(&s, "whole", SIZE);
+    CHECK(rmdir(s.directory) == 0);
+    t_close(s.gate);
+
+    s = start_upload();
+    int half = begin_put(&s, "half", SIZE);
+    send_pattern(half, 0, SIZE - 1);
+    CHECK(t_wait_until(has_one_file, s.directory));
+    send_signal(&s.upload, SIGTERM);
+    for (end = t_patience(); !t_is_refused(s.upload.port);) {
+        CHECK(t_now_ms() < end);
+    }
+    send_signal(&s.upload, SIGTERM);
+    expect_end(&s.upload);
+    t_close(half);
+    CHECK_INT(count_files(s.directory), 0);
+    CHECK(rmdir(s.directory) == 0);
+    t_close(s.gate);
+}
+
+/* A disk that writes nothing: who sends has to wait, with what the kernel and one block hold, and
+ * everybody else is served. Then it writes again, and nothing is lost. */
+TEST_ONCE(upload_slows_the_sender_down_and_nobody_else)
+{
+    enum { TOTAL = 64 * 1024 * 1024, HELD = 24 * 1024 * 1024, WAIT = 300 };
+    variant = "gated_";
+    store s = start_upload();
+    int fd = begin_put(&s, "x", TOTAL);
+    struct pollfd room = {fd, POLLOUT, 0};
+    size_t sent = 0;
+    while (sent < TOTAL && poll(&room, 1, WAIT) == 1) {
+        sent = push(fd, sent, TOTAL);
+    }
+    if (sent > HELD) {
+        T_FAIL("the program took %zu bytes for a disk that writes nothing", sent);
+    }
+    for (int i = 0; i < 20; i++) { /* more than there are threads */
+        int other = begin_put(&s, "", 0);
+        t_expect(other, PUT_REPLY("404 Not Found"));
+        t_leave(other);
+    }
+    CHECK_INT(write(s.gate, "wwww", 4), 4); /* four blocks */
+    t_close(s.gate);
+    while (sent < TOTAL) {
+        CHECK_INT(poll(&room, 1, t_patience_ms()), 1);
+        sent = push(fd, sent, TOTAL);
+    }
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "x", TOTAL);
+    s.gate = open("/dev/null", O_WRONLY);
+    stop_upload(&s);
+}
+
+TEST_ONCE(upload_says_that_the_disk_is_full)
+{
+    enum { SIZE = 4 * 1024 * 1024 };
+    variant = "gated_";
+    store s = start_upload();
+    char *sent = allocate(SIZE);
+    memset(sent, 'x', SIZE);
+    for (int good = 0; good < 3; good++) {
+        CHECK_INT(write(s.gate, "wwe" + 2 - good, (size_t)good + 1), good + 1);
+        int fd = begin_put(&s, "x", SIZE);
+        t_send(fd, sent, SIZE); /* the rest does not turn the answer into a reset */
+        t_expect(fd, PUT_REPLY("507 Insufficient Storage"));
+        t_leave(fd);
+        CHECK(t_wait_until(is_empty, s.directory));
+    }
+    free(sent);
+    stop_upload(&s);
 }
 
 /* ---- unix_socket --------------------------------------------------------------------------*/
