@@ -11,10 +11,8 @@
 #include "memcached_change.h"
 #include "memcached_session.h"
 
-enum { MAX_LINE = 64 * 1024 }; /* a get names many keys */
-
-/* Of one get, in callback mode, where a write does not wait. */
-enum { MAX_UNSENT = 8 * 1024 * 1024 };
+/* Of a get, which names many keys; the latter in callback mode, where a write does not wait. */
+enum { MAX_LINE = 64 * 1024, MAX_UNSENT = 8 * 1024 * 1024 };
 static int block_ms = 10000; /* for a block to come: others lack its memory meanwhile */
 
 /* One write, which has taken all of it before it waits: the item may be freed meanwhile. */
@@ -69,8 +67,10 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     (void)address, (void)context;
     for (; rc == TSRV_OK && !s->over; answer = NULL) {
         if (s->coming != NULL) { /* straight to where it stays */
-            rc = tsrv_read_into(stream, s->coming->value, s->coming->size + 2);
-            answer = rc == TSRV_OK ? end_block(s) : NULL;
+            if ((rc = tsrv_read_into(stream, s->coming->value, s->coming->size + 2)) == TSRV_OK) {
+                answer = end_block(s);
+                tsrv_set_deadline(stream, TSRV_NEVER);
+            }
         } else if (s->skip > 0) {
             rc = tsrv_read_bytes(stream, s->skip, NULL);
             s->skip = rc == TSRV_OK ? 0 : s->skip;

@@ -65,8 +65,11 @@ static bool end_time(const char *word, int64_t *ends_ms)
 {
     size_t sign = *word == '-';
     uint64_t value;
-    bool good = number(word + sign, strlen(word + sign), UINT32_MAX, &value);
-    int64_t seconds = value > MONTH ? (int64_t)value - time(NULL) : (int64_t)value;
-    *ends_ms = value == 0 ? INT64_MAX : tsrv_loop_now_ms(NULL) + (sign ? -1 : seconds * 1000);
-    return good;
+    int64_t seconds;
+    if (!number(word + sign, strlen(word + sign), UINT32_MAX, &value)) {
+        return false;
+    }
+    seconds = sign ? -1 : value > MONTH ? (int64_t)value - time(NULL) : (int64_t)value;
+    *ends_ms = value == 0 ? INT64_MAX : tsrv_loop_now_ms(NULL) + seconds * 1000;
+    return true;
 }

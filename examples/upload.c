@@ -13,19 +13,18 @@
 #include <limits.h>
 #include <stdio.h>
 
-enum {
-    MAX_SIZE = INT_MAX, /* of a file */
-    BLOCK = 256 * 1024, /* the most that is written at a time */
-    MIN_RATE = 100      /* bytes in a millisecond, on the average: who is slower is cut */
-};
+enum { MAX_SIZE = INT_MAX };        /* of a file */
+enum { BLOCK = 256 * 1024 };        /* is written at a time */
+enum { BYTES_IN_A_SECOND = 10000 }; /* on the average: who is slower is cut */
 
 /* The next block is read when this one is written. Meanwhile the kernel receives what it has room
- * for; then the client has to wait: so much memory is enough for any size, and any disk. */
+ * for, and then the client waits. A read of a whole block, rather than of some bytes, tells a drain
+ * that there is more to come. */
 static int receive(tsrv_stream *stream, upload *u, size_t left)
 {
     int rc = TSRV_OK;
     while (left > 0 && rc == TSRV_OK && u->error == 0) {
-        rc = tsrv_read_some(stream, left < BLOCK ? left : BLOCK, &u->block);
+        rc = tsrv_read_bytes(stream, left < BLOCK ? left : BLOCK, &u->block);
         if (rc == TSRV_OK) {
             left -= u->block.size;
             rc = tsrv_run_in_thread(write_block, u);
@@ -49,9 +48,10 @@ static const char *receive_file(tsrv_stream *stream, const request *r)
     if (rc == TSRV_OK && u.error == 0) {
         return "201 Created";
     }
-    return rc == TSRV_ETIMEOUT ? "408 Request Timeout"
-           : u.error == ENOSPC ? "507 Insufficient Storage"
-                               : "500 Internal Server Error";
+    return rc == TSRV_EOF        ? "400 Bad Request"
+           : rc == TSRV_ETIMEOUT ? "408 Request Timeout"
+           : u.error == ENOSPC   ? "507 Insufficient Storage"
+                                 : "500 Internal Server Error";
 }
 
 /* A name that stays in the directory, and is none of ours. NULL: nothing is wrong. */
@@ -86,7 +86,7 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
         if (r.expects) {
             tsrv_printf(stream, "HTTP/1.1 100 Continue\r\n\r\n");
         }
-        tsrv_set_deadline(stream, 60000 + (int)(r.size / MIN_RATE));
+        tsrv_set_deadline(stream, 60000 + (int)(r.size * 1000 / BYTES_IN_A_SECOND));
         status = receive_file(stream, &r);
     }
     tsrv_printf(stream, "HTTP/1.1 %s\r\nContent-Length: 0\r\nConnection: close\r\n\r\n", status);
