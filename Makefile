@@ -63,8 +63,9 @@ $(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test $(DIR)/tls_options_test: LIBS += -l
 $(DIR)/postgres $(DIR)/postgres_test: LIBS += $(PQ_FLAGS) -lpq
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))
-# Examples once more, for the tests: in callback mode, and with writes that wait.
-VARIANTS = $(patsubst %,$(DIR)/callback_%,chat http redis smtp) $(DIR)/slow_redis
+# Examples once more, for the tests: in callback mode, with writes that wait, and with a disk that does.
+VARIANTS = $(patsubst %,$(DIR)/callback_%,chat http memcached redis smtp websocket) \
+           $(patsubst %,$(DIR)/slow_%,memcached redis) $(DIR)/gated_upload
 PROGRAMS = $(TESTS:%=$(DIR)/%_test)
 
 all: examples
@@ -171,6 +172,9 @@ $(DIR)/callback_%: examples/%.c tests/callback.h $(wildcard examples/*.h) tcpser
 
 $(DIR)/slow_%: examples/%.c tests/slow.h tests/seam.h $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -include tests/slow.h -o $@ $< $(LIBS)
+
+$(DIR)/gated_%: examples/%.c tests/gated.h $(wildcard examples/*.h) tcpserver.h | $(DIR)
+	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -include tests/gated.h -o $@ $< $(LIBS)
 
 $(DIR)/%: examples/%.c $(wildcard examples/*.h) tcpserver.h | $(DIR)
 	$(CC) $(CFLAGS) $(SAN_FLAGS) $(KQUEUE_FLAGS) -o $@ $< $(LIBS)

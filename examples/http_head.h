@@ -1,5 +1,6 @@
-/* http_head.h - takes the head of a request apart, for http.c and status.c. It is strict: what others
- * could read in another way, and take another part of the input for the next request, is malformed. */
+/* http_head.h - takes the head of a request apart, for all examples that speak HTTP. It is strict:
+ * what others could read in another way, and take another part of the input for the next request,
+ * is malformed. */
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
@@ -8,6 +9,8 @@ typedef struct request {
     char method[12], path[256]; /* "./" and so on, up to a query */
     const char *error;          /* what to answer to a malformed head; NULL = it is none */
     bool body, keep;            /* it has one; another request may follow */
+    bool expects;               /* it is sent when it was asked for, with "100 Continue" */
+    unsigned long long size;    /* of the body; ULLONG_MAX = more than can be told */
 } request;
 
 /* Lines end with "\r\n", and there are no control characters but tabs in them. */
@@ -69,9 +72,12 @@ static bool parse_field(const char *line, request *r, int *lengths)
         r->keep = r->keep && !has_word(value, "close");
     } else if (name == 17 && strncasecmp(line, "Transfer-Encoding", name) == 0) {
         r->error = "501 Not Implemented"; /* what a proxy may send, but a browser does not */
+    } else if (name == 6 && strncasecmp(line, "Expect", name) == 0) {
+        r->expects = has_word(value, "100-continue");
     } else if (name == 14 && strncasecmp(line, "Content-Length", name) == 0) {
         size_t digits = strspn(value, "0123456789");
-        r->body = strspn(value, "0") < digits;
+        r->size = strtoull(value, NULL, 10);
+        r->body = r->size > 0;
         value += digits + strspn(value + digits, " \t");
         return ++*lengths == 1 && digits > 0 && *value == '\r';
     }

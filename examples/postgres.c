@@ -4,6 +4,7 @@
  *   cc -I/usr/include/postgresql -o postgres examples/postgres.c -lpq
  *   ./postgres [port] [conninfo] [statement] [timeout_ms] [callback]
  *   ./postgres 8888 "dbname=shop" 'SELECT name, price FROM fruit WHERE name LIKE $1' 5000
+ *                                     then: nc 127.0.0.1 8888, and say: a%
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"

@@ -1,9 +1,5 @@
-/* postgres_pool.h - a bounded pool of PostgreSQL connections, for the coroutines of one loop. libpq
- * never blocks here: its asynchronous calls say what they wait for, and tsrv_wait_fd waits. (It does
- * block to look up a name: have "host" be a unix socket's directory, or give "hostaddr".) */
-#include <errno.h>
-#include <libpq-fe.h>
-#include <stdio.h>
+/* postgres_pool.h - a bounded pool of PostgreSQL connections, for the coroutines of one loop. */
+#include "postgres_connection.h"
 
 enum { POOL_SIZE = 4 };
 
@@ -17,31 +13,10 @@ typedef struct pool {
     bool away;             /* the database could not be reached the last time */
 } pool;
 
-static int pool_wait_fd(PGconn *connection, int events, int64_t due_ms)
-{
-    int64_t left = due_ms - tsrv_loop_now_ms(NULL);
-    return left <= 0 ? (int)TSRV_ETIMEOUT : tsrv_wait_fd(PQsocket(connection), events, (int)left);
-}
-
-/* Makes a new connection; NULL after an error. The server ends a statement that takes too long, and
- * the connection can be used again: ending only our side would leave the server at work on it. */
+/* Makes a new connection; NULL after an error. */
 static int pool_connect(pool *p, PGconn **made)
 {
-    char limit[64];
-    const char *names[] = {"options", "dbname", NULL}, *values[] = {limit, p->conninfo, NULL};
-    int64_t due_ms = tsrv_loop_now_ms(NULL) + p->timeout_ms;
-    PostgresPollingStatusType next = PGRES_POLLING_WRITING; /* so it begins */
-    int rc = TSRV_OK;
-    snprintf(limit, sizeof(limit), "-c statement_timeout=%d", p->timeout_ms);
-    *made = PQconnectStartParams(names, values, 1);
-    while (PQstatus(*made) != CONNECTION_BAD && next != PGRES_POLLING_OK && rc == TSRV_OK) {
-        rc = pool_wait_fd(*made, next == PGRES_POLLING_READING ? TSRV_READABLE : TSRV_WRITABLE,
-                          due_ms);
-        next = rc == TSRV_OK ? PQconnectPoll(*made) : next;
-    }
-    if (rc == TSRV_OK && (next != PGRES_POLLING_OK || PQsetnonblocking(*made, 1) != 0)) {
-        rc = -ENOTCONN;
-    }
+    int rc = postgres_connect(p->conninfo, p->timeout_ms, made);
     if (rc != TSRV_OK && rc != TSRV_ECLOSED && !p->away) { /* said once, not for every query */
         fprintf(stderr, "postgres: %s\n",
                 rc == TSRV_ETIMEOUT ? "no connection in time" : PQerrorMessage(*made));
@@ -94,29 +69,6 @@ static int pool_take(pool *p, PGconn **connection)
     return rc;
 }
 
-/* Waits for all that the statement answers; the last result is kept. */
-static int pool_receive(PGconn *connection, int64_t due_ms, PGresult **result)
-{
-    int rc = TSRV_OK, unsent = 1;
-    while (rc == TSRV_OK) {
-        PGresult *next;
-        if (unsent != 0 && (unsent = PQflush(connection)) < 0) {
-            return -EIO;
-        }
-        if (unsent != 0 || PQisBusy(connection)) {
-            rc = pool_wait_fd(connection,
-                              unsent != 0 ? TSRV_READABLE | TSRV_WRITABLE : TSRV_READABLE, due_ms);
-            rc = rc == TSRV_OK && !PQconsumeInput(connection) ? -EIO : rc;
-        } else if ((next = PQgetResult(connection)) == NULL) {
-            return TSRV_OK;
-        } else {
-            PQclear(*result);
-            *result = next;
-        }
-    }
-    return rc;
-}
-
 /* Runs a statement with one parameter, $1; with it none can copy, or leave a transaction open.
  * Returns TSRV_OK and its result, which may be an error of the server's, and which the caller
  * clears; or a code: then nobody knows whether it was done, and the connection is not used again.
@@ -132,7 +84,7 @@ static int pool_query(pool *p, const char *statement, const char *parameter, PGr
     rc = -EIO;
     if (PQsendQueryParams(connection, statement, 1, NULL, &parameter, NULL, NULL, 0)) {
         /* Later than the server itself: for one that says nothing at all. */
-        rc = pool_receive(connection, tsrv_loop_now_ms(NULL) + p->timeout_ms + 500, result);
+        rc = postgres_receive(connection, tsrv_loop_now_ms(NULL) + p->timeout_ms + 500, result);
     }
     if (rc != TSRV_OK || PQtransactionStatus(connection) != PQTRANS_IDLE) {
         PQfinish(connection);

@@ -1,7 +1,8 @@
 /* proxy.c - passes every connection on to another server, and what that one answers back.
  *
  *   cc -o proxy examples/proxy.c
- *   ./proxy [port] [host] [port]      then: curl --proxy "" http://127.0.0.1:8888/
+ *   ./proxy [port] [host] [port]      for instance in front of http.c: ./http 8080 &
+ *   ./proxy 8888 127.0.0.1 8080       then: curl --noproxy '*' http://127.0.0.1:8888/
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"

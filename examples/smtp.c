@@ -1,7 +1,8 @@
 /* smtp.c - receives mail and prints it: a line protocol with its limits, timeouts and good-byes.
  *
  *   cc -o smtp examples/smtp.c
- *   ./smtp [port] [seconds for a line]          then: nc -C 127.0.0.1 8888
+ *   ./smtp [port] [seconds for a line]          then: nc -C 127.0.0.1 8888, or
+ *   curl smtp://127.0.0.1:8888 --mail-from a@example.org --mail-rcpt b@example.org -T mail.txt
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"

@@ -693,6 +693,25 @@ else
     fail "doc: README's first block is examples/echo.c" "$work/readme_diff"
 fi
 
+# ---- examples: each opens with what it shows, and the programs with how to build and try them; README names them all
+
+for file in examples/*.[ch]; do
+    name=$(basename "$file")
+    sed '/\*\//q' "$file" >"$work/opening"
+    head -n 1 "$work/opening" | grep -q "^/\* $name - " || echo "$file: does not open with its name and what it shows"
+    # A page of HTML, in one constant, is as long as it is.
+    [ "$(wc -l <"$file")" -le 120 ] || [ "$name" = status_page.h ] || echo "$file: more than 120 lines"
+    case $name in
+    *.c)
+        grep -q "^ \*   cc .*-o ${name%.c} examples/$name" "$work/opening" || echo "$file: does not say how to build it"
+        grep -q "^ \*   \./${name%.c} " "$work/opening" || echo "$file: does not say how to start it"
+        grep -q 'then[:, ]' "$work/opening" || echo "$file: does not say how to try it"
+        sed -n '/^## Examples/,/^## Seeing/p' README.md | grep -q "\`$name\`" || echo "$file: is not in README's index"
+        ;;
+    esac
+done >"$work/examples"
+verdict 'examples: opened, built, tried, in the index, no longer than 120 lines' "$work/examples"
+
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "${CI:-}" = true ] && failed=$((failed + skipped))
 [ "$failed" -eq 0 ]

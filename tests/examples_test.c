@@ -2,6 +2,7 @@
  * stopped by a signal. EXAMPLES names the directory of the built programs. */
 #include "test.h"
 
+#include <dirent.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 
@@ -1684,6 +1685,1261 @@ TEST_MODES(redis_ends_after_a_protocol_error)
     }
     free(line);
     stop(&p);
+}
+
+/* ---- memcached ----------------------------------------------------------------------------*/
+
+#define BAD_LINE "CLIENT_ERROR bad command line format\r\n"
+#define BAD_BLOCK "CLIENT_ERROR bad data chunk\r\n"
+#define NO_NUMBER "CLIENT_ERROR cannot increment or decrement non-numeric value\r\n"
+#define NO_DELTA "CLIENT_ERROR invalid numeric delta argument\r\n"
+#define NO_TIME "CLIENT_ERROR invalid exptime argument\r\n"
+#define LARGE_ITEM "SERVER_ERROR object too large for cache\r\n"
+#define NO_MEMORY "SERVER_ERROR out of memory storing object\r\n"
+
+/* Each leaves the keys as it found them: absent. */
+static const exchange_step memcached_steps[] = {
+    {"version\r\n", "VERSION " TSRV_VERSION "\r\n"},
+    {"get k\r\n", "END\r\n"},
+    {"set k 7 0 5\r\nvalue\r\n", "STORED\r\n"},
+    {"get k\r\nget none k  none k\n", "VALUE k 7 5\r\nvalue\r\nEND\r\n"
+                                      "VALUE k 7 5\r\nvalue\r\nVALUE k 7 5\r\nvalue\r\nEND\r\n"},
+    {"set k 4294967295 0 0\n\r\nget k\n", "STORED\r\nVALUE k 4294967295 0\r\n\r\nEND\r\n"},
+    {"add k 0 0 1\r\na\r\nreplace k 1 0 4\r\n\r\n\r\n\r\nget k\r\n",
+     "NOT_STORED\r\nSTORED\r\nVALUE k 1 4\r\n\r\n\r\n\r\nEND\r\n"},
+    {"append k 9 -1 2\r\nde\r\nprepend k 9 9 1\r\nx\r\nget k\r\n",
+     "STORED\r\nSTORED\r\nVALUE k 1 7\r\nx\r\n\r\nde\r\nEND\r\n"},
+    {"cas k 0 0 1 18446744073709551615\r\na\r\ncas none 0 0 1 1\r\na\r\n", "EXISTS\r\nNOT_FOUND\r\n"},
+    {"delete k\r\ndelete k\r\nget k\r\n", "DELETED\r\nNOT_FOUND\r\nEND\r\n"},
+    {"replace k 0 0 1\r\na\r\nappend k 0 0 1\r\na\r\nprepend k 0 0 1\r\na\r\n",
+     "NOT_STORED\r\nNOT_STORED\r\nNOT_STORED\r\n"},
+    {"add k 0 0 2\r\n10\r\nincr k 5\r\ndecr k 6\r\nget k\r\n",
+     "STORED\r\n15\r\n9\r\nVALUE k 0 1\r\n9\r\nEND\r\n"},
+    {"decr k 10\r\nincr k 18446744073709551615\r\nincr k 3\r\nget k\r\n",
+     "0\r\n18446744073709551615\r\n2\r\nVALUE k 0 1\r\n2\r\nEND\r\n"},
+    {"incr k x\r\nincr k -1\r\nincr k 18446744073709551616\r\nincr k\r\nincr none 1\r\n",
+     NO_DELTA NO_DELTA NO_DELTA "ERROR\r\nNOT_FOUND\r\n"},
+    {"set k 3 0 2\r\n1x\r\nincr k 1\r\nset k 3 0 0\r\n\r\ndecr k 1\r\nset k 3 0 3\r\n 10\r\nincr k 1\r\n",
+     "STORED\r\n" NO_NUMBER "STORED\r\n" NO_NUMBER "STORED\r\n" NO_NUMBER},
+    {"set k 3 0 20\r\n18446744073709551616\r\nincr k 1\r\nset k 3 0 1\r\n1\r\nincr k 1\r\nget k\r\n",
+     "STORED\r\n" NO_NUMBER "STORED\r\n2\r\nVALUE k 3 1\r\n2\r\nEND\r\n"},
+    /* What is to be quiet is done all the same. */
+    {"set k 0 0 1 noreply\r\n8\r\nincr k 1 noreply\r\ndecr k 2 noreply\r\nappend k 0 0 1 noreply\r\n0\r\n"
+     "touch k 0 noreply\r\nget k\r\n", "VALUE k 0 2\r\n70\r\nEND\r\n"},
+    {"add k 0 0 1 noreply\r\n8\r\nreplace none 0 0 1 noreply\r\n8\r\ndelete none noreply\r\n"
+     "verbosity 1 noreply\r\nverbosity noreply\r\nincr k x noreply\r\nset k x 0 1 noreply\r\nx\r\nget k\r\n",
+     "VALUE k 0 2\r\n70\r\nEND\r\n"},
+    {"delete k noreply\r\nget k noreply\r\n", "END\r\n"},
+    /* A time that is over, one that comes, one in 1970, one in 2106, and none. */
+    {"set k 0 -1 1\r\na\r\nget k\r\nset k 0 1000 1\r\nb\r\nget k\r\nset k 0 2592001 1\r\na\r\nget k\r\n",
+     "STORED\r\nEND\r\nSTORED\r\nVALUE k 0 1\r\nb\r\nEND\r\nSTORED\r\nEND\r\n"},
+    {"add k 0 4294967295 1\r\nc\r\ntouch k 1000\r\nget k\r\ntouch k -1\r\nget k\r\ntouch k 0\r\n",
+     "STORED\r\nTOUCHED\r\nVALUE k 0 1\r\nc\r\nEND\r\nTOUCHED\r\nEND\r\nNOT_FOUND\r\n"},
+    {"touch k\r\ntouch k x\r\ntouch k 4294967296\r\n", "ERROR\r\n" NO_TIME NO_TIME},
+    {"set k 0 0 1\r\na\r\nset l 0 0 1\r\nb\r\nflush_all\r\nget k l\r\nadd k 0 0 1\r\nc\r\nget k l\r\n",
+     "STORED\r\nSTORED\r\nOK\r\nEND\r\nSTORED\r\nVALUE k 0 1\r\nc\r\nEND\r\n"},
+    {"flush_all 0\r\nflush_all noreply\r\nflush_all 10\r\nflush_all 0 0\r\nget k\r\n",
+     "OK\r\nCLIENT_ERROR it cannot wait\r\nERROR\r\nEND\r\n"},
+    /* Two keys of one chain, whatever its number is: 'a' * 33 + 'b' is 'b' * 33 + 'A'. */
+    {"set ab 0 0 1\r\n1\r\nset bA 0 0 1\r\n2\r\nget bA ab\r\ndelete ab\r\nget ab bA\r\ndelete bA\r\n",
+     "STORED\r\nSTORED\r\nVALUE bA 0 1\r\n2\r\nVALUE ab 0 1\r\n1\r\nEND\r\nDELETED\r\n"
+     "VALUE bA 0 1\r\n2\r\nEND\r\nDELETED\r\n"},
+    {"nonsense\r\n\r\n\nget\r\ngets\r\nGET k\r\ndelete\r\ndelete a b\r\nverbosity\r\nverbosity 1\r\n",
+     "ERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nERROR\r\nOK\r\n"},
+    /* A block that is refused is skipped, whatever is in it. */
+    {"set k x 0 9\r\nversion\r\n\r\nset k 0 x 1\r\na\r\ncas k 0 0 1 x\r\na\r\nset k 4294967296 0 0\r\n\r\nget k\r\n",
+     BAD_LINE BAD_LINE BAD_LINE BAD_LINE "END\r\n"},
+};
+
+enum { MEMCACHED_STEPS = sizeof memcached_steps / sizeof memcached_steps[0] };
+
+TEST_MODES(memcached_answers_each_command)
+{
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    PLAY(fd, memcached_steps);
+    t_sends(fd, "quit\r\nversion\r\n");
+    t_leave(fd);
+    stop(&p);
+}
+
+/* The other connection's round trip makes the halves arrive one by one. */
+TEST_MODES(memcached_pipelines_split_at_every_byte)
+{
+    char script[4096] = "", replies[4096] = "";
+    for (size_t i = 0; i < MEMCACHED_STEPS; i++) {
+        strcat(script, memcached_steps[i].send);
+        strcat(replies, memcached_steps[i].expect);
+    }
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    for (size_t at = 0; script[at] != 0; at++) {
+        t_send(fd, script, at);
+        t_sends(other, "version\r\n");
+        t_expect(other, "VERSION " TSRV_VERSION "\r\n");
+        t_sends(fd, script + at);
+        t_expect(fd, replies);
+    }
+    t_finish(fd);
+    t_finish(other);
+    stop(&p);
+}
+
+/* The client that the protocol's authors have written to tell who speaks it. */
+TEST_MODES(memcached_passes_memccapable)
+{
+    char line[256];
+    if (system("memccapable -h >/dev/null 2>&1; test $? -ne 127") != 0) {
+        SKIP("memccapable (libmemcached-tools)");
+    }
+    program p = start_with("memcached", NULL, NULL);
+    snprintf(line, sizeof line, "memccapable -h 127.0.0.1 -p %d -t %d -a 2>&1 | grep '^All tests passed$'",
+             p.port, t_patience_ms() / 1000);
+    CHECK_INT(system(line), 0);
+    stop(&p);
+}
+
+/* cas stores when nobody else has, since gets. */
+TEST_MODES(memcached_compares_and_sets)
+{
+    char text[256];
+    unsigned long long unique, later;
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port), other = t_connect(p.port);
+    t_sends(fd, "set k 0 0 1\r\na\r\n");
+    t_expect(fd, "STORED\r\n");
+    for (int i = 0; i < 3; i++) {
+        reader r = {fd, 0, 0, "", ""};
+        t_sends(fd, "gets k\r\n");
+        CHECK_INT(sscanf(read_line(&r), "VALUE k 0 1 %llu", &unique), 1);
+        CHECK_STR(read_line(&r), "a\r");
+        CHECK_STR(read_line(&r), "END\r");
+        /* Time does not count, another value does. */
+        t_sends(other, "touch k 0\r\n");
+        t_expect(other, "TOUCHED\r\n");
+        if (i == 1) {
+            t_sends(other, "set k 0 0 1\r\na\r\n");
+            t_expect(other, "STORED\r\n");
+        }
+        snprintf(text, sizeof text, "cas k 0 0 1 %llu\r\na\r\n", unique);
+        t_sends(fd, text);
+        t_expect(fd, i == 1 ? "EXISTS\r\n" : "STORED\r\n");
+        t_sends(fd, text); /* its own counts, too */
+        t_expect(fd, "EXISTS\r\n");
+        t_sends(fd, "gets k\r\n");
+        CHECK_INT(sscanf(read_line(&r), "VALUE k 0 1 %llu", &later), 1);
+        CHECK(later > unique);
+        CHECK_STR(read_line(&r), "a\r");
+        CHECK_STR(read_line(&r), "END\r");
+    }
+    t_finish(fd);
+    t_finish(other);
+    stop(&p);
+}
+
+/* "<verb> <key> 0 0 <size>" and so many bytes of one letter. */
+static void send_block(int fd, const char *verb, const char *key, size_t size, char letter)
+{
+    char head[512], *block = allocate(size + 3);
+    snprintf(head, sizeof head, "%s %s 0 0 %zu\r\n", verb, key, size);
+    memset(block, letter, size);
+    memcpy(block + size, "\r\n", 3);
+    t_sends(fd, head);
+    t_sends(fd, block);
+    free(block);
+}
+
+/* Asks for a key. Returns whether it is there, with a value of so many bytes of one letter. */
+static bool get_block(int fd, const char *key, size_t size, char letter)
+{
+    char head[512], first[2], *block = allocate(size + 8);
+    snprintf(head, sizeof head, "get %s\r\n", key);
+    t_sends(fd, head);
+    CHECK_INT(t_recv(fd, first, 1), 1);
+    bool there = first[0] == 'V';
+    if (there) {
+        snprintf(head, sizeof head, "ALUE %s 0 %zu\r\n", key, size);
+        t_expect(fd, head);
+        CHECK_INT(t_recv(fd, block, size), size);
+        for (size_t i = 0; i < size; i++) {
+            CHECK_INT(block[i], letter);
+        }
+    }
+    t_expect(fd, there ? "\r\nEND\r\n" : "ND\r\n");
+    free(block);
+    return there;
+}
+
+/* Keys of 250 bytes, values of any bytes and of up to 1 MiB; what is larger is skipped, and what it
+ * was to replace is gone. */
+TEST_MODES(memcached_keeps_what_it_is_given)
+{
+    enum { MOST = 1024 * 1024 };
+    static const char binary[] = "set b 0 0 9\r\n\0\r\n\n\xff\x80 \r\n\r\nget b\r\n";
+    static const char reply[] = "STORED\r\nVALUE b 0 9\r\n\0\r\n\n\xff\x80 \r\n\r\nEND\r\n";
+    char key[252], text[600], got[sizeof reply];
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_send(fd, binary, sizeof binary - 1);
+    CHECK_MEM(got, t_recv(fd, got, sizeof reply - 1), reply, sizeof reply - 1);
+
+    memset(key, 'k', 251);
+    key[251] = 0;
+    static const char *const lines[] = {"get %s\r\n", "get b %s\r\n", "delete %s\r\n",
+                                        "incr %s 1\r\n", "touch %s 0\r\n",
+                                        "set %s 0 0 9\r\nversion\r\n\r\n"};
+    for (size_t i = 0; i < sizeof lines / sizeof lines[0]; i++) {
+        snprintf(text, sizeof text, lines[i], key);
+        t_sends(fd, text);
+        if (i == 1) {
+            t_recv(fd, got, sizeof reply - 14); /* what came before it in the line */
+        }
+        t_expect(fd, BAD_LINE);
+    }
+    key[250] = 0;
+    send_block(fd, "set", key, 1, 'a');
+    t_expect(fd, "STORED\r\n");
+    CHECK(get_block(fd, key, 1, 'a'));
+
+    send_block(fd, "set", "k", MOST, 'a');
+    t_expect(fd, "STORED\r\n");
+    CHECK(get_block(fd, "k", MOST, 'a'));
+    send_block(fd, "append", "k", 1, 'a');
+    t_expect(fd, LARGE_ITEM);
+    send_block(fd, "add", "k", MOST + 1, 'b');
+    t_expect(fd, LARGE_ITEM);
+    CHECK(get_block(fd, "k", MOST, 'a'));
+    send_block(fd, "set", "k", MOST + 1, 'b');
+    t_expect(fd, LARGE_ITEM);
+    CHECK(!get_block(fd, "k", MOST, 'a'));
+    send_block(fd, "set", "k", 5 * MOST, 'b');
+    t_sends(fd, "version\r\n");
+    t_expect(fd, LARGE_ITEM "VERSION " TSRV_VERSION "\r\n");
+    send_block(fd, "set", "k", MOST / 2, 'c');
+    send_block(fd, "prepend", "k", MOST / 2, 'c');
+    t_expect(fd, "STORED\r\nSTORED\r\n");
+    CHECK(get_block(fd, "k", MOST, 'c'));
+    t_finish(fd);
+    stop(&p);
+}
+
+/* More than there is room for: who was not used for the longest time goes, and nothing else. */
+TEST_MODES(memcached_makes_room)
+{
+    enum { LARGE = 1000000, KEYS = 100, ROOM = 64 * 1024 * 1024 / LARGE };
+    char key[16];
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    for (int i = 0; i < KEYS; i++) {
+        snprintf(key, sizeof key, "k%d", i);
+        send_block(fd, "set", key, LARGE, (char)('a' + i % 26));
+        t_expect(fd, "STORED\r\n");
+        CHECK(get_block(fd, "k0", LARGE, 'a')); /* it is always in use */
+    }
+    for (int i = 1; i < KEYS; i++) {
+        snprintf(key, sizeof key, "k%d", i);
+        CHECK_INT(get_block(fd, key, LARGE, (char)('a' + i % 26)), i > KEYS - ROOM);
+    }
+    /* What has ended or was deleted makes room, too. */
+    t_sends(fd, "flush_all\r\n");
+    t_expect(fd, "OK\r\n");
+    for (int i = 0; i < ROOM; i++) {
+        snprintf(key, sizeof key, "l%d", i);
+        send_block(fd, "set", key, LARGE, 'l');
+        t_expect(fd, "STORED\r\n");
+    }
+    for (int i = 0; i < ROOM; i++) {
+        snprintf(key, sizeof key, "l%d", i);
+        CHECK(get_block(fd, key, LARGE, 'l'));
+    }
+    t_finish(fd);
+    stop(&p);
+}
+
+/* Blocks that do not come: their memory is lost to others, who are told so, until it is given up. */
+TEST_MODES(memcached_waits_for_blocks_no_longer_than_it_may)
+{
+    enum { ROOM = 64, SMALL = 4096 };
+    int fds[ROOM];
+    int seconds = t_scale() > 1 ? 6 : 2;
+    program p = start_with("memcached", seconds == 2 ? "2" : "6", NULL);
+    int fd = t_connect(p.port), early = t_connect(p.port);
+    send_block(early, "set", "e", 1, 'e');
+    t_expect(early, "STORED\r\n");
+    int64_t begin = t_now_ms();
+    for (int i = 0; i < ROOM; i++) {
+        fds[i] = t_connect(p.port);
+        t_sends(fds[i], i < ROOM - 1 ? "version\r\nset k 0 0 1048576\r\nabc"
+                                     : "version\r\nset k 0 0 1030000\r\nabc");
+        t_expect(fds[i], "VERSION " TSRV_VERSION "\r\n");
+    }
+    send_block(fd, "set", "l", SMALL, 'l');
+    t_expect(fd, "STORED\r\n");
+    send_block(fd, "set", "m", 1024 * 1024, 'm');
+    t_expect(fd, NO_MEMORY);
+    CHECK(!get_block(fd, "l", SMALL, 'l')); /* it has made what room it could */
+    for (int i = 0; i < ROOM; i++) {
+        t_leave(fds[i]);
+    }
+    CHECK_NEAR_MS(t_now_ms() - begin, seconds * 1000 - 100, 6000);
+    CHECK(!get_block(early, "e", 1, 'e')); /* between two commands there is no such hurry */
+    t_finish(early);
+    send_block(fd, "set", "m", 1024 * 1024, 'm');
+    t_expect(fd, "STORED\r\n");
+    CHECK(get_block(fd, "m", 1024 * 1024, 'm'));
+    CHECK(!get_block(fd, "k", 1, 'k'));
+    t_finish(fd);
+    stop(&p);
+}
+
+/* A second is over when the key is not found any more, and not much sooner. */
+TEST_MODES(memcached_items_end)
+{
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    int64_t begin = t_now_ms();
+    t_sends(fd, "set k 0 1 1\r\na\r\n");
+    t_expect(fd, "STORED\r\n");
+    int64_t end = t_patience();
+    while (get_block(fd, "k", 1, 'a')) {
+        CHECK(t_now_ms() < end);
+    }
+    CHECK_NEAR_MS(t_now_ms() - begin, 900, 5000);
+    t_finish(fd);
+    stop(&p);
+}
+
+/* Whoever knows the hash function fills one chain, and not more of it than there may be. */
+TEST_MODES(memcached_keys_that_collide)
+{
+    enum { BITS = 8, KEYS = 1 << BITS, MAX_CHAIN = 64 };
+    char key[2 * BITS + 1] = "", value = 'a';
+    int there = 0;
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    for (int pass = 0; pass < 2; pass++) {
+        for (int i = 0; i < KEYS; i++) {
+            for (int bit = 0; bit < BITS; bit++) {
+                memcpy(key + 2 * bit, i >> bit & 1 ? "ab" : "bA", 2);
+            }
+            value = (char)('a' + i % 26);
+            if (pass == 0) {
+                send_block(fd, "set", key, 3, value);
+                t_expect(fd, "STORED\r\n");
+            } else {
+                there += get_block(fd, key, 3, value);
+            }
+        }
+    }
+    CHECK_INT(there, MAX_CHAIN);
+    CHECK(get_block(fd, key, 3, value)); /* the last one is there */
+    t_sends(fd, "flush_all\r\n");
+    t_expect(fd, "OK\r\n");
+    CHECK(!get_block(fd, key, 3, value));
+    t_finish(fd);
+    stop(&p);
+}
+
+/* What follows could be a block, and somebody else's words in it: it is not taken for commands. */
+TEST_MODES(memcached_ends_where_it_is_lost)
+{
+    static const exchange_step ends[] = {
+        {"set k 0 0\r\nversion\r\n", "ERROR\r\n"},
+        {"set k 0 0 9 9\r\nversion\r\n", "ERROR\r\n"},
+        {"set my key 0 0 9\r\nversion\r\n", "ERROR\r\n"},
+        {"cas k 0 0 9\r\nversion\r\n", "ERROR\r\n"},
+        {"set k 0 0 x\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 -1\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 +1\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 2147483648\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 18446744073709551617\r\nversion\r\n", BAD_LINE},
+        {"set k 0 0 3\r\nabcd\r\nversion\r\n", BAD_BLOCK},
+        {"set k 0 0 3\r\nabc\n\nversion\r\n", BAD_BLOCK},
+        {"set k 0 0 3\r\nab\r\n\r\nversion\r\n", BAD_BLOCK},
+        {"set k 0 0 3 noreply\r\nabcd\r\nversion\r\n", ""},
+        {"get a\tb\r\nversion\r\n", BAD_LINE},
+        {"get a\rb\r\nversion\r\n", BAD_LINE},
+        {"get a\x7f\r\nversion\r\n", BAD_LINE},
+        {"\x01\r\nversion\r\n", BAD_LINE},
+        {"get a\r\r\nversion\r\n", BAD_LINE},
+    };
+    static const char zero[] = "get a\0b\r\nversion\r\n";
+    program p = start_with("memcached", NULL, NULL);
+    for (size_t i = 0; i <= sizeof ends / sizeof ends[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, "version\r\n");
+        if (i < sizeof ends / sizeof ends[0]) {
+            t_sends(fd, ends[i].send);
+        } else {
+            t_send(fd, zero, sizeof zero - 1);
+        }
+        t_expect(fd, "VERSION " TSRV_VERSION "\r\n");
+        t_expect(fd, i < sizeof ends / sizeof ends[0] ? ends[i].expect : BAD_LINE);
+        t_leave(fd);
+    }
+    /* A line without an end; the rest of it does not turn the answer into a reset. */
+    char *line = allocate(2 * 1024 * 1024);
+    memset(line, 'x', 2 * 1024 * 1024);
+    int fd = t_connect(p.port);
+    t_sends(fd, "verbosity 1 noreply\r\n");
+    t_send(fd, line, 2 * 1024 * 1024);
+    t_expect(fd, "CLIENT_ERROR line too long\r\n");
+    t_leave(fd);
+    fd = t_connect(p.port);
+    CHECK(!get_block(fd, "k", 1, 'k'));
+    t_finish(fd);
+    free(line);
+    stop(&p);
+}
+
+/* More in one answer than may be unsent: a coroutine waits for who reads it, callback mode says that
+ * it has no room. */
+TEST_MODES(memcached_large_answers)
+{
+    enum { LARGE = 1024 * 1024, TIMES = 40 };
+    char text[256] = "get";
+    program p = start_with("memcached", NULL, NULL);
+    char *block = allocate(LARGE + 32);
+    int fd = t_connect(p.port), came = 0, size;
+    send_block(fd, "set", "k", LARGE, 'k');
+    t_expect(fd, "STORED\r\n");
+    for (int i = 0; i < TIMES; i++) {
+        strcat(text, " k");
+    }
+    t_sends(fd, text);
+    t_sends(fd, "\r\nversion\r\n");
+    size = snprintf(text, sizeof text, "VALUE k 0 %d\r\n", LARGE);
+    for (t_recv(fd, block, 1); block[0] == 'V'; t_recv(fd, block, 1), came++) {
+        CHECK_INT(t_recv(fd, block + 1, (size_t)(size - 1 + LARGE + 2)), size - 1 + LARGE + 2);
+        CHECK_MEM(block, (size_t)size, text, (size_t)size);
+        CHECK_MEM(block + size + LARGE - 1, 3, "k\r\n", 3);
+    }
+    if (t_mode == TSRV_COROUTINE) {
+        CHECK_INT(came, TIMES);
+        t_expect(fd, "ND\r\n");
+    } else {
+        CHECK(came >= 8 && came < TIMES);
+        t_expect(fd, "ERVER_ERROR out of memory writing get response\r\n");
+    }
+    t_expect(fd, "VERSION " TSRV_VERSION "\r\n");
+    t_finish(fd);
+    free(block);
+    stop(&p);
+}
+
+/* Each write waits; meanwhile other clients replace, delete and flush what is being sent. */
+T_TEST(memcached_values_change_while_answers_wait, T_COROUTINES)
+{
+    enum { ASKERS = 4, CHANGES = 60 };
+    static const char *const changes[] = {"set k 0 0 2\r\nbb\r\n", "delete k\r\n", "flush_all\r\n",
+                                          "set k 0 0 2\r\naa\r\n"};
+    static const char *const answers[] = {"STORED\r\n", "DELETED\r\n", "OK\r\n", "STORED\r\n"};
+    char text[65536], *at, *end;
+    int askers[ASKERS];
+    variant = "slow_";
+    program p = start_with("memcached", NULL, NULL);
+    int fd = t_connect(p.port);
+    t_sends(fd, "set k 0 0 2\r\naa\r\n");
+    t_expect(fd, "STORED\r\n");
+    for (int i = 0; i < ASKERS; i++) {
+        askers[i] = t_connect(p.port);
+        for (int k = 0; k < 10; k++) {
+            t_sends(askers[i], "get k k k\r\n");
+        }
+        t_shut(askers[i]);
+    }
+    for (int i = 0; i < CHANGES; i++) {
+        t_sends(fd, changes[i % 4]);
+        t_expect(fd, answers[i % 4]);
+    }
+    for (int i = 0; i < ASKERS; i++) {
+        size_t size = t_recv_all(askers[i], text, sizeof text - 1);
+        text[size] = 0;
+        for (at = text; (end = strstr(at, "\r\n")) != NULL; at = end + 2) {
+            if (strncmp(at, "END\r\n", 5) != 0) {
+                CHECK(strncmp(at, "VALUE k 0 2\r\naa\r\n", 17) == 0 ||
+                      strncmp(at, "VALUE k 0 2\r\nbb\r\n", 17) == 0);
+                end = at + 15;
+            }
+        }
+        CHECK_STR(at, "");
+        CHECK_INT(t_count(text, "END\r\n"), 10);
+        t_close(askers[i]);
+    }
+    t_finish(fd);
+    stop(&p);
+}
+
+/* ---- websocket ----------------------------------------------------------------------------*/
+
+#define WS_HEAD "GET /socket HTTP/1.1\r\nHost: x:1\r\n"
+#define WS_KEY "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" /* RFC 6455's own, section 1.3 */
+#define WS_FIELDS "Upgrade: websocket\r\nConnection: Upgrade\r\n" WS_KEY
+#define WS_VERSION "Sec-WebSocket-Version: 13\r\n"
+#define WS_REQUEST WS_HEAD WS_FIELDS WS_VERSION "\r\n"
+#define WS_OPEN                                                                                 \
+    "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"       \
+    "Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\n"
+#define WS_REFUSED(status)                                                                     \
+    "HTTP/1.1 " status "\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: 0\r\n" \
+    "Connection: close\r\n\r\n"
+#define WS_UPGRADE "426 Upgrade Required\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13"
+
+enum { WS_MOST = 256 * 1024 }; /* the longest message */
+
+static int open_websocket(program *p)
+{
+    int fd = t_connect(p->port);
+    t_sends(fd, WS_REQUEST);
+    t_expect(fd, WS_OPEN);
+    return fd;
+}
+
+/* Writes a client's frame. Its first byte has the opcode, and 0x80 in the last one of a message.
+ * Returns the frame's size. */
+static size_t make_frame(char *to, int first, const char *data, size_t size)
+{
+    static const char mask[4] = {'\x37', '\xfa', '\x21', '\x3d'};
+    size_t at = 0, more = size < 126 ? 0 : size < 65536 ? 2 : 8;
+    to[at++] = (char)first;
+    to[at++] = (char)(0x80 | (more == 0 ? size : more == 2 ? 126 : 127));
+    for (size_t i = 0; i < more; i++) {
+        to[at++] = (char)((uint64_t)size >> 8 * (more - 1 - i));
+    }
+    memcpy(to + at, mask, 4);
+    at += 4;
+    for (size_t i = 0; i < size; i++) {
+        to[at++] = (char)(data[i] ^ mask[i % 4]);
+    }
+    return at;
+}
+
+static void send_frame(int fd, int first, const char *data, size_t size)
+{
+    char *frame = allocate(size + 14);
+    t_send(fd, frame, make_frame(frame, first, data, size));
+    free(frame);
+}
+
+/* A server's frame: in one piece, without a mask, and with the shortest length there is. */
+static void expect_frame(int fd, int opcode, const char *data, size_t size)
+{
+    char head[10] = {0}, *got = allocate(size + 1);
+    size_t more = size < 126 ? 0 : size < 65536 ? 2 : 8, length = 0;
+    CHECK_INT(t_recv(fd, head, 2 + more), 2 + more);
+    CHECK_INT((unsigned char)head[0], 0x80 | opcode);
+    CHECK_INT((unsigned char)head[1], more == 0 ? size : more == 2 ? 126 : 127);
+    for (size_t i = 0; i < more; i++) {
+        length = length << 8 | (unsigned char)head[2 + i];
+    }
+    CHECK_INT(more == 0 ? size : length, size);
+    CHECK_MEM(got, t_recv(fd, got, size), data, size);
+    free(got);
+}
+
+static void expect_close(int fd, int code)
+{
+    char data[2] = {(char)(code >> 8), (char)code};
+    expect_frame(fd, 8, data, 2);
+    t_leave(fd);
+}
+
+/* A page of the program's own, in a browser, and the message that its script sends. Virtual time runs
+ * while nothing is loaded, so a slow machine gives it no less. */
+TEST_MODES(websocket_answers_a_browser)
+{
+    char line[2048], directory[512];
+    bool came = false;
+    if (system("command -v chromium >/dev/null") != 0) {
+        SKIP("chromium");
+    }
+    snprintf(directory, sizeof directory, "%s/chromium.XXXXXX", examples());
+    CHECK(mkdtemp(directory) != NULL);
+    program p = start_with("websocket", NULL, NULL);
+    snprintf(line, sizeof line,
+             "cd %s && HOME=$PWD TMPDIR=$PWD XDG_CONFIG_HOME=$PWD XDG_CACHE_HOME=$PWD chromium --headless "
+             "--no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage "
+             "--user-data-dir=$PWD/profile --virtual-time-budget=20000 --dump-dom "
+             "http://127.0.0.1:%d/ 2>/dev/null | grep -q '<pre>hello, h\xc3\xa9llo$'",
+             directory, p.port);
+    for (int64_t end = t_patience(); !came && t_now_ms() < end;) {
+        came = system(line) == 0;
+    }
+    snprintf(line, sizeof line, "rm -rf %s", directory);
+    CHECK_INT(system(line), 0);
+    CHECK(came);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Another implementation: messages in parts, pings, both directions of a close, and 1009. */
+TEST_MODES(websocket_answers_python)
+{
+    static const char script[] =
+        "import asyncio, sys, websockets\n"
+        "async def run(url):\n"
+        "    async with websockets.connect(url) as w:\n"
+        "        for m in ['', 'h\\u00e9', 'x' * 65536, b'\\xff\\x00' * 60000]:\n"
+        "            await w.send(m)\n"
+        "            assert await w.recv() == m\n"
+        "        await w.send(['a', 'b\\u20ac', '', 'c'])\n"
+        "        assert await w.recv() == 'ab\\u20acc'\n"
+        "        await (await w.ping(b'hello'))\n"
+        "    assert w.close_code == 1000, w.close_code\n"
+        "    async with websockets.connect(url) as w:\n"
+        "        await w.send('x' * 300000)\n"
+        "        try:\n"
+        "            await w.recv()\n"
+        "        except websockets.exceptions.ConnectionClosedError as e:\n"
+        "            assert e.code == 1009, e.code\n"
+        "            print('good')\n"
+        "asyncio.run(run(sys.argv[1]))\n";
+    char line[sizeof script + 256];
+    if (system("/usr/bin/python3 -c 'import websockets' 2>/dev/null") != 0) {
+        SKIP("python3-websockets");
+    }
+    program p = start_with("websocket", NULL, NULL);
+    snprintf(line, sizeof line, "/usr/bin/python3 -c \"%s\" ws://127.0.0.1:%d/socket | grep -q good",
+             script, p.port);
+    CHECK_INT(system(line), 0);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Who may open a WebSocket, and how it is asked for. */
+TEST_MODES(websocket_shakes_hands)
+{
+    static const char *const good[] = {
+        WS_REQUEST,
+        WS_HEAD "upgrade:\tWebSocket \r\nCONNECTION: keep-alive, upgrade\r\n" WS_KEY WS_VERSION "\r\n",
+        WS_HEAD WS_FIELDS WS_VERSION "Origin: http://x:1\r\n\r\n",
+        WS_HEAD WS_FIELDS WS_VERSION "origin: HTTPS://X:1 \r\n\r\n",
+        "GET /socket?query HTTP/1.1\r\nHost: x\r\n" WS_FIELDS WS_VERSION "Cookie: a\r\n\r\n",
+    };
+    static const exchange_step bad[] = {
+        {WS_HEAD "\r\n", WS_REFUSED("400 Bad Request")},
+        {"GET /socket HTTP/1.1\r\n" WS_FIELDS WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {"GET /socket HTTP/1.0\r\nHost: x\r\n" WS_FIELDS WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Connection: Upgrade\r\n" WS_KEY WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\n" WS_KEY WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: h2c\r\nConnection: Upgrade\r\n" WS_KEY WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD WS_FIELDS WS_KEY WS_VERSION "\r\n", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=\r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==x\r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
+                 "Sec-WebSocket-Key: \r\n" WS_VERSION "\r\n",
+         WS_REFUSED("400 Bad Request")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Content-Length: 1\r\n\r\nx", WS_REFUSED("400 Bad Request")},
+        {WS_HEAD WS_FIELDS "\r\n", WS_REFUSED(WS_UPGRADE)},
+        {WS_HEAD WS_FIELDS "Sec-WebSocket-Version: 8\r\n\r\n", WS_REFUSED(WS_UPGRADE)},
+        {WS_HEAD WS_FIELDS "Sec-WebSocket-Version: 130\r\n\r\n", WS_REFUSED(WS_UPGRADE)},
+        /* The page of somebody else. */
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://y:1\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://x:12\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://x\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: http://y/http://x:1\r\n\r\n",
+         WS_REFUSED("403 Forbidden")},
+        {WS_HEAD WS_FIELDS WS_VERSION "Origin: null\r\n\r\n", WS_REFUSED("403 Forbidden")},
+        {"GET /other HTTP/1.1\r\nHost: x:1\r\n" WS_FIELDS WS_VERSION "\r\n",
+         WS_REFUSED("404 Not Found")},
+        {"POST /socket HTTP/1.1\r\nHost: x:1\r\n" WS_FIELDS WS_VERSION "\r\n",
+         WS_REFUSED("405 Not Allowed\r\nAllow: GET")},
+        {"nonsense\r\n\r\n", WS_REFUSED("400 Bad Request")},
+        {"GET /socket HTTP/1.1\r\nHost: x:1\r\nUpgrade : websocket\r\n\r\n",
+         WS_REFUSED("400 Bad Request")},
+    };
+    program p = start_with("websocket", NULL, NULL);
+    for (size_t i = 0; i < sizeof good / sizeof good[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, good[i]);
+        t_expect(fd, WS_OPEN);
+        send_frame(fd, 0x81, "hello", 5);
+        expect_frame(fd, 1, "hello", 5);
+        t_finish(fd);
+    }
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        int fd = t_connect(p.port);
+        t_sends(fd, bad[i].send);
+        t_expect(fd, bad[i].expect);
+        t_leave(fd);
+    }
+    char *head = allocate(BIG);
+    memset(head, 'x', BIG);
+    int fd = t_connect(p.port);
+    t_send(fd, head, BIG);
+    t_expect(fd, WS_REFUSED("431 Request Header Fields Too Large"));
+    t_leave(fd);
+    free(head);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Every form of a length, texts and bytes; the head and its first frame may come together. */
+TEST_MODES(websocket_sends_messages_back)
+{
+    static const size_t sizes[] = {0, 1, 2, 125, 126, 127, 1000, 65535, 65536, WS_MOST};
+    program p = start_with("websocket", NULL, NULL);
+    char *data = allocate(WS_MOST), *text = allocate(WS_MOST), *out = allocate(WS_MOST + 1024);
+    make_pattern();
+    for (size_t i = 0; i < WS_MOST; i++) {
+        data[i] = pattern[i % PATTERN];
+        text[i] = (char)('a' + i % 26);
+    }
+    int fd = open_websocket(&p);
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++) {
+        send_frame(fd, 0x82, data, sizes[i]);
+        expect_frame(fd, 2, data, sizes[i]);
+        send_frame(fd, 0x81, text, sizes[i]);
+        expect_frame(fd, 1, text, sizes[i]);
+    }
+    t_finish(fd);
+    fd = t_connect(p.port);
+    size_t size = (size_t)sprintf(out, "%s", WS_REQUEST);
+    for (size_t i = 0; i < 5; i++) {
+        size += make_frame(out + size, 0x81, text, i);
+    }
+    t_send(fd, out, size);
+    t_expect(fd, WS_OPEN);
+    for (size_t i = 0; i < 5; i++) {
+        expect_frame(fd, 1, text, i);
+    }
+    t_finish(fd);
+    free(data);
+    free(text);
+    free(out);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Messages in parts, with pings and pongs between them, in pieces of every size: the other
+ * connection's round trip makes these arrive one by one. */
+TEST_MODES(websocket_joins_parts_split_at_every_byte)
+{
+    char script[512], long_ping[125];
+    size_t size = 0;
+    memset(long_ping, 'p', sizeof long_ping);
+    size += make_frame(script + size, 0x01, "h\xc3", 2); /* cut within a letter */
+    size += make_frame(script + size, 0x89, "one", 3);
+    size += make_frame(script + size, 0x00, "", 0);
+    size += make_frame(script + size, 0x8a, "nobody has asked", 16);
+    size += make_frame(script + size, 0x80, "\xa9llo", 4);
+    size += make_frame(script + size, 0x02, "", 0);
+    size += make_frame(script + size, 0x89, long_ping, sizeof long_ping);
+    size += make_frame(script + size, 0x00, "\xff", 1);
+    size += make_frame(script + size, 0x89, "", 0);
+    size += make_frame(script + size, 0x80, "\x00\x80", 2);
+    size += make_frame(script + size, 0x81, "whole", 5);
+    program p = start_with("websocket", NULL, NULL);
+    int fd = open_websocket(&p), other = open_websocket(&p);
+    for (size_t at = 0; at <= size; at++) {
+        t_send(fd, script, at);
+        send_frame(other, 0x81, "meanwhile", 9);
+        expect_frame(other, 1, "meanwhile", 9);
+        t_send(fd, script + at, size - at);
+        expect_frame(fd, 10, "one", 3);
+        expect_frame(fd, 1, "h\xc3\xa9llo", 6);
+        expect_frame(fd, 10, long_ping, sizeof long_ping);
+        expect_frame(fd, 10, "", 0);
+        expect_frame(fd, 2, "\xff\x00\x80", 3);
+        expect_frame(fd, 1, "whole", 5);
+    }
+    t_finish(fd);
+    t_finish(other);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* What comes behind a good message, and the code that it is answered with. */
+typedef struct bad_frames {
+    const char *bytes;
+    size_t size;
+    int code;
+} bad_frames;
+
+#define FRAMES(bytes, code) {bytes, sizeof bytes - 1, code}
+#define NO_MASK "\0\0\0\0"
+
+TEST_MODES(websocket_closes_what_it_does_not_understand)
+{
+    static const bad_frames bad[] = {
+        FRAMES("\x81\x05hello", 1002),                    /* no mask */
+        FRAMES("\xc1\x80" NO_MASK, 1002),                 /* reserved bits: nothing was agreed on */
+        FRAMES("\xa1\x80" NO_MASK, 1002),
+        FRAMES("\x91\x80" NO_MASK, 1002),
+        FRAMES("\x83\x80" NO_MASK, 1002),                 /* opcodes that there are not */
+        FRAMES("\x87\x80" NO_MASK, 1002),
+        FRAMES("\x8b\x80" NO_MASK, 1002),
+        FRAMES("\x8f\x80" NO_MASK, 1002),
+        FRAMES("\x09\x80" NO_MASK, 1002),                 /* a ping in parts */
+        FRAMES("\x08\x80" NO_MASK, 1002),
+        FRAMES("\x89\xfe\0\x7e" NO_MASK, 1002),           /* one of 126 bytes */
+        FRAMES("\x88\xfe\0\x7e" NO_MASK, 1002),
+        FRAMES("\x80\x80" NO_MASK, 1002),                 /* a part of nothing */
+        FRAMES("\x00\x80" NO_MASK, 1002),
+        FRAMES("\x01\x80" NO_MASK "\x81\x80" NO_MASK, 1002), /* a message within another one */
+        FRAMES("\x02\x80" NO_MASK "\x01\x80" NO_MASK, 1002),
+        FRAMES("\x81\xfe\0\x7d" NO_MASK, 1002),           /* a length that could be shorter */
+        FRAMES("\x81\xff\0\0\0\0\0\0\xff\xff" NO_MASK, 1002),
+        FRAMES("\x81\xff\0\0\0\0\0\x04\0\x01" NO_MASK, 1009),
+        FRAMES("\x82\xff\x80\0\0\0\0\0\0\0" NO_MASK, 1009),
+        FRAMES("\x82\xff\xff\xff\xff\xff\xff\xff\xff\xff" NO_MASK, 1009),
+        FRAMES("\x01\xff\0\0\0\0\0\x04\0\x01" NO_MASK, 1009),
+        /* Texts that are none: cut, too long a form, surrogates, above 10FFFF, a byte of its own. */
+        FRAMES("\x81\x81" NO_MASK "\xc3", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xe2\x82", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xf0\x9f\x98", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xc0\x80", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xc1\xbf", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xe0\x9f\xbf", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf0\x8f\xbf\xbf", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xed\xa0\x80", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xed\xbf\xbf", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf4\x90\x80\x80", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf5\x80\x80\x80", 1007),
+        FRAMES("\x81\x81" NO_MASK "\x80", 1007),
+        FRAMES("\x81\x82" NO_MASK "\xff\x80", 1007),
+        FRAMES("\x81\x83" NO_MASK "\xe2\x28\xa1", 1007),
+        FRAMES("\x81\x84" NO_MASK "\xf0\x9f\x98\x28", 1007),
+        FRAMES("\x01\x82" NO_MASK "a\xc3\x80\x81" NO_MASK "b", 1007),
+    };
+    program p = start_with("websocket", NULL, NULL);
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        int fd = open_websocket(&p);
+        send_frame(fd, 0x81, "good", 4);
+        t_send(fd, bad[i].bytes, bad[i].size);
+        send_frame(fd, 0x81, "not any more", 12);
+        expect_frame(fd, 1, "good", 4);
+        expect_close(fd, bad[i].code);
+    }
+    /* What is at the bounds of UTF-8 is text. */
+    static const char text[] = "\x7f\xc2\x80\xdf\xbf\xe0\xa0\x80\xed\x9f\xbf\xee\x80\x80\xef\xbf\xbf"
+                               "\xf0\x90\x80\x80\xf4\x8f\xbf\xbf";
+    int fd = open_websocket(&p);
+    send_frame(fd, 0x81, text, sizeof text - 1);
+    expect_frame(fd, 1, text, sizeof text - 1);
+    t_finish(fd);
+    /* A message may be as long as a frame, and no longer. */
+    char *half = allocate(WS_MOST);
+    memset(half, 'h', WS_MOST);
+    for (size_t more = 0; more < 2; more++) {
+        fd = open_websocket(&p);
+        send_frame(fd, 0x01, half, WS_MOST / 2);
+        send_frame(fd, 0x00, half, WS_MOST / 2);
+        send_frame(fd, 0x80, "x", more);
+        if (more == 0) {
+            expect_frame(fd, 1, half, WS_MOST);
+            t_finish(fd);
+        } else {
+            expect_close(fd, 1009);
+        }
+    }
+    free(half);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+TEST_MODES(websocket_closes_when_it_is_asked_to)
+{
+    static const struct {
+        const char *data;
+        size_t size;
+        int code;
+    } closes[] = {
+        {"", 0, 1000},           {"\x03\xe8", 2, 1000},      {"\x03\xe9h\xc3\xa9", 5, 1001},
+        {"\x03\xeb", 2, 1003},   {"\x03\xef", 2, 1007},      {"\x03\xf3", 2, 1011},
+        {"\x03\xf6", 2, 1014},   {"\x0b\xb8", 2, 3000},      {"\x13\x87", 2, 4999},
+        {"\x03", 1, 1002},       {"\x00\x00", 2, 1002},      {"\x03\xe7", 2, 1002},
+        {"\x03\xec", 2, 1002},   {"\x03\xed", 2, 1002},      {"\x03\xee", 2, 1002},
+        {"\x03\xf7", 2, 1002},   {"\x07\xd0", 2, 1002},      {"\x0b\xb7", 2, 1002},
+        {"\x13\x88", 2, 1002},   {"\xff\xff", 2, 1002},      {"\x03\xe8\xff", 3, 1007},
+        {"\x03\xe8\xc3", 3, 1007},
+    };
+    program p = start_with("websocket", NULL, NULL);
+    for (size_t i = 0; i < sizeof closes / sizeof closes[0]; i++) {
+        int fd = open_websocket(&p);
+        send_frame(fd, 0x01, "begun", 5);
+        send_frame(fd, 0x88, closes[i].data, closes[i].size);
+        send_frame(fd, 0x80, "not any more", 12);
+        expect_close(fd, closes[i].code);
+    }
+    /* Without a close frame: an end, a reset, in the middle of a message, a frame, a head. */
+    static const size_t cuts[] = {1, 30, sizeof WS_REQUEST - 1, sizeof WS_REQUEST + 1,
+                                  sizeof WS_REQUEST + 5};
+    for (size_t i = 0; i < 2 * sizeof cuts / sizeof cuts[0]; i++) {
+        int fd = t_connect(p.port);
+        t_send(fd, WS_REQUEST "\x01\xff\0\0\0\0\0", cuts[i / 2]);
+        if (i % 2) {
+            t_reset(fd);
+        } else {
+            t_shut(fd);
+            t_drain_and_close(fd);
+        }
+    }
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* Who is silent is asked once, and has to say something: anything. */
+TEST_MODES(websocket_pings_who_is_silent)
+{
+    program p = start_with("websocket", "1", NULL);
+    int64_t begin = t_now_ms();
+    int silent = open_websocket(&p), there = open_websocket(&p);
+    for (int i = 0; i < 3; i++) {
+        expect_frame(there, 9, "", 0);
+        send_frame(there, 0x8a, "", 0);
+    }
+    expect_frame(silent, 9, "", 0);
+    t_expect_eof(silent);
+    CHECK_NEAR_MS(t_now_ms() - begin, 2800, 8000);
+    send_frame(there, 0x81, "still here", 10);
+    expect_frame(there, 1, "still here", 10);
+    t_close(silent);
+    t_finish(there);
+    send_signal(&p, SIGTERM);
+    expect_end(&p);
+}
+
+/* In a drain what is under way is answered, and then everybody hears that the server goes away. */
+TEST_MODES(websocket_goes_away)
+{
+    program p = start_with("websocket", NULL, NULL);
+    int idle = open_websocket(&p), busy = open_websocket(&p), later = t_connect(p.port);
+    char frame[64];
+    size_t size = make_frame(frame, 0x81, "under way", 9);
+    t_send(busy, frame, 5);
+    t_sends(later, "GET /sock");
+    send_frame(idle, 0x81, "hello", 5);
+    expect_frame(idle, 1, "hello", 5);
+    send_signal(&p, SIGTERM);
+    expect_close(idle, 1001);
+    t_send(busy, frame + 5, size - 5);
+    expect_frame(busy, 1, "under way", 9);
+    expect_close(busy, 1001);
+    t_sends(later, WS_REQUEST + 9);
+    t_expect(later, WS_OPEN);
+    expect_close(later, 1001);
+    expect_end(&p);
+}
+
+/* ---- upload -------------------------------------------------------------------------------*/
+
+#define PUT_REPLY(status) \
+    "HTTP/1.1 " status "\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+/* A program that keeps uploads in a directory of its own, and the writing end of its stdin. */
+typedef struct store {
+    program upload;
+    char directory[512];
+    int gate;
+} store;
+
+static store start_upload(void)
+{
+    store s;
+    char line[512];
+    int fds[2];
+    snprintf(s.directory, sizeof s.directory, "%s/upload.XXXXXX", examples());
+    CHECK(mkdtemp(s.directory) != NULL);
+    const char *arguments[3] = {"0", s.directory, NULL};
+    CHECK(pipe(fds) == 0);
+    CHECK(fcntl(fds[1], F_SETFD, FD_CLOEXEC) == 0);
+    s.upload = launch("upload", arguments, fds[0], line, sizeof line);
+    CHECK_INT(sscanf(line, "port %d", &s.upload.port), 1);
+    t_close(fds[0]);
+    s.gate = fds[1];
+    make_pattern();
+    return s;
+}
+
+/* How many files there are, half ones included. */
+static int count_files(const char *directory)
+{
+    int count = 0;
+    DIR *d = opendir(directory);
+    CHECK(d != NULL);
+    for (struct dirent *e = readdir(d); e != NULL; e = readdir(d)) {
+        count += strcmp(e->d_name, ".") != 0 && strcmp(e->d_name, "..") != 0;
+    }
+    closedir(d);
+    return count;
+}
+
+static bool is_empty(void *directory)
+{
+    return count_files((const char *)directory) == 0;
+}
+
+static bool has_one_file(void *directory)
+{
+    return count_files((const char *)directory) == 1;
+}
+
+/* The file must hold the pattern's first bytes, so many of them. It is removed. */
+static void take_file(const store *s, const char *name, size_t size)
+{
+    char path[600], *got = allocate(PATTERN);
+    struct stat file;
+    snprintf(path, sizeof path, "%s/%s", s->directory, name);
+    int fd = open(path, O_RDONLY);
+    CHECK(fd >= 0);
+    CHECK(fstat(fd, &file) == 0);
+    CHECK_INT(file.st_size, size);
+    for (size_t at = 0, n; at < size; at += n) {
+        n = size - at < PATTERN ? size - at : PATTERN;
+        CHECK_INT(read(fd, got, n), n);
+        CHECK_MEM(got, n, pattern, n);
+    }
+    t_close(fd);
+    CHECK(unlink(path) == 0);
+    free(got);
+}
+
+static void stop_upload(store *s)
+{
+    CHECK_INT(count_files(s->directory), 0);
+    CHECK(rmdir(s->directory) == 0);
+    t_close(s->gate);
+    send_signal(&s->upload, SIGTERM);
+    expect_end(&s->upload);
+}
+
+static int begin_put(const store *s, const char *name, size_t size)
+{
+    char head[256];
+    int fd = t_connect(s->upload.port);
+    snprintf(head, sizeof head, "PUT /%s HTTP/1.1\r\nContent-Length: %zu\r\n\r\n", name, size);
+    t_sends(fd, head);
+    return fd;
+}
+
+/* Bytes [from, to) of the pattern, which goes on and on. */
+static void send_pattern(int fd, size_t from, size_t to)
+{
+    for (size_t n; from < to; from += n) {
+        n = to - from < PATTERN ? to - from : PATTERN;
+        t_send(fd, pattern + from % PATTERN, n);
+    }
+}
+
+TEST_ONCE(upload_keeps_files)
+{
+    enum { LARGE = 8 * 1024 * 1024 + 7 };
+    store s = start_upload();
+    int fd = begin_put(&s, "none", 0);
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "none", 0);
+    fd = begin_put(&s, "a-Large_file.bin", LARGE);
+    send_pattern(fd, 0, LARGE);
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "a-Large_file.bin", LARGE);
+
+    /* In the place of an older one, at once: of two that come side by side each is whole. */
+    int other = begin_put(&s, "x", 70000);
+    fd = begin_put(&s, "x", 90000);
+    send_pattern(fd, 0, 50000);
+    send_pattern(other, 0, 70000);
+    t_expect(other, PUT_REPLY("201 Created"));
+    send_pattern(fd, 50000, 90000);
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    t_leave(other);
+    take_file(&s, "x", 90000);
+
+    /* Who waits until it is asked for the body is asked. What is behind the body is not read. */
+    fd = t_connect(s.upload.port);
+    t_sends(fd, "PUT /x?query HTTP/1.1\r\nExpect: 100-Continue\r\nContent-Length: 9\r\n\r\n");
+    t_expect(fd, "HTTP/1.1 100 Continue\r\n\r\n");
+    send_pattern(fd, 0, 9);
+    t_sends(fd, "PUT /y HTTP/1.1\r\n\r\n");
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "x", 9);
+    stop_upload(&s);
+}
+
+/* As somebody would do it: 32 MiB, or UPLOAD_MIB of them. */
+TEST_ONCE(upload_takes_what_curl_sends)
+{
+    const char *given = getenv("UPLOAD_MIB");
+    size_t size = (size_t)(given != NULL ? atoi(given) : 32) * 1024 * 1024;
+    char path[600], line[4096];
+    if (system("command -v curl >/dev/null") != 0) {
+        SKIP("curl");
+    }
+    store s = start_upload();
+    snprintf(path, sizeof path, "%s.sent", s.directory);
+    FILE *file = fopen(path, "w");
+    CHECK(file != NULL);
+    for (size_t at = 0, n; at < size; at += n) {
+        n = size - at < PATTERN ? size - at : PATTERN;
+        CHECK_INT(fwrite(pattern, 1, n, file), n);
+    }
+    CHECK(fclose(file) == 0);
+    snprintf(line, sizeof line,
+             "test \"$(curl --noproxy '*' -sS -o /dev/null -w '%%{http_code}' -T %s "
+             "http://127.0.0.1:%d/sent)\" = 201 && cmp %s %s/sent",
+             path, s.upload.port, path, s.directory);
+    CHECK_INT(system(line), 0);
+    take_file(&s, "sent", size);
+    CHECK(unlink(path) == 0);
+    stop_upload(&s);
+}
+
+/* Names that lead elsewhere, or to what is hidden; sizes that are too large; other methods. */
+TEST_ONCE(upload_refuses_what_it_cannot_keep)
+{
+    static const exchange_step bad[] = {
+        {"PUT / HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /.x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /.. HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /../x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /a/b HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT //x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"PUT /a%2fb HTTP/1.1\r\nContent-Length: 1\r\n\r\nx", PUT_REPLY("404 Not Found")},
+        {"GET /x HTTP/1.1\r\n\r\n", PUT_REPLY("405 Not Allowed\r\nAllow: PUT")},
+        {"POST /x HTTP/1.1\r\nContent-Length: 1\r\n\r\nx",
+         PUT_REPLY("405 Not Allowed\r\nAllow: PUT")},
+        {"PUT /x HTTP/1.1\r\nContent-Length: 2147483648\r\nExpect: 100-continue\r\n\r\n",
+         PUT_REPLY("413 Content Too Large")},
+        {"PUT /x HTTP/1.1\r\nContent-Length: 18446744073709551617\r\n\r\n",
+         PUT_REPLY("413 Content Too Large")},
+        {"PUT /x HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx",
+         PUT_REPLY("400 Bad Request")},
+        {"PUT /x HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+         PUT_REPLY("501 Not Implemented")},
+        {"nonsense\r\n\r\n", PUT_REPLY("400 Bad Request")},
+    };
+    store s = start_upload();
+    for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
+        int fd = t_connect(s.upload.port);
+        t_sends(fd, bad[i].send);
+        t_expect(fd, bad[i].expect);
+        t_leave(fd);
+    }
+    /* A directory has the name already. */
+    char path[600];
+    snprintf(path, sizeof path, "%s/x", s.directory);
+    CHECK(mkdir(path, 0700) == 0);
+    int fd = begin_put(&s, "x", 1);
+    send_pattern(fd, 0, 1);
+    t_expect(fd, PUT_REPLY("500 Internal Server Error"));
+    t_leave(fd);
+    CHECK(rmdir(path) == 0);
+    stop_upload(&s);
+}
+
+/* However a connection is cut, and even when the program ends: nobody ever finds half a file. */
+TEST_ONCE(upload_leaves_no_half_file)
+{
+    enum { SIZE = 1024 * 1024 };
+    store s = start_upload();
+    for (int way = 0; way < 2; way++) {
+        int fd = begin_put(&s, "x", SIZE);
+        send_pattern(fd, 0, SIZE / 2);
+        CHECK(t_wait_until(has_one_file, s.directory)); /* under a name of its own */
+        if (way == 0) {
+            t_shut(fd);
+            t_expect(fd, PUT_REPLY("400 Bad Request"));
+            t_leave(fd);
+        } else {
+            t_reset(fd);
+        }
+        CHECK(t_wait_until(is_empty, s.directory));
+    }
+    /* A drain waits for who is under way; a second signal ends its patience. */
+    int whole = begin_put(&s, "whole", SIZE), idle;
+    send_pattern(whole, 0, SIZE - 1);
+    CHECK(t_wait_until(has_one_file, s.directory));
+    idle = t_connect(s.upload.port);
+    send_signal(&s.upload, SIGTERM);
+    t_expect_eof(idle); /* so would the other one, which is silent for longer, if it were idle */
+    t_close(idle);
+    send_pattern(whole, SIZE - 1, SIZE);
+    t_expect(whole, PUT_REPLY("201 Created"));
+    t_leave(whole);
+    expect_end(&s.upload);
+    take_file(&s, "whole", SIZE);
+    CHECK(rmdir(s.directory) == 0);
+    t_close(s.gate);
+
+    s = start_upload();
+    int half = begin_put(&s, "half", SIZE);
+    send_pattern(half, 0, SIZE - 1);
+    CHECK(t_wait_until(has_one_file, s.directory));
+    send_signal(&s.upload, SIGTERM);
+    for (int64_t end = t_patience(); !t_is_refused(s.upload.port);) {
+        CHECK(t_now_ms() < end);
+    }
+    send_signal(&s.upload, SIGTERM);
+    expect_end(&s.upload);
+    t_close(half);
+    CHECK_INT(count_files(s.directory), 0);
+    CHECK(rmdir(s.directory) == 0);
+    t_close(s.gate);
+}
+
+/* A disk that writes nothing: who sends has to wait, with what the kernel and one block hold, and
+ * everybody else is served. Then it writes again, and nothing is lost. */
+TEST_ONCE(upload_slows_the_sender_down_and_nobody_else)
+{
+    enum { TOTAL = 64 * 1024 * 1024, HELD = 24 * 1024 * 1024, WAIT = 300 };
+    variant = "gated_";
+    store s = start_upload();
+    int fd = begin_put(&s, "x", TOTAL);
+    struct pollfd room = {fd, POLLOUT, 0};
+    size_t sent = 0;
+    while (sent < TOTAL && poll(&room, 1, WAIT) == 1) {
+        sent = push(fd, sent, TOTAL);
+    }
+    if (sent > HELD) {
+        T_FAIL("the program took %zu bytes for a disk that writes nothing", sent);
+    }
+    for (int i = 0; i < 20; i++) { /* more than there are threads */
+        int other = begin_put(&s, "", 0);
+        t_expect(other, PUT_REPLY("404 Not Found"));
+        t_leave(other);
+    }
+    CHECK_INT(write(s.gate, "wwww", 4), 4); /* four blocks */
+    t_close(s.gate);
+    while (sent < TOTAL) {
+        CHECK_INT(poll(&room, 1, t_patience_ms()), 1);
+        sent = push(fd, sent, TOTAL);
+    }
+    t_expect(fd, PUT_REPLY("201 Created"));
+    t_leave(fd);
+    take_file(&s, "x", TOTAL);
+    s.gate = open("/dev/null", O_WRONLY);
+    stop_upload(&s);
+}
+
+TEST_ONCE(upload_says_that_the_disk_is_full)
+{
+    enum { SIZE = 4 * 1024 * 1024 };
+    variant = "gated_";
+    store s = start_upload();
+    char *sent = allocate(SIZE);
+    memset(sent, 'x', SIZE);
+    for (int good = 0; good < 3; good++) {
+        CHECK_INT(write(s.gate, "wwe" + 2 - good, (size_t)good + 1), good + 1);
+        int fd = begin_put(&s, "x", SIZE);
+        t_send(fd, sent, SIZE); /* the rest does not turn the answer into a reset */
+        t_expect(fd, PUT_REPLY("507 Insufficient Storage"));
+        t_leave(fd);
+        CHECK(t_wait_until(is_empty, s.directory));
+    }
+    free(sent);
+    stop_upload(&s);
 }
 
 /* ---- unix_socket --------------------------------------------------------------------------*/
