@@ -218,7 +218,7 @@ if ! command -v codespell >/dev/null; then
     skip 'spelling: no codespell'
 else
     # "ond" is what follows "sec", in a test.
-    codespell --check-hidden --ignore-words-list ond --skip '*.svg,*.png,*.json,./tests/fuzz/found' \
+    codespell --check-hidden --ignore-words-list ond,nd,alue --skip '*.svg,*.png,*.json,./tests/fuzz/found' \
         README.md Makefile tcpserver.h examples tests .ci .cmake .meson .pkgconfig >"$build/bad" 2>&1
     verdict 'spelling' "$build/bad"
 fi
