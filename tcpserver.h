@@ -1,5 +1,5 @@
 /*
- * tcpserver.h 0.1.0 - Tornado's TCPServer, IOStream and IOLoop for C, in one header
+ * tcpserver.h 0.2.0 - Tornado's TCPServer, IOStream and IOLoop for C, in one header
  *
  * SPDX-License-Identifier: MIT
  *
@@ -595,9 +595,9 @@
 #include <stdint.h>
 
 #define TSRV_VERSION_MAJOR 0
-#define TSRV_VERSION_MINOR 1
+#define TSRV_VERSION_MINOR 2
 #define TSRV_VERSION_PATCH 0
-#define TSRV_VERSION "0.1.0"
+#define TSRV_VERSION "0.2.0"
 #define TSRV_VERSION_NUM \
     (TSRV_VERSION_MAJOR * 10000 + TSRV_VERSION_MINOR * 100 + TSRV_VERSION_PATCH)
 
@@ -18854,7 +18854,20 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
 /* ============================================================================
  * >>history  What changed
  *
- *   0.1.0  first version
+ *   0.2.0  New: the PROXY protocol; tsrv_work, tsrv_run_in_thread; tsrv_condition; names are
+ *          looked up on threads, and addresses tried as RFC 8305 has it; max_per_address,
+ *          on_accept, max_total_buffer, slow_ms, keep-alive times, user_timeout_ms; user, group,
+ *          start_timeout_ms; tsrv_metrics_format; tsrv_try_writev; of TLS: texts, passwords,
+ *          revocation, OCSP, on_server_name, ticket keys that turn over, tsrv_tls_peer_name;
+ *          TSRV_DEBUG names mistakes. Large messages cost less than half of what they did.
+ *          What breaks: structs have more fields, so everything is to be compiled anew, and with
+ *          a glibc before 2.34 linked with -pthread. num_processes 0 always forks. A worker that
+ *          ends without having been told to is replaced, whatever its status. A drain refuses
+ *          new connections at once, and ends who has been silent for a second. A refused write
+ *          and a failed tsrv_sendfile end the stream. A second tsrv_serve at the same time is
+ *          TSRV_EBUSY. tsrv_wait in on_close is TSRV_EINVAL. The log has time, pid and level in
+ *          front, and says what a server does; tsrv_set_log_level leaves that out.
+ *   0.1.0  First version.
  * ==========================================================================*/
 
 /* ============================================================================
