@@ -939,31 +939,32 @@ TEST_ONCE(socket_file_goes_with_the_server_that_bound_it)
     CHECK(rmdir(directory) == 0);
 }
 
+static bool listens(int fd)
+{
+    int listening = 0;
+    socklen_t size = sizeof listening;
+    return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listening, &size) == 0 && listening != 0;
+}
+
 /* More than the list has room for at first; some of them closed by the program, and their numbers
  * in use for something else. */
 TEST_ONCE(listening_ends_at_once_and_only_for_what_was_bound)
 {
     enum { COUNT = 150 };
-    int fds[COUNT], ports[COUNT], before = t_open_fds();
+    int fds[COUNT], before = t_open_fds();
     for (int i = 0; i < COUNT; i++) {
         CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fds[i], 1), 1);
-        ports[i] = port_of(fds[i]);
     }
     for (int i = 0; i < COUNT; i += 3) {
         int fd = t_raw_socket(SOCK_STREAM, true, NULL);
         CHECK(dup2(fd, fds[i]) == fds[i]); /* the program's own */
         t_close(fd);
-        ports[i] = port_of(fds[i]);
     }
     tsrvi_bound_refuse_all(false, 0);
     CHECK_INT(tsrvi_process.bound.count, 0);
-    for (int i = 0; i < COUNT; i++) {
-        struct sockaddr_in name = t_address(ports[i]);
-        int client = socket(AF_INET, SOCK_STREAM, 0);
-        int error = connect(client, (struct sockaddr *)&name, sizeof name) == 0 ? 0 : errno;
-        CHECK_INT(error, i % 3 == 0 ? 0 : ECONNREFUSED);
+    for (int i = 0; i < COUNT; i++) { /* to connect would tell less: the ports are anybody's now */
+        CHECK_INT(listens(fds[i]), i % 3 == 0);
         CHECK((fcntl(fds[i], F_GETFD) & FD_CLOEXEC) != 0 || i % 3 == 0);
-        t_close(client);
         t_close(fds[i]); /* still legal */
     }
     CHECK_INT(t_open_fds(), before);
