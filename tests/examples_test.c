@@ -2335,7 +2335,7 @@ TEST_MODES(websocket_shakes_hands)
                  "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==x\r\n" WS_VERSION "\r\n",
          WS_REFUSED("400 Bad Request")},
         {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
-                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub2==  \r\n" WS_VERSION "\r\n",
+                 "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25j==  \r\n" WS_VERSION "\r\n",
          WS_REFUSED("400 Bad Request")},
         {WS_HEAD "Upgrade: websocket\r\nConnection: Upgrade\r\n"
                  "Sec-WebSocket-Key: \r\n" WS_VERSION "\r\n",
