@@ -82,7 +82,7 @@ static const char *open_socket(const tsrv_slice *head, const request *r, char pr
 {
     const char *key = field(head, "Sec-WebSocket-Key");
     size_t size = strspn(key, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
-    if (r->body || !r->keep || *field(head, "Host") == '\r' ||
+    if (!r->keep /* or it has a body */ || *field(head, "Host") == '\r' ||
         !has_word(field(head, "Upgrade"), "websocket") ||
         !has_word(field(head, "Connection"), "Upgrade") || size != 22 ||
         strncmp(key + size, "==", 2) != 0 || strchr(" \t\r", key[24]) == NULL) {
