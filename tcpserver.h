@@ -1389,8 +1389,10 @@ TSRV_API void tsrv_server_stop(tsrv_server *server);
  * received, and it was not accepted, within the last second, whatever it has written. So a request
  * or an upload under way is finished, a client whose first request is in flight is served, and no
  * request is cut of a client that sends at least one a second: the handler of its next one sees
- * tsrv_stopping, and can say in its answer that it is the last. A stream whose client goes on like
- * that is left until the grace is over. Then what is left is aborted, every other wait of the
+ * tsrv_stopping, and can say in its answer that it is the last. Between two calls of tsrv_read_some
+ * nothing tells that more is to come: who reads a body reads all of it, or blocks of it, by
+ * tsrv_read_bytes or tsrv_read_into. Who has begun neither its PROXY header nor its handshake for a
+ * second is closed. A stream whose client goes on sending is left until the grace is over. Then what is left is aborted, every other wait of the
  * handlers ends once with TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the
  * same drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
  *   grace_ms  0 = the server's grace_ms; TSRV_NEVER; one below 1.5 s leaves a client that was busy
