@@ -6,7 +6,7 @@
 static tsrv_condition condition;
 static tsrv_loop *loop;
 
-static void check_records(const int *expected, int count)
+static void check_order(const int *expected, int count)
 {
     for (int i = 0; i < count && i < t_record_count(); i++) {
         CHECK_INT(t_recorded(i), expected[i]);
@@ -53,7 +53,7 @@ TEST_LOOP(who_came_first_is_woken_first)
     CHECK_INT(t_record_count(), 6);
     notify_and_turn(SIZE_MAX);
     notify_and_turn(SIZE_MAX);
-    check_records(expected, 10);
+    check_order(expected, 10);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
@@ -73,7 +73,7 @@ TEST_LOOP(nobody_runs_inside_notify)
     open_with_waiters(wait_once, ids, 2);
     CHECK_INT(tsrv_loop_post(loop, notify_all, NULL), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
-    check_records(expected, 5);
+    check_order(expected, 5);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
 
@@ -99,7 +99,7 @@ TEST_LOOP(wait_times_out_and_takes_no_notification)
     notify_and_turn(1);
     CHECK_INT(t_record_count(), 4);
     notify_and_turn(1);
-    check_records(expected, 6);
+    check_order(expected, 6);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
 
@@ -198,7 +198,7 @@ TEST_LOOP(freeing_the_loop_ends_waits)
     t_watch_log();
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK(strstr(t_log, "1 coroutines still waited and were dropped") != NULL);
-    check_records(expected, 8);
+    check_order(expected, 8);
     CHECK(condition.first == NULL && condition.last == NULL);
     CHECK_INT(tsrv_condition_notify(&condition, SIZE_MAX), TSRV_OK);
 }
@@ -218,7 +218,7 @@ static void own_condition(void *context)
     }
 }
 
-static void wait_for_ever(void *context)
+static void wait_without_end(void *context)
 {
     (void)context;
     for (;;) {
@@ -240,7 +240,7 @@ TEST_LOOP(condition_may_be_dropped_with_its_stack)
     }
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(tsrv_spawn(loop, own_condition, NULL), TSRV_OK);
-    CHECK_INT(tsrv_spawn(loop, wait_for_ever, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, wait_without_end, NULL), TSRV_OK);
     for (int i = 0; i < TSRVI_STACK_POOL; i++) { /* so that there is no room for theirs */
         CHECK_INT(tsrv_spawn(loop, sleep_briefly, NULL), TSRV_OK);
     }
@@ -272,7 +272,7 @@ TEST_LOOP(wait_that_has_ended_takes_no_notification)
     CHECK_INT(tsrv_spawn(loop, wait_on_or_once, &other), TSRV_OK);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
-    check_records(expected, 6);
+    check_order(expected, 6);
 }
 
 /* ---- what is built with it ----------------------------------------------------------------*/
@@ -329,7 +329,7 @@ static void spawn_many(tsrv_callback callback, int *ids, int count)
     }
 }
 
-static void run_and_free(void)
+static void run_empty(void)
 {
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
@@ -379,7 +379,7 @@ TEST_LOOP(join_waits_for_all)
 {
     loop = t_new_loop();
     CHECK_INT(tsrv_spawn(loop, join_in_time, NULL), TSRV_OK);
-    run_and_free();
+    run_empty();
 }
 
 static void join_too_late(void *context)
@@ -392,7 +392,7 @@ TEST_LOOP(join_whose_time_is_over_waits_on)
 {
     loop = t_new_loop();
     CHECK_INT(tsrv_spawn(loop, join_too_late, NULL), TSRV_OK);
-    run_and_free();
+    run_empty();
 }
 
 static void join_in_a_loop_that_is_freed(void *context)
@@ -437,7 +437,7 @@ TEST_LOOP(join_looks_again)
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(t_record_count(), 0);
     join_end(&shared);
-    run_and_free();
+    run_empty();
     CHECK_INT(t_record_count(), 1);
 }
 
@@ -481,7 +481,7 @@ TEST_LOOP(semaphore_lets_so_many_in_and_in_their_order)
     int ids[40];
     open_places(PLACES);
     spawn_many(enter_and_leave, ids, 40);
-    run_and_free();
+    run_empty();
     CHECK_INT(most_inside, PLACES);
     CHECK_INT(places.free, PLACES);
     CHECK_INT(places.waiting, 0);
@@ -504,8 +504,8 @@ TEST_LOOP(semaphore_is_not_taken_again_before_others)
     int ids[3];
     open_places(1);
     spawn_many(come_again, ids, 3);
-    run_and_free();
-    check_records(expected, 9);
+    run_empty();
+    check_order(expected, 9);
 }
 
 static int served_of_many, given_up;
@@ -543,7 +543,7 @@ TEST_LOOP(semaphore_loses_nothing)
         served_of_many = given_up = 0;
         open_places(PLACES);
         spawn_many(come_at_random, ids, 20);
-        run_and_free(); /* it returns: nobody waits any more */
+        run_empty(); /* it returns: nobody waits any more */
         CHECK_INT(served_of_many + given_up, 400);
         CHECK(given_up > 0);
         CHECK_INT(most_inside, PLACES);
@@ -578,7 +578,7 @@ TEST_LOOP(semaphore_passes_on_what_was_given_to_who_gives_up)
     spawn_many(want, ids, 2);
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
-    check_records(expected, 3);
+    check_order(expected, 3);
     CHECK_INT(places.free, 1);
     CHECK_INT(places.waiting, 0);
 }
@@ -633,7 +633,7 @@ TEST_LOOP(pool_has_no_more_than_its_places)
     open_pool();
     seed = 1;
     spawn_many(use_thing, ids, 16);
-    run_and_free();
+    run_empty();
     CHECK_INT(most_inside, 8);
     CHECK(made_count > 8 && made_count < 80);
     CHECK_INT(things.idle_count, alive_count);
@@ -747,14 +747,14 @@ TEST_LOOP(queue_keeps_the_order_and_loses_nothing)
     producing = 5;
     spawn_many(produce, producers, 5);
     spawn_many(consume, consumers, 3);
-    run_and_free();
+    run_empty();
     CHECK_INT(put_count, 503);
     CHECK_INT(got_count, 503);
     CHECK_INT(items.room.free, 16);
     CHECK_INT(items.filled.free, 0);
 }
 
-static void fill(void *context)
+static void fill_channel(void *context)
 {
     void *none = NULL;
     (void)context;
@@ -779,9 +779,25 @@ static void fill(void *context)
 TEST_LOOP(queue_may_be_full_and_empty)
 {
     open_queue();
-    CHECK_INT(tsrv_spawn(loop, fill, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, fill_channel, NULL), TSRV_OK);
     CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
     CHECK_INT(t_record_count(), 1);
     CHECK_INT(items.room.free, 16);
+}
+
+static void wait_less_than_never(void *context)
+{
+    *(int *)context = tsrv_condition_wait(&condition, TSRV_NEVER - 1);
+}
+
+TEST_LOOP(a_time_below_never_is_refused)
+{
+    int rc = 0;
+    tsrv_loop *here = t_new_loop();
+    CHECK_INT(tsrv_spawn(here, wait_less_than_never, &rc), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(here), TSRV_OK);
+    CHECK_INT(rc, TSRV_EINVAL);
+    CHECK_INT(tsrv_condition_notify(&condition, 1), TSRV_OK); /* nobody is there */
+    CHECK_INT(tsrv_loop_free(here), TSRV_OK);
 }

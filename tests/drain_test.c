@@ -608,7 +608,7 @@ TEST_STREAM(unsent_output_above_the_high_water_is_not_idle)
 /* ---- streams without requests and answers -------------------------------------------------*/
 
 /* Takes lines and never answers. */
-static int take_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int take_all_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice line;
     int rc;
@@ -622,7 +622,7 @@ static int take_lines(tsrv_stream *stream, const tsrv_address *address, void *co
 
 TEST_STREAM(one_way_stream_ends_after_a_second_of_silence)
 {
-    open_server(take_lines, defaults);
+    open_server(take_all_lines, defaults);
     s_drainer d = s_new_drain(0);
     int fd = join();
     s_begin_drain(&d);
@@ -800,7 +800,7 @@ static void elsewhere_until_the_grace(int way)
     e.silent = t_raw_socket(SOCK_STREAM, true, &e.port);
     options.context = &e;
     open_server(be_elsewhere, options);
-    options.handle_stream = take_lines;
+    options.handle_stream = take_all_lines;
     options.data_size = sizeof(session);
     e.other = s_new_server(options);
     int others = t_add_pair(e.other);
@@ -846,7 +846,7 @@ TEST_COROUTINE(grace_ends_other_waits_once)
 static int ignored;
 
 /* Treats the end of its wait as nothing. */
-static int sleep_on(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int sleep_through(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     (void)address, (void)context;
     enter(stream);
@@ -858,7 +858,7 @@ static int sleep_on(tsrv_stream *stream, const tsrv_address *address, void *cont
 
 TEST_COROUTINE(stubborn_handler_does_not_hold_up_the_drain)
 {
-    open_server(sleep_on, defaults);
+    open_server(sleep_through, defaults);
     s_drainer d = s_new_drain(500);
     int fd = join();
     s_begin_drain(&d);
@@ -1270,7 +1270,7 @@ enum {
     P_SIGNAL,
     P_COROUTINE,
     P_DRAINED, /* a coroutine when its drain is over */
-    PLACES
+    SEATS
 };
 
 typedef struct cell {
@@ -1429,7 +1429,7 @@ static void cell_end(void)
 /* Each place's cell leaves nothing. */
 static void in_every_place(void (*run_cell)(int place))
 {
-    for (int place = 0; place < PLACES; place++) {
+    for (int place = 0; place < SEATS; place++) {
         int fds = t_open_fds();
         long live = t_live_allocations;
         run_cell(place);
@@ -1461,7 +1461,7 @@ static int last_client(const cell *c)
     return c->clients[1];
 }
 
-static void check_served(cell *c)
+static void check_cell_served(cell *c)
 {
     if (c->place != P_DRAINED) {
         s_echo(last_client(c), "still there?\n");
@@ -1491,7 +1491,7 @@ static void check_closed(cell *c)
 {
     if (c->open == 0) {
         CHECK(c->place == P_ON_START || c->place == P_DRAINED);
-        check_served(c);
+        check_cell_served(c);
         return;
     }
     s_expect_eof(last_client(c));
@@ -1530,7 +1530,7 @@ static void check_stopped(cell *c)
     tsrv_address address;
     CHECK_INT(tsrv_server_address(s_server, 0, &address), TSRV_EINVAL);
     if (c->open > 0) {
-        check_served(c);
+        check_cell_served(c);
     }
 }
 
@@ -1614,7 +1614,7 @@ static void run_stop_cell(int place)
     CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* with the timer and the watch still active */
     CHECK_INT(now.acted, 1);
     if (now.open > 0) {
-        check_served(&now); /* it can run on */
+        check_cell_served(&now); /* it can run on */
     }
     cell_end();
 }
@@ -1635,7 +1635,7 @@ static void free_the_loop(cell *c)
 static void check_busy(cell *c)
 {
     CHECK_INT(c->code, TSRV_EBUSY);
-    check_served(c);
+    check_cell_served(c);
 }
 
 TEST_STREAM(no_callback_may_free_or_run_the_loop)
@@ -1659,7 +1659,7 @@ static void check_own_stopped(cell *c)
     CHECK(raise(SIGUSR1) == 0); /* ignored again, as before the watch */
     s_run_ms(200);
     CHECK_INT(c->calls, 0);
-    check_served(c);
+    check_cell_served(c);
 }
 
 TEST_STREAM(every_callback_may_stop_timers_watches_and_signals)
@@ -1707,7 +1707,7 @@ static void check_anew(cell *c)
     s_run_ms(50);
     CHECK_INT(c->anew, 7);
     CHECK_INT(c->calls, 0);
-    check_served(c);
+    check_cell_served(c);
 }
 
 TEST_STREAM(every_callback_may_start_timers_watches_and_signals_anew)

@@ -516,7 +516,7 @@ static void note_entered(void)
 enum { REPLY = 4 << 20 };
 
 /* What the server does for the next connection. */
-enum { ECHO, WAIT_FIRST, ANSWER, ANSWER_FLUSH, ANSWER_FILE, ANSWER_CLOSE, SHORT_CLOSE, READ_INTO };
+enum { ECHO, WAIT_FIRST, ANSWER, ANSWER_FLUSH, ANSWER_FILE, ANSWER_CLOSE, SHORT_CLOSE, READS_INTO };
 
 static struct {
     int serves;
@@ -550,7 +550,7 @@ static int serve_point(tsrv_stream *stream, const tsrv_address *address, void *c
             *step = 2;
         }
         break;
-    case READ_INTO: rc = tsrv_read_into(stream, point.into, sizeof point.into); break;
+    case READS_INTO: rc = tsrv_read_into(stream, point.into, sizeof point.into); break;
     default:
         if (*step == 1 && (rc = tsrv_read_until(stream, "\n", 0, NULL)) == TSRV_OK) {
             *step = 2;
@@ -616,7 +616,7 @@ static const struct {
     {"behind a line", ECHO, "clw!", {0}},
     {"mid-line, behind a line", ECHO, "clwpw!", {0}},
     {"after half-close", ECHO, "cls!", {TSRV_EOF}},
-    {"mid-read into the program's memory", READ_INTO, "cpw!", {0}},
+    {"mid-read into the program's memory", READS_INTO, "cpw!", {0}},
     {"before the reply was read", ANSWER, "clb!", {0}},
     {"mid-reply", ANSWER, "clbr!", {0}},
     {"mid-reply, with unread input", ANSWER, "clbjr!", {0}},

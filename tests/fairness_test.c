@@ -34,7 +34,7 @@ typedef struct other {
     int answers;
 } other;
 
-static void ask(other *o)
+static void ask_other(other *o)
 {
     o->turns = 0;
     t_sends(o->fd, "ping\n");
@@ -43,7 +43,7 @@ static void ask(other *o)
 static other join_other(void)
 {
     other o = {s_join(), 0, 0};
-    ask(&o);
+    ask_other(&o);
     return o;
 }
 
@@ -57,7 +57,7 @@ static void look_after(other *o)
     if (n > 0) {
         CHECK_MEM(answer, (size_t)n, "pong\n", 5);
         o->answers++;
-        ask(o);
+        ask_other(o);
     }
     CHECK_MOST(o->turns, 4);
 }
@@ -780,13 +780,13 @@ TEST_SOFT(reads_after_the_end_let_others_run)
 
 /* ---- accepts ------------------------------------------------------------------------------*/
 
-enum { CROWD = 300, QUEUED = 110 }; /* a queue of 128 is what every system gives */
+enum { PEERS = 300, QUEUED = 110 }; /* a queue of 128 is what every system gives */
 
 /* Clients arrive as fast as they are accepted. Each turn accepts more of them, up to a limit, and
  * the stream that was there before is served in all of them. */
 TEST_SOFT(accepts_leave_time_for_streams)
 {
-    static int fds[CROWD];
+    static int fds[PEERS];
     int arrived = 0, count = 0;
     size_t most = 0;
     int64_t limit = t_patience();
@@ -795,9 +795,9 @@ TEST_SOFT(accepts_leave_time_for_streams)
     s_open(options);
     other o = join_other();
     uint64_t first = s_stats().accepted;
-    while (s_stats().accepted < first + CROWD) {
+    while (s_stats().accepted < first + PEERS) {
         uint64_t before = s_stats().accepted;
-        while (arrived < CROWD && arrived < (int)(before - first) + QUEUED) {
+        while (arrived < PEERS && arrived < (int)(before - first) + QUEUED) {
             fds[arrived++] = t_connect(s_port);
         }
         s_turn();
@@ -809,7 +809,7 @@ TEST_SOFT(accepts_leave_time_for_streams)
     CHECK_MOST(most, 64);
     CHECK_LEAST(most, 8); /* a crowd is not accepted one by one */
     CHECK_LEAST(o.answers, count / 4 - 1);
-    t_close_all(fds, CROWD);
+    t_close_all(fds, PEERS);
     t_close(o.fd);
     s_close();
 }

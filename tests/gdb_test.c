@@ -23,7 +23,7 @@ static int await_request(tsrv_stream *stream, const tsrv_address *address, void 
     return rc;
 }
 
-static void sleep_long(void *context)
+static void sleep_here(void *context)
 {
     (void)context;
     t_record(tsrv_sleep(1000000));
@@ -66,7 +66,7 @@ __attribute__((noreturn)) static void run_program(int told)
     options.handle_stream = await_request;
     CHECK_INT(tsrv_server_new(&waiting, &options), TSRV_OK);
     t_add_pair(waiting);
-    CHECK_INT(tsrv_spawn(loop, sleep_long, NULL), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, sleep_here, NULL), TSRV_OK);
     CHECK_INT(tsrv_spawn(loop, await_notice, NULL), TSRV_OK);
     CHECK_INT(tsrv_spawn(loop, tell_when_three_wait, &told), TSRV_OK);
     tsrv_loop_run(loop);
@@ -111,7 +111,7 @@ static const char *run_gdb(const char *program, const char *process, const char 
 
 static void check_list(const char *text)
 {
-    static const char *const parts[] = {"await_request (", "sleep_long (", "await_notice ("};
+    static const char *const parts[] = {"await_request (", "sleep_here (", "await_notice ("};
     for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++) {
         if (t_count(text, parts[i]) != 1) {
             T_FAIL("\"%s\" is not once in:\n%s", parts[i], text);

@@ -929,6 +929,7 @@ TEST_LOOP(loop_freed_by_the_last_post_waits_for_its_poster)
     }
     t_seen = NULL;
 }
+LONG(loop_freed_by_the_last_post_waits_for_its_poster);
 
 TEST_LOOP(test_add_callback_while_closing)
 {
@@ -2012,4 +2013,99 @@ TEST_LOOP(signal_watch_started_again)
     CHECK_INT(lost, 0);
     tsrv_signal_stop(&watch);
     free_loop(loop);
+}
+
+/* ---- what is not given, and what cannot be made ----------------------------------------------*/
+
+TEST_LOOP(what_nobody_would_be_told_of_is_refused)
+{
+    tsrv_timer timer = {0};
+    tsrv_watch watch = {0};
+    tsrv_signal signal_watch = {0};
+    tsrv_loop *loop = t_new_loop();
+    int fds[2];
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_timer_start(loop, &timer, 0, NULL, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], TSRV_READABLE, NULL, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_signal_start(loop, &signal_watch, SIGUSR1, NULL, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_loop_post(loop, NULL, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_spawn(loop, NULL, NULL), TSRV_EINVAL);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    t_close_all(fds, 2);
+    free_loop(loop);
+}
+
+/* The loop that a thread would have been given. */
+TEST_ONCE(without_memory_for_a_loop_calls_say_so)
+{
+    tsrv_timer timer = {0};
+    tsrv_signal signal_watch = {0};
+    int calls = 0;
+    t_fail_call("malloc", 0, 1, true);
+    CHECK(tsrv_loop_current() == NULL);
+    CHECK_INT(tsrv_loop_fd(NULL), -ENOMEM);
+    CHECK_INT(tsrv_loop_backend(NULL), -ENOMEM);
+    CHECK_INT(tsrv_loop_timeout_ms(NULL), 0);
+    CHECK_INT(tsrv_loop_now_ms(NULL), 0);
+    CHECK_INT(tsrv_loop_run(NULL), -ENOMEM);
+    CHECK_INT(tsrv_loop_post(NULL, count_call, &calls), -ENOMEM);
+    CHECK_INT(tsrv_spawn(NULL, count_call, &calls), -ENOMEM);
+    CHECK_INT(tsrv_work(NULL, count_call, NULL, &calls), -ENOMEM);
+    CHECK_INT(tsrv_timer_start(NULL, &timer, 0, count_call, &calls), -ENOMEM);
+    CHECK_INT(tsrv_signal_start(NULL, &signal_watch, SIGUSR1, count_call, &calls), -ENOMEM);
+    tsrv_loop_stop(NULL);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    CHECK_INT(calls, 0);
+    t_fault_at = 0;
+    CHECK_INT(tsrv_loop_run_once(NULL, 0), 0);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+}
+
+/* Each allocation, and each system call, of a loop's birth. */
+TEST_LOOP(a_loop_that_cannot_be_made_leaves_nothing)
+{
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
+    for (long at = 1;; at++) {
+        tsrv_loop *loop = (tsrv_loop *)&options;
+        t_fail_call(at % 2 == 0 ? "malloc" : "realloc", 0, (at + 1) / 2, false);
+        int rc = tsrv_loop_new(&loop, &options);
+        bool failed = t_fault_hits > 0;
+        t_fault_at = 0;
+        CHECK_INT(rc, failed ? -ENOMEM : TSRV_OK);
+        CHECK(failed == (loop == NULL));
+        if (loop != NULL) {
+            free_loop(loop);
+        }
+        if (!failed && at > 10) {
+            break;
+        }
+    }
+}
+
+/* A watch and a signal watch that are active elsewhere move. */
+TEST_LOOP(watches_move_from_one_loop_to_another)
+{
+    tsrv_watch watch = {0};
+    tsrv_signal signal_watch = {0};
+    tsrv_loop *one = t_new_loop(), *two = t_new_loop();
+    int fds[2], calls = 0, signals = 0;
+    CHECK(pipe(fds) == 0 && write(fds[1], "x", 1) == 1);
+    CHECK_INT(tsrv_watch_start(one, &watch, fds[0], TSRV_READABLE, count_event, &calls), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(one, &signal_watch, SIGUSR2, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_watch_start(two, &watch, fds[0], TSRV_READABLE, count_event, &signals), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(two, &signal_watch, SIGUSR2, count_call, &signals), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(one, 0), 0);
+    CHECK(tsrv_loop_run_once(two, 0) > 0);
+    CHECK_INT(calls, 0);
+    CHECK_INT(signals, 1);
+    tsrv_watch_stop(&watch);
+    CHECK(raise(SIGUSR2) == 0);
+    t_turn_until(two, &signals, 2);
+    CHECK_INT(tsrv_loop_run_once(one, 0), 0);
+    CHECK_INT(calls, 0);
+    tsrv_signal_stop(&signal_watch);
+    t_close_all(fds, 2);
+    free_loop(one);
+    free_loop(two);
 }

@@ -61,7 +61,7 @@ static const char *parsed(tsrvi_proxied *proxied)
     return proxied->client.size == 0 ? "-" : tsrv_address_format(&proxied->client, text, sizeof text);
 }
 
-static void expect_line(const char *line, const char *says)
+static void expect_header(const char *line, const char *says)
 {
     tsrvi_proxied proxied;
     build_line(line);
@@ -77,14 +77,14 @@ static void expect_line(const char *line, const char *says)
 
 TEST_ONCE(lines_say_who_the_client_is)
 {
-    expect_line("PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n", "1.2.3.4:9");
-    expect_line("PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n", "255.255.255.255:65535");
-    expect_line("PROXY TCP6 2001:db8::1 ::1 1 2\r\n", "[2001:db8::1]:1");
-    expect_line("PROXY TCP6 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 65535 65535\r\n",
+    expect_header("PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n", "1.2.3.4:9");
+    expect_header("PROXY TCP4 255.255.255.255 255.255.255.255 65535 65535\r\n", "255.255.255.255:65535");
+    expect_header("PROXY TCP6 2001:db8::1 ::1 1 2\r\n", "[2001:db8::1]:1");
+    expect_header("PROXY TCP6 ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff 65535 65535\r\n",
                 "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535");
-    expect_line("PROXY TCP4 1.2.3.4 5.6.7.8 0 0\r\n", "1.2.3.4:0");
-    expect_line("PROXY UNKNOWN\r\n", "-");
-    expect_line("PROXY UNKNOWN ffff::1 whatever 1 2 3 4\r\n", "-");
+    expect_header("PROXY TCP4 1.2.3.4 5.6.7.8 0 0\r\n", "1.2.3.4:0");
+    expect_header("PROXY UNKNOWN\r\n", "-");
+    expect_header("PROXY UNKNOWN ffff::1 whatever 1 2 3 4\r\n", "-");
 }
 
 TEST_ONCE(lines_that_are_not_as_they_must_be_are_refused)
@@ -100,7 +100,7 @@ TEST_ONCE(lines_that_are_not_as_they_must_be_are_refused)
         "PROXY UNKNOWN\n  ", "GET / HTTP/1.1\r\n", "proxy TCP4 1.2.3.4 5.6.7.8 9 10\r\n",
         "PROXY UNKNOWN 1234567890123456789012345678901234567890123456789012345678901234567890123456789012345678901234567890\r\n"};
     for (size_t i = 0; i < COUNT(bad); i++) {
-        expect_line(bad[i], "?");
+        expect_header(bad[i], "?");
     }
     build_line("PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n");
     built[12] = 0;

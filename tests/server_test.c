@@ -76,6 +76,9 @@ TEST_ONCE(other_options_at_their_ends)
     options.max_connections = -1;
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
     options.max_connections = 0;
+    options.max_per_address = -1;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+    options.max_per_address = 0;
     options.mode = 2;
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
     options.mode = -1;
@@ -339,6 +342,7 @@ TEST_SOFT(a_line_byte_by_byte_costs_linear_work)
     }
     T_FAIL("the work is not linear: ratio %.2f", ratio);
 }
+LONG(a_line_byte_by_byte_costs_linear_work);
 
 /* ---- memory of idle connections ------------------------------------------------------------*/
 
@@ -494,4 +498,46 @@ TEST_SOFT(no_allocation_in_the_steady_state)
     t_seen = c_seen;
     t_run(&c);
     CHECK(c_memory > 0);
+}
+
+/* ---- servers that cannot be made -------------------------------------------------------------*/
+
+/* Each allocation fails once: nothing is left, which the harness counts. */
+TEST_ONCE(a_server_that_cannot_be_made_leaves_nothing)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server = (tsrv_server *)&options;
+    int rc = -ENOMEM;
+    options.handle_stream = echo_lines;
+    options.proxy_protocol = TSRV_PROXY_REQUIRED;
+    options.proxy_from = "10.0.0.0/8, ::1 unix:";
+    for (long at = 1; rc != TSRV_OK; at++) {
+        CHECK(at < 20);
+        t_fail_call("malloc", 0, at, false);
+        rc = tsrv_server_new(&server, &options);
+        t_fault_at = 0;
+        CHECK_INT(rc, t_fault_hits > 0 ? -ENOMEM : TSRV_OK);
+        CHECK((server != NULL) == (rc == TSRV_OK));
+    }
+    tsrv_server_free(server);
+}
+
+TEST_ONCE(what_is_no_network_is_refused)
+{
+    static const char *const bad[] = {"10.0.0.0/33", "::1/129", "10.0.0.0/-1", "10.0.0.0/", "x", "1.2.3.4, 5",
+                                      "1111:2222:3333:4444:5555:6666:7777:8888:9999:aaaa:bbbb:cccc:dddd:eeee"};
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    options.handle_stream = echo_lines;
+    options.proxy_protocol = TSRV_PROXY_REQUIRED;
+    for (size_t i = 0; i < COUNT(bad); i++) {
+        options.proxy_from = bad[i];
+        CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
+        CHECK(server == NULL);
+    }
+    options.proxy_from = "0.0.0.0/0,::/128\t1.2.3.4/32";
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    tsrv_server_free(server);
+    options.proxy_protocol = TSRV_PROXY_NONE; /* from whom, if nobody? */
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_EINVAL);
 }

@@ -437,6 +437,7 @@ TEST_ONCE(calls_that_go_on_failing_harm_nobody)
 {
     check_cases(fail_while_serving, SERVES, false);
 }
+LONG(calls_that_go_on_failing_harm_nobody);
 
 TEST_ONCE(calls_that_fail_once_in_a_stop_harm_nobody)
 {
@@ -447,26 +448,31 @@ TEST_ONCE(calls_that_go_on_failing_in_a_stop_harm_nobody)
 {
     check_cases(fail_while_stopping, STOPS, false);
 }
+LONG(calls_that_go_on_failing_in_a_stop_harm_nobody);
 
 TEST_ONCE(calls_that_fail_once_in_a_start_are_explained)
 {
     check_cases(fail_start, STARTS, true);
 }
+LONG(calls_that_fail_once_in_a_start_are_explained);
 
 TEST_ONCE(calls_that_go_on_failing_in_a_start_are_explained)
 {
     check_cases(fail_start, STARTS, false);
 }
+LONG(calls_that_go_on_failing_in_a_start_are_explained);
 
 TEST_ONCE(calls_that_fail_once_in_a_single_process_harm_nobody)
 {
     check_cases(fail_alone, 0, true);
 }
+LONG(calls_that_fail_once_in_a_single_process_harm_nobody);
 
 TEST_ONCE(calls_that_go_on_failing_in_a_single_process_harm_nobody)
 {
     check_cases(fail_alone, 0, false);
 }
+LONG(calls_that_go_on_failing_in_a_single_process_harm_nobody);
 
 /* ---- calls that come only in cases of their own --------------------------------------------*/
 

@@ -189,7 +189,7 @@ static int port_of_neither(void)
     return port;
 }
 
-static int connect_to(const char *address, int port)
+static int connect_activated(const char *address, int port)
 {
     endpoint to = make_endpoint(address, port);
     int fd = socket(to.name.ss_family, SOCK_STREAM, 0);
@@ -585,7 +585,7 @@ static void take_by_address(void *context)
     CHECK_INT(got[0], FIRST + 1);
     CHECK(is_close_on_exec(got[0]));
     CHECK(is_nonblocking(got[0]));
-    int client = connect_to(w->address, port), accepted = accept(got[0], NULL, NULL);
+    int client = connect_activated(w->address, port), accepted = accept(got[0], NULL, NULL);
     CHECK(accepted >= 0);
     t_close(accepted);
     t_close(client);
@@ -729,7 +729,7 @@ static void take_dual(void *context)
     tsrv_server *server = new_server(loop);
     CHECK_INT(tsrv_server_add_sockets(server, got, 1), TSRV_OK);
     check_served(loop, t_connect(port));
-    check_served(loop, connect_to("::1", port));
+    check_served(loop, connect_activated("::1", port));
     free_server(server, loop);
 }
 
@@ -743,7 +743,7 @@ static void listen_takes_dual(void *context)
     tsrv_server *server = new_server(loop);
     CHECK_INT(tsrv_server_listen(server, port, NULL, NULL), TSRV_OK);
     check_served(loop, t_connect(port));
-    check_served(loop, connect_to("::1", port));
+    check_served(loop, connect_activated("::1", port));
     free_server(server, loop);
 }
 
@@ -780,7 +780,7 @@ static void take_half(void *context)
     CHECK(got[0] != FIRST && got[0] != FIRST + 1);
     CHECK_INT(port_of(got[0]), port);
     CHECK_INT(got[1], FIRST);
-    t_close(connect_to("127.0.0.1", port));
+    t_close(connect_activated("127.0.0.1", port));
     CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 1);
     CHECK_INT(fds[0], FIRST + 1);
     t_close_all(got, 2);
@@ -1887,4 +1887,22 @@ TEST_ONCE(systemd_starts_an_example_for_its_first_client)
     int status = end_of(&a);
     CHECK(WIFSIGNALED(status));
     CHECK_INT(WTERMSIG(status), SIGTERM);
+}
+
+/* ---- whose files come with sockets that are handed over --------------------------------------*/
+
+TEST_ONCE(list_of_files_that_is_malformed_is_read_as_far_as_it_makes_sense)
+{
+    bool *file = tsrvi_process.handed.file;
+    tsrvi_handed_read_files(NULL);
+    tsrvi_handed_read_files("");
+    tsrvi_handed_read_files("3,12,");
+    CHECK(file[0] && file[9]);
+    tsrvi_handed_read_files("2,:14x1,-5,");
+    CHECK(file[11] && file[2]);
+    for (int i = 0; i < TSRVI_HANDED_MAX; i++) {
+        CHECK_INT(file[i], i == 0 || i == 2 || i == 9 || i == 11);
+    }
+    tsrvi_handed_read_files("99999999999999999999,4,");
+    CHECK(!file[1]);
 }

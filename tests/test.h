@@ -37,8 +37,10 @@
 #include <unistd.h>
 
 #define T_SKIPPED 77     /* the exit status of a skipped test */
+#ifndef T_SECONDS        /* tests/mutants.py has no time for what hangs */
 #define T_SECONDS 60     /* the time limit of a test; TEST_TIMEOUT_SCALE multiplies it */
 #define T_PATIENCE 30    /* how long a client waits for the server, in seconds, scaled too */
+#endif
 #define T_MAX_FD 4096    /* descriptors below it are checked for leaks */
 #define T_RECORDS 65536  /* capacity of the log of t_record */
 
@@ -53,12 +55,13 @@ tsrv_server *t_server;
 
 /* ---- defining tests -----------------------------------------------------------------------*/
 
-enum { T_PER_BACKEND = 1, T_COROUTINES = 2, T_CALLBACKS = 4, T_PER_HARDNESS = 8, T_PLAIN = 16 };
+enum { T_PER_BACKEND = 1, T_COROUTINES = 2, T_CALLBACKS = 4, T_PER_HARDNESS = 8, T_PLAIN = 16, T_LONG = 32 };
 
 typedef struct t_test {
     const char *name;
     void (*function)(void);
     int kind; /* bits of the enum above */
+    const char *file;
     struct t_test *next;
 } t_test;
 
@@ -78,7 +81,7 @@ static inline void t_register(t_test *test)
 
 #define T_TEST(name, kind)                                                                         \
     static void name(void);                                                                        \
-    static t_test name##_entry = {#name, name, kind, NULL};                                        \
+    static t_test name##_entry = {#name, name, kind, __FILE__, NULL};                              \
     __attribute__((constructor)) static void name##_register(void)                                 \
     {                                                                                              \
         t_register(&name##_entry);                                                                 \
@@ -96,6 +99,14 @@ static inline void t_register(t_test *test)
 #define TEST_PLAIN_SOFT(name) T_TEST(name, T_PER_BACKEND | T_COROUTINES | T_CALLBACKS | T_PLAIN)
 #define TEST_COROUTINE(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES)
 #define TEST_CALLBACK(name) T_TEST(name, T_PER_BACKEND | T_PER_HARDNESS | T_CALLBACKS)
+
+/* Behind a test that takes seconds of the processor, or many: --short, and so `make test`, leaves it out. */
+#define LONG(name)                                                                                 \
+    __attribute__((constructor)) static void name##_is_long(void)                                  \
+    {                                                                                              \
+        name##_entry.kind |= T_LONG;                                                               \
+    }                                                                                              \
+    typedef int name##_end_of_long /* for the semicolon */
 
 /* ---- checks: print both sides and end the test, from any thread ---------------------------*/
 
@@ -1035,8 +1046,28 @@ typedef struct t_choice {
     bool exact;          /* the whole label */
     const char *backend; /* NULL = all */
     int part, parts;     /* every so manieth of them, so that several processes share them */
+    bool brief;          /* one backend, none in hard mode, none that is LONG */
     bool list;
 } t_choice;
+
+/* Several files of tests may be one program, which has a name for each: under a file's name it runs the tests of
+ * that file, and under any other name all of them. */
+static inline bool t_is_named(const t_test *test, const char *program)
+{
+    const char *slash = strrchr(program, '/'), *name = slash != NULL ? slash + 1 : program;
+    const char *file = strrchr(test->file, '/') != NULL ? strrchr(test->file, '/') + 1 : test->file;
+    size_t size = strlen(name);
+    return strncmp(file, name, size) == 0 && strcmp(file + size, ".c") == 0;
+}
+
+static inline bool t_any_is_named(const char *program)
+{
+    const t_test *test = t_first;
+    while (test != NULL && !t_is_named(test, program)) {
+        test = test->next;
+    }
+    return test != NULL;
+}
 
 /* All variants of one test: t_backend, t_mode and t_hard in turn. */
 static inline void t_run_test(const t_test *test, const t_choice *choice, const int *backends,
@@ -1050,7 +1081,7 @@ static inline void t_run_test(const t_test *test, const t_choice *choice, const 
             if (modes ? !(modes & (callback ? T_CALLBACKS : T_COROUTINES)) : callback) {
                 continue;
             }
-            if (hard && !(test->kind & T_PER_HARDNESS)) {
+            if (hard && (choice->brief || !(test->kind & T_PER_HARDNESS))) {
                 continue;
             }
             t_backend = (test->kind & T_PER_BACKEND) ? backends[i] : TSRV_BACKEND_BEST;
@@ -1088,12 +1119,14 @@ int main(int argc, char **argv)
         TSRV_BACKEND_KQUEUE,
 #endif
         TSRV_BACKEND_POLL};
-    t_choice choice = {NULL, false, NULL, 0, 1, false};
+    t_choice choice = {NULL, false, NULL, 0, 1, false, false};
     for (int i = 1; i < argc; i++) {
         if (strcmp(argv[i], "--list") == 0) {
             choice.list = true;
         } else if (strcmp(argv[i], "--exact") == 0) {
             choice.exact = true;
+        } else if (strcmp(argv[i], "--short") == 0) {
+            choice.brief = true;
         } else if (strcmp(argv[i], "--backend") == 0 && i + 1 < argc) {
             choice.backend = argv[++i];
         } else if (strcmp(argv[i], "--part") == 0 && i + 1 < argc &&
@@ -1105,8 +1138,12 @@ int main(int argc, char **argv)
     }
     signal(SIGINT, t_interrupted);
     signal(SIGTERM, t_interrupted);
+    int count = choice.brief && choice.backend == NULL ? 1 : (int)(sizeof backends / sizeof backends[0]);
+    bool all = !t_any_is_named(argv[0]);
     for (const t_test *test = t_first; test != NULL; test = test->next) {
-        t_run_test(test, &choice, backends, (int)(sizeof backends / sizeof backends[0]));
+        if ((all || t_is_named(test, argv[0])) && !(choice.brief && (test->kind & T_LONG))) {
+            t_run_test(test, &choice, backends, count);
+        }
     }
     if (!choice.list) {
         printf("%d passed, %d failed, %d skipped\n", t_passed, t_failed, t_skipped);

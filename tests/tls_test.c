@@ -1697,6 +1697,7 @@ TEST_SOFT(test_64_mib_each_way)
 {
     serve_echo(volume_client, NULL);
 }
+LONG(test_64_mib_each_way);
 
 enum { TINY = 20000 };
 
@@ -2021,6 +2022,7 @@ TEST_SOFT(test_key_update_flood)
     c.options.max_write_buffer_size = 300000;
     run_tls(&c, NULL);
 }
+LONG(test_key_update_flood);
 
 /* ---- 6: client certificates ---------------------------------------------------------------*/
 
@@ -3338,6 +3340,7 @@ TEST_COROUTINE(test_idle_sessions_give_up_their_buffers)
     c.options.read_chunk_size = 64;
     run_tls(&c, NULL);
 }
+LONG(test_idle_sessions_give_up_their_buffers);
 
 /* ---- 13: no memory ------------------------------------------------------------------------*/
 

@@ -8,7 +8,7 @@
 static tsrv_loop *loop;
 static pthread_t loop_thread;
 
-static void *do_nothing(void *context)
+static void *idle_thread(void *context)
 {
     return context;
 }
@@ -17,7 +17,7 @@ static void open_with(int max_threads)
 {
     tsrv_loop_options options = {0};
     pthread_t first; /* with which a sanitizer's own begins */
-    CHECK_INT(pthread_create(&first, NULL, do_nothing, NULL), 0);
+    CHECK_INT(pthread_create(&first, NULL, idle_thread, NULL), 0);
     CHECK_INT(pthread_join(first, NULL), 0);
     options.backend = t_backend;
     options.max_threads = max_threads;
