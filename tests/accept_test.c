@@ -1153,6 +1153,12 @@ TEST_LOOP(keep_alive_has_its_times)
     options.keep_alive_count = INT_MAX;
     check_served(options, 1, 32767, 32767, 127, 12345);
     options = defaults;
+    options.keep_alive_interval_ms = 2000; /* any of its times switches it on */
+    check_served(options, 1, idle, 2, count, 0);
+    options = defaults;
+    options.keep_alive_count = 3;
+    check_served(options, 1, idle, interval, 3, 0);
+    options = defaults;
     options.user_timeout_ms = 777;
     check_served(options, 0, idle, interval, count, 777);
 }

@@ -1342,3 +1342,58 @@ TEST_LOOP(loop_free_drops_handlers_that_never_return)
     }
     tsrv_server_free(server);
 }
+
+/* ---- a look at a descriptor ------------------------------------------------------------------*/
+
+static void look_at_a_pipe(void *context)
+{
+    int fds[2];
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_wait_fd(fds[0], TSRV_READABLE, 0), TSRV_ETIMEOUT);
+    CHECK_INT(tsrv_wait_fd(fds[1], TSRV_WRITABLE, 0), TSRV_OK);
+    CHECK_INT(tsrv_wait_fd(fds[1], TSRV_READABLE | TSRV_WRITABLE, 0), TSRV_OK);
+    CHECK(write(fds[1], "x", 1) == 1);
+    t_fail_call("poll", EINTR, 1, false);
+    CHECK_INT(tsrv_wait_fd(fds[0], TSRV_READABLE, 0), TSRV_OK);
+    CHECK_INT(t_fault_hits, 1);
+    t_fail_call("poll", ENOMEM, 1, false);
+    CHECK_INT(tsrv_wait_fd(fds[0], TSRV_READABLE, 0), -ENOMEM);
+    t_fault_at = 0;
+    t_close_all(fds, 2);
+    CHECK_INT(tsrv_wait_fd(fds[0], TSRV_READABLE, 0), -EBADF);
+    *(int *)context = 1;
+}
+
+TEST_LOOP(wait_fd_of_no_time_is_a_look)
+{
+    tsrv_loop *loop = t_new_loop();
+    int looked = 0;
+    CHECK_INT(tsrv_spawn(loop, look_at_a_pipe, &looked), TSRV_OK);
+    t_turn_until(loop, &looked, 1);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+/* ---- coroutines that cannot be made ----------------------------------------------------------*/
+
+static void note_run(void *context)
+{
+    ++*(int *)context;
+}
+
+TEST_LOOP(a_coroutine_that_cannot_be_made_is_an_error)
+{
+    tsrv_loop *loop = t_new_loop();
+    int calls = 0;
+    t_fail_call("mmap", ENOMEM, 1, true);
+    CHECK_INT(tsrv_spawn(loop, note_run, &calls), -ENOMEM);
+    t_fail_call("mprotect", ENOMEM, 1, true);
+    t_fault_name = NULL;
+    CHECK_INT(tsrv_spawn(loop, note_run, &calls), -ENOMEM);
+    t_fault_at = 0;
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(calls, 0);
+    CHECK_INT(tsrv_spawn(loop, note_run, &calls), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(calls, 1);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}

@@ -1146,3 +1146,18 @@ TEST_ONCE(test_unix_path_stays_when_descriptors_are_out)
     t_close(served);
     CHECK(unlink(path) == 0 && rmdir(directory) == 0);
 }
+
+/* Without a directory in front of it the file is made where the process is, and its lock is the directory's. */
+TEST_ONCE(unix_path_without_a_directory)
+{
+    char directory[] = "/tmp/tsrv-test-XXXXXX", here[1024];
+    int fd = -1, second = -1;
+    CHECK(getcwd(here, sizeof here) != NULL && mkdtemp(directory) != NULL && chdir(directory) == 0);
+    CHECK_INT(tsrv_bind_unix_socket("s", NULL, &fd), TSRV_OK);
+    CHECK_INT(tsrv_bind_unix_socket("s", NULL, &second), -EADDRINUSE);
+    CHECK_INT(second, -1);
+    t_close(fd);
+    CHECK_INT(tsrv_bind_unix_socket("./s", NULL, &fd), TSRV_OK); /* nobody serves it any more */
+    t_close(fd);
+    CHECK(unlink("s") == 0 && chdir(here) == 0 && rmdir(directory) == 0);
+}

@@ -613,3 +613,69 @@ TEST_STREAM(slices_may_be_changed_in_place)
     }
     s_close();
 }
+
+/* ---- tsrv_read_into, repeated as another call ------------------------------------------------*/
+
+static char whole[8], elsewhere[8];
+static int wrong[4];
+static bool keeping_fails;
+
+/* Its first call has taken a part, so that another one cannot take its place; the same one goes on. */
+static int read_into_and_others(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc;
+    (void)address, (void)context;
+    if (step++ > 0 && wrong[0] == 0) {
+        wrong[0] = tsrv_read_into(stream, elsewhere, sizeof whole);
+        wrong[1] = tsrv_read_into(stream, whole, sizeof whole - 1);
+        wrong[2] = tsrv_read_until(stream, "\n", 0, &slice);
+        wrong[3] = tsrv_read_some(stream, 0, &slice);
+    }
+    if (keeping_fails) {
+        t_fail_call("malloc", 0, 1, false);
+    }
+    rc = tsrv_read_into(stream, whole, sizeof whole);
+    t_fault_at = 0;
+    if (rc == TSRV_EAGAIN) {
+        return rc;
+    }
+    return rc < 0 ? rc : tsrv_write(stream, whole, sizeof whole);
+}
+
+TEST_CALLBACK(another_call_does_not_take_the_place_of_a_read_into)
+{
+    memset(elsewhere, 0, sizeof elsewhere);
+    memset(wrong, 0, sizeof wrong);
+    step = 0;
+    tsrv_set_log(t_no_log, NULL);
+    s_serve(read_into_and_others);
+    int fd = s_join();
+    t_sends(fd, "012");
+    s_settle();
+    t_sends(fd, "34");
+    s_settle();
+    t_sends(fd, "567");
+    s_expect(fd, "01234567");
+    for (int i = 0; i < 4; i++) {
+        CHECK_INT(wrong[i], TSRV_EINVAL);
+    }
+    CHECK_INT(elsewhere[0], 0);
+    s_finish(fd);
+    s_close();
+}
+
+/* Without memory for what it has done so far the stream ends: bytes are never lost in silence. */
+TEST_CALLBACK(a_read_into_that_cannot_be_kept_ends_the_stream)
+{
+    step = 0;
+    keeping_fails = true;
+    t_watch_log();
+    s_serve(read_into_and_others);
+    int fd = s_join();
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, -ENOMEM);
+    CHECK_INT(step, 1);
+    t_close(fd);
+    s_close();
+}

@@ -355,6 +355,26 @@ TEST_STREAM(silent_peer_is_not_waited_for)
     CHECK(ms >= 400 && ms <= 700);
 }
 
+/* What a unix socket has taken is with the peer at once, so that there is nothing to wait for. */
+TEST_PLAIN_STREAM(silent_peer_of_a_unix_socket_is_not_waited_for)
+{
+    tsrv_server_options options = defaults;
+    options.read_timeout_ms = 500;
+    options.close_timeout_ms = 2000;
+    good_bye = NULL;
+    open_with(echo_until_silence, options);
+    int fd = t_add_pair(s_server);
+    t_sends(fd, "hello\n");
+    s_expect(fd, "hello\n");
+    s_settle();
+    int64_t start = v_ms();
+    s_until(&s_closed, 1);
+    CHECK(s_closed_ms - start >= 400 && s_closed_ms - start <= 700);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    s_leave(fd);
+    s_close();
+}
+
 static int answer_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     static char answer[65536];
@@ -1410,3 +1430,83 @@ TEST_STREAM(debug_overwrites_what_a_slice_held)
     s_close();
 }
 #endif
+
+/* ---- addresses of peers --------------------------------------------------------------------*/
+
+static void check_kept(const void *inside, size_t size)
+{
+    tsrv_address given, back;
+    tsrvi_peer peer;
+    memset(&given, 0, sizeof given);
+    memset(&back, 0, sizeof back);
+    memset(&peer, 0, sizeof peer);
+    memcpy(given.storage, inside, size);
+    given.size = (unsigned)size;
+    CHECK_INT(tsrvi_peer_store(&peer, &given), TSRV_OK);
+    tsrvi_peer_load(&peer, &back);
+    tsrvi_peer_free(&peer);
+    CHECK_MEM(back.storage, back.size, given.storage, given.size);
+}
+
+/* Every byte of them: a stream keeps an address in fewer. */
+TEST_ONCE(addresses_of_peers_are_kept_whole)
+{
+    unsigned seed = 7;
+    for (int i = 0; i < 1000; i++) {
+        struct sockaddr_in four = t_address((int)(next_random(&seed) % 65536));
+        struct sockaddr_in6 six;
+        struct sockaddr_un local = t_unix_address("/run/somebody");
+        unsigned char *ip = (unsigned char *)&six.sin6_addr;
+        memset(&six, 0, sizeof six);
+        six.sin6_family = AF_INET6;
+        six.sin6_port = (in_port_t)next_random(&seed);
+        six.sin6_scope_id = next_random(&seed);
+        four.sin_addr.s_addr = next_random(&seed) * 257U;
+        for (int byte = 0; byte < 16; byte++) {
+            ip[byte] = (unsigned char)next_random(&seed);
+        }
+        check_kept(&four, sizeof four);
+        check_kept(&six, sizeof six);
+        check_kept(&local, sizeof local - next_random(&seed) % 90);
+    }
+}
+
+/* ---- what a stream tells without a connection, or without TCP --------------------------------*/
+
+static int answered[4];
+
+static int set_nodelay_on_a_pair(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    answered[0] = tsrv_set_nodelay(stream, true);
+    answered[1] = tsrv_set_nodelay(stream, false);
+    return 0;
+}
+
+static void ask_the_closed(tsrv_stream *stream, int reason, void *context)
+{
+    tsrv_address address;
+    (void)reason;
+    answered[2] = tsrv_set_nodelay(stream, true);
+    answered[3] = tsrv_local_address(stream, &address);
+    ++*(int *)context;
+}
+
+TEST_STREAM(no_delay_is_nothing_to_a_unix_socket_and_closed_to_a_closed_one)
+{
+    tsrv_server_options options = {0};
+    int ended_streams = 0;
+    memset(answered, 0x7f, sizeof answered);
+    options.handle_stream = set_nodelay_on_a_pair;
+    options.on_close = ask_the_closed;
+    options.context = &ended_streams;
+    s_open(options);
+    int fd = t_add_pair(s_server);
+    t_close(fd);
+    s_until(&ended_streams, 1);
+    s_close();
+    CHECK_INT(answered[0], TSRV_OK);
+    CHECK_INT(answered[1], TSRV_OK);
+    CHECK_INT(answered[2], TSRV_ECLOSED);
+    CHECK_INT(answered[3], TSRV_ECLOSED);
+}

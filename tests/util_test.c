@@ -205,6 +205,8 @@ TEST_ONCE(what_could_forge_a_line_is_escaped)
         {"\xf4\x90\x80\x80\xff", "\\xf4\\x90\\x80\\x80\\xff"},
         {"\xf0\x8f\xbf\xbf", "\\xf0\\x8f\\xbf\\xbf"},
         {"\xef\xbf\xbf\xf4\x8f\xbf\xbf", "\xef\xbf\xbf\xf4\x8f\xbf\xbf"}, /* the last of their sizes */
+        {"\xe0\xa4\x85 \xed\x95\x9c", "\xe0\xa4\x85 \xed\x95\x9c"}, /* letters beside what is none */
+        {"\xe0\xa0\x80\xed\x9f\xbf\xf0\x90\x80\x80", "\xe0\xa0\x80\xed\x9f\xbf\xf0\x90\x80\x80"},
     };
     tsrv_set_log(see_line, NULL);
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
@@ -983,5 +985,43 @@ TEST_SOFT(reset_in_the_middle_of_sendfile)
     }
     s_close();
     fclose(file);
+}
+#endif
+
+/* ---- codes ---------------------------------------------------------------------------------*/
+
+TEST_ONCE(every_code_has_a_text_of_its_own)
+{
+    static const int codes[] = {TSRV_OK, TSRV_EAGAIN, TSRV_EOF, TSRV_ECLOSED, TSRV_ETIMEOUT, TSRV_ETOOLONG, TSRV_EFULL,
+                                TSRV_EBUSY, TSRV_EINVAL, TSRV_ENOTSUP, TSRV_ERESOLVE, TSRV_ETLS, TSRV_EPROXY,
+                                TSRV_ERESTARTS, TSRV_EPARENT, 1, -ENOENT, -EPERM, -20000};
+    for (size_t i = 0; i < sizeof codes / sizeof codes[0]; i++) {
+        CHECK(strlen(tsrv_strerror(codes[i])) > 5);
+        for (size_t j = 0; j < i; j++) {
+            CHECK(strcmp(tsrv_strerror(codes[i]), tsrv_strerror(codes[j])) != 0);
+        }
+    }
+    CHECK_STR(tsrv_strerror(7), tsrv_strerror(1)); /* the program's own */
+    CHECK_STR(tsrv_strerror(-ENOENT), strerror(ENOENT));
+    CHECK_STR(tsrv_strerror(-9999), strerror(9999));
+    CHECK_STR(tsrv_strerror(-10000), tsrv_strerror(-20000));
+}
+
+#ifdef TSRV_DEBUG
+/* Each is told once, by its function and by what it is; what there is no room for is not told at all. */
+TEST_ONCE(mistakes_are_told_once)
+{
+    static const char one[] = "one", other[] = "other";
+    static char names[TSRVI_MISTAKES][2];
+    CHECK(tsrvi_mistake_is_new(names[0], one));
+    CHECK(!tsrvi_mistake_is_new(names[0], one));
+    CHECK(tsrvi_mistake_is_new(names[0], other));
+    CHECK(tsrvi_mistake_is_new(names[1], one));
+    CHECK(!tsrvi_mistake_is_new(names[0], other));
+    for (int i = 2; i < TSRVI_MISTAKES - 1; i++) {
+        CHECK(tsrvi_mistake_is_new(names[i], one));
+    }
+    CHECK(!tsrvi_mistake_is_new(names[TSRVI_MISTAKES - 1], one));
+    CHECK(!tsrvi_mistake_is_new(names[0], one));
 }
 #endif

@@ -927,3 +927,76 @@ TEST_SOFT(a_sigpipe_that_was_pending_stays)
     CHECK(sigpipe_is_pending());
     check_no_sigpipe();
 }
+
+/* ---- what cannot be written ------------------------------------------------------------------*/
+
+static int arguments_seen;
+
+/* Sizes that no memory has, negative counts and offsets: refused, and the stream is in use as before. */
+static int write_nonsense(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    const tsrv_slice huge[] = {{"abc", SIZE_MAX - 1}, {"def", 2}}, good[] = {{"g", 1}, {"ood", 3}};
+    FILE *text = tmpfile();
+    (void)address, (void)context;
+    CHECK(text != NULL && fputs("text", text) >= 0 && fflush(text) == 0);
+    CHECK_INT(tsrv_writev(stream, huge, 2), TSRV_EINVAL);
+    CHECK_INT(tsrv_try_writev(stream, huge, 2), TSRV_EINVAL);
+    CHECK_INT(tsrv_writev(stream, good, -1), TSRV_EINVAL);
+    CHECK_INT(tsrv_try_writev(stream, good, -1), TSRV_EINVAL);
+    CHECK_INT(tsrv_try_write(stream, "x", SIZE_MAX), TSRV_EFULL);
+    CHECK_INT(tsrv_sendfile(stream, fileno(text), -1, 1), TSRV_EINVAL);
+    CHECK_INT(tsrv_writev(stream, good, 0), TSRV_OK);
+    CHECK_INT(tsrv_try_writev(stream, good, 0), TSRV_OK);
+    CHECK_INT(tsrv_writev(stream, good, 2), TSRV_OK);
+    CHECK_INT(tsrv_sendfile(stream, fileno(text), 1, 3), TSRV_OK);
+    fclose(text);
+    arguments_seen++;
+    return 0;
+}
+
+TEST_STREAM(what_cannot_be_written_is_refused)
+{
+    arguments_seen = 0;
+    s_serve(write_nonsense);
+    int fd = s_join();
+    s_expect(fd, "goodext");
+    s_finish(fd);
+    s_close();
+    CHECK_INT(arguments_seen, 1);
+}
+
+/* Longer than the library formats on its stack. */
+static int print_long(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc, kind = *(int *)context;
+    (void)address;
+    t_fail_call("malloc", 0, 1, kind != 0);
+    if (kind == 0) {
+        t_fault_at = 0;
+    }
+    if (kind == 2) {
+        tsrv_close(stream);
+    }
+    rc = tsrv_printf(stream, "%0300d", 7);
+    t_fault_at = 0;
+    t_record(rc);
+    return rc;
+}
+
+TEST_SOFT(long_texts_that_find_no_memory_end_the_stream)
+{
+    static const int codes[] = {TSRV_OK, -ENOMEM, TSRV_ECLOSED};
+    for (int kind = 0; kind < 3; kind++) {
+        tsrv_server_options options = {0};
+        options.handle_stream = print_long;
+        options.context = &kind;
+        t_watch_log();
+        s_open(options);
+        int fd = s_join();
+        s_turn();
+        t_wait_records(kind + 1);
+        CHECK_INT(t_recorded(kind), codes[kind]);
+        t_close(fd);
+        s_close();
+    }
+}
