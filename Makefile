@@ -104,6 +104,8 @@ help:
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, compile.sh, docs.sh"
 	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
+	@echo "make trust     the scoreboard: branches, mutants, fuzzing and more, as a table; hours when nothing"
+	@echo "               is there yet, READ=yes only reads what build/trust has: see tests/trust.sh"
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
 	@echo "               ROWS='pp50 bulk1m' SECS=0.3 REPS=9 limit it"
@@ -157,6 +159,18 @@ $(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h tests/verify.h $(FUZZ_HEADER)
 	clang -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -g -O1 -std=gnu99 \
 	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \
 	    $(FUZZ_FLAGS) -o $@ $< -lpthread
+
+# The same scripts each time, as CI runs them; the line of the scoreboard says how many.
+fuzz-short: fuzz
+	mkdir -p '$(BUILD)/trust'
+	$(BUILD)/fuzz/api tests/fuzz/found/*
+	$(BUILD)/fuzz/api -max_len=300 -timeout=200 -seed=1 -runs=150000 -artifact_prefix=$(BUILD)/fuzz/ \
+	    $(BUILD)/fuzz/corpus >'$(BUILD)/fuzz/log' 2>&1 || (tail -n 40 '$(BUILD)/fuzz/log'; exit 1)
+	sed -n 's/^Done \([0-9]*\) runs.*/\1 scripts of API calls, seed 1/p' '$(BUILD)/fuzz/log' >'$(BUILD)/trust/fuzz.txt'
+
+# What speaks for the header, in figures: the table of README.
+trust:
+	@BUILD='$(BUILD)' READ='$(READ)' sh tests/trust.sh
 
 # What a line costs, in counts, beside what it cost when tests/bench/gate.txt was written.
 bench-gate:
@@ -226,5 +240,5 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test test-all run-tests check cert fuzz bench bench-gate install uninstall \
+.PHONY: all help run examples test test-all run-tests check cert fuzz fuzz-short trust bench bench-gate install uninstall \
         clean
