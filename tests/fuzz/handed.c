@@ -516,6 +516,16 @@ static void be_ready(void)
     slots[ready - FIRST].closed = true;
 }
 
+/* As tsrv_serve does when all of its sockets are bound. */
+static void close_rest(void)
+{
+    looked = true;
+    tsrvi_handed_close_rest();
+    for (int fd = FIRST; fd < FIRST + SLOTS && ready >= 0; fd++) {
+        slots[fd - FIRST].closed = slots[fd - FIRST].closed || is_free(fd);
+    }
+}
+
 /* Everything is closed that was taken; a unix socket's file goes with it, if it is named, and nobody else serves it. */
 static void end_server(void)
 {
@@ -612,7 +622,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static void (*const acts[])(void) = {take_all, bind_one, bind_one, name_one, be_ready, settle};
+    static void (*const acts[])(void) = {take_all, bind_one, bind_one, name_one, be_ready, close_rest, settle};
     int descriptors;
     world_begin();
     begin_once();

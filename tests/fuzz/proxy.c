@@ -385,6 +385,28 @@ static void put(const void *data, size_t size)
     wire_size += size;
 }
 
+static void put_text(const char *text)
+{
+    put(text, strlen(text));
+}
+
+/* A line whose words are good, or nearly so. */
+static void make_line(void)
+{
+    static const char *const fours[] = {"1.2.3.4", "0.0.0.0", "255.255.255.255", "1.2.3.256", "1.2.3.04", "1.2.3", ""};
+    static const char *const sixes[] = {"::1", "2001:db8::8:800:200c:417A", "::ffff:1.2.3.4", "1:2:3:4:5:6:7::",
+                                        "1:2:3:4:5:6:7:8", "1:2:3:4:5:6:7:8::", "1::2::3", "12345::", ":1::2"};
+    static const char *const numbers[] = {"0", "443", "65535", "65536", "00", "07", "123456", "-1", "+1", "4 4", ""};
+    bool six = draw(2) == 1;
+    put_text(six ? "PROXY TCP6" : "PROXY TCP4");
+    for (int i = 0; i < 4; i++) {
+        bool other = draw(16) == 15;
+        put_text(" ");
+        put_text(i >= 2 ? PICK(numbers) : six != other ? PICK(sixes) : PICK(fours));
+    }
+    put_text(draw(16) == 15 ? "\n" : draw(16) == 15 ? " x\r\n" : "\r\n");
+}
+
 /* A header of version 2 with a length that is right, and perhaps a checksum. */
 static void make_binary(bool summed, unsigned wrong)
 {
@@ -419,11 +441,12 @@ static void make_wire(void)
     wire_size = 0;
     if (what == 1) {
         static const char *const begins[] = {"PROXY ", "PROXY TCP4 ", "PROXY TCP6 ", "PROXY UNKNOWN"};
-        const char *begin = PICK(begins);
-        put(begin, strlen(begin));
+        put_text(PICK(begins));
     } else if (what >= 4) {
         wrong = what == 5 ? draw(64) : 0;
         make_binary(what == 5, wrong < 32 ? 0 : wrong);
+    } else if (what == 3) {
+        make_line();
     } else if (what == 2) {
         put("\r\n\r\n\0\r\nQUIT\n", 12);
     }

@@ -335,6 +335,14 @@ static void receive_all(void)
     ERR_clear_error();
 }
 
+/* What has come is read, though nothing comes behind it. */
+static void check_rest(void)
+{
+    if (untouched && got_size != said_size) {
+        fail("%zu bytes of %zu are read, and nobody goes on", got_size, said_size);
+    }
+}
+
 /* Both, until there is no more. */
 static void exchange(void)
 {
@@ -344,6 +352,7 @@ static void exchange(void)
             settle();
             receive_all();
             if (BIO_pending(SSL_get_wbio(peer)) == 0) {
+                check_rest();
                 return;
             }
         }
