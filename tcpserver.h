@@ -9235,7 +9235,7 @@ enum {
 #define TSRVI_ENTERED 2              /* it has been called; */
 #define TSRVI_TOLD 4                 /* after the end of the input */
 #define TSRVI_CONSUMED 8             /* it has read something in this call */
-#define TSRVI_PAYS 16                /* a read of nothing lets others run first */
+#define TSRVI_PAYS 16                /* a read of too much lets others run first */
 
 /* Bytes that a callback-mode handler's read into its own memory, or its drop, has got so far. */
 typedef struct tsrvi_partial {
@@ -12440,19 +12440,20 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
 }
 
 /* A read of 0 bytes: empty at once, also after the end of the input. Like every read it ends the
- * last slice, and costs one of the calls that may complete at once. */
-static int tsrvi_read_nothing(tsrv_stream *stream)
+ * last slice, and costs one of the calls that may complete at once.
+ *   reads  it is one of too many bytes, beside which nobody else may read */
+static int tsrvi_read_nothing(tsrv_stream *stream, bool reads)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc;
     if (stream->in != NULL) {
         tsrvi_buffer_release(stream->in);
     }
-    if ((rc = tsrvi_stream_pay(stream, 0)) < 0) {
+    if ((rc = tsrvi_stream_pay(stream, reads ? TSRVI_IN_READ : 0)) < 0) {
         return rc;
     }
     if (loop->streams.handling == stream && loop->budget < 0 && stream->end == 0) {
-        tsrvi_own_set(stream, TSRVI_PAYS);
+        tsrvi_own_set(stream, reads ? TSRVI_PAYS : 0);
         tsrvi_own_wants(stream, loop, TSRVI_FOR_TURN);
         return TSRV_EAGAIN;
     }
@@ -12468,7 +12469,7 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
         tsrvi_read_make(slice == NULL ? tsrvi_attempt_into : tsrvi_attempt_bytes, slice, count);
     size_t limit = stream->server->options.max_buffer_size;
     if (count == 0 || (slice != NULL && count > limit)) {
-        int rc = tsrvi_read_nothing(stream);
+        int rc = tsrvi_read_nothing(stream, count != 0);
         return rc == TSRV_OK && count != 0 ? tsrvi_read_too_long(stream, limit) : rc;
     }
     return TSRVI_CHECKED(stream, tsrvi_read_run(stream, &read, 0));
@@ -12485,7 +12486,7 @@ TSRV_API int tsrv_read_into(tsrv_stream *stream, void *buffer, size_t size)
     tsrvi_read read = tsrvi_read_make(tsrvi_attempt_into, NULL, size);
     read.into = (char *)buffer;
     if (size == 0) {
-        return tsrvi_read_nothing(stream);
+        return tsrvi_read_nothing(stream, false);
     }
     return TSRVI_CHECKED(stream, buffer == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0));
 }
@@ -13036,7 +13037,7 @@ static int tsrvi_wake_note(tsrv_stream *stream, int timeout_ms, uint32_t due_ms)
         stream->wake_due_ms = due_ms;
     }
     if (timeout_ms != 0 && loop->budget < 0) {
-        own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_WAKE | TSRVI_FOR_TURN);
+        tsrvi_own_wants(stream, loop, TSRVI_FOR_WAKE | TSRVI_FOR_TURN);
         own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
         return TSRV_EAGAIN;
     }
@@ -13050,7 +13051,7 @@ static int tsrvi_wake_note(tsrv_stream *stream, int timeout_ms, uint32_t due_ms)
         own->facts = (uint8_t)(own->facts & ~TSRVI_IN_WAKE);
         return TSRV_ETIMEOUT;
     }
-    own->kinds = (uint8_t)(own->kinds | TSRVI_FOR_WAKE);
+    tsrvi_own_wants(stream, loop, TSRVI_FOR_WAKE);
     own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
     return TSRV_EAGAIN;
 }
@@ -13263,9 +13264,9 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
             return TSRV_ETIMEOUT;
         }
         if (loop->coroutines.running == NULL) {
-            stream->own.kinds =
-                (uint8_t)(stream->own.kinds |
-                          (loop->streams.handling == stream ? TSRVI_FOR_SECURE : 0));
+            if (loop->streams.handling == stream) {
+                tsrvi_own_wants(stream, loop, TSRVI_FOR_SECURE);
+            }
             return TSRV_EAGAIN;
         }
         wait.due_ms = 0;
@@ -15298,8 +15299,8 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
         return rc;
     }
     tsrvi_server_dress(server, fd, tsrv_address_family(&peer) != AF_UNIX, false);
+    tsrvi_server_started(server); /* on_start comes before the handler */
     tsrvi_stream_later(stream);
-    tsrvi_server_started(server);
     return TSRV_OK;
 }
 

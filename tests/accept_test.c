@@ -260,6 +260,33 @@ TEST_LOOP(on_start_comes_before_who_is_taken_by_a_stop)
     }
 }
 
+static int end_begun(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    begun_first += begun;
+    return TSRV_OK;
+}
+
+/* Nor is one that is added, whose handler ends at once, before it. */
+TEST_LOOP(on_start_comes_before_who_is_added)
+{
+    tsrv_server_options options = {0};
+    int pair[2];
+    begun = begun_first = 0;
+    s_open_loop();
+    options.handle_stream = end_begun;
+    options.on_start = begin;
+    s_server = s_new_server(options);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_INT(tsrv_server_add_stream(s_server, pair[0]), TSRV_OK);
+    s_settle();
+    CHECK_INT(begun, 1);
+    CHECK_INT(begun_first, 1);
+    close(pair[1]);
+    s_settle();
+    s_close();
+}
+
 /* ---- whoever gets the number of a listener that somebody has closed --------------------------*/
 
 enum { DIALS, DIALS_UNIX, IS_ADDED, LISTENS, GETTERS };

@@ -142,6 +142,40 @@ T_TEST(a_read_behind_one_that_was_given_up_has_its_limit, T_PER_BACKEND | T_CALL
     }
 }
 
+/* Whichever comes first: a wake or a line, which is there already. */
+static int wait_or_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = tsrv_wait(stream, 1000);
+    (void)address, (void)context;
+    if (rc == TSRV_EAGAIN) {
+        rc = tsrv_read_until(stream, "\n", 0, &line);
+        if (rc == TSRV_OK) {
+            CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+        }
+    }
+    return rc;
+}
+
+T_TEST(a_wait_and_a_read_are_waited_for_together, T_PER_BACKEND | T_CALLBACKS)
+{
+    for (int line = 0; line <= 1; line++) {
+        s_serve(wait_or_read);
+        int fd = s_join();
+        if (line) {
+            t_sends(fd, "hello\n");
+            s_expect(fd, "hello\n");
+        } else {
+            s_settle();
+            tsrv_wake(tsrv_server_next(s_server, NULL));
+        }
+        s_until(&s_closed, 1);
+        CHECK_INT(s_reason, TSRV_OK);
+        t_close(fd);
+        s_close();
+    }
+}
+
 /* A read of nothing is a read, behind which a wait begins anew. */
 static int waits_begun, wait_code;
 
