@@ -68,7 +68,7 @@ run() { # run <target> <compiler and flags> <what runs the programs>
     programs=$(for test in $TESTS; do [ -x "$folder/$test" ] && echo "$folder/$test"; done)
     unbuilt=$(($(echo "$TESTS" | wc -w) - $(echo "$programs" | wc -w)))
     # shellcheck disable=SC2086
-    sh tests/run.sh "$3" epoll $programs >"$folder/all.log" 2>&1
+    sh tests/run.sh "$3" '--backend epoll' $programs >"$folder/all.log" 2>&1
     grep -E '^FAIL|^\^|no summary' "$folder/all.log"
     counts=$(tail -n 1 "$folder/all.log" | awk -v unbuilt="$unbuilt" '{print $1 + 0, $3 + unbuilt}')
     passed=$((passed + ${counts% *})) failed=$((failed + ${counts#* }))
