@@ -144,7 +144,7 @@ struct k_file {
     k_watch *watches; /* K_WATCHES of them */
     int watch_count;
     uint64_t count;      /* eventfd */
-    const char *content; /* regular */
+    char *content; /* regular; malloc'ed */
     size_t content_size;
 };
 
@@ -248,6 +248,7 @@ static void k_file_free(k_file *file)
         }
     }
     k_queue_free(&file->in);
+    free(file->content);
     free(file->watches);
     free(file);
     k.live_files--;
@@ -474,6 +475,9 @@ static void k_close_tcp(k_file *file)
 {
     k_file *peer = file->peer;
     file->orphan = true;
+    if (file->state == K_CONNECTING && peer != NULL) {
+        file->state = K_CONNECTED; /* the other side thinks so already */
+    }
     if (file->state != K_CONNECTED || peer == NULL) {
         if (peer != NULL) {
             peer->peer = NULL;
@@ -895,11 +899,15 @@ static int k_connect(int fd, const struct sockaddr *to, socklen_t size)
     file->remote = address;
     file->remote_size = size;
     file->state = K_CONNECTING;
-    if ((file->flags & O_NONBLOCK) == 0) {
+    if ((file->flags & O_NONBLOCK) != 0) {
+        errno = EINPROGRESS;
+        return -1;
+    }
+    if (file->nowhere != 0) {
         k_violation("connect would block");
     }
-    errno = EINPROGRESS;
-    return -1;
+    file->state = K_CONNECTED;
+    return 0;
 }
 
 static int k_shutdown(int fd, int how)
@@ -1129,6 +1137,11 @@ static ssize_t k_write(int fd, const void *data, size_t size)
         return (ssize_t)size;
     case K_NULL:
         return (ssize_t)size;
+    case K_REGULAR:
+        file->content = (char *)realloc(file->content, file->content_size + size + 1);
+        memcpy(file->content + file->content_size, data, size);
+        file->content_size += size;
+        return (ssize_t)size;
     default:
         errno = EINVAL;
         return -1;
@@ -1148,7 +1161,9 @@ K_UNUSED static ssize_t k_pread(int fd, void *data, size_t size, off_t offset)
     }
     there = (size_t)offset < file->content_size ? file->content_size - (size_t)offset : 0;
     there = there < size ? there : size;
-    memcpy(data, file->content + offset, there);
+    if (there != 0) {
+        memcpy(data, file->content + offset, there);
+    }
     return (ssize_t)there;
 }
 
@@ -1163,10 +1178,10 @@ K_UNUSED static ssize_t k_sendfile(int fd, int from, off_t *offset, size_t size)
     }
     piece.iov_len = (size_t)*offset < source->content_size ? source->content_size - (size_t)*offset : 0;
     piece.iov_len = piece.iov_len < size ? piece.iov_len : size;
-    piece.iov_base = (void *)(uintptr_t)(source->content + *offset);
     if (piece.iov_len == 0) {
         return 0;
     }
+    piece.iov_base = source->content + *offset;
     sent = k_send_pieces(file, &piece, 1, 0);
     *offset += sent > 0 ? sent : 0;
     return sent;
@@ -1668,13 +1683,11 @@ static int k_pipe(int *fds)
     return 0;
 }
 
-/* A regular file with this content, which stays the caller's. */
-K_UNUSED static int k_open_content(const char *content, size_t size)
+/* An empty regular file. */
+K_UNUSED static int k_memfd_create(const char *name, unsigned flags)
 {
-    k_file *file = k_file_new(K_REGULAR);
-    file->content = content;
-    file->content_size = size;
-    return k_install_new(file, 0, true);
+    (void)name, (void)flags;
+    return k_install_new(k_file_new(K_REGULAR), 0, true);
 }
 
 static int k_open(const char *path, int flags, ...)
@@ -1690,7 +1703,6 @@ static int k_open(const char *path, int flags, ...)
     }
     file = k_file_new(kind);
     file->number = kind == K_REGULAR ? k_find_name(path)->number : file->number;
-    file->content = "";
     return k_install_new(file, 0, (flags & O_CLOEXEC) != 0);
 }
 
@@ -1818,6 +1830,7 @@ static void k_boot(void)
     while (k.files != NULL) {
         k_file *next = k.files->next;
         k_queue_free(&k.files->in);
+        free(k.files->content);
         free(k.files->watches);
         free(k.files);
         k.files = next;
