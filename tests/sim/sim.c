@@ -26,6 +26,12 @@
 #define SIM_OLD 0 /* 1 = the header is version 0.1.0 */
 #endif
 
+/* 1 = a socket whose number is that of a listener which somebody has closed is the library's own, wherever it comes
+ * from. 0 = only accepted ones are: then nothing else is opened behind that. */
+#ifndef SIM_DISOWNS
+#define SIM_DISOWNS 0
+#endif
+
 #define TCPSERVER_IMPLEMENTATION
 #include SIM_HEADER
 #if !SIM_OLD
@@ -165,6 +171,7 @@ typedef struct server_slot {
     uint64_t forced; /* when a drain's grace is over; 0 = no drain */
     bool drained;    /* at some time */
     int started;     /* times that on_start was called */
+    bool early;      /* it was stopped before: then it is not called for what that has accepted */
 } server_slot;
 
 static connection connections[CONNECTIONS];
@@ -457,7 +464,9 @@ static void after_op(op *o, int rc, const tsrv_slice *slice)
             check_read_failure(o, rc);
         }
     } else if (is_write(o->kind)) {
-        if (rc != TSRV_OK && !(rc == TSRV_EFULL && o->kind == TRY_WRITE)) {
+        bool refused = (rc == TSRV_EFULL && o->kind == TRY_WRITE) ||
+                       (o->kind == SENDFILE && rc < 0 && rc > -1000 && tsrv_error(c->stream) == TSRV_OK);
+        if (rc != TSRV_OK && !refused) {
             c->refused = c->refused || rc == TSRV_EFULL;
             c->unsure = true;
             check_error(o, rc);
@@ -813,7 +822,11 @@ static void listen_somewhere(server_slot *slot)
 {
     static const char *const addresses[] = {"127.0.0.1", "127.0.0.1", "localhost", "::1", "unix:/sim", "unix:@sim", ""};
     unsigned which = draw(7);
-    int rc = tsrv_server_listen(slot->server, 0, addresses[which], NULL);
+    int rc;
+    if (robbed && !SIM_DISOWNS) {
+        return;
+    }
+    rc = tsrv_server_listen(slot->server, 0, addresses[which], NULL);
     TRACE("listen on %s = %d\n", addresses[which], rc);
     if (rc != TSRV_OK && !unclean && rc != -EADDRINUSE && rc != -EMFILE && !robbed) {
         k_violation("tsrv_server_listen returns %d (%s)", rc, tsrv_strerror(rc));
@@ -827,6 +840,7 @@ static void begin_drain(server_slot *slot, int grace_ms)
         slot->forced = forced;
     }
     slot->drained = true;
+    slot->early = slot->early || slot->started == 0;
 }
 
 static void free_server(server_slot *slot)
@@ -856,6 +870,7 @@ static void operate_server(void)
         listen_somewhere(slot);
     } else if (what < 11) {
         TRACE("stop\n");
+        slot->early = slot->early || slot->started == 0;
         tsrv_server_stop(slot->server);
     } else if (what < 14) {
         grace_ms = PICK(graces_ms);
@@ -871,6 +886,9 @@ static void operate_server(void)
 static void rob(void)
 {
     k_file *file = pick_listener(draw(8));
+    for (int i = 0; i < ACTORS && !SIM_DISOWNS; i++) {
+        file = actors[i].used && actors[i].kind == DIALLER && !actors[i].over ? NULL : file;
+    }
     for (int fd = 3; fd < K_FDS && file != NULL; fd++) {
         if (k.slots[fd].file == file) {
             TRACE("somebody closes %d, which listens\n", fd);
@@ -1085,7 +1103,9 @@ static void operate(bool in_coroutine)
         new_actor(SPAWN);
         break;
     case 5:
-        new_actor(DIALLER);
+        if (!robbed || SIM_DISOWNS) {
+            new_actor(DIALLER);
+        }
         break;
     case 6:
         notify();
@@ -1228,7 +1248,7 @@ static int call_handler(tsrv_stream *stream, const tsrv_address *address, void *
         c->dialled = c->dialled || c->peer == NULL;
         TRACE("%d: the handler is entered\n", number_of(c));
     }
-    if (inside || c->running || c->over || c->stream != stream || address == NULL || slot->started == 0) {
+    if (inside || c->running || c->over || c->stream != stream || address == NULL || (slot->started == 0 && !slot->early)) {
         k_violation("%d: a handler is called, but should not be", number_of(c));
     }
     if (!c->entered) {

@@ -92,7 +92,7 @@ static const s_class s_classes[] = {
     {"sendfile", {EAGAIN, EINTR, EPIPE, ECONNRESET, EIO, ENOSYS, EINVAL, EPERM, EOVERFLOW, ENOMEM, S_SHORT}},
     {"sendmsg", {EAGAIN, EINTR, EPIPE, ECONNRESET, ETIMEDOUT, EHOSTUNREACH, ENOBUFS, ENOMEM, S_SHORT}},
     {"setsockopt", {EINVAL, ENOPROTOOPT, ENOBUFS}},
-    {"shutdown", {ENOTCONN, EINVAL}},
+    {"shutdown", {ENOTCONN}},
     {"sigaction", {EINVAL}},
     {"socket", {EMFILE, ENFILE, ENOBUFS, ENOMEM, EAFNOSUPPORT, EACCES}},
     {"socketpair", {EMFILE, ENFILE, ENOMEM}},
@@ -162,7 +162,7 @@ static void s_moved(void)
 /* An error that ends a connection has ended it. */
 static ssize_t s_broken(int fd)
 {
-    bool ends = errno == ECONNRESET || errno == ETIMEDOUT || errno == EHOSTUNREACH || errno == EPIPE;
+    bool ends = errno == ENOTCONN || errno == ECONNRESET || errno == ETIMEDOUT || errno == EHOSTUNREACH || errno == EPIPE;
     int saved = errno;
     if (ends && k_is_open(fd) && k.slots[fd].file->kind == K_SOCKET && k.slots[fd].file->state == K_CONNECTED) {
         k_file *file = k.slots[fd].file, *peer = file->peer;
@@ -249,7 +249,11 @@ K_UNUSED static int s_close(int fd)
 K_UNUSED static int s_kevent(int kq, const struct kevent *changes, int count, struct kevent *events, int size,
                              const struct timespec *limit)
 {
-    if (!s_fault(count > 0 ? "kevent_set" : "kevent")) {
+    bool adds = false;
+    for (int i = 0; i < count; i++) {
+        adds = adds || (changes[i].flags & EV_ADD) != 0;
+    }
+    if ((count > 0 && !adds) || !s_fault(count > 0 ? "kevent_set" : "kevent")) { /* to remove takes no memory */
         return k_kevent(kq, changes, count, events, size, limit);
     }
     if (count > 0 && errno == EINTR && k_kevent(kq, changes, count, NULL, 0, NULL) == 0) {
@@ -382,7 +386,8 @@ K_UNUSED static int s_ok(void)
 #define s_sys_connect(...) S_OR("connect", -1, k_connect(__VA_ARGS__))
 #define s_sys_dup2(...) S_OR("dup2", -1, k_dup2(__VA_ARGS__))
 #define s_sys_epoll_create1(...) S_OR("epoll_create1", -1, k_epoll_create1(__VA_ARGS__))
-#define s_sys_epoll_ctl(...) S_OR("epoll_ctl", -1, k_epoll_ctl(__VA_ARGS__))
+#define s_sys_epoll_ctl(set, operation, fd, event)                                                                    \
+    ((operation) == EPOLL_CTL_ADD && s_fault("epoll_ctl") ? -1 : k_epoll_ctl(set, operation, fd, event))
 #define s_sys_epoll_wait(...) S_OR("epoll_wait", -1, k_epoll_wait(__VA_ARGS__))
 #define s_sys_eventfd(...) S_OR("eventfd", -1, k_eventfd(__VA_ARGS__))
 #define s_sys_execvp(...) execvp(__VA_ARGS__)
@@ -442,7 +447,7 @@ K_UNUSED static int s_ok(void)
 #define s_sys_setgroups(...) -1
 #define s_sys_setsockopt(...) S_OR("setsockopt", -1, k_setsockopt(__VA_ARGS__))
 #define s_sys_setuid(...) -1
-#define s_sys_shutdown(...) S_OR("shutdown", -1, k_shutdown(__VA_ARGS__))
+#define s_sys_shutdown(fd, how) (s_fault("shutdown") ? (int)s_broken(fd) : k_shutdown(fd, how))
 #define s_sys_sigaction(...) S_OR("sigaction", -1, k_sigaction(__VA_ARGS__))
 #define s_sys_sigaddset(...) sigaddset(__VA_ARGS__)
 #define s_sys_sigdelset(...) sigdelset(__VA_ARGS__)
