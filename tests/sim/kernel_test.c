@@ -486,7 +486,7 @@ static void compare_others(void)
 /* Connects that fail, and addresses in use. */
 static void compare_connects(void)
 {
-    int clients[WORLDS], lone[WORLDS];
+    int clients[WORLDS] = {-1, -1}, lone[WORLDS] = {-1, -1};
     struct sockaddr_in nobody[WORLDS];
     struct sockaddr_un path;
     bool good = true;
@@ -556,6 +556,7 @@ static unsigned random_below(unsigned below)
 static void run_random(unsigned long sequences, unsigned long seed)
 {
     unsigned long calls = 0;
+    int before = passed;
     for (unsigned long i = 0; i < sequences && failed < 5; i++) {
         char name[64];
         bool good = true;
@@ -574,7 +575,8 @@ static void run_random(unsigned long sequences, unsigned long seed)
         judge(good, name);
         close_worlds();
     }
-    printf("%lu random sequences, %lu calls in each kernel\n", sequences, calls);
+    printf("%d random sequences, %lu calls in each kernel\n", passed - before, calls);
+    passed = before + (passed != before); /* one test */
 }
 
 int main(int argc, char **argv)

@@ -987,7 +987,8 @@ static void run_dialler(void *context)
     happened();
     if (rc != TSRV_OK) {
         bool known = rc == TSRV_ETIMEOUT || (rc == TSRV_ECLOSED && freeing) || rc == -ECONNREFUSED ||
-                     rc == -EHOSTUNREACH || rc == -ENOENT || rc == -EMFILE || rc == -ECONNRESET || unclean ||
+                     rc == -EHOSTUNREACH || rc == -ENOENT || rc == -EMFILE || rc == -ECONNRESET || rc == -EPIPE ||
+                     unclean ||
                      (rc == TSRV_EBUSY && robbed);
         if (!known || stream != NULL || (rc == TSRV_ETIMEOUT && k_now < o.due)) {
             k_violation("tsrv_connect returns %d (%s) after %llu ms", rc, tsrv_strerror(rc),
@@ -1214,8 +1215,8 @@ static int run_handler(connection *c, bool can_wait)
         if (rc == TSRV_EAGAIN) {
             return rc;
         }
-        if (rc == TSRV_EOF || (rc < 0 && (script_is_over() || draw(4) != 1)) || freeing) {
-            return rc;
+        if (rc == TSRV_EOF || (rc < 0 && (script_is_over() || draw(4) != 1)) || is_forced(c)) {
+            return rc; /* nobody would wake it any more */
         }
         if (can_wait) {
             i = 0;
