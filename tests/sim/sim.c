@@ -46,7 +46,8 @@ enum {
     MOST_CALLS = 30000, /* of one turn */
     PERIOD = 65536,
     LARGEST = 200000, /* bytes of one write, and of what a peer sends in all */
-    SIGNAL = SIGUSR1
+    SIGNAL = SIGUSR1,
+    MANY = 20
 };
 
 static bool tracing;
@@ -509,16 +510,18 @@ static int invoke_write(op *o)
 {
     connection *c = o->on;
     const char *data = output_from(o->from);
-    tsrv_slice pieces[2];
+    tsrv_slice pieces[MANY];
+    int count = o->size > 10000 ? MANY : 2; /* more than a few take memory */
     switch (o->kind) {
     case WRITE:
         return tsrv_write(c->stream, data, o->size);
     case WRITEV:
-        pieces[0].data = data;
-        pieces[0].size = o->size / 3;
-        pieces[1].data = data + o->size / 3;
-        pieces[1].size = o->size - o->size / 3;
-        return tsrv_writev(c->stream, pieces, 2);
+        for (int i = 0; i < count; i++) {
+            size_t from = o->size * (size_t)i / (size_t)count;
+            pieces[i].data = data + from;
+            pieces[i].size = o->size * (size_t)(i + 1) / (size_t)count - from;
+        }
+        return tsrv_writev(c->stream, pieces, count);
     case PRINTF:
         return tsrv_printf(c->stream, "%.*s", (int)o->size, data);
     case TRY_WRITE:

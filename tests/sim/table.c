@@ -35,6 +35,8 @@ static const struct {
     {"tsrvi_notify*", "no service manager: tests/systemd_test.c"},
     {"tsrvi_file_read*", "limits of control groups: tests/process_test.c"},
     {"tsrvi_cpus*", "limits of control groups: tests/process_test.c"},
+    {"tsrvi_epoll_set", "EPOLLEXCLUSIVE before Linux 4.5, for workers: tests/platform_test.c"},
+    {"tsrvi_log_put", "stderr is systemd's journal: tests/systemd_test.c"},
 };
 
 /* What leads to places that are reached in no other way. */
@@ -42,20 +44,24 @@ static const struct {
     const char *name;
     int code;
     bool matters; /* it excuses errors */
+    const char *other; /* fails, too, with ENOMEM */
 } detours[] = {
-    {NULL, 0, false},
-    {"accept4", ENOSYS, false},
-    {"eventfd", ENOSYS, false},
-    {"sendfile", EOVERFLOW, false},
-    {"madvise", EINVAL, false},
-    {"epoll_create1", ENOSYS, true},
-    {"socket", EINVAL, true},
-    {"open", ENOENT, true},
-    {"chmod", ENOENT, true},
-    {"fstat", EIO, true},
+    {NULL, 0, false, NULL},
+    {"accept4", ENOSYS, false, NULL},
+    {"eventfd", ENOSYS, false, NULL},
+    {"sendfile", EOVERFLOW, false, NULL},
+    {"madvise", EINVAL, false, NULL},
+    {"madvise", EINVAL, true, "mprotect"},
+    {"munmap", ENOMEM, false, NULL},
+    {"epoll_create1", ENOSYS, true, NULL},
+    {"socket", EINVAL, true, NULL},
+    {"open", ENOENT, true, NULL},
+    {"chmod", ENOENT, true, NULL},
+    {"flock", EAGAIN, false, NULL},
+    {"fstat", EIO, true, NULL},
 };
 
-enum { DETOURS = sizeof(detours) / sizeof(detours[0]) };
+enum { DETOURS = sizeof(detours) / sizeof(detours[0]), SPECIAL = 100 };
 
 /* A scenario that reaches a site. */
 typedef struct way {
@@ -88,6 +94,8 @@ static unsigned bad_call, second_call, calls_there, calls_second, failures;
 static int bad_code, second_code;
 static bool bad_sticky;
 static int detour;
+static bool broken; /* the backend */
+static bool poor;   /* no new set can be made for it */
 
 static int fail_with(const s_class *class, int code)
 {
@@ -110,11 +118,21 @@ static int table_plan(const s_class *class)
     if (s_at == second_site && ++calls_second == second_call) {
         return fail_with(class, second_code);
     }
-    if (detours[detour].name != NULL && strcmp(class->name, detours[detour].name) == 0 && !script_is_over()) {
+    if (poor && strcmp(s_at->function, "tsrvi_epoll_renew") == 0) {
+        return EMFILE;
+    }
+    if (broken && (strcmp(class->name, "epoll_wait") == 0 || strcmp(class->name, "kevent") == 0)) {
+        return EBADF;
+    }
+    if (detour >= SPECIAL || detours[detour].name == NULL ||
+        (script_is_over() && strcmp(class->name, "munmap") != 0)) {
+        return 0;
+    }
+    if (strcmp(class->name, detours[detour].name) == 0) {
         unclean = unclean || detours[detour].matters;
         return detours[detour].code;
     }
-    return 0;
+    return detours[detour].other != NULL && strcmp(class->name, detours[detour].other) == 0 ? ENOMEM : 0;
 }
 
 /* ---- scenarios ----------------------------------------------------------------------------*/
@@ -134,6 +152,184 @@ static size_t scenario_bytes(unsigned number, uint8_t *bytes)
     return 12 + number % (BYTES - 12);
 }
 
+/* ---- scenarios by hand: what sim.c's program does not do ------------------------------------*/
+
+static int special_open; /* streams that have not been closed */
+
+static int special_handler(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc = tsrv_read_some(stream, 0, &slice);
+    (void)address, (void)context;
+    if (rc == TSRV_OK) {
+        tsrv_abort(stream);
+    }
+    return rc;
+}
+
+static void special_close(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)reason, (void)context;
+    special_open--;
+}
+
+static void special_turns(int count, int timeout_ms)
+{
+    for (int i = 0; i < count && loop != NULL; i++) {
+        happened();
+        tsrv_loop_run_once(loop, timeout_ms);
+    }
+}
+
+/* A loop and a server; false: something has failed. */
+static bool special_begin(int backend, int proxy)
+{
+    tsrv_loop_options options = {0};
+    tsrv_server_options of_server = {0};
+    tsrv_server *server;
+    options.backend = backend;
+    special_open = 0;
+    if (tsrv_loop_new(&loop, &options) < 0) {
+        return false;
+    }
+    of_server.mode = TSRV_CALLBACK;
+    of_server.handle_stream = special_handler;
+    of_server.on_close = special_close;
+    of_server.loop = loop;
+    of_server.proxy_protocol = proxy;
+    if (tsrv_server_new(&server, &of_server) < 0) {
+        return false;
+    }
+    servers[0].server = server;
+    return true;
+}
+
+static void special_sleeper(void *context)
+{
+    (void)context;
+    tsrv_sleep(10);
+    tsrv_sleep(0);
+}
+
+/* A descriptor of a stream is open elsewhere, too: epoll goes on telling of it. */
+static void special_leak_of(bool made_poor)
+{
+    static tsrv_timer timer; /* so that the loop has something to wait for */
+    int fds[2], copy;
+    memset(&timer, 0, sizeof timer);
+    if (special_begin(TSRV_BACKEND_EPOLL, 0) &&
+        tsrv_timer_start(loop, &timer, 1000000, special_sleeper, NULL) == TSRV_OK) {
+        k_socketpair(AF_UNIX, SOCK_STREAM, 0, fds);
+        k_fcntl(fds[1], F_SETFL, O_NONBLOCK);
+        copy = k_fcntl(fds[0], F_DUPFD_CLOEXEC, 100);
+        tsrv_server_add_stream(servers[0].server, fds[0]);
+        special_turns(2, 10);
+        k_send(fds[1], "a", 1, MSG_NOSIGNAL);
+        special_turns(2, 10);
+        k_send(fds[1], "b", 1, MSG_NOSIGNAL);
+        poor = made_poor;
+        special_turns(2, 200);
+        poor = false;
+        special_turns(2, 200);
+        k_close(copy);
+        k_close(fds[1]);
+        k_socketpair(AF_UNIX, SOCK_STREAM, 0, fds); /* and the set built anew works */
+        special_open++;
+        if (tsrv_server_add_stream(servers[0].server, fds[0]) < 0) {
+            special_open--;
+        }
+        s_plan = NULL;
+        special_turns(3, 200);
+        k_send(fds[1], "c", 1, MSG_NOSIGNAL);
+        special_turns(4, 200);
+        if (special_open > 0 && !unclean) {
+            k_violation("a stream is not heard of in a new set");
+        }
+        k_close(fds[1]);
+        tsrv_timer_stop(&timer);
+    }
+}
+
+static void special_leak(void)
+{
+    special_leak_of(false);
+}
+
+static void special_leak_poor(void)
+{
+    special_leak_of(true);
+}
+
+/* PROXY headers, in parts. */
+static void special_proxy(void)
+{
+    static const char text[] = "PROXY TCP4 192.0.2.7 192.0.2.8 1000 2000\r\nhello";
+    static const unsigned char binary[] = {13,  10, 13, 10, 0, 13, 10, 81, 85, 73, 84, 10, 0x21, 0x11, 0, 19, 192, 0, 2, 7,
+                                           192, 0,  2,  8,  3, 232, 7, 208, 4, 0, 4, 'a', 'b', 'c', 'd', 'x'};
+    for (int i = 0; i < 2; i++) {
+        const char *data = i == 0 ? text : (const char *)binary;
+        size_t size = i == 0 ? sizeof text - 1 : sizeof binary;
+        int fds[2];
+        if (i == 0 && !special_begin(TSRV_BACKEND_POLL, TSRV_PROXY_REQUIRED)) {
+            return;
+        }
+        k_socketpair(AF_UNIX, SOCK_STREAM, 0, fds);
+        tsrv_server_add_stream(servers[0].server, fds[0]);
+        special_turns(1, 10);
+        for (size_t at = 0; at < size; at += 7) {
+            k_send(fds[1], data + at, size - at < 7 ? size - at : 7, MSG_NOSIGNAL);
+            special_turns(1, 10);
+        }
+        special_turns(3, 100);
+        k_close(fds[1]);
+        special_turns(3, 100);
+    }
+}
+
+/* The backend breaks, and the loop is freed all the same. */
+static void special_broken(void)
+{
+    if (special_begin(TSRV_BACKEND_EPOLL, 0)) {
+        tsrv_spawn(loop, special_sleeper, NULL);
+        special_turns(1, 0);
+        broken = true;
+    }
+}
+
+static void (*const specials[])(void) = {special_leak, special_leak_poor, special_proxy, special_broken};
+
+enum { SPECIALS = sizeof(specials) / sizeof(specials[0]) };
+
+static void run_special(void (*function)(void))
+{
+    script_at = script_size = 0;
+    reset();
+    k_choose = NULL;
+    k_waits = wait_begins;
+    s_moves = happened;
+    s_calls = every_call;
+    tsrv_set_log(forget_log, NULL);
+    broken = false;
+    loop = NULL;
+    function();
+    freeing = true;
+    if (servers[0].server != NULL) {
+        if (!broken) {
+            s_plan = s_plan == NULL ? NULL : table_plan;
+        }
+        tsrv_server_free(servers[0].server);
+        servers[0].server = NULL;
+    }
+    if (loop != NULL) {
+        tsrv_loop_free(loop);
+        loop = NULL;
+    }
+    broken = false;
+    if (s_live != 0 || k_open_count() != 3) {
+        k_violation("%ld allocations and %d descriptors are left", s_live, k_open_count() - 3);
+    }
+}
+
 static void run_scenario(const way *w)
 {
     uint8_t bytes[BYTES];
@@ -141,30 +337,42 @@ static void run_scenario(const way *w)
     detour = w->detour;
     calls_there = calls_second = failures = 0;
     s_plan = table_plan;
-    d_run(bytes, size);
+    if (detour >= SPECIAL) {
+        run_special(specials[detour - SPECIAL]);
+    } else {
+        d_run(bytes, size);
+    }
 }
 
-/* Learn which sites each scenario reaches. */
+/* Learn which sites a scenario reaches. */
+static void look_at(unsigned scenario, unsigned through)
+{
+    way w = {(unsigned short)scenario, (unsigned short)through, 0};
+    for (int n = 0; n < site_count; n++) {
+        __start_s_sites[n].calls = 0;
+    }
+    table->at_row = -1;
+    table->at_way = (int)(through * 100000 + scenario);
+    run_scenario(&w);
+    table->runs++;
+    for (int n = 0; n < site_count; n++) {
+        row *r = &table->rows[n];
+        w.calls = (unsigned)__start_s_sites[n].calls;
+        if (w.calls != 0 && r->way_count < RUNS_OF_CELL) {
+            r->ways[r->way_count++] = w;
+        }
+    }
+}
+
 static void look(unsigned scenarios)
 {
     for (unsigned d = 0; d < DETOURS; d++) {
         for (unsigned i = 0; i < (d == 0 ? scenarios : scenarios / 8); i++) {
-            way w = {(unsigned short)i, (unsigned short)d, 0};
-            for (int n = 0; n < site_count; n++) {
-                __start_s_sites[n].calls = 0;
-            }
-            table->at_row = -1;
-            table->at_way = (int)(d * 100000 + i);
-            run_scenario(&w);
-            table->runs++;
-            for (int n = 0; n < site_count; n++) {
-                row *r = &table->rows[n];
-                w.calls = (unsigned)__start_s_sites[n].calls;
-                if (w.calls != 0 && r->way_count < RUNS_OF_CELL) {
-                    r->ways[r->way_count++] = w;
-                }
-            }
+            look_at(i, d);
         }
+    }
+    for (unsigned i = 0; i < SPECIALS; i++) {
+        look_at(0, SPECIAL + i);
     }
 }
 
