@@ -226,6 +226,19 @@ static void k_queue_drop(k_queue *queue, size_t size)
 
 static void k_release(k_file *file);
 
+/* Nobody waits for it any more. */
+static void k_unwatch(const k_file *file)
+{
+    for (k_file *set = k.files; set != NULL; set = set->next) {
+        for (int i = set->kind == K_EPOLL || set->kind == K_KQUEUE ? set->watch_count - 1 : -1; i >= 0; i--) {
+            if (set->watches[i].file == file) {
+                memmove(&set->watches[i], &set->watches[i + 1],
+                        (size_t)(--set->watch_count - i) * sizeof(k_watch));
+            }
+        }
+    }
+}
+
 /* Nobody has it any more. */
 static void k_file_free(k_file *file)
 {
@@ -237,14 +250,6 @@ static void k_file_free(k_file *file)
     for (int i = 0; i < 8; i++) {
         if (k.names[i].file == file) {
             k.names[i].file = NULL;
-        }
-    }
-    for (k_file *set = k.files; set != NULL; set = set->next) {
-        for (int i = set->kind == K_EPOLL || set->kind == K_KQUEUE ? set->watch_count - 1 : -1; i >= 0; i--) {
-            if (set->watches[i].file == file) {
-                memmove(&set->watches[i], &set->watches[i + 1],
-                        (size_t)(--set->watch_count - i) * sizeof(k_watch));
-            }
         }
     }
     k_queue_free(&file->in);
@@ -526,6 +531,7 @@ static void k_release(k_file *file)
     if (--file->refs > 0) {
         return;
     }
+    k_unwatch(file);
     if (file->kind == K_SOCKET) {
         k_close_socket(file);
     } else {
