@@ -36,6 +36,12 @@
 #include SIM_HEADER
 #if !SIM_OLD
 #include "../verify.h"
+#else /* what it has not */
+typedef struct tsrv_condition {
+    int none;
+} tsrv_condition;
+#define tsrv_condition_wait(condition, ms) (notified++, tsrv_sleep((ms) < 0 ? 1 : (ms)))
+#define tsrv_condition_notify(condition, count) ((void)(count))
 #endif
 
 enum {
@@ -1304,7 +1310,8 @@ static void call_on_close(tsrv_stream *stream, int reason, void *context)
 
 /* ---- the main program ---------------------------------------------------------------------*/
 
-static void turn(int timeout_ms)
+/* Returns whether anything can still happen. */
+static bool turn(int timeout_ms)
 {
     int rc;
     inside = false;
@@ -1317,6 +1324,7 @@ static void turn(int timeout_ms)
     if (k_for_ever && timeout_ms >= 0) {
         k_violation("the loop waits for ever");
     }
+    return rc != 0;
 }
 
 static void toggle_sticky(void)
@@ -1383,9 +1391,8 @@ static void come_to_rest(void)
                 took = true;
             }
         }
-        k_wait_ms = -1;
-        turn(took ? 0 : 100000);
-        if (k_wait_ms < 0) { /* it did not even wait */
+        k_wait_ms = 0;
+        if (!turn(took ? 0 : 100000)) {
             quiet++;
         } else {
             quiet = k_wait_ms == 100000 && !took ? quiet + 1 : 0;
@@ -1595,7 +1602,9 @@ static void draw_options(server_slot *slot)
     options->handle_stream = call_handler;
     options->on_close = call_on_close;
     options->on_start = call_on_start;
+#if !SIM_OLD
     options->on_accept = draw(4) == 3 ? call_on_accept : NULL;
+#endif
     options->context = slot;
     options->loop = loop;
     options->data_size = sizeof(connection *);
@@ -1608,7 +1617,9 @@ static void draw_options(server_slot *slot)
     options->write_timeout_ms = PICK(writes_ms);
     options->close_timeout_ms = PICK(closes_ms);
     options->max_connections = PICK(limits);
+#if !SIM_OLD
     options->max_per_address = PICK(limits);
+#endif
 }
 
 static void forget_log(int level, const char *message, void *context)
@@ -1618,12 +1629,16 @@ static void forget_log(int level, const char *message, void *context)
     TRACE("log: %s\n", message);
 }
 
+#if !SIM_OLD
 static __typeof__(tsrvi_process) first_process; /* so that a run does not know what the ones before have learnt */
+#endif
 
 static void reset(void)
 {
     k_boot();
+#if !SIM_OLD
     tsrvi_process = first_process;
+#endif
     memset(connections, 0, sizeof connections);
     memset(actors, 0, sizeof actors);
     memset(servers, 0, sizeof servers);
@@ -1687,7 +1702,9 @@ static void d_run(const uint8_t *data, size_t size)
         tracing = getenv("SIM_TRACE") != NULL;
         make_bytes();
         tsrv_set_log(forget_log, NULL);
+#if !SIM_OLD
         first_process = tsrvi_process;
+#endif
     }
     script = data;
     script_size = size;
