@@ -307,8 +307,11 @@ static bool is_past(uint64_t due)
 
 static void wait_begins(void)
 {
+    static uint64_t last_now;
     turn_calls = 0;
-    if (++in_vain > MOST_IN_VAIN) {
+    in_vain = last_now == k_now ? in_vain + 1 : 0;
+    last_now = k_now;
+    if (in_vain > MOST_IN_VAIN) {
         k_violation("the loop spins: %d turns in vain", in_vain);
     }
     for (op *o = ops; o != NULL; o = o->next) {
@@ -1348,9 +1351,13 @@ static void step(void)
 {
     static const int waits_ms[] = {0, 0, 1, 10, 100, 3000};
     unsigned what = draw(32);
-    if (what < 11) {
+    if (what < 10) {
         happened();
         turn(PICK(waits_ms));
+    } else if (what == 10) { /* until it waits, which it has to do */
+        happened();
+        for (k_wait_ms = 0; k_wait_ms == 0 && turn(3000);) {
+        }
     } else if (what < 19) {
         peer_acts();
     } else if (what < 23) {
