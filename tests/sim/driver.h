@@ -31,7 +31,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 enum { D_MOST = 4096, D_RUN_SECONDS = 20 };
 
-static const char *const d_usage = "[--seed N] [--runs N] [--seconds N] [--size N] [--tries N] [--replay HEX] [--verbose]";
+static const char *const d_usage =
+    "[--seed N] [--runs N] [--seconds N] [--size N] [--tries N] [--replay HEX] [--verbose]";
 
 /* What child and parent share. */
 typedef struct d_shared {
@@ -223,7 +224,8 @@ static int d_soak(unsigned long seed, unsigned long runs, double seconds)
     }
     good = p_await(&child, output, sizeof output);
     took = p_seconds() - begin;
-    printf("%lu runs from seed %lu in %.1f s, %.0f a second\n", d_state->runs, seed, took, (double)d_state->runs / took);
+    printf("%lu runs from seed %lu in %.1f s, %.0f a second\n", d_state->runs, seed, took,
+           (double)d_state->runs / took);
     if (!good) {
         d_report(d_state->seed);
     }

@@ -219,7 +219,8 @@ static const operation operations[] = {
     {"accept", do_accept, {0, 0, 0, 0}},
 };
 
-enum { SEND, SENDMSG, RECV, PEEK, SHUTDOWN, CLOSE, POLL, EPOLL, KEVENT, ERROR, GETPEERNAME, OUTQ, VISIT, ACCEPT, KINDS };
+enum { SEND, SENDMSG, RECV, PEEK, SHUTDOWN, CLOSE, POLL, EPOLL, KEVENT, ERROR, GETPEERNAME, OUTQ, VISIT, ACCEPT,
+       KINDS };
 
 /* ---- both worlds --------------------------------------------------------------------------*/
 
@@ -427,8 +428,9 @@ static void fill(bool tcp)
             errno = 0;                                                                                                \
             results[world] = result_of((long)(expression), NULL);                                                     \
         }                                                                                                             \
-        text_size += (size_t)snprintf(text + text_size, sizeof text - text_size, "    %s: real %ld %d, model %ld %d\n", \
-                                      what, results[0].rc, results[0].code, results[1].rc, results[1].code);          \
+        text_size += (size_t)snprintf(text + text_size, sizeof text - text_size,                                      \
+                                      "    %s: real %ld %d, model %ld %d\n", what,                                 \
+                                      results[0].rc, results[0].code, results[1].rc, results[1].code);          \
         good = good && is_the_same(results[0], results[1]);                                                           \
     } while (0)
 

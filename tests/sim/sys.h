@@ -40,7 +40,7 @@ static s_site *s_at; /* the one that calls */
         call;                                                                                                         \
     })
 
-/* What calls may fail with; see reliability in README. The list ends with a 0. */
+/* What calls may fail with. The list ends with a 0. */
 typedef struct s_class {
     const char *name;
     int codes[S_CODES];
@@ -162,7 +162,8 @@ static void s_moved(void)
 /* An error that ends a connection has ended it. */
 static ssize_t s_broken(int fd)
 {
-    bool ends = errno == ENOTCONN || errno == ECONNRESET || errno == ETIMEDOUT || errno == EHOSTUNREACH || errno == EPIPE;
+    bool ends = errno == ENOTCONN || errno == ECONNRESET || errno == ETIMEDOUT || errno == EHOSTUNREACH ||
+                errno == EPIPE;
     int saved = errno;
     if (ends && k_is_open(fd) && k.slots[fd].file->kind == K_SOCKET && k.slots[fd].file->state == K_CONNECTED) {
         k_file *file = k.slots[fd].file, *peer = file->peer;

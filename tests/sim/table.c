@@ -112,7 +112,8 @@ static int table_plan(const s_class *class)
 {
     if (s_at == bad_site) {
         calls_there++;
-        if (calls_there == bad_call || (bad_sticky && calls_there > bad_call && failures < MOST_STICKY && !script_is_over())) {
+        bool goes_on = bad_sticky && calls_there > bad_call && failures < MOST_STICKY && !script_is_over();
+        if (calls_there == bad_call || goes_on) {
             return fail_with(class, bad_code);
         }
     }
@@ -265,7 +266,8 @@ static void special_leak_poor(void)
 static void special_proxy(void)
 {
     static const char text[] = "PROXY TCP4 192.0.2.7 192.0.2.8 1000 2000\r\nhello";
-    static const unsigned char binary[] = {13,  10, 13, 10, 0, 13, 10, 81, 85, 73, 84, 10, 0x21, 0x11, 0, 19, 192, 0, 2, 7,
+    static const unsigned char binary[] = {13,  10, 13, 10, 0, 13, 10, 81, 85, 73, 84, 10, 0x21, 0x11, 0, 19, 192, 0, 2,
+                                           7,
                                            192, 0,  2,  8,  3, 232, 7, 208, 4, 0, 4, 'a', 'b', 'c', 'd', 'x'};
     for (int i = 0; i < 2; i++) {
         const char *data = i == 0 ? text : (const char *)binary;
