@@ -1,6 +1,6 @@
 /* Servers in a simulated kernel: listeners, connections, clients, timers, posts, signals, coroutines, drains, with
- * peers, faults and time that are drawn from one string of bytes (driver.h). What the calls of one stream return in every
- * case is asked by streams.c; here it is what a server does around them.
+ * peers, faults and time that are drawn from one string of bytes (driver.h). What the calls of one stream return in
+ * every case is asked by streams.c; here it is what a server does around them.
  *
  * What must hold, in every run:
  *   - no assertion, no sanitizer's report, no descriptor used or closed twice, no call that blocks, no SIGPIPE;
