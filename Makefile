@@ -105,6 +105,7 @@ help:
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, compile.sh, docs.sh"
 	@echo "make trust     the scoreboard: branches, mutants, fuzzing and more, as a table; hours when nothing"
 	@echo "               is there yet, READ=yes only reads what build/trust has: see tests/trust.sh"
+	@echo "make sim       servers in a simulated kernel, with faults, for SIM_SECONDS=60: see tests/sim/sim.c"
 	@echo "make fuzz      build the fuzzers, with clang: see tests/fuzz/*.c"
 	@echo "make platforms the tests on other processors and C libraries, with what qemu and compilers"
 	@echo "               are here: see tests/matrix.sh and tests/platforms.sh"
@@ -181,6 +182,20 @@ fuzz-short: fuzz
 trust:
 	@BUILD='$(BUILD)' READ='$(READ)' sh tests/trust.sh
 
+# Servers in a simulated kernel, for so many seconds, and the fault table: see tests/sim/sim.c.
+SIM_SECONDS = 60
+SIM_FLAGS   =
+SIM_CFLAGS  = -std=gnu99 -O2 -g -Wall -Wextra -Wpedantic -Werror -Wno-unused-function -Wno-unused-variable \
+              -Wno-unused-parameter -Wno-unused-but-set-variable -DTSRV_DEBUG -Itests/kqueue
+SIM_PROGRAMS = kernel_test table sim streams
+
+sim: $(SIM_PROGRAMS:%=$(BUILD)/sim/%)
+	@sh tests/sim/run.sh '$(BUILD)/sim' $(SIM_SECONDS)
+
+$(BUILD)/sim/%: tests/sim/%.c $(wildcard tests/sim/*.[ch] tests/fuzz/*.c tests/*.h tests/kqueue/sys/*.h) tcpserver.h
+	@mkdir -p '$(BUILD)/sim'
+	$(CC) $(SIM_CFLAGS) $(SAN_FLAGS) $(SIM_FLAGS) -o $@ $< -lpthread
+
 # What a line costs, in counts, beside what it cost when tests/bench/gate.txt was written.
 bench-gate:
 	CC='$(CC)' sh tests/bench/gate.sh '$(BUILD)'
@@ -249,5 +264,5 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test test-all run-tests check cert fuzz fuzz-short platforms trust bench bench-gate \
+.PHONY: all help run examples test test-all run-tests check cert fuzz sim fuzz-short platforms trust bench bench-gate \
         install uninstall clean

@@ -37,6 +37,10 @@
 #define FUZZ_OLD 0 /* 1 = the header is version 0.1.0, of which less is asked */
 #endif
 
+#ifndef FUZZ_LATE
+#define FUZZ_LATE false /* true: bytes are so long on their way that the end of a close's time may overtake them */
+#endif
+
 #define STREAMS 4
 #define CALLS 24      /* that are under way at once */
 #define ACTORS 16     /* helper coroutines, posts and timers of one script */
@@ -136,6 +140,7 @@ struct connection {
     bool short_file; /* more of the file was promised than there is */
     bool unsure;     /* whether a write that failed has been taken */
     bool good;       /* it has ended in good order */
+    size_t restored; /* of the largest read into memory that has failed: what it had is unread again */
 };
 
 /* One call of the program's that can wait. */
@@ -154,6 +159,7 @@ struct call {
     bool was_ended;    /* its stream had ended, or may have, when it began, */
     bool was_over;     /* the same without "or may have" */
     long begin_turn;   /* which was in this turn */
+    long last_turn;    /* and when it was made last */
     int late;          /* turns in which it should have been over */
     char memory[LARGEST + 1];
 };
@@ -758,7 +764,7 @@ UNTRACED static int64_t limit_of(const call *c)
     int64_t limit = c->timeout_ms < 0 || (is_read(c->kind) && c->timeout_ms == 0) ? INT64_MAX
                                                                                   : c->begin_ms + c->timeout_ms;
     if (c->kind == DRAIN && limit != INT64_MAX) {
-        limit += 1000;
+        limit += 2500; /* a second, from when the loop, whose waits may end late, has seen the end of the grace */
     }
     if ((is_read(c->kind) || c->kind == FLUSH || c->kind == WAIT) && on->deadline_ms != 0 && on->deadline_ms < limit) {
         limit = on->deadline_ms;
@@ -798,11 +804,28 @@ static bool is_empty(const call *c)
     return (c->kind == READ_BYTES || c->kind == READ_INTO) && c->size == 0;
 }
 
-static bool somebody_reads(const call *but)
+static bool somebody_is_at(const call *but, bool with_empty)
 {
     for (int i = 0; i < CALLS; i++) {
         const call *c = &calls[i];
-        if (c->active && c != but && c->on == but->on && is_read(c->kind) && !is_empty(c)) {
+        if (c->active && c != but && c->on == but->on && is_read(c->kind) && (with_empty || !is_empty(c))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool somebody_reads(const call *but)
+{
+    return somebody_is_at(but, false);
+}
+
+/* The same, but for a handler that lets others go first, and has not looked at the input yet. */
+static bool somebody_holds_read(const call *but)
+{
+    for (int i = 0; i < CALLS; i++) {
+        const call *c = &calls[i];
+        if (c->active && c != but && c->on == but->on && is_read(c->kind) && !is_empty(c) && c->last_turn != turns) {
             return true;
         }
     }
@@ -835,7 +858,7 @@ static void check_read_failure(const call *c, int rc, bool waits)
         }
         break;
     case TSRV_EBUSY:
-        if (!somebody_reads(c) && !on->strayed && !FUZZ_OLD) {
+        if (!somebody_is_at(c, true) && !on->strayed && !FUZZ_OLD) { /* one of nothing may let others go first */
             fail("%d: %s returns TSRV_EBUSY, but nobody reads", number_of(on), names[c->kind]);
         }
         break;
@@ -891,13 +914,16 @@ static void after_read(call *c, int rc, const tsrv_slice *slice, bool waits)
     if (rc == TSRV_OK && is_empty(c)) {
         return; /* which others may have overtaken */
     }
-    if (rc == TSRV_OK && somebody_reads(c) && !on->strayed && !FUZZ_OLD) {
+    if (rc == TSRV_OK && somebody_holds_read(c) && !on->strayed && !FUZZ_OLD) {
         fail("%d: %s returns TSRV_OK, though somebody else reads", number_of(on), names[c->kind]);
     }
     if (rc == TSRV_OK) {
         check_read(c, slice);
     } else {
         check_read_failure(c, rc, waits);
+        if (c->kind == READ_INTO && rc != TSRV_EAGAIN && c->size > on->restored) {
+            on->restored = c->size;
+        }
         if (c->sliced && (slice->size != 0 || slice->data[0] != 0)) {
             fail("%d: %s fails, but its slice is not empty", number_of(on), names[c->kind]);
         }
@@ -1079,6 +1105,7 @@ static int make_call(call *c, int where)
     TRACE("%d: %s(size %zu, max %zu, %s, variant %u, %d ms)%s\n", number_of(on), names[kind], c->size, c->max,
           c->sliced ? "slice" : "NULL", c->variant, c->timeout_ms, where == OUTSIDE ? " outside" : "");
     inside = where != IN_COROUTINE;
+    c->last_turn = turns;
     rc = invoke(c, &slice);
     inside = false;
     TRACE("%d: %s = %d\n", number_of(on), names[kind], rc);
@@ -1212,9 +1239,10 @@ static void look(const connection *on)
 {
     tsrv_address address;
     tsrv_stats stats;
-    size_t chunk = options.read_chunk_size == 0 ? 65536 : options.read_chunk_size;
+    size_t chunk = options.read_chunk_size == 0 ? 65536 : options.read_chunk_size, most = max_buffer_size();
     chunk = chunk < max_buffer_size() / 2 + 1 ? chunk : max_buffer_size() / 2 + 1;
-    if (tsrv_unread_size(on->stream) > max_buffer_size() + chunk) {
+    most = most > on->restored ? most : on->restored;
+    if (tsrv_unread_size(on->stream) > most + chunk) {
         fail("%d: %zu bytes are unread, more than the limit", number_of(on), tsrv_unread_size(on->stream));
     }
     if (tsrv_stream_loop(on->stream) != loop || tsrv_fd(on->stream) != on->fd) {
@@ -1942,7 +1970,7 @@ static void check_nothing_is_left(int descriptors)
             fail("%d: on_close has not been called", i);
         }
         /* With TCP it may still be on its way, even though both ends are in this process. */
-        if (on->good && !on->peer_gone && (!tcp || on->peer_saw_end) &&
+        if (on->good && !on->peer_gone && (!tcp || (on->peer_saw_end && !FUZZ_LATE)) &&
             (on->delivered != on->written || (!on->peer_saw_end && on->received == on->sent))) {
             fail("%d: of %llu bytes that were written %llu came, %s an end", i, (unsigned long long)on->written,
                  (unsigned long long)on->delivered, on->peer_saw_end ? "and" : "without");
