@@ -190,7 +190,7 @@ SIM_CFLAGS  = -std=gnu99 -O2 -g -Wall -Wextra -Wpedantic -Werror -Wno-unused-fun
 SIM_PROGRAMS = kernel_test table sim streams
 
 sim: $(SIM_PROGRAMS:%=$(BUILD)/sim/%)
-	@sh tests/sim/run.sh '$(BUILD)/sim' $(SIM_SECONDS)
+	@sh tests/sim/run.sh '$(BUILD)/sim' $(SIM_SECONDS) '$(BUILD)/trust'
 
 $(BUILD)/sim/%: tests/sim/%.c $(wildcard tests/sim/*.[ch] tests/fuzz/*.c tests/*.h tests/kqueue/sys/*.h) tcpserver.h
 	@mkdir -p '$(BUILD)/sim'
