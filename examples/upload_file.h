@@ -2,6 +2,7 @@
  * threads: there is no call of the library here. */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
