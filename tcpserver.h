@@ -6553,7 +6553,7 @@ static void tsrvi_handed_adopt(int count)
 static void tsrvi_handed_read_files(const char *text)
 {
     int fd = 0;
-    for (; text != NULL && *text != 0 && fd < TSRVI_HANDED_MAX; text++) {
+    for (; text != NULL && *text != 0 && fd < TSRVI_LISTEN_FIRST + TSRVI_HANDED_MAX; text++) {
         if (*text >= '0' && *text <= '9') {
             fd = fd * 10 + (*text - '0');
         } else {

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Which branches of the header no test takes: builds the tests with clang's coverage, runs them on every backend, over
 # TLS and over memory, and prints each branch that was never true, or never false, and how many were taken: by section,
-# and in all. Fails when fewer are taken than FLOOR percent, when a test fails, or when more than 40 places are marked
-# as never happening, which is what TSRV_ASSERT marks.
+# and in all. Fails when fewer are taken than FLOOR percent, or when more than 40 places are marked as never happening,
+# which is what TSRV_ASSERT marks. That a test fails is for make test-all to say.
 #   tests/coverage.sh [program...]     environment: BUILD SECTIONS OPTIONS JOBS FLOOR LLVM CI
 #   OPTIONS='--short' tests/coverage.sh supervisor process      a part, quickly; a program is a file of tests, a group
 #                                                               of tests/groups, or a file with _tls, _memory, _kqueue
