@@ -1855,7 +1855,8 @@ static void check_waits(bool reading)
             predict(c, c->from, c->on->sent, c->on->peer_fin, &size) != TSRV_EAGAIN) {
             fail("%d: %s still waits for what is there", number_of(c->on), names[c->kind]);
         }
-        if (is_read(c->kind) && c->on->peer_fin && (reading || tsrv_unsent_size(c->on->stream) == 0)) {
+        if (is_read(c->kind) && c->on->peer_fin && (reading || tsrv_unsent_size(c->on->stream) == 0) &&
+            !(is_tight() && c->from < c->on->sent)) { /* which lies behind what is not received */
             fail("%d: %s still waits after the end of the input", number_of(c->on), names[c->kind]);
         }
         if ((is_write(c->kind) || c->kind == FLUSH) && (reading || c->on->write_ms >= 0)) {
