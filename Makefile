@@ -8,6 +8,7 @@ SAN     =
 BACKEND =
 QEMU    =
 PREFIX  = /usr/local
+PORT    = 8888
 BUILD   = build
 TESTS   = $(filter-out $(NOT_BUILT) $(LEFT_OUT),$(LONGEST) $(filter-out $(LONGEST),$(ALL_TESTS)))
 # ----------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ endif
 all: examples
 
 help:
-	@echo "make run       build the echo server and run it on port 8888"
+	@echo "make run       build the echo server, which takes seconds, and run it on port $(PORT); PORT=9999"
 	@echo "make test      build and run the tests in a minute: each in a process of its own, in both modes"
 	@echo "make test-all  all of them: on every backend, once more in hard mode, streams over TLS, too"
 	@echo "make examples  build the examples"
@@ -121,7 +122,7 @@ help:
 	@echo "               STD=c99|c11|c17 KQUEUE=1 DEBUG= TESTS='ioloop iostream'"
 
 run: $(DIR)/echo
-	$(DIR)/echo 8888
+	$(DIR)/echo $(PORT)
 
 examples: $(EXAMPLES)
 

@@ -190,24 +190,25 @@
  *   ticket_hours             24              TSRV_NEVER    that a key seals tickets
  *   native_context           NULL                          an SSL_CTX of your own
  *
- * MISTAKES that are often made, and what is seen. Those with a D are named in the log of a program
- * that was compiled with -DTSRV_DEBUG: develop with it.
+ * MISTAKES that are often made, and what is seen. Those with a D are shown by a program that was
+ * compiled with -DTSRV_DEBUG, all but the second by a line in the log: develop with it.
  *
  *    1   A handler blocks (sleep, getaddrinfo, a file on a slow disk) or computes for long: all
  *        others of its loop stand still. The log: "a turn of the loop took 2000 ms (slow_ms is
  *        1000), nearly all of it handle_stream for ...". tsrv_sleep, tsrv_run_in_thread.
  *    2 D A slice is used after the next read, or kept: wrong bytes, silently; with TSRV_DEBUG they
- *        are all 0xDD. Copy what must last.
+ *        are all 0xDD, until other bytes come to that place. Copy what must last.
  *    3 D A callback-mode handler makes two different reads and keeps no step: called again, it
  *        begins with the first one. Keep the step in tsrv_data.
  *    4 D A callback-mode handler does not return the TSRV_EAGAIN of its read: the connection ends
  *        before its answer. `if (rc != TSRV_OK) return rc;`
- *    5 D A loop goes on though its calls fail: the server hangs at full load. A loop ends with the
- *        first result that is not TSRV_OK.
- *    6 D A timer, a post or another stream's callback waits for a stream, or calls what needs a
- *        coroutine: nothing happens. tsrv_spawn.
+ *    5 D A loop goes on though its calls fail: a processor at full load; in callback mode the
+ *        server hangs. A loop ends with the first result that is not TSRV_OK.
+ *    6 D A timer, a post or another stream's callback calls what waits (tsrv_wait, tsrv_flush), or
+ *        what needs a coroutine: nothing happens. tsrv_spawn. (A read there only looks, and is not
+ *        named: TSRV_EAGAIN, or TSRV_EBUSY if the stream's own handler reads.)
  *    7 D A stream is used on another thread: anything may happen. tsrv_loop_post takes the work
- *        to its loop.
+ *        to its loop. (Named are reads, waits, flushes and first writes.)
  *    8   A coroutine has a large array or recurses deeply: SIGSEGV, in the guard below its stack; a
  *        worker is replaced, and the log says by which signal it ended. -Wframe-larger-than finds
  *        the function, stack_size makes room.
@@ -219,6 +220,8 @@
  *        `if (tsrv_task_id() < 0)`.
  *   12   No time is set: clients that say nothing stay for ever, and the counter `open` only grows.
  *        idle_timeout_ms, read_timeout_ms, tsrv_set_deadline.
+ *   13   A proxy connects to any host that its client names: also to this machine's own ports, and
+ *        with "unix:/path" to its sockets. Refuse what begins with "unix:", and look at addresses.
  *
  * DEBUGGING
  *
@@ -240,9 +243,14 @@
  * Write {} where these examples write {0}, and no exception may leave a handler. What is made can
  * be owned by objects, and a lambda without captures is a handler:             [compiles as C++]
  *
- *     #include <memory>
+ *     #include <memory> // behind tcpserver.h
  *     #include <stdexcept>
  *     #include <string>
+ *
+ *     struct failure : std::runtime_error {
+ *         int code;
+ *         explicit failure(int rc) : std::runtime_error(tsrv_strerror(rc)), code(rc) {}
+ *     };
  *
  *     struct server_end {
  *         void operator()(tsrv_server *server) const { tsrv_server_free(server); }
@@ -251,7 +259,7 @@
  *
  *     static int check(int rc)
  *     {
- *         return rc >= 0 ? rc : throw std::runtime_error(tsrv_strerror(rc));
+ *         return rc >= 0 ? rc : throw failure(rc);
  *     }
  *
  *     static server_ptr listen(int port, tsrv_handler handler)
@@ -272,9 +280,10 @@
  *         return std::string(line.data, line.size); // a copy: it may be kept
  *     }
  *
- * The body of a handler is then try { ... return TSRV_OK; } catch (const std::exception &) {
- * return TSRV_ECLOSED; }. The library's own memory goes with the stream, also when a coroutine is
- * dropped where it stands (tsrv_loop_free): what lies on its stack is not destroyed then.
+ * The body of a handler is then try { ... } catch (const failure &e) { return e.code; }, with
+ * another catch for what else may be thrown. The library's own memory goes with the stream, also
+ * when a coroutine is dropped where it stands (tsrv_loop_free): what lies on its stack is not
+ * destroyed then.
  *
  * OTHER LANGUAGES
  *
@@ -283,9 +292,10 @@
  *
  *     cc -shared -fPIC -DTCPSERVER_IMPLEMENTATION -o libtcpserver.so -x c tcpserver.h
  *
- * Keep callbacks alive for as long as the server, and let no exception leave them. In Python:
+ * Keep callbacks alive for as long as the server, and let no exception leave them: the connection
+ * would end with an arbitrary code. In Python (python3 upper.py ./libtcpserver.so 8888):
  *
- *     import ctypes as c, sys
+ *     import ctypes as c, signal, sys
  *
  *     class Slice(c.Structure):
  *         _fields_ = [("data", c.c_void_p), ("size", c.c_size_t)]
@@ -309,6 +319,7 @@
  *             text = c.string_at(line.data, line.size).upper()
  *             lib.tsrv_write(c.c_void_p(stream), text, c.c_size_t(len(text)))
  *
+ *     signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C waits for the next callback
  *     options, server = Options(mode=1, handle_stream=handle_stream), c.c_void_p()
  *     rc = lib.tsrv_server_new(c.byref(server), c.byref(options)) or \
  *         lib.tsrv_server_listen(server, int(sys.argv[2]), b"127.0.0.1", None) or \
@@ -731,7 +742,7 @@ typedef void (*tsrv_watch_callback)(int events, void *context);
 /* Receives each log message: one line without its newline. It must not call the library. */
 typedef void (*tsrv_log_function)(int level, const char *message, void *context);
 
-/* Finds the end of the first message for tsrv_read_until_match; it cannot wait.
+/* Finds the end of the first message for tsrv_read_until_match; it must not use the stream.
  *   data     what has arrived; data[size] is 0
  *   size     bytes in data, at least 1
  * Returns the size of the first message when all of it is there; 0 when it cannot tell yet; more
@@ -1383,18 +1394,19 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 TSRV_API void tsrv_server_stop(tsrv_server *server);
 
 /* Stop listening, as tsrv_server_stop, let what is under way come to its end, and close every
- * stream. A stream that is idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still write
- * its good-bye; tsrv_wait is woken at once. Idle means: it waits in a read of which nothing has
- * arrived, with nothing unread, here or in the kernel, and nothing unsent, and nothing was
+ * stream. A stream that is idle reads TSRV_EOF with tsrv_stopping(stream) true, and can still
+ * write its good-bye; tsrv_wait is woken at once. Idle means: it waits in a read of which nothing
+ * has arrived, with nothing unread, here or in the kernel, and nothing unsent, and nothing was
  * received, and it was not accepted, within the last second, whatever it has written. So a request
  * or an upload under way is finished, a client whose first request is in flight is served, and no
  * request is cut of a client that sends at least one a second: the handler of its next one sees
- * tsrv_stopping, and can say in its answer that it is the last. Between two calls of tsrv_read_some
- * nothing tells that more is to come: who reads a body reads all of it, or blocks of it, by
- * tsrv_read_bytes or tsrv_read_into. Who has begun neither its PROXY header nor its handshake for a
- * second is closed. A stream whose client goes on sending is left until the grace is over. Then what is left is aborted, every other wait of the
- * handlers ends once with TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the
- * same drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
+ * tsrv_stopping, and can say in its answer that it is the last. Between two calls of
+ * tsrv_read_some nothing tells that more is to come: who reads a body reads all of it, or blocks
+ * of it, by tsrv_read_bytes or tsrv_read_into. Who has begun neither its PROXY header nor its
+ * handshake for a second is closed. A stream whose client goes on sending is left until the grace
+ * is over. Then what is left is aborted, every other wait of the handlers ends once with
+ * TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the same drain, and can
+ * only shorten its grace. Source: HTTPServer.close_all_connections.
  *   grace_ms  0 = the server's grace_ms; TSRV_NEVER; one below 1.5 s leaves a client that was busy
  *             a moment ago no time to be found idle
  * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
@@ -1470,7 +1482,9 @@ typedef struct tsrv_connect_options {
  * the next one when one has failed or said nothing for 250 ms; the first that connects wins, and
  * the others are closed. The stream is the caller's: tsrv_close gives it back and is the last thing
  * done with it (what is queued is still sent); tsrv_abort cuts it, may be called by anybody, and
- * frees nothing. It has the limits of tsrv_server_options' defaults, no data and no on_close.
+ * frees nothing. It has the limits of tsrv_server_options' defaults, so its reads have no time
+ * until tsrv_set_timeout gives them one; no data and no on_close. A host that a peer has named may
+ * be "unix:/path", too, or this machine: look at it first.
  * Source: TCPClient.connect.
  *   host     a name, a number ("[::1]" too) or "unix:/path", "unix:@abstract"; a name is looked up
  *            by getaddrinfo on a helper thread, half of them at most, within the time limit; with
@@ -9236,6 +9250,7 @@ enum {
 #define TSRVI_TOLD 4                 /* after the end of the input */
 #define TSRVI_CONSUMED 8             /* it has read something in this call */
 #define TSRVI_PAYS 16                /* a read of too much lets others run first */
+#define TSRVI_HELD 32                /* output above the mark holds its read, whose time stands */
 
 /* Bytes that a callback-mode handler's read into its own memory, or its drop, has got so far. */
 typedef struct tsrvi_partial {
@@ -9575,7 +9590,8 @@ static void tsrvi_debug_read(tsrv_stream *stream, const char *function, int rc)
 /* A callback-mode handler has returned. */
 static void tsrvi_debug_returned(const tsrv_stream *stream, int rc)
 {
-    if (rc >= 0 && stream->waits_in != NULL && stream->end == 0 && stream->phase == TSRVI_OPEN) {
+    if (rc == TSRV_OK && stream->waits_in != NULL && stream->end == 0 &&
+        stream->phase == TSRVI_OPEN && !tsrvi_is(stream, TSRVI_DRAINING)) {
         tsrvi_debug_tell(stream, stream->waits_in,
                          "said TSRV_EAGAIN, and the handler returned something else, which ends "
                          "the connection");
@@ -9594,17 +9610,19 @@ static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
     }
     if (loop->streams.handling == stream && reads) {
         tsrvi_debug_read(stream, function, rc);
+    } else if (loop->streams.handling == stream && rc != TSRV_EAGAIN) {
+        stream->waits_in = NULL; /* there was another reason to end */
     }
     if (rc == TSRV_EAGAIN && !reads && loop->streams.handling != stream &&
         loop->coroutines.running == NULL) {
         tsrvi_debug_tell(stream, function,
                          "nothing can wait here, neither a coroutine nor the stream's handler");
     }
-    if (rc >= 0 || rc == TSRV_EAGAIN || loop->turns - stream->failed_turn > 1) {
+    if (rc >= 0 || loop->turns - stream->failed_turn > (rc == TSRV_EAGAIN ? 0 : 1)) {
         stream->failures = 0;
     }
     stream->failed_turn = loop->turns;
-    if (rc < 0 && rc != TSRV_EAGAIN && ++stream->failures == TSRVI_DEBUG_FAILURES) {
+    if (rc < 0 && ++stream->failures == TSRVI_DEBUG_FAILURES) {
         tsrvi_debug_tell(stream, function, "is called again and again, and always fails");
     }
     return rc;
@@ -10398,10 +10416,16 @@ static BIO_METHOD *tsrvi_tls_bio_method(void)
 
 /* ---- OpenSSL's buffers -----------------------------------------------------*/
 
+/* Not even the header of a record? */
+static bool tsrvi_tls_has_nothing(const tsrvi_tls *tls)
+{
+    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0;
+}
+
 static bool tsrvi_tls_is_empty(tsrv_stream *stream)
 {
-    const tsrvi_tls *tls = tsrvi_tls_of(stream); /* not even the header of a record */
-    return SSL_has_pending(tls->ssl) == 0 && strcmp(SSL_rstate_string(tls->ssl), "RH") == 0 &&
+    const tsrvi_tls *tls = tsrvi_tls_of(stream);
+    return tsrvi_tls_has_nothing(tls) &&
            (tls->established || SSL_get_state(tls->ssl) == TLS_ST_BEFORE);
 }
 
@@ -10431,7 +10455,7 @@ static void tsrvi_tls_use(tsrvi_tls *tls)
     if (++loop->streams.session_count > TSRVI_TLS_RECENT) {
         tsrvi_tls *oldest = TSRVI_CONTAINER(loop->streams.sessions.next, tsrvi_tls, recent);
         tsrvi_tls_unuse(oldest);
-        if (tsrvi_tls_is_empty(oldest->stream)) {
+        if (tsrvi_tls_has_nothing(oldest)) {
             SSL_free_buffers(oldest->ssl);
         }
     }
@@ -11955,6 +11979,9 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     data = stream->in->data + stream->in->begin;
     data[size] = 0; /* there is always a byte more than the capacity */
     found = read->match(data, size, read->context);
+    if (TSRVI_UNLIKELY(tsrvi_buffer_size(stream->in) != size)) {
+        return TSRV_EBUSY; /* it has read the stream itself */
+    }
     limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
     if (found == SIZE_MAX) {
         tsrvi_loop_of(stream)->streams.limited = NULL; /* it is malformed, of whatever size */
@@ -12079,9 +12106,10 @@ static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
     tsrvi_wait *own = &stream->own;
     uint32_t limit_ms;
-    if ((own->facts & TSRVI_IN_READ) == 0) {
+    if ((own->facts & (TSRVI_IN_READ | TSRVI_HELD)) != TSRVI_IN_READ) {
         own->due_ms = tsrvi_read_due(stream);
         stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+        tsrvi_own_clear(stream, TSRVI_HELD);
     }
     limit_ms = tsrvi_read_limit(stream, own->due_ms);
     if (limit_ms != 0) {
@@ -12133,7 +12161,7 @@ static TSRVI_APART bool tsrvi_read_pays(const tsrv_stream *stream)
 {
     const tsrvi_wait *wait = stream->waits;
     while (wait != NULL &&
-           (wait->kinds != TSRVI_FOR_TURN ||
+           ((wait->kinds & TSRVI_FOR_TURN) == 0 ||
             (wait->facts & (wait == &stream->own ? TSRVI_PAYS : TSRVI_IN_READ)) == 0)) {
         wait = wait->next;
     }
@@ -13241,6 +13269,7 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
     if ((rc = tsrvi_tls_begin(stream, tls, server_name)) < 0) {
         return rc;
     }
+    stream->fresh_ms = tsrvi_loop_of(stream)->now_ms; /* a drain gives the peer time to begin */
     tsrvi_stream_soon(stream);
     if (server_name != NULL) {
         tsrvi_stream_shake(stream); /* the client speaks first */
@@ -13432,7 +13461,8 @@ TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size)
 static bool tsrvi_code_is_quiet(int code)
 {
     return code >= 0 || code == TSRV_EOF || code == TSRV_ECLOSED || code == TSRV_ETIMEOUT ||
-           code == TSRV_ETLS || code == -ECONNRESET || code == -EPIPE; /* TLS has said why */
+           code == TSRV_ETLS || /* TLS has said why */
+           code == -ECONNRESET || code == -EPIPE || code == -ETIMEDOUT;
 }
 
 /* Say how the handler has failed, and which limit it has met if it was one. */
@@ -13750,7 +13780,9 @@ static uint32_t tsrvi_wait_due(const tsrv_stream *stream, const tsrvi_wait *wait
 {
     uint32_t due_ms = 0;
     if ((wait->kinds & TSRVI_FOR_READ) != 0) {
-        due_ms = tsrvi_read_limit(stream, wait->due_ms);
+        due_ms = wait == &stream->own && (wait->facts & TSRVI_HELD) != 0
+                     ? stream->deadline_ms
+                     : tsrvi_read_limit(stream, wait->due_ms);
     }
     if ((wait->kinds & TSRVI_FOR_WAKE) != 0) {
         due_ms =
@@ -13820,9 +13852,28 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
     return true;
 }
 
+/* Output above the mark holds the read of a handler in callback mode: the peer can do nothing about
+ * its time, which stands still, and begins anew when the output is below. What the peer does not
+ * take has a time of its own, write_timeout_ms. */
+static TSRVI_APART void tsrvi_own_hold(tsrv_stream *stream)
+{
+    tsrvi_wait *own = &stream->own;
+    if (tsrvi_stream_above_mark(stream)) {
+        tsrvi_own_set(stream, TSRVI_HELD);
+    } else if ((own->facts & TSRVI_HELD) != 0) {
+        tsrvi_own_clear(stream, TSRVI_HELD);
+        own->due_ms = tsrvi_read_due(stream);
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+    }
+}
+
 /* The same of the handler's wait, and call it. */
 static inline TSRVI_INLINE bool tsrvi_own_end(tsrv_stream *stream)
 {
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED)) &&
+        (stream->own.kinds & TSRVI_FOR_READ) != 0) {
+        tsrvi_own_hold(stream);
+    }
     if (!tsrvi_wait_is_over(stream, &stream->own) && !tsrvi_wait_is_late(stream, &stream->own)) {
         return false;
     }
@@ -18840,10 +18891,10 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
     } else {
         rc = tsrvi_serve_run(server, port, address, num_processes, options);
     }
-    tsrv_server_free(server);
     if (!had_loop) {
-        tsrv_loop_free(NULL);
+        tsrv_loop_free(NULL); /* a handler that goes on and on is dropped, and not waited for */
     }
+    tsrv_server_free(server);
     __atomic_store_n(&tsrvi_process.serving, 0, __ATOMIC_RELEASE);
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }

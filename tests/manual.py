@@ -22,8 +22,8 @@ static int handle(tsrv_stream *stream, const tsrv_address *, void *)
             std::string line = "<" + read_line(stream);
             tsrv_write(stream, line.data(), line.size());
         }
-    } catch (const std::exception &) {
-        return TSRV_ECLOSED;
+    } catch (const failure &e) {
+        return e.code;
     }
 }
 
@@ -155,7 +155,7 @@ def check_python():
     compile_command[0] = os.environ.get("CC", "cc")
     compile_command[compile_command.index("-o") + 1] = library
     with open(script, "w", encoding="utf-8") as file:
-        file.write(code_after(lines, "In Python:"))
+        file.write(code_after(lines, "In Python ("))
     run("the binding in Python serves", compile_command[0], compile_command, [sys.executable, script, library, "0"],
         b"one\ntwo\n", b"ONE\nTWO\n")
 

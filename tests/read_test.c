@@ -679,3 +679,71 @@ TEST_CALLBACK(a_read_into_that_cannot_be_kept_ends_the_stream)
     t_close(fd);
     s_close();
 }
+
+/* A match that reads is a mistake, and a code; nothing is lost but what it has read. */
+static size_t match_that_reads(const char *data, size_t size, void *context)
+{
+    tsrv_slice slice;
+    (void)data;
+    tsrv_read_some((tsrv_stream *)context, 1, &slice);
+    return size;
+}
+
+static int have_the_match_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    int rc = tsrv_read_until_match(stream, match_that_reads, stream, 0, &slice);
+    if (rc == TSRV_EAGAIN) {
+        return rc;
+    }
+    CHECK_INT(rc, TSRV_EBUSY);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "ine\n", 4);
+    return TSRV_OK;
+}
+
+T_TEST(a_match_that_reads_is_a_code, T_PER_BACKEND | T_CALLBACKS)
+{
+    s_serve(have_the_match_read);
+    int fd = s_join();
+    t_sends(fd, "line\n");
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- reads that output above the mark holds ------------------------------------------------*/
+
+static char held_answer[4 << 20];
+
+static void write_much(void *context)
+{
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    (void)context;
+    CHECK_INT(tsrv_try_write(stream, held_answer, sizeof held_answer), TSRV_OK);
+}
+
+/* In callback mode such a read receives nothing, so its time stands still, and begins anew afterwards. */
+T_TEST(time_of_a_read_that_output_holds_stands_still, T_PER_BACKEND | T_CALLBACKS)
+{
+    for (int idle = 0; idle <= 1; idle++) {
+        tsrv_server_options options = {0};
+        *(idle ? &options.idle_timeout_ms : &options.read_timeout_ms) = 1500;
+        s_open_with(echo_lines, options);
+        int fd = s_join_with_room(4096);
+        s_run_ms(1000);
+        CHECK_INT(tsrv_loop_post(s_loop, write_much, NULL), TSRV_OK);
+        s_run_ms(4000);
+        CHECK_INT(s_closed, 0);
+        s_expect_bytes(fd, held_answer, sizeof held_answer);
+        s_run_ms(1000);
+        CHECK_INT(s_closed, 0);
+        s_run_ms(1000);
+        CHECK_INT(s_closed, 1);
+        CHECK_INT(s_reason, TSRV_ETIMEOUT);
+        t_close(fd);
+        s_close();
+    }
+}
