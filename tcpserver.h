@@ -1572,7 +1572,9 @@ TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_s
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
- * if the peer takes it.
+ * if the peer takes it. In callback mode a read receives nothing while more than write_high_water is
+ * unsent, whoever has written it, and its times go on: who broadcasts to such streams sets
+ * write_high_water to SIZE_MAX, and a small max_write_buffer_size.
  * Returns as above, but TSRV_EFULL, which max_total_buffer of the loop gives too, leaves the stream
  * as it was, with nothing of data in it. */
 TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size);
@@ -9250,7 +9252,6 @@ enum {
 #define TSRVI_TOLD 4                 /* after the end of the input */
 #define TSRVI_CONSUMED 8             /* it has read something in this call */
 #define TSRVI_PAYS 16                /* a read of too much lets others run first */
-#define TSRVI_HELD 32                /* output above the mark holds its read, whose time stands */
 
 /* Bytes that a callback-mode handler's read into its own memory, or its drop, has got so far. */
 typedef struct tsrvi_partial {
@@ -12106,10 +12107,9 @@ static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
     tsrvi_wait *own = &stream->own;
     uint32_t limit_ms;
-    if ((own->facts & (TSRVI_IN_READ | TSRVI_HELD)) != TSRVI_IN_READ) {
+    if ((own->facts & TSRVI_IN_READ) == 0) {
         own->due_ms = tsrvi_read_due(stream);
         stream->active_ms = tsrvi_loop_of(stream)->now_ms;
-        tsrvi_own_clear(stream, TSRVI_HELD);
     }
     limit_ms = tsrvi_read_limit(stream, own->due_ms);
     if (limit_ms != 0) {
@@ -13780,9 +13780,7 @@ static uint32_t tsrvi_wait_due(const tsrv_stream *stream, const tsrvi_wait *wait
 {
     uint32_t due_ms = 0;
     if ((wait->kinds & TSRVI_FOR_READ) != 0) {
-        due_ms = wait == &stream->own && (wait->facts & TSRVI_HELD) != 0
-                     ? stream->deadline_ms
-                     : tsrvi_read_limit(stream, wait->due_ms);
+        due_ms = tsrvi_read_limit(stream, wait->due_ms);
     }
     if ((wait->kinds & TSRVI_FOR_WAKE) != 0) {
         due_ms =
@@ -13852,28 +13850,9 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
     return true;
 }
 
-/* Output above the mark holds the read of a handler in callback mode: the peer can do nothing about
- * its time, which stands still, and begins anew when the output is below. What the peer does not
- * take has a time of its own, write_timeout_ms. */
-static TSRVI_APART void tsrvi_own_hold(tsrv_stream *stream)
-{
-    tsrvi_wait *own = &stream->own;
-    if (tsrvi_stream_above_mark(stream)) {
-        tsrvi_own_set(stream, TSRVI_HELD);
-    } else if ((own->facts & TSRVI_HELD) != 0) {
-        tsrvi_own_clear(stream, TSRVI_HELD);
-        own->due_ms = tsrvi_read_due(stream);
-        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
-    }
-}
-
 /* The same of the handler's wait, and call it. */
 static inline TSRVI_INLINE bool tsrvi_own_end(tsrv_stream *stream)
 {
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED)) &&
-        (stream->own.kinds & TSRVI_FOR_READ) != 0) {
-        tsrvi_own_hold(stream);
-    }
     if (!tsrvi_wait_is_over(stream, &stream->own) && !tsrvi_wait_is_late(stream, &stream->own)) {
         return false;
     }

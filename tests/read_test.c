@@ -713,37 +713,3 @@ T_TEST(a_match_that_reads_is_a_code, T_PER_BACKEND | T_CALLBACKS)
     t_close(fd);
     s_close();
 }
-
-/* ---- reads that output above the mark holds ------------------------------------------------*/
-
-static char held_answer[4 << 20];
-
-static void write_much(void *context)
-{
-    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
-    (void)context;
-    CHECK_INT(tsrv_try_write(stream, held_answer, sizeof held_answer), TSRV_OK);
-}
-
-/* In callback mode such a read receives nothing, so its time stands still, and begins anew afterwards. */
-T_TEST(time_of_a_read_that_output_holds_stands_still, T_PER_BACKEND | T_CALLBACKS)
-{
-    for (int idle = 0; idle <= 1; idle++) {
-        tsrv_server_options options = {0};
-        *(idle ? &options.idle_timeout_ms : &options.read_timeout_ms) = 1500;
-        s_open_with(echo_lines, options);
-        int fd = s_join_with_room(4096);
-        s_run_ms(1000);
-        CHECK_INT(tsrv_loop_post(s_loop, write_much, NULL), TSRV_OK);
-        s_run_ms(4000);
-        CHECK_INT(s_closed, 0);
-        s_expect_bytes(fd, held_answer, sizeof held_answer);
-        s_run_ms(1000);
-        CHECK_INT(s_closed, 0);
-        s_run_ms(1000);
-        CHECK_INT(s_closed, 1);
-        CHECK_INT(s_reason, TSRV_ETIMEOUT);
-        t_close(fd);
-        s_close();
-    }
-}
