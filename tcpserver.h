@@ -1572,8 +1572,8 @@ TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_s
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
- * if the peer takes it. In callback mode a read receives nothing while more than write_high_water is
- * unsent, whoever has written it, and its times go on: who broadcasts to such streams sets
+ * if the peer takes it. In callback mode a read receives nothing while more than write_high_water
+ * is unsent, whoever has written it, and its times go on: who broadcasts to such streams sets
  * write_high_water to SIZE_MAX, and a small max_write_buffer_size.
  * Returns as above, but TSRV_EFULL, which max_total_buffer of the loop gives too, leaves the stream
  * as it was, with nothing of data in it. */
