@@ -13984,7 +13984,8 @@ static inline TSRVI_INLINE void tsrvi_stream_agree(tsrv_stream *stream)
     if (tsrvi_stream_wants_input(stream) ||
         (stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED) &&
          ((has & TSRV_READABLE) != 0 ||
-          ((stream->kinds & TSRVI_FOR_WAKE) != 0 && tsrvi_buffer_size(stream->in) == 0)))) {
+          ((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT | TSRVI_FOR_WAKE)) != 0 &&
+           tsrvi_buffer_size(stream->in) == 0)))) { /* for its end */
         wanted |= TSRV_READABLE;
     }
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_BLOCKED))) {

@@ -132,7 +132,7 @@ TEST_PLAIN_SOFT(input_that_has_begun_comes_first)
 TEST_PLAIN_SOFT(ends_are_told_while_memory_is_tight)
 {
     enum { HOLDERS = 8 };
-    int fds[HOLDERS], quiet;
+    int fds[HOLDERS], quiet, newcomer;
     char rest[700 * KIB];
     open_total(defaults);
     memset(rest, 'e', sizeof rest);
@@ -143,13 +143,18 @@ TEST_PLAIN_SOFT(ends_are_told_while_memory_is_tight)
         s_settle();
     }
     CHECK(s_loop->streams.pool.tight);
+    newcomer = s_join();
+    s_settle();
     s_finish(quiet);
     s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
+    s_finish(newcomer);
+    s_until(&s_closed, 2);
     CHECK_INT(s_reason, TSRV_EOF);
     for (int i = 0; i < HOLDERS; i++) {
         t_reset(fds[i]);
     }
-    s_until(&s_closed, HOLDERS + 1);
+    s_until(&s_closed, HOLDERS + 2);
     s_close();
 }
 
