@@ -2634,7 +2634,7 @@ TEST_MODES(websocket_goes_away)
     t_send(busy, frame + 5, size - 5);
     expect_frame(busy, 1, "under way", 9);
     expect_close(busy, 1001);
-    t_sends(later, WS_REQUEST + 9);
+    t_sends(later, &WS_REQUEST[9]);
     t_expect(later, WS_OPEN);
     expect_close(later, 1001);
     expect_end(&p);
@@ -2941,7 +2941,7 @@ TEST_ONCE(upload_says_that_the_disk_is_full)
     char *sent = allocate(SIZE);
     memset(sent, 'x', SIZE);
     for (int good = 0; good < 3; good++) {
-        CHECK_INT(write(s.gate, "wwe" + 2 - good, (size_t)good + 1), good + 1);
+        CHECK_INT(write(s.gate, &"wwe"[2 - good], (size_t)good + 1), good + 1);
         int fd = begin_put(&s, "x", SIZE);
         t_send(fd, sent, SIZE); /* the rest does not turn the answer into a reset */
         t_expect(fd, PUT_REPLY("507 Insufficient Storage"));
