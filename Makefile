@@ -176,7 +176,7 @@ platforms:
 	ZIG='$(ZIG)' BUILD='$(BUILD)' sh tests/matrix.sh
 	cat '$(BUILD)/platforms.txt'
 
-# Each for a minute, as CI runs them; the line of the scoreboard says how many inputs that were.
+# Each for FUZZ_SECONDS, a minute if nobody says; the line of the scoreboard says how many inputs that were.
 fuzz-short: fuzz
 	sh tests/fuzz/short.sh '$(BUILD)' $(FUZZ_SECONDS)
 
