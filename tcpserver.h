@@ -4568,7 +4568,8 @@ typedef struct tsrvi_loop_servers {
     tsrv_server *clients;               /* what tsrv_connect's streams belong to */
     int lookups;                        /* names that threads look up for it */
     tsrv_condition lookup_over;         /* one of them has ended */
-    void (*fd_closed)(tsrv_loop *loop); /* NULL before the first server */
+    void (*fd_opened)(tsrv_loop *loop, int fd); /* NULL before the first server */
+    void (*fd_closed)(tsrv_loop *loop);         /* likewise */
 } tsrvi_loop_servers;
 
 /* Of >>slow. Times are in ticks of the processor. */
@@ -4635,6 +4636,14 @@ static tsrvi_task *tsrvi_tasks_pop(tsrvi_tasks *tasks)
     tsrvi_task *task = tasks->first;
     tasks->first = task->next;
     return task;
+}
+
+/* A descriptor is new: whoever of this loop had its number before has lost it. */
+static void tsrvi_loop_opened_fd(tsrv_loop *loop, int fd)
+{
+    if (fd >= 0 && loop->servers.fd_opened != NULL) {
+        loop->servers.fd_opened(loop, fd);
+    }
 }
 
 /* Close a descriptor, and tell the servers that ran out of them. */
@@ -12952,6 +12961,7 @@ static int tsrvi_sendfile_queue(tsrv_stream *stream, int fd, int64_t offset, siz
         tsrvi_pool_give(&loop->streams.pool, buffer);
         return rc;
     }
+    tsrvi_loop_opened_fd(loop, buffer->file);
     buffer->kind = TSRVI_FILE;
     buffer->copied = !TSRVI_HAS_SENDFILE;
     buffer->offset = offset;
@@ -14952,7 +14962,7 @@ static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
     for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         for (tsrvi_listener *listener = TSRVI_CONTAINER(link, tsrv_server, link)->listeners;
              listener != NULL; listener = listener->next) {
-            if (TSRVI_UNLIKELY(fd >= 0 && listener->io.fd == fd)) {
+            if (TSRVI_UNLIKELY(listener->io.fd == fd)) {
                 tsrvi_log(TSRV_LOG_ERROR, "somebody has closed the listening socket %d", fd);
                 tsrvi_poller_set(&loop->poller, &listener->io, 0);
                 listener->io.fd = -1;
@@ -14973,7 +14983,7 @@ static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
     if (fd < 0) {
         return fd;
     }
-    tsrvi_loop_disown(server->loop, fd);
+    tsrvi_loop_opened_fd(server->loop, fd);
     rc = tsrvi_server_admit_stream(server, fd, &peer, true, stream);
     if (rc == TSRV_OK) {
         tsrvi_server_dress(server, fd, listener->tcp, true);
@@ -15122,6 +15132,7 @@ static int tsrvi_server_attach(tsrv_server *server)
         server->stats = &tsrvi_process.place_own->stats[server->number];
     }
     server->retry.fire = tsrvi_server_retry;
+    loop->servers.fd_opened = tsrvi_loop_disown;
     loop->servers.fd_closed = tsrvi_loop_fd_closed;
     loop->streams.introduced = tsrvi_stream_introduced;
     loop->slow.describe = tsrvi_stream_describe;
@@ -15293,7 +15304,7 @@ TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *addre
         rc = count = tsrv_bind_sockets(port, address, options, fds, TSRVI_LISTEN_MAX);
     }
     for (int i = 0; i < count; i++) {
-        tsrvi_loop_disown(server->loop, fds[i]);
+        tsrvi_loop_opened_fd(server->loop, fds[i]);
     }
     if (count > 0) {
         rc = tsrv_server_add_sockets(server, fds, count);
@@ -15325,7 +15336,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
         tsrvi_close_fd(fd);
         return rc;
     }
-    tsrvi_loop_disown(server->loop, fd);
+    tsrvi_loop_opened_fd(server->loop, fd);
     if ((rc = tsrvi_server_admit_stream(server, fd, &peer, false, &stream)) < 0) {
         return rc;
     }
@@ -15664,7 +15675,7 @@ static int tsrvi_client_connect_unix(tsrv_loop *loop, const tsrvi_sockaddr *addr
                                      uint64_t due, tsrv_stream **stream)
 {
     int fd = tsrvi_socket(AF_UNIX, SOCK_STREAM), rc = fd;
-    tsrvi_loop_disown(loop, fd);
+    tsrvi_loop_opened_fd(loop, fd);
     while (rc >= 0 && TSRV_SYS(connect, (fd, &address->any, size)) < 0) {
         rc = errno == EINTR         ? TSRV_OK
              : errno != EAGAIN      ? tsrvi_error()
@@ -15894,7 +15905,7 @@ static int tsrvi_dial_begin(tsrv_loop *loop, tsrvi_dial *dial)
     if (fd < 0) {
         return fd;
     }
-    tsrvi_loop_disown(loop, fd);
+    tsrvi_loop_opened_fd(loop, fd);
     dial->io.fd = fd;
     dial->io.on_event = tsrvi_dial_event;
     dial->co = loop->coroutines.running;
