@@ -1,6 +1,8 @@
 /* The memory of all streams of a loop together: max_total_buffer (>>settle, >>write). */
 #include "memory.h"
 
+#include <sys/resource.h>
+
 #include "script.h"
 
 #include "handlers.h"
@@ -93,6 +95,82 @@ TEST_PLAIN_SOFT(slow_readers_of_small_writes_take_no_more_than_the_total)
 }
 
 /* While memory is tight, who has sent a part of a line is served, and who comes anew waits until it is not. */
+/* Some of what waits for a client, of which it has had so much before. */
+static size_t receive_some(int fd, size_t had)
+{
+    static char got[256 * KIB];
+    ssize_t n = recv(fd, got, sizeof got, MSG_DONTWAIT);
+    if (n < 0) {
+        CHECK(errno == EAGAIN || errno == EWOULDBLOCK);
+        return 0;
+    }
+    CHECK(n > 0 && had + (size_t)n <= ANSWER);
+    CHECK(memcmp(got, answer + had, (size_t)n) == 0);
+    return (size_t)n;
+}
+
+static int answer_with_much_room(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    limit_large_output(stream);
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK &&
+           (rc = tsrv_write(stream, answer, ANSWER)) == TSRV_OK) {
+    }
+    return rc;
+}
+
+/* The case that the limit is there for: 5,000 ask for 1 MiB each, and read a part of it now and then. Of 5 GiB the
+ * server never has more than 64 MiB, and all get all of it. */
+TEST_PLAIN_SOFT(five_thousand_slow_readers_keep_to_the_total)
+{
+    enum { READERS = 5000 };
+    static int fds[READERS];
+    static size_t had[READERS];
+    struct rlimit files;
+    size_t all = 0, readers = READERS;
+    CHECK(getrlimit(RLIMIT_NOFILE, &files) == 0);
+    files.rlim_cur = files.rlim_max;
+    CHECK(setrlimit(RLIMIT_NOFILE, &files) == 0);
+    if (files.rlim_cur < 2 * READERS + 100) {
+        readers = (size_t)(files.rlim_cur - 100) / 2;
+    }
+    fill_pattern(answer, 0, ANSWER);
+    s_loop_options.max_total_buffer = 64 * MIB;
+    s_open_with(answer_with_much_room, defaults);
+    for (size_t i = 0; i < readers; i++) {
+        fds[i] = t_connect_with_room(s_port, 65536);
+        s_turn_ms(0);
+    }
+    s_settle();
+    long before = m_forget();
+    for (size_t i = 0; i < readers; i++) {
+        t_sends(fds[i], "x\n");
+        s_turn_ms(0);
+    }
+    CHECK((size_t)m_grown_since(before) >= 32 * MIB);
+    for (int64_t limit = t_patience(); all < readers * ANSWER;) {
+        size_t before_pass = all;
+        for (size_t i = 0; i < readers; i++) {
+            size_t got = had[i] == ANSWER ? 0 : receive_some(fds[i], had[i]);
+            had[i] += got;
+            all += got;
+        }
+        limit = all != before_pass ? t_patience() : limit;
+        CHECK(t_now_ms() < limit);
+        s_turn_ms(all == before_pass ? 1 : 0);
+    }
+    CHECK((size_t)m_grown_since(before) <= 65 * MIB + (t_mode == TSRV_CALLBACK ? ANSWER : 0));
+    for (size_t i = 0; i < readers; i++) {
+        t_close(fds[i]);
+    }
+    s_until(&s_closed, (int)readers);
+    s_close();
+}
+
+LONG(five_thousand_slow_readers_keep_to_the_total);
+
 TEST_PLAIN_SOFT(input_that_has_begun_comes_first)
 {
     enum { HOLDERS = 8 };
