@@ -189,7 +189,7 @@ SIM_SECONDS = 60
 SIM_FLAGS   =
 SIM_CFLAGS  = -std=gnu99 -O2 -g -Wall -Wextra -Wpedantic -Werror -Wno-unused-function -Wno-unused-variable \
               -Wno-unused-parameter -Wno-unused-but-set-variable -DTSRV_DEBUG -Itests/kqueue
-SIM_PROGRAMS = kernel_test table sim streams
+SIM_PROGRAMS = kernel_test table sim streams supervisor
 
 sim: $(SIM_PROGRAMS:%=$(BUILD)/sim/%)
 	@sh tests/sim/run.sh '$(BUILD)/sim' $(SIM_SECONDS) '$(BUILD)/trust'

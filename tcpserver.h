@@ -2188,6 +2188,7 @@ enum {
 #endif
 #define TSRVI_HANDED_MAX 4096 /* sockets that can be handed over */
 #define TSRVI_BOUND_FEW 32    /* more take memory: see >>bound */
+#define TSRVI_NOTIFY_OWED 32  /* bytes */
 #define TSRVI_WORKER_SIGNALS 5
 #define TSRVI_SUPERVISED_MAX 8
 
@@ -2272,9 +2273,8 @@ static struct tsrvi_process {
     unsigned server_numbers;       /* atomic; bits: the numbers in use */
     void (*on_ready)(void);        /* told when a server of this process accepts; NULL = nobody */
 
-    /* Of >>notify: READY=1 could not be sent, as when the service manager's queue is full: without
-     * it the service would be ended. */
-    bool notify_owes;
+    /* Of >>notify: what could not be sent, as when the service manager's queue is full; "" = nothing */
+    char notify_owed[TSRVI_NOTIFY_OWED];
 
     /* Of >>worker. What is not atomic is the chief's. */
     int number;                  /* its task id and 1; 0 = this is not a worker */
@@ -4567,10 +4567,10 @@ typedef struct tsrvi_loop_streams {
 
 /* Of >>server. */
 typedef struct tsrvi_loop_servers {
-    tsrvi_link all;                     /* that have used this loop */
-    tsrv_server *clients;               /* what tsrv_connect's streams belong to */
-    int lookups;                        /* names that threads look up for it */
-    tsrv_condition lookup_over;         /* one of them has ended */
+    tsrvi_link all;                             /* that have used this loop */
+    tsrv_server *clients;                       /* what tsrv_connect's streams belong to */
+    int lookups;                                /* names that threads look up for it */
+    tsrv_condition lookup_over;                 /* one of them has ended */
     void (*fd_opened)(tsrv_loop *loop, int fd); /* NULL before the first server */
     void (*fd_closed)(tsrv_loop *loop);         /* likewise */
 } tsrvi_loop_servers;
@@ -16678,7 +16678,9 @@ static void tsrvi_tell_predecessor(void)
     }
 }
 
-#define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
+#define TSRVI_NOTIFY_SIZE 1000    /* bytes of a state */
+#define TSRVI_NOTIFY_TRIES 50     /* of the last state, before the process ends, */
+#define TSRVI_NOTIFY_PAUSE_MS 100 /* and what is between them */
 
 /* Returns 1, 0 when nobody wants to know, or a code. */
 static int tsrvi_notify_send(const char *state)
@@ -16721,22 +16723,34 @@ static void tsrvi_notify(const char *state)
                           "NOTIFY_SOCKET: the service manager cannot be told %s: %s", state,
                           tsrv_strerror(rc));
     }
-    if (strcmp(state, "READY=1") == 0) {
-        tsrvi_process.notify_owes = rc < 0;
+    if (strcmp(state, "READY=1") == 0 || strncmp(state, "MAINPID=", 8) == 0) {
+        snprintf(tsrvi_process.notify_owed, sizeof(tsrvi_process.notify_owed), "%s",
+                 rc < 0 ? state : "");
     }
 }
 
-/* What was said once is not said at each try. */
+/* Without READY=1 or MAINPID= the service would be ended: they are sent until the service manager's
+ * queue takes them. That it did not is not logged at each try. */
 static void tsrvi_notify_again(void)
 {
-    if (tsrvi_process.notify_owes) {
-        tsrvi_process.notify_owes = tsrvi_notify_send("READY=1") < 0;
+    if (tsrvi_process.notify_owed[0] != 0 && tsrvi_notify_send(tsrvi_process.notify_owed) >= 0) {
+        tsrvi_process.notify_owed[0] = 0;
+    }
+}
+
+/* This program ends, and has nothing left to tell; but for a while longer if it has. */
+static void tsrvi_notify_last(void)
+{
+    for (int i = 0; i < TSRVI_NOTIFY_TRIES && tsrvi_process.notify_owed[0] != 0; i++) {
+        TSRV_SYS(poll, (NULL, 0, TSRVI_NOTIFY_PAUSE_MS));
+        tsrvi_notify_again();
     }
 }
 
 /* This program ends; but not the service, as long as the one before it serves. */
 static void tsrvi_notify_stopping(void)
 {
+    tsrvi_process.notify_owed[0] = 0;
     if (!tsrvi_handed_waits()) {
         tsrvi_notify("STOPPING=1");
     }
@@ -17597,7 +17611,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
                  (tsrvi_process.place_own->refused < 0)); /* or the parent has died meanwhile */
     }
     s->born = child;
-    tsrvi_process.notify_owes = false;
+    tsrvi_process.notify_owed[0] = 0;
     tsrvi_process.chief = NULL;
     memset(&tsrvi_process.worker, 0, sizeof(tsrvi_process.worker));
     beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
@@ -17789,6 +17803,9 @@ static void tsrvi_child_serve(tsrvi_supervisor *s, int child)
     if (!s->announced) {
         s->announced = true;
         tsrvi_notify("READY=1");
+        if (s->rolling) {
+            tsrvi_notify("RELOADING=1"); /* which is no news before that */
+        }
     }
     for (int i = 0; i < s->count && !s->serves; i++) {
         if (s->children[i].state == TSRVI_CHILD_STARTING) {
@@ -18596,6 +18613,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
             tsrvi_supervisor_brake(s);
         }
     }
+    tsrvi_notify_last();
     tsrvi_supervisor_tell_end();
     return s->code;
 }

@@ -2,7 +2,7 @@
 # Runs the programs of the simulated kernel, and adds up what they say; two lines of it are for the scoreboard.
 #   tests/sim/run.sh <their directory> <seconds> <directory of the scoreboard>
 programs=$1 seconds=$2 trust=$3
-half=$((seconds / 2))
+third=$((seconds / 3))
 passed=0 failed=0 skipped=0
 log=$(mktemp) || exit 1
 trap 'rm -f "$log"' EXIT
@@ -25,9 +25,11 @@ run kernel_test 1000
 run table
 sed -n 's/^\([0-9]* places\), \([0-9]* cells\), of which 0 failed and 0 are empty.*/\2 at \1, 0 failed, 0 empty/p' "$log" \
     >"$trust/faults.txt"
-run sim --seconds "$half"
+run sim --seconds "$third"
 runs=$(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")
-run streams --seconds "$half"
+run streams --seconds "$third"
+runs=$((${runs:-0} + $(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")))
+run supervisor --seconds "$third"
 runs=$((${runs:-0} + $(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")))
 [ "$failed" -ne 0 ] || echo "$runs runs in $seconds s, from seed 1" >"$trust/simulation.txt"
 echo "$passed passed, $failed failed, $skipped skipped"
