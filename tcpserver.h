@@ -2213,6 +2213,7 @@ static struct tsrvi_process {
         int level;     /* atomic; how far above TSRV_LOG_INFO the default logger prints */
         pid_t pid;     /* atomic */
         uint32_t lost; /* atomic; lines that could not be written, and were not told of */
+        uint32_t torn; /* atomic; a part of the last line was written */
         uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
         struct {
             uint32_t since;  /* atomic; when its window began */
@@ -2648,6 +2649,18 @@ static bool tsrvi_log_is_journal(const struct stat *info)
     return journal != NULL && strcmp(journal, own) == 0;
 }
 
+/* Open descriptor 2 anew: O_NONBLOCK on itself would reach all who share it. The terminal may be
+ * another user's, but its processes may always open it by this name. -1 = it cannot be done. */
+static int tsrvi_log_open(mode_t mode)
+{
+    const int flags = O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+    int fd = TSRV_SYS(open, ("/proc/self/fd/2", flags));
+    if (fd < 0 && S_ISCHR(mode) && TSRV_SYS(tcgetpgrp, (2)) >= 0) {
+        fd = TSRV_SYS(open, ("/dev/tty", flags));
+    }
+    return tsrvi_fd_own(fd);
+}
+
 /* Write a line as a whole to stderr, whatever that is; false: it is lost. A socket is none of ours:
  * where stderr was closed it may be a client's, and under inetd it is. */
 static bool tsrvi_log_put(const char *line, size_t size)
@@ -2663,11 +2676,10 @@ static bool tsrvi_log_put(const char *line, size_t size)
         return tsrvi_log_is_journal(&info) &&
                TSRV_SYS(send, (2, line, size, TSRVI_SEND_FLAGS)) == (ssize_t)size;
     }
-    /* O_NONBLOCK on descriptor 2 itself would reach all who share it. Linux opens a pipe anew, and
-     * then no other process can fill it between a look and the write. */
-    if (S_ISFIFO(info.st_mode) || S_ISCHR(info.st_mode)) { /* a terminal takes a part, and waits */
-        fd = tsrvi_fd_own(
-            TSRV_SYS(open, ("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)));
+    /* Linux opens a pipe anew, and then no other process can fill it between a look and the write;
+     * a terminal that is looked at takes a part, and waits. */
+    if (S_ISFIFO(info.st_mode) || S_ISCHR(info.st_mode)) {
+        fd = tsrvi_log_open(info.st_mode);
     }
     entry.fd = 2;
     entry.events = POLLOUT;
@@ -2677,6 +2689,10 @@ static bool tsrvi_log_put(const char *line, size_t size)
     }
     written = tsrvi_write_quiet(fd < 0 ? 2 : fd, line, size);
     tsrvi_close_fd(fd);
+    if (written > 0) {
+        __atomic_store_n(&tsrvi_process.log.torn, written < (ssize_t)size ? 1u : 0u,
+                         __ATOMIC_RELAXED);
+    }
     return written == (ssize_t)size;
 }
 
@@ -2695,11 +2711,13 @@ static void tsrvi_log_date(uint64_t day, unsigned *year, unsigned *month, unsign
     *year += (unsigned)(days / 146097) * 400 + (*month <= 2);
 }
 
-/* One line: the time in UTC, the process, the level, the text. */
+/* One line: the time in UTC, the process, the level, the text. A full disk may have taken a part of
+ * the line before it, which it ends then. */
 static bool tsrvi_log_print(int level, const char *message)
 {
     static const char *const levels[] = {"ERROR", "WARNING", "INFO"};
     char line[TSRVI_LOG_LINE];
+    bool torn = __atomic_load_n(&tsrvi_process.log.torn, __ATOMIC_RELAXED) != 0;
     unsigned year, month, day, second;
     struct timespec now;
     int size;
@@ -2708,9 +2726,9 @@ static bool tsrvi_log_print(int level, const char *message)
     TSRV_SYS(clock_gettime, (CLOCK_REALTIME, &now));
     tsrvi_log_date((uint64_t)now.tv_sec / 86400, &year, &month, &day);
     second = (unsigned)((uint64_t)now.tv_sec % 86400);
-    size = snprintf(line, sizeof(line), "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ %ld %s %s\n", year,
-                    month, day, second / 3600, second / 60 % 60, second % 60,
-                    (unsigned)(now.tv_nsec / 1000000), (long)TSRV_SYS(getpid, ()),
+    size = snprintf(line, sizeof(line), "%s%04u-%02u-%02uT%02u:%02u:%02u.%03uZ %ld %s %s\n",
+                    torn ? "\n" : "", year, month, day, second / 3600, second / 60 % 60,
+                    second % 60, (unsigned)(now.tv_nsec / 1000000), (long)TSRV_SYS(getpid, ()),
                     levels[level - TSRV_LOG_ERROR], message);
     return tsrvi_log_put(line, (size_t)size);
 }
@@ -2798,6 +2816,7 @@ static void tsrvi_log_enter(void)
     pid_t pid = TSRV_SYS(getpid, ());
     if (__atomic_exchange_n(&tsrvi_process.log.pid, pid, __ATOMIC_RELAXED) != pid) {
         __atomic_store_n(&tsrvi_process.log.lost, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&tsrvi_process.log.torn, 0, __ATOMIC_RELAXED);
         for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
             __atomic_store_n(&tsrvi_process.log.kinds[i].count, 0, __ATOMIC_RELAXED);
         }
