@@ -8547,6 +8547,16 @@ static void tsrvi_place_take(int place)
     }
 }
 
+/* The counters of workers that have been are gone: something else is counted from now on. */
+static void tsrvi_places_drop(void)
+{
+    int count = __atomic_exchange_n(&tsrvi_process.place_count, 0, __ATOMIC_ACQ_REL);
+    if (count != 0) {
+        TSRV_SYS(munmap, (tsrvi_process.places, (size_t)count * sizeof(tsrvi_place)));
+        tsrvi_process.places = NULL;
+    }
+}
+
 /* Add what the workers' processes have counted for the server with that number.
  *   task_id  -1 = all */
 static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
@@ -15163,9 +15173,13 @@ static int tsrvi_server_attach(tsrv_server *server)
     return TSRV_OK;
 }
 
-/* It accepts from now on: on_start is due. */
+/* It accepts from now on: on_start is due. A process whose workers have ended counts for itself. */
 static void tsrvi_server_started(tsrv_server *server)
 {
+    if (tsrvi_process.places != NULL && tsrvi_worker_id() < 0 &&
+        __atomic_load_n(&tsrvi_process.supervising, __ATOMIC_ACQUIRE) == 0) {
+        tsrvi_places_drop();
+    }
     server->drain_code = TSRV_OK; /* that drain is history */
     if (server->starting) {
         tsrvi_server_later(server);
@@ -17494,10 +17508,7 @@ static int tsrvi_places_map(int workers)
     if (memory == MAP_FAILED) {
         return -ENOMEM;
     }
-    if (tsrvi_process.places != NULL) {
-        TSRV_SYS(munmap,
-                 (tsrvi_process.places, (size_t)tsrvi_process.place_count * sizeof(tsrvi_place)));
-    }
+    tsrvi_places_drop();
     tsrvi_process.places = (tsrvi_place *)memory;
     tsrvi_process.place_count = (int)count;
     return TSRV_OK;

@@ -2323,13 +2323,11 @@ TEST_LOOP(serve_is_refused_while_another_thread_serves)
 
 /* ---- counters ------------------------------------------------------------------------------*/
 
-static void check_sum_is_own(int (*program)(void))
+/* Of one process, which has accepted nothing yet. */
+static void check_own_counts(void)
 {
     char line[100];
     int rc = -1, accepted = 0, open = 0, own_accepted = 0, own_open = 0;
-    begin(1);
-    pid_t pid = launch(program);
-    await_forks(1);
     check_served();
     int fd = reach();
     t_sends(fd, "stats -1\n");
@@ -2349,6 +2347,14 @@ static void check_sum_is_own(int (*program)(void))
     CHECK(read_line(fd, line, sizeof line));
     CHECK_INT(atoi(line), TSRV_EINVAL);
     t_close(fd);
+}
+
+static void check_sum_is_own(int (*program)(void))
+{
+    begin(1);
+    pid_t pid = launch(program);
+    await_forks(1);
+    check_own_counts();
     tell(pid, program == program_serve ? SIGTERM : SIGKILL);
     int status = await_end(pid);
     CHECK(program != program_serve || status == 0);
@@ -2358,6 +2364,32 @@ TEST_LOOP(the_sum_of_all_counts_a_single_process)
 {
     check_sum_is_own(program_serve);
     check_sum_is_own(program_bind_start);
+}
+
+static int program_serves_with_workers_and_then_alone(void)
+{
+    int rc = program_serve();
+    if (tsrv_task_id() < 0) {
+        CHECK_INT(rc, TSRV_OK);
+        put(&board->port, 0);
+        workers = 1;
+        rc = program_serve();
+    }
+    return rc;
+}
+
+/* What workers have counted that have been is not what a process counts by itself. */
+TEST_LOOP(a_single_process_does_not_count_what_workers_did)
+{
+    begin(2);
+    pid_t pid = launch(program_serves_with_workers_and_then_alone);
+    await_forks(2);
+    check_served();
+    check_served();
+    tell(pid, SIGTERM);
+    await_forks(3);
+    check_own_counts();
+    stop_well(pid, TSRV_OK);
 }
 
 /* ---- how tsrv_serve binds ------------------------------------------------------------------*/
