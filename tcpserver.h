@@ -2273,9 +2273,9 @@ static struct tsrvi_process {
     unsigned server_numbers;       /* atomic; bits: the numbers in use */
     void (*on_ready)(void);        /* told when a server of this process accepts; NULL = nobody */
 
-    /* Of >>notify: READY=1 could not be sent, as when the service manager's queue is full: without
-     * it the service would be ended. */
-    bool notify_owes;
+    /* Of >>notify: READY=1 or MAINPID=n that could not be sent, as when the service manager's queue
+     * is full: without it the service would be ended. "" = nothing. */
+    char notify_owed[32];
 
     /* Of >>worker. What is not atomic is the chief's. */
     int number;                  /* its task id and 1; 0 = this is not a worker */
@@ -16754,22 +16754,24 @@ static void tsrvi_notify(const char *state)
                           "NOTIFY_SOCKET: the service manager cannot be told %s: %s", state,
                           tsrv_strerror(rc));
     }
-    if (strcmp(state, "READY=1") == 0) {
-        tsrvi_process.notify_owes = rc < 0;
+    if (strcmp(state, "READY=1") == 0 || strncmp(state, "MAINPID=", 8) == 0) {
+        snprintf(tsrvi_process.notify_owed, sizeof(tsrvi_process.notify_owed), "%s",
+                 rc < 0 ? state : "");
     }
 }
 
 /* What was said once is not said at each try. */
 static void tsrvi_notify_again(void)
 {
-    if (tsrvi_process.notify_owes) {
-        tsrvi_process.notify_owes = tsrvi_notify_send("READY=1") < 0;
+    if (tsrvi_process.notify_owed[0] != 0 && tsrvi_notify_send(tsrvi_process.notify_owed) >= 0) {
+        tsrvi_process.notify_owed[0] = 0;
     }
 }
 
 /* This program ends; but not the service, as long as the one before it serves. */
 static void tsrvi_notify_stopping(void)
 {
+    tsrvi_process.notify_owed[0] = 0; /* READY=1 would come behind it */
     if (!tsrvi_handed_waits()) {
         tsrvi_notify("STOPPING=1");
     }
@@ -17303,6 +17305,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
 #define TSRVI_KILL_MS 5000         /* after the grace */
 #define TSRVI_HUNG_MS 1000         /* before SIGKILL for a worker that has nothing to drain */
 #define TSRVI_LOOK_MS 1000         /* at least so often the parent looks at its workers */
+#define TSRVI_TELL_MS 5000         /* for a service manager to hear of an upgrade */
 #define TSRVI_LATE_MS 100          /* what it may oversleep before its clock stands still */
 #define TSRVI_ROUNDS 100  /* of the parent in a second; above that it takes TSRVI_BRAKE_MS */
 #define TSRVI_BRAKE_MS 10 /* for each, whatever call fails to put it to sleep */
@@ -17387,6 +17390,7 @@ typedef struct tsrvi_supervisor {
     int code;              /* what the parent returns in the end */
     int upgrade;           /* the program that has not said yet that it serves; -1 = none */
     int upgrade_fd;        /* it writes here when it does */
+    uint64_t told;         /* until then the service manager must have heard who serves now */
     int wake[2];
     uint64_t now;      /* the supervisor's clock */
     uint64_t clock;    /* the real one, when it was last read */
@@ -17627,7 +17631,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
                  (tsrvi_process.place_own->refused < 0)); /* or the parent has died meanwhile */
     }
     s->born = child;
-    tsrvi_process.notify_owes = false;
+    tsrvi_process.notify_owed[0] = 0;
     tsrvi_process.chief = NULL;
     memset(&tsrvi_process.worker, 0, sizeof(tsrvi_process.worker));
     beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
@@ -18329,6 +18333,7 @@ static void tsrvi_parent_yield(tsrvi_supervisor *s)
         if (s->children[i].state == TSRVI_CHILD_SERVING) {
             snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->children[i].pid);
             tsrvi_notify(state);
+            s->told = tsrvi_after(s->now, TSRVI_TELL_MS);
             tsrvi_log(TSRV_LOG_INFO, "upgrade: done, process %ld serves; this program ends",
                       (long)s->children[i].pid);
             s->children[i].state = TSRVI_CHILD_VACANT; /* it is no business of ours any more */
@@ -18569,7 +18574,8 @@ static void tsrvi_supervisor_brake(tsrvi_supervisor *s)
     }
 }
 
-/* Is there a process, or will there be one? */
+/* Is there a process, or will there be one? A service manager that has not heard who serves now
+ * would take the end of this program for the service's, and end that. */
 static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
 {
     for (int i = 0; i < s->count; i++) {
@@ -18577,7 +18583,7 @@ static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
             return true;
         }
     }
-    return false;
+    return tsrvi_process.notify_owed[0] != 0 && s->now < s->told;
 }
 
 static void tsrvi_supervisor_tell_end(void)
@@ -18626,6 +18632,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
             tsrvi_supervisor_brake(s);
         }
     }
+    tsrvi_process.notify_owed[0] = 0;
     tsrvi_supervisor_tell_end();
     return s->code;
 }

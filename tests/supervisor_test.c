@@ -4365,3 +4365,85 @@ TEST_ONCE(a_reload_that_an_upgrade_overtakes_is_said_to_be_over)
     t_close(notes);
     end_upgradable();
 }
+
+/* Others' states, until the service manager has no room for one more. */
+static void fill_notes(void)
+{
+    struct sockaddr_un local = t_unix_address(path_of("second"));
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&local, sizeof local) == 0);
+    while (send(fd, "STATUS=another", 14, 0) == 14) {
+    }
+    CHECK_INT(errno, EAGAIN);
+    t_close(fd);
+}
+
+/* What has replaced this program is told again until it is heard: the service would end with this program, which
+ * stays so long, but not for ever. */
+static void yield_untold(bool is_heard)
+{
+    char text[1000] = "", expected[100];
+    begin_upgradable();
+    int notes = listen_for_notes();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    poke(pid);
+    AWAIT((take_notes(notes, pid, text, sizeof text), text[0] != 0));
+    fill_notes();
+    upgrade(pid);
+    AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 20), said("this program ends") == 1));
+    AWAIT(exits_seen() == 2);
+    if (is_heard) {
+        AWAIT((take_notes(notes, pid, text, sizeof text), strstr(text, "MAINPID") != NULL));
+        CHECK_INT(await_end(pid), 0);
+    } else {
+        advance_until_end(pid);
+        take_notes(notes, pid, text, sizeof text);
+    }
+    pid_t next = (pid_t)get(&board->next.pid);
+    snprintf(expected, sizeof expected, is_heard ? "READY=1\nMAINPID=%ld\n" : "READY=1\n", (long)next);
+    CHECK_STR(text, expected);
+    CHECK_INT(said("cannot be told MAINPID"), 1);
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    check_no_child();
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    end_upgradable();
+}
+
+TEST_ONCE(an_upgrade_is_told_again_until_it_is_heard)
+{
+    yield_untold(true);
+}
+
+TEST_ONCE(an_upgrade_that_nobody_hears_of_ends_all_the_same)
+{
+    yield_untold(false);
+}
+
+/* What was not heard in time is not said behind the end. */
+TEST_ONCE(readiness_is_not_told_behind_the_end)
+{
+    char text[1000] = "";
+    begin_upgradable();
+    int notes = listen_for_notes();
+    fill_notes();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    AWAIT(said("cannot be told READY=1") == 1);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(said("cannot be told STOPPING=1") == 1);
+    take_notes(notes, pid, text, sizeof text);
+    for (int i = 0; i < 10; i++) {
+        poke(pid);
+    }
+    finish_request(fd);
+    CHECK_INT(await_end(pid), 0);
+    take_notes(notes, pid, text, sizeof text);
+    CHECK_STR(text, "");
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    end_upgradable();
+}
