@@ -18616,8 +18616,8 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
     for (int worker = 0; worker < s->workers; worker++) {
         s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
-    tsrvi_supervisor_flush();
     tsrvi_log(TSRV_LOG_INFO, "%d workers are started (tcpserver.h %s)", s->workers, TSRV_VERSION);
+    tsrvi_supervisor_flush();
     while (tsrvi_supervisor_busy(s)) {
         tsrvi_supervisor_tick(s);
         tsrvi_supervisor_signals(s);
