@@ -1091,7 +1091,7 @@ typedef struct tsrv_fork_options {
     void (*on_exit)(int task_id, int pid, int status, void *context);
     void *context;    /* handed to it */
     int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
-                         replaced; 0 = off */
+                         replaced, on_start apart, which has start_timeout_ms; 0 = off */
     char *const *upgrade_argv; /* on SIGUSR2 start this program: it gets the listening sockets, and
                                   when all its workers have accepted for a second this one is
                                   drained and ends; until then, and if it fails, this one goes on.
@@ -17046,13 +17046,34 @@ static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
     }
 }
 
+/* Is on_start still due? It may take start_timeout_ms, and not only heartbeat_ms. */
+static bool tsrvi_worker_starts(const tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
+        const tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+        if (server->starting && tsrvi_server_listens(server)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Tell the parent that the loop turns, which it has to from the first time on. */
+static void tsrvi_worker_beat_parent(const tsrv_loop *loop)
+{
+    unsigned beat = tsrvi_process.place_own->beat;
+    if (beat != 0 || !tsrvi_worker_starts(loop)) {
+        beat = beat + 1 == 0 ? 1 : beat + 1;
+        __atomic_store_n(&tsrvi_process.place_own->beat, beat, __ATOMIC_RELEASE);
+    }
+}
+
 /* Say that this process is alive. */
 static void tsrvi_worker_beat_process(tsrv_loop *loop)
 {
     tsrvi_worker_listen(loop);
     if (tsrvi_process.place_own != NULL) {
-        unsigned beat = tsrvi_process.place_own->beat + 1;
-        __atomic_store_n(&tsrvi_process.place_own->beat, beat == 0 ? 1 : beat, __ATOMIC_RELEASE);
+        tsrvi_worker_beat_parent(loop);
     }
     tsrvi_notify_again();
     if (tsrvi_process.worker.watchdog <= loop->now) {
@@ -17123,7 +17144,11 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
 /* Its first server accepts; on_start may have changed the user. */
 static void tsrvi_worker_ready(void)
 {
+    const tsrv_loop *chief = __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE);
     tsrvi_worker_follow_parent();
+    if (chief != NULL && chief == tsrvi_thread.running) {
+        tsrvi_worker_beat_parent(chief);
+    }
     __atomic_store_n(&tsrvi_process.place_own->ready, 1, __ATOMIC_RELEASE);
     tsrvi_write_quiet(tsrvi_process.worker.wake, "", 1);
 }

@@ -1909,6 +1909,37 @@ TEST_ONCE(a_worker_that_hangs_after_a_pause_is_replaced)
     stop_well(pid, TSRV_OK);
 }
 
+static void start_when_told(tsrv_server *server, void *context)
+{
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    while (get(&board->go) == 0) {
+        poll(NULL, 0, 1);
+    }
+    on_start(server, context);
+}
+
+/* on_start has start_timeout_ms; from its end on the loop has to turn, also before its first beat is due. */
+TEST_LOOP(a_slow_start_is_not_taken_for_a_hang)
+{
+    long who = 0;
+    begin(2);
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    fork_options.start_timeout_ms = TSRV_NEVER;
+    server_options.on_start = start_when_told;
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->held) == 2);
+    advance(pid, 20 * fork_options.heartbeat_ms);
+    put(&board->go, 1);
+    await_forks(2);
+    CHECK_INT(exits_seen(), 0);
+    int fd = connect_to(0, &who);
+    t_sends(fd, "hang\n");
+    AWAIT(has_exited((pid_t)who));
+    CHECK_INT(said("hangs: its loop has not turned"), 1);
+    t_close(fd);
+    stop_well(pid, TSRV_OK);
+}
+
 /* ---- loops in several threads --------------------------------------------------------------*/
 
 static void *run_a_loop(void *context)
