@@ -1151,9 +1151,9 @@ TSRV_API int tsrv_cpu_count(void);
 
 /* Tell the service manager (systemd) how this process is: "READY=1", "RELOADING=1" (the time that
  * goes with it is added), "STOPPING=1", "STATUS=text", "WATCHDOG=1", "MAINPID=n", or several of
- * them, in lines. tsrv_fork_processes, tsrv_server_start and tsrv_serve say when they are ready,
- * reload, stop, and are alive, by themselves. "READY=1" at the beginning also tells the program
- * that this one replaces in an upgrade. Any thread.
+ * them, in lines. tsrv_serve, and the parent of workers, say when they are ready, reload, stop, and
+ * are alive, by themselves; another single process does not. "READY=1" at the beginning also tells
+ * the program that this one replaces in an upgrade. Any thread.
  * Returns 1 when it was told, 0 when there is no service manager, TSRV_ETOOLONG above 1,000 bytes,
  * or -errno. */
 TSRV_API int tsrv_notify(const char *state);
