@@ -16926,6 +16926,16 @@ static void tsrvi_worker_read_files(void)
     }
 }
 
+/* A single process reloads; in a drain that is of no use, nor would READY=1 be true. */
+static void tsrvi_worker_reload(void)
+{
+    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY) {
+        tsrvi_notify("RELOADING=1");
+        tsrvi_worker_read_files();
+        tsrvi_notify("READY=1");
+    }
+}
+
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
@@ -16933,7 +16943,7 @@ static void tsrvi_worker_signal(void *context)
         return; /* the program's watch takes the place of ours */
     }
     if (own->signo == SIGHUP) {
-        tsrvi_worker_read_files();
+        tsrvi_worker_reload();
         return;
     }
     if (own->signo == SIGUSR2) {

@@ -4478,3 +4478,31 @@ TEST_ONCE(readiness_is_not_told_behind_the_end)
     t_close(notes);
     end_upgradable();
 }
+
+/* A service manager that waits for the end of a reload (Type=notify-reload) hears of a single process's, too. */
+TEST_ONCE(a_reload_of_a_single_process_is_told)
+{
+    char text[1000] = "";
+    make_directory();
+    int notes = listen_for_notes();
+    begin(1);
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    AWAIT((take_notes(notes, pid, text, sizeof text), strcmp(text, "READY=1\n") == 0));
+    text[0] = 0;
+    tell(pid, SIGHUP);
+    AWAIT((take_notes(notes, pid, text, sizeof text), strstr(text, "READY=1") != NULL));
+    CHECK_STR(text, "RELOADING=1\nREADY=1\n");
+    text[0] = 0;
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    tell(pid, SIGHUP);
+    finish_request(fd);
+    CHECK_INT(await_end(pid), 0);
+    take_notes(notes, pid, text, sizeof text);
+    CHECK_STR(text, "STOPPING=1\n");
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    remove_directory();
+}
