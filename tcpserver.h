@@ -1091,7 +1091,7 @@ typedef struct tsrv_fork_options {
     void (*on_exit)(int task_id, int pid, int status, void *context);
     void *context;    /* handed to it */
     int heartbeat_ms; /* a worker whose loop has not turned for so long is ended by SIGABRT and
-                         replaced; 0 = off */
+                         replaced, on_start apart, which has start_timeout_ms; 0 = off */
     char *const *upgrade_argv; /* on SIGUSR2 start this program: it gets the listening sockets, and
                                   when all its workers have accepted for a second this one is
                                   drained and ends; until then, and if it fails, this one goes on.
@@ -1151,9 +1151,9 @@ TSRV_API int tsrv_cpu_count(void);
 
 /* Tell the service manager (systemd) how this process is: "READY=1", "RELOADING=1" (the time that
  * goes with it is added), "STOPPING=1", "STATUS=text", "WATCHDOG=1", "MAINPID=n", or several of
- * them, in lines. tsrv_fork_processes, tsrv_server_start and tsrv_serve say when they are ready,
- * reload, stop, and are alive, by themselves. "READY=1" at the beginning also tells the program
- * that this one replaces in an upgrade. Any thread.
+ * them, in lines. tsrv_serve, and the parent of workers, say when they are ready, reload, stop, and
+ * are alive, by themselves; another single process does not. "READY=1" at the beginning also tells
+ * the program that this one replaces in an upgrade. Any thread.
  * Returns 1 when it was told, 0 when there is no service manager, TSRV_ETOOLONG above 1,000 bytes,
  * or -errno. */
 TSRV_API int tsrv_notify(const char *state);
@@ -2188,7 +2188,6 @@ enum {
 #endif
 #define TSRVI_HANDED_MAX 4096 /* sockets that can be handed over */
 #define TSRVI_BOUND_FEW 32    /* more take memory: see >>bound */
-#define TSRVI_NOTIFY_OWED 32  /* bytes */
 #define TSRVI_WORKER_SIGNALS 5
 #define TSRVI_SUPERVISED_MAX 8
 
@@ -2214,6 +2213,7 @@ static struct tsrvi_process {
         int level;     /* atomic; how far above TSRV_LOG_INFO the default logger prints */
         pid_t pid;     /* atomic */
         uint32_t lost; /* atomic; lines that could not be written, and were not told of */
+        uint32_t torn; /* atomic; a part of the last line was written */
         uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
         struct {
             uint32_t since;  /* atomic; when its window began */
@@ -2273,8 +2273,9 @@ static struct tsrvi_process {
     unsigned server_numbers;       /* atomic; bits: the numbers in use */
     void (*on_ready)(void);        /* told when a server of this process accepts; NULL = nobody */
 
-    /* Of >>notify: what could not be sent, as when the service manager's queue is full; "" = nothing */
-    char notify_owed[TSRVI_NOTIFY_OWED];
+    /* Of >>notify: READY=1 or MAINPID=n that could not be sent, as when the service manager's queue
+     * is full: without it the service would be ended. "" = nothing. */
+    char notify_owed[32];
 
     /* Of >>worker. What is not atomic is the chief's. */
     int number;                  /* its task id and 1; 0 = this is not a worker */
@@ -2648,6 +2649,18 @@ static bool tsrvi_log_is_journal(const struct stat *info)
     return journal != NULL && strcmp(journal, own) == 0;
 }
 
+/* Open descriptor 2 anew: O_NONBLOCK on itself would reach all who share it. The terminal may be
+ * another user's, but its processes may always open it by this name. -1 = it cannot be done. */
+static int tsrvi_log_open(mode_t mode)
+{
+    const int flags = O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC;
+    int fd = TSRV_SYS(open, ("/proc/self/fd/2", flags));
+    if (fd < 0 && S_ISCHR(mode) && TSRV_SYS(tcgetpgrp, (2)) >= 0) {
+        fd = TSRV_SYS(open, ("/dev/tty", flags));
+    }
+    return tsrvi_fd_own(fd);
+}
+
 /* Write a line as a whole to stderr, whatever that is; false: it is lost. A socket is none of ours:
  * where stderr was closed it may be a client's, and under inetd it is. */
 static bool tsrvi_log_put(const char *line, size_t size)
@@ -2663,11 +2676,10 @@ static bool tsrvi_log_put(const char *line, size_t size)
         return tsrvi_log_is_journal(&info) &&
                TSRV_SYS(send, (2, line, size, TSRVI_SEND_FLAGS)) == (ssize_t)size;
     }
-    /* O_NONBLOCK on descriptor 2 itself would reach all who share it. Linux opens a pipe anew, and
-     * then no other process can fill it between a look and the write. */
-    if (S_ISFIFO(info.st_mode) || S_ISCHR(info.st_mode)) { /* a terminal takes a part, and waits */
-        fd = tsrvi_fd_own(
-            TSRV_SYS(open, ("/proc/self/fd/2", O_WRONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC)));
+    /* Linux opens a pipe anew, and then no other process can fill it between a look and the write;
+     * a terminal that is looked at takes a part, and waits. */
+    if (S_ISFIFO(info.st_mode) || S_ISCHR(info.st_mode)) {
+        fd = tsrvi_log_open(info.st_mode);
     }
     entry.fd = 2;
     entry.events = POLLOUT;
@@ -2677,6 +2689,10 @@ static bool tsrvi_log_put(const char *line, size_t size)
     }
     written = tsrvi_write_quiet(fd < 0 ? 2 : fd, line, size);
     tsrvi_close_fd(fd);
+    if (written > 0) {
+        __atomic_store_n(&tsrvi_process.log.torn, written < (ssize_t)size ? 1u : 0u,
+                         __ATOMIC_RELAXED);
+    }
     return written == (ssize_t)size;
 }
 
@@ -2695,11 +2711,13 @@ static void tsrvi_log_date(uint64_t day, unsigned *year, unsigned *month, unsign
     *year += (unsigned)(days / 146097) * 400 + (*month <= 2);
 }
 
-/* One line: the time in UTC, the process, the level, the text. */
+/* One line: the time in UTC, the process, the level, the text. A full disk may have taken a part of
+ * the line before it, which it ends then. */
 static bool tsrvi_log_print(int level, const char *message)
 {
     static const char *const levels[] = {"ERROR", "WARNING", "INFO"};
     char line[TSRVI_LOG_LINE];
+    bool torn = __atomic_load_n(&tsrvi_process.log.torn, __ATOMIC_RELAXED) != 0;
     unsigned year, month, day, second;
     struct timespec now;
     int size;
@@ -2708,9 +2726,9 @@ static bool tsrvi_log_print(int level, const char *message)
     TSRV_SYS(clock_gettime, (CLOCK_REALTIME, &now));
     tsrvi_log_date((uint64_t)now.tv_sec / 86400, &year, &month, &day);
     second = (unsigned)((uint64_t)now.tv_sec % 86400);
-    size = snprintf(line, sizeof(line), "%04u-%02u-%02uT%02u:%02u:%02u.%03uZ %ld %s %s\n", year,
-                    month, day, second / 3600, second / 60 % 60, second % 60,
-                    (unsigned)(now.tv_nsec / 1000000), (long)TSRV_SYS(getpid, ()),
+    size = snprintf(line, sizeof(line), "%s%04u-%02u-%02uT%02u:%02u:%02u.%03uZ %ld %s %s\n",
+                    torn ? "\n" : "", year, month, day, second / 3600, second / 60 % 60,
+                    second % 60, (unsigned)(now.tv_nsec / 1000000), (long)TSRV_SYS(getpid, ()),
                     levels[level - TSRV_LOG_ERROR], message);
     return tsrvi_log_put(line, (size_t)size);
 }
@@ -2798,6 +2816,7 @@ static void tsrvi_log_enter(void)
     pid_t pid = TSRV_SYS(getpid, ());
     if (__atomic_exchange_n(&tsrvi_process.log.pid, pid, __ATOMIC_RELAXED) != pid) {
         __atomic_store_n(&tsrvi_process.log.lost, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&tsrvi_process.log.torn, 0, __ATOMIC_RELAXED);
         for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
             __atomic_store_n(&tsrvi_process.log.kinds[i].count, 0, __ATOMIC_RELAXED);
         }
@@ -8525,6 +8544,16 @@ static void tsrvi_place_take(int place)
     __atomic_store_n(&own->beat, 0u, __ATOMIC_RELEASE);
     if ((own - index)->used <= index) {
         __atomic_store_n(&(own - index)->used, index + 1, __ATOMIC_RELEASE);
+    }
+}
+
+/* The counters of workers that have been are gone: something else is counted from now on. */
+static void tsrvi_places_drop(void)
+{
+    int count = __atomic_exchange_n(&tsrvi_process.place_count, 0, __ATOMIC_ACQ_REL);
+    if (count != 0) {
+        TSRV_SYS(munmap, (tsrvi_process.places, (size_t)count * sizeof(tsrvi_place)));
+        tsrvi_process.places = NULL;
     }
 }
 
@@ -15144,9 +15173,13 @@ static int tsrvi_server_attach(tsrv_server *server)
     return TSRV_OK;
 }
 
-/* It accepts from now on: on_start is due. */
+/* It accepts from now on: on_start is due. A process whose workers have ended counts for itself. */
 static void tsrvi_server_started(tsrv_server *server)
 {
+    if (tsrvi_process.places != NULL && tsrvi_worker_id() < 0 &&
+        __atomic_load_n(&tsrvi_process.supervising, __ATOMIC_ACQUIRE) == 0) {
+        tsrvi_places_drop();
+    }
     server->drain_code = TSRV_OK; /* that drain is history */
     if (server->starting) {
         tsrvi_server_later(server);
@@ -16678,9 +16711,7 @@ static void tsrvi_tell_predecessor(void)
     }
 }
 
-#define TSRVI_NOTIFY_SIZE 1000    /* bytes of a state */
-#define TSRVI_NOTIFY_TRIES 50     /* of the last state, before the process ends, */
-#define TSRVI_NOTIFY_PAUSE_MS 100 /* and what is between them */
+#define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
 /* Returns 1, 0 when nobody wants to know, or a code. */
 static int tsrvi_notify_send(const char *state)
@@ -16738,19 +16769,10 @@ static void tsrvi_notify_again(void)
     }
 }
 
-/* This program ends, and has nothing left to tell; but for a while longer if it has. */
-static void tsrvi_notify_last(void)
-{
-    for (int i = 0; i < TSRVI_NOTIFY_TRIES && tsrvi_process.notify_owed[0] != 0; i++) {
-        TSRV_SYS(poll, (NULL, 0, TSRVI_NOTIFY_PAUSE_MS));
-        tsrvi_notify_again();
-    }
-}
-
 /* This program ends; but not the service, as long as the one before it serves. */
 static void tsrvi_notify_stopping(void)
 {
-    tsrvi_process.notify_owed[0] = 0;
+    tsrvi_process.notify_owed[0] = 0; /* READY=1 would come behind it */
     if (!tsrvi_handed_waits()) {
         tsrvi_notify("STOPPING=1");
     }
@@ -16905,6 +16927,16 @@ static void tsrvi_worker_read_files(void)
     }
 }
 
+/* A single process reloads; in a drain that is of no use, nor would READY=1 be true. */
+static void tsrvi_worker_reload(void)
+{
+    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY) {
+        tsrvi_notify("RELOADING=1");
+        tsrvi_worker_read_files();
+        tsrvi_notify("READY=1");
+    }
+}
+
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
@@ -16912,7 +16944,7 @@ static void tsrvi_worker_signal(void *context)
         return; /* the program's watch takes the place of ours */
     }
     if (own->signo == SIGHUP) {
-        tsrvi_worker_read_files();
+        tsrvi_worker_reload();
         return;
     }
     if (own->signo == SIGUSR2) {
@@ -17025,13 +17057,34 @@ static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
     }
 }
 
+/* Is on_start still due? It may take start_timeout_ms, and not only heartbeat_ms. */
+static bool tsrvi_worker_starts(const tsrv_loop *loop)
+{
+    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
+        const tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+        if (server->starting && tsrvi_server_listens(server)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Tell the parent that the loop turns, which it has to from the first time on. */
+static void tsrvi_worker_beat_parent(const tsrv_loop *loop)
+{
+    unsigned beat = tsrvi_process.place_own->beat;
+    if (beat != 0 || !tsrvi_worker_starts(loop)) {
+        beat = beat + 1 == 0 ? 1 : beat + 1;
+        __atomic_store_n(&tsrvi_process.place_own->beat, beat, __ATOMIC_RELEASE);
+    }
+}
+
 /* Say that this process is alive. */
 static void tsrvi_worker_beat_process(tsrv_loop *loop)
 {
     tsrvi_worker_listen(loop);
     if (tsrvi_process.place_own != NULL) {
-        unsigned beat = tsrvi_process.place_own->beat + 1;
-        __atomic_store_n(&tsrvi_process.place_own->beat, beat == 0 ? 1 : beat, __ATOMIC_RELEASE);
+        tsrvi_worker_beat_parent(loop);
     }
     tsrvi_notify_again();
     if (tsrvi_process.worker.watchdog <= loop->now) {
@@ -17102,7 +17155,11 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
 /* Its first server accepts; on_start may have changed the user. */
 static void tsrvi_worker_ready(void)
 {
+    const tsrv_loop *chief = __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE);
     tsrvi_worker_follow_parent();
+    if (chief != NULL && chief == tsrvi_thread.running) {
+        tsrvi_worker_beat_parent(chief);
+    }
     __atomic_store_n(&tsrvi_process.place_own->ready, 1, __ATOMIC_RELEASE);
     tsrvi_write_quiet(tsrvi_process.worker.wake, "", 1);
 }
@@ -17284,6 +17341,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
 #define TSRVI_KILL_MS 5000         /* after the grace */
 #define TSRVI_HUNG_MS 1000         /* before SIGKILL for a worker that has nothing to drain */
 #define TSRVI_LOOK_MS 1000         /* at least so often the parent looks at its workers */
+#define TSRVI_TELL_MS 5000         /* for a service manager to hear of an upgrade */
 #define TSRVI_LATE_MS 100          /* what it may oversleep before its clock stands still */
 #define TSRVI_ROUNDS 100  /* of the parent in a second; above that it takes TSRVI_BRAKE_MS */
 #define TSRVI_BRAKE_MS 10 /* for each, whatever call fails to put it to sleep */
@@ -17368,6 +17426,7 @@ typedef struct tsrvi_supervisor {
     int code;              /* what the parent returns in the end */
     int upgrade;           /* the program that has not said yet that it serves; -1 = none */
     int upgrade_fd;        /* it writes here when it does */
+    uint64_t told;         /* until then the service manager must have heard who serves now */
     int wake[2];
     uint64_t now;      /* the supervisor's clock */
     uint64_t clock;    /* the real one, when it was last read */
@@ -17489,10 +17548,7 @@ static int tsrvi_places_map(int workers)
     if (memory == MAP_FAILED) {
         return -ENOMEM;
     }
-    if (tsrvi_process.places != NULL) {
-        TSRV_SYS(munmap,
-                 (tsrvi_process.places, (size_t)tsrvi_process.place_count * sizeof(tsrvi_place)));
-    }
+    tsrvi_places_drop();
     tsrvi_process.places = (tsrvi_place *)memory;
     tsrvi_process.place_count = (int)count;
     return TSRV_OK;
@@ -18316,6 +18372,7 @@ static void tsrvi_parent_yield(tsrvi_supervisor *s)
         if (s->children[i].state == TSRVI_CHILD_SERVING) {
             snprintf(state, sizeof(state), "MAINPID=%ld", (long)s->children[i].pid);
             tsrvi_notify(state);
+            s->told = tsrvi_after(s->now, TSRVI_TELL_MS);
             tsrvi_log(TSRV_LOG_INFO, "upgrade: done, process %ld serves; this program ends",
                       (long)s->children[i].pid);
             s->children[i].state = TSRVI_CHILD_VACANT; /* it is no business of ours any more */
@@ -18556,7 +18613,8 @@ static void tsrvi_supervisor_brake(tsrvi_supervisor *s)
     }
 }
 
-/* Is there a process, or will there be one? */
+/* Is there a process, or will there be one? A service manager that has not heard who serves now
+ * would take the end of this program for the service's, and end that. */
 static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
 {
     for (int i = 0; i < s->count; i++) {
@@ -18564,7 +18622,7 @@ static bool tsrvi_supervisor_busy(const tsrvi_supervisor *s)
             return true;
         }
     }
-    return false;
+    return tsrvi_process.notify_owed[0] != 0 && s->now < s->told;
 }
 
 static void tsrvi_supervisor_tell_end(void)
@@ -18597,8 +18655,8 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
     for (int worker = 0; worker < s->workers; worker++) {
         s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
-    tsrvi_supervisor_flush();
     tsrvi_log(TSRV_LOG_INFO, "%d workers are started (tcpserver.h %s)", s->workers, TSRV_VERSION);
+    tsrvi_supervisor_flush();
     while (tsrvi_supervisor_busy(s)) {
         tsrvi_supervisor_tick(s);
         tsrvi_supervisor_signals(s);
@@ -18613,7 +18671,7 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
             tsrvi_supervisor_brake(s);
         }
     }
-    tsrvi_notify_last();
+    tsrvi_process.notify_owed[0] = 0;
     tsrvi_supervisor_tell_end();
     return s->code;
 }

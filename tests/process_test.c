@@ -508,22 +508,35 @@ TEST_ONCE(handlers_mask_and_children_of_the_host_are_left_alone)
     check_end(launch(program_with_host), 0, TSRV_EPARENT);
 }
 
-/* Buffered output is not printed once more by every worker. */
-static int program_with_buffer(void)
+static FILE *printed;
+
+static void print_log(int level, const char *message, void *context)
+{
+    (void)context;
+    fprintf(printed, "%d %s\n", level, message);
+}
+
+/* Buffered output is not printed once more by every worker; nor is the log, if it is that. */
+static int program_with_buffer(bool logs)
 {
     CHECK(freopen("/dev/null", "w", stdout) != NULL);
-    FILE *file = fdopen(board->value, "w");
-    CHECK(file != NULL);
-    fputs("once\n", file);
+    printed = fdopen(board->value, "w");
+    CHECK(printed != NULL);
+    if (logs) {
+        tsrv_set_log(print_log, NULL);
+    } else {
+        fputs("once\n", printed);
+    }
     int rc = program_bare();
-    fclose(file);
+    fclose(printed);
     return rc;
 }
 
-TEST_ONCE(buffered_output_is_printed_once)
+static const char *print_in_workers(bool logs)
 {
+    static char text[4096];
     int pipe_fds[2];
-    char text[64] = "";
+    memset(text, 0, sizeof text);
     workers = 3;
     bare_worker = returns_well;
     CHECK(pipe(pipe_fds) == 0);
@@ -533,20 +546,32 @@ TEST_ONCE(buffered_output_is_printed_once)
     if (pid == 0) {
         /* the balance of descriptors does not hold for what the program closes itself */
         in_program = true;
-        int rc = program_with_buffer();
+        int rc = program_with_buffer(logs);
         _exit(rc == TSRV_EPARENT || rc == TSRV_OK ? 0 : 1);
     }
     t_close(pipe_fds[1]);
     size_t size = 0;
     for (ssize_t n = 1; n > 0; size += n > 0 ? (size_t)n : 0) {
-        n = read(pipe_fds[0], text + size, sizeof text - size);
+        n = read(pipe_fds[0], text + size, sizeof text - 1 - size);
         CHECK(n >= 0);
     }
-    CHECK_MEM(text, size, "once\n", 5);
     t_close(pipe_fds[0]);
     int status = await_end(pid);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
     check_no_child();
+    return text;
+}
+
+TEST_ONCE(buffered_output_is_printed_once)
+{
+    CHECK_STR(print_in_workers(false), "once\n");
+}
+
+TEST_ONCE(a_log_that_is_buffered_is_printed_once)
+{
+    const char *text = print_in_workers(true);
+    CHECK_INT(t_count(text, "3 workers are started"), 1);
+    CHECK_INT(t_count(text, "exited with status 0"), 3);
 }
 
 /* ---- process 1 ----------------------------------------------------------------------------*/

@@ -1909,6 +1909,37 @@ TEST_ONCE(a_worker_that_hangs_after_a_pause_is_replaced)
     stop_well(pid, TSRV_OK);
 }
 
+static void start_when_told(tsrv_server *server, void *context)
+{
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    while (get(&board->go) == 0) {
+        poll(NULL, 0, 1);
+    }
+    on_start(server, context);
+}
+
+/* on_start has start_timeout_ms; from its end on the loop has to turn, also before its first beat is due. */
+TEST_LOOP(a_slow_start_is_not_taken_for_a_hang)
+{
+    long who = 0;
+    begin(2);
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    fork_options.start_timeout_ms = TSRV_NEVER;
+    server_options.on_start = start_when_told;
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->held) == 2);
+    advance(pid, 20 * fork_options.heartbeat_ms);
+    put(&board->go, 1);
+    await_forks(2);
+    CHECK_INT(exits_seen(), 0);
+    int fd = connect_to(0, &who);
+    t_sends(fd, "hang\n");
+    AWAIT(has_exited((pid_t)who));
+    CHECK_INT(said("hangs: its loop has not turned"), 1);
+    t_close(fd);
+    stop_well(pid, TSRV_OK);
+}
+
 /* ---- loops in several threads --------------------------------------------------------------*/
 
 static void *run_a_loop(void *context)
@@ -2323,13 +2354,11 @@ TEST_LOOP(serve_is_refused_while_another_thread_serves)
 
 /* ---- counters ------------------------------------------------------------------------------*/
 
-static void check_sum_is_own(int (*program)(void))
+/* Of one process, which has accepted nothing yet. */
+static void check_own_counts(void)
 {
     char line[100];
     int rc = -1, accepted = 0, open = 0, own_accepted = 0, own_open = 0;
-    begin(1);
-    pid_t pid = launch(program);
-    await_forks(1);
     check_served();
     int fd = reach();
     t_sends(fd, "stats -1\n");
@@ -2349,6 +2378,14 @@ static void check_sum_is_own(int (*program)(void))
     CHECK(read_line(fd, line, sizeof line));
     CHECK_INT(atoi(line), TSRV_EINVAL);
     t_close(fd);
+}
+
+static void check_sum_is_own(int (*program)(void))
+{
+    begin(1);
+    pid_t pid = launch(program);
+    await_forks(1);
+    check_own_counts();
     tell(pid, program == program_serve ? SIGTERM : SIGKILL);
     int status = await_end(pid);
     CHECK(program != program_serve || status == 0);
@@ -2358,6 +2395,32 @@ TEST_LOOP(the_sum_of_all_counts_a_single_process)
 {
     check_sum_is_own(program_serve);
     check_sum_is_own(program_bind_start);
+}
+
+static int program_serves_with_workers_and_then_alone(void)
+{
+    int rc = program_serve();
+    if (tsrv_task_id() < 0) {
+        CHECK_INT(rc, TSRV_OK);
+        put(&board->port, 0);
+        workers = 1;
+        rc = program_serve();
+    }
+    return rc;
+}
+
+/* What workers have counted that have been is not what a process counts by itself. */
+TEST_LOOP(a_single_process_does_not_count_what_workers_did)
+{
+    begin(2);
+    pid_t pid = launch(program_serves_with_workers_and_then_alone);
+    await_forks(2);
+    check_served();
+    check_served();
+    tell(pid, SIGTERM);
+    await_forks(3);
+    check_own_counts();
+    stop_well(pid, TSRV_OK);
 }
 
 /* ---- how tsrv_serve binds ------------------------------------------------------------------*/
@@ -4332,4 +4395,114 @@ TEST_ONCE(a_reload_that_an_upgrade_overtakes_is_said_to_be_over)
     CHECK(unsetenv("NOTIFY_SOCKET") == 0);
     t_close(notes);
     end_upgradable();
+}
+
+/* Others' states, until the service manager has no room for one more. */
+static void fill_notes(void)
+{
+    struct sockaddr_un local = t_unix_address(path_of("second"));
+    int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    CHECK(fd >= 0 && connect(fd, (struct sockaddr *)&local, sizeof local) == 0);
+    while (send(fd, "STATUS=another", 14, 0) == 14) {
+    }
+    CHECK_INT(errno, EAGAIN);
+    t_close(fd);
+}
+
+/* What has replaced this program is told again until it is heard: the service would end with this program, which
+ * stays so long, but not for ever. */
+static void yield_untold(bool is_heard)
+{
+    char text[1000] = "", expected[100];
+    begin_upgradable();
+    int notes = listen_for_notes();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    poke(pid);
+    AWAIT((take_notes(notes, pid, text, sizeof text), text[0] != 0));
+    fill_notes();
+    upgrade(pid);
+    AWAIT((advance(pid, STEP_MS), poll(NULL, 0, 20), said("this program ends") == 1));
+    AWAIT(exits_seen() == 2);
+    if (is_heard) {
+        AWAIT((take_notes(notes, pid, text, sizeof text), strstr(text, "MAINPID") != NULL));
+        CHECK_INT(await_end(pid), 0);
+    } else {
+        advance_until_end(pid);
+        take_notes(notes, pid, text, sizeof text);
+    }
+    pid_t next = (pid_t)get(&board->next.pid);
+    snprintf(expected, sizeof expected, is_heard ? "READY=1\nMAINPID=%ld\n" : "READY=1\n", (long)next);
+    CHECK_STR(text, expected);
+    CHECK_INT(said("cannot be told MAINPID"), 1);
+    tell(next, SIGTERM);
+    CHECK_INT(await_end(next), 0);
+    check_no_child();
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    end_upgradable();
+}
+
+TEST_ONCE(an_upgrade_is_told_again_until_it_is_heard)
+{
+    yield_untold(true);
+}
+
+TEST_ONCE(an_upgrade_that_nobody_hears_of_ends_all_the_same)
+{
+    yield_untold(false);
+}
+
+/* What was not heard in time is not said behind the end. */
+TEST_ONCE(readiness_is_not_told_behind_the_end)
+{
+    char text[1000] = "";
+    begin_upgradable();
+    int notes = listen_for_notes();
+    fill_notes();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    AWAIT(said("cannot be told READY=1") == 1);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(said("cannot be told STOPPING=1") == 1);
+    take_notes(notes, pid, text, sizeof text);
+    for (int i = 0; i < 10; i++) {
+        poke(pid);
+    }
+    finish_request(fd);
+    CHECK_INT(await_end(pid), 0);
+    take_notes(notes, pid, text, sizeof text);
+    CHECK_STR(text, "");
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    end_upgradable();
+}
+
+/* A service manager that waits for the end of a reload (Type=notify-reload) hears of a single process's, too. */
+TEST_ONCE(a_reload_of_a_single_process_is_told)
+{
+    char text[1000] = "";
+    make_directory();
+    int notes = listen_for_notes();
+    begin(1);
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    AWAIT((take_notes(notes, pid, text, sizeof text), strcmp(text, "READY=1\n") == 0));
+    text[0] = 0;
+    tell(pid, SIGHUP);
+    AWAIT((take_notes(notes, pid, text, sizeof text), strstr(text, "READY=1") != NULL));
+    CHECK_STR(text, "RELOADING=1\nREADY=1\n");
+    text[0] = 0;
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(is_refused());
+    tell(pid, SIGHUP);
+    finish_request(fd);
+    CHECK_INT(await_end(pid), 0);
+    take_notes(notes, pid, text, sizeof text);
+    CHECK_STR(text, "STOPPING=1\n");
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    remove_directory();
 }

@@ -26,6 +26,14 @@ static inline ssize_t reset_sendfile(int to, int from, off_t *offset, size_t siz
 #undef t_sys_sendfile
 #define t_sys_sendfile(...) (t_fault("sendfile") ? -1 : reset_sendfile(__VA_ARGS__))
 #endif
+
+static int cannot_open_again; /* descriptor 2, under /proc */
+
+#undef t_sys_open
+#define t_sys_open(path, ...) \
+    (t_fault("open") || (cannot_open_again && strcmp(path, "/proc/self/fd/2") == 0) \
+         ? -1 \
+         : open(t_path(path), __VA_ARGS__))
 #include "script.h"
 
 #include <ctype.h>
@@ -385,6 +393,87 @@ TEST_ONCE(file_at_its_limit_loses_lines)
     fclose(file);
     close_all();
 }
+
+/* The beginning of a line that found no room is not taken for one with the next. */
+TEST_ONCE(line_that_was_cut_is_ended)
+{
+    struct rlimit limit;
+    FILE *file = tmpfile();
+    CHECK(file != NULL && getrlimit(RLIMIT_FSIZE, &limit) == 0);
+    rlim_t before = limit.rlim_cur;
+    limit.rlim_cur = 20;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    stderr_is(fileno(file));
+    tsrvi_log(TSRV_LOG_WARNING, "cut");
+    tsrvi_log(TSRV_LOG_WARNING, "and lost");
+    limit.rlim_cur = before;
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    tsrvi_log(TSRV_LOG_INFO, "and on");
+    tsrvi_log(TSRV_LOG_INFO, "and on");
+    stderr_back();
+    CHECK(lseek(fileno(file), 0, SEEK_SET) == 0);
+    CHECK_INT(count_lines(take(fileno(file))), 4);
+    CHECK_INT(strcspn(taken, "\n"), 20);
+    CHECK(strstr(taken, " WARNING 2 log lines were lost\n") != NULL);
+    CHECK(strstr(taken, "\n\n") == NULL);
+    fclose(file);
+    close_all();
+}
+
+#ifdef __linux__
+/* The controlling terminal of this process becomes descriptor 2. Returns the end that its reader has. */
+static int make_terminal(void)
+{
+    int reader = remember(posix_openpt(O_RDWR | O_NOCTTY | O_NONBLOCK | O_CLOEXEC)), terminal;
+    signal(SIGHUP, SIG_IGN); /* in the end it goes */
+    CHECK(grantpt(reader) == 0 && unlockpt(reader) == 0 && setsid() > 0);
+    terminal = remember(open(ptsname(reader), O_RDWR | O_CLOEXEC));
+    CHECK(tcgetpgrp(terminal) >= 0);
+    stderr_is(terminal);
+    return reader;
+}
+
+/* Lines to a terminal whose reader has stopped, until some are lost; then to one who reads again. */
+static void stop_reading(void)
+{
+    int reader = make_terminal(), told = 0;
+    for (int i = 0; i < 20 || tsrvi_process.log.lost < 20; i++) {
+        tsrvi_log(TSRV_LOG_WARNING, "line %d", i);
+        CHECK(i < 100000);
+    }
+    while (told == 0) {
+        while (take(reader)[0] != 0) {
+            told += strstr(taken, "log lines were lost") != NULL;
+        }
+        tsrvi_log(TSRV_LOG_WARNING, "and on");
+    }
+    close_all();
+}
+
+/* In a child: not everybody who runs a test may have another terminal. */
+static void with_a_terminal(void)
+{
+    int status;
+    pid_t pid = fork();
+    if (pid == 0) {
+        stop_reading();
+        _exit(0);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+}
+
+TEST_ONCE(stopped_terminal_loses_lines)
+{
+    with_a_terminal();
+}
+
+/* Another user's terminal, as with su(1), or no /proc: poll says that a byte fits, and a line waits. */
+TEST_ONCE(stopped_terminal_that_cannot_be_opened_again_loses_lines)
+{
+    cannot_open_again = 1;
+    with_a_terminal();
+}
+#endif
 
 /* It may be a client's. */
 TEST_ONCE(socket_is_not_written_to)

@@ -697,9 +697,7 @@ static void reset(void)
         tsrv_set_log(log_line, NULL);
         first_process = tsrvi_process;
     }
-    if (tsrvi_process.places != NULL) {
-        munmap(tsrvi_process.places, (size_t)tsrvi_process.place_count * sizeof(tsrvi_place));
-    }
+    tsrvi_places_drop();
     k_boot();
     tsrvi_process = first_process;
     process_count = exits = in_vain = late_kills = 0;

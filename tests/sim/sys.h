@@ -462,6 +462,7 @@ K_UNUSED static int s_ok(void)
 #define s_sys_socket(...) S_OR("socket", -1, k_socket(__VA_ARGS__))
 #define s_sys_socketpair(...) S_OR("socketpair", -1, k_socketpair(__VA_ARGS__))
 #define s_sys_sysconf(...) sysconf(__VA_ARGS__)
+#define s_sys_tcgetpgrp(...) -1
 #define s_sys_unlink(...) S_OR("unlink", -1, k_unlink(__VA_ARGS__))
 #define s_sys_unsetenv(...) 0
 #define s_sys_waitid(...) -1

@@ -36,6 +36,7 @@ static const struct {
     {"tsrvi_file_read*", "limits of control groups: tests/systemd_test.c"},
     {"tsrvi_cpus*", "limits of control groups: tests/systemd_test.c"},
     {"tsrvi_epoll_set", "EPOLLEXCLUSIVE before Linux 4.5, for workers: tests/fault_test.c"},
+    {"tsrvi_log_open", "stderr is a pipe or a terminal: tests/util_test.c"},
     {"tsrvi_log_put", "stderr is systemd's journal: tests/util_test.c"},
 };
 
