@@ -12760,6 +12760,24 @@ static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const tsrv_slice *p
 
 /* ---- every write -----------------------------------------------------------*/
 
+/* There is no room: readers that are fast may not have been given their chance in this turn, so
+ * what is queued is sent. Returns TSRV_OK, or why nothing can be written any more. */
+static int tsrvi_write_make_room(tsrv_stream *stream)
+{
+    tsrvi_stream_soon(stream);
+    tsrvi_stream_send(stream, "", 0);
+    return tsrvi_write_state(stream);
+}
+
+/* Have room for so much more. Else the stream ends. */
+static TSRVI_APART int tsrvi_write_insist(tsrv_stream *stream, size_t size)
+{
+    int rc = tsrvi_write_make_room(stream);
+    return rc != TSRV_OK || tsrvi_output_fits(stream, size)
+               ? rc
+               : tsrvi_write_refuse(stream, TSRV_EFULL);
+}
+
 /* Has a coroutine to wait until so much more has gone, because there is no room for a copy of it?
  * The program outside of coroutines cannot wait, so max_total_buffer holds its reads instead. */
 static bool tsrvi_write_must_wait(const tsrv_stream *stream, size_t size)
@@ -12778,8 +12796,9 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
         tsrv_slice piece = {data, size};
         return tsrvi_write_lend(stream, &piece, 1, true);
     }
-    if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size))) {
-        return tsrvi_write_refuse(stream, TSRV_EFULL);
+    if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size)) &&
+        (rc = tsrvi_write_insist(stream, size)) < 0) {
+        return rc;
     }
     rc = tsrvi_write_take(stream, data, size);
     if (TSRVI_UNLIKELY(rc < 0)) {
@@ -12868,8 +12887,9 @@ TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int coun
         return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
     }
     waits = tsrvi_write_must_wait(stream, total);
-    if (!waits && !tsrvi_output_fits(stream, total)) {
-        return tsrvi_write_refuse(stream, TSRV_EFULL);
+    if (!waits && !tsrvi_output_fits(stream, total) &&
+        (rc = tsrvi_write_insist(stream, total)) < 0) {
+        return rc;
     }
     rc = waits || total >= TSRVI_DIRECT ? tsrvi_write_lend(stream, slices, count, waits)
                                         : tsrvi_write_copy(stream, slices, count);
@@ -12893,10 +12913,7 @@ TSRV_API int tsrv_try_writev(tsrv_stream *stream, const tsrv_slice *slices, int 
         return rc;
     }
     if (!tsrvi_write_has_room(stream, total)) {
-        /* Readers that are fast may not have been given their chance in this turn. */
-        tsrvi_stream_soon(stream);
-        tsrvi_stream_send(stream, "", 0);
-        if ((rc = tsrvi_write_state(stream)) != 0) {
+        if ((rc = tsrvi_write_make_room(stream)) != TSRV_OK) {
             return rc;
         }
         if (!tsrvi_output_fits(stream, total)) {
