@@ -10988,12 +10988,37 @@ static const tsrvi_transport tsrvi_tls_transport = {
 
 /* ---- the beginning ---------------------------------------------------------*/
 
+/* A host as certificates and hellos have it: a number without its brackets and its zone (RFC 6874,
+ * 3), a name without the dot at its end (RFC 6066, 3). False: no name is as long as that. */
+static bool tsrvi_tls_bare_host(const char *host, char bare[256])
+{
+    size_t size = strlen(host), begin = host[0] == '[' && host[size - 1] == ']';
+    size_t end = size - begin;
+    const char *zone = (const char *)memchr(host, '%', size);
+    if (zone != NULL && memchr(host, ':', (size_t)(zone - host)) != NULL) {
+        end = (size_t)(zone - host);
+    } else if (size > 1 && host[size - 1] == '.') {
+        end--;
+    }
+    if (end - begin > 255) {
+        return false;
+    }
+    memcpy(bare, host + begin, end - begin);
+    bare[end - begin] = 0;
+    return true;
+}
+
 /* The client's side: whom it wants to reach, and how it makes sure. */
-static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
+static int tsrvi_tls_expect(tsrvi_tls *tls, const char *host)
 {
     unsigned char number[16];
-    bool numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
-                   TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
+    char server_name[256];
+    bool numeric;
+    if (!tsrvi_tls_bare_host(host, server_name)) {
+        return TSRV_EINVAL;
+    }
+    numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
+              TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
     SSL_set_connect_state(tls->ssl);
     SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
     if (tls->set->alpn_size != 0) {

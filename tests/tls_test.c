@@ -2576,6 +2576,45 @@ TEST_STREAM(test_check_hostname)
     run_tls(&c, &options);
 }
 
+/* Hosts as tsrv_connect and people write them: with brackets, a zone, a dot at the end. The server is told the bare
+ * name, and no number (RFC 6066, 3). */
+static char told_name[256];
+
+static int echo_and_note_name(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = tsrv_wait_for_handshake(stream);
+    snprintf(told_name, sizeof told_name, "%s", tsrv_tls_server_name(stream));
+    return rc == TSRV_OK ? echo_bytes(stream, address, context) : rc;
+}
+
+static void dressed_names_client(int port, void *context)
+{
+    static const char *const good[] = {"[::1]", "::1", "[fe80::1%lo]", "fe80::1%eth0", "localhost."},
+                            *const wrong[] = {"[::2]", "[localhost]x", "localhost..", "[127.0.0.1]", "::1]"};
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, NULL, NULL}, true, "", ""};
+    tsrv_set_log(t_no_log, NULL);
+    for (size_t i = 0; i < COUNT(good); i++) {
+        a.options.server_name = good[i];
+        CHECK_INT(try_connect(&a), TSRV_OK);
+        CHECK_STR(told_name, i < COUNT(good) - 1 ? "" : "localhost");
+    }
+    for (size_t i = 0; i < COUNT(wrong); i++) {
+        a.options.server_name = wrong[i];
+        CHECK_INT(try_connect(&a), TSRV_ETLS);
+    }
+    tsrv_tls_free(ours);
+}
+
+TEST_STREAM(test_connect_dressed_names)
+{
+    t_case c = {echo_and_note_name, NULL, dressed_names_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("six.pem");
+    run_tls(&c, &options);
+}
+
 /* A wildcard certificate, a certificate for a client, one that is over. */
 static void other_names_client(int port, void *context)
 {
