@@ -1272,7 +1272,8 @@ typedef struct tsrv_server_options {
     tsrv_tls *tls;                /* NULL = plain TCP; must outlive the server */
     size_t data_size;             /* zeroed bytes for each stream: tsrv_data; 0 = none */
     size_t max_buffer_size;       /* unread input of a stream; 0 = 1 MiB */
-    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; about half of the above at most */
+    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; 1 MiB, and about half of the above, at
+                                     most */
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
     size_t write_high_water;  /* unsent output above which a writer waits; 0 = 256 KiB; at most the
                                 above */
@@ -14452,6 +14453,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
 #define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
 #define TSRVI_FAILURES_MORE 4  /* so many more before it pauses again */
+#define TSRVI_CHUNK_MOST ((size_t)1024 * 1024) /* bytes of one recv, for which there is a buffer */
 #define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
 typedef struct tsrvi_listener {
@@ -14496,8 +14498,8 @@ static void tsrvi_server_defaults(tsrv_server_options *options)
     options->write_high_water = tsrvi_default_size(options->write_high_water, (size_t)256 * 1024);
     options->write_high_water =
         tsrvi_min(options->write_high_water, options->max_write_buffer_size);
-    options->read_chunk_size =
-        tsrvi_min(options->read_chunk_size, options->max_buffer_size / 2 + 1);
+    options->read_chunk_size = tsrvi_min(
+        options->read_chunk_size, tsrvi_min(TSRVI_CHUNK_MOST, options->max_buffer_size / 2 + 1));
     options->stack_size = tsrvi_default_size(options->stack_size, TSRVI_STACK_SIZE);
     options->idle_timeout_ms = tsrvi_default_ms(options->idle_timeout_ms, TSRV_NEVER);
     options->read_timeout_ms = tsrvi_default_ms(options->read_timeout_ms, TSRV_NEVER);
