@@ -14028,6 +14028,15 @@ static TSRVI_APART void tsrvi_loop_weigh(tsrv_loop *loop)
 
 /* ---- settling --------------------------------------------------------------*/
 
+/* Does anybody want input, or wait for its end, with nothing before that as far as is known? */
+static inline TSRVI_INLINE bool tsrvi_stream_listens(const tsrv_stream *stream)
+{
+    return tsrvi_stream_wants_input(stream) ||
+           ((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT | TSRVI_FOR_WAKE)) != 0 &&
+            stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED) &&
+            tsrvi_buffer_size(stream->in) == 0);
+}
+
 /* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
  * be reported in every turn; readability stays asked for until it is known that there is input
  * which nobody wants. A hang-up alone is asked for to hear of resets. */
@@ -14037,11 +14046,8 @@ static inline TSRVI_INLINE void tsrvi_stream_agree(tsrv_stream *stream)
     if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED)) {
         return;
     }
-    if (tsrvi_stream_wants_input(stream) ||
-        (stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED) &&
-         ((has & TSRV_READABLE) != 0 ||
-          ((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT | TSRVI_FOR_WAKE)) != 0 &&
-           tsrvi_buffer_size(stream->in) == 0)))) { /* for its end */
+    if (tsrvi_stream_listens(stream) ||
+        ((has & TSRV_READABLE) != 0 && stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED))) {
         wanted |= TSRV_READABLE;
     }
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_BLOCKED))) {
@@ -14063,7 +14069,7 @@ static inline TSRVI_INLINE bool tsrvi_stream_is_due(const tsrv_stream *stream)
         return true;
     }
     if (TSRVI_UNLIKELY(tsrvi_stream_finished(stream)) ||
-        (tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream))) {
+        (tsrvi_transport_holds(stream) && tsrvi_stream_listens(stream))) {
         return true;
     }
     for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
@@ -14367,7 +14373,7 @@ static void tsrvi_stream_run(tsrvi_task *task)
         }
         return;
     }
-    if (turn && tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream)) {
+    if (turn && tsrvi_transport_holds(stream) && tsrvi_stream_listens(stream)) {
         tsrvi_stream_readable(stream, false);
     }
     tsrvi_stream_settle(stream, turn, turn);
