@@ -1272,7 +1272,8 @@ typedef struct tsrv_server_options {
     tsrv_tls *tls;                /* NULL = plain TCP; must outlive the server */
     size_t data_size;             /* zeroed bytes for each stream: tsrv_data; 0 = none */
     size_t max_buffer_size;       /* unread input of a stream; 0 = 1 MiB */
-    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; about half of the above at most */
+    size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; 1 MiB, and about half of the above, at
+                                     most */
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
     size_t write_high_water;  /* unsent output above which a writer waits; 0 = 256 KiB; at most the
                                 above */
@@ -11017,12 +11018,37 @@ static const tsrvi_transport tsrvi_tls_transport = {
 
 /* ---- the beginning ---------------------------------------------------------*/
 
+/* A host as certificates and hellos have it: a number without its brackets and its zone (RFC 6874,
+ * 3), a name without the dot at its end (RFC 6066, 3). False: no name is as long as that. */
+static bool tsrvi_tls_bare_host(const char *host, char bare[256])
+{
+    size_t size = strlen(host), begin = host[0] == '[' && host[size - 1] == ']';
+    size_t end = size - begin;
+    const char *zone = (const char *)memchr(host, '%', size);
+    if (zone != NULL && memchr(host, ':', (size_t)(zone - host)) != NULL) {
+        end = (size_t)(zone - host);
+    } else if (size > 1 && host[size - 1] == '.') {
+        end--;
+    }
+    if (end - begin > 255) {
+        return false;
+    }
+    memcpy(bare, host + begin, end - begin);
+    bare[end - begin] = 0;
+    return true;
+}
+
 /* The client's side: whom it wants to reach, and how it makes sure. */
-static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
+static int tsrvi_tls_expect(tsrvi_tls *tls, const char *host)
 {
     unsigned char number[16];
-    bool numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
-                   TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
+    char server_name[256];
+    bool numeric;
+    if (!tsrvi_tls_bare_host(host, server_name)) {
+        return TSRV_EINVAL;
+    }
+    numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
+              TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
     SSL_set_connect_state(tls->ssl);
     SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
     if (tls->set->alpn_size != 0) {
@@ -12789,6 +12815,24 @@ static TSRVI_APART int tsrvi_write_lend(tsrv_stream *stream, const tsrv_slice *p
 
 /* ---- every write -----------------------------------------------------------*/
 
+/* There is no room: readers that are fast may not have been given their chance in this turn, so
+ * what is queued is sent. Returns TSRV_OK, or why nothing can be written any more. */
+static int tsrvi_write_make_room(tsrv_stream *stream)
+{
+    tsrvi_stream_soon(stream);
+    tsrvi_stream_send(stream, "", 0);
+    return tsrvi_write_state(stream);
+}
+
+/* Have room for so much more. Else the stream ends. */
+static TSRVI_APART int tsrvi_write_insist(tsrv_stream *stream, size_t size)
+{
+    int rc = tsrvi_write_make_room(stream);
+    return rc != TSRV_OK || tsrvi_output_fits(stream, size)
+               ? rc
+               : tsrvi_write_refuse(stream, TSRV_EFULL);
+}
+
 /* Has a coroutine to wait until so much more has gone, because there is no room for a copy of it?
  * The program outside of coroutines cannot wait, so max_total_buffer holds its reads instead. */
 static bool tsrvi_write_must_wait(const tsrv_stream *stream, size_t size)
@@ -12807,8 +12851,9 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
         tsrv_slice piece = {data, size};
         return tsrvi_write_lend(stream, &piece, 1, true);
     }
-    if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size))) {
-        return tsrvi_write_refuse(stream, TSRV_EFULL);
+    if (TSRVI_UNLIKELY(!tsrvi_output_fits(stream, size)) &&
+        (rc = tsrvi_write_insist(stream, size)) < 0) {
+        return rc;
     }
     rc = tsrvi_write_take(stream, data, size);
     if (TSRVI_UNLIKELY(rc < 0)) {
@@ -12897,8 +12942,9 @@ TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int coun
         return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
     }
     waits = tsrvi_write_must_wait(stream, total);
-    if (!waits && !tsrvi_output_fits(stream, total)) {
-        return tsrvi_write_refuse(stream, TSRV_EFULL);
+    if (!waits && !tsrvi_output_fits(stream, total) &&
+        (rc = tsrvi_write_insist(stream, total)) < 0) {
+        return rc;
     }
     rc = waits || total >= TSRVI_DIRECT ? tsrvi_write_lend(stream, slices, count, waits)
                                         : tsrvi_write_copy(stream, slices, count);
@@ -12922,10 +12968,7 @@ TSRV_API int tsrv_try_writev(tsrv_stream *stream, const tsrv_slice *slices, int 
         return rc;
     }
     if (!tsrvi_write_has_room(stream, total)) {
-        /* Readers that are fast may not have been given their chance in this turn. */
-        tsrvi_stream_soon(stream);
-        tsrvi_stream_send(stream, "", 0);
-        if ((rc = tsrvi_write_state(stream)) != 0) {
+        if ((rc = tsrvi_write_make_room(stream)) != TSRV_OK) {
             return rc;
         }
         if (!tsrvi_output_fits(stream, total)) {
@@ -14014,6 +14057,15 @@ static TSRVI_APART void tsrvi_loop_weigh(tsrv_loop *loop)
 
 /* ---- settling --------------------------------------------------------------*/
 
+/* Does anybody want input, or wait for its end, with nothing before that as far as is known? */
+static inline TSRVI_INLINE bool tsrvi_stream_listens(const tsrv_stream *stream)
+{
+    return tsrvi_stream_wants_input(stream) ||
+           ((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT | TSRVI_FOR_WAKE)) != 0 &&
+            stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED) &&
+            tsrvi_buffer_size(stream->in) == 0);
+}
+
 /* Have the backend wait for what the stream waits for. Writability is ended at once, since it would
  * be reported in every turn; readability stays asked for until it is known that there is input
  * which nobody wants. A hang-up alone is asked for to hear of resets. */
@@ -14023,11 +14075,8 @@ static inline TSRVI_INLINE void tsrvi_stream_agree(tsrv_stream *stream)
     if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED)) {
         return;
     }
-    if (tsrvi_stream_wants_input(stream) ||
-        (stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED) &&
-         ((has & TSRV_READABLE) != 0 ||
-          ((stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT | TSRVI_FOR_WAKE)) != 0 &&
-           tsrvi_buffer_size(stream->in) == 0)))) { /* for its end */
+    if (tsrvi_stream_listens(stream) ||
+        ((has & TSRV_READABLE) != 0 && stream->in_end == 0 && !tsrvi_is(stream, TSRVI_LOOKED))) {
         wanted |= TSRV_READABLE;
     }
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_BLOCKED))) {
@@ -14049,7 +14098,7 @@ static inline TSRVI_INLINE bool tsrvi_stream_is_due(const tsrv_stream *stream)
         return true;
     }
     if (TSRVI_UNLIKELY(tsrvi_stream_finished(stream)) ||
-        (tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream))) {
+        (tsrvi_transport_holds(stream) && tsrvi_stream_listens(stream))) {
         return true;
     }
     for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
@@ -14353,7 +14402,7 @@ static void tsrvi_stream_run(tsrvi_task *task)
         }
         return;
     }
-    if (turn && tsrvi_transport_holds(stream) && tsrvi_stream_wants_input(stream)) {
+    if (turn && tsrvi_transport_holds(stream) && tsrvi_stream_listens(stream)) {
         tsrvi_stream_readable(stream, false);
     }
     tsrvi_stream_settle(stream, turn, turn);
@@ -14439,6 +14488,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
 #define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
 #define TSRVI_FAILURES_MORE 4  /* so many more before it pauses again */
+#define TSRVI_CHUNK_MOST ((size_t)1024 * 1024) /* bytes of one recv, for which there is a buffer */
 #define TSRVI_LAST 4096 /* connections taken from a listener that is closed: the longest queue */
 
 typedef struct tsrvi_listener {
@@ -14483,8 +14533,8 @@ static void tsrvi_server_defaults(tsrv_server_options *options)
     options->write_high_water = tsrvi_default_size(options->write_high_water, (size_t)256 * 1024);
     options->write_high_water =
         tsrvi_min(options->write_high_water, options->max_write_buffer_size);
-    options->read_chunk_size =
-        tsrvi_min(options->read_chunk_size, options->max_buffer_size / 2 + 1);
+    options->read_chunk_size = tsrvi_min(
+        options->read_chunk_size, tsrvi_min(TSRVI_CHUNK_MOST, options->max_buffer_size / 2 + 1));
     options->stack_size = tsrvi_default_size(options->stack_size, TSRVI_STACK_SIZE);
     options->idle_timeout_ms = tsrvi_default_ms(options->idle_timeout_ms, TSRV_NEVER);
     options->read_timeout_ms = tsrvi_default_ms(options->read_timeout_ms, TSRV_NEVER);

@@ -66,6 +66,19 @@ TEST_STREAM(every_size_at_0_16_and_max)
     }
 }
 
+/* What is off needs no memory: each pair of them, and all. */
+TEST_STREAM(sizes_that_are_off_together)
+{
+    for (unsigned off = 0; off < 16; off++) {
+        tsrv_server_options options = {0};
+        options.max_buffer_size = off & 1 ? SIZE_MAX : 0;
+        options.read_chunk_size = off & 2 ? SIZE_MAX : 0;
+        options.max_write_buffer_size = off & 4 ? SIZE_MAX : 0;
+        options.write_high_water = off & 8 ? SIZE_MAX : 0;
+        check_options(options);
+    }
+}
+
 TEST_ONCE(other_options_at_their_ends)
 {
     tsrv_server_options options = {0};

@@ -149,6 +149,7 @@ static inline void make_files(void)
     save("server_key.pem", NULL, server.key, NULL);
     save("locked_key.pem", NULL, server.key, "secret");
     save_new("server2.pem", &ca, "server2", SERVER_NAMES, "serverAuth", false);
+    save_new("six.pem", &ca, "six", "DNS:localhost,IP:::1,IP:fe80::1", "serverAuth", false);
     save_new("other.pem", &ca, "other", "DNS:other.test", "serverAuth", false);
     save_new("wild.pem", &ca, "wild", "DNS:*.wild.test", "serverAuth", false);
     save_new("exact.pem", &ca, "exact", "DNS:exact.wild.test", "serverAuth", false);

@@ -1219,6 +1219,84 @@ static size_t dial_seal(SSL *ssl, const void *data, size_t size, unsigned char *
     return (size_t)sealed;
 }
 
+/* It waits for its client: what its session holds still is nobody's any more, and turns no loop. */
+static void check_server_rests(void)
+{
+    poll(NULL, 0, 20);
+    uint32_t before = __atomic_load_n(&t_loop->turns, __ATOMIC_RELAXED);
+    poll(NULL, 0, 50);
+    CHECK(__atomic_load_n(&t_loop->turns, __ATOMIC_RELAXED) - before <= 20);
+}
+
+/* Reads a line, and then only waits for its client's end, which the context expects to be in good order. */
+static int wait_for_the_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *read = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc = TSRV_OK;
+    (void)address;
+    if (!*read && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        *read = true;
+    }
+    if (rc == TSRV_OK && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK && context != NULL) {
+        CHECK_INT(tsrv_read_some(stream, 0, &line), TSRV_EOF);
+        CHECK_INT(tsrv_write(stream, "bye\n", 4), TSRV_OK);
+    }
+    return rc;
+}
+
+/* close_notify in the segment of the last data, and no FIN: the socket has nothing more to tell, and the session does. */
+static void ending_at_once_client(int port, void *context)
+{
+    const dial *const versions[] = {&tls_1_2, &tls_1_3};
+    (void)context;
+    for (size_t i = 0; i < COUNT(versions); i++) {
+        unsigned char records[200];
+        SSL *ssl = dial_open(port, versions[i]);
+        size_t size = dial_seal(ssl, "hi\n", 3, records, 100);
+        BIO *socket = SSL_get_wbio(ssl), *memory = BIO_new(BIO_s_mem());
+        CHECK(BIO_up_ref(socket) == 1);
+        SSL_set0_wbio(ssl, memory);
+        CHECK_INT(SSL_shutdown(ssl), 0);
+        size += (size_t)BIO_read(memory, records + size, 100);
+        SSL_set0_wbio(ssl, socket);
+        t_send(SSL_get_fd(ssl), records, size);
+        dial_expect(ssl, "bye\n");
+        dial_expect_end(ssl);
+        dial_free(ssl);
+        t_wait_records((int)i + 1);
+        CHECK_INT(t_recorded((int)i), TSRV_OK);
+    }
+}
+
+TEST_STREAM(test_end_behind_data_wakes)
+{
+    t_case c = {wait_for_the_end, t_record_reason, ending_at_once_client, (void *)&tls_1_3, {0}};
+    c.options.data_size = sizeof(bool);
+    run_tls(&c, NULL);
+}
+
+/* The same with more data: nothing turns the loop while nobody reads it. */
+static void sending_more_client(int port, void *context)
+{
+    unsigned char records[400];
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    size_t size = dial_seal(ssl, "hi\n", 3, records, 200);
+    size += dial_seal(ssl, "more\n", 5, records + size, 200);
+    t_send(SSL_get_fd(ssl), records, size);
+    check_server_rests();
+    dial_free(ssl);
+    t_wait_records(1);
+}
+
+TEST_STREAM(test_data_behind_data_does_not_spin)
+{
+    t_case c = {wait_for_the_end, t_record_reason, sending_more_client, NULL, {0}};
+    c.options.data_size = sizeof(bool);
+    run_tls(&c, NULL);
+}
+
 /* Nothing is to come but that alert, and most bytes before it. */
 static void dial_expect_alert(SSL *ssl, int alert, size_t most)
 {
@@ -1257,15 +1335,6 @@ TEST_SOFT(test_garbage_does_not_flood_the_log)
     run_tls(&c, NULL);
     CHECK_INT(flood_lines + flood_more, 100);
     CHECK(flood_lines >= 10);
-}
-
-/* It waits for its client: what its session holds still is nobody's any more, and turns no loop. */
-static void check_server_rests(void)
-{
-    poll(NULL, 0, 20);
-    uint32_t before = __atomic_load_n(&t_loop->turns, __ATOMIC_RELAXED);
-    poll(NULL, 0, 50);
-    CHECK(__atomic_load_n(&t_loop->turns, __ATOMIC_RELAXED) - before <= 20);
 }
 
 /* A record that was tampered with ends the stream with an alert and one log line; behind: it comes
@@ -2573,6 +2642,45 @@ TEST_STREAM(test_check_hostname)
     t_case c = {echo_bytes, NULL, connecting_client, NULL, {0}};
     tsrv_tls_options options = server_options();
     options.alpn = "h2,x";
+    run_tls(&c, &options);
+}
+
+/* Hosts as tsrv_connect and people write them: with brackets, a zone, a dot at the end. The server is told the bare
+ * name, and no number (RFC 6066, 3). */
+static char told_name[256];
+
+static int echo_and_note_name(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = tsrv_wait_for_handshake(stream);
+    snprintf(told_name, sizeof told_name, "%s", tsrv_tls_server_name(stream));
+    return rc == TSRV_OK ? echo_bytes(stream, address, context) : rc;
+}
+
+static void dressed_names_client(int port, void *context)
+{
+    static const char *const good[] = {"[::1]", "::1", "[fe80::1%lo]", "fe80::1%eth0", "localhost."},
+                            *const wrong[] = {"[::2]", "[localhost]x", "localhost..", "[127.0.0.1]", "::1]"};
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, NULL, NULL}, true, "", ""};
+    tsrv_set_log(t_no_log, NULL);
+    for (size_t i = 0; i < COUNT(good); i++) {
+        a.options.server_name = good[i];
+        CHECK_INT(try_connect(&a), TSRV_OK);
+        CHECK_STR(told_name, i < COUNT(good) - 1 ? "" : "localhost");
+    }
+    for (size_t i = 0; i < COUNT(wrong); i++) {
+        a.options.server_name = wrong[i];
+        CHECK_INT(try_connect(&a), TSRV_ETLS);
+    }
+    tsrv_tls_free(ours);
+}
+
+TEST_STREAM(test_connect_dressed_names)
+{
+    t_case c = {echo_and_note_name, NULL, dressed_names_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("six.pem");
     run_tls(&c, &options);
 }
 

@@ -928,6 +928,52 @@ TEST_SOFT(a_sigpipe_that_was_pending_stays)
     check_no_sigpipe();
 }
 
+/* ---- a queue that is full, and a kernel that is not --------------------------------------------*/
+
+enum { FULL_LIMIT = 8192, FULL_PIECE = 1000, FULL_PIECES = 40 };
+
+/* Answers with much more than may be unsent, in pieces that are collected: those of writev, of printf, or plain. */
+static int answer_in_excess(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    char piece[FULL_PIECE + 1];
+    tsrv_slice line, halves[2];
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    for (int i = 0; rc == TSRV_OK && i < FULL_PIECES; i++) {
+        memset(piece, 'a' + i % 26, FULL_PIECE);
+        piece[FULL_PIECE] = 0;
+        halves[0].data = piece;
+        halves[0].size = 1;
+        halves[1].data = piece + 1;
+        halves[1].size = FULL_PIECE - 1;
+        rc = i % 3 == 0   ? tsrv_write(stream, piece, FULL_PIECE)
+             : i % 3 == 1 ? tsrv_writev(stream, halves, 2)
+                          : tsrv_printf(stream, "%s", piece);
+        CHECK_INT(rc, TSRV_OK);
+        CHECK(tsrv_unsent_size(stream) <= FULL_LIMIT + 1024); /* records of TLS are longer than what is in them */
+    }
+    return rc;
+}
+
+/* What is queued is sent before anything is refused: a peer that reads has not been given its chance in this call. */
+TEST_SOFT(nothing_is_refused_that_the_kernel_would_take)
+{
+    char expected[FULL_PIECES * FULL_PIECE];
+    tsrv_server_options options = {0};
+    options.handle_stream = answer_in_excess;
+    options.max_write_buffer_size = FULL_LIMIT;
+    for (int i = 0; i < FULL_PIECES; i++) {
+        memset(expected + i * FULL_PIECE, 'a' + i % 26, FULL_PIECE);
+    }
+    s_open(options);
+    int fd = s_join();
+    t_sends(fd, "go\n");
+    s_expect_bytes(fd, expected, sizeof expected);
+    s_expect_eof(fd);
+    s_leave(fd);
+    s_close();
+}
+
 /* ---- what cannot be written ------------------------------------------------------------------*/
 
 static int arguments_seen;
