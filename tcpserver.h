@@ -1706,7 +1706,7 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on);
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms);
 
 /* Limit all reads and waits from now on together: they return TSRV_ETIMEOUT once it has passed,
- * until it is set again.
+ * until it is set again, also where there would be something to read.
  *   delay_ms  from now; 0 or TSRV_NEVER = no deadline */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms);
 
@@ -12243,12 +12243,21 @@ static bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
            (!handling && (stream->own.facts & (TSRVI_IN_READ | TSRVI_PARTLY)) != 0);
 }
 
-/* Nobody waits for the stream, nothing has happened to it, and a coroutine reads, or its own
- * handler, whose output is below the mark. */
+/* Is the deadline over? It holds for what is there already too: a peer that is always ahead would
+ * be read for as long as it likes. */
+static inline TSRVI_INLINE bool tsrvi_deadline_is_past(const tsrv_stream *stream)
+{
+    return TSRVI_UNLIKELY(stream->deadline_ms != 0) &&
+           tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->deadline_ms);
+}
+
+/* Nobody waits for the stream, nothing has happened to it, its deadline is ahead, and a coroutine
+ * reads, or its own handler, whose output is below the mark. */
 static inline TSRVI_INLINE bool tsrvi_read_looks_plain(const tsrv_stream *stream,
                                                        const tsrv_loop *loop)
 {
     return (stream->kinds | (stream->flags & TSRVI_HINDERS)) == 0 &&
+           !tsrvi_deadline_is_past(stream) &&
            (loop->coroutines.running != NULL ||
             (loop->streams.handling == stream &&
              (stream->own.kinds | (stream->own.facts & TSRVI_PARTLY)) == 0 &&
@@ -12383,6 +12392,9 @@ static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, siz
     read->max = tsrvi_read_most(stream, max_bytes);
     if (stream->in != NULL) {
         tsrvi_input_release(stream);
+    }
+    if (rc == TSRV_OK && stream->end == 0 && tsrvi_deadline_is_past(stream)) {
+        return tsrvi_read_leave(stream, read, TSRV_ETIMEOUT);
     }
     if (rc == TSRV_OK) {
         rc = tsrvi_read_attempt(stream, read);
@@ -13248,6 +13260,7 @@ TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
     if (stream->deadline_ms != 0) {
         tsrvi_set(stream, TSRVI_TIMED);
     }
+    loop->plain = NULL;
     tsrvi_stream_soon(stream);
 }
 
@@ -13928,7 +13941,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
         rc = TSRV_ETIMEOUT;
     }
     tsrvi_wait_remove(stream, wait);
-    if (stream->kinds == 0 && !tsrvi_is(stream, TSRVI_HINDERS)) {
+    if (stream->kinds == 0 && !tsrvi_is(stream, TSRVI_HINDERS) && !tsrvi_deadline_is_past(stream)) {
         tsrvi_loop_of(stream)->plain = stream;
     }
     tsrvi_co_wake_now(co, rc);
@@ -14533,8 +14546,9 @@ static void tsrvi_server_defaults(tsrv_server_options *options)
     options->write_high_water = tsrvi_default_size(options->write_high_water, (size_t)256 * 1024);
     options->write_high_water =
         tsrvi_min(options->write_high_water, options->max_write_buffer_size);
-    options->read_chunk_size = tsrvi_min(
-        options->read_chunk_size, tsrvi_min(TSRVI_CHUNK_MOST, options->max_buffer_size / 2 + 1));
+    options->read_chunk_size =
+        tsrvi_min(options->read_chunk_size,
+                  tsrvi_min(TSRVI_CHUNK_MOST, options->max_buffer_size / 2 + 1));
     options->stack_size = tsrvi_default_size(options->stack_size, TSRVI_STACK_SIZE);
     options->idle_timeout_ms = tsrvi_default_ms(options->idle_timeout_ms, TSRV_NEVER);
     options->read_timeout_ms = tsrvi_default_ms(options->read_timeout_ms, TSRV_NEVER);

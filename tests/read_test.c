@@ -352,6 +352,45 @@ TEST_STREAM(a_trickle_of_lines_ends_at_the_deadline)
     expect_the_limit("deadline", options, "x\n");
 }
 
+/* Waits until the deadline, behind which there is a line. */
+static int outlive_a_deadline(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *at = (int *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    if (*at == 0) {
+        *at = 1;
+        tsrv_set_deadline(stream, LIMIT_MS);
+    }
+    if (*at == 1 && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_ETIMEOUT) {
+        CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_ETIMEOUT);
+        CHECK_INT(tsrv_read_bytes(stream, 1, &line), TSRV_ETIMEOUT);
+        tsrv_set_deadline(stream, 0);
+        *at = 2;
+    } else if (*at == 1) {
+        return rc;
+    }
+    if ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, line.data, line.size);
+    }
+    return rc;
+}
+
+TEST_STREAM(what_is_there_is_not_read_behind_the_deadline)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(int);
+    s_open_with(outlive_a_deadline, options);
+    int fd = s_join();
+    s_settle();
+    t_sends(fd, "late\n");
+    s_run_ms(LIMIT_MS + STEP_MS);
+    s_expect_bytes(fd, "late\n", 5);
+    s_leave(fd);
+    s_close();
+}
+
 /* Here the first nine bytes do start it again, and the end comes once there are no more. */
 TEST_STREAM(a_trickle_keeps_the_idle_time_away_but_silence_does_not)
 {
