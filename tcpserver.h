@@ -1124,8 +1124,9 @@ typedef struct tsrv_fork_options {
  *                              once
  *   SIGHUP                     a reload: for one worker after the other a new one is forked, and
  *                              when it accepts the old one is told to end. If it ends before, or is
- *                              late (start_timeout_ms), the old ones stay. A SIGHUP during a reload
- *                              leads to another one, which does not wait for those that drain
+ *                              late (start_timeout_ms), the old ones stay. A worker that is to be
+ *                              forked again later is so now. A SIGHUP during a reload leads to
+ *                              another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
  * that is killed, within a second. Only its own children are waited for, but process 1 buries
@@ -18158,6 +18159,29 @@ static void tsrvi_reload_overtake(tsrvi_supervisor *s)
     }
 }
 
+/* All old ones have been replaced. Who had no process when it began is waited for, until it is up or
+ * has failed; so is who has lost it since. */
+static void tsrvi_reload_end(tsrvi_supervisor *s)
+{
+    int missing = 0;
+    for (int worker = 0; worker < s->workers; worker++) {
+        int child = tsrvi_child_beside(s, worker, -1);
+        if (child >= 0 && s->children[child].state == TSRVI_CHILD_DUE) {
+            missing++;
+        } else if (child >= 0 && !tsrvi_child_is_up(s, child, 0)) {
+            return;
+        }
+    }
+    s->rolling = false;
+    if (missing > 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "reload: over, but %d of %d workers do not come up", missing,
+                  s->workers);
+    } else {
+        tsrvi_log(TSRV_LOG_INFO, "reload: done, all %d workers are new", s->workers);
+    }
+    tsrvi_notify("READY=1");
+}
+
 /* One step. Where a worker has no place left for another process, the next one that ends makes it.
  */
 static void tsrvi_reload_step(tsrvi_supervisor *s)
@@ -18172,9 +18196,7 @@ static void tsrvi_reload_step(tsrvi_supervisor *s)
         return;
     }
     if ((old = tsrvi_reload_next(s)) < 0) {
-        s->rolling = false;
-        tsrvi_log(TSRV_LOG_INFO, "reload: done, all %d workers are new", s->workers);
-        tsrvi_notify("READY=1");
+        tsrvi_reload_end(s);
         return;
     }
     if ((place = tsrvi_child_vacant(s, old / TSRVI_GENERATIONS)) >= 0) {
@@ -18402,6 +18424,11 @@ static void tsrvi_parent_reload(tsrvi_supervisor *s)
     tsrvi_worker_read_files();
     s->generation++;
     s->rolling = true;
+    for (int i = 0; i < s->count; i++) { /* what has made them fail may have been repaired */
+        if (s->children[i].state == TSRVI_CHILD_DUE) {
+            s->children[i].due = s->now;
+        }
+    }
 }
 
 static void tsrvi_parent_upgrade(tsrvi_supervisor *s)

@@ -1940,6 +1940,61 @@ TEST_LOOP(a_slow_start_is_not_taken_for_a_hang)
     stop_well(pid, TSRV_OK);
 }
 
+/* ---- a reload of workers that always end ----------------------------------------------------*/
+
+/* Both workers end at once, until it takes them long to be started again. Returns how many have ended. */
+static int wear_out(pid_t pid)
+{
+    enum { ROUNDS = 8 };
+    for (int k = 1; k <= ROUNDS; k++) {
+        AWAIT(exits_seen() >= 2 * k || (advance(pid, STEP_MS), false));
+    }
+    poke(pid);
+    return exits_seen();
+}
+
+/* What made them end has been repaired: they are started at once, and the reload is over when they accept. */
+TEST_ONCE(a_reload_starts_workers_that_wait_to_be_started)
+{
+    begin(2);
+    fork_options.max_restarts = TSRV_NEVER;
+    server_options.on_start = behave_in_start;
+    put(&board->value, EXITS_1);
+    pid_t pid = launch(program_serve);
+    int ended = wear_out(pid);
+    put(&board->value, IS_SLOW);
+    int64_t start = t_now_ms();
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) == ended + 2);
+    CHECK(t_now_ms() - start < 10000);
+    poke(pid);
+    CHECK_INT(said("reload: done"), 0);
+    put(&board->go, 1);
+    await_forks(2);
+    AWAIT(said("reload: done, all 2 workers are new") == 1);
+    CHECK_INT(exits_seen(), ended);
+    stop_well(pid, TSRV_OK);
+}
+
+/* It has not been: the reload is over, and says so. */
+TEST_ONCE(a_reload_of_workers_that_end_again_says_so)
+{
+    begin(2);
+    fork_options.max_restarts = TSRV_NEVER;
+    server_options.on_start = behave_in_start;
+    put(&board->value, EXITS_1);
+    pid_t pid = launch(program_serve);
+    int ended = wear_out(pid);
+    tell(pid, SIGHUP);
+    AWAIT(said("reload: over, but 2 of 2 workers do not come up") == 1);
+    CHECK(exits_seen() >= ended + 2);
+    CHECK_INT(said("reload: done"), 0);
+    put(&board->value, IS_FINE);
+    tell(pid, SIGHUP);
+    AWAIT(said("reload: done, all 2 workers are new") == 1);
+    stop_well(pid, TSRV_OK);
+}
+
 /* ---- loops in several threads --------------------------------------------------------------*/
 
 static void *run_a_loop(void *context)
