@@ -3352,9 +3352,9 @@ typedef struct tsrvi_heap {
     uint32_t sequence;
 } tsrvi_heap;
 
-static int tsrvi_heap_reserve(tsrvi_heap *heap)
+static int tsrvi_heap_reserve(tsrvi_heap *heap, uint32_t count)
 {
-    if (heap->reserved == heap->capacity) {
+    if (heap->capacity - heap->reserved < count) {
         uint32_t capacity = heap->capacity < 16 ? 16 : heap->capacity * 2;
         tsrvi_timer **items = (tsrvi_timer **)TSRV_REALLOC(heap->items, capacity * sizeof(*items));
         if (items == NULL) {
@@ -3363,7 +3363,7 @@ static int tsrvi_heap_reserve(tsrvi_heap *heap)
         heap->items = items;
         heap->capacity = capacity;
     }
-    heap->reserved++;
+    heap->reserved += count;
     return TSRV_OK;
 }
 
@@ -4641,10 +4641,11 @@ static tsrvi_task *tsrvi_tasks_pop(tsrvi_tasks *tasks)
     return task;
 }
 
-/* A descriptor is new: whoever of this loop had its number before has lost it. */
+/* A descriptor is new: whoever of this loop had its number before has lost it. Only what belongs to
+ * a server is told of, so that there is one. */
 static void tsrvi_loop_opened_fd(tsrv_loop *loop, int fd)
 {
-    if (fd >= 0 && loop->servers.fd_opened != NULL) {
+    if (fd >= 0) {
         loop->servers.fd_opened(loop, fd);
     }
 }
@@ -4653,7 +4654,7 @@ static void tsrvi_loop_opened_fd(tsrv_loop *loop, int fd)
 static void tsrvi_loop_close_fd(tsrv_loop *loop, int fd)
 {
     tsrvi_close_fd(fd);
-    if (fd >= 0 && loop->servers.fd_closed != NULL) {
+    if (fd >= 0) {
         loop->servers.fd_closed(loop);
     }
 }
@@ -4902,8 +4903,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     if ((rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
             0 ||
-        (rc = tsrvi_heap_reserve(&made->heap)) < 0 || /* for its beat, */
-        (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* and its pool */
+        (rc = tsrvi_heap_reserve(&made->heap, 2)) < 0) { /* for its beat, and its pool */
         tsrvi_loop_destroy(made);
         return rc;
     }
@@ -5054,7 +5054,7 @@ TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
     if (delay_ms < 0 || callback == NULL) {
         return TSRV_EINVAL;
     }
-    if ((rc = tsrvi_loop_use(&loop)) < 0 || (rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+    if ((rc = tsrvi_loop_use(&loop)) < 0 || (rc = tsrvi_heap_reserve(&loop->heap, 1)) < 0) {
         return rc;
     }
     tsrv_timer_stop(timer);
@@ -5764,7 +5764,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     size_t page = loop->coroutines.page_size, size = stack_size;
     tsrvi_co *co;
     char *stack;
-    int rc = tsrvi_heap_reserve(&loop->heap);
+    int rc = tsrvi_heap_reserve(&loop->heap, 1);
     *made = NULL;
     if (rc < 0) {
         return rc;
@@ -6586,7 +6586,7 @@ static void tsrvi_handed_read_files(const char *text)
             fd = fd * 10 + (*text - '0');
         } else {
             fd -= TSRVI_LISTEN_FIRST;
-            if (fd >= 0 && fd < TSRVI_HANDED_MAX) {
+            if (fd >= 0) {
                 tsrvi_process.handed.file[fd] = true;
             }
             fd = 0;
@@ -7019,7 +7019,7 @@ static const char *tsrvi_handed_name(int fd, char *buffer, size_t size)
 {
     bool handed;
     tsrvi_lock(&tsrvi_process.handed.lock);
-    handed = fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + tsrvi_process.handed.count;
+    handed = fd < TSRVI_LISTEN_FIRST + tsrvi_process.handed.count; /* and low ones have no names */
     tsrvi_unlock(&tsrvi_process.handed.lock);
     return tsrv_listen_fd_name(handed ? fd : -1, buffer, size);
 }
@@ -7214,8 +7214,10 @@ static int tsrvi_unix_listen(int fd, const char *path, const tsrvi_sockaddr *ins
     if (rc == TSRV_OK && TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0) {
         rc = tsrvi_error();
     }
-    if (rc == TSRV_OK && has_file && !tsrvi_file_is(path, made.st_dev, made.st_ino)) {
-        rc = -EADDRINUSE;
+    if (has_file && !tsrvi_file_is(path, made.st_dev, made.st_ino)) {
+        rc = rc == TSRV_OK ? -EADDRINUSE : rc;
+    } else if (has_file && rc < 0) {
+        TSRV_SYS(unlink, (path)); /* what has never listened leaves no file behind */
     }
     return rc;
 }
@@ -14350,7 +14352,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     if (server->options.data_size != 0 || server->options.proxy_protocol != TSRV_PROXY_NONE) {
         size = tsrvi_stream_data_at(server) + server->options.data_size;
     }
-    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+    if ((rc = tsrvi_heap_reserve(&loop->heap, 1)) < 0) {
         return rc;
     }
     stream = (tsrv_stream *)tsrvi_zalloc(size);
@@ -15123,11 +15125,7 @@ static int tsrvi_server_attach(tsrv_server *server)
     if (rc < 0 || server->loop != NULL) {
         return rc;
     }
-    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
-        return rc;
-    }
-    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
-        loop->heap.reserved--;
+    if ((rc = tsrvi_heap_reserve(&loop->heap, 2)) < 0) {
         return rc;
     }
     server->loop = loop;

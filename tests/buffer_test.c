@@ -256,7 +256,7 @@ TEST_ONCE(heap_gives_the_earliest_and_of_equal_ones_the_first)
     heap.sequence = UINT32_MAX - 5000; /* it wraps */
     seed = 4;
     for (int i = 0; i < TIMERS; i++) {
-        CHECK_INT(tsrvi_heap_reserve(&heap), TSRV_OK);
+        CHECK_INT(tsrvi_heap_reserve(&heap, 1), TSRV_OK);
     }
     for (int clock = 1; clock < 100000; clock++) {
         int i = (int)any(TIMERS), best;
