@@ -14657,10 +14657,8 @@ static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *clie
         }
         return TSRV_EAGAIN;
     }
-    if (stream->state == TSRVI_NEW) {
-        tsrvi_wait_remove(stream, &stream->own);
-        tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
-    }
+    tsrvi_wait_remove(stream, &stream->own);
+    tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
     return stream->session == NULL ? TSRV_OK : TSRV_EAGAIN;
 }
 
@@ -15076,8 +15074,8 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
         return;
     }
     server->was_away = false;
-    for (burst = listener->burst; burst > 0 && listener->io.interest != 0 && !server->freed;
-         burst--) {
+    /* Who stops, drains or frees the server meanwhile closes the listener. */
+    for (burst = listener->burst; burst > 0 && listener->io.interest != 0; burst--) {
         if (tsrvi_server_is_full(server)) {
             server->stats->accept_pauses++;
             tsrvi_server_pause(server, TSRVI_FOREVER);
@@ -15466,7 +15464,7 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
     tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
     for (; link != &server->streams; link = link->next) {
         tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
-        if (found->end == 0 && found->phase < TSRVI_CLOSING &&
+        if (found->end == 0 &&
             (tsrvi_proxy_of(found) == NULL || tsrvi_proxy_of(found)->admitted)) {
             return found;
         }

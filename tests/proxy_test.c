@@ -662,6 +662,88 @@ TEST_PLAIN_SOFT(on_accept_may_end_what_it_is_asked_for)
     }
 }
 
+/* Who has not introduced itself when the server stops may come in, unless on_accept lets nobody in any more. */
+TEST_PLAIN_SOFT(on_accept_is_asked_also_when_nobody_listens)
+{
+    for (int drains = 0; drains <= 1; drains++) {
+        tsrv_server_options options = {0};
+        int what = DRAIN_SERVER;
+        options.max_per_address = 2;
+        options.on_accept = drains ? meddle : note_accept;
+        options.context = drains ? &what : NULL;
+        open_proxied(options);
+        accepted = 0;
+        int fd = s_join();
+        tsrv_server_stop(s_server);
+        t_sends(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+        if (drains) {
+            s_expect_reset(fd);
+            t_close(fd);
+        } else {
+            s_expect(fd, "hi\n");
+            s_finish(fd);
+            s_until(&s_closed, 1);
+        }
+        CHECK_INT(accepted, 1);
+        CHECK_INT(s_stats().refused, drains);
+        CHECK_INT(s_server->addresses.used, 0);
+        s_close();
+    }
+}
+
+/* In a drain it is asked, too; and another one changes nothing. */
+TEST_PLAIN_SOFT(on_accept_is_asked_in_a_drain)
+{
+    tsrv_server_options options = {0};
+    int what = DRAIN_SERVER;
+    options.on_accept = meddle;
+    options.context = &what;
+    open_proxied(options);
+    int fd = s_join();
+    t_sends(fd, "PROXY");
+    s_settle();
+    s_drainer d = s_new_drain(9000);
+    s_begin_drain(&d);
+    t_sends(fd, " TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+    s_expect(fd, "hi\n");
+    s_finish(fd);
+    s_check_drain(&d, TSRV_OK, 0, 1000);
+    CHECK_INT(accepted, 1);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(s_stats().refused, 0);
+    s_close();
+}
+
+static int abort_unseen(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    accepted++;
+    CHECK(tsrv_server_next(server, NULL) == NULL);
+    tsrv_abort(TSRVI_CONTAINER(server->streams.next, tsrv_stream, link));
+    return TSRV_OK;
+}
+
+/* The program does not know the stream; whatever ends it then, it is over and counts no more. */
+TEST_PLAIN_SOFT(stream_that_ends_while_on_accept_is_asked_is_over)
+{
+    tsrv_server_options options = {0};
+    options.max_per_address = 1;
+    options.on_accept = abort_unseen;
+    open_proxied(options);
+    for (int i = 0; i < 2; i++) {
+        int fd = s_join();
+        t_sends(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+        s_expect_reset(fd);
+        t_close(fd);
+        CHECK_INT(accepted, i + 1);
+        CHECK_INT(s_server->addresses.used, 0);
+    }
+    CHECK_INT(s_stats().refused, 0);
+    CHECK_INT(s_stats().open, 0);
+    CHECK_INT(s_closed, 0);
+    s_close();
+}
+
 /* A server that is stopped, drained or freed meanwhile: who has not introduced itself is not in its way. */
 TEST_PLAIN_SOFT(header_that_is_awaited_survives_a_stop_and_no_more)
 {
