@@ -235,14 +235,14 @@ TEST_LOOP(accepted_socket_that_cannot_be_set_up_is_lost)
 
 /* ---- a worker that has more than its share -------------------------------------------------*/
 
-static tsrvi_place shares[2 * TSRVI_GENERATIONS]; /* of two workers */
+static tsrvi_place worker_places[2 * TSRVI_GENERATIONS]; /* of two workers */
 
 static void be_first_of_two_workers(void)
 {
-    tsrvi_process.places = tsrvi_process.place_own = shares;
+    tsrvi_process.places = tsrvi_process.place_own = worker_places;
     tsrvi_process.place_count = 2 * TSRVI_GENERATIONS;
     tsrvi_process.number = 1;
-    shares[0].used = shares[TSRVI_GENERATIONS].used = 1;
+    worker_places[0].used = worker_places[TSRVI_GENERATIONS].used = 1;
 }
 
 static void be_alone(void)
@@ -258,14 +258,14 @@ TEST_LOOP(worker_that_is_ahead_leaves_the_next_to_others)
     be_first_of_two_workers();
     open_echo(0);
     CHECK(!s_loop->poller.exclusive);
-    CHECK(s_server->stats == &shares[0].stats[0]);
+    CHECK(s_server->stats == &worker_places[0].stats[0]);
     for (int ahead = 1; ahead >= 0; ahead--) {
-        shares[TSRVI_GENERATIONS].stats[0].accepted = ahead ? 0 : 1000;
-        shares[0].stats[0].accepted = 1000;
+        worker_places[TSRVI_GENERATIONS].stats[0].accepted = ahead ? 0 : 1000;
+        worker_places[0].stats[0].accepted = 1000;
         int fd = ask(s_port);
         s_turn_ms(0);
         CHECK_INT(s_server->paused, ahead);
-        CHECK_INT(shares[0].stats[0].accepted, ahead ? 1000 : 1001);
+        CHECK_INT(worker_places[0].stats[0].accepted, ahead ? 1000 : 1001);
         s_expect(fd, "hello\n");
         CHECK_INT(s_server->paused, false);
         t_close(fd);
@@ -290,7 +290,8 @@ TEST_LOOP(servers_beyond_those_that_are_counted_are_never_ahead)
     }
     CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
     be_first_of_two_workers();
-    shares[0].stats[TSRVI_SHARED_SERVERS - 1].accepted = 1000;
+    memset(&worker_places[TSRVI_GENERATIONS - 1], 1, sizeof worker_places[0]); /* what lies in front of another's */
+    tsrvi_process.number = 2;
     open_echo(0);
     CHECK_INT(s_server->number, -1);
     CHECK(s_server->stats == &s_server->own);
@@ -300,12 +301,12 @@ TEST_LOOP(servers_beyond_those_that_are_counted_are_never_ahead)
     memset(&sum, 0, sizeof sum);
     tsrvi_stats_gather(&sum, s_server->number, -1);
     CHECK_INT(sum.accepted, 0);
-    tsrvi_process.number = 2;
     CHECK(tsrv_metrics_format(s_server, text, sizeof text) > 0);
     CHECK(strstr(text, "tsrv_connections_accepted_total{worker=\"1\"} 1001\n") != NULL);
     CHECK(strstr(text, "{worker=\"0\"") == NULL);
     s_close();
     be_alone();
+    memset(worker_places, 0, sizeof worker_places);
     for (int i = 0; i < TSRVI_SHARED_SERVERS; i++) {
         tsrv_server_free(others[i]);
     }

@@ -1349,6 +1349,68 @@ TEST_ONCE(internet_addresses_as_text)
     }
 }
 
+/* An address of a link is one only with the link's number. */
+TEST_ONCE(addresses_of_links_have_their_number)
+{
+    struct sockaddr_in6 v6;
+    memset(&v6, 0, sizeof v6);
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons(80);
+    CHECK(inet_pton(AF_INET6, "fe80::1", &v6.sin6_addr) == 1);
+    tsrv_address none = make_address(&v6, sizeof v6);
+    v6.sin6_scope_id = 3;
+    tsrv_address third = make_address(&v6, sizeof v6);
+    check_format(&none, "[fe80::1]:80");
+    check_format(&third, "[fe80::1%3]:80");
+    CHECK(!tsrvi_address_same(&none, &third));
+    CHECK(tsrvi_address_same(&third, &third));
+}
+
+TEST_ONCE(same_addresses)
+{
+    static const struct {
+        const char *one, *two;
+    } rows[] = {{"::1", "::2"}, {"::1", "127.0.0.1"}, {"127.0.0.1", "127.0.0.2"}};
+    struct sockaddr_un name = t_unix_address("/run/x");
+    tsrv_address path = make_address(&name, sizeof name), nothing, unknown;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_address one = make_ip(rows[i].one, 80), two = make_ip(rows[i].two, 80), port = make_ip(rows[i].one, 81);
+        CHECK(tsrvi_address_same(&one, &one));
+        CHECK(!tsrvi_address_same(&one, &two));
+        CHECK(!tsrvi_address_same(&one, &port));
+        CHECK(!tsrvi_address_same(&one, &path));
+    }
+    memcpy(name.sun_path, "\0ab", 3);
+    tsrv_address ab = make_address(&name, offsetof(struct sockaddr_un, sun_path) + 3);
+    name.sun_path[2] = 'c';
+    tsrv_address ac = make_address(&name, offsetof(struct sockaddr_un, sun_path) + 3);
+    CHECK(tsrvi_address_same(&ab, &ab));
+    CHECK(!tsrvi_address_same(&ab, &ac));
+    memset(&nothing, 0, sizeof nothing);
+    name.sun_family = 200;
+    unknown = make_address(&name, sizeof name);
+    CHECK(tsrvi_address_same(&nothing, &nothing));
+    CHECK(tsrvi_address_same(&unknown, &unknown));
+    CHECK(!tsrvi_address_same(&nothing, &unknown));
+}
+
+/* A peer is kept as its address; of a family that is not known nothing is. */
+TEST_ONCE(peers_of_unknown_families_are_unknown)
+{
+    struct sockaddr_un name = t_unix_address("/run/x");
+    char text[TSRV_ADDRESS_SIZE];
+    tsrvi_peer peer;
+    memset(&peer, 0, sizeof peer);
+    name.sun_family = 200;
+    tsrv_address unknown = make_address(&name, sizeof name), loaded;
+    CHECK_INT(tsrvi_peer_store(&peer, &unknown), TSRV_OK);
+    CHECK_INT(t_live_allocations, 0);
+    tsrvi_peer_load(&peer, &loaded);
+    CHECK_INT(loaded.size, 0);
+    CHECK_STR(tsrv_address_format(&loaded, text, sizeof text), "unknown");
+    tsrvi_peer_free(&peer);
+}
+
 TEST_ONCE(unix_addresses_as_text)
 {
     enum { START = offsetof(struct sockaddr_un, sun_path) };

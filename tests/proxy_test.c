@@ -139,6 +139,10 @@ TEST_ONCE(binary_headers_say_who_the_client_is)
     put("abc", 3);
     CHECK_STR(parsed(&proxied), "-");
     CHECK_INT(proxied.tlvs, built_size);
+    begin_header(0x21, 0x01, sizeof four); /* a stream of an unknown family */
+    put(four, sizeof four);
+    memset(built + 16, 0, sizeof four); /* TLVs that say nothing */
+    CHECK_STR(parsed(&proxied), "-");
     begin_header(0x21, 0x12, sizeof four); /* a datagram */
     put(four, sizeof four);
     CHECK_STR(parsed(&proxied), "-");
@@ -328,7 +332,7 @@ TEST_ONCE(lists_say_whom_to_trust)
 TEST_ONCE(lists_with_mistakes_are_refused)
 {
     static const char *const bad[] = {"10.0.0.0/33", "10.0.0", "::1/129", "unix:/run/x", "localhost", "10.0.0.0/", "10.0.0.0/8x",
-                                      "/8", "10.0.0.0/-1", "10.0.0.0//8", "1.2.3.4;5.6.7.8"};
+                                      "::1/x", "/8", "10.0.0.0/-1", "10.0.0.0//8", "1.2.3.4;5.6.7.8"};
     tsrv_server_options options = {0};
     tsrv_server *server;
     options.handle_stream = echo_lines;

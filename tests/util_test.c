@@ -29,6 +29,7 @@ static inline ssize_t reset_sendfile(int to, int from, off_t *offset, size_t siz
 #include "script.h"
 
 #include <ctype.h>
+#include <limits.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -583,6 +584,23 @@ TEST_ONCE(suppressed_lines_are_told_of_with_level_and_kind)
     CHECK_STR(seen_text, "TLS: and 2 more");
 }
 
+/* Of several threads that find a window over one begins the next; one that never began is no flood's. */
+TEST_ONCE(window_begins_once)
+{
+    uint32_t since = tsrvi_process.log.kinds[TSRVI_LOG_TLS].since;
+    tsrv_set_log(see_line, NULL);
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].count = 100;
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].level = TSRV_LOG_ERROR;
+    tsrvi_log_turn(TSRVI_LOG_TLS, since + 1, since + 5);
+    CHECK_INT(seen_lines, 0);
+    CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].since, since);
+    tsrvi_log_turn(TSRVI_LOG_TLS, since, since + 5);
+    CHECK_INT(seen_lines, 1);
+    CHECK_STR(seen_text, "TLS: and 90 more");
+    CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].since, since + 5);
+    CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].length, TSRVI_LOG_WINDOW);
+}
+
 static void *log_limited_lines(void *context)
 {
     (void)context;
@@ -912,6 +930,22 @@ TEST_ONCE(move_to_a_higher_number_can_fail)
     }
 }
 
+TEST_ONCE(pipe_that_cannot_be_moved_is_closed)
+{
+    int fds[2] = {0, 0}, before;
+    close_low();
+    before = open_count();
+    t_fail_call("fcntl", EMFILE, 1, true);
+    int rc = tsrvi_pipe(fds);
+    t_fault_at = 0;
+    int nulls = (fcntl(0, F_GETFD) >= 0) + (fcntl(1, F_GETFD) >= 0) + (fcntl(2, F_GETFD) >= 0);
+    int after = open_count() - nulls;
+    restore_low(false);
+    CHECK_INT(rc, -EMFILE);
+    CHECK(fds[0] == -1 && fds[1] == -1);
+    CHECK_INT(after, before);
+}
+
 /* In the common case it costs no call. */
 static int owned_calls;
 
@@ -929,6 +963,18 @@ TEST_ONCE(owning_a_high_number_costs_nothing)
 }
 
 /* ---- SIGPIPE -----------------------------------------------------------------------------*/
+
+TEST_ONCE(quiet_write_goes_on_after_a_signal)
+{
+    int fds[2];
+    make_pipe(fds);
+    t_fail_call("write", EINTR, 1, false);
+    CHECK_INT(tsrvi_write_quiet(fds[1], "x", 1), 1);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_STR(take(fds[0]), "x");
+    close_all();
+}
 
 TEST_ONCE(quiet_write_raises_nothing)
 {
@@ -988,7 +1034,43 @@ TEST_SOFT(reset_in_the_middle_of_sendfile)
 }
 #endif
 
-/* ---- codes ---------------------------------------------------------------------------------*/
+/* ---- codes, numbers and times --------------------------------------------------------------*/
+
+TEST_ONCE(failure_without_a_number_is_one_all_the_same)
+{
+    errno = 0;
+    CHECK_INT(tsrvi_error(), -EIO);
+    errno = EPERM;
+    CHECK_INT(tsrvi_error(), -EPERM);
+}
+
+TEST_ONCE(time_that_would_wrap_is_never)
+{
+    CHECK(tsrvi_after(TSRVI_FOREVER - 2 * TSRVI_MS, 1) == TSRVI_FOREVER - TSRVI_MS);
+    CHECK(tsrvi_after(TSRVI_FOREVER - TSRVI_MS, 1) == TSRVI_FOREVER);
+    CHECK(tsrvi_after(TSRVI_FOREVER - TSRVI_MS + 1, 1) == TSRVI_FOREVER);
+    CHECK(tsrvi_after(TSRVI_FOREVER - 1, INT_MAX) == TSRVI_FOREVER);
+    CHECK(tsrvi_after(1, TSRV_NEVER) == TSRVI_FOREVER);
+}
+
+/* A wide character that the locale does not have. */
+TEST_ONCE(text_that_cannot_be_formatted_is_empty)
+{
+    static const wchar_t none[] = {0x20ac, 0};
+    char buffer[8] = "abcd";
+    tsrvi_text text = {buffer, sizeof buffer, 2};
+    tsrv_set_log(see_line, NULL);
+    snprintf(seen_text, sizeof seen_text, "before");
+    tsrvi_log(TSRV_LOG_ERROR, "%ls", none);
+    CHECK_INT(seen_lines, 1);
+    CHECK_STR(seen_text, "");
+    tsrvi_text_add(&text, "%ls", none);
+    CHECK_INT(text.length, 2);
+    tsrvi_text_add(&text, "%d", 7);
+    CHECK_INT(text.length, 3);
+    buffer[3] = 0;
+    CHECK_STR(buffer, "ab7");
+}
 
 TEST_ONCE(every_code_has_a_text_of_its_own)
 {
