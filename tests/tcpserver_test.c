@@ -405,6 +405,8 @@ TEST_LOOP(listener_that_comes_in_a_pause_waits_for_its_end)
     CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
     int third = t_connect(t_port(s.server, 1));
     run_for(s.loop, 20);
+    tsrv_server_stats(s.server, &stats);
+    CHECK_INT(stats.accept_pauses, 1); /* nor does it pause once more */
     CHECK_INT(entered, 1);
     t_close(first);
     t_turn_until(s.loop, &entered, 2);
