@@ -14948,7 +14948,7 @@ static bool tsrvi_server_is_ahead(const tsrv_server *server)
 {
     tsrv_stats own, all;
     uint64_t workers = (uint64_t)tsrvi_process.place_count / TSRVI_GENERATIONS;
-    if (tsrvi_worker_id() < 0 || server->number < 0) {
+    if (tsrvi_worker_id() < 0) {
         return false;
     }
     memset(&own, 0, sizeof(own));
@@ -15855,7 +15855,7 @@ static bool tsrvi_client_met_itself(int fd)
     tsrv_address here, there;
     return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
            tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
-           tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
+           tsrvi_address_same(&here, &there);
 }
 
 /* One address. */

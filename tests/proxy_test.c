@@ -916,3 +916,49 @@ TEST_COROUTINE(clients_say_for_whom_they_connect)
     s_until(&s_closed, 2);
     s_close();
 }
+
+/* Who finds no memory to say it has no connection. */
+static void connect_in_vain(void *context)
+{
+    tsrv_connect_options options = {0};
+    tsrv_address client;
+    tsrv_stream *stream = NULL;
+    int rc = -ENOMEM;
+    memset(&client, 0, sizeof client);
+    options.proxy_for = &client;
+    for (long at = 1; rc != TSRV_OK; at++) {
+        CHECK(at < 20);
+        t_fail_call("malloc", 0, at, false);
+        rc = tsrv_connect("127.0.0.1", s_port, &options, &stream);
+        CHECK_INT(rc, t_fault_hits > 0 ? -ENOMEM : TSRV_OK);
+        CHECK((stream != NULL) == (rc == TSRV_OK));
+        t_fault_at = 0;
+    }
+    CHECK(tsrv_unsent_size(stream) > 0);
+    tsrv_close(stream);
+    *(int *)context = 1;
+}
+
+TEST_COROUTINE(client_that_cannot_say_for_whom_it_connects)
+{
+    int over = 0;
+    open_proxied(defaults);
+    CHECK_INT(tsrv_spawn(s_loop, connect_in_vain, &over), TSRV_OK);
+    s_until(&over, 1);
+    s_settle();
+    s_close();
+}
+
+/* A header that has others. */
+TEST_PLAIN_SOFT(tlv_that_did_not_come_is_none)
+{
+    open_proxied(defaults);
+    int fd = s_join();
+    build_four();
+    put_tlv(5, "example.org", 11);
+    put("\n", 1);
+    t_send(fd, built, built_size);
+    s_expect(fd, "1.2.3.4:4660 by 127.0.0.1, \n");
+    s_finish(fd);
+    s_close();
+}

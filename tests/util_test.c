@@ -598,6 +598,10 @@ TEST_ONCE(window_begins_once)
     CHECK_INT(seen_lines, 1);
     CHECK_STR(seen_text, "TLS: and 90 more");
     CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].since, since + 5);
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].count = 100;
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].length = 0;
+    tsrvi_log_turn(TSRVI_LOG_TLS, since + 5, since + 5);
+    CHECK_INT(seen_lines, 2);
     CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].length, TSRVI_LOG_WINDOW);
 }
 
