@@ -2108,3 +2108,51 @@ TEST_ONCE(files_go_with_unix_sockets_that_tell_their_path)
     apart(files_of_some, directory);
     remove_directory(directory);
 }
+
+/* ---- what else does not answer ---------------------------------------------------------------*/
+
+TEST_ONCE(file_that_cannot_be_read_says_nothing)
+{
+    char text[8] = "abc";
+    t_fail_call("read", EIO, 1, false);
+    CHECK_INT(tsrvi_file_read("/dev/null", text, sizeof text), -1);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_STR(text, "");
+    CHECK_INT(tsrvi_file_read("/none/there", text, sizeof text), -1);
+    CHECK_INT(tsrvi_file_read("/dev/null", text, sizeof text), 0);
+}
+
+TEST_ONCE(controllers_are_known_by_their_whole_name)
+{
+    CHECK(tsrvi_cgroup_old_group("3:abc:/x") == NULL);
+    CHECK(tsrvi_cgroup_old_group("3:cpuset,cpuacct:/x") == NULL);
+    CHECK_STR(tsrvi_cgroup_old_group("3:abc,cpu:/x"), "/x");
+    CHECK_STR(tsrvi_cgroup_old_group("3:cpu,abc:/cpu"), "/cpu");
+}
+
+static int low_writes;
+
+static void count_writes(const char *name)
+{
+    low_writes += strcmp(name, "write") == 0;
+}
+
+/* While nobody supervises, its signals are noted and go nowhere: descriptors 0 to 2 are not ours. */
+TEST_ONCE(signal_without_a_supervisor_is_written_nowhere)
+{
+    int got = 0;
+    t_seen = count_writes;
+    for (int fd = -1; fd <= 2; fd++) {
+        tsrvi_process.supervised_wake = fd;
+        tsrvi_supervised_handler(SIGTERM);
+    }
+    t_seen = NULL;
+    tsrvi_process.supervised_wake = 0;
+    CHECK_INT(low_writes, 0);
+    for (int i = 0; i < TSRVI_SUPERVISED; i++) {
+        got += tsrvi_process.supervised_got[i];
+        tsrvi_process.supervised_got[i] = 0;
+    }
+    CHECK_INT(got, 1);
+}

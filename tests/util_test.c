@@ -1057,6 +1057,36 @@ TEST_ONCE(time_that_would_wrap_is_never)
     CHECK(tsrvi_after(1, TSRV_NEVER) == TSRVI_FOREVER);
 }
 
+/* Times of streams wrap after 49 days, and 0 is never: what would be 0 is a millisecond late. */
+TEST_ONCE(times_of_streams_wrap)
+{
+    static tsrv_loop loop;
+    static tsrv_server server;
+    static tsrv_stream stream;
+    const uint64_t wrap = (uint64_t)1 << 32;
+    loop.now = (wrap - 5) * TSRVI_MS;
+    loop.now_ms = UINT32_MAX - 4;
+    CHECK_INT(tsrvi_ms_at(&loop, (wrap - 1) * TSRVI_MS), UINT32_MAX);
+    CHECK_INT(tsrvi_ms_at(&loop, wrap * TSRVI_MS), 1);
+    CHECK_INT(tsrvi_ms_at(&loop, (wrap + 1) * TSRVI_MS), 1);
+    CHECK_INT(tsrvi_ms_at(&loop, TSRVI_FOREVER), 0);
+    CHECK_INT(tsrvi_ms_after(&loop, 3), UINT32_MAX);
+    CHECK_INT(tsrvi_ms_after(&loop, 4), 1);
+    CHECK_INT(tsrvi_ms_after(&loop, 5), 1);
+    CHECK_INT(tsrvi_ms_after(&loop, TSRV_NEVER), 0);
+    CHECK(tsrvi_ms_due(&loop, 0) == TSRVI_FOREVER);
+    CHECK(tsrvi_ms_due(&loop, 2) == (wrap + 2) * TSRVI_MS);
+    CHECK(tsrvi_ms_due(&loop, UINT32_MAX - 5) == loop.now);
+    stream.server = &server;
+    stream.active_ms = UINT32_MAX - 4;
+    server.options.idle_timeout_ms = 3;
+    CHECK_INT(tsrvi_stream_idle_due(&stream), UINT32_MAX);
+    server.options.idle_timeout_ms = 4;
+    CHECK_INT(tsrvi_stream_idle_due(&stream), 1);
+    server.options.idle_timeout_ms = TSRV_NEVER;
+    CHECK_INT(tsrvi_stream_idle_due(&stream), 0);
+}
+
 /* A wide character that the locale does not have. */
 TEST_ONCE(text_that_cannot_be_formatted_is_empty)
 {
