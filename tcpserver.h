@@ -12839,7 +12839,7 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
 static size_t tsrvi_slices_size(const tsrv_slice *slices, int count)
 {
     size_t total = 0;
-    for (int i = 0; i < count && total != SIZE_MAX; i++) {
+    for (int i = 0; i < count; i++) {
         total = slices[i].size > SIZE_MAX - total ? SIZE_MAX : total + slices[i].size;
     }
     return count < 0 ? SIZE_MAX : total;

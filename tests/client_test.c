@@ -1053,7 +1053,7 @@ TEST_LOOP(connection_that_is_there_at_once_is_used)
 TEST_ONCE(addresses_of_any_order_are_tried_once)
 {
     static const char *const orders[][2] = {{"4", "4"}, {"46", "46"}, {"464", "464"}, {"4664", "4646"},
-                                            {"6644", "6464"}, {"6446", "6464"}, {"44466", "46464"}};
+                                            {"6644", "6464"}, {"6446", "6464"}, {"44466", "46464"}, {"4666", "4666"}};
     for (size_t i = 0; i < COUNT(orders); i++) {
         struct addrinfo all[5];
         tsrvi_dial dials[5];
