@@ -1760,7 +1760,7 @@ TEST_LOOP(leaving_a_loop_drains_what_serves)
     s_close();
 }
 
-static int sleep_on(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int keep_sleeping(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     (void)stream, (void)address, (void)context;
     while (tsrv_sleep(500) == TSRV_OK) {
@@ -1774,7 +1774,7 @@ static int sleep_on(tsrv_stream *stream, const tsrv_address *address, void *cont
 /* Whoever is told twice to end ends the grace, and a third time changes nothing. */
 TEST_COROUTINE(cutting_drains_short_is_done_once)
 {
-    s_serve(sleep_on);
+    s_serve(keep_sleeping);
     int fd = s_join();
     s_drainer d = s_new_drain(90000);
     s_begin_drain(&d);
