@@ -3373,9 +3373,9 @@ typedef struct tsrvi_heap {
     uint32_t sequence;
 } tsrvi_heap;
 
-static int tsrvi_heap_reserve(tsrvi_heap *heap)
+static int tsrvi_heap_reserve(tsrvi_heap *heap, uint32_t count)
 {
-    if (heap->reserved == heap->capacity) {
+    if (heap->capacity - heap->reserved < count) {
         uint32_t capacity = heap->capacity < 16 ? 16 : heap->capacity * 2;
         tsrvi_timer **items = (tsrvi_timer **)TSRV_REALLOC(heap->items, capacity * sizeof(*items));
         if (items == NULL) {
@@ -3384,7 +3384,7 @@ static int tsrvi_heap_reserve(tsrvi_heap *heap)
         heap->items = items;
         heap->capacity = capacity;
     }
-    heap->reserved++;
+    heap->reserved += count;
     return TSRV_OK;
 }
 
@@ -4662,10 +4662,11 @@ static tsrvi_task *tsrvi_tasks_pop(tsrvi_tasks *tasks)
     return task;
 }
 
-/* A descriptor is new: whoever of this loop had its number before has lost it. */
+/* A descriptor is new: whoever of this loop had its number before has lost it. Only what belongs to
+ * a server is told of, so that there is one. */
 static void tsrvi_loop_opened_fd(tsrv_loop *loop, int fd)
 {
-    if (fd >= 0 && loop->servers.fd_opened != NULL) {
+    if (fd >= 0) {
         loop->servers.fd_opened(loop, fd);
     }
 }
@@ -4674,7 +4675,7 @@ static void tsrvi_loop_opened_fd(tsrv_loop *loop, int fd)
 static void tsrvi_loop_close_fd(tsrv_loop *loop, int fd)
 {
     tsrvi_close_fd(fd);
-    if (fd >= 0 && loop->servers.fd_closed != NULL) {
+    if (fd >= 0) {
         loop->servers.fd_closed(loop);
     }
 }
@@ -4923,8 +4924,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     if ((rc = tsrvi_wake_open(made)) < 0 ||
         (rc = tsrvi_loop_open_any(made, options == NULL ? TSRV_BACKEND_BEST : options->backend)) <
             0 ||
-        (rc = tsrvi_heap_reserve(&made->heap)) < 0 || /* for its beat, */
-        (rc = tsrvi_heap_reserve(&made->heap)) < 0) { /* and its pool */
+        (rc = tsrvi_heap_reserve(&made->heap, 2)) < 0) { /* for its beat, and its pool */
         tsrvi_loop_destroy(made);
         return rc;
     }
@@ -5075,7 +5075,7 @@ TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
     if (delay_ms < 0 || callback == NULL) {
         return TSRV_EINVAL;
     }
-    if ((rc = tsrvi_loop_use(&loop)) < 0 || (rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+    if ((rc = tsrvi_loop_use(&loop)) < 0 || (rc = tsrvi_heap_reserve(&loop->heap, 1)) < 0) {
         return rc;
     }
     tsrv_timer_stop(timer);
@@ -5785,7 +5785,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     size_t page = loop->coroutines.page_size, size = stack_size;
     tsrvi_co *co;
     char *stack;
-    int rc = tsrvi_heap_reserve(&loop->heap);
+    int rc = tsrvi_heap_reserve(&loop->heap, 1);
     *made = NULL;
     if (rc < 0) {
         return rc;
@@ -6607,7 +6607,7 @@ static void tsrvi_handed_read_files(const char *text)
             fd = fd * 10 + (*text - '0');
         } else {
             fd -= TSRVI_LISTEN_FIRST;
-            if (fd >= 0 && fd < TSRVI_HANDED_MAX) {
+            if (fd >= 0) {
                 tsrvi_process.handed.file[fd] = true;
             }
             fd = 0;
@@ -7040,7 +7040,7 @@ static const char *tsrvi_handed_name(int fd, char *buffer, size_t size)
 {
     bool handed;
     tsrvi_lock(&tsrvi_process.handed.lock);
-    handed = fd >= TSRVI_LISTEN_FIRST && fd < TSRVI_LISTEN_FIRST + tsrvi_process.handed.count;
+    handed = fd < TSRVI_LISTEN_FIRST + tsrvi_process.handed.count; /* and low ones have no names */
     tsrvi_unlock(&tsrvi_process.handed.lock);
     return tsrv_listen_fd_name(handed ? fd : -1, buffer, size);
 }
@@ -7235,8 +7235,10 @@ static int tsrvi_unix_listen(int fd, const char *path, const tsrvi_sockaddr *ins
     if (rc == TSRV_OK && TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0) {
         rc = tsrvi_error();
     }
-    if (rc == TSRV_OK && has_file && !tsrvi_file_is(path, made.st_dev, made.st_ino)) {
-        rc = -EADDRINUSE;
+    if (has_file && !tsrvi_file_is(path, made.st_dev, made.st_ino)) {
+        rc = rc == TSRV_OK ? -EADDRINUSE : rc;
+    } else if (has_file && rc < 0) {
+        TSRV_SYS(unlink, (path)); /* what has never listened leaves no file behind */
     }
     return rc;
 }
@@ -12924,7 +12926,7 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size)
 static size_t tsrvi_slices_size(const tsrv_slice *slices, int count)
 {
     size_t total = 0;
-    for (int i = 0; i < count && total != SIZE_MAX; i++) {
+    for (int i = 0; i < count; i++) {
         total = slices[i].size > SIZE_MAX - total ? SIZE_MAX : total + slices[i].size;
     }
     return count < 0 ? SIZE_MAX : total;
@@ -14442,7 +14444,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     if (server->options.data_size != 0 || server->options.proxy_protocol != TSRV_PROXY_NONE) {
         size = tsrvi_stream_data_at(server) + server->options.data_size;
     }
-    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
+    if ((rc = tsrvi_heap_reserve(&loop->heap, 1)) < 0) {
         return rc;
     }
     stream = (tsrv_stream *)tsrvi_zalloc(size);
@@ -14749,10 +14751,8 @@ static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *clie
         }
         return TSRV_EAGAIN;
     }
-    if (stream->state == TSRVI_NEW) {
-        tsrvi_wait_remove(stream, &stream->own);
-        tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
-    }
+    tsrvi_wait_remove(stream, &stream->own);
+    tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
     return stream->session == NULL ? TSRV_OK : TSRV_EAGAIN;
 }
 
@@ -15042,7 +15042,7 @@ static bool tsrvi_server_is_ahead(const tsrv_server *server)
 {
     tsrv_stats own, all;
     uint64_t workers = (uint64_t)tsrvi_process.place_count / TSRVI_GENERATIONS;
-    if (tsrvi_worker_id() < 0 || server->number < 0) {
+    if (tsrvi_worker_id() < 0) {
         return false;
     }
     memset(&own, 0, sizeof(own));
@@ -15168,8 +15168,8 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
         return;
     }
     server->was_away = false;
-    for (burst = listener->burst; burst > 0 && listener->io.interest != 0 && !server->freed;
-         burst--) {
+    /* Who stops, drains or frees the server meanwhile closes the listener. */
+    for (burst = listener->burst; burst > 0 && listener->io.interest != 0; burst--) {
         if (tsrvi_server_is_full(server)) {
             server->stats->accept_pauses++;
             tsrvi_server_pause(server, TSRVI_FOREVER);
@@ -15217,11 +15217,7 @@ static int tsrvi_server_attach(tsrv_server *server)
     if (rc < 0 || server->loop != NULL) {
         return rc;
     }
-    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
-        return rc;
-    }
-    if ((rc = tsrvi_heap_reserve(&loop->heap)) < 0) {
-        loop->heap.reserved--;
+    if ((rc = tsrvi_heap_reserve(&loop->heap, 2)) < 0) {
         return rc;
     }
     server->loop = loop;
@@ -15566,7 +15562,7 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
     tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
     for (; link != &server->streams; link = link->next) {
         tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
-        if (found->end == 0 && found->phase < TSRVI_CLOSING &&
+        if (found->end == 0 &&
             (tsrvi_proxy_of(found) == NULL || tsrvi_proxy_of(found)->admitted)) {
             return found;
         }
@@ -15957,7 +15953,7 @@ static bool tsrvi_client_met_itself(int fd)
     tsrv_address here, there;
     return tsrvi_address_get(fd, tsrvi_getsockname, &here) == TSRV_OK &&
            tsrvi_address_get(fd, tsrvi_getpeername, &there) == TSRV_OK &&
-           tsrv_address_family(&here) != AF_UNIX && tsrvi_address_same(&here, &there);
+           tsrvi_address_same(&here, &there);
 }
 
 /* One address. */

@@ -168,6 +168,151 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
     }
 }
 
+/* Where the kernel keeps no queue of those who wait there is nothing to go behind. */
+TEST_ONCE(worker_with_poll_stays_where_it_is)
+{
+    t_backend = TSRV_BACKEND_POLL;
+    open_echo(0);
+    tsrvi_process.number = 1;
+    t_fail_call("fcntl", ENOMEM, 1, true);
+    tsrvi_listener_requeue(s_server->listeners);
+    CHECK_INT(t_fault_calls, 0);
+    t_fault_at = 0;
+    CHECK(s_server->listeners->io.interest != 0);
+    tsrvi_process.number = 0;
+    s_close();
+}
+
+/* Whose pause is over goes on, and the other one waits for the end of its own. */
+TEST_LOOP(listeners_pause_each_for_itself)
+{
+    open_echo(0);
+    tsrvi_listener *one = s_server->listeners, *other;
+    CHECK_INT(tsrv_server_listen(s_server, 0, "127.0.0.1", NULL), TSRV_OK);
+    other = one->next;
+    forbid_accept(EPERM, true);
+    int first = ask(s_port);
+    for (int64_t end = t_patience(); one->due == 0;) {
+        s_turn_ms(1);
+        CHECK(t_now_ms() < end);
+    }
+    s_run_ms(20);
+    int second = ask(t_port(s_server, 1));
+    for (int64_t end = t_patience(); other->due == 0;) {
+        s_turn_ms(1);
+        CHECK(t_now_ms() < end);
+    }
+    CHECK(one->due != 0 && one->due < other->due);
+    t_fault_at = 0;
+    for (int64_t end = t_patience(); one->due != 0;) {
+        s_turn_ms(1);
+        CHECK(t_now_ms() < end);
+    }
+    CHECK(other->due > s_loop->now);
+    s_expect(first, "hello\n");
+    expect_answer(second);
+    t_close(first);
+    s_close();
+}
+
+/* A socket that cannot be set up is a lost connection, and costs the next one nothing. */
+TEST_LOOP(accepted_socket_that_cannot_be_set_up_is_lost)
+{
+    open_echo(0);
+    forbid_accept(EPERM, false);
+    t_fault_at = 0;
+    int lost = t_connect(s_port);
+    t_fail_call("fcntl", EBADF, 1, false);
+    s_expect_eof(lost);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_INT(s_stats().accept_errors, 1);
+    expect_answer(ask(s_port));
+    t_close(lost);
+    CHECK_INT(entered, 1);
+    s_close();
+}
+
+/* ---- a worker that has more than its share -------------------------------------------------*/
+
+static tsrvi_place worker_places[2 * TSRVI_GENERATIONS]; /* of two workers */
+
+static void be_first_of_two_workers(void)
+{
+    tsrvi_process.places = tsrvi_process.place_own = worker_places;
+    tsrvi_process.place_count = 2 * TSRVI_GENERATIONS;
+    tsrvi_process.number = 1;
+    worker_places[0].used = worker_places[TSRVI_GENERATIONS].used = 1;
+}
+
+static void be_alone(void)
+{
+    tsrvi_process.places = tsrvi_process.place_own = NULL;
+    tsrvi_process.place_count = tsrvi_process.number = 0;
+}
+
+/* Where every worker is woken it stays away for a moment, once in a row. */
+TEST_LOOP(worker_that_is_ahead_leaves_the_next_to_others)
+{
+    tsrvi_process.without |= TSRVI_WITHOUT_EXCLUSIVE; /* as before Linux 4.5 */
+    be_first_of_two_workers();
+    open_echo(0);
+    CHECK(!s_loop->poller.exclusive);
+    CHECK(s_server->stats == &worker_places[0].stats[0]);
+    for (int ahead = 1; ahead >= 0; ahead--) {
+        worker_places[TSRVI_GENERATIONS].stats[0].accepted = ahead ? 0 : 1000;
+        worker_places[0].stats[0].accepted = 1000;
+        int fd = ask(s_port);
+        s_turn_ms(0);
+        CHECK_INT(s_server->paused, ahead);
+        CHECK_INT(worker_places[0].stats[0].accepted, ahead ? 1000 : 1001);
+        s_expect(fd, "hello\n");
+        CHECK_INT(s_server->paused, false);
+        t_close(fd);
+        s_settle();
+    }
+    s_close();
+    be_alone();
+}
+
+/* Servers for whose counters there is no room have their own. */
+TEST_LOOP(servers_beyond_those_that_are_counted_are_never_ahead)
+{
+    tsrv_server *others[TSRVI_SHARED_SERVERS];
+    static char text[8192];
+    tsrv_stats sum;
+    s_open_loop();
+    for (int i = 0; i < TSRVI_SHARED_SERVERS; i++) {
+        tsrv_server_options options = defaults;
+        options.handle_stream = echo_lines;
+        others[i] = s_new_server(options);
+        CHECK_INT(others[i]->number, i);
+    }
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    be_first_of_two_workers();
+    memset(&worker_places[TSRVI_GENERATIONS - 1], 1, sizeof worker_places[0]); /* what lies in front of another's */
+    tsrvi_process.number = 2;
+    open_echo(0);
+    CHECK_INT(s_server->number, -1);
+    CHECK(s_server->stats == &s_server->own);
+    s_server->own.accepted = 1000;
+    CHECK(!tsrvi_server_is_ahead(s_server));
+    expect_answer(ask(s_port));
+    memset(&sum, 0, sizeof sum);
+    tsrvi_stats_gather(&sum, s_server->number, -1);
+    CHECK_INT(sum.accepted, 0);
+    CHECK(tsrv_metrics_format(s_server, text, sizeof text) > 0);
+    CHECK(strstr(text, "tsrv_connections_accepted_total{worker=\"1\"} 1001\n") != NULL);
+    CHECK(strstr(text, "{worker=\"0\"") == NULL);
+    s_close();
+    be_alone();
+    memset(worker_places, 0, sizeof worker_places);
+    for (int i = 0; i < TSRVI_SHARED_SERVERS; i++) {
+        tsrv_server_free(others[i]);
+    }
+    CHECK_INT(tsrvi_process.server_numbers, 0);
+}
+
 /* ---- one of two listeners is lost ----------------------------------------------------------*/
 
 enum { OTHER_FILE, CLOSED, SHUT, OTHER_SOCKET, UNLISTENED, LOSSES };
@@ -258,6 +403,59 @@ TEST_LOOP(on_start_comes_before_who_is_taken_by_a_stop)
         }
         s_close();
     }
+}
+
+/* Beyond max_connections a stop takes nobody, and it goes on where accept has failed. */
+TEST_LOOP(stop_takes_as_many_as_there_is_room_for)
+{
+    open_echo(1);
+    int first = ask(s_port), second = ask(s_port);
+    forbid_accept(ECONNABORTED, false);
+    tsrv_server_stop(s_server);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    s_expect_reset(second);
+    s_expect(first, "hello\n");
+    CHECK_INT(s_stats().accepted, 1);
+    t_close(first);
+    t_close(second);
+    s_close();
+}
+
+/* Nor does a listener that fails for good hold it. */
+TEST_LOOP(stop_gives_up_where_accept_fails_for_good)
+{
+    open_echo(0);
+    int fd = ask(s_port);
+    forbid_accept(EPERM, true);
+    tsrv_server_stop(s_server);
+    CHECK_INT(t_fault_hits, TSRVI_FAILURES);
+    t_fault_at = 0;
+    s_expect_reset(fd);
+    CHECK_INT(s_stats().accepted, 0);
+    t_close(fd);
+    s_close();
+}
+
+/* A fork's child leaves who waits to its parent. */
+TEST_LOOP(stop_in_a_child_takes_nobody)
+{
+    int status;
+    open_echo(0);
+    int fd = ask(s_port);
+    pid_t child = fork();
+    if (child == 0) {
+        tsrv_server_stop(s_server);
+        CHECK_INT(s_stats().accepted, 0);
+        CHECK_INT(tsrv_server_drain(s_server, 1), TSRV_EINVAL); /* nor is the loop its own */
+        CHECK_INT(tsrv_loop_free(s_loop), TSRV_EINVAL);
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_INT(status, 0);
+    expect_answer(fd);
+    CHECK_INT(s_stats().accepted, 1);
+    s_close();
 }
 
 static int end_begun(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -870,6 +1068,30 @@ TEST_LOOP(without_memory_for_the_table_a_connection_is_lost)
     t_close(next);
     s_until(&s_closed, 1);
     s_close();
+}
+
+/* Clients of a unix socket have no address to be counted by. */
+TEST_LOOP(unix_clients_are_not_limited_by_address)
+{
+    char address[100];
+    int fds[2];
+    snprintf(address, sizeof address, "unix:%s/socket", t_make_directory());
+    open_limited(1);
+    CHECK_INT(tsrv_server_listen(s_server, 0, address, NULL), TSRV_OK);
+    for (int i = 0; i < 2; i++) {
+        struct sockaddr_un name = t_unix_address(address + 5);
+        fds[i] = socket(AF_UNIX, SOCK_STREAM, 0);
+        t_prepare(fds[i]);
+        CHECK(connect(fds[i], (struct sockaddr *)&name, sizeof name) == 0);
+        s_echo(fds[i], "hello\n");
+    }
+    CHECK_INT(s_server->addresses.used, 0);
+    CHECK_INT(s_stats().refused, 0);
+    t_close_all(fds, 2);
+    s_until(&s_closed, 2);
+    s_close();
+    *strrchr(address, '/') = 0;
+    CHECK(rmdir(address + 5) == 0);
 }
 
 TEST_LOOP(streams_that_are_added_count_too)

@@ -245,6 +245,19 @@ static int earliest_naively(const uint64_t *dues, const int *armed, int clock)
     return best;
 }
 
+/* Sizes that cannot be are as without memory; what would wrap is not asked for. */
+TEST_ONCE(impossible_sizes_are_as_without_memory)
+{
+    tsrvi_pool pool;
+    memset(&pool, 0, sizeof pool);
+    CHECK(tsrvi_buffer_new(&pool, SIZE_MAX / 2 + 1) == NULL);
+    CHECK(tsrvi_buffer_new(&pool, SIZE_MAX - sizeof(tsrvi_buffer)) == NULL);
+    CHECK(tsrvi_pool_take(&pool, SIZE_MAX) == NULL);
+    CHECK(tsrvi_pool_take(&pool, SIZE_MAX - TSRVI_LARGE + 2) == NULL);
+    CHECK_INT(pool.size, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
 TEST_ONCE(heap_gives_the_earliest_and_of_equal_ones_the_first)
 {
     tsrvi_heap heap;
@@ -256,7 +269,7 @@ TEST_ONCE(heap_gives_the_earliest_and_of_equal_ones_the_first)
     heap.sequence = UINT32_MAX - 5000; /* it wraps */
     seed = 4;
     for (int i = 0; i < TIMERS; i++) {
-        CHECK_INT(tsrvi_heap_reserve(&heap), TSRV_OK);
+        CHECK_INT(tsrvi_heap_reserve(&heap, 1), TSRV_OK);
     }
     for (int clock = 1; clock < 100000; clock++) {
         int i = (int)any(TIMERS), best;

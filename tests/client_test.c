@@ -70,7 +70,7 @@ static int fake_getaddrinfo(const char *host, const char *service, const struct 
     const char *const none[3] = {host, NULL, NULL};
     const char *const *addresses = none;
     number.ai_flags |= AI_NUMERICHOST;
-    if (strcmp(host, "hung.test") == 0 && (hints->ai_flags & AI_NUMERICHOST) == 0) {
+    if (strncmp(host, "hung.", 5) == 0 && (hints->ai_flags & AI_NUMERICHOST) == 0) {
         wait_for_server();
     }
     for (size_t i = 0; i < COUNT(names) && (hints->ai_flags & AI_NUMERICHOST) == 0; i++) {
@@ -102,6 +102,7 @@ static void fake_freeaddrinfo(struct addrinfo *all)
 static void (*before_connect)(int fd, const struct sockaddr *address, socklen_t size);
 static int connects;
 static bool interrupt_connect; /* the next one is begun, and then says that a signal came */
+static bool connect_at_once;   /* they are over when they return, as a system may have it for its own addresses */
 
 static int seen_connect(int fd, const struct sockaddr *address, socklen_t size)
 {
@@ -109,7 +110,10 @@ static int seen_connect(int fd, const struct sockaddr *address, socklen_t size)
     if (before_connect != NULL) {
         before_connect(fd, address, size);
     }
+    int flags = fcntl(fd, F_GETFL);
+    CHECK(!connect_at_once || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) == 0);
     int rc = connect(fd, address, size);
+    CHECK(!connect_at_once || fcntl(fd, F_SETFL, flags) == 0);
     if (interrupt_connect) {
         interrupt_connect = false;
         errno = EINTR;
@@ -497,6 +501,58 @@ TEST_LOOP(freeing_the_loop_ends_lookups)
     CHECK_INT(t_live_allocations, 0);
 }
 
+static bool is_looked_up(void *context)
+{
+    (void)context;
+    return __atomic_load_n(&s_loop->sources.posts, __ATOMIC_ACQUIRE) != NULL;
+}
+
+/* The answer is there, but the loop goes before it has seen it. */
+TEST_LOOP(answer_that_comes_with_the_end_of_the_loop_is_given_back)
+{
+    open_hung(1, TSRV_ECLOSED);
+    CHECK(tsrv_loop_run_once(s_loop, 0) > 0);
+    let_server_answer(true);
+    CHECK(t_wait_until(is_looked_up, NULL));
+    CHECK_INT(lookups_open, 1);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(answers, 1);
+    CHECK_INT(lookups_open, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+static void ask_for_nothing(void *context)
+{
+    *(int *)context = connect_rc("hung.nothing.test", 1, 100);
+    answers++;
+}
+
+/* Nor is there anything to give back where nothing was found for somebody who has gone. */
+TEST_LOOP(name_that_is_not_found_in_time)
+{
+    int rc = 1;
+    s_open_loop();
+    let_server_answer(false);
+    CHECK_INT(tsrv_spawn(s_loop, ask_for_nothing, &rc), TSRV_OK);
+    v_hung = true;
+    s_until(&answers, 1);
+    CHECK_INT(rc, TSRV_ETIMEOUT);
+    v_hung = false;
+    let_server_answer(true);
+    CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(lookups_open, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+TEST_ONCE(time_that_is_left_is_at_least_one_and_fits)
+{
+    CHECK_INT(tsrvi_client_left_ms(0), 1);
+    CHECK_INT(tsrvi_client_left_ms(TSRVI_FOREVER), TSRV_NEVER);
+    CHECK_INT(tsrvi_client_left_ms(tsrvi_clock() + ((uint64_t)INT_MAX + 9) * TSRVI_MS), INT_MAX);
+    CHECK_INT(tsrvi_client_left_ms(v_now + 5 * TSRVI_MS), 5);
+}
+
 static void look_up_without(void)
 {
     t_fail_call("pthread_create", 0, 1, true);
@@ -832,6 +888,13 @@ static void connect_under_faults(void)
         CHECK_INT(hits, 1);
         CHECK_INT(rc, rows[i].rc);
     }
+    t_fail_call("socket", EMFILE, 1, false);
+    CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 500), -EMFILE);
+    t_fail_call("connect", EINTR, 1, false);
+    CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 500), -ENOENT);
+    t_fail_call(NULL, 0, 0, false);
+    CHECK_INT(connect_rc("[::1", port_of_faults, 500), TSRV_ERESOLVE);
+    CHECK_INT(connect_rc("[", port_of_faults, 500), TSRV_ERESOLVE);
     /* Of two addresses the first one fails, the second one is good. */
     t_fail_call("connect", ENETUNREACH, 1, false);
     CHECK_INT(connect_rc("two.test", port_of_faults, 0), TSRV_OK);
@@ -964,6 +1027,50 @@ static void connect_to_itself(void)
 TEST_LOOP(socket_that_meets_itself_is_refused)
 {
     alone(connect_to_itself);
+}
+
+/* ---- connected at once ---------------------------------------------------------------------*/
+
+static void connect_without_waiting(void)
+{
+    connect_at_once = true;
+    CHECK_INT(connect_rc("127.0.0.1", port_of_faults, 500), TSRV_OK);
+    CHECK_INT(connect_rc("two.test", port_of_faults, 500), TSRV_OK);
+    before_connect = bind_to_target;
+    CHECK_INT(connect_rc("127.0.0.1", t_free_port(), 500), -ECONNREFUSED);
+    before_connect = NULL;
+    connect_at_once = false;
+}
+
+TEST_LOOP(connection_that_is_there_at_once_is_used)
+{
+    listener_of_faults = listener_at("127.0.0.1", &port_of_faults, 16);
+    alone(connect_without_waiting);
+    t_close(listener_of_faults);
+}
+
+/* Families take turns, that of the first address first, whatever the order. */
+TEST_ONCE(addresses_of_any_order_are_tried_once)
+{
+    static const char *const orders[][2] = {{"4", "4"}, {"46", "46"}, {"464", "464"}, {"4664", "4646"},
+                                            {"6644", "6464"}, {"6446", "6464"}, {"44466", "46464"}, {"4666", "4666"}};
+    for (size_t i = 0; i < COUNT(orders); i++) {
+        struct addrinfo all[5];
+        tsrvi_dial dials[5];
+        int count = (int)strlen(orders[i][0]);
+        memset(all, 0, sizeof all);
+        for (int k = 0; k < count; k++) {
+            all[k].ai_family = orders[i][0][k] == '4' ? AF_INET : AF_INET6;
+            all[k].ai_next = k + 1 < count ? &all[k + 1] : NULL;
+        }
+        CHECK_INT(tsrvi_dials_order(dials, all), count);
+        for (int k = 0; k < count; k++) {
+            CHECK_INT(dials[k].info->ai_family, orders[i][1][k] == '4' ? AF_INET : AF_INET6);
+            for (int earlier = 0; earlier < k; earlier++) {
+                CHECK(dials[earlier].info != dials[k].info);
+            }
+        }
+    }
 }
 
 /* ---- ends ---------------------------------------------------------------------------------*/

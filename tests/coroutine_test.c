@@ -1402,3 +1402,94 @@ TEST_LOOP(a_coroutine_that_cannot_be_made_is_an_error)
     CHECK_INT(calls, 1);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
+
+/* ---- ends that come together -----------------------------------------------------------------*/
+
+static int yield_codes[2];
+
+static void yield_at_the_end(void *context)
+{
+    (void)context;
+    yield_codes[0] = tsrv_sleep(3600 * 1000);
+    yield_codes[1] = tsrv_sleep(0);
+    T_FAIL("a loop that is freed lets a coroutine yield twice");
+}
+
+/* In a loop that goes nobody else has a turn. */
+TEST_LOOP(yielding_in_a_loop_that_is_freed_ends_like_any_wait)
+{
+    tsrv_loop *loop = t_new_loop();
+    yield_codes[0] = yield_codes[1] = 1;
+    t_watch_log();
+    CHECK_INT(tsrv_spawn(loop, yield_at_the_end, NULL), TSRV_OK);
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    CHECK_INT(yield_codes[0], TSRV_ECLOSED);
+    CHECK_INT(yield_codes[1], 1);
+    CHECK_INT(t_log_lines, 1);
+    CHECK_STR(t_log, "tsrv_loop_free: 1 coroutines still waited and were dropped");
+}
+
+typedef struct batch_case {
+    tsrv_server *server;
+    tsrv_watch watches[2];
+    int pipes[3][2], waiting, rc;
+    bool freed;
+} batch_case;
+
+static int wait_for_the_pipe(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    batch_case *b = (batch_case *)context;
+    (void)stream, (void)address;
+    CHECK_INT(tsrv_watch_start(b->watches[0].loop, &b->watches[0], b->pipes[0][0], TSRV_READABLE,
+                               b->watches[0].callback, b),
+              TSRV_OK);
+    b->waiting = 1;
+    b->rc = tsrv_wait_fd(b->pipes[1][0], TSRV_READABLE, TSRV_NEVER);
+    CHECK_INT(b->rc, b->freed ? TSRV_ECLOSED : TSRV_OK); /* whichever came first */
+    return b->rc;
+}
+
+static void free_in_the_batch(int events, void *context)
+{
+    batch_case *b = (batch_case *)context;
+    (void)events;
+    for (int i = 0; i < 2; i++) {
+        tsrv_watch_stop(&b->watches[i]);
+    }
+    b->freed = true;
+    tsrv_server_free(b->server);
+}
+
+/* Its descriptor is ready, and before that is told the server goes: the wait ends once. */
+TEST_COROUTINE(wait_fd_that_is_ready_when_its_server_is_freed)
+{
+    tsrv_server_options options = {0};
+    batch_case b;
+    memset(&b, 0, sizeof b);
+    b.rc = 1;
+    options.handle_stream = wait_for_the_pipe;
+    options.context = &b;
+    options.loop = t_new_loop();
+    CHECK_INT(tsrv_server_new(&b.server, &options), TSRV_OK);
+    for (int i = 0; i < 3; i++) {
+        CHECK(pipe(b.pipes[i]) == 0);
+    }
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(tsrv_watch_start(options.loop, &b.watches[i], b.pipes[2 * i][0], TSRV_READABLE, free_in_the_batch,
+                                   &b),
+                  TSRV_OK);
+    }
+    int fd = t_connect(t_listen(b.server));
+    t_turn_until(options.loop, &b.waiting, 1);
+    for (int i = 0; i < 3; i++) {
+        CHECK(write(b.pipes[2 - i][1], "x", 1) == 1); /* the server goes before or behind */
+    }
+    CHECK(tsrv_loop_run(options.loop) == TSRV_OK);
+    CHECK(b.freed && b.rc <= TSRV_OK);
+    t_close(fd);
+    for (int i = 0; i < 3; i++) {
+        t_close_all(b.pipes[i], 2);
+    }
+    CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
+}

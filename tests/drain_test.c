@@ -1714,3 +1714,80 @@ TEST_STREAM(every_callback_may_start_timers_watches_and_signals_anew)
 {
     run_cells(start_anew, check_anew);
 }
+
+/* ---- a loop that is left ---------------------------------------------------------------------*/
+
+static tsrv_stream *own_client;
+static int own_client_rc = 1, sleeper_woken;
+
+static void connect_own(void *context)
+{
+    (void)context;
+    own_client_rc = tsrv_connect("127.0.0.1", s_port, NULL, &own_client);
+}
+
+static tsrv_server *freed_first;
+
+static void free_and_leave(void *context)
+{
+    (void)context;
+    tsrv_server_free(freed_first);
+    tsrvi_loop_leave(s_loop, 5000);
+    tsrvi_loop_leave(s_loop, 5000);
+}
+
+/* Its servers are drained, but for those that are freed already, and the program's own connections stay. */
+TEST_LOOP(leaving_a_loop_drains_what_serves)
+{
+    tsrv_server_options options = {0};
+    s_serve(echo_lines);
+    CHECK_INT(tsrv_spawn(s_loop, connect_own, NULL), TSRV_OK);
+    s_settle();
+    CHECK_INT(own_client_rc, TSRV_OK);
+    options.handle_stream = echo_lines;
+    freed_first = s_new_server(options);
+    int other = t_connect(t_listen(freed_first));
+    s_settle();
+    CHECK_INT(tsrv_loop_post(s_loop, free_and_leave, NULL), TSRV_OK);
+    CHECK(tsrv_loop_run_once(s_loop, 0) >= 0);
+    CHECK(s_server->draining);
+    CHECK(!s_loop->servers.clients->draining);
+    CHECK_INT(tsrv_error(own_client), TSRV_OK);
+    s_expect_reset(other);
+    t_close(other);
+    tsrv_close(own_client);
+    s_settle();
+    s_close();
+}
+
+static int keep_sleeping(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    while (tsrv_sleep(500) == TSRV_OK) {
+    }
+    sleeper_woken++;
+    tsrv_sleep(300);
+    sleeper_woken++;
+    return TSRV_OK;
+}
+
+/* Whoever is told twice to end ends the grace, and a third time changes nothing. */
+TEST_COROUTINE(cutting_drains_short_is_done_once)
+{
+    s_serve(keep_sleeping);
+    int fd = s_join();
+    s_drainer d = s_new_drain(90000);
+    s_begin_drain(&d);
+    CHECK(s_server->draining && !s_server->forced);
+    tsrvi_loop_cut(s_loop);
+    s_until(&sleeper_woken, 1);
+    CHECK(s_server->forced);
+    uint64_t due = s_server->drain_due;
+    s_run_ms(10);
+    tsrvi_loop_cut(s_loop);
+    CHECK(s_server->drain_due == due);
+    s_check_drain(&d, TSRV_ETIMEOUT, 0, 1000);
+    CHECK_INT(sleeper_woken, 2);
+    t_close(fd);
+    s_close();
+}

@@ -852,3 +852,64 @@ TEST_STREAM(churn_leaves_nothing)
     t_case c = {.handler = echo_lines, .on_close = t_record_reason, .client = churn_client};
     t_run(&c);
 }
+
+/* ---- what the system does not tell -----------------------------------------------------------*/
+
+static int read_in_time(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    return tsrv_read_until(stream, "\n", 0, &line);
+}
+
+#ifdef __linux__
+/* Has the peer's system all that was sent? Where that is not known a silent peer is waited for like any other. */
+TEST_PLAIN_SOFT(silent_peer_of_whom_nothing_is_known_is_waited_for)
+{
+    for (int known = 0; known <= 1; known++) {
+        tsrv_server_options options = {0};
+        options.read_timeout_ms = 100;
+        s_open_with(read_in_time, options);
+        int fd = s_join();
+        t_fail_call("ioctl", EINVAL, known ? 0 : 1, true);
+        s_expect_eof(fd);
+        s_settle();
+        CHECK_INT(t_fault_hits > 0, !known);
+        t_fault_at = 0;
+        CHECK_INT(s_stats().open, !known);
+        t_close(fd);
+        s_settle();
+        CHECK_INT(s_stats().open, 0);
+        s_close();
+    }
+}
+#endif
+
+static int woken_and_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_wait(stream, TSRV_NEVER);
+    return rc == TSRV_OK ? tsrv_read_until(stream, "\n", 0, &line) : rc;
+}
+
+/* A peer that has closed a unix socket may have left an error, or not. */
+TEST_PLAIN_SOFT(hang_up_without_an_error_is_the_end_of_the_input)
+{
+    s_serve(woken_and_read);
+    int fd = t_add_pair(s_server);
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    CHECK(stream != NULL);
+    t_fail_call("getsockopt", EBADF, 1, true);
+    t_close(fd);
+    s_settle();
+    t_fault_at = 0;
+    CHECK(s_closed == 1 || tsrv_error(stream) == TSRV_OK);
+    if (s_closed == 0) {
+        tsrv_wake(stream);
+    }
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_EOF);
+    s_close();
+}

@@ -31,6 +31,12 @@ static void stop_idle(idle_watch *idle)
     t_close_all(idle->fds, 2);
 }
 
+static void count_ready(int events, void *context)
+{
+    (void)events;
+    ++*(int *)context;
+}
+
 static void count_call(void *context)
 {
     ++*(int *)context;
@@ -1243,6 +1249,164 @@ TEST_LOOP(pipe_wakes_a_loop_without_eventfd)
     CHECK_INT(t_open_fds(), before);
 }
 
+/* However often it was woken, one turn reads it all. */
+TEST_LOOP(pipe_is_emptied_in_one_turn)
+{
+    tsrv_loop_options options = {0};
+    options.backend = t_backend;
+    tsrv_loop *loop;
+    idle_watch idle;
+    char byte;
+    t_fail_call("eventfd", ENOSYS, 1, true);
+    CHECK_INT(tsrv_loop_new(&loop, &options), TSRV_OK);
+    t_fault_at = 0;
+    start_idle(loop, &idle);
+    for (int i = 0; i < 100; i++) {
+        tsrvi_wake_write(loop->sources.wake_write);
+    }
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+    stop_idle(&idle);
+    CHECK_INT(read(loop->sources.wake.fd, &byte, 1), -1);
+    CHECK_INT(errno, EAGAIN);
+    free_loop(loop);
+}
+
+/* ---- ends of descriptors' events -----------------------------------------------------------*/
+
+typedef struct rivals {
+    tsrv_watch watches[2];
+    int pairs[2][2], calls;
+} rivals;
+
+/* Whoever is called first has the other one wait for something else. */
+static void change_the_other(int events, void *context)
+{
+    rivals *r = (rivals *)context;
+    CHECK_INT(events, TSRV_READABLE);
+    r->calls++;
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(tsrv_watch_start(r->watches[i].loop, &r->watches[i], r->pairs[i][0], TSRV_WRITABLE, change_the_other,
+                                   r),
+                  TSRV_OK);
+    }
+}
+
+/* Its event is in the batch by then, and is none any more. */
+TEST_LOOP(event_that_is_not_wanted_any_more_is_not_told)
+{
+    static char zeros[65536];
+    rivals r;
+    tsrv_loop *loop = t_new_loop();
+    memset(&r, 0, sizeof r);
+    for (int i = 0; i < 2; i++) {
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, r.pairs[i]) == 0);
+        while (send(r.pairs[i][0], zeros, sizeof zeros, MSG_DONTWAIT) > 0 ||
+               send(r.pairs[i][0], zeros, 1, MSG_DONTWAIT) > 0) {
+        }
+        CHECK(write(r.pairs[i][1], "x", 1) == 1);
+        CHECK_INT(tsrv_watch_start(loop, &r.watches[i], r.pairs[i][0], TSRV_READABLE, change_the_other, &r), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+    CHECK_INT(r.calls, 1);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+    CHECK_INT(r.calls, 1);
+    for (int i = 0; i < 2; i++) {
+        tsrv_watch_stop(&r.watches[i]);
+        t_close_all(r.pairs[i], 2);
+    }
+    free_loop(loop);
+}
+
+/* More than a batch are ready: each turn serves as many as one has, and none of them waits for long. */
+TEST_LOOP(events_beyond_a_batch_are_served_in_the_next_turns)
+{
+    enum { MANY = TSRVI_BATCH + 30 };
+    static tsrv_watch watches[MANY];
+    static int fds[MANY];
+    int pipe_fds[2], calls = 0;
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < MANY + 50) {
+        SKIP("descriptors for a batch");
+    }
+    tsrv_loop *loop = t_new_loop();
+    CHECK(pipe(pipe_fds) == 0 && write(pipe_fds[1], "x", 1) == 1);
+    memset(watches, 0, sizeof watches);
+    for (int i = 0; i < MANY; i++) {
+        fds[i] = dup(pipe_fds[0]);
+        CHECK_INT(tsrv_watch_start(loop, &watches[i], fds[i], TSRV_READABLE, count_ready, &calls), TSRV_OK);
+    }
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+    CHECK_INT(calls, TSRVI_BATCH);
+    for (int i = 0; i < MANY; i++) {
+        if (watches[i].io.interest != 0) {
+            tsrv_watch_stop(&watches[i]);
+        }
+        close(fds[i]);
+    }
+    t_close_all(pipe_fds, 2);
+    free_loop(loop);
+}
+
+/* A time that is further away than an int can say is waited for in several waits. */
+TEST_LOOP(time_far_away_is_as_far_as_can_be_said)
+{
+    tsrv_timer timer = {0};
+    tsrv_loop *loop = t_new_loop();
+    CHECK_INT(tsrv_timer_start(loop, &timer, INT_MAX, count_call, NULL), TSRV_OK);
+    CHECK_INT(tsrvi_loop_sleep_ms(loop, loop->now - TSRVI_MS), INT_MAX);
+    CHECK(tsrvi_loop_sleep_ms(loop, tsrvi_clock()) > INT_MAX - 3600 * 1000);
+    tsrv_timer_stop(&timer);
+    free_loop(loop);
+}
+
+/* Behind the last descriptor that was ever waited for there is nobody. */
+TEST_LOOP(nobody_waits_for_a_number_out_of_range)
+{
+    tsrv_loop *loop = t_new_loop();
+    CHECK(tsrvi_poller_find(&loop->poller, loop->sources.wake.fd) == &loop->sources.wake);
+    CHECK(tsrvi_poller_find(&loop->poller, loop->poller.page_count * TSRVI_PAGE) == NULL);
+    CHECK(tsrvi_poller_find(&loop->poller, INT_MAX) == NULL);
+    free_loop(loop);
+}
+
+static tsrv_loop *left_loop;
+static int yields;
+
+static void poster_is_done(const char *name)
+{
+    if (strcmp(name, "sched_yield") == 0 && ++yields == 3) {
+        __atomic_store_n(&left_loop->sources.posting, 0, __ATOMIC_RELEASE);
+        __atomic_store_n(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
+    } else if (strcmp(name, "sched_yield") == 0 && yields == 5) {
+        __atomic_store_n(&tsrvi_process.signal_handlers, 0, __ATOMIC_SEQ_CST);
+    }
+}
+
+/* Another thread is inside tsrv_loop_post, then one is in the handler of a signal. */
+TEST_LOOP(loop_goes_when_nobody_is_about_to_wake_it)
+{
+    left_loop = t_new_loop();
+    __atomic_store_n(&left_loop->sources.posting, 1, __ATOMIC_RELEASE);
+    t_seen = poster_is_done;
+    free_loop(left_loop);
+    t_seen = NULL;
+    CHECK_INT(yields, 5);
+}
+
+/* Its last watch has been stopped on another thread meanwhile. */
+TEST_LOOP(signal_that_nobody_watches_any_more_is_nobodys)
+{
+    tsrv_signal watch = {0};
+    tsrv_loop *loop = t_new_loop();
+    tsrvi_signal_handler(SIGUSR1);
+    CHECK_INT(tsrvi_process.signals[SIGUSR1].pending, 0);
+    CHECK_INT(tsrvi_process.signal_handlers, 0);
+    CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR1, count_call, NULL), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    tsrv_signal_stop(&watch);
+    free_loop(loop);
+}
+
 TEST_LOOP(loop_without_descriptors_is_a_code)
 {
     tsrv_loop_options options = {0};
@@ -2108,4 +2272,123 @@ TEST_LOOP(watches_move_from_one_loop_to_another)
     t_close_all(fds, 2);
     free_loop(one);
     free_loop(two);
+}
+
+#if TSRVI_HAS_EPOLL
+/* ---- sets that cannot be told ----------------------------------------------------------------*/
+
+/* What waits while there is no set is told to the next one, when that can be made. */
+TEST_ONCE(watch_that_comes_while_there_is_no_set)
+{
+    static const struct {
+        const char *call;
+        int code;
+    } rows[] = {{"epoll_create1", EMFILE}, {"epoll_ctl", ENOSPC}, {"epoll_ctl", ENOMEM}};
+    t_backend = TSRV_BACKEND_EPOLL;
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        tsrv_watch watch = {0};
+        seen s = {0, 0};
+        int fds[2];
+        tsrv_loop *loop = t_new_loop();
+        CHECK(pipe(fds) == 0 && write(fds[1], "x", 1) == 1);
+        t_fail_call(rows[i].call, rows[i].code, 1, true);
+        tsrvi_epoll_renew(&loop->poller);
+        CHECK_INT(loop->poller.fd, -1);
+        CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], TSRV_READABLE, see, &s), TSRV_OK);
+        CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+        CHECK_INT(s.calls, 0);
+        t_fault_at = 0;
+        CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+        CHECK_INT(s.calls, 1);
+        tsrv_watch_stop(&watch);
+        t_close_all(fds, 2);
+        free_loop(loop);
+    }
+}
+
+/* EINVAL is the kernel's no to EPOLLEXCLUSIVE, and nothing else's. */
+TEST_ONCE(watch_that_the_kernel_refuses_is_an_error)
+{
+    tsrv_watch watch = {0};
+    tsrvi_io io;
+    seen s = {0, 0};
+    int fds[2];
+    t_backend = TSRV_BACKEND_EPOLL;
+    tsrv_loop *loop = t_new_loop();
+    CHECK(pipe(fds) == 0);
+    t_fail_call("epoll_ctl", EINVAL, 1, true);
+    CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], TSRV_READABLE, see, &s), -EINVAL);
+    CHECK_INT(t_fault_hits, 1);
+    memset(&io, 0, sizeof io);
+    io.fd = fds[0];
+    CHECK(loop->poller.exclusive);
+    CHECK_INT(tsrvi_poller_set(&loop->poller, &io, TSRV_READABLE | TSRVI_EXCLUSIVE), -EINVAL);
+    CHECK_INT(t_fault_hits, 3); /* without it, too */
+    CHECK(loop->poller.exclusive);
+    t_fault_at = 0;
+    CHECK_INT(io.interest, 0);
+    CHECK_INT(tsrvi_poller_set(&loop->poller, &io, TSRV_READABLE | TSRVI_EXCLUSIVE), TSRV_OK);
+    CHECK_INT(tsrvi_poller_set(&loop->poller, &io, 0), TSRV_OK);
+    t_close_all(fds, 2);
+    free_loop(loop);
+}
+#endif
+
+/* An outer loop waits for the set: a fork's child that closes its copies takes nothing out of it. */
+TEST_LOOP(child_that_closes_leaves_an_embedded_set_alone)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    int status, fd;
+    options.handle_stream = echo_lines;
+    options.loop = t_new_loop();
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    fd = t_connect(t_listen(server));
+    CHECK_INT(tsrv_loop_fd(options.loop) < 0, t_backend == TSRV_BACKEND_POLL);
+    t_sends(fd, "first\n");
+    t_turn_until_text(options.loop, fd, "first\n");
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        tsrv_server_free(server);
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child && status == 0);
+    t_sends(fd, "second\n");
+    t_turn_until_text(options.loop, fd, "second\n");
+    t_close(fd);
+    tsrv_server_free(server);
+    free_loop(options.loop);
+}
+
+static int ignore_all(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    (void)address, (void)context;
+    return tsrv_read_some(stream, 0, &some);
+}
+
+/* What was done to a stream from outside is due at once. */
+TEST_LOOP(outer_loop_does_not_sleep_over_what_was_written)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    int fd;
+    options.handle_stream = ignore_all;
+    options.mode = TSRV_CALLBACK;
+    options.loop = t_new_loop();
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    fd = t_connect(t_listen(server));
+    while (tsrv_server_next(server, NULL) == NULL) {
+        CHECK(tsrv_loop_run_once(options.loop, 10) > 0);
+    }
+    CHECK_INT(tsrv_loop_run_once(options.loop, 0), 1);
+    CHECK(tsrv_loop_timeout_ms(options.loop) != 0);
+    tsrv_abort(tsrv_server_next(server, NULL));
+    CHECK_INT(tsrv_loop_timeout_ms(options.loop), 0);
+    CHECK_INT(tsrv_loop_run_once(options.loop, 0), 1);
+    t_expect_reset(fd);
+    t_close(fd);
+    tsrv_server_free(server);
+    free_loop(options.loop);
 }

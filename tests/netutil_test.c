@@ -4,12 +4,47 @@
 #endif
 #include "seam.h"
 
+#include <netdb.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 
 /* Sockets of each family fail by a name of their own. */
 #undef t_sys_socket
 #define t_sys_socket(family, type, protocol) \
     (t_fault(socket_name(family)) ? -1 : socket(family, type, protocol))
+
+/* At the elsewhere_at-th look at a file it is on another device: a mount has come over it. */
+static int elsewhere_at, looks;
+
+static int look(int rc, struct stat *info)
+{
+    info->st_dev += ++looks == elsewhere_at;
+    return rc;
+}
+
+#undef t_sys_lstat
+#undef t_sys_fstat
+#define t_sys_lstat(path, info) (t_fault("lstat") ? -1 : look(lstat(path, info), info))
+#define t_sys_fstat(fd, info) (t_fault("fstat") ? -1 : look(fstat(fd, info), info))
+
+/* What a name's addresses are, or why there are none; else the system says. */
+static struct addrinfo *known;
+static int resolver_says;
+
+static int resolve_known(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **all)
+{
+    if (resolver_says != 0) {
+        errno = EMFILE;
+        return resolver_says;
+    }
+    *all = known;
+    return known != NULL ? 0 : getaddrinfo(host, service, hints, all);
+}
+
+#undef t_sys_getaddrinfo
+#undef t_sys_freeaddrinfo
+#define t_sys_getaddrinfo(...) (t_fault("getaddrinfo") ? EAI_MEMORY : resolve_known(__VA_ARGS__))
+#define t_sys_freeaddrinfo(all) ((all) == known ? (void)0 : freeaddrinfo(all))
 
 static const char *socket_name(int family)
 {
@@ -333,6 +368,112 @@ TEST_ONCE(refused_bind_is_an_error)
         CHECK_INT(t_log_lines, 0);
         CHECK_INT(t_open_fds(), before);
     }
+}
+
+static int binds;
+
+/* Every second socket finds its port in use. */
+static void refuse_second(const char *name)
+{
+    if (strcmp(name, "bind") == 0) {
+        t_fail_call("bind", EADDRINUSE, ++binds % 2 == 0 ? 1 : 0, false);
+    }
+}
+
+/* A port that the kernel chose is given up as often as it takes, but not for ever. */
+TEST_ONCE(port_that_suits_both_families_is_not_looked_for_for_ever)
+{
+    int fds[CAPACITY], before = t_open_fds();
+    if (!t_has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    t_seen = refuse_second;
+    CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY), -EADDRINUSE);
+    t_seen = NULL;
+    allow();
+    CHECK_INT(binds, 2 * 16);
+    CHECK_INT(t_open_fds(), before);
+}
+
+/* IPv6 without addresses, as where it is switched off, costs only who asks for an address of it. */
+TEST_ONCE(family_without_addresses_does_not_cost_the_other)
+{
+    tsrv_bind_options v6_only = {0};
+    int fds[CAPACITY], before = t_open_fds();
+    v6_only.family = AF_INET6;
+    if (!t_has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    t_fail_call("bind", EADDRNOTAVAIL, 2, false);
+    CHECK_INT(tsrv_bind_sockets(0, NULL, NULL, fds, CAPACITY), 1);
+    CHECK_INT(t_fault_hits, 1);
+    CHECK_INT(family_of(fds[0]), AF_INET);
+    t_close_all(fds, 1);
+    t_fail_call("bind", EADDRNOTAVAIL, 1, false);
+    CHECK_INT(tsrv_bind_sockets(0, "::1", NULL, fds, CAPACITY), -EADDRNOTAVAIL);
+    t_fail_call("bind", EADDRNOTAVAIL, 1, false);
+    CHECK_INT(tsrv_bind_sockets(0, NULL, &v6_only, fds, CAPACITY), -EADDRNOTAVAIL);
+    allow();
+    CHECK_INT(t_open_fds(), before);
+}
+
+/* A result of getaddrinfo; scope counts for IPv6. */
+static struct addrinfo *one_known(struct addrinfo *next, const char *number, unsigned scope)
+{
+    static struct sockaddr_in v4;
+    static struct sockaddr_in6 v6[4];
+    static struct addrinfo entries[6];
+    static int used, used_v6;
+    struct addrinfo *entry = &entries[used++];
+    memset(entry, 0, sizeof *entry);
+    if (inet_pton(AF_INET, number, &v4.sin_addr) == 1) {
+        v4.sin_family = AF_INET;
+        entry->ai_addr = (struct sockaddr *)&v4;
+        entry->ai_addrlen = sizeof v4;
+    } else {
+        struct sockaddr_in6 *name = &v6[used_v6++];
+        memset(name, 0, sizeof *name);
+        CHECK(inet_pton(AF_INET6, number, &name->sin6_addr) == 1);
+        name->sin6_family = AF_INET6;
+        name->sin6_scope_id = scope;
+        entry->ai_addr = (struct sockaddr *)name;
+        entry->ai_addrlen = sizeof *name;
+    }
+    entry->ai_family = entry->ai_addr->sa_family;
+    entry->ai_next = next;
+    return entry;
+}
+
+/* As macOS has it: "localhost" is an address of a link, too. What comes twice is bound once. */
+TEST_ONCE(results_that_come_twice_or_belong_to_a_link_are_passed_over)
+{
+    struct addrinfo *v6 = one_known(one_known(one_known(NULL, "::1", 0), "::1", 1), "::1", 0);
+    int fds[CAPACITY];
+    if (!t_has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    known = one_known(one_known(v6, "127.0.0.1", 0), "127.0.0.1", 0);
+    CHECK_INT(tsrv_bind_sockets(0, "localhost", NULL, fds, CAPACITY), 2);
+    CHECK_INT(family_of(fds[0]), AF_INET);
+    CHECK_INT(family_of(fds[1]), AF_INET6);
+    t_close_all(fds, 2);
+    /* Of a name that was asked for no address may be missing. */
+    t_fail_call("bind", EADDRNOTAVAIL, 2, false);
+    CHECK_INT(tsrv_bind_sockets(0, "both", NULL, fds, CAPACITY), -EADDRNOTAVAIL);
+    allow();
+    known = NULL;
+}
+
+TEST_ONCE(resolvers_failure_of_the_system_is_told_as_it_is)
+{
+    int fd;
+    resolver_says = EAI_SYSTEM;
+    CHECK_INT(tsrv_bind_sockets(0, "localhost", NULL, &fd, 1), -EMFILE);
+    resolver_says = EAI_MEMORY;
+    CHECK_INT(tsrv_bind_sockets(0, "localhost", NULL, &fd, 1), -ENOMEM);
+    resolver_says = EAI_FAIL;
+    CHECK_INT(tsrv_bind_sockets(0, "localhost", NULL, &fd, 1), TSRV_ERESOLVE);
+    resolver_says = 0;
 }
 
 /* ---- unix sockets -------------------------------------------------------------------------*/
@@ -810,6 +951,80 @@ TEST_ONCE(unix_mode_is_right_in_every_way)
     CHECK(rmdir(directory) == 0);
 }
 
+/* What fails before the socket listens is an error, and no file is left. */
+TEST_ONCE(unix_socket_that_cannot_listen_leaves_no_file)
+{
+    static const struct {
+        const char *denied;
+        int code, at;
+        bool sticky;
+    } rows[] = {{"open", EMFILE, 2, false}, {"fstat", EIO, 2, false}, {"chmod", EPERM, 1, false},
+                {"chmod", ENOENT, 1, true},  {"fstat", EIO, 1, false},  {"listen", EADDRINUSE, 1, false},
+                {"lstat", EACCES, 1, false}};
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
+    int before = t_open_fds();
+    umask(027);
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_bind_options options = {0};
+        int fd;
+        options.unix_mode = 0666;
+        t_fail_call(rows[i].denied, rows[i].code, rows[i].at, rows[i].sticky);
+        CHECK_INT(tsrv_bind_unix_socket(path, &options, &fd), -rows[i].code);
+        CHECK_INT(t_fault_hits, rows[i].sticky ? 2 : 1);
+        allow();
+        CHECK_INT(t_open_fds(), before);
+        CHECK(access(path, F_OK) != 0);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+
+#if TSRVI_HAS_O_PATH
+/* An inode's number says nothing without its device: at one look at a time there is another file. The first look is
+ * whether something is in the way, and the two that are kept for later say nothing now. */
+TEST_ONCE(file_on_another_device_is_not_ours)
+{
+    static const int codes[] = {-EADDRINUSE, TSRV_OK, TSRV_OK, -EADDRINUSE, -EADDRINUSE, TSRV_OK};
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
+    int before = t_open_fds();
+    umask(027);
+    for (int i = 0; i < (int)(sizeof codes / sizeof codes[0]); i++) {
+        tsrv_bind_options options = {0};
+        int fd;
+        options.unix_mode = 0666;
+        looks = 0;
+        elsewhere_at = i + 2;
+        CHECK_INT(tsrv_bind_unix_socket(path, &options, &fd), codes[i]);
+        elsewhere_at = 0;
+        CHECK(looks >= 6);
+        if (codes[i] == TSRV_OK) {
+            tsrvi_bound_close(fd);
+            CHECK_INT(access(path, F_OK) == 0, i < 3); /* who does not know it leaves it */
+        }
+        CHECK_INT(t_open_fds(), before);
+        unlink(path);
+    }
+    CHECK(rmdir(directory) == 0);
+}
+#endif
+
+static int locks;
+
+static void count_locks(const char *name)
+{
+    locks += strcmp(name, "flock") == 0;
+}
+
+/* The directory to lock is the root. What has the name stays. */
+TEST_ONCE(unix_path_in_the_root)
+{
+    int fd, before = t_open_fds();
+    t_seen = count_locks;
+    CHECK_INT(tsrv_bind_unix_socket("/tmp", NULL, &fd), -EEXIST);
+    t_seen = NULL;
+    CHECK_INT(locks, 2); /* and unlocked */
+    CHECK_INT(t_open_fds(), before);
+}
+
 #ifdef __linux__
 static const char *watched_path;
 static mode_t first_mode;
@@ -970,6 +1185,61 @@ TEST_ONCE(listening_ends_at_once_and_only_for_what_was_bound)
     CHECK_INT(t_open_fds(), before);
 }
 
+/* Those that the program has closed make room. Where there is none, and no memory, nothing is bound. */
+TEST_ONCE(room_for_what_was_bound_is_made_or_asked_for)
+{
+    int fds[TSRVI_BOUND_FEW], before = t_open_fds(), fd;
+    for (int round = 0; round < 2; round++) {
+        for (int i = 0; i < TSRVI_BOUND_FEW; i++) {
+            CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fds[i], 1), 1);
+        }
+        t_fail_call("mmap", 0, 1, true);
+        CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), -ENOMEM);
+        for (int i = round; i < TSRVI_BOUND_FEW; i++) {
+            CHECK(dup2(0, fds[i]) == fds[i]); /* their numbers stay in use */
+        }
+        CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), 1);
+        CHECK_INT(tsrvi_process.bound.count, 1 + round);
+        CHECK_INT(t_fault_hits, 1);
+        allow();
+        tsrvi_bound_close(fd);
+        tsrvi_bound_refuse_all(true, 0);
+        CHECK_INT(tsrvi_process.bound.count, 0);
+        t_close_all(fds, TSRVI_BOUND_FEW);
+        CHECK_INT(t_open_fds(), before);
+    }
+}
+
+#if defined(__linux__) && defined(O_PATH)
+/* A socket's file at the number of a listener is another device's. */
+TEST_ONCE(file_of_a_socket_is_not_taken_for_the_socket)
+{
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
+    int fd, got;
+    make_stale(path);
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), 1);
+    CHECK_INT(tsrvi_bound_get(&got, 1), 1);
+    int file = open(path, O_PATH);
+    CHECK(file >= 0 && dup2(file, fd) == fd);
+    t_close(file);
+    CHECK_INT(tsrvi_bound_get(&got, 1), 0);
+    t_close(fd);
+    CHECK(unlink(path) == 0 && rmdir(directory) == 0);
+}
+#endif
+
+/* What somebody else has made is nobody's here. */
+TEST_ONCE(socket_that_was_not_bound_here_is_not_known)
+{
+    int fd = t_raw_socket(SOCK_STREAM, true, NULL);
+    tsrvi_bound_claim(fd);
+    CHECK(!tsrvi_bound_has_file(fd));
+    tsrvi_bound_forget(fd);
+    CHECK(listens(fd));
+    CHECK_INT(tsrvi_process.bound.count, 0);
+    t_close(fd);
+}
+
 /* It takes no new descriptor; where it fails that is said. */
 TEST_ONCE(listening_ends_without_a_free_descriptor)
 {
@@ -1077,6 +1347,68 @@ TEST_ONCE(internet_addresses_as_text)
         CHECK_INT(tsrv_address_port(&address), rows[i].port);
         CHECK_INT(tsrv_address_family(&address), rows[i].family);
     }
+}
+
+/* An address of a link is one only with the link's number. */
+TEST_ONCE(addresses_of_links_have_their_number)
+{
+    struct sockaddr_in6 v6;
+    memset(&v6, 0, sizeof v6);
+    v6.sin6_family = AF_INET6;
+    v6.sin6_port = htons(80);
+    CHECK(inet_pton(AF_INET6, "fe80::1", &v6.sin6_addr) == 1);
+    tsrv_address none = make_address(&v6, sizeof v6);
+    v6.sin6_scope_id = 3;
+    tsrv_address third = make_address(&v6, sizeof v6);
+    check_format(&none, "[fe80::1]:80");
+    check_format(&third, "[fe80::1%3]:80");
+    CHECK(!tsrvi_address_same(&none, &third));
+    CHECK(tsrvi_address_same(&third, &third));
+}
+
+TEST_ONCE(same_addresses)
+{
+    static const struct {
+        const char *one, *two;
+    } rows[] = {{"::1", "::2"}, {"::1", "127.0.0.1"}, {"127.0.0.1", "127.0.0.2"}};
+    struct sockaddr_un name = t_unix_address("/run/x");
+    tsrv_address path = make_address(&name, sizeof name), nothing, unknown;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        tsrv_address one = make_ip(rows[i].one, 80), two = make_ip(rows[i].two, 80), port = make_ip(rows[i].one, 81);
+        CHECK(tsrvi_address_same(&one, &one));
+        CHECK(!tsrvi_address_same(&one, &two));
+        CHECK(!tsrvi_address_same(&one, &port));
+        CHECK(!tsrvi_address_same(&one, &path));
+    }
+    memcpy(name.sun_path, "\0ab", 3);
+    tsrv_address ab = make_address(&name, offsetof(struct sockaddr_un, sun_path) + 3);
+    name.sun_path[2] = 'c';
+    tsrv_address ac = make_address(&name, offsetof(struct sockaddr_un, sun_path) + 3);
+    CHECK(tsrvi_address_same(&ab, &ab));
+    CHECK(!tsrvi_address_same(&ab, &ac));
+    memset(&nothing, 0, sizeof nothing);
+    name.sun_family = 200;
+    unknown = make_address(&name, sizeof name);
+    CHECK(tsrvi_address_same(&nothing, &nothing));
+    CHECK(tsrvi_address_same(&unknown, &unknown));
+    CHECK(!tsrvi_address_same(&nothing, &unknown));
+}
+
+/* A peer is kept as its address; of a family that is not known nothing is. */
+TEST_ONCE(peers_of_unknown_families_are_unknown)
+{
+    struct sockaddr_un name = t_unix_address("/run/x");
+    char text[TSRV_ADDRESS_SIZE];
+    tsrvi_peer peer;
+    memset(&peer, 0, sizeof peer);
+    name.sun_family = 200;
+    tsrv_address unknown = make_address(&name, sizeof name), loaded;
+    CHECK_INT(tsrvi_peer_store(&peer, &unknown), TSRV_OK);
+    CHECK_INT(t_live_allocations, 0);
+    tsrvi_peer_load(&peer, &loaded);
+    CHECK_INT(loaded.size, 0);
+    CHECK_STR(tsrv_address_format(&loaded, text, sizeof text), "unknown");
+    tsrvi_peer_free(&peer);
 }
 
 TEST_ONCE(unix_addresses_as_text)

@@ -139,6 +139,10 @@ TEST_ONCE(binary_headers_say_who_the_client_is)
     put("abc", 3);
     CHECK_STR(parsed(&proxied), "-");
     CHECK_INT(proxied.tlvs, built_size);
+    begin_header(0x21, 0x01, sizeof four); /* a stream of an unknown family */
+    put(four, sizeof four);
+    memset(built + 16, 0, sizeof four); /* TLVs that say nothing */
+    CHECK_STR(parsed(&proxied), "-");
     begin_header(0x21, 0x12, sizeof four); /* a datagram */
     put(four, sizeof four);
     CHECK_STR(parsed(&proxied), "-");
@@ -328,7 +332,7 @@ TEST_ONCE(lists_say_whom_to_trust)
 TEST_ONCE(lists_with_mistakes_are_refused)
 {
     static const char *const bad[] = {"10.0.0.0/33", "10.0.0", "::1/129", "unix:/run/x", "localhost", "10.0.0.0/", "10.0.0.0/8x",
-                                      "/8", "10.0.0.0/-1", "10.0.0.0//8", "1.2.3.4;5.6.7.8"};
+                                      "::1/x", "/8", "10.0.0.0/-1", "10.0.0.0//8", "1.2.3.4;5.6.7.8"};
     tsrv_server_options options = {0};
     tsrv_server *server;
     options.handle_stream = echo_lines;
@@ -662,6 +666,88 @@ TEST_PLAIN_SOFT(on_accept_may_end_what_it_is_asked_for)
     }
 }
 
+/* Who has not introduced itself when the server stops may come in, unless on_accept lets nobody in any more. */
+TEST_PLAIN_SOFT(on_accept_is_asked_also_when_nobody_listens)
+{
+    for (int drains = 0; drains <= 1; drains++) {
+        tsrv_server_options options = {0};
+        int what = DRAIN_SERVER;
+        options.max_per_address = 2;
+        options.on_accept = drains ? meddle : note_accept;
+        options.context = drains ? &what : NULL;
+        open_proxied(options);
+        accepted = 0;
+        int fd = s_join();
+        tsrv_server_stop(s_server);
+        t_sends(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+        if (drains) {
+            s_expect_reset(fd);
+            t_close(fd);
+        } else {
+            s_expect(fd, "hi\n");
+            s_finish(fd);
+            s_until(&s_closed, 1);
+        }
+        CHECK_INT(accepted, 1);
+        CHECK_INT(s_stats().refused, drains);
+        CHECK_INT(s_server->addresses.used, 0);
+        s_close();
+    }
+}
+
+/* In a drain it is asked, too; and another one changes nothing. */
+TEST_PLAIN_SOFT(on_accept_is_asked_in_a_drain)
+{
+    tsrv_server_options options = {0};
+    int what = DRAIN_SERVER;
+    options.on_accept = meddle;
+    options.context = &what;
+    open_proxied(options);
+    int fd = s_join();
+    t_sends(fd, "PROXY");
+    s_settle();
+    s_drainer d = s_new_drain(9000);
+    s_begin_drain(&d);
+    t_sends(fd, " TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+    s_expect(fd, "hi\n");
+    s_finish(fd);
+    s_check_drain(&d, TSRV_OK, 0, 1000);
+    CHECK_INT(accepted, 1);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(s_stats().refused, 0);
+    s_close();
+}
+
+static int abort_unseen(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    accepted++;
+    CHECK(tsrv_server_next(server, NULL) == NULL);
+    tsrv_abort(TSRVI_CONTAINER(server->streams.next, tsrv_stream, link));
+    return TSRV_OK;
+}
+
+/* The program does not know the stream; whatever ends it then, it is over and counts no more. */
+TEST_PLAIN_SOFT(stream_that_ends_while_on_accept_is_asked_is_over)
+{
+    tsrv_server_options options = {0};
+    options.max_per_address = 1;
+    options.on_accept = abort_unseen;
+    open_proxied(options);
+    for (int i = 0; i < 2; i++) {
+        int fd = s_join();
+        t_sends(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\nhi\n");
+        s_expect_reset(fd);
+        t_close(fd);
+        CHECK_INT(accepted, i + 1);
+        CHECK_INT(s_server->addresses.used, 0);
+    }
+    CHECK_INT(s_stats().refused, 0);
+    CHECK_INT(s_stats().open, 0);
+    CHECK_INT(s_closed, 0);
+    s_close();
+}
+
 /* A server that is stopped, drained or freed meanwhile: who has not introduced itself is not in its way. */
 TEST_PLAIN_SOFT(header_that_is_awaited_survives_a_stop_and_no_more)
 {
@@ -828,5 +914,51 @@ TEST_COROUTINE(clients_say_for_whom_they_connect)
     CHECK_INT(tsrv_spawn(s_loop, connect_for, own), TSRV_OK);
     s_until(&connected, 2);
     s_until(&s_closed, 2);
+    s_close();
+}
+
+/* Who finds no memory to say it has no connection. */
+static void connect_in_vain(void *context)
+{
+    tsrv_connect_options options = {0};
+    tsrv_address client;
+    tsrv_stream *stream = NULL;
+    int rc = -ENOMEM;
+    memset(&client, 0, sizeof client);
+    options.proxy_for = &client;
+    for (long at = 1; rc != TSRV_OK; at++) {
+        CHECK(at < 20);
+        t_fail_call("malloc", 0, at, false);
+        rc = tsrv_connect("127.0.0.1", s_port, &options, &stream);
+        CHECK_INT(rc, t_fault_hits > 0 ? -ENOMEM : TSRV_OK);
+        CHECK((stream != NULL) == (rc == TSRV_OK));
+        t_fault_at = 0;
+    }
+    CHECK(tsrv_unsent_size(stream) > 0);
+    tsrv_close(stream);
+    *(int *)context = 1;
+}
+
+TEST_COROUTINE(client_that_cannot_say_for_whom_it_connects)
+{
+    int over = 0;
+    open_proxied(defaults);
+    CHECK_INT(tsrv_spawn(s_loop, connect_in_vain, &over), TSRV_OK);
+    s_until(&over, 1);
+    s_settle();
+    s_close();
+}
+
+/* A header that has others. */
+TEST_PLAIN_SOFT(tlv_that_did_not_come_is_none)
+{
+    open_proxied(defaults);
+    int fd = s_join();
+    build_four();
+    put_tlv(5, "example.org", 11);
+    put("\n", 1);
+    t_send(fd, built, built_size);
+    s_expect(fd, "1.2.3.4:4660 by 127.0.0.1, \n");
+    s_finish(fd);
     s_close();
 }

@@ -3,6 +3,34 @@
 /* What a connection costs is what it costs in production. */
 #undef TSRV_DEBUG
 
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include "seam.h"
+
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+static bool crowded; /* there is always one more who waits for a listener */
+static int crowd_size;
+
+static int accept_of_crowd(int fd, struct sockaddr *peer, socklen_t *size)
+{
+    struct sockaddr_in address;
+    if (!crowded) {
+        return accept(fd, peer, size);
+    }
+    memset(&address, 0, sizeof address);
+    address.sin_family = AF_INET;
+    memcpy(peer, &address, sizeof address);
+    *size = sizeof address;
+    crowd_size++;
+    return socket(AF_INET, SOCK_STREAM, 0);
+}
+
+#undef t_sys_accept
+#define t_sys_accept(...) (t_fault("accept") ? -1 : accept_of_crowd(__VA_ARGS__))
+
 #include "script.h"
 
 #include "handlers.h"
@@ -533,6 +561,22 @@ TEST_ONCE(a_server_that_cannot_be_made_leaves_nothing)
         CHECK((server != NULL) == (rc == TSRV_OK));
     }
     tsrv_server_free(server);
+}
+
+/* A stop takes those who wait, however many are refused; but it is not held for ever. */
+TEST_ONCE(stop_is_not_held_by_a_crowd_without_end)
+{
+    tsrv_server_options options = {0};
+    options.proxy_protocol = TSRV_PROXY_REQUIRED;
+    options.proxy_from = "10.0.0.0/8"; /* which refuses them all */
+    s_open_with(echo_lines, options);
+    __atomic_fetch_or(&tsrvi_process.without, TSRVI_WITHOUT_ACCEPT4, __ATOMIC_RELAXED);
+    crowded = true;
+    tsrv_server_stop(s_server);
+    crowded = false;
+    CHECK_INT(crowd_size, TSRVI_LAST);
+    CHECK_INT(s_stats().refused, TSRVI_LAST);
+    s_close();
 }
 
 TEST_ONCE(what_is_no_network_is_refused)

@@ -1906,3 +1906,253 @@ TEST_ONCE(list_of_files_that_is_malformed_is_read_as_far_as_it_makes_sense)
     tsrvi_handed_read_files("99999999999999999999,4,");
     CHECK(!file[1]);
 }
+
+/* ---- the program before this one, and what does not answer ----------------------------------*/
+
+/* As an upgrade starts a program: the other end of a pipe, whose reader waits. */
+static int open_predecessor(void)
+{
+    int ends[2], away;
+    CHECK(pipe(ends) == 0);
+    away = fcntl(ends[0], F_DUPFD, AWAY);
+    CHECK(away >= AWAY && fcntl(ends[1], F_DUPFD, AWAY) == away + 1);
+    t_close(ends[0]);
+    t_close(ends[1]);
+    CHECK(fcntl(away, F_SETFL, O_NONBLOCK) == 0);
+    set_number("TSRV_READY_FD", away + 1);
+    return away;
+}
+
+/* What is said to be its pipe is closed, or of no use. */
+static void no_predecessor(void *context)
+{
+    const char *fails = (const char *)context;
+    int end = open_predecessor(), fds[CAPACITY];
+    char byte;
+    if (fails != NULL) {
+        t_fail_call(fails, EBADF, 1, true);
+    } else {
+        t_close(end + 1);
+    }
+    CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 0);
+    t_fault_at = 0;
+    CHECK_INT(tsrv_notify("READY=1"), 0);
+    CHECK_INT(read(end, &byte, 1), fails == NULL ? 0 : -1);
+    CHECK(getenv("TSRV_READY_FD") == NULL);
+    if (fails != NULL) {
+        t_close(end + 1);
+    }
+    t_close(end);
+}
+
+TEST_ONCE(predecessor_that_cannot_be_told_is_none)
+{
+    static char calls[][8] = {"fstat", "fcntl"};
+    apart(no_predecessor, NULL);
+    apart(no_predecessor, calls[0]);
+    apart(no_predecessor, calls[1]);
+}
+
+/* Full or empty, its pipe tells that it waits; so does one that cannot be asked. */
+static void predecessor_waits(void *context)
+{
+    static char zeros[4096];
+    const char *path = (const char *)context;
+    int end = open_predecessor(), fds[CAPACITY], fd;
+    CHECK(!tsrvi_handed_waits()); /* nobody has looked */
+    CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 0);
+    CHECK(tsrvi_handed_waits());
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    tsrvi_bound_close(fd);
+    CHECK(access(path, F_OK) == 0); /* it may be the one before it that serves there */
+    t_fail_call("poll", EINTR, 1, false);
+    CHECK(tsrvi_handed_waits());
+    t_fault_at = 0;
+    while (write(end + 1, zeros, sizeof zeros) > 0) {
+    }
+    CHECK(tsrvi_handed_waits());
+    t_close(end);
+    CHECK(!tsrvi_handed_waits());
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    tsrvi_bound_close(fd);
+    CHECK(access(path, F_OK) != 0);
+    CHECK_INT(tsrvi_handed_take_ready(), end + 1);
+    t_close(end + 1);
+}
+
+TEST_ONCE(predecessor_that_waits_keeps_the_files)
+{
+    const char *directory = t_make_directory();
+    apart(predecessor_waits, unix_address(directory, "socket") + 5);
+    remove_directory(directory);
+}
+
+/* A socket that does not tell its address is not the one that is asked for, and yet it is there. */
+static void take_nameless(void *context)
+{
+    int fds[CAPACITY] = {listen_at("127.0.0.1", 0)}, port = port_of(fds[0]), got;
+    (void)context;
+    hand_over(fds, 1);
+    t_fail_call("getsockname", EBADF, 1, false);
+    CHECK_INT(tsrv_bind_sockets(port, "127.0.0.1", NULL, &got, 1), -EADDRINUSE);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_INT(tsrv_bind_sockets(port, "127.0.0.1", NULL, &got, 1), 1);
+    CHECK_INT(got, FIRST);
+    t_close(got);
+}
+
+static void leave_nameless(void *context)
+{
+    int end = open_predecessor(), fds[CAPACITY] = {listen_at("127.0.0.1", 0)};
+    (void)context;
+    tsrv_set_log(keep_log, NULL);
+    hand_over(fds, 1);
+    t_fail_call("getsockname", EBADF, 1, true);
+    tsrvi_handed_close_rest();
+    t_fault_at = 0;
+    CHECK_INT(logged("upgrade: nothing listens on  any more"), 1);
+    CHECK(!t_is_open(FIRST));
+    CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 0);
+    t_close(end);
+    t_close(end + 1);
+}
+
+TEST_ONCE(socket_that_does_not_tell_its_address)
+{
+    apart(take_nameless, NULL);
+    apart(leave_nameless, NULL);
+}
+
+/* Which socket takes IPv4's connections too: of three the first is for one address, the second is it. */
+static void cover(void *context)
+{
+    int port = port_of_neither(), got[CAPACITY];
+    int fds[CAPACITY] = {bind_at(make_endpoint("::1", port), SOCK_STREAM, 0), listen_dual(0),
+                         listen_at("127.0.0.1", 0)};
+    CHECK(listen(fds[0], 16) == 0);
+    in_port_t one = htons((uint16_t)port), dual = htons((uint16_t)port_of(fds[1]));
+    (void)context;
+    hand_over(fds, 3);
+    CHECK(!tsrvi_handed_covers(one));
+    CHECK(tsrvi_handed_covers(dual));
+    t_fail_call("getsockname", EBADF, 1, true);
+    CHECK(!tsrvi_handed_covers(dual));
+    t_fail_call("getsockopt", EBADF, 1, true);
+    CHECK(!tsrvi_handed_covers(dual));
+    t_fault_at = 0;
+    CHECK_INT(tsrv_listen_fds(got, CAPACITY), 3);
+    CHECK(!tsrvi_handed_covers(dual)); /* it is taken */
+    t_close_all(got, 3);
+}
+
+TEST_ONCE(socket_for_both_families_is_told_from_others)
+{
+    if (!t_has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    apart(cover, NULL);
+}
+
+/* A TCP socket whose address would be the path of a file, if it were a unix socket's: and there is that file. */
+static int listen_like_a_path(int *file)
+{
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    char path[16] = "";
+    int fd = listen_at("127.0.0.1", 0);
+    CHECK(getsockname(fd, (struct sockaddr *)&name, &size) == 0);
+    memcpy(path, (char *)&name + offsetof(struct sockaddr_un, sun_path), 4); /* its port, then 127.0 */
+    if (strchr(path, '/') != NULL || path[0] == 0) {
+        int other = listen_like_a_path(file); /* on another port */
+        t_close(fd);
+        return other;
+    }
+    struct sockaddr_un local = t_unix_address(path);
+    *file = socket(AF_UNIX, SOCK_STREAM, 0);
+    CHECK(bind(*file, (struct sockaddr *)&local, sizeof local) == 0);
+    return fd;
+}
+
+/* A file goes with a unix socket alone, and with one that tells its path. */
+static void files_of_some(void *context)
+{
+    const char *directory = (const char *)context;
+    CHECK(chdir(directory) == 0);
+    int end = open_predecessor(), got[CAPACITY], file;
+    int fds[CAPACITY] = {listen_like_a_path(&file), listen_at(unix_address(directory, "one"), 0),
+                         listen_at(unix_address(directory, "other"), 0)};
+    char name[TSRVI_FD_NAME_SIZE];
+    t_close(file);
+    set_text("TSRV_FILE_FDS", "3,4,5,");
+    set_text("LISTEN_FDNAMES", "http:one:other:more");
+    hand_over(fds, 3);
+    t_fail_call("getsockname", EBADF, 2, false);
+    CHECK_INT(tsrv_listen_fds(got, CAPACITY), 3);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK(!tsrvi_bound_has_file(FIRST));
+    CHECK(!tsrvi_bound_has_file(FIRST + 1));
+    CHECK(tsrvi_bound_has_file(FIRST + 2));
+    CHECK_STR(tsrvi_handed_name(FIRST + 2, name, sizeof name), "other");
+    CHECK_STR(tsrvi_handed_name(FIRST + 3, name, sizeof name), "");
+    CHECK_STR(tsrvi_handed_name(FIRST - 1, name, sizeof name), "");
+    t_close_all(got, 3);
+    t_close(end);
+    t_close(end + 1);
+}
+
+TEST_ONCE(files_go_with_unix_sockets_that_tell_their_path)
+{
+    char *directory = t_make_directory();
+    apart(files_of_some, directory);
+    remove_directory(directory);
+}
+
+/* ---- what else does not answer ---------------------------------------------------------------*/
+
+TEST_ONCE(file_that_cannot_be_read_says_nothing)
+{
+    char text[8] = "abc";
+    t_fail_call("read", EIO, 1, false);
+    CHECK_INT(tsrvi_file_read("/dev/null", text, sizeof text), -1);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_STR(text, "");
+    CHECK_INT(tsrvi_file_read("/none/there", text, sizeof text), -1);
+    CHECK_INT(tsrvi_file_read("/dev/null", text, sizeof text), 0);
+}
+
+TEST_ONCE(controllers_are_known_by_their_whole_name)
+{
+    CHECK(tsrvi_cgroup_old_group("3:abc:/x") == NULL);
+    CHECK(tsrvi_cgroup_old_group("3:cpuset,cpuacct:/x") == NULL);
+    CHECK_STR(tsrvi_cgroup_old_group("3:abc,cpu:/x"), "/x");
+    CHECK_STR(tsrvi_cgroup_old_group("3:cpu,abc:/cpu"), "/cpu");
+}
+
+static int low_writes;
+
+static void count_writes(const char *name)
+{
+    low_writes += strcmp(name, "write") == 0;
+}
+
+/* While nobody supervises, its signals are noted and go nowhere: descriptors 0 to 2 are not ours. */
+TEST_ONCE(signal_without_a_supervisor_is_written_nowhere)
+{
+    int got = 0;
+    t_seen = count_writes;
+    for (int fd = -1; fd <= 2; fd++) {
+        tsrvi_process.supervised_wake = fd;
+        tsrvi_supervised_handler(SIGTERM);
+    }
+    t_seen = NULL;
+    tsrvi_process.supervised_wake = 0;
+    CHECK_INT(low_writes, 0);
+    for (int i = 0; i < TSRVI_SUPERVISED; i++) {
+        got += tsrvi_process.supervised_got[i];
+        tsrvi_process.supervised_got[i] = 0;
+    }
+    CHECK_INT(got, 1);
+}

@@ -339,6 +339,187 @@ TEST_LOOP(failing_listen_is_logged_and_leaves_nothing)
     close_site(&s);
 }
 
+/* Every failure says where it was to listen; a unix socket has no port. */
+TEST_ONCE(failing_listen_says_where)
+{
+    static const struct {
+        const char *address, *text;
+    } rows[] = {{NULL, "cannot listen on * port 70000: "},
+                {"", "cannot listen on * port 70000: "},
+                {"127.0.0.1", "cannot listen on 127.0.0.1 port 70000: "},
+                {"unix:/none/there", "cannot listen on unix:/none/there: "}};
+    int entered = 0;
+    site s = open_site(echo_options(&entered));
+    t_watch_log();
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        CHECK(tsrv_server_listen(s.server, 70000, rows[i].address, NULL) < 0);
+        CHECK(strncmp(t_log, rows[i].text, strlen(rows[i].text)) == 0);
+    }
+    CHECK_INT(t_log_lines, COUNT(rows));
+    CHECK_INT(tsrv_server_add_sockets(s.server, NULL, -1), TSRV_EINVAL);
+    CHECK_INT(tsrv_server_add_sockets(s.server, NULL, 0), TSRV_OK);
+    close_site(&s);
+}
+
+/* What is bound before a failure is closed, and what was bound with it. */
+TEST_ONCE(failing_bind_closes_all_of_an_address)
+{
+    int entered = 0, kept = -1;
+    tsrv_address address;
+    if (!t_has_ipv6()) {
+        SKIP("IPv6 loopback");
+    }
+    site s = open_site(echo_options(&entered));
+    t_watch_log();
+    CHECK_INT(tsrv_server_bind(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
+    kept = s.server->bound[0].fd;
+    int before = t_open_fds();
+    for (long at = 1; at <= 2; at++) {
+        t_fail_call("realloc", 0, at, false);
+        CHECK_INT(tsrv_server_bind(s.server, 0, NULL, NULL), -ENOMEM);
+        CHECK_INT(t_fault_hits, 1);
+        t_fault_at = 0;
+        CHECK_INT(t_open_fds(), before);
+        CHECK_INT(t_log_lines, at);
+        CHECK(strncmp(t_log, "cannot bind on * port 0: ", 25) == 0);
+        CHECK_INT(s.server->bound_count, 1);
+        CHECK_INT(s.server->bound[0].fd, kept);
+    }
+    CHECK_INT(tsrv_server_address(s.server, 1, &address), TSRV_EINVAL);
+    close_site(&s);
+}
+
+/* A listener that comes while the server is full is deaf until there is room again. */
+TEST_LOOP(listener_that_comes_in_a_pause_waits_for_its_end)
+{
+    int entered = 0;
+    tsrv_stats stats;
+    tsrv_server_options options = echo_options(&entered);
+    options.max_connections = 1;
+    site s = open_site(options);
+    int port = t_listen(s.server), first = t_connect(port), second = t_connect(port);
+    do {
+        CHECK(tsrv_loop_run_once(s.loop, 10) > 0);
+        tsrv_server_stats(s.server, &stats);
+    } while (stats.accept_pauses < 1);
+    CHECK_INT(tsrv_server_listen(s.server, 0, "127.0.0.1", NULL), TSRV_OK);
+    int third = t_connect(t_port(s.server, 1));
+    run_for(s.loop, 20);
+    tsrv_server_stats(s.server, &stats);
+    CHECK_INT(stats.accept_pauses, 1); /* nor does it pause once more */
+    CHECK_INT(entered, 1);
+    t_close(first);
+    t_turn_until(s.loop, &entered, 2);
+    t_close(second);
+    t_turn_until(s.loop, &entered, 3);
+    t_sends(third, "third\n");
+    t_turn_until_text(s.loop, third, "third\n");
+    t_close(third);
+    close_site(&s);
+}
+
+/* ---- whose loop it is ----------------------------------------------------------------------*/
+
+static tsrv_server *listening;
+
+static void listen_here(void *context)
+{
+    *(int *)context = tsrv_server_listen(listening, 0, "127.0.0.1", NULL);
+}
+
+/* Options of a loop are for one that is made: not where the thread has its own, or runs another one. */
+TEST_ONCE(loop_of_the_thread_is_made_once)
+{
+    tsrv_loop_options loop_options = {0};
+    tsrv_server_options options = {0};
+    int entered = 0, rc = 1;
+    loop_options.slow_ms = 77;
+    options = echo_options(&entered);
+    options.loop_options = &loop_options;
+    tsrv_loop *running = t_new_loop();
+    CHECK_INT(tsrv_server_new(&listening, &options), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(running, listen_here, &rc), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(running, 0), 1);
+    CHECK_INT(rc, TSRV_OK);
+    CHECK(listening->loop == running);
+    tsrv_server_free(listening);
+    CHECK_INT(tsrv_loop_free(running), TSRV_OK);
+    CHECK_INT(tsrv_server_new(&listening, &options), TSRV_OK);
+    t_fail_call("malloc", 0, 1, false);
+    t_watch_log();
+    CHECK_INT(tsrv_server_listen(listening, 0, "127.0.0.1", NULL), -ENOMEM);
+    t_fault_at = 0;
+    CHECK(listening->loop == NULL);
+    tsrv_loop *own = tsrv_loop_current();
+    CHECK_INT(tsrv_server_listen(listening, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK(listening->loop == own && own->slow.limit != 77 * TSRVI_MS);
+    tsrv_server_free(listening);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+}
+
+/* ---- without room for one more timer -------------------------------------------------------*/
+
+static void to_be_refused(void *context)
+{
+    (void)context;
+    T_FAIL("this could not be begun");
+}
+
+static void connect_in_vain(void *context)
+{
+    tsrv_stream *stream = NULL;
+    *(int *)context = tsrv_connect("127.0.0.1", 1, NULL, &stream);
+}
+
+/* Whatever may need a timer later begins by making room for it: where there is none it does not begin. */
+TEST_LOOP(without_room_for_its_timers_nothing_begins)
+{
+    enum { MOST = 64 };
+    static tsrv_timer timers[MOST];
+    tsrv_server_options options;
+    tsrv_server *second;
+    tsrv_timer last = {0};
+    tsrv_stats stats;
+    int entered = 0, used = 0, connected = 1;
+    site s = open_site(options = echo_options(&entered));
+    int fd = t_connect(t_listen(s.server));
+    options.loop = s.loop;
+    CHECK_INT(tsrv_server_new(&second, &options), TSRV_OK);
+    if (TSRVI_HAS_COROUTINES) {
+        CHECK_INT(tsrv_spawn(s.loop, connect_in_vain, &connected), TSRV_OK);
+    }
+    memset(timers, 0, sizeof timers);
+    while (s.loop->heap.reserved < s.loop->heap.capacity) {
+        CHECK(used < MOST);
+        CHECK_INT(tsrv_timer_start(s.loop, &timers[used++], 3600000, to_be_refused, NULL), TSRV_OK);
+    }
+    t_watch_log();
+    t_fail_call("realloc", 0, 1, true);
+    CHECK_INT(tsrv_timer_start(s.loop, &last, 0, to_be_refused, NULL), -ENOMEM);
+    CHECK_INT(tsrv_spawn(s.loop, to_be_refused, NULL), TSRVI_HAS_COROUTINES ? -ENOMEM : TSRV_ENOTSUP);
+    CHECK_INT(tsrv_server_listen(second, 0, "127.0.0.1", NULL), -ENOMEM);
+    CHECK(second->loop == NULL);
+    do {
+        CHECK(tsrv_loop_run_once(s.loop, 10) > 0);
+        tsrv_server_stats(s.server, &stats);
+    } while (stats.accept_errors < 1);
+    CHECK_INT(connected, TSRVI_HAS_COROUTINES ? -ENOMEM : 1);
+    CHECK_INT(entered, 0);
+    if (s.loop->heap.reserved == s.loop->heap.capacity) {
+        tsrv_timer_stop(&timers[--used]);
+    }
+    CHECK_INT(s.loop->heap.capacity - s.loop->heap.reserved, 1); /* a server takes two */
+    CHECK_INT(tsrv_server_listen(second, 0, "127.0.0.1", NULL), -ENOMEM);
+    t_fault_at = 0;
+    t_expect_eof(fd);
+    while (used > 0) {
+        tsrv_timer_stop(&timers[--used]);
+    }
+    t_close(fd);
+    tsrv_server_free(second);
+    close_site(&s);
+}
+
 TEST_ONCE(server_refuses_bad_options_and_needs_no_loop)
 {
     tsrv_server_options options = {0};
@@ -846,6 +1027,83 @@ TEST_LOOP(add_stream_refuses_other_descriptors_and_closes_them)
     CHECK_INT(entered, 0);
     t_close(pipe_fds[1]);
     close_site(&s);
+}
+
+static const char *nameless[2]; /* calls that fail */
+
+static void lose_names(const char *name)
+{
+    for (int i = 0; i < 2; i++) {
+        if (nameless[i] != NULL && strcmp(nameless[i], name) == 0) {
+            t_fail_call(name, ENOTCONN, 1, true);
+        }
+    }
+}
+
+/* Nobody says whose a socket is: it is served all the same. */
+TEST_LOOP(add_stream_takes_one_without_a_peers_address)
+{
+    static const struct {
+        bool tcp;
+        const char *also, *text;
+    } rows[] = {{false, NULL, "unix:"}, {false, "getsockname", "unknown"}, {true, NULL, "unknown"}};
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        int entered = 0, fds[2], port;
+        char text[TSRV_ADDRESS_SIZE];
+        tsrv_address peer;
+        site s = open_site(echo_options(&entered));
+        if (!rows[i].tcp) {
+            CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
+        } else {
+            int listener = t_raw_socket(SOCK_STREAM, true, &port);
+            fds[1] = t_connect(port);
+            fds[0] = accept(listener, NULL, NULL);
+            t_close(listener);
+        }
+        nameless[0] = "getpeername";
+        nameless[1] = rows[i].also;
+        t_seen = lose_names;
+        CHECK_INT(tsrv_server_add_stream(s.server, fds[0]), TSRV_OK);
+        t_seen = NULL;
+        t_fault_at = 0;
+        tsrv_peer_address(tsrv_server_next(s.server, NULL), &peer);
+        CHECK_STR(tsrv_address_format(&peer, text, sizeof text), rows[i].text);
+        t_prepare(fds[1]);
+        t_sends(fds[1], "hello\n");
+        t_turn_until_text(s.loop, fds[1], "hello\n");
+        t_close(fds[1]);
+        close_site(&s);
+    }
+}
+
+/* A path that a unix client has bound takes memory. */
+TEST_LOOP(client_whose_path_finds_no_memory_is_lost)
+{
+    int entered = 0;
+    char address[100], path[100];
+    const char *directory = t_make_directory();
+    tsrv_stats stats;
+    site s = open_site(echo_options(&entered));
+    snprintf(address, sizeof address, "unix:%s/socket", directory);
+    snprintf(path, sizeof path, "%s/client", directory);
+    CHECK_INT(tsrv_server_listen(s.server, 0, address, NULL), TSRV_OK);
+    struct sockaddr_un own = t_unix_address(path), to = t_unix_address(address + 5);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    t_prepare(fd);
+    CHECK(bind(fd, (struct sockaddr *)&own, sizeof own) == 0);
+    CHECK(connect(fd, (struct sockaddr *)&to, sizeof to) == 0);
+    t_fail_call("malloc", 0, 2, false); /* the first is the stream's */
+    do {
+        CHECK(tsrv_loop_run_once(s.loop, 10) > 0);
+        tsrv_server_stats(s.server, &stats);
+    } while (stats.accept_errors < 1 && entered == 0);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_INT(entered, 0);
+    t_expect_eof(fd);
+    t_close(fd);
+    close_site(&s);
+    CHECK(unlink(path) == 0 && rmdir(directory) == 0);
 }
 
 static void count_close(tsrv_stream *stream, int reason, void *context)

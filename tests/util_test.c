@@ -37,6 +37,7 @@ static int cannot_open_again; /* descriptor 2, under /proc */
 #include "script.h"
 
 #include <ctype.h>
+#include <limits.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 
@@ -672,6 +673,27 @@ TEST_ONCE(suppressed_lines_are_told_of_with_level_and_kind)
     CHECK_STR(seen_text, "TLS: and 2 more");
 }
 
+/* Of several threads that find a window over one begins the next; one that never began is no flood's. */
+TEST_ONCE(window_begins_once)
+{
+    uint32_t since = tsrvi_process.log.kinds[TSRVI_LOG_TLS].since;
+    tsrv_set_log(see_line, NULL);
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].count = 100;
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].level = TSRV_LOG_ERROR;
+    tsrvi_log_turn(TSRVI_LOG_TLS, since + 1, since + 5);
+    CHECK_INT(seen_lines, 0);
+    CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].since, since);
+    tsrvi_log_turn(TSRVI_LOG_TLS, since, since + 5);
+    CHECK_INT(seen_lines, 1);
+    CHECK_STR(seen_text, "TLS: and 90 more");
+    CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].since, since + 5);
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].count = 100;
+    tsrvi_process.log.kinds[TSRVI_LOG_TLS].length = 0;
+    tsrvi_log_turn(TSRVI_LOG_TLS, since + 5, since + 5);
+    CHECK_INT(seen_lines, 2);
+    CHECK_INT(tsrvi_process.log.kinds[TSRVI_LOG_TLS].length, TSRVI_LOG_WINDOW);
+}
+
 static void *log_limited_lines(void *context)
 {
     (void)context;
@@ -1001,6 +1023,22 @@ TEST_ONCE(move_to_a_higher_number_can_fail)
     }
 }
 
+TEST_ONCE(pipe_that_cannot_be_moved_is_closed)
+{
+    int fds[2] = {0, 0}, before;
+    close_low();
+    before = open_count();
+    t_fail_call("fcntl", EMFILE, 1, true);
+    int rc = tsrvi_pipe(fds);
+    t_fault_at = 0;
+    int nulls = (fcntl(0, F_GETFD) >= 0) + (fcntl(1, F_GETFD) >= 0) + (fcntl(2, F_GETFD) >= 0);
+    int after = open_count() - nulls;
+    restore_low(false);
+    CHECK_INT(rc, -EMFILE);
+    CHECK(fds[0] == -1 && fds[1] == -1);
+    CHECK_INT(after, before);
+}
+
 /* In the common case it costs no call. */
 static int owned_calls;
 
@@ -1018,6 +1056,18 @@ TEST_ONCE(owning_a_high_number_costs_nothing)
 }
 
 /* ---- SIGPIPE -----------------------------------------------------------------------------*/
+
+TEST_ONCE(quiet_write_goes_on_after_a_signal)
+{
+    int fds[2];
+    make_pipe(fds);
+    t_fail_call("write", EINTR, 1, false);
+    CHECK_INT(tsrvi_write_quiet(fds[1], "x", 1), 1);
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_STR(take(fds[0]), "x");
+    close_all();
+}
 
 TEST_ONCE(quiet_write_raises_nothing)
 {
@@ -1077,7 +1127,73 @@ TEST_SOFT(reset_in_the_middle_of_sendfile)
 }
 #endif
 
-/* ---- codes ---------------------------------------------------------------------------------*/
+/* ---- codes, numbers and times --------------------------------------------------------------*/
+
+TEST_ONCE(failure_without_a_number_is_one_all_the_same)
+{
+    errno = 0;
+    CHECK_INT(tsrvi_error(), -EIO);
+    errno = EPERM;
+    CHECK_INT(tsrvi_error(), -EPERM);
+}
+
+TEST_ONCE(time_that_would_wrap_is_never)
+{
+    CHECK(tsrvi_after(TSRVI_FOREVER - 2 * TSRVI_MS, 1) == TSRVI_FOREVER - TSRVI_MS);
+    CHECK(tsrvi_after(TSRVI_FOREVER - TSRVI_MS, 1) == TSRVI_FOREVER);
+    CHECK(tsrvi_after(TSRVI_FOREVER - TSRVI_MS + 1, 1) == TSRVI_FOREVER);
+    CHECK(tsrvi_after(TSRVI_FOREVER - 1, INT_MAX) == TSRVI_FOREVER);
+    CHECK(tsrvi_after(1, TSRV_NEVER) == TSRVI_FOREVER);
+}
+
+/* Times of streams wrap after 49 days, and 0 is never: what would be 0 is a millisecond late. */
+TEST_ONCE(times_of_streams_wrap)
+{
+    static tsrv_loop loop;
+    static tsrv_server server;
+    static tsrv_stream stream;
+    const uint64_t wrap = (uint64_t)1 << 32;
+    loop.now = (wrap - 5) * TSRVI_MS;
+    loop.now_ms = UINT32_MAX - 4;
+    CHECK_INT(tsrvi_ms_at(&loop, (wrap - 1) * TSRVI_MS), UINT32_MAX);
+    CHECK_INT(tsrvi_ms_at(&loop, wrap * TSRVI_MS), 1);
+    CHECK_INT(tsrvi_ms_at(&loop, (wrap + 1) * TSRVI_MS), 1);
+    CHECK_INT(tsrvi_ms_at(&loop, TSRVI_FOREVER), 0);
+    CHECK_INT(tsrvi_ms_after(&loop, 3), UINT32_MAX);
+    CHECK_INT(tsrvi_ms_after(&loop, 4), 1);
+    CHECK_INT(tsrvi_ms_after(&loop, 5), 1);
+    CHECK_INT(tsrvi_ms_after(&loop, TSRV_NEVER), 0);
+    CHECK(tsrvi_ms_due(&loop, 0) == TSRVI_FOREVER);
+    CHECK(tsrvi_ms_due(&loop, 2) == (wrap + 2) * TSRVI_MS);
+    CHECK(tsrvi_ms_due(&loop, UINT32_MAX - 5) == loop.now);
+    stream.server = &server;
+    stream.active_ms = UINT32_MAX - 4;
+    server.options.idle_timeout_ms = 3;
+    CHECK_INT(tsrvi_stream_idle_due(&stream), UINT32_MAX);
+    server.options.idle_timeout_ms = 4;
+    CHECK_INT(tsrvi_stream_idle_due(&stream), 1);
+    server.options.idle_timeout_ms = TSRV_NEVER;
+    CHECK_INT(tsrvi_stream_idle_due(&stream), 0);
+}
+
+/* A wide character that the locale does not have. */
+TEST_ONCE(text_that_cannot_be_formatted_is_empty)
+{
+    static const wchar_t none[] = {0x20ac, 0};
+    char buffer[8] = "abcd";
+    tsrvi_text text = {buffer, sizeof buffer, 2};
+    tsrv_set_log(see_line, NULL);
+    snprintf(seen_text, sizeof seen_text, "before");
+    tsrvi_log(TSRV_LOG_ERROR, "%ls", none);
+    CHECK_INT(seen_lines, 1);
+    CHECK_STR(seen_text, "");
+    tsrvi_text_add(&text, "%ls", none);
+    CHECK_INT(text.length, 2);
+    tsrvi_text_add(&text, "%d", 7);
+    CHECK_INT(text.length, 3);
+    buffer[3] = 0;
+    CHECK_STR(buffer, "ab7");
+}
 
 TEST_ONCE(every_code_has_a_text_of_its_own)
 {

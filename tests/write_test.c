@@ -1046,3 +1046,272 @@ TEST_SOFT(long_texts_that_find_no_memory_end_the_stream)
         s_close();
     }
 }
+
+/* ---- what cannot be written, or read ---------------------------------------------------------*/
+
+static int misused;
+
+/* Each is refused by itself, and the stream goes on. */
+static int misuse(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static const wchar_t none[] = {0x20ac, 0}; /* the locale does not have it */
+    char delimiter[300];
+    tsrv_slice huge[3] = {{"a", SIZE_MAX - 1}, {"b", 2}, {"c", 1}}, slice;
+    FILE *empty = tmpfile();
+    (void)address, (void)context;
+    CHECK(empty != NULL);
+    memset(delimiter, 'x', sizeof delimiter);
+    CHECK_INT(tsrv_printf(stream, "%ls", none), TSRV_EINVAL);
+    CHECK_INT(tsrv_writev(stream, huge, 3), TSRV_EINVAL);
+    CHECK_INT(tsrv_writev(stream, huge, -1), TSRV_EINVAL);
+    CHECK_INT(tsrv_try_writev(stream, huge, 3), TSRV_EINVAL);
+    CHECK_INT(tsrv_read_until_mem(stream, delimiter, sizeof delimiter, 0, &slice), TSRV_EINVAL);
+    CHECK_INT(tsrv_read_until_mem(stream, delimiter, 0, 0, &slice), TSRV_EINVAL);
+    CHECK_INT(tsrv_read_until_match(stream, NULL, NULL, 0, &slice), TSRV_EINVAL);
+    CHECK_INT(tsrv_read_into(stream, NULL, 1), TSRV_EINVAL);
+    CHECK_INT(tsrv_write(stream, "good\n", 5), TSRV_OK);
+    CHECK_INT(tsrv_sendfile(stream, fileno(empty), 0, SIZE_MAX), sizeof(size_t) < 8 ? TSRV_OK : TSRV_EINVAL);
+    CHECK_INT(tsrv_unsent_size(stream), 5);
+    fclose(empty);
+    misused++;
+    return TSRV_OK;
+}
+
+TEST_SOFT(sizes_and_arguments_that_cannot_be_are_refused)
+{
+    tsrv_server_options options = {0};
+    options.max_buffer_size = 256;
+    options.read_chunk_size = 256;
+    s_open_with(misuse, options);
+    int fd = s_join();
+    s_until(&misused, 1);
+    s_expect(fd, "good\n");
+    s_finish(fd);
+    s_close();
+}
+
+/* Where nothing can wait, more than the queue may hold ends the stream, in one piece as in several. */
+static int overfill(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char zeros[3000];
+    tsrv_slice pieces[2] = {{zeros, sizeof zeros}, {zeros, sizeof zeros}};
+    (void)address;
+    *(int *)context = tsrv_writev(stream, pieces, 2);
+    CHECK_INT(tsrv_writev(stream, pieces, 2), TSRV_EFULL);
+    return TSRV_OK;
+}
+
+TEST_CALLBACK(pieces_that_do_not_fit_end_the_stream)
+{
+    tsrv_server_options options = {0};
+    int rc = 1;
+    options.max_write_buffer_size = 5000;
+    options.context = &rc;
+    s_open_with(overfill, options);
+    int fd = s_join();
+    s_expect_reset(fd);
+    CHECK_INT(rc, TSRV_EFULL);
+    t_close(fd);
+    s_close();
+}
+
+static int after_shutdown_rc[3];
+
+/* tsrv_shutdown again, and of an output that has failed. */
+static int shut_twice(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    if (after_shutdown_rc[0] == 1) {
+        after_shutdown_rc[0] = tsrv_shutdown(stream);
+        after_shutdown_rc[1] = tsrv_shutdown(stream);
+    }
+    return tsrv_read_bytes(stream, 1, &slice);
+}
+
+TEST_SOFT(shutdown_twice_is_one)
+{
+    after_shutdown_rc[0] = 1;
+    s_serve(shut_twice);
+    int fd = s_join();
+    s_expect_eof(fd);
+    CHECK_INT(after_shutdown_rc[0], TSRV_OK);
+    CHECK_INT(after_shutdown_rc[1], TSRV_OK);
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    stream->out_end = -EPIPE;
+    CHECK_INT(tsrv_shutdown(stream), -EPIPE);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+}
+
+#ifdef __linux__
+static void refuse_files(const char *name)
+{
+    if (strcmp(name, "sendfile") == 0) {
+        t_fail_call(name, ENOSYS, 1, true);
+    } else if (strcmp(name, "pread") == 0) {
+        t_fail_call(name, EIO, 1, true);
+    }
+}
+
+static int file_to_send = -1, send_code;
+
+static int send_unreadable(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    int rc = tsrv_sendfile(stream, file_to_send, 0, 1 << 20);
+    return rc == TSRV_OK ? tsrv_flush(stream) : rc;
+}
+
+static void note_code(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)context;
+    send_code = reason;
+    s_closed++;
+}
+
+/* The kernel does not send it, and it cannot be read either. */
+TEST_PLAIN_SOFT(file_that_cannot_be_read_ends_the_stream)
+{
+    tsrv_server_options options = {0};
+    FILE *zeros = tmpfile();
+    CHECK(zeros != NULL && ftruncate(fileno(zeros), 1 << 20) == 0);
+    file_to_send = fileno(zeros);
+    options.on_close = note_code;
+    s_open_with(send_unreadable, options);
+    t_seen = refuse_files;
+    int fd = s_join();
+    s_until(&s_closed, 1);
+    t_seen = NULL;
+    t_fault_at = 0;
+    CHECK_INT(send_code, -EIO);
+    t_close(fd);
+    fclose(zeros);
+    s_close();
+}
+#endif
+
+/* ---- pieces and failures ---------------------------------------------------------------------*/
+
+enum { SCRAPS = 400, SCRAP = 100, NO_FAULT = 0, NO_MEMORY, NO_PEER, NO_PEER_FOR_TRY };
+static int scraps_rc;
+
+/* Many small pieces, which are copied, though together they are large. */
+static int write_scraps(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char text[SCRAPS][SCRAP];
+    tsrv_slice pieces[SCRAPS];
+    int fault = *(int *)context;
+    (void)address;
+    for (int i = 0; i < SCRAPS; i++) {
+        memset(text[i], 'a' + i % 26, SCRAP);
+        pieces[i].data = text[i];
+        pieces[i].size = SCRAP;
+    }
+    CHECK(SCRAPS * SCRAP >= TSRVI_DIRECT && SCRAP < TSRVI_LENT_LEAST);
+    if (fault == NO_MEMORY) {
+        t_fail_call("malloc", 0, 1, true);
+        scraps_rc = tsrv_writev(stream, pieces, 3);
+    } else if (fault == NO_PEER_FOR_TRY) {
+        t_fail_call("send", EAGAIN, 1, true);
+        CHECK_INT(tsrv_try_write(stream, text, 2000), TSRV_OK);
+        t_fail_call("send", ECONNRESET, 1, true);
+        scraps_rc = tsrv_try_write(stream, text, sizeof text);
+    } else {
+        t_fail_call("sendmsg", EPIPE, 1, fault == NO_PEER);
+        t_fault_at = fault == NO_PEER;
+        pieces[0].size = 0;
+        scraps_rc = tsrv_writev(stream, pieces, SCRAPS);
+    }
+    t_fault_at = 0;
+    return scraps_rc;
+}
+
+TEST_PLAIN_SOFT(small_pieces_of_much_are_copied)
+{
+    static const int codes[] = {TSRV_OK, -ENOMEM, -EPIPE, -ECONNRESET};
+    char expected[SCRAP];
+    for (int fault = NO_FAULT; fault <= NO_PEER_FOR_TRY; fault++) {
+        tsrv_server_options options = {0};
+        options.context = &fault;
+        options.max_write_buffer_size = 41000;
+        scraps_rc = 1;
+        s_open_with(write_scraps, options);
+        int fd = s_join();
+        s_until(&s_closed, 1);
+        CHECK_INT(scraps_rc, codes[fault]);
+        for (int i = 1; i < SCRAPS && fault == NO_FAULT; i++) {
+            memset(expected, 'a' + i % 26, SCRAP);
+            s_expect_bytes(fd, expected, SCRAP);
+        }
+        t_close(fd);
+        s_close();
+    }
+}
+
+/* ---- from outside ----------------------------------------------------------------------------*/
+
+static int wait_to_be_woken(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    int rc = tsrv_wait(stream, TSRV_NEVER);
+    return rc == TSRV_OK ? tsrv_error(stream) : rc;
+}
+
+/* Nothing can wait there: reads take what is there, and a flush says whether all has gone. */
+TEST_PLAIN_SOFT(reads_and_flushes_from_outside_do_not_wait)
+{
+    static char zeros[1 << 20];
+    char three[4] = "";
+    tsrv_slice slice;
+    s_serve(wait_to_be_woken);
+    int fd = s_join_with_room(4096);
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    s_settle();
+    tsrv_set_log(t_no_log, NULL);
+    CHECK_INT(tsrv_read_into(stream, three, 3), TSRV_EAGAIN);
+    t_sends(fd, "abc");
+    CHECK_INT(tsrv_read_into(stream, three, 3), TSRV_OK);
+    CHECK_STR(three, "abc");
+    t_sends(fd, "defghi");
+    CHECK_INT(tsrv_read_bytes(stream, 3, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "def", 3);
+    CHECK_INT(tsrv_read_into(stream, three, 3), TSRV_OK);
+    CHECK_STR(three, "ghi");
+    t_sends(fd, "x");
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "x", 1);
+    CHECK_INT(tsrv_flush(stream), TSRV_OK);
+    CHECK_INT(tsrv_try_write(stream, zeros, 50000), TSRV_OK);
+    for (int i = 0; i < 1000 && tsrv_flush(stream) == TSRV_OK; i++) {
+        CHECK_INT(tsrv_try_write(stream, zeros, 50000), TSRV_OK);
+    }
+    CHECK_INT(tsrv_flush(stream), TSRV_EAGAIN);
+    CHECK(tsrv_unsent_size(stream) > 0);
+    tsrv_abort(stream);
+    s_until(&s_closed, 1);
+    t_close(fd);
+    s_close();
+}
+
+TEST_PLAIN_SOFT(nothing_until_the_end_is_read_from_outside)
+{
+    tsrv_slice slice = {NULL, 1};
+    int rc;
+    s_serve(wait_to_be_woken);
+    int fd = s_join();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    s_settle();
+    tsrv_set_log(t_no_log, NULL);
+    t_shut(fd);
+    for (int64_t end = t_patience(); (rc = tsrv_read_until_close(stream, 0, &slice)) == TSRV_EAGAIN;) {
+        CHECK(t_now_ms() < end);
+    }
+    CHECK_INT(rc, TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "", 0);
+    tsrv_abort(stream);
+    s_until(&s_closed, 1);
+    t_close(fd);
+    s_close();
+}
