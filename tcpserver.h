@@ -7743,12 +7743,32 @@ static void tsrvi_tls_check_dates(const X509 *own, const tsrvi_tls_source *sourc
     }
 }
 
+/* OpenSSL notes down what a certificate may be used for when it first has to know, and for good: had
+ * it no memory just then, within a handshake, the certificate would be a broken one from there on,
+ * and nobody whom it vouches for would be let in. So it has to know now. False: there is no memory.
+ * One that is broken in itself is left to those who verify. */
+static bool tsrvi_tls_note(X509 *one)
+{
+    X509 *again;
+    bool broken;
+    if (X509_check_purpose(one, -1, 0) == 1) {
+        return true;
+    }
+    again = X509_dup(one);
+    broken = again != NULL && X509_check_purpose(again, -1, 0) != 1;
+    X509_free(again);
+    if (broken) {
+        ERR_clear_error();
+    }
+    return broken;
+}
+
 /* The certificate, and behind it its chain. What is no certificate is passed over. */
 static bool tsrvi_tls_read_chain(SSL_CTX *context, BIO *bio)
 {
     tsrvi_tls_password none = {NULL, false};
     X509 *one = PEM_read_bio_X509_AUX(bio, NULL, tsrvi_tls_give_password, &none);
-    bool good = one != NULL && SSL_CTX_use_certificate(context, one) == 1;
+    bool good = one != NULL && SSL_CTX_use_certificate(context, one) == 1 && tsrvi_tls_note(one);
     X509_free(one);
     while (good && (one = PEM_read_bio_X509(bio, NULL, tsrvi_tls_give_password, &none)) != NULL) {
         good = SSL_CTX_add0_chain_cert(context, one) == 1;
@@ -7756,11 +7776,13 @@ static bool tsrvi_tls_read_chain(SSL_CTX *context, BIO *bio)
             X509_free(one);
         }
     }
-    if (good && ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_PEM &&
-        ERR_GET_REASON(ERR_peek_last_error()) == PEM_R_NO_START_LINE) {
-        ERR_clear_error(); /* that was the end */
+    /* The end is an error, too, and nothing else is: without memory OpenSSL may say none at all. */
+    good = good && ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_PEM &&
+           ERR_GET_REASON(ERR_peek_last_error()) == PEM_R_NO_START_LINE;
+    if (good) {
+        ERR_clear_error();
     }
-    return good && ERR_peek_error() == 0;
+    return good;
 }
 
 static int tsrvi_tls_load_certificate(SSL_CTX *context, const tsrvi_tls_source *source)
@@ -7833,7 +7855,7 @@ static bool tsrvi_tls_digest(unsigned char *digest, const void *data, size_t siz
 static bool tsrvi_tls_take_ca(SSL_CTX *context, X509 *one, unsigned char *digest)
 {
     unsigned char own[TSRVI_TLS_DIGEST];
-    return X509_STORE_add_cert(SSL_CTX_get_cert_store(context), one) == 1 &&
+    return tsrvi_tls_note(one) && X509_STORE_add_cert(SSL_CTX_get_cert_store(context), one) == 1 &&
            SSL_CTX_add_client_CA(context, one) == 1 &&
            X509_digest(one, EVP_sha256(), own, NULL) == 1 &&
            tsrvi_tls_digest(digest, own, sizeof(own));
@@ -10823,15 +10845,18 @@ static bool tsrvi_tls_holds(const tsrv_stream *stream)
 
 /* ---- sending ---------------------------------------------------------------*/
 
-/* Make records of plaintext. Returns how much of it, at most one record's; 0 = no memory, or a read
- * has met an error that it has not told yet. */
+/* Make records of plaintext. Returns how much of it, at most one record's; 0 = a read has met an
+ * error that it has not told yet, or there is no memory, which nothing else would tell of: then
+ * tls->error is set. */
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
 {
     size_t taken = 0;
+    bool broken = SSL_in_init(tls->ssl) != 0;
     tsrvi_tls_use(tls);
     tsrvi_tls_forget_errors();
     if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
         ERR_clear_error();
+        tls->error = broken || tls->error != 0 ? tls->error : -ENOMEM;
         return 0;
     }
     return taken;
