@@ -7618,7 +7618,7 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
 {
     const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
     const char *host = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
-    (void)alert;
+    *alert = SSL_AD_INTERNAL_ERROR; /* without memory */
     if (SSL_get_SSL_CTX(ssl) != set->context) {
         return SSL_TLSEXT_ERR_OK; /* on_server_name has chosen one, which OpenSSL does not mind */
     }
@@ -7626,8 +7626,8 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
         for (int i = 0; i < set->count; i++) {
             if ((set->names[i][0] == '*') == (pass == 1) &&
                 tsrvi_tls_name_matches(set->names[i], host)) {
-                SSL_set_SSL_CTX(ssl, set->others[i]);
-                return SSL_TLSEXT_ERR_OK;
+                return SSL_set_SSL_CTX(ssl, set->others[i]) != NULL ? SSL_TLSEXT_ERR_OK
+                                                                     : SSL_TLSEXT_ERR_ALERT_FATAL;
             }
         }
     }
@@ -11017,22 +11017,27 @@ static const tsrvi_transport tsrvi_tls_transport = {
 static int tsrvi_tls_expect(tsrvi_tls *tls, const char *server_name)
 {
     unsigned char number[16];
-    bool numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
-                   TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
+    size_t size = strlen(server_name);
+    bool good;
+    if (size == 0 || size > TLSEXT_MAXLEN_host_name) {
+        return TSRV_EINVAL;
+    }
     SSL_set_connect_state(tls->ssl);
     SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
-    if (tls->set->alpn_size != 0) {
-        SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size);
+    if (TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
+        TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1) {
+        good = X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1;
+    } else {
+        good = SSL_set1_host(tls->ssl, server_name) == 1 &&
+               SSL_set_tlsext_host_name(tls->ssl, server_name) == 1;
     }
-    if (numeric) {
-        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1
-                   ? TSRV_OK
-                   : TSRV_EINVAL;
+    if (good && tls->set->alpn_size != 0) {
+        good = SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size) == 0;
     }
-    return SSL_set1_host(tls->ssl, server_name) == 1 &&
-                   SSL_set_tlsext_host_name(tls->ssl, server_name) == 1
-               ? TSRV_OK
-               : TSRV_EINVAL;
+    if (!good) {
+        ERR_clear_error();
+    }
+    return good ? (int)TSRV_OK : -ENOMEM;
 }
 
 /* An SSL that reads and writes through the session, or NULL. */
@@ -11054,6 +11059,18 @@ static SSL *tsrvi_tls_ssl_new(tsrvi_tls *tls)
     return ssl;
 }
 
+/* Trust whom the system does. SSL_CTX_set_default_verify_paths would have OpenSSL 3 look into the
+ * directory once more, as a "store", whose loader it frees twice where there is no memory. */
+static bool tsrvi_tls_trust_system(SSL_CTX *context)
+{
+    bool good = SSL_CTX_set_default_verify_file(context) == 1 &&
+                SSL_CTX_set_default_verify_dir(context) == 1;
+    if (!good) {
+        ERR_clear_error();
+    }
+    return good;
+}
+
 /* From now on what goes over the stream's socket is TLS. What was queued before goes as it is.
  *   server_name  NULL = this is the server */
 static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char *server_name)
@@ -11064,8 +11081,11 @@ static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char
         return -ENOMEM;
     }
     if (server_name != NULL && from->set->system) {
+        if (!tsrvi_tls_trust_system(from->set->context)) {
+            TSRV_FREE(tls);
+            return -ENOMEM;
+        }
         from->set->system = false;
-        SSL_CTX_set_default_verify_paths(from->set->context);
     }
     tls->session.transport = &tsrvi_tls_transport;
     tls->stream = stream;
