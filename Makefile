@@ -53,7 +53,7 @@ LONGEST   = tls iostream_tls iostream drain supervisor process # these begin fir
 HAS_OPENSSL := $(shell $(CC) -E -include openssl/ssl.h -x c /dev/null >/dev/null 2>&1 && echo yes)
 TLS_TESTS   = iostream_tls
 MEMORY_TESTS = iostream_memory stream_memory handler_memory
-NO_OPENSSL  = $(if $(HAS_OPENSSL),,tls tls_options $(TLS_TESTS) echo_tls mutual_tls)
+NO_OPENSSL  = $(if $(HAS_OPENSSL),,tls tls_options tls_fault $(TLS_TESTS) echo_tls mutual_tls)
 # What is named postgres needs libpq, for this processor: so a program is linked.
 PQ_FLAGS := $(shell pkg-config --cflags libpq 2>/dev/null || echo "-I$$(pg_config --includedir 2>/dev/null)")
 HAS_LIBPQ := $(shell t=$$(mktemp) && echo 'int main(void) { return PQlibVersion() == 0; }' | \
@@ -61,7 +61,7 @@ HAS_LIBPQ := $(shell t=$$(mktemp) && echo 'int main(void) { return PQlibVersion(
 NO_LIBPQ  = $(if $(HAS_LIBPQ),,postgres)
 NOT_BUILT = $(NO_OPENSSL) $(NO_LIBPQ)
 LIBS      = -lpthread
-$(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test $(DIR)/tls_options_test: LIBS += -lssl -lcrypto
+$(DIR)/%tls $(DIR)/%tls_test $(DIR)/tls_test $(DIR)/tls_options_test $(DIR)/tls_fault_test: LIBS += -lssl -lcrypto
 $(DIR)/postgres $(DIR)/postgres_test: LIBS += $(PQ_FLAGS) -lpq
 
 EXAMPLES = $(patsubst %,$(DIR)/%,$(filter-out $(NOT_BUILT),$(patsubst examples/%.c,%,$(wildcard examples/*.c))))

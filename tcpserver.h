@@ -7641,7 +7641,7 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
 {
     const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
     const char *host = SSL_get_servername(ssl, TLSEXT_NAMETYPE_host_name);
-    (void)alert;
+    *alert = SSL_AD_INTERNAL_ERROR; /* without memory */
     if (SSL_get_SSL_CTX(ssl) != set->context) {
         return SSL_TLSEXT_ERR_OK; /* on_server_name has chosen one, which OpenSSL does not mind */
     }
@@ -7649,8 +7649,8 @@ static int tsrvi_tls_choose(SSL *ssl, int *alert, void *context)
         for (int i = 0; i < set->count; i++) {
             if ((set->names[i][0] == '*') == (pass == 1) &&
                 tsrvi_tls_name_matches(set->names[i], host)) {
-                SSL_set_SSL_CTX(ssl, set->others[i]);
-                return SSL_TLSEXT_ERR_OK;
+                return SSL_set_SSL_CTX(ssl, set->others[i]) != NULL ? SSL_TLSEXT_ERR_OK
+                                                                    : SSL_TLSEXT_ERR_ALERT_FATAL;
             }
         }
     }
@@ -7766,12 +7766,32 @@ static void tsrvi_tls_check_dates(const X509 *own, const tsrvi_tls_source *sourc
     }
 }
 
+/* OpenSSL notes down what a certificate may be used for when it first has to know, and for good: had
+ * it no memory just then, within a handshake, the certificate would be a broken one from there on,
+ * and nobody whom it vouches for would be let in. So it has to know now. False: there is no memory.
+ * One that is broken in itself is left to those who verify. */
+static bool tsrvi_tls_note(X509 *one)
+{
+    X509 *again;
+    bool broken;
+    if (X509_check_purpose(one, -1, 0) == 1) {
+        return true;
+    }
+    again = X509_dup(one);
+    broken = again != NULL && X509_check_purpose(again, -1, 0) != 1;
+    X509_free(again);
+    if (broken) {
+        ERR_clear_error();
+    }
+    return broken;
+}
+
 /* The certificate, and behind it its chain. What is no certificate is passed over. */
 static bool tsrvi_tls_read_chain(SSL_CTX *context, BIO *bio)
 {
     tsrvi_tls_password none = {NULL, false};
     X509 *one = PEM_read_bio_X509_AUX(bio, NULL, tsrvi_tls_give_password, &none);
-    bool good = one != NULL && SSL_CTX_use_certificate(context, one) == 1;
+    bool good = one != NULL && SSL_CTX_use_certificate(context, one) == 1 && tsrvi_tls_note(one);
     X509_free(one);
     while (good && (one = PEM_read_bio_X509(bio, NULL, tsrvi_tls_give_password, &none)) != NULL) {
         good = SSL_CTX_add0_chain_cert(context, one) == 1;
@@ -7779,11 +7799,13 @@ static bool tsrvi_tls_read_chain(SSL_CTX *context, BIO *bio)
             X509_free(one);
         }
     }
-    if (good && ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_PEM &&
-        ERR_GET_REASON(ERR_peek_last_error()) == PEM_R_NO_START_LINE) {
-        ERR_clear_error(); /* that was the end */
+    /* The end is an error, too, and nothing else is: without memory OpenSSL may say none at all. */
+    good = good && ERR_GET_LIB(ERR_peek_last_error()) == ERR_LIB_PEM &&
+           ERR_GET_REASON(ERR_peek_last_error()) == PEM_R_NO_START_LINE;
+    if (good) {
+        ERR_clear_error();
     }
-    return good && ERR_peek_error() == 0;
+    return good;
 }
 
 static int tsrvi_tls_load_certificate(SSL_CTX *context, const tsrvi_tls_source *source)
@@ -7856,7 +7878,7 @@ static bool tsrvi_tls_digest(unsigned char *digest, const void *data, size_t siz
 static bool tsrvi_tls_take_ca(SSL_CTX *context, X509 *one, unsigned char *digest)
 {
     unsigned char own[TSRVI_TLS_DIGEST];
-    return X509_STORE_add_cert(SSL_CTX_get_cert_store(context), one) == 1 &&
+    return tsrvi_tls_note(one) && X509_STORE_add_cert(SSL_CTX_get_cert_store(context), one) == 1 &&
            SSL_CTX_add_client_CA(context, one) == 1 &&
            X509_digest(one, EVP_sha256(), own, NULL) == 1 &&
            tsrvi_tls_digest(digest, own, sizeof(own));
@@ -10856,15 +10878,18 @@ static bool tsrvi_tls_holds(const tsrv_stream *stream)
 
 /* ---- sending ---------------------------------------------------------------*/
 
-/* Make records of plaintext. Returns how much of it, at most one record's; 0 = no memory, or a read
- * has met an error that it has not told yet. */
+/* Make records of plaintext. Returns how much of it, at most one record's; 0 = a read has met an
+ * error that it has not told yet, or there is no memory, which nothing else would tell of: then
+ * tls->error is set. */
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
 {
     size_t taken = 0;
+    bool broken = SSL_in_init(tls->ssl) != 0;
     tsrvi_tls_use(tls);
     tsrvi_tls_forget_errors();
     if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
         ERR_clear_error();
+        tls->error = broken || tls->error != 0 ? tls->error : -ENOMEM;
         return 0;
     }
     return taken;
@@ -11022,8 +11047,9 @@ static const tsrvi_transport tsrvi_tls_transport = {
 /* ---- the beginning ---------------------------------------------------------*/
 
 /* A host as certificates and hellos have it: a number without its brackets and its zone (RFC 6874,
- * 3), a name without the dot at its end (RFC 6066, 3). False: no name is as long as that. */
-static bool tsrvi_tls_bare_host(const char *host, char bare[256])
+ * 3), a name without the dot at its end (RFC 6066, 3). False: it is none, or longer than names are.
+ */
+static bool tsrvi_tls_bare_host(const char *host, char bare[TLSEXT_MAXLEN_host_name + 1])
 {
     size_t size = strlen(host), begin = host[0] == '[' && host[size - 1] == ']';
     size_t end = size - begin;
@@ -11033,7 +11059,7 @@ static bool tsrvi_tls_bare_host(const char *host, char bare[256])
     } else if (size > 1 && host[size - 1] == '.') {
         end--;
     }
-    if (end - begin > 255) {
+    if (end == begin || end - begin > TLSEXT_MAXLEN_host_name) {
         return false;
     }
     memcpy(bare, host + begin, end - begin);
@@ -11045,27 +11071,27 @@ static bool tsrvi_tls_bare_host(const char *host, char bare[256])
 static int tsrvi_tls_expect(tsrvi_tls *tls, const char *host)
 {
     unsigned char number[16];
-    char server_name[256];
-    bool numeric;
+    char server_name[TLSEXT_MAXLEN_host_name + 1];
+    bool good;
     if (!tsrvi_tls_bare_host(host, server_name)) {
         return TSRV_EINVAL;
     }
-    numeric = TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
-              TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1;
     SSL_set_connect_state(tls->ssl);
     SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
-    if (tls->set->alpn_size != 0) {
-        SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size);
+    if (TSRV_SYS(inet_pton, (AF_INET, server_name, number)) == 1 ||
+        TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1) {
+        good = X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1;
+    } else {
+        good = SSL_set1_host(tls->ssl, server_name) == 1 &&
+               SSL_set_tlsext_host_name(tls->ssl, server_name) == 1;
     }
-    if (numeric) {
-        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1
-                   ? TSRV_OK
-                   : TSRV_EINVAL;
+    if (good && tls->set->alpn_size != 0) {
+        good = SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size) == 0;
     }
-    return SSL_set1_host(tls->ssl, server_name) == 1 &&
-                   SSL_set_tlsext_host_name(tls->ssl, server_name) == 1
-               ? TSRV_OK
-               : TSRV_EINVAL;
+    if (!good) {
+        ERR_clear_error();
+    }
+    return good ? (int)TSRV_OK : -ENOMEM;
 }
 
 /* An SSL that reads and writes through the session, or NULL. */
@@ -11087,6 +11113,18 @@ static SSL *tsrvi_tls_ssl_new(tsrvi_tls *tls)
     return ssl;
 }
 
+/* Trust whom the system does. SSL_CTX_set_default_verify_paths would have OpenSSL 3 look into the
+ * directory once more, as a "store", whose loader it frees twice where there is no memory. */
+static bool tsrvi_tls_trust_system(SSL_CTX *context)
+{
+    bool good = SSL_CTX_set_default_verify_file(context) == 1 &&
+                SSL_CTX_set_default_verify_dir(context) == 1;
+    if (!good) {
+        ERR_clear_error();
+    }
+    return good;
+}
+
 /* From now on what goes over the stream's socket is TLS. What was queued before goes as it is.
  *   server_name  NULL = this is the server */
 static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char *server_name)
@@ -11097,8 +11135,11 @@ static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char
         return -ENOMEM;
     }
     if (server_name != NULL && from->set->system) {
+        if (!tsrvi_tls_trust_system(from->set->context)) {
+            TSRV_FREE(tls);
+            return -ENOMEM;
+        }
         from->set->system = false;
-        SSL_CTX_set_default_verify_paths(from->set->context);
     }
     tls->session.transport = &tsrvi_tls_transport;
     tls->stream = stream;
@@ -15562,8 +15603,7 @@ TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream)
     tsrvi_link *link = stream == NULL ? server->streams.next : stream->link.next;
     for (; link != &server->streams; link = link->next) {
         tsrv_stream *found = TSRVI_CONTAINER(link, tsrv_stream, link);
-        if (found->end == 0 &&
-            (tsrvi_proxy_of(found) == NULL || tsrvi_proxy_of(found)->admitted)) {
+        if (found->end == 0 && (tsrvi_proxy_of(found) == NULL || tsrvi_proxy_of(found)->admitted)) {
             return found;
         }
     }

@@ -12,8 +12,8 @@ export TEST_TIMEOUT_SCALE="${TEST_TIMEOUT_SCALE:-10}" # counting is slow
 cd "$(dirname "$0")/.." || exit 2
 build=${BUILD:-build}/coverage
 programs=${*:-tls supervisor iostream_tls process supervisor_fault servers streams loops reads fault client util netutil
-    platform server tls_options iostream_memory stream_memory handler_memory reads_kqueue streams_kqueue loops_kqueue
-    servers_kqueue fault_kqueue client_kqueue}
+    platform server tls_options tls_fault iostream_memory stream_memory handler_memory reads_kqueue streams_kqueue
+    loops_kqueue servers_kqueue fault_kqueue client_kqueue}
 llvm=${LLVM:-$(clang --version 2>/dev/null | sed -n '1s/.*version \([0-9]*\).*/-\1/p')}
 profdata=llvm-profdata$llvm cov=llvm-cov$llvm
 for tool in clang "$profdata" "$cov" python3; do

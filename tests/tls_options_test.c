@@ -38,41 +38,6 @@ static void looking_free(void *memory)
 
 #include "tls.h"
 
-#include <openssl/ocsp.h>
-
-/* A file of the folder, whole. The text lives until eight more were asked for. */
-static char *text_of(const char *name)
-{
-    static char texts[8][16384];
-    static unsigned turn;
-    char *text = texts[turn++ % 8];
-    FILE *file = fopen(path(name), "r");
-    CHECK(file != NULL);
-    size_t size = fread(text, 1, sizeof texts[0] - 1, file);
-    CHECK(size < sizeof texts[0] - 1 && fclose(file) == 0);
-    text[size] = 0;
-    return text;
-}
-
-static identity load_identity(const char *name)
-{
-    identity one;
-    FILE *file = fopen(path(name), "r");
-    CHECK(file != NULL);
-    one.certificate = PEM_read_X509(file, NULL, NULL, NULL);
-    rewind(file);
-    one.key = PEM_read_PrivateKey(file, NULL, NULL, NULL);
-    CHECK(one.certificate != NULL && one.key != NULL && fclose(file) == 0);
-    return one;
-}
-
-static void append(const char *from, const char *to)
-{
-    FILE *file = fopen(path(to), "a");
-    const char *text = text_of(from);
-    CHECK(file != NULL && fputs(text, file) >= 0 && fclose(file) == 0);
-}
-
 static void expect_accepted(const tsrv_tls_options *options)
 {
     t_watch_log_of(TSRV_LOG_INFO);
@@ -399,35 +364,6 @@ TEST_ONCE(test_dates)
 
 /* ---- lists of revoked certificates --------------------------------------------------------*/
 
-/* A list of this CA's; revoked NULL = nobody is on it. Valid until so many seconds from now. */
-static void save_list(const char *name, const char *ca_name, const char *revoked, long end)
-{
-    identity ca = load_identity(ca_name);
-    X509_CRL *list = X509_CRL_new();
-    ASN1_TIME *time = ASN1_TIME_new();
-    X509_CRL_set_version(list, 1);
-    X509_CRL_set_issuer_name(list, X509_get_subject_name(ca.certificate));
-    X509_gmtime_adj(time, -1000000);
-    X509_CRL_set1_lastUpdate(list, time);
-    X509_gmtime_adj(time, end);
-    X509_CRL_set1_nextUpdate(list, time);
-    if (revoked != NULL) {
-        identity one = load_identity(revoked);
-        X509_REVOKED *entry = X509_REVOKED_new();
-        X509_gmtime_adj(time, -1000);
-        X509_REVOKED_set_serialNumber(entry, X509_get_serialNumber(one.certificate));
-        X509_REVOKED_set_revocationDate(entry, time);
-        CHECK(X509_CRL_add0_revoked(list, entry) == 1);
-        free_identity(&one);
-    }
-    CHECK(X509_CRL_sort(list) == 1 && X509_CRL_sign(list, ca.key, EVP_sha256()) > 0);
-    FILE *file = create(name);
-    CHECK(PEM_write_X509_CRL(file, list) == 1 && fclose(file) == 0);
-    ASN1_TIME_free(time);
-    X509_CRL_free(list);
-    free_identity(&ca);
-}
-
 TEST_ONCE(test_lists_that_cannot_be_used)
 {
     tsrv_tls_options options = server_options();
@@ -594,32 +530,6 @@ TEST_COROUTINE(test_revoked_server)
 }
 
 /* ---- answers to staple --------------------------------------------------------------------*/
-
-/* What a CA answers about a certificate. end 0 = it says no end. */
-static void save_answer(const char *name, const char *about, int status, long begin, long end)
-{
-    identity ca = load_identity("ca_key.pem"), one = load_identity(about);
-    OCSP_BASICRESP *basic = OCSP_BASICRESP_new();
-    OCSP_CERTID *id = OCSP_cert_to_id(NULL, one.certificate, ca.certificate);
-    ASN1_TIME *from = X509_gmtime_adj(NULL, begin), *until = X509_gmtime_adj(NULL, end),
-              *when = X509_gmtime_adj(NULL, -1000);
-    CHECK(OCSP_basic_add1_status(basic, id, status, 0,
-                                 status == V_OCSP_CERTSTATUS_REVOKED ? when : NULL, from,
-                                 end == 0 ? NULL : until) != NULL);
-    CHECK(OCSP_basic_sign(basic, ca.certificate, ca.key, EVP_sha256(), NULL, 0) == 1);
-    OCSP_RESPONSE *answer = OCSP_response_create(OCSP_RESPONSE_STATUS_SUCCESSFUL, basic);
-    BIO *bio = BIO_new_file(path(name), "wb");
-    CHECK(answer != NULL && bio != NULL && i2d_OCSP_RESPONSE_bio(bio, answer) == 1);
-    BIO_free(bio);
-    OCSP_RESPONSE_free(answer);
-    OCSP_BASICRESP_free(basic);
-    OCSP_CERTID_free(id);
-    ASN1_TIME_free(from);
-    ASN1_TIME_free(until);
-    ASN1_TIME_free(when);
-    free_identity(&ca);
-    free_identity(&one);
-}
 
 static void save_refusal(const char *name)
 {
