@@ -6183,7 +6183,6 @@ static void tsrvi_work_end(tsrvi_loop_work *work)
     TSRV_SYS(pthread_cond_destroy, (&work->more));
     TSRV_SYS(pthread_mutex_destroy, (&work->lock));
     TSRV_FREE(work->threads);
-    work->begun = false;
 }
 
 /* Have a thread run it. Returns TSRV_OK; or why there is none. */

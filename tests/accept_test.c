@@ -928,7 +928,7 @@ static void check_table(unsigned keys, unsigned steps)
 {
     static uint64_t counts[4096];
     tsrvi_addresses table;
-    uint64_t used = 0;
+    uint64_t used = 0, most = 0;
     unsigned seed = keys;
     memset(&table, 0, sizeof table);
     memset(counts, 0, sizeof counts);
@@ -944,7 +944,10 @@ static void check_table(unsigned keys, unsigned steps)
             tsrvi_addresses_remove(&table, key * 0x100000001u);
             used -= --counts[key] == 0;
         }
+        most = used > most ? used : most;
         CHECK_INT(table.used, used);
+        CHECK(table.used * 2 <= table.capacity);
+        CHECK(table.capacity <= TSRVI_ADDRESSES_LEAST || table.capacity < 4 * (most + 1)); /* it grew when half full */
         CHECK(table.capacity <= TSRVI_ADDRESSES_LEAST || table.capacity <= used * 8 + 8);
     }
     for (unsigned key = 0; key < keys; key++) {
@@ -1024,6 +1027,27 @@ TEST_LOOP(on_accept_refuses_before_there_is_a_stream)
     s_until(&ended, 3);
     s_close();
     CHECK_INT(ended, 3);
+}
+
+static int refuse_all(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)server, (void)address, (void)context;
+    asked++;
+    return -EACCES;
+}
+
+/* Who adds a stream has accepted it. */
+TEST_LOOP(on_accept_is_not_asked_for_a_stream_that_is_added)
+{
+    int pair[2];
+    open_asking(refuse_all);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_INT(tsrv_server_add_stream(s_server, pair[0]), TSRV_OK);
+    s_echo(pair[1], "hello\n");
+    CHECK_INT(asked, 0);
+    CHECK_INT(s_stats().refused, 0);
+    s_finish(pair[1]);
+    s_close();
 }
 
 static int refuse_and_stop(tsrv_server *server, const tsrv_address *address, void *context)

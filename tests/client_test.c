@@ -497,6 +497,26 @@ TEST_LOOP(freeing_the_loop_ends_lookups)
     CHECK_INT(t_live_allocations, 0);
 }
 
+static bool has_posts(void *context)
+{
+    (void)context;
+    return __atomic_load_n(&s_loop->sources.posts, __ATOMIC_SEQ_CST) != NULL;
+}
+
+/* What comes first for who has asked is the loop's end, but the name is found before it runs. */
+TEST_LOOP(a_name_that_is_found_as_the_loop_is_freed_is_given_back)
+{
+    open_hung(1, TSRV_ECLOSED);
+    CHECK(tsrv_loop_run_once(s_loop, 0) > 0);
+    let_server_answer(true);
+    CHECK(t_wait_until(has_posts, NULL));
+    CHECK_INT(lookups_open, 1);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(answers, 1);
+    CHECK_INT(lookups_open, 0);
+    CHECK_INT(t_live_allocations, 0);
+}
+
 static void look_up_without(void)
 {
     t_fail_call("pthread_create", 0, 1, true);

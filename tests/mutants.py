@@ -28,7 +28,7 @@ TESTS = {  # the programs of a section: files of tests, or groups of them; those
     'shared': 'process servers', 'peer': 'streams servers reads', 'proxy_header': 'reads', 'proxy': 'reads',
     'addresses': 'streams', 'tls_session': 'tls iostream_tls', 'tls_hello': 'tls tls_options',
     'tls_transport': 'tls iostream_tls', 'tls_stream': 'tls', 'server': 'streams servers server', 'admit': 'streams servers',
-    'accept': 'streams servers server fault', 'listen': 'servers streams server reads', 'metrics': 'reads process',
+    'accept': 'streams servers server fault process', 'listen': 'servers streams server reads', 'metrics': 'reads process',
     'client': 'client', 'drain': 'streams servers', 'cpus': 'servers', 'notify': 'servers supervisor', 'start': SUPERVISOR,
     'worker': SUPERVISOR, 'identity': SUPERVISOR, 'process': SUPERVISOR, 'children': SUPERVISOR, 'supervise': SUPERVISOR,
     'rounds': SUPERVISOR, 'serve': SUPERVISOR}
