@@ -27,11 +27,11 @@ TESTS = {  # the programs of a section: files of tests, or groups of them; those
     'bind': 'netutil servers', 'tls': 'tls_options tls', 'tls_files': 'tls_options tls', 'tls_options': 'tls_options tls',
     'shared': 'process servers', 'peer': 'streams servers reads', 'proxy_header': 'reads', 'proxy': 'reads',
     'addresses': 'streams', 'tls_session': 'tls iostream_tls', 'tls_hello': 'tls tls_options',
-    'tls_transport': 'tls iostream_tls', 'tls_stream': 'tls', 'server': 'streams servers server', 'admit': 'streams servers',
-    'accept': 'streams servers server fault process', 'listen': 'servers streams server reads', 'metrics': 'reads process',
-    'client': 'client', 'drain': 'streams servers', 'cpus': 'servers', 'notify': 'servers supervisor', 'start': SUPERVISOR,
-    'worker': SUPERVISOR, 'identity': SUPERVISOR, 'process': SUPERVISOR, 'children': SUPERVISOR, 'supervise': SUPERVISOR,
-    'rounds': SUPERVISOR, 'serve': SUPERVISOR}
+    'tls_transport': 'tls iostream_tls', 'tls_stream': 'tls', 'server': 'streams servers server',
+    'admit': 'streams servers reads', 'accept': 'streams servers server fault process',
+    'listen': 'servers streams server reads', 'metrics': 'reads process', 'client': 'client', 'drain': 'streams servers',
+    'cpus': 'servers', 'notify': 'servers supervisor', 'start': SUPERVISOR, 'worker': SUPERVISOR, 'identity': SUPERVISOR,
+    'process': SUPERVISOR, 'children': SUPERVISOR, 'supervise': SUPERVISOR, 'rounds': SUPERVISOR, 'serve': SUPERVISOR}
 STREAM = 'stream transport wait output ends input attempt read write files state handler settle event'
 TESTS.update(dict.fromkeys(STREAM.split(), 'reads streams servers fault'))
 CHANGES = [  # what a line is searched for, and what comes in its place
