@@ -1204,12 +1204,17 @@ TEST_LOOP(keep_alive_has_its_times)
     options.keep_alive_count = INT_MAX;
     check_served(options, 1, 32767, 32767, 127, 12345);
     options = defaults;
-    options.keep_alive_interval_ms = 2000; /* any of its times switches it on */
+    options.keep_alive_idle_ms = 1; /* any of its times switches it on, the least too */
+    check_served(options, 1, 1, interval, count, 0);
+    options = defaults;
+    options.keep_alive_interval_ms = 1;
+    check_served(options, 1, idle, 1, count, 0);
+    options.keep_alive_interval_ms = 2000;
     check_served(options, 1, idle, 2, count, 0);
     options = defaults;
-    options.keep_alive_count = 3;
-    check_served(options, 1, idle, interval, 3, 0);
+    options.keep_alive_count = 1;
+    check_served(options, 1, idle, interval, 1, 0);
     options = defaults;
-    options.user_timeout_ms = 777;
-    check_served(options, 0, idle, interval, count, 777);
+    options.user_timeout_ms = 1;
+    check_served(options, 0, idle, interval, count, 1);
 }
