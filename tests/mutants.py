@@ -141,7 +141,8 @@ def main():
             number, line = draw(lines, sections, rng, options.sections.split(), options.line)
             open(directory + '/tcpserver.h', 'w').write('\n'.join(lines[:number - 1] + [line] + lines[number:]))
             code = compile_header(directory)
-            if code is not None and code != original and line.strip() not in known:
+            here = '>>%s %s' % (sections[number - 1], line.strip())
+            if code is not None and code != original and line.strip() not in known and here not in known:
                 break
         by = killed_by(directory, sections[number - 1])
         print('%-8s >>%s %d: %s\n      -> %s%s' % ('killed' if by else 'SURVIVED', sections[number - 1], number,
