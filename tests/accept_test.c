@@ -95,6 +95,84 @@ TEST_LOOP(accept_that_fails_once_costs_no_time)
     }
 }
 
+/* ---- workers that share a listener ---------------------------------------------------------*/
+
+static tsrvi_place places_of_two[2 * TSRVI_GENERATIONS];
+
+/* As the first of two workers, who have accepted so many. */
+static void open_shared(unsigned own, unsigned other)
+{
+    tsrvi_place *second = &places_of_two[TSRVI_GENERATIONS];
+    memset(places_of_two, 0, sizeof places_of_two);
+    tsrvi_process.places = tsrvi_process.place_own = places_of_two;
+    tsrvi_process.place_count = COUNT(places_of_two);
+    tsrvi_process.number = 1;
+    open_echo(0);
+    places_of_two->used = second->used = 1;
+    places_of_two->stats[s_server->number].accepted = own;
+    second->stats[s_server->number].accepted = other;
+}
+
+static void close_shared(void)
+{
+    s_close();
+    tsrvi_process.places = tsrvi_process.place_own = NULL;
+    tsrvi_process.place_count = tsrvi_process.number = 0;
+}
+
+static const struct {
+    unsigned own, other;
+    bool ahead;
+} leads[] = {{TSRVI_SHARE * 2, 0, false},
+              {TSRVI_SHARE * 2 + 1, 0, true},
+              {100, 100 - TSRVI_SHARE * 2, false},
+              {100, 99 - TSRVI_SHARE * 2, true},
+              {0, 100, false}};
+
+/* Where the kernel wakes all of them, who is ahead leaves each connection to the others for a moment, and no longer. */
+TEST_LOOP(worker_that_is_ahead_stays_away_for_a_moment)
+{
+    for (size_t i = 0; i < COUNT(leads); i++) {
+        open_shared(leads[i].own, leads[i].other);
+        s_loop->poller.exclusive = false;
+        int fds[2]; /* they stay: one that goes would end the pause */
+        for (int clients = 0; clients < 2; clients++) {
+            fds[clients] = ask(s_port);
+            s_settle();
+            bool away = leads[i].ahead || (clients == 1 && leads[i].own + 1 > leads[i].other + TSRVI_SHARE * 2);
+            CHECK_INT(entered, away ? clients : clients + 1);
+            s_run_ms(TSRVI_AWAY_MS + 1);
+            CHECK_INT(entered, clients + 1);
+            s_expect(fds[clients], "hello\n");
+        }
+        t_close_all(fds, 2);
+        close_shared();
+    }
+}
+
+/* Where it wakes one, which epoll does, who is ahead goes behind the others sooner. */
+TEST_LOOP(worker_that_is_ahead_goes_behind_the_others_sooner)
+{
+    enum { CLIENTS = TSRVI_SHARE };
+    for (size_t i = 0; i < COUNT(leads); i++) {
+        int fds[CLIENTS], times;
+        open_shared(leads[i].own, leads[i].other + (leads[i].ahead ? 0 : CLIENTS)); /* so that it stays as it is */
+        if (!s_loop->poller.exclusive) {
+            close_shared();
+            return;
+        }
+        t_fail_call("epoll_ctl", 0, 0, false); /* counts them */
+        for (int k = 0; k < CLIENTS; k++) {
+            fds[k] = ask(s_port);
+            s_expect(fds[k], "hello\n");
+        }
+        times = (int)t_fault_calls - CLIENTS; /* without those for the clients */
+        CHECK_INT(times, 2 * (leads[i].ahead ? TSRVI_SHARE / TSRVI_SHARE_AHEAD : 1));
+        t_close_all(fds, CLIENTS);
+        close_shared();
+    }
+}
+
 /* ---- waiting for a listener ----------------------------------------------------------------*/
 
 /* What the backend asks the kernel with. */
