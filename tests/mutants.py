@@ -29,9 +29,10 @@ TESTS = {  # the programs of a section: files of tests, or groups of them; those
     'addresses': 'streams', 'tls_session': 'tls iostream_tls', 'tls_hello': 'tls tls_options',
     'tls_transport': 'tls iostream_tls', 'tls_stream': 'tls', 'server': 'streams servers server',
     'admit': 'streams servers reads', 'accept': 'streams servers server fault process',
-    'listen': 'servers streams server reads', 'metrics': 'reads process', 'client': 'client', 'drain': 'streams servers',
-    'cpus': 'servers', 'notify': 'servers supervisor', 'start': SUPERVISOR, 'worker': SUPERVISOR, 'identity': SUPERVISOR,
-    'process': SUPERVISOR, 'children': SUPERVISOR, 'supervise': SUPERVISOR, 'rounds': SUPERVISOR, 'serve': SUPERVISOR}
+    'listen': 'servers streams server reads', 'metrics': 'reads process', 'client': 'client',
+    'drain': 'streams servers server', 'cpus': 'servers', 'notify': 'servers supervisor', 'start': SUPERVISOR,
+    'worker': SUPERVISOR, 'identity': SUPERVISOR, 'process': SUPERVISOR, 'children': SUPERVISOR, 'supervise': SUPERVISOR,
+    'rounds': SUPERVISOR, 'serve': SUPERVISOR}
 STREAM = 'stream transport wait output ends input attempt read write files state handler settle event'
 TESTS.update(dict.fromkeys(STREAM.split(), 'reads streams servers fault'))
 CHANGES = [  # what a line is searched for, and what comes in its place

@@ -732,8 +732,14 @@ TEST_PLAIN_SOFT(without_the_option_there_is_no_header)
     s_open_with(echo_lines, defaults);
     int fd = s_join();
     s_echo(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n");
+    CHECK_INT(tsrv_peer_address(tsrv_server_next(s_server, NULL), &address), TSRV_OK);
     CHECK_INT(tsrv_proxy_address(tsrv_server_next(s_server, NULL), &address), TSRV_EINVAL);
+    CHECK_INT(tsrv_address_family(&address), 0); /* not what was there before */
+    value.data = "old";
+    value.size = 3;
     CHECK_INT(tsrv_proxy_tlv(tsrv_server_next(s_server, NULL), 2, &value), TSRV_EINVAL);
+    CHECK_MEM(value.data, value.size, "", 0);
+    CHECK_STR(value.data, "");
     s_finish(fd);
     s_close();
 }
