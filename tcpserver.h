@@ -6204,7 +6204,6 @@ static void tsrvi_work_end(tsrvi_loop_work *work)
     TSRV_SYS(pthread_cond_destroy, (&work->more));
     TSRV_SYS(pthread_mutex_destroy, (&work->lock));
     TSRV_FREE(work->threads);
-    work->begun = false;
 }
 
 /* Have a thread run it. Returns TSRV_OK; or why there is none. */
@@ -7766,8 +7765,8 @@ static void tsrvi_tls_check_dates(const X509 *own, const tsrvi_tls_source *sourc
     }
 }
 
-/* OpenSSL notes down what a certificate may be used for when it first has to know, and for good: had
- * it no memory just then, within a handshake, the certificate would be a broken one from there on,
+/* OpenSSL notes down what a certificate may be used for when it first has to know, and for good:
+ * had it no memory just then, within a handshake, the certificate would be a broken one from there on,
  * and nobody whom it vouches for would be let in. So it has to know now. False: there is no memory.
  * One that is broken in itself is left to those who verify. */
 static bool tsrvi_tls_note(X509 *one)
@@ -18195,8 +18194,8 @@ static void tsrvi_reload_overtake(tsrvi_supervisor *s)
     }
 }
 
-/* All old ones have been replaced. Who had no process when it began is waited for, until it is up or
- * has failed; so is who has lost it since. */
+/* All old ones have been replaced. Who had no process when it began is waited for, until it is up
+ * or has failed; so is who has lost it since. */
 static void tsrvi_reload_end(tsrvi_supervisor *s)
 {
     int missing = 0;

@@ -95,6 +95,84 @@ TEST_LOOP(accept_that_fails_once_costs_no_time)
     }
 }
 
+/* ---- workers that share a listener ---------------------------------------------------------*/
+
+static tsrvi_place places_of_two[2 * TSRVI_GENERATIONS];
+
+/* As the first of two workers, who have accepted so many. */
+static void open_shared(unsigned own, unsigned other)
+{
+    tsrvi_place *second = &places_of_two[TSRVI_GENERATIONS];
+    memset(places_of_two, 0, sizeof places_of_two);
+    tsrvi_process.places = tsrvi_process.place_own = places_of_two;
+    tsrvi_process.place_count = COUNT(places_of_two);
+    tsrvi_process.number = 1;
+    open_echo(0);
+    places_of_two->used = second->used = 1;
+    places_of_two->stats[s_server->number].accepted = own;
+    second->stats[s_server->number].accepted = other;
+}
+
+static void close_shared(void)
+{
+    s_close();
+    tsrvi_process.places = tsrvi_process.place_own = NULL;
+    tsrvi_process.place_count = tsrvi_process.number = 0;
+}
+
+static const struct {
+    unsigned own, other;
+    bool ahead;
+} leads[] = {{TSRVI_SHARE * 2, 0, false},
+              {TSRVI_SHARE * 2 + 1, 0, true},
+              {100, 100 - TSRVI_SHARE * 2, false},
+              {100, 99 - TSRVI_SHARE * 2, true},
+              {0, 100, false}};
+
+/* Where the kernel wakes all of them, who is ahead leaves each connection to the others for a moment, and no longer. */
+TEST_LOOP(worker_that_is_ahead_stays_away_for_a_moment)
+{
+    for (size_t i = 0; i < COUNT(leads); i++) {
+        open_shared(leads[i].own, leads[i].other);
+        s_loop->poller.exclusive = false;
+        int fds[2]; /* they stay: one that goes would end the pause */
+        for (int clients = 0; clients < 2; clients++) {
+            fds[clients] = ask(s_port);
+            s_settle();
+            bool away = leads[i].ahead || (clients == 1 && leads[i].own + 1 > leads[i].other + TSRVI_SHARE * 2);
+            CHECK_INT(entered, away ? clients : clients + 1);
+            s_run_ms(TSRVI_AWAY_MS + 1);
+            CHECK_INT(entered, clients + 1);
+            s_expect(fds[clients], "hello\n");
+        }
+        t_close_all(fds, 2);
+        close_shared();
+    }
+}
+
+/* Where it wakes one, which epoll does, who is ahead goes behind the others sooner. */
+TEST_LOOP(worker_that_is_ahead_goes_behind_the_others_sooner)
+{
+    enum { CLIENTS = TSRVI_SHARE };
+    for (size_t i = 0; i < COUNT(leads); i++) {
+        int fds[CLIENTS], times;
+        open_shared(leads[i].own, leads[i].other + (leads[i].ahead ? 0 : CLIENTS)); /* so that it stays as it is */
+        if (!s_loop->poller.exclusive) {
+            close_shared();
+            return;
+        }
+        t_fail_call("epoll_ctl", 0, 0, false); /* counts them */
+        for (int k = 0; k < CLIENTS; k++) {
+            fds[k] = ask(s_port);
+            s_expect(fds[k], "hello\n");
+        }
+        times = (int)t_fault_calls - CLIENTS; /* without those for the clients */
+        CHECK_INT(times, 2 * (leads[i].ahead ? TSRVI_SHARE / TSRVI_SHARE_AHEAD : 1));
+        t_close_all(fds, CLIENTS);
+        close_shared();
+    }
+}
+
 /* ---- waiting for a listener ----------------------------------------------------------------*/
 
 /* What the backend asks the kernel with. */
@@ -1150,7 +1228,7 @@ static void check_table(unsigned keys, unsigned steps)
 {
     static uint64_t counts[4096];
     tsrvi_addresses table;
-    uint64_t used = 0;
+    uint64_t used = 0, most = 0;
     unsigned seed = keys;
     memset(&table, 0, sizeof table);
     memset(counts, 0, sizeof counts);
@@ -1166,7 +1244,10 @@ static void check_table(unsigned keys, unsigned steps)
             tsrvi_addresses_remove(&table, key * 0x100000001u);
             used -= --counts[key] == 0;
         }
+        most = used > most ? used : most;
         CHECK_INT(table.used, used);
+        CHECK(table.used * 2 <= table.capacity);
+        CHECK(table.capacity <= TSRVI_ADDRESSES_LEAST || table.capacity < 4 * (most + 1)); /* it grew when half full */
         CHECK(table.capacity <= TSRVI_ADDRESSES_LEAST || table.capacity <= used * 8 + 8);
     }
     for (unsigned key = 0; key < keys; key++) {
@@ -1246,6 +1327,27 @@ TEST_LOOP(on_accept_refuses_before_there_is_a_stream)
     s_until(&ended, 3);
     s_close();
     CHECK_INT(ended, 3);
+}
+
+static int refuse_all(tsrv_server *server, const tsrv_address *address, void *context)
+{
+    (void)server, (void)address, (void)context;
+    asked++;
+    return -EACCES;
+}
+
+/* Who adds a stream has accepted it. */
+TEST_LOOP(on_accept_is_not_asked_for_a_stream_that_is_added)
+{
+    int pair[2];
+    open_asking(refuse_all);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_INT(tsrv_server_add_stream(s_server, pair[0]), TSRV_OK);
+    s_echo(pair[1], "hello\n");
+    CHECK_INT(asked, 0);
+    CHECK_INT(s_stats().refused, 0);
+    s_finish(pair[1]);
+    s_close();
 }
 
 static int refuse_and_stop(tsrv_server *server, const tsrv_address *address, void *context)
@@ -1402,12 +1504,17 @@ TEST_LOOP(keep_alive_has_its_times)
     options.keep_alive_count = INT_MAX;
     check_served(options, 1, 32767, 32767, 127, 12345);
     options = defaults;
-    options.keep_alive_interval_ms = 2000; /* any of its times switches it on */
+    options.keep_alive_idle_ms = 1; /* any of its times switches it on, the least too */
+    check_served(options, 1, 1, interval, count, 0);
+    options = defaults;
+    options.keep_alive_interval_ms = 1;
+    check_served(options, 1, idle, 1, count, 0);
+    options.keep_alive_interval_ms = 2000;
     check_served(options, 1, idle, 2, count, 0);
     options = defaults;
-    options.keep_alive_count = 3;
-    check_served(options, 1, idle, interval, 3, 0);
+    options.keep_alive_count = 1;
+    check_served(options, 1, idle, interval, 1, 0);
     options = defaults;
-    options.user_timeout_ms = 777;
-    check_served(options, 0, idle, interval, count, 777);
+    options.user_timeout_ms = 1;
+    check_served(options, 0, idle, interval, count, 1);
 }

@@ -794,6 +794,37 @@ TEST_STREAM(input_after_the_close_does_not_destroy_the_answer)
     t_run(&c);
 }
 
+/* ---- a peer that is known to be gone is not waited for ---------------------------------------*/
+
+/* The peer stays, and says nothing: but what was sent to it has failed, so that nothing of an answer can be lost. */
+static void check_no_linger(int fd)
+{
+    int64_t before = v_ms();
+    t_sends(fd, "go\n");
+    s_until(&s_closed, 1);
+    CHECK_NEAR_MS(s_closed_ms - before, 0, 1000); /* of close_timeout_ms, 5 seconds */
+    s_leave(fd);
+    s_close();
+}
+
+TEST_PLAIN_STREAM(a_peer_that_reads_no_more_is_not_waited_for)
+{
+    int pair[2];
+    s_serve(say_bye);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_INT(tsrv_server_add_stream(s_server, pair[1]), TSRV_OK);
+    CHECK(shutdown(pair[0], SHUT_RD) == 0); /* now the answer is EPIPE */
+    check_no_linger(pair[0]);
+}
+
+TEST_PLAIN_STREAM(a_peer_that_cannot_be_sent_to_is_not_waited_for)
+{
+    s_serve(say_bye);
+    int fd = s_join();
+    t_fail_call("send", EHOSTUNREACH, 1, true);
+    check_no_linger(fd);
+}
+
 /* ---- churn ---------------------------------------------------------------------------------*/
 
 enum { CHURN = 2000, BATCH = 50 };

@@ -340,3 +340,59 @@ TEST_CALLBACK(a_handlers_flush_survives_that_of_another)
     s_until(&s_closed, 1);
     s_close();
 }
+
+/* ---- a handler that takes one message a call ------------------------------------------------*/
+
+enum { TAKE_LINE, TAKE_WIDE, TAKE_MATCH, TAKE_BYTES, TAKE_SOME, TAKE_INTO, DROP_LINE, DROP_BYTES, DROP_MATCH, TAKES };
+
+static int taking;
+
+static int take_message(tsrv_stream *stream)
+{
+    static char memory[4];
+    tsrv_slice slice;
+    switch (taking) {
+    case TAKE_LINE: return tsrv_read_until(stream, "\n", 0, &slice);
+    case TAKE_WIDE: return tsrv_read_until(stream, "\r\n", 0, &slice);
+    case TAKE_MATCH: return tsrv_read_until_match(stream, match_line, NULL, 0, &slice);
+    case TAKE_BYTES: return tsrv_read_bytes(stream, 4, &slice);
+    case TAKE_SOME: return tsrv_read_some(stream, 4, &slice);
+    case TAKE_INTO: return tsrv_read_into(stream, memory, sizeof memory);
+    case DROP_LINE: return tsrv_read_until(stream, "\n", 0, NULL);
+    case DROP_BYTES: return tsrv_read_bytes(stream, 4, NULL);
+    default: return tsrv_read_until_match(stream, match_line, NULL, 0, NULL);
+    }
+}
+
+/* Begins when three of them are there. */
+static int take_one_a_call(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    if (got_lines == 0 && tsrv_unread_size(stream) < 12) {
+        return TSRV_EAGAIN;
+    }
+    if ((rc = take_message(stream)) != TSRV_OK) {
+        return rc;
+    }
+    got_lines++;
+    return TSRV_EAGAIN;
+}
+
+/* It waits for nothing: as long as it has consumed some and some is left, it is called again, in whatever way it
+ * reads. */
+TEST_CALLBACK(who_consumes_some_is_called_for_the_rest)
+{
+    for (taking = 0; taking < TAKES; taking++) {
+        got_lines = 0;
+        s_serve(take_one_a_call);
+        int fd = s_join();
+        t_sends(fd, "1.\r\n2.\r\n3.\r\n");
+        s_until(&got_lines, 3);
+        s_settle();
+        CHECK_INT(got_lines, 3);
+        t_reset(fd);
+        s_until(&s_closed, 1);
+        s_close();
+    }
+}

@@ -476,6 +476,29 @@ TEST_ONCE(resolvers_failure_of_the_system_is_told_as_it_is)
     resolver_says = 0;
 }
 
+#if TSRVI_HAS_ACCEPT4
+static void fail_the_flags(const char *name)
+{
+    if (strcmp(name, "fcntl") == 0) {
+        t_fail_call("fcntl", EBADF, 1, false);
+    }
+}
+
+/* The flags are refused, so that fcntl has to set them, and that fails too. */
+TEST_ONCE(socket_that_cannot_be_set_up_is_closed)
+{
+    int before = t_open_fds(), fd;
+    t_seen = fail_the_flags;
+    deny("socket4", EINVAL, false);
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), -EBADF);
+    deny("socket", EINVAL, false);
+    CHECK_INT(tsrv_bind_unix_socket("@nobody.is.here", NULL, &fd), -EBADF);
+    t_seen = NULL;
+    CHECK_INT(t_log_lines, 0);
+    CHECK_INT(t_open_fds(), before);
+}
+#endif
+
 /* ---- unix sockets -------------------------------------------------------------------------*/
 
 static const char *path_in(const char *directory, const char *name)
@@ -1023,6 +1046,43 @@ TEST_ONCE(unix_path_in_the_root)
     t_seen = NULL;
     CHECK_INT(locks, 2); /* and unlocked */
     CHECK_INT(t_open_fds(), before);
+}
+
+/* Whatever call fails: it is a code, or the socket is as it should be. */
+TEST_ONCE(failing_calls_of_a_unix_bind_are_codes_or_do_no_harm)
+{
+    const char *directory = t_make_directory(), *path = path_in(directory, "socket");
+    int before = t_open_fds(), codes = 0;
+    umask(027); /* so that the mode is something to do */
+    for (long at = 1;; at++) {
+        tsrv_bind_options options = {0};
+        struct stat status;
+        int fd;
+        options.unix_mode = 0666;
+        make_stale(path);
+        t_fail_call(NULL, EIO, at, false);
+        int rc = tsrv_bind_unix_socket(path, &options, &fd);
+        bool failed = t_fault_hits != 0;
+        allow();
+        if (rc == TSRV_OK) {
+            CHECK(stat(path, &status) == 0);
+            CHECK_INT(status.st_mode & 07777, 0666);
+            CHECK_INT(try_to_connect(path), 0);
+            CHECK(unlink(path) == 0);
+            t_close(fd);
+        } else {
+            CHECK(failed && (rc == -EIO || rc == -EADDRINUSE)); /* the latter when it cannot be told that it is not */
+            CHECK_INT(fd, -1);
+            unlink(path);
+            codes++;
+        }
+        CHECK_INT(t_open_fds(), before);
+        if (!failed) {
+            break;
+        }
+    }
+    CHECK(codes >= 8);
+    CHECK(rmdir(directory) == 0);
 }
 
 #ifdef __linux__

@@ -731,6 +731,31 @@ TEST_LOOP(a_killed_worker_loses_no_queued_connection_with_reuse_port)
     kill_with_a_backlog();
 }
 
+/* Who is ahead of the others leaves them what comes, but for a moment only: they may hang. */
+TEST_LOOP(a_worker_whose_sibling_hangs_serves_all)
+{
+    enum { CLIENTS = 60 };
+    long who = 0;
+    workers = 2;
+    tsrv_set_log(t_no_log, NULL);
+    pid_t pid = launch(program_bind_start);
+    await_forks(2);
+    int hung = connect_to(0, &who);
+    t_sends(hung, "hang\n");
+    poll(NULL, 0, 50); /* that it has read it; if not, the test is easier */
+    for (int i = 0; i < CLIENTS; i++) {
+        int fd = t_connect(port());
+        t_sends(fd, "hello\n");
+        t_expect(fd, "hello\n");
+        t_close(fd);
+    }
+    CHECK(kill((pid_t)who, SIGKILL) == 0);
+    t_close(hung);
+    await_forks(3);
+    CHECK(kill(pid, SIGTERM) == 0);
+    check_end(pid, 0, TSRV_EPARENT);
+}
+
 /* With reuse_port each worker has a socket of its own: it is served by that worker alone. */
 TEST_LOOP(reuse_port_spreads_over_sockets)
 {

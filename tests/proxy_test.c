@@ -798,12 +798,15 @@ TEST_PLAIN_SOFT(server_is_freed_while_headers_are_awaited)
 
 TEST_PLAIN_SOFT(stream_that_is_added_has_a_header_too)
 {
+    tsrv_server_options options = {0};
     int fds[2];
-    open_proxied(defaults);
+    options.on_accept = note_accept; /* which is not asked for it, behind the header neither */
+    open_proxied(options);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds) == 0);
     CHECK_INT(tsrv_server_add_stream(s_server, fds[0]), TSRV_OK);
     t_sends(fds[1], "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n\n");
     s_expect(fds[1], "1.2.3.4:9 by unix:, \n");
+    CHECK_INT(accepted, 0);
     s_finish(fds[1]);
     s_close();
 }
@@ -815,8 +818,14 @@ TEST_PLAIN_SOFT(without_the_option_there_is_no_header)
     s_open_with(echo_lines, defaults);
     int fd = s_join();
     s_echo(fd, "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n");
+    CHECK_INT(tsrv_peer_address(tsrv_server_next(s_server, NULL), &address), TSRV_OK);
     CHECK_INT(tsrv_proxy_address(tsrv_server_next(s_server, NULL), &address), TSRV_EINVAL);
+    CHECK_INT(tsrv_address_family(&address), 0); /* not what was there before */
+    value.data = "old";
+    value.size = 3;
     CHECK_INT(tsrv_proxy_tlv(tsrv_server_next(s_server, NULL), 2, &value), TSRV_EINVAL);
+    CHECK_MEM(value.data, value.size, "", 0);
+    CHECK_STR(value.data, "");
     s_finish(fd);
     s_close();
 }

@@ -653,6 +653,72 @@ TEST_STREAM(slices_may_be_changed_in_place)
     s_close();
 }
 
+/* ---- a read that fails has an empty slice ----------------------------------------------------*/
+
+enum { FRESH_LINE, FRESH_WIDE, FRESH_MATCH, FRESH_BYTES, FRESH_CLOSE, FRESH_SOME, FRESH_READS };
+enum { NOTHING_CAME, A_PART_CAME, INPUT_ENDED, CLOSED_HERE, WAYS };
+
+static int reading, fresh_codes[WAYS];
+
+/* What was in the slice before is not seen again, TSRV_EAGAIN included. */
+static int read_afresh(tsrv_stream *stream)
+{
+    tsrv_slice slice = {"old", 3};
+    int rc = reading == FRESH_LINE    ? tsrv_read_until(stream, "\n", 0, &slice)
+             : reading == FRESH_WIDE  ? tsrv_read_until(stream, "\r\n", 0, &slice)
+             : reading == FRESH_MATCH ? tsrv_read_until_match(stream, match_none, NULL, 0, &slice)
+             : reading == FRESH_BYTES ? tsrv_read_bytes(stream, 5, &slice)
+             : reading == FRESH_CLOSE ? tsrv_read_until_close(stream, 0, &slice)
+                                      : tsrv_read_some(stream, 0, &slice);
+    if (rc != TSRV_OK) {
+        CHECK_STR(slice.data, "");
+        CHECK_INT(slice.size, 0);
+    }
+    return rc;
+}
+
+static int fail_in_all_ways(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    while (step < WAYS) {
+        int rc = read_afresh(stream);
+        if (rc == TSRV_EAGAIN) {
+            return rc;
+        }
+        fresh_codes[step++] = rc;
+        if (step == INPUT_ENDED) {
+            tsrv_set_timeout(stream, TSRV_NEVER, 0);
+        } else if (step == CLOSED_HERE) {
+            tsrv_close(stream);
+        }
+    }
+    return TSRV_OK;
+}
+
+TEST_STREAM(a_read_that_fails_has_an_empty_slice)
+{
+    for (reading = 0; reading < FRESH_READS; reading++) {
+        tsrv_server_options options = {0};
+        options.read_timeout_ms = 100;
+        step = 0;
+        s_open_with(fail_in_all_ways, options);
+        int fd = s_join();
+        s_settle();
+        CHECK_INT(read_afresh(tsrv_server_next(s_server, NULL)), TSRV_EBUSY);
+        s_until(&step, A_PART_CAME);
+        t_sends(fd, "a");
+        s_until(&step, INPUT_ENDED);
+        t_shut(fd);
+        s_until(&step, WAYS);
+        CHECK_INT(fresh_codes[NOTHING_CAME], TSRV_ETIMEOUT);
+        CHECK_INT(fresh_codes[A_PART_CAME], reading == FRESH_SOME ? TSRV_OK : TSRV_ETIMEOUT);
+        CHECK_INT(fresh_codes[INPUT_ENDED], reading == FRESH_CLOSE ? TSRV_OK : TSRV_EOF);
+        CHECK_INT(fresh_codes[CLOSED_HERE], TSRV_ECLOSED);
+        s_leave(fd);
+        s_close();
+    }
+}
+
 /* ---- tsrv_read_into, repeated as another call ------------------------------------------------*/
 
 static char whole[8], elsewhere[8];

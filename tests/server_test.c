@@ -579,6 +579,32 @@ TEST_ONCE(stop_is_not_held_by_a_crowd_without_end)
     s_close();
 }
 
+/* Nor does a bind, at whatever call it fails: the socket of the other family goes too. */
+TEST_ONCE(a_bind_that_fails_leaves_no_socket)
+{
+    tsrv_server_options options = {0};
+    int before = t_open_fds(), errors = 0;
+    bool failed = true;
+    options.handle_stream = echo_lines;
+    tsrv_set_log(t_no_log, NULL);
+    for (long at = 1; failed; at++) {
+        tsrv_server *server;
+        CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+        t_fail_call(NULL, ENOBUFS, at, false);
+        int rc = tsrv_server_bind(server, 0, NULL, NULL);
+        failed = t_fault_hits > 0;
+        t_fault_at = 0;
+        CHECK(rc == TSRV_OK || failed);
+        if (rc < 0) {
+            CHECK_INT(t_open_fds(), before);
+            errors++;
+        }
+        tsrv_server_free(server);
+        CHECK_INT(t_open_fds(), before);
+    }
+    CHECK(errors >= 8);
+}
+
 TEST_ONCE(what_is_no_network_is_refused)
 {
     static const char *const bad[] = {"10.0.0.0/33", "::1/129", "10.0.0.0/-1", "10.0.0.0/", "x", "1.2.3.4, 5",

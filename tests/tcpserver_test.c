@@ -299,8 +299,11 @@ TEST_STREAM(one_server_listens_on_several_ports)
         snprintf(expected, sizeof expected, "127.0.0.1:%d", ports[i]);
         CHECK_STR(tsrv_address_format(&address, text, sizeof text), expected);
     }
-    CHECK_INT(tsrv_server_address(s.server, PORTS, &address), TSRV_EINVAL);
-    CHECK_INT(tsrv_server_address(s.server, -1, &address), TSRV_EINVAL);
+    for (int bad = -1; bad <= PORTS; bad += PORTS + 1) {
+        CHECK_INT(tsrv_server_address(s.server, 0, &address), TSRV_OK);
+        CHECK_INT(tsrv_server_address(s.server, bad, &address), TSRV_EINVAL);
+        CHECK_INT(tsrv_address_family(&address), 0); /* not what was there before */
+    }
     for (int i = 0; i < PORTS; i++) {
         fds[i] = t_connect(ports[i]);
         t_sends(fds[i], "hello\n");
@@ -1820,6 +1823,7 @@ static int sleep_in_handler(tsrv_stream *stream, const tsrv_address *address, vo
     ++*(int *)context;
     int rc = tsrv_sleep(60);
     CHECK(rc == TSRV_OK || rc == TSRV_ECLOSED);
+    CHECK_INT(tsrv_sleep(20), TSRV_OK); /* such a wait is ended once */
     t_record(1);
     return 0;
 }

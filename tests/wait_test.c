@@ -50,6 +50,44 @@ TEST_STREAM(row4_pause_while_the_peer_pipelines)
     s_close();
 }
 
+/* ---- in one turn ---------------------------------------------------------------------------*/
+
+static int write_when_woken(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK && (rc = tsrv_write(stream, "woken\n", 6)) == TSRV_OK) {
+    }
+    return rc;
+}
+
+static void write_beside(void *context)
+{
+    write_when_woken((tsrv_stream *)context, NULL, NULL);
+}
+
+/* What is written by those whom a turn resumes goes out in that turn: the client has it without another one. */
+TEST_PLAIN_SOFT(what_the_woken_write_goes_out_in_one_turn)
+{
+    for (int others = 0; others <= 2; others++) {
+        s_serve(write_when_woken);
+        int fd = s_join();
+        s_settle();
+        for (int i = 0; i < others; i++) {
+            CHECK_INT(tsrv_spawn(s_loop, write_beside, tsrv_server_next(s_server, NULL)), TSRV_OK);
+        }
+        s_settle();
+        tsrv_wake(tsrv_server_next(s_server, NULL));
+        s_turn();
+        for (int i = 0; i <= others; i++) {
+            t_expect(fd, "woken\n");
+        }
+        t_reset(fd);
+        s_until(&s_closed, 1);
+        s_close();
+    }
+}
+
 /* ---- a read that a callback-mode handler gives up ------------------------------------------*/
 
 static int given_up, helper_rc, second_rc, deadline_ms; /* -1 = none is asked for */
