@@ -7766,9 +7766,9 @@ static void tsrvi_tls_check_dates(const X509 *own, const tsrvi_tls_source *sourc
 }
 
 /* OpenSSL notes down what a certificate may be used for when it first has to know, and for good:
- * had it no memory just then, within a handshake, the certificate would be a broken one from there on,
- * and nobody whom it vouches for would be let in. So it has to know now. False: there is no memory.
- * One that is broken in itself is left to those who verify. */
+ * had it no memory just then, within a handshake, the certificate would be a broken one from there
+ * on, and nobody whom it vouches for would be let in. So it has to know now. False: there is no
+ * memory. One that is broken in itself is left to those who verify. */
 static bool tsrvi_tls_note(X509 *one)
 {
     X509 *again;
