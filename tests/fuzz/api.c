@@ -1342,6 +1342,7 @@ static void peer_send(connection *on, size_t size)
     sent = send(on->peer, input_from(on->sent), size, MSG_DONTWAIT | MSG_NOSIGNAL);
     on->sent += sent > 0 ? (uint64_t)sent : 0;
     on->peer_gone = on->peer_gone || (sent < 0 && errno != EAGAIN);
+    on->good = on->good && !(tcp && on->closed); /* the answer is a reset, which destroys what is still on its way */
     TRACE("%d: the peer sends %zd\n", number_of(on), sent);
 }
 
