@@ -18194,8 +18194,8 @@ static void tsrvi_reload_overtake(tsrvi_supervisor *s)
     }
 }
 
-/* All old ones have been replaced. Who had no process when it began is waited for, until it is up
- * or has failed; so is who has lost it since. */
+/* All old ones have been replaced. A worker that had no process when the reload began, or has lost
+ * it since, is waited for, until it is up or has failed. */
 static void tsrvi_reload_end(tsrvi_supervisor *s)
 {
     int missing = 0;
