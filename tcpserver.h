@@ -11436,8 +11436,9 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (stream->end != 0 || (!cut && had_failed)) {
         return; /* the end that came first has been told */
     }
-    if (!tsrvi_stream_rouse(stream) && !cut) {
-        tsrvi_set(stream, TSRVI_WOKEN);
+    if (!tsrvi_stream_rouse(stream) &&
+        (!cut || (stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT)) == 0)) {
+        tsrvi_set(stream, TSRVI_WOKEN); /* but an end that a read tells of is news to nobody */
     }
 }
 
