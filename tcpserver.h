@@ -13327,6 +13327,7 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
         return rc;
     }
     stream->fresh_ms = tsrvi_loop_of(stream)->now_ms; /* a drain gives the peer time to begin */
+    tsrvi_clear(stream, TSRVI_LOOKED | TSRVI_SILENT); /* what has come already is the handshake's */
     tsrvi_stream_soon(stream);
     if (server_name != NULL) {
         tsrvi_stream_shake(stream); /* the client speaks first */
