@@ -11508,8 +11508,9 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (stream->end != 0 || (!cut && had_failed)) {
         return; /* the end that came first has been told */
     }
-    if (!tsrvi_stream_rouse(stream) && !cut) {
-        tsrvi_set(stream, TSRVI_WOKEN);
+    if (!tsrvi_stream_rouse(stream) &&
+        (!cut || (stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT)) == 0)) {
+        tsrvi_set(stream, TSRVI_WOKEN); /* but an end that a read tells of is news to nobody */
     }
 }
 
@@ -13411,6 +13412,7 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
         return rc;
     }
     stream->fresh_ms = tsrvi_loop_of(stream)->now_ms; /* a drain gives the peer time to begin */
+    tsrvi_clear(stream, TSRVI_LOOKED | TSRVI_SILENT); /* what has come already is the handshake's */
     tsrvi_stream_soon(stream);
     if (server_name != NULL) {
         tsrvi_stream_shake(stream); /* the client speaks first */

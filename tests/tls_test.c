@@ -2486,6 +2486,80 @@ TEST_STREAM(test_handshake_whose_answer_cannot_be_sent)
     run_tls(&c, NULL);
 }
 
+/* Answers a line, waits for something else before it starts TLS, and behind that only for its client's end. */
+static int start_tls_late(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *step = (int *)tsrv_data(stream), rc = TSRV_OK;
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (*step == 0 && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        CHECK_INT(tsrv_write(stream, line.data, line.size), TSRV_OK);
+        ++*step;
+    }
+    if (*step == 1 && rc == TSRV_OK && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK) {
+        CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_OK);
+        ++*step;
+    }
+    if (*step == 2 && rc == TSRV_OK && (rc = tsrv_wait_for_handshake(stream)) == TSRV_OK) {
+        ++*step;
+    }
+    if (*step == 3 && rc == TSRV_OK && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK) {
+        CHECK_INT(tsrv_read_some(stream, 0, &line), TSRV_EOF);
+    }
+    return rc;
+}
+
+/* Has the stream seen that there is input, which nobody wants? */
+static void has_looked(void *context)
+{
+    tsrv_stream *stream = tsrv_server_next(t_server, NULL);
+    *(bool *)context = stream != NULL && tsrvi_is(stream, TSRVI_LOOKED);
+}
+
+/* Its hello does not wait to be asked for. */
+static void hasty_client(int port, void *context)
+{
+    const dial *const versions[] = {&tls_1_2, &tls_1_3};
+    (void)context;
+    for (size_t i = 0; i < COUNT(versions); i++) {
+        unsigned char hello[2000];
+        char line[9];
+        bool looked = false;
+        int fd = t_connect(port);
+        SSL *ssl = dial_on(fd, versions[i]);
+        BIO *socket = SSL_get_wbio(ssl), *memory = BIO_new(BIO_s_mem());
+        t_sends(fd, "STARTTLS\n");
+        CHECK_MEM(line, t_recv(fd, line, 9), "STARTTLS\n", 9);
+        CHECK(BIO_up_ref(socket) == 1);
+        SSL_set0_wbio(ssl, memory);
+        fcntl(fd, F_SETFL, O_NONBLOCK);
+        CHECK_INT(SSL_get_error(ssl, SSL_do_handshake(ssl)), SSL_ERROR_WANT_READ);
+        fcntl(fd, F_SETFL, 0);
+        int size = BIO_read(memory, hello, (int)sizeof hello);
+        SSL_set0_wbio(ssl, socket);
+        CHECK(size > 0);
+        t_send(fd, hello, (size_t)size);
+        while (!looked) { /* the test's time limit ends it */
+            t_on_loop(has_looked, &looked);
+        }
+        t_on_loop(wake_first, NULL);
+        shake_hands(ssl);
+        dial_finish(ssl);
+        t_wait_records((int)i + 1);
+        CHECK_INT(t_recorded((int)i), TSRV_OK);
+    }
+}
+
+TEST_STREAM(test_start_tls_behind_an_early_hello)
+{
+    t_case c = {start_tls_late, t_record_reason, hasty_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    server_tls = make_tls(&options);
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+    tsrv_tls_free(server_tls);
+}
+
 /* Not while somebody reads. */
 static void start_tls_now(void *context)
 {

@@ -251,6 +251,91 @@ TEST_CALLBACK(wait_behind_a_read_of_nothing_has_its_own_time)
     s_close();
 }
 
+/* ---- an end that comes while nobody asks for it ---------------------------------------------*/
+
+static bool busy_over; /* what the handler is busy with */
+static int end_seen;
+
+/* Answers a line, is busy, and then only waits. */
+static int be_busy_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *step = (int *)tsrv_data(stream), rc = TSRV_OK;
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (*step == 0 && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        limit_output(stream);
+        CHECK_INT(tsrv_write(stream, large, large_size), TSRV_OK);
+        ++*step;
+    }
+    if (*step == 1 && rc == TSRV_OK && (rc = tsrv_flush(stream)) == TSRV_OK) {
+        ++*step;
+    }
+    while (t_mode == TSRV_COROUTINE && !busy_over) {
+        CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    }
+    if (*step == 2 && rc == TSRV_OK && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK) {
+        CHECK_INT(tsrv_read_some(stream, 0, &line), TSRV_EOF);
+        end_seen++;
+    }
+    return rc;
+}
+
+/* It ends the next tsrv_wait, as a wake does that comes a moment too early. */
+TEST_STREAM(an_end_that_comes_too_early_ends_the_next_wait)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = be_busy_and_wait;
+    options.data_size = sizeof(int);
+    options.write_high_water = SIZE_MAX;
+    make_large(t_hard ? 100000 : 4 << 20);
+    busy_over = false;
+    end_seen = 0;
+    s_open(options);
+    int fd = s_join_with_room(4096);
+    t_sends(fd, "go\n");
+    s_settle();
+    t_shut(fd);
+    s_settle(); /* its end is known */
+    s_expect_bytes(fd, large, large_size);
+    s_settle();
+    busy_over = true;
+    s_until(&end_seen, 1);
+    s_leave(fd);
+    s_close();
+    free(large);
+}
+
+/* An end that a read has told of is no news. */
+static int read_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *ended = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc = *ended ? (int)TSRV_EOF : tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    if (rc != TSRV_EAGAIN) {
+        CHECK_INT(rc, TSRV_EOF);
+        *ended = true;
+        rc = tsrv_wait(stream, 50);
+    }
+    end_seen += rc == TSRV_ETIMEOUT;
+    return rc;
+}
+
+TEST_STREAM(an_end_that_was_read_ends_no_wait)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = read_and_wait;
+    options.data_size = sizeof(bool);
+    end_seen = 0;
+    s_open(options);
+    int fd = s_join();
+    s_settle();
+    t_shut(fd);
+    s_until(&end_seen, 1);
+    s_leave(fd);
+    s_close();
+}
+
 /* ---- a stream that goes while a coroutine lets the others run ------------------------------*/
 
 enum { READ_SOME, READ_UNTIL, READ_BYTES, READ_MATCH, READ_CLOSE, READ_INTO, READ_NOTHING, FLUSH,
