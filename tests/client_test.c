@@ -908,6 +908,27 @@ TEST_LOOP(failing_calls_are_codes)
     t_close(listener_of_faults);
 }
 
+static void connect_without_a_descriptor(void)
+{
+    t_fail_call("socket", EPERM, 1, true); /* -1, as a code */
+    CHECK_INT(connect_rc("unix:/nobody/is/here", 0, 500), -EPERM);
+    CHECK_INT(connect_rc("127.0.0.1", 1, 500), -EPERM);
+    t_fail_call(NULL, 0, 0, false);
+}
+
+/* The number that is none is nobody's: a listener that was stopped has it, too. */
+TEST_LOOP(socket_that_cannot_be_made_is_no_listeners)
+{
+    open_echo();
+    tsrv_server_stop(s_server);
+    in_coroutine(connect_without_a_descriptor);
+    CHECK_INT(t_log_lines, 0);
+    s_settle();
+    CHECK_INT(tsrv_loop_run(s_loop), TSRV_OK); /* nothing is left */
+    CHECK_INT(s_loop->active, 0);
+    s_close();
+}
+
 /* A connect that a signal interrupts goes on in the kernel. */
 static void connect_interrupted(void)
 {

@@ -1749,6 +1749,7 @@ static void free_and_leave(void *context)
     tsrv_server_free(freed_first);
     tsrvi_loop_leave(s_loop, 5000);
     tsrvi_loop_leave(s_loop, 5000);
+    CHECK(!freed_first->draining);
 }
 
 /* Its servers are drained, but for those that are freed already, and the program's own connections stay. */

@@ -944,3 +944,23 @@ TEST_PLAIN_SOFT(hang_up_without_an_error_is_the_end_of_the_input)
     CHECK_INT(s_reason, TSRV_EOF);
     s_close();
 }
+
+/* A limit for reads counts from the next one on, whoever sets it. */
+TEST_PLAIN_SOFT(limit_that_is_set_from_outside_is_the_next_reads)
+{
+    s_serve(echo_lines);
+    int fd = s_join();
+    s_settle();
+    tsrv_set_timeout(tsrv_server_next(s_server, NULL), 100, 0);
+    t_sends(fd, "hel");
+    s_run_ms(1000);
+    CHECK_INT(s_closed, 0);
+    t_sends(fd, "lo\n");
+    s_expect(fd, "hello\n");
+    int64_t begin = v_ms();
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK(v_ms() - begin >= 90 && v_ms() - begin <= 200);
+    t_close(fd);
+    s_close();
+}

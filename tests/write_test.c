@@ -1244,6 +1244,9 @@ static int write_scraps(tsrv_stream *stream, const tsrv_address *address, void *
         scraps_rc = tsrv_writev(stream, pieces, SCRAPS);
     }
     t_fault_at = 0;
+    if (scraps_rc < 0) {
+        CHECK_INT(tsrv_write(stream, "x", 1), scraps_rc); /* it is over */
+    }
     return scraps_rc;
 }
 

@@ -60,6 +60,7 @@ static const struct {
     {"chmod", ENOENT, true, NULL},
     {"flock", EAGAIN, false, NULL},
     {"fstat", EIO, true, NULL},
+    {"chmod", ENOENT, true, "unlink"}, /* so that a file stays */
 };
 
 enum { DETOURS = sizeof(detours) / sizeof(detours[0]), SPECIAL = 100 };
