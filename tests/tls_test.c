@@ -161,6 +161,8 @@ TEST_ONCE(test_context_values)
     options.ca_file = path("ca.pem");
     options.verify_client = 3;
     expect_refused(&options, TSRV_EINVAL, "verify_client");
+    options.verify_client = -1;
+    expect_refused(&options, TSRV_EINVAL, "verify_client");
     options.verify_client = TSRV_TLS_NONE;
     options.certificate_count = -1;
     expect_refused(&options, TSRV_EINVAL, "certificate_count");
@@ -677,9 +679,10 @@ static void sni_client(int port, void *context)
     expect_certificate(port, "other.tes", false, "server");
     expect_certificate(port, "unknown.test", false, "server");
     expect_certificate(port, "*.wild.test", false, "wild"); /* the client's affair */
+    expect_certificate(port, "lost.test", false, "server"); /* "*" is a label, and no part of one */
     memset(longest, 'a', 255);
     expect_certificate(port, longest, false, "server");
-    t_wait_records(before + 14);
+    t_wait_records(before + 15);
 }
 
 TEST_SOFT(test_sni)
@@ -687,9 +690,10 @@ TEST_SOFT(test_sni)
     tsrv_tls_options options = server_options();
     tsrv_tls_certificate certificates[] = {{"*.wild.test", path("wild.pem"), NULL},
                                            {"exact.wild.test", path("exact.pem"), NULL},
+                                           {"*st.test", path("wild.pem"), NULL},
                                            {"other.test", path("other.pem"), path("other.pem")}};
     options.certificates = certificates;
-    options.certificate_count = 3;
+    options.certificate_count = 4;
     serve_echo(sni_client, &options);
 }
 
@@ -847,6 +851,53 @@ static void garbage_client(int port, void *context)
 TEST_STREAM(test_handshake_garbage)
 {
     t_case c = {read_code, t_record_reason, garbage_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* Who takes its leave instead has not shaken hands. */
+static void notifying_client(int port, void *context)
+{
+    static const char close_notify[] = "\025\003\001\000\002\001\000";
+    (void)context;
+    int fd = t_connect(port);
+    t_send(fd, close_notify, sizeof close_notify - 1);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETLS);
+    CHECK_INT(handshakes_failed(), 1);
+    t_drain_and_close(fd);
+}
+
+TEST_STREAM(test_handshake_close_notify)
+{
+    t_case c = {read_code, t_record_reason, notifying_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* A handler whose read has timed out leaves before the handshake: nothing is on its way to be lost. */
+static int read_in_vain(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    (void)address, (void)context;
+    tsrv_set_timeout(stream, 50, 0);
+    int rc = tsrv_read_some(stream, 0, &some);
+    if (rc != TSRV_EAGAIN) {
+        t_record(rc);
+    }
+    return rc == TSRV_EAGAIN ? rc : (int)TSRV_OK;
+}
+
+static void never_shaking_client(int port, void *context)
+{
+    (void)context;
+    int fd = t_connect(port);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETIMEOUT);
+    t_leave(fd);
+}
+
+TEST_STREAM(test_close_before_handshake_of_the_silent)
+{
+    t_case c = {read_in_vain, NULL, never_shaking_client, NULL, {0}};
     run_tls(&c, NULL);
 }
 
@@ -1902,6 +1953,28 @@ TEST_STREAM(test_sendfile_shorter)
     t_case c = {send_too_much, t_record_reason, short_client, NULL, {0}};
     make_big_file();
     tsrv_set_log(t_no_log, NULL);
+    run_tls(&c, NULL);
+    close(file);
+}
+
+/* So does one that cannot be read. */
+static void unreadable_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    t_fail_call("pread", EIO, 3, true);
+    dial_sends(ssl, "go\n");
+    t_expect_reset(SSL_get_fd(ssl));
+    t_fail_call(NULL, 0, 0, false);
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), -EIO);
+}
+
+TEST_SOFT(test_sendfile_unreadable)
+{
+    t_case c = {send_too_much, t_record_reason, unreadable_client, NULL, {0}};
+    make_big_file();
     run_tls(&c, NULL);
     close(file);
 }
@@ -3146,18 +3219,18 @@ TEST_STREAM(test_drain)
 static void drained_within_record_client(int port, void *context)
 {
     unsigned char record[100];
+    size_t begun = *(size_t *)context;
     int grace_ms = 60000;
-    (void)context;
     SSL *ssl = dial_open(port, &usual), *other = dial_open(port, &usual);
     dial_echo(ssl, "hello");
     size_t size = dial_seal(ssl, "again", 5, record, sizeof record);
-    t_send(SSL_get_fd(ssl), record, 10);
+    t_send(SSL_get_fd(ssl), record, begun);
     dial_echo(other, "the server has seen it");
     t_on_loop(drain_now, &grace_ms);
     dial_expect(other, "BYE");
     dial_expect_end(other);
     dial_free(other);
-    t_send(SSL_get_fd(ssl), record + 10, size - 10);
+    t_send(SSL_get_fd(ssl), record + begun, size - begun);
     dial_expect(ssl, "againBYE");
     dial_expect_end(ssl);
     dial_free(ssl);
@@ -3165,9 +3238,11 @@ static void drained_within_record_client(int port, void *context)
 
 TEST_STREAM(test_drain_within_record)
 {
-    t_case c = {note_and_say_bye, NULL, drained_within_record_client, NULL, {0}};
-    c.options.data_size = sizeof(unsigned);
-    run_tls(&c, NULL);
+    for (size_t begun = 5; begun <= 10; begun += 5) { /* its header, which the session has taken; and some of it */
+        t_case c = {note_and_say_bye, NULL, drained_within_record_client, &begun, {0}};
+        c.options.data_size = sizeof(unsigned);
+        run_tls(&c, NULL);
+    }
 }
 
 /* Who has connected, and not even begun a handshake, holds no drain; who has begun one is waited for. */
