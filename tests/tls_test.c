@@ -409,6 +409,82 @@ TEST_COROUTINE(test_wait_for_handshake_already_waiting)
     run_tls(&c, NULL);
 }
 
+/* Who waited behind one that has cut the connection is told so, though the handshake is done. */
+static void wait_behind(void *context)
+{
+    t_record(100 - tsrv_wait_for_handshake((tsrv_stream *)context));
+}
+
+static int wait_and_abort(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    CHECK_INT(tsrv_spawn(t_loop, wait_behind, stream), TSRV_OK);
+    CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_OK);
+    t_record(SHAKEN);
+    return tsrv_abort(stream);
+}
+
+static void cut_off_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    SSL_do_handshake(ssl); /* the reset may be quicker than its end */
+    t_expect_reset(SSL_get_fd(ssl));
+    dial_free(ssl);
+    t_wait_records(3);
+    CHECK_INT(t_recorded(0), SHAKEN);
+    CHECK_INT(t_recorded(1), 100 - TSRV_ECLOSED);
+}
+
+TEST_COROUTINE(test_wait_for_handshake_of_a_stream_that_is_cut)
+{
+    t_case c = {wait_and_abort, t_record_reason, cut_off_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* A deadline counts for it; and outside of the handler it is asked, and not waited for. */
+static tsrv_stream *waiting_stream;
+
+static int wait_until_deadline(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    if (waiting_stream == NULL) {
+        tsrv_set_deadline(stream, 300);
+        waiting_stream = stream;
+        t_record(ENTERED);
+    }
+    int rc = tsrv_wait_for_handshake(stream);
+    if (rc != TSRV_EAGAIN) {
+        t_record(100 - rc);
+    }
+    return rc;
+}
+
+static void ask_beside(void *context)
+{
+    *(int *)context = tsrv_wait_for_handshake(waiting_stream);
+}
+
+static void deadline_client(int port, void *context)
+{
+    int rc = 1;
+    (void)context;
+    waiting_stream = NULL;
+    int fd = t_connect(port);
+    t_wait_records(1);
+    t_on_loop(ask_beside, &rc);
+    CHECK_INT(rc, TSRV_EAGAIN);
+    t_wait_records(2);
+    CHECK_INT(t_recorded(1), 100 - TSRV_ETIMEOUT);
+    t_drain_and_close(fd);
+}
+
+TEST_STREAM(test_wait_for_handshake_and_deadline)
+{
+    t_case c = {wait_until_deadline, NULL, deadline_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
 static int greet(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     if (((unsigned *)tsrv_data(stream))[0] == 0) {
@@ -851,25 +927,6 @@ static void garbage_client(int port, void *context)
 TEST_STREAM(test_handshake_garbage)
 {
     t_case c = {read_code, t_record_reason, garbage_client, NULL, {0}};
-    run_tls(&c, NULL);
-}
-
-/* Who takes its leave instead has not shaken hands. */
-static void notifying_client(int port, void *context)
-{
-    static const char close_notify[] = "\025\003\001\000\002\001\000";
-    (void)context;
-    int fd = t_connect(port);
-    t_send(fd, close_notify, sizeof close_notify - 1);
-    t_wait_records(1);
-    CHECK_INT(t_recorded(0), TSRV_ETLS);
-    CHECK_INT(handshakes_failed(), 1);
-    t_drain_and_close(fd);
-}
-
-TEST_STREAM(test_handshake_close_notify)
-{
-    t_case c = {read_code, t_record_reason, notifying_client, NULL, {0}};
     run_tls(&c, NULL);
 }
 
@@ -3174,6 +3231,27 @@ static void begin_handshake(SSL *ssl)
     CHECK(size > 0);
     t_send(fd, hello, (size_t)size);
     SSL_set0_wbio(ssl, BIO_new_socket(fd, BIO_NOCLOSE));
+}
+
+/* Who takes its leave within the handshake has not shaken hands. */
+static void notifying_client(int port, void *context)
+{
+    static const char close_notify[] = "\025\003\003\000\002\001\000";
+    (void)context;
+    SSL *ssl = dial_start(port, &tls_1_2);
+    begin_handshake(ssl);
+    t_send(SSL_get_fd(ssl), close_notify, sizeof close_notify - 1);
+    t_drain_and_close(SSL_get_fd(ssl));
+    SSL_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETLS);
+    CHECK_INT(handshakes_failed(), 1);
+}
+
+TEST_STREAM(test_handshake_close_notify)
+{
+    t_case c = {read_code, t_record_reason, notifying_client, NULL, {0}};
+    run_tls(&c, NULL);
 }
 
 static void drained_client(int port, void *context)
