@@ -7959,7 +7959,7 @@ static OCSP_SINGLERESP *tsrvi_tls_find_answer(OCSP_BASICRESP *basic, const X509 
         OCSP_SINGLERESP *one = OCSP_resp_get0(basic, i);
         ASN1_INTEGER *serial = NULL;
         OCSP_id_get0_info(NULL, NULL, NULL, &serial, (OCSP_CERTID *)OCSP_SINGLERESP_get0_id(one));
-        if (serial != NULL && ASN1_INTEGER_cmp(serial, X509_get0_serialNumber(own)) == 0) {
+        if (ASN1_INTEGER_cmp(serial, X509_get0_serialNumber(own)) == 0) {
             return one;
         }
     }
@@ -10400,7 +10400,7 @@ static tsrvi_tls *tsrvi_tls_of(const tsrv_stream *stream)
 static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
 {
     tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
-    size_t bytes = size < 0 ? 0 : (size_t)size;
+    size_t bytes = (size_t)size;
     BIO_clear_retry_flags(bio);
     if (tsrvi_queue_copy(&tls->sealed, &tsrvi_loop_of(tls->stream)->streams.pool, data, bytes) <
         0) {
@@ -10466,7 +10466,7 @@ static BIO_METHOD *tsrvi_tls_bio_method(void)
     if (made != NULL) {
         return made;
     }
-    made = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "tcpserver.h");
+    made = BIO_meth_new(BIO_TYPE_SOURCE_SINK, "tcpserver.h");
     if (made == NULL) {
         return NULL;
     }
@@ -10578,6 +10578,7 @@ static bool tsrvi_tls_hello_name(SSL *ssl, char name[256])
 static bool tsrvi_tls_change(tsrvi_tls *tls, tsrvi_tls_set *to)
 {
     SSL_CTX *context = to->context;
+    bool least, most;
     if (SSL_set_SSL_CTX(tls->ssl, context) == NULL) {
         return false;
     }
@@ -10588,8 +10589,9 @@ static bool tsrvi_tls_change(tsrvi_tls *tls, tsrvi_tls_set *to)
     SSL_set_verify_depth(tls->ssl, SSL_CTX_get_verify_depth(context));
     SSL_clear_options(tls->ssl, SSL_get_options(tls->ssl));
     SSL_set_options(tls->ssl, SSL_CTX_get_options(context) | TSRVI_TLS_OPTIONS);
-    return SSL_set_min_proto_version(tls->ssl, SSL_CTX_get_min_proto_version(context)) == 1 &&
-           SSL_set_max_proto_version(tls->ssl, SSL_CTX_get_max_proto_version(context)) == 1;
+    least = SSL_set_min_proto_version(tls->ssl, SSL_CTX_get_min_proto_version(context)) == 1;
+    most = SSL_set_max_proto_version(tls->ssl, SSL_CTX_get_max_proto_version(context)) == 1;
+    return (least & most) != 0;
 }
 
 static int tsrvi_tls_refuse_hello(tsrvi_tls *tls, const char *why, int *alert, int code)
@@ -10776,7 +10778,7 @@ static void tsrvi_tls_explain(const tsrvi_tls *tls)
 static int tsrvi_tls_code(tsrvi_tls *tls, int result)
 {
     int kind = SSL_get_error(tls->ssl, result);
-    if (kind == SSL_ERROR_WANT_READ || kind == SSL_ERROR_WANT_WRITE) {
+    if (kind == SSL_ERROR_WANT_READ) {
         return TSRV_EAGAIN;
     }
     if (kind == SSL_ERROR_ZERO_RETURN && !tls->ended) {
@@ -13459,10 +13461,7 @@ TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream)
         return "";
     }
     SSL_get0_alpn_selected(tsrvi_tls_of(stream)->ssl, &name, &size);
-    size = size >= sizeof(tsrvi_tls_of(stream)->alpn)
-               ? (unsigned)sizeof(tsrvi_tls_of(stream)->alpn) - 1
-               : size;
-    if (size != 0) {
+    if (size != 0) { /* at most 255 */
         memcpy(tsrvi_tls_of(stream)->alpn, name, size);
     }
     tsrvi_tls_of(stream)->alpn[size] = 0;

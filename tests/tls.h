@@ -218,7 +218,7 @@ static inline void append(const char *from, const char *to)
     CHECK(file != NULL && fputs(text, file) >= 0 && fclose(file) == 0);
 }
 
-/* A list of this CA's; revoked NULL = nobody is on it. Valid until so many seconds from now. */
+/* A list of this CA's; revoked NULL = nobody is on it. Valid until so many seconds from now; 0 = it does not say. */
 static inline void save_list(const char *name, const char *ca_name, const char *revoked, long end)
 {
     identity ca = load_identity(ca_name);
@@ -228,8 +228,10 @@ static inline void save_list(const char *name, const char *ca_name, const char *
     X509_CRL_set_issuer_name(list, X509_get_subject_name(ca.certificate));
     X509_gmtime_adj(time, -1000000);
     X509_CRL_set1_lastUpdate(list, time);
-    X509_gmtime_adj(time, end);
-    X509_CRL_set1_nextUpdate(list, time);
+    if (end != 0) {
+        X509_gmtime_adj(time, end);
+        X509_CRL_set1_nextUpdate(list, time);
+    }
     if (revoked != NULL) {
         identity one = load_identity(revoked);
         X509_REVOKED *entry = X509_REVOKED_new();

@@ -483,6 +483,35 @@ static void refuse_stranger(void)
     HOLDS(visit(client_context, false));
 }
 
+static BIO_METHOD *nested_method;
+
+static void make_method(void)
+{
+    nested_method = tsrvi_tls_bio_method();
+}
+
+/* What is made once for a process: without memory, and by two threads at once, of which one comes to be too late. */
+TEST_ONCE(test_method_of_sessions)
+{
+    live_now();
+    long live = o_live;
+    o_sticky = false;
+    for (o_at = 1; o_at < 3; o_at++) {
+        o_calls = o_hits = 0;
+        o_armed = true;
+        CHECK(tsrvi_tls_bio_method() == NULL);
+        o_armed = false;
+        CHECK_INT(o_hits, 1);
+        ERR_clear_error();
+        CHECK_INT(live_now(), live);
+    }
+    o_seen = make_method;
+    BIO_METHOD *method = tsrvi_tls_bio_method();
+    CHECK(method != NULL && o_seen == NULL && nested_method == method);
+    CHECK(tsrvi_tls_bio_method() == method);
+    CHECK_INT(live_now(), live + 2);
+}
+
 enum { CERTIFICATES = 1, HOOK = 2, MUTUAL = 4, STAPLED = 8, RESUMED = 16, STRANGER = 32, FRESH = 64 };
 
 static tsrv_tls *hooked; /* what the hook chooses for other.test */

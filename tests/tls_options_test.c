@@ -146,6 +146,29 @@ TEST_ONCE(test_texts_that_cannot_be_used)
     expect_refused(&options, TSRV_ETLS, "TLS: cert_pem: ");
 }
 
+/* A certificate to trust that is broken in itself is nobody's; the others of the file count. */
+TEST_ONCE(test_authority_that_is_broken)
+{
+    tsrv_tls_options options = server_options();
+    identity ca = load_identity("ca_key.pem");
+    X509 *broken = X509_dup(ca.certificate);
+    ASN1_OCTET_STRING *nothing = ASN1_OCTET_STRING_new();
+    X509_EXTENSION *extension = NULL;
+    CHECK(ASN1_OCTET_STRING_set(nothing, (const unsigned char *)"nothing", 7) == 1);
+    X509_EXTENSION_free(X509_delete_ext(broken, X509_get_ext_by_NID(broken, NID_basic_constraints, -1)));
+    extension = X509_EXTENSION_create_by_NID(NULL, NID_basic_constraints, 1, nothing);
+    CHECK(extension != NULL && X509_add_ext(broken, extension, -1) == 1);
+    CHECK(X509_sign(broken, ca.key, EVP_sha256()) > 0);
+    save("broken.pem", broken, NULL, NULL);
+    append("ca.pem", "broken.pem");
+    options.ca_file = path("broken.pem");
+    expect_accepted(&options);
+    X509_EXTENSION_free(extension);
+    ASN1_OCTET_STRING_free(nothing);
+    X509_free(broken);
+    free_identity(&ca);
+}
+
 /* Everything from texts; a reload, for which nothing on the disk is needed, changes nothing. */
 static void texts_client(int port, void *context)
 {
@@ -382,6 +405,8 @@ TEST_ONCE(test_lists_that_cannot_be_used)
     expect_warned(&options, "/ca.crl: whom its CA has signed is refused: the list has expired on 20");
     save_list("ca.crl", "ca_key.pem", NULL, 100000);
     expect_accepted(&options);
+    save_list("ca.crl", "ca_key.pem", NULL, 0);
+    expect_accepted(&options);
 }
 
 static SSL_SESSION *session_of_dial(int port, const dial *how, bool *resumed)
@@ -561,6 +586,8 @@ TEST_ONCE(test_answers_that_cannot_be_used)
     expect_warned(&options, "/answer.der: it is not stapled: it has expired on 20");
     save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_GOOD, 5000, 9000);
     expect_warned(&options, "/answer.der: it is not stapled: it is not valid before 20");
+    save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_GOOD, 5000, 0);
+    expect_warned(&options, "/answer.der: it is not stapled: it is not valid before 20");
     save_answer("answer.der", "server.pem", V_OCSP_CERTSTATUS_GOOD, -1000, 0);
     expect_accepted(&options);
     options.cert_file = NULL;
@@ -670,6 +697,7 @@ static int choose(const char *name, tsrv_tls **tls, void *context)
     }
     *tls = strcmp(name, "other.test") == 0 ? chosen_tls
            : strcmp(name, "bare.test") == 0             ? bare_tls
+           : strcmp(name, "own.test") == 0              ? server_tls
                                                         : NULL;
     return TSRV_OK;
 }
@@ -734,6 +762,9 @@ static void choosing_client(int port, void *context)
         CHECK(SSL_set_tlsext_host_name(anonymous, NULL) == 1);
         expect_named(anonymous, "server", "a");
         CHECK_STR(asked_name, "");
+        own.server_name = "own.test";
+        own.trusting = true;
+        expect_named(start_asking(port, &own, both, NULL), "server", "a");
         own.server_name = "refused.test";
         CHECK_INT(dial_refused(start_asking(port, &own, both, NULL)), SSL_AD_UNRECOGNIZED_NAME);
         own.server_name = "bare.test";
@@ -748,11 +779,11 @@ static void choosing_client(int port, void *context)
     other.version = TLS1_2_VERSION;
     CHECK_INT(dial_refused(start_asking(port, &other, both, "good.pem")),
               SSL_AD_PROTOCOL_VERSION);
-    CHECK_INT(__atomic_load_n(&asked, __ATOMIC_RELAXED), before + 13);
+    CHECK_INT(__atomic_load_n(&asked, __ATOMIC_RELAXED), before + 15);
     CHECK(s_client_says(port, "-servername other.test", "CN = other"));
     CHECK(s_client_says(port, "-servername localhost", "CN = server"));
     CHECK(s_client_says(port, "-servername refused.test", "unrecognized name"));
-    t_wait_records(16);
+    t_wait_records(18);
 }
 
 TEST_STREAM(test_on_server_name)
@@ -984,7 +1015,7 @@ static void malformed_client(int port, void *context)
 {
     static const unsigned char name[] = "\000\014\000\000\011localhost";
     (void)context;
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 7; i++) {
         unsigned char hello[4096];
         SSL *ssl = dial_ssl(&usual);
         BIO *in = BIO_new(BIO_s_mem()), *out = BIO_new(BIO_s_mem());
@@ -1001,6 +1032,10 @@ static void malformed_client(int port, void *context)
         case 3: at[4] = 8; break;    /* it is shorter */
         case 4: at[8] = 0; break;    /* it holds a NUL */
         case 5: at[4] = 0; break;    /* it is empty, and something follows */
+        case 6: /* there is no room for a name's size; what is left is another extension */
+            at[-1] = 4;
+            memcpy(at + 4, "\377\360\000\006", 4);
+            break;
         }
         t_send(fd, hello, (size_t)size);
         unsigned char alert[7];
@@ -1012,6 +1047,81 @@ static void malformed_client(int port, void *context)
         t_wait_records(i + 1);
         CHECK_INT(__atomic_load_n(&asked, __ATOMIC_RELAXED), before);
     }
+}
+
+/* Puts a byte into a hello's name, and counts it in all the sizes that it is in: of the record, of the message, of
+ * the extensions, of this one, of its list, of the name. */
+static size_t lengthen_name(unsigned char *hello, size_t size)
+{
+    size_t extensions = 44 + (size_t)hello[43];
+    extensions += 2 + (size_t)(hello[extensions] << 8 | hello[extensions + 1]);
+    extensions += 1 + (size_t)hello[extensions];
+    unsigned char *name = (unsigned char *)memmem(hello, size, "aaaa", 4);
+    CHECK(name != NULL && extensions < size);
+    unsigned char *sizes[] = {hello + 3, hello + 7, hello + extensions, name - 7, name - 5, name - 2};
+    for (size_t i = 0; i < COUNT(sizes); i++) {
+        int more = (sizes[i][0] << 8 | sizes[i][1]) + 1;
+        sizes[i][0] = (unsigned char)(more >> 8);
+        sizes[i][1] = (unsigned char)more;
+    }
+    memmove(name + 1, name, size - (size_t)(name - hello));
+    return size + 1;
+}
+
+/* The longest name that there is, and one that is longer. */
+static void long_name_client(int port, void *context)
+{
+    char name[256];
+    dial how = {.server_name = name, .trusting = true};
+    (void)context;
+    memset(name, 'a', 255);
+    name[255] = 0;
+    expect_named(dial_start(port, &how), "server", "");
+    CHECK_STR(asked_name, name);
+    unsigned char hello[4096], alert[7];
+    SSL *ssl = dial_ssl(&how);
+    BIO *in = BIO_new(BIO_s_mem()), *out = BIO_new(BIO_s_mem());
+    int fd = t_connect(port);
+    SSL_set_bio(ssl, in, out);
+    CHECK(SSL_do_handshake(ssl) != 1);
+    int size = BIO_read(out, hello, sizeof hello - 1);
+    CHECK(size > 300);
+    t_send(fd, hello, lengthen_name(hello, (size_t)size));
+    CHECK(t_recv(fd, alert, sizeof alert) == sizeof alert);
+    CHECK_INT(alert[0], SSL3_RT_ALERT);
+    CHECK_INT(alert[6], SSL_AD_DECODE_ERROR);
+    t_close(fd);
+    SSL_free(ssl);
+    t_wait_records(2);
+}
+
+TEST_STREAM(test_on_server_name_and_long_names)
+{
+    tsrv_tls_options others = server_options();
+    run_choosing(echo_bytes, long_name_client, NULL, &others);
+}
+
+/* A context whose versions are no TLS's cannot be gone on with. */
+static void datagram_client(int port, void *context)
+{
+    dial how = {.server_name = "other.test"};
+    (void)context;
+    CHECK(SSL_CTX_set_max_proto_version(server_tls->set->context, TLS1_3_VERSION) == 1); /* as openssl.cnf can */
+    CHECK_INT(dial_refused(dial_start(port, &how)), SSL_AD_INTERNAL_ERROR);
+    how.server_name = NULL;
+    expect_named(dial_start(port, &how), "server", "");
+    t_wait_records(2);
+}
+
+TEST_SOFT(test_on_server_name_chooses_a_context_for_datagrams)
+{
+    tsrv_tls_options others;
+    SSL_CTX *native = SSL_CTX_new(DTLS_server_method());
+    CHECK(SSL_CTX_set_min_proto_version(native, DTLS1_2_VERSION) == 1);
+    memset(&others, 0, sizeof others);
+    others.native_context = native;
+    run_choosing(echo_bytes, datagram_client, NULL, &others);
+    SSL_CTX_free(native);
 }
 
 TEST_STREAM(test_on_server_name_and_malformed_names)
@@ -1344,6 +1454,17 @@ TEST_SOFT(test_key_log)
     CHECK(strstr(text, "\nSERVER_TRAFFIC_SECRET_0 ") != NULL);
     CHECK_INT(t_count(text, "\nCLIENT_TRAFFIC_SECRET_0 "), 1);
     CHECK(text[strlen(text) - 1] == '\n');
+    /* Where the file is gone, or is not asked for any more, and for what is no line, nothing is written. */
+    size_t size = strlen(text);
+    char line[600];
+    memset(line, 'x', sizeof line - 1);
+    line[sizeof line - 1] = 0;
+    tsrvi_tls_keep_key(NULL, line);
+    CHECK(setenv("SSLKEYLOGFILE", path("missing/keys"), 1) == 0);
+    tsrvi_tls_keep_key(NULL, "line");
+    CHECK(unsetenv("SSLKEYLOGFILE") == 0);
+    tsrvi_tls_keep_key(NULL, "line");
+    CHECK_INT(strlen(text_of("keys")), size);
 #else
     CHECK_INT(t_logged(), 0);
     CHECK(stat(path("keys"), &file) < 0);
@@ -1373,6 +1494,9 @@ TEST_SOFT(test_native_context_ignores_the_rest)
     options.cert_pem = "nothing";
     options.crl_file = options.ocsp_file = path("missing.pem");
     run_tls(&c, &options);
+    options.cert_pem = NULL;
+    options.verify_client = TSRV_TLS_REQUIRED;
+    tsrv_tls_free(make_tls(&options));
     SSL_CTX_free(native);
 }
 

@@ -161,6 +161,8 @@ TEST_ONCE(test_context_values)
     options.ca_file = path("ca.pem");
     options.verify_client = 3;
     expect_refused(&options, TSRV_EINVAL, "verify_client");
+    options.verify_client = -1;
+    expect_refused(&options, TSRV_EINVAL, "verify_client");
     options.verify_client = TSRV_TLS_NONE;
     options.certificate_count = -1;
     expect_refused(&options, TSRV_EINVAL, "certificate_count");
@@ -404,6 +406,82 @@ TEST_COROUTINE(test_wait_for_handshake_already_waiting)
 {
     t_case c = {wait_with_others, t_record_reason, several_client, NULL, {0}};
     c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* Who waited behind one that has cut the connection is told so, though the handshake is done. */
+static void wait_behind(void *context)
+{
+    t_record(100 - tsrv_wait_for_handshake((tsrv_stream *)context));
+}
+
+static int wait_and_abort(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    CHECK_INT(tsrv_spawn(t_loop, wait_behind, stream), TSRV_OK);
+    CHECK_INT(tsrv_wait_for_handshake(stream), TSRV_OK);
+    t_record(SHAKEN);
+    return tsrv_abort(stream);
+}
+
+static void cut_off_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_start(port, &usual);
+    SSL_do_handshake(ssl); /* the reset may be quicker than its end */
+    t_expect_reset(SSL_get_fd(ssl));
+    dial_free(ssl);
+    t_wait_records(3);
+    CHECK_INT(t_recorded(0), SHAKEN);
+    CHECK_INT(t_recorded(1), 100 - TSRV_ECLOSED);
+}
+
+TEST_COROUTINE(test_wait_for_handshake_of_a_stream_that_is_cut)
+{
+    t_case c = {wait_and_abort, t_record_reason, cut_off_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* A deadline counts for it; and outside of the handler it is asked, and not waited for. */
+static tsrv_stream *waiting_stream;
+
+static int wait_until_deadline(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    if (waiting_stream == NULL) {
+        tsrv_set_deadline(stream, 300);
+        waiting_stream = stream;
+        t_record(ENTERED);
+    }
+    int rc = tsrv_wait_for_handshake(stream);
+    if (rc != TSRV_EAGAIN) {
+        t_record(100 - rc);
+    }
+    return rc;
+}
+
+static void ask_beside(void *context)
+{
+    *(int *)context = tsrv_wait_for_handshake(waiting_stream);
+}
+
+static void deadline_client(int port, void *context)
+{
+    int rc = 1;
+    (void)context;
+    waiting_stream = NULL;
+    int fd = t_connect(port);
+    t_wait_records(1);
+    t_on_loop(ask_beside, &rc);
+    CHECK_INT(rc, TSRV_EAGAIN);
+    t_wait_records(2);
+    CHECK_INT(t_recorded(1), 100 - TSRV_ETIMEOUT);
+    t_drain_and_close(fd);
+}
+
+TEST_STREAM(test_wait_for_handshake_and_deadline)
+{
+    t_case c = {wait_until_deadline, NULL, deadline_client, NULL, {0}};
     run_tls(&c, NULL);
 }
 
@@ -677,9 +755,10 @@ static void sni_client(int port, void *context)
     expect_certificate(port, "other.tes", false, "server");
     expect_certificate(port, "unknown.test", false, "server");
     expect_certificate(port, "*.wild.test", false, "wild"); /* the client's affair */
+    expect_certificate(port, "lost.test", false, "server"); /* "*" is a label, and no part of one */
     memset(longest, 'a', 255);
     expect_certificate(port, longest, false, "server");
-    t_wait_records(before + 14);
+    t_wait_records(before + 15);
 }
 
 TEST_SOFT(test_sni)
@@ -687,9 +766,10 @@ TEST_SOFT(test_sni)
     tsrv_tls_options options = server_options();
     tsrv_tls_certificate certificates[] = {{"*.wild.test", path("wild.pem"), NULL},
                                            {"exact.wild.test", path("exact.pem"), NULL},
+                                           {"*st.test", path("wild.pem"), NULL},
                                            {"other.test", path("other.pem"), path("other.pem")}};
     options.certificates = certificates;
-    options.certificate_count = 3;
+    options.certificate_count = 4;
     serve_echo(sni_client, &options);
 }
 
@@ -847,6 +927,34 @@ static void garbage_client(int port, void *context)
 TEST_STREAM(test_handshake_garbage)
 {
     t_case c = {read_code, t_record_reason, garbage_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+/* A handler whose read has timed out leaves before the handshake: nothing is on its way to be lost. */
+static int read_in_vain(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    (void)address, (void)context;
+    tsrv_set_timeout(stream, 50, 0);
+    int rc = tsrv_read_some(stream, 0, &some);
+    if (rc != TSRV_EAGAIN) {
+        t_record(rc);
+    }
+    return rc == TSRV_EAGAIN ? rc : (int)TSRV_OK;
+}
+
+static void never_shaking_client(int port, void *context)
+{
+    (void)context;
+    int fd = t_connect(port);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETIMEOUT);
+    t_leave(fd);
+}
+
+TEST_STREAM(test_close_before_handshake_of_the_silent)
+{
+    t_case c = {read_in_vain, NULL, never_shaking_client, NULL, {0}};
     run_tls(&c, NULL);
 }
 
@@ -1971,6 +2079,28 @@ TEST_STREAM(test_sendfile_shorter)
     t_case c = {send_too_much, t_record_reason, short_client, NULL, {0}};
     make_big_file();
     tsrv_set_log(t_no_log, NULL);
+    run_tls(&c, NULL);
+    close(file);
+}
+
+/* So does one that cannot be read. */
+static void unreadable_client(int port, void *context)
+{
+    (void)context;
+    SSL *ssl = dial_open(port, &usual);
+    t_fail_call("pread", EIO, 3, true);
+    dial_sends(ssl, "go\n");
+    t_expect_reset(SSL_get_fd(ssl));
+    t_fail_call(NULL, 0, 0, false);
+    dial_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), -EIO);
+}
+
+TEST_SOFT(test_sendfile_unreadable)
+{
+    t_case c = {send_too_much, t_record_reason, unreadable_client, NULL, {0}};
+    make_big_file();
     run_tls(&c, NULL);
     close(file);
 }
@@ -3285,6 +3415,27 @@ static void begin_handshake(SSL *ssl)
     SSL_set0_wbio(ssl, BIO_new_socket(fd, BIO_NOCLOSE));
 }
 
+/* Who takes its leave within the handshake has not shaken hands. */
+static void notifying_client(int port, void *context)
+{
+    static const char close_notify[] = "\025\003\003\000\002\001\000";
+    (void)context;
+    SSL *ssl = dial_start(port, &tls_1_2);
+    begin_handshake(ssl);
+    t_send(SSL_get_fd(ssl), close_notify, sizeof close_notify - 1);
+    t_drain_and_close(SSL_get_fd(ssl));
+    SSL_free(ssl);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETLS);
+    CHECK_INT(handshakes_failed(), 1);
+}
+
+TEST_STREAM(test_handshake_close_notify)
+{
+    t_case c = {read_code, t_record_reason, notifying_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
 static void drained_client(int port, void *context)
 {
     SSL *ssl[2] = {dial_open(port, &tls_1_2), dial_open(port, &tls_1_3)};
@@ -3328,18 +3479,18 @@ TEST_STREAM(test_drain)
 static void drained_within_record_client(int port, void *context)
 {
     unsigned char record[100];
+    size_t begun = *(size_t *)context;
     int grace_ms = 60000;
-    (void)context;
     SSL *ssl = dial_open(port, &usual), *other = dial_open(port, &usual);
     dial_echo(ssl, "hello");
     size_t size = dial_seal(ssl, "again", 5, record, sizeof record);
-    t_send(SSL_get_fd(ssl), record, 10);
+    t_send(SSL_get_fd(ssl), record, begun);
     dial_echo(other, "the server has seen it");
     t_on_loop(drain_now, &grace_ms);
     dial_expect(other, "BYE");
     dial_expect_end(other);
     dial_free(other);
-    t_send(SSL_get_fd(ssl), record + 10, size - 10);
+    t_send(SSL_get_fd(ssl), record + begun, size - begun);
     dial_expect(ssl, "againBYE");
     dial_expect_end(ssl);
     dial_free(ssl);
@@ -3347,9 +3498,11 @@ static void drained_within_record_client(int port, void *context)
 
 TEST_STREAM(test_drain_within_record)
 {
-    t_case c = {note_and_say_bye, NULL, drained_within_record_client, NULL, {0}};
-    c.options.data_size = sizeof(unsigned);
-    run_tls(&c, NULL);
+    for (size_t begun = 5; begun <= 10; begun += 5) { /* its header, which the session has taken; and some of it */
+        t_case c = {note_and_say_bye, NULL, drained_within_record_client, &begun, {0}};
+        c.options.data_size = sizeof(unsigned);
+        run_tls(&c, NULL);
+    }
 }
 
 /* Who has connected, and not even begun a handshake, holds no drain; who has begun one is waited for. */
