@@ -35,7 +35,7 @@ TESTS = {  # the programs of a section: files of tests, or groups of them; those
     'worker': SUPERVISOR, 'identity': SUPERVISOR, 'process': SUPERVISOR, 'children': SUPERVISOR, 'supervise': SUPERVISOR,
     'rounds': SUPERVISOR, 'serve': SUPERVISOR}
 STREAM = 'stream transport wait output ends input attempt read write files state handler settle event'
-TESTS.update(dict.fromkeys(STREAM.split(), 'reads streams servers fault'))
+TESTS.update(dict.fromkeys(STREAM.split(), 'reads streams servers fault iostream_tls'))
 CHANGES = [  # what a line is searched for, and what comes in its place
     (r' == ', ' != '), (r' != ', ' == '), (r' < ', ' <= '), (r' > ', ' >= '), (r' <= ', ' < '), (r' >= ', ' > '),
     (r' && ', ' || '), (r' \|\| ', ' && '), (r' \+ ', ' - '), (r' - ', ' + '), (r' \+= ', ' -= '), (r'\+\+', '--'),
