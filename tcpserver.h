@@ -910,7 +910,8 @@ typedef struct tsrv_watch {
  *   fd      any descriptor that the backend can wait for; stays the caller's
  *   events  TSRV_READABLE, TSRV_WRITABLE or both
  * Returns TSRV_OK, TSRV_EBUSY (something else in this loop waits for fd), TSRV_EINVAL (bad
- * arguments, or a forked child), -ENOMEM, -EBADF, -EPERM (a regular file with epoll). */
+ * arguments, or a forked child), -ENOMEM, -EBADF, -EPERM (a regular file with epoll); after one of
+ * these but TSRV_EINVAL a watch that was to change may have been stopped. */
 TSRV_API int tsrv_watch_start(tsrv_loop *loop, tsrv_watch *watch, int fd, int events,
                               tsrv_watch_callback callback, void *context);
 
@@ -932,7 +933,8 @@ typedef struct tsrv_signal {
  * on signo stops. A signal belongs to one loop; in that loop it may have many watches. It does
  * not keep the loop running.
  * Returns TSRV_OK, TSRV_EBUSY (another loop watches signo), TSRV_EINVAL (no such signal, or a
- * forked child), -errno of sigaction (SIGKILL, SIGSTOP). */
+ * forked child), -errno of sigaction (SIGKILL, SIGSTOP); after the others than TSRV_EINVAL a watch
+ * that was to change is stopped. */
 TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
                                tsrv_callback callback, void *context);
 
@@ -3031,7 +3033,8 @@ typedef struct tsrvi_buffer {
     char *data;
     size_t begin;
     size_t end;
-    size_t scanned; /* input: bytes from begin that hold no delimiter with this hash */
+    size_t scanned; /* input: bytes from begin that hold no delimiter with this hash; output: bytes
+                       that were read from files */
     size_t room;    /* output: bytes that small writes may add without a further look */
     size_t capacity;
     uint64_t delimiter; /* the same: hash of the delimiter that was searched */
@@ -11307,12 +11310,14 @@ TSRV_API void tsrv_wake(tsrv_stream *stream)
  * >>output  What is queued, and how it goes
  * ==========================================================================*/
 
-/* Unsent bytes in memory of ours: neither a part of a file nor what a writer has lent. */
+/* Unsent bytes that count: neither a part of a file, of which some may have gone, nor what a writer
+ * has lent. */
 static uint64_t tsrvi_output_owned(const tsrv_stream *stream)
 {
     uint64_t owned = stream->unsent;
     for (const tsrvi_buffer *buffer = stream->out; buffer != NULL; buffer = buffer->next) {
-        owned -= buffer->kind == TSRVI_OWNED ? 0 : tsrvi_buffer_size(buffer);
+        size_t size = tsrvi_buffer_size(buffer);
+        owned -= buffer->kind == TSRVI_OWNED ? tsrvi_min(buffer->scanned, size) : size;
     }
     return owned;
 }
@@ -13129,6 +13134,7 @@ static int tsrvi_sendfile_read(tsrv_stream *stream, int fd, int64_t offset, size
         return (int)got;
     }
     buffer->end += size;
+    buffer->scanned += size;
     buffer->room = 0;
     if (!fits) {
         tsrvi_queue_append(&stream->out, buffer);
@@ -13138,6 +13144,7 @@ static int tsrvi_sendfile_read(tsrv_stream *stream, int fd, int64_t offset, size
 
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size)
 {
+    size_t limit = stream->server->options.max_write_buffer_size; /* of what is read at once */
     struct stat info;
     int rc = tsrvi_write_state(stream);
     if (rc != 0 || size == 0) {
@@ -13149,7 +13156,7 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (!S_ISREG(info.st_mode) || offset < 0 || size > UINT64_MAX - stream->unsent) {
         return TSRV_EINVAL;
     }
-    rc = size < TSRVI_DIRECT && tsrvi_output_fits(stream, size)
+    rc = size < TSRVI_DIRECT && size <= limit && stream->unsent <= limit - size
              ? tsrvi_sendfile_read(stream, fd, offset, size)
              : tsrvi_sendfile_queue(stream, fd, offset, size);
     if (rc < 0) {
