@@ -12890,7 +12890,8 @@ static int tsrvi_write_make_room(tsrv_stream *stream)
 /* Have room for so much more. Else the stream ends. */
 static TSRVI_APART int tsrvi_write_insist(tsrv_stream *stream, size_t size)
 {
-    int rc = tsrvi_write_make_room(stream);
+    bool never = size > stream->server->options.max_write_buffer_size;
+    int rc = never ? (int)TSRV_OK : tsrvi_write_make_room(stream);
     return rc != TSRV_OK || tsrvi_output_fits(stream, size)
                ? rc
                : tsrvi_write_refuse(stream, TSRV_EFULL);
