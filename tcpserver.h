@@ -2297,6 +2297,7 @@ static struct tsrvi_process {
         tsrvi_io line;     /* the life-line; fd -1 = none */
         tsrv_signal signals[TSRVI_WORKER_SIGNALS];
         bool upgradable; /* the program expects SIGUSR2 to do something */
+        int fatal;       /* atomic; the parent's death is this process's at once */
         sigset_t mask;   /* of the chief's thread, before signals were unblocked */
     } worker;
 
@@ -16951,9 +16952,24 @@ static void tsrvi_worker_follow_parent(void)
 {
 #if TSRVI_HAS_PDEATHSIG
     if (tsrvi_process.parent != 0) {
-        TSRV_SYS(prctl, (PR_SET_PDEATHSIG, SIGTERM, 0, 0, 0));
+        int fatal = __atomic_load_n(&tsrvi_process.worker.fatal, __ATOMIC_ACQUIRE);
+        TSRV_SYS(prctl, (PR_SET_PDEATHSIG, fatal ? SIGKILL : SIGTERM, 0, 0, 0));
     }
 #endif
+}
+
+/* Choose the signal for that. SIGTERM leaves what turns its loop the time to drain; what hangs is
+ * ended by the SIGALRM that its handler asks for. Where one of the two does not come through it has
+ * to be SIGKILL.
+ *   blocked  in the thread that is to end the process */
+static void tsrvi_worker_choose_end(const sigset_t *blocked)
+{
+    struct sigaction action;
+    bool fatal = TSRV_SYS(sigaction, (SIGTERM, NULL, &action)) < 0 ||
+                 action.sa_handler == SIG_IGN || TSRV_SYS(sigismember, (blocked, SIGTERM)) == 1 ||
+                 TSRV_SYS(sigismember, (blocked, SIGALRM)) == 1;
+    __atomic_store_n(&tsrvi_process.worker.fatal, fatal, __ATOMIC_RELEASE);
+    tsrvi_worker_follow_parent();
 }
 
 /* ---- being told ------------------------------------------------------------*/
@@ -17124,6 +17140,8 @@ static void tsrvi_worker_watch_signals(tsrv_loop *loop)
         }
     }
     TSRV_SYS(sigprocmask, (SIG_UNBLOCK, &unblocked, &tsrvi_process.worker.mask));
+    TSRV_SYS(sigprocmask, (SIG_SETMASK, NULL, &unblocked));
+    tsrvi_worker_choose_end(&unblocked);
 }
 
 /* Listen to the parent; what fails is tried again at the next beat. */
@@ -17797,6 +17815,7 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     if (s->options.upgrade_argv != NULL) {
         tsrvi_worker_leave_to_parent(SIGUSR2);
     }
+    tsrvi_worker_choose_end(&s->mask);
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 

@@ -150,6 +150,40 @@ static void check_all_works(void (*spoil)(void), int signo)
     AWAIT(no_child_left(NULL));
 }
 
+#ifdef __linux__
+static void spoil_nothing(void)
+{
+}
+
+static void hang_in_start(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    for (;;) {
+        pause();
+    }
+}
+
+/* One that hangs cannot see that its parent is dead: the kernel tells it, with a signal that comes through. */
+TEST_ONCE(hung_workers_end_with_their_parent_whatever_was_ignored_or_blocked)
+{
+    static const struct {
+        void (*spoil)(void);
+        int signo;
+    } rows[] = {{spoil_nothing, 0}, {ignore_spoiled, SIGTERM}, {block_spoiled, SIGTERM}, {block_spoiled, SIGALRM}};
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        begin(2);
+        spoiled = rows[i].signo;
+        before_program = rows[i].spoil;
+        server_options.on_start = hang_in_start;
+        pid_t pid = launch(program_serve);
+        await_forks(2);
+        tell(pid, SIGKILL);
+        AWAIT(no_child_left(NULL));
+    }
+    before_program = NULL;
+}
+#endif
+
 TEST_ONCE(a_hangup_that_was_ignored_at_the_start_reloads)
 {
     check_all_works(ignore_spoiled, SIGHUP);
