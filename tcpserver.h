@@ -1107,7 +1107,8 @@ typedef struct tsrv_fork_options {
                              old ones left in place; 0 = 60 s, in tsrv_fork_processes from the
                              moment on at which its first worker accepts; TSRV_NEVER */
     const char *user;     /* name or number that workers become, after binding and before on_start;
-                             with its supplementary groups; NULL = they stay who they are */
+                             with its supplementary groups; NULL = they stay who they are. Who
+                             is that user already, and not root, keeps groups, root's apart */
     const char *group;    /* name or number; NULL = the user's */
 } tsrv_fork_options;
 
@@ -17377,6 +17378,39 @@ static int tsrvi_identity_find(const char *user, const char *group, tsrvi_identi
     return rc;
 }
 
+/* Is the user one of root's group? */
+static bool tsrvi_identity_is_of_root(const tsrvi_identity *identity)
+{
+    const struct group *root = identity->gid == 0 ? NULL : TSRV_SYS(getgrgid, (0));
+    for (char **name = root == NULL ? NULL : root->gr_mem; name != NULL && *name != NULL; name++) {
+        if (strcmp(*name, identity->name) == 0) {
+            return true;
+        }
+    }
+    return identity->gid == 0;
+}
+
+/* Does the process have root's group, and the user does not? Other groups that only root could have
+ * laid aside may have been given on purpose, as by Kubernetes' fsGroup. Returns a code. */
+static int tsrvi_identity_check_groups(const tsrvi_identity *identity)
+{
+    int count = TSRV_SYS(getgroups, (0, NULL)), rc = TSRV_OK;
+    gid_t *groups;
+    if (count < 0) {
+        return tsrvi_error();
+    }
+    groups = (gid_t *)TSRV_MALLOC(((size_t)count + 1) * sizeof(*groups));
+    if (groups == NULL) {
+        return -ENOMEM;
+    }
+    count = TSRV_SYS(getgroups, (count, groups));
+    for (int i = 0; i < count && rc == TSRV_OK; i++) {
+        rc = groups[i] == 0 && !tsrvi_identity_is_of_root(identity) ? -EPERM : TSRV_OK;
+    }
+    TSRV_FREE(groups);
+    return rc;
+}
+
 /* Is the process this user, without a way back to root? */
 static bool tsrvi_identity_is_assumed(const tsrvi_identity *identity)
 {
@@ -17401,6 +17435,8 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
             TSRV_SYS(setgid, (gid)) < 0 || TSRV_SYS(setuid, (identity->uid)) < 0) {
             rc = tsrvi_error();
         }
+    } else {
+        rc = tsrvi_identity_check_groups(identity);
     }
     if (rc == TSRV_OK && !tsrvi_identity_is_assumed(identity)) {
         rc = -EPERM;

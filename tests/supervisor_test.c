@@ -2878,16 +2878,48 @@ static void be_nobody_with_the_group_of_others(void)
     CHECK(setuid(nobody->pw_uid) == 0);
 }
 
-/* A program with the set-user-ID or set-group-ID bit of somebody who is not root cannot give that up: it
- * does not start as a user that it is only in part. */
+static void be_nobody_with_the_group_of_root(void)
+{
+    const gid_t root = 0;
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setgroups(1, &root) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
+}
+
+/* A program with the set-user-ID or set-group-ID bit of somebody who is not root cannot give that up, nor root's group
+ * that a launcher has left it: it does not start as a user that it is only in part. */
 TEST_ONCE(a_user_that_one_is_only_in_part_starts_no_worker)
 {
     want_root();
     fork_options.user = "nobody";
+    before_program = be_nobody_with_the_group_of_root;
+    check_nobody_starts_at_all();
     before_program = be_nobody_with_the_rights_of_others;
     check_nobody_starts_at_all();
     before_program = be_nobody_with_the_group_of_others;
     check_nobody_starts_at_all();
+}
+
+static void be_nobody_with_another_group(void)
+{
+    const gid_t other = 54322;
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setgroups(1, &other) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
+}
+
+/* Other groups may have been given on purpose. */
+TEST_ONCE(a_user_that_one_is_already_keeps_its_groups)
+{
+    want_root();
+    begin(2);
+    before_program = be_nobody_with_another_group;
+    fork_options.user = "nobody";
+    server_options.on_start = note_rights_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    CHECK_INT(board->fact_count, 1);
+    CHECK_INT(board->facts[RIGHTS_GROUPS], 54322);
+    stop_well(pid, TSRV_OK);
+    before_program = NULL;
 }
 
 /* Numbers do where there are no names. */

@@ -406,6 +406,8 @@ K_UNUSED static int s_ok(void)
 #define s_sys_getenv(...) ((char *)NULL)
 #define s_sys_geteuid() 0u
 #define s_sys_getgid() 0u
+#define s_sys_getgrgid(...) ((struct group *)NULL)
+#define s_sys_getgroups(...) 0
 #define s_sys_getgrnam(...) ((struct group *)NULL)
 #define s_sys_getpeername(...) S_OR("getpeername", -1, k_getpeername(__VA_ARGS__))
 #define s_sys_getpid() 4711
