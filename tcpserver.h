@@ -18487,10 +18487,21 @@ static void tsrvi_parent_leave(tsrvi_supervisor *s, int state, bool files)
     }
 }
 
+/* A limit, for the log. */
+static const char *tsrvi_time_text(int ms, char *buffer, size_t size)
+{
+    if (ms < 0) {
+        return "any time";
+    }
+    snprintf(buffer, size, "%d ms", ms);
+    return buffer;
+}
+
 static void tsrvi_parent_stop(tsrvi_supervisor *s)
 {
-    tsrvi_log(TSRV_LOG_INFO, "stopping: no new connections, workers have %d ms to end",
-              s->options.grace_ms);
+    char time[32];
+    tsrvi_log(TSRV_LOG_INFO, "stopping: no new connections, workers have %s to end",
+              tsrvi_time_text(s->options.grace_ms, time, sizeof(time)));
     tsrvi_notify_stopping();
     tsrvi_parent_leave(s, TSRVI_PARENT_STOPPING, true);
 }
@@ -18533,6 +18544,7 @@ static void tsrvi_parent_reload(tsrvi_supervisor *s)
 static void tsrvi_parent_upgrade(tsrvi_supervisor *s)
 {
     int child = tsrvi_child_vacant(s, s->workers), rc = TSRV_EBUSY;
+    char time[32];
     if (TSRV_SYS(getpid, ()) == 1) {
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: process 1 cannot be replaced by another process");
         return;
@@ -18545,9 +18557,9 @@ static void tsrvi_parent_upgrade(tsrvi_supervisor *s)
         tsrvi_log(TSRV_LOG_ERROR, "upgrade: cannot start %s: %s", s->options.upgrade_argv[0],
                   rc == TSRV_EBUSY ? "one is under way already" : tsrv_strerror(rc));
     } else {
-        tsrvi_log(TSRV_LOG_INFO, "upgrade: %s is started (pid %ld), and has %d ms to accept",
+        tsrvi_log(TSRV_LOG_INFO, "upgrade: %s is started (pid %ld), and has %s to accept",
                   s->options.upgrade_argv[0], (long)s->children[child].pid,
-                  s->options.start_timeout_ms);
+                  tsrvi_time_text(s->options.start_timeout_ms, time, sizeof(time)));
     }
 }
 
