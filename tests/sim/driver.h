@@ -1,6 +1,8 @@
 /* Runs of a simulation, each of which is a function of a string of bytes: from a seed, from libFuzzer, or given.
  *
  *     PROGRAM --seed N --runs N --seconds N     runs N, N + 1 and so on, until one fails or the time is over
+ *     PROGRAM --all N --seconds N               all runs that differ in their first N decisions, each of which takes 0,
+ *                                               1, 2 and its last value; what is decided later is 0
  *     PROGRAM --replay HEX                      one run again; SIM_TRACE=1 in the environment says what happens
  *     PROGRAM --size N                          bytes of a run at most
  *
@@ -29,15 +31,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
 #include "process.h"
 
-enum { D_MOST = 4096, D_RUN_SECONDS = 20 };
+enum { D_MOST = 4096, D_RUN_SECONDS = 20, D_VALUES = 4 };
 
 static const char *const d_usage =
-    "[--seed N] [--runs N] [--seconds N] [--size N] [--tries N] [--replay HEX] [--verbose]";
+    "[--seed N] [--runs N] [--all N] [--seconds N] [--size N] [--tries N] [--replay HEX] [--verbose]";
 
 /* What child and parent share. */
 typedef struct d_shared {
     unsigned long seed; /* of the run that is under way */
+    uint8_t bytes[D_MOST]; /* the same, with --all */
     unsigned long runs;
+    bool whole; /* --all has come to its end */
     char message[200]; /* why it failed */
 } d_shared;
 
@@ -172,15 +176,20 @@ static void d_print(const uint8_t *bytes, size_t size)
 }
 
 /* Look at the run that failed. */
-static void d_report(unsigned long seed)
+static void d_report(unsigned long seed, size_t all)
 {
     static uint8_t bytes[D_MOST];
     char message[200];
-    size_t size = d_bytes_of(seed, bytes);
-    printf("FAIL seed %lu: ", seed);
+    size_t size = all != 0 ? all : d_bytes_of(seed, bytes);
+    if (all != 0) {
+        memcpy(bytes, d_state->bytes, all);
+        printf("FAIL run %lu: ", d_state->runs + 1);
+    } else {
+        printf("FAIL seed %lu: ", seed);
+    }
     if (d_try(bytes, size)) {
-        printf("only behind the runs before it: run it again with --seed %lu --runs %lu\n", seed - d_state->runs,
-               d_state->runs + 1);
+        printf("only behind the runs before it: run it again with --%s %lu --runs %lu\n", all != 0 ? "all" : "seed",
+               all != 0 ? (unsigned long)all : seed - d_state->runs, d_state->runs + 1);
         return;
     }
     memcpy(message, d_state->message, sizeof message);
@@ -203,6 +212,48 @@ static void d_child(unsigned long seed, unsigned long runs, double end)
     p_leave();
 }
 
+/* The next of all runs: the last decision that had another value takes that, and those behind it begin anew. Returns
+ * false after the last one. */
+static bool d_next(uint8_t *values, size_t decisions)
+{
+    size_t i = k_asked_count < decisions ? k_asked_count : decisions;
+    while (i > 0) {
+        unsigned below = k_asked[i - 1] < D_VALUES ? k_asked[i - 1] : D_VALUES;
+        if (values[i - 1] + 1u < below) {
+            values[i - 1]++;
+            return true;
+        }
+        values[--i] = 0;
+    }
+    return false;
+}
+
+/* The last of a decision's values stands for those that are not tried. */
+static void d_spell(const uint8_t *values, size_t decisions, uint8_t *bytes)
+{
+    for (size_t i = 0; i < decisions; i++) {
+        bool last = i < k_asked_count && k_asked[i] > D_VALUES && values[i] == D_VALUES - 1;
+        bytes[i] = last ? (uint8_t)(k_asked[i] - 1) : values[i];
+    }
+}
+
+static void d_child_of_all(size_t decisions, unsigned long runs, double end)
+{
+    static uint8_t values[D_MOST];
+    bool more = true;
+    for (; more && d_state->runs < runs && p_seconds() < end; d_state->runs++) {
+        if (d_state->runs % 64 == 0) {
+            p_limit(D_RUN_SECONDS);
+        }
+        d_spell(values, decisions, d_state->bytes);
+        k_asked_count = 0;
+        d_run(d_state->bytes, decisions);
+        more = d_next(values, decisions);
+    }
+    d_state->whole = !more;
+    p_leave();
+}
+
 static size_t d_unhex(const char *text, uint8_t *bytes)
 {
     size_t size = 0;
@@ -213,21 +264,29 @@ static size_t d_unhex(const char *text, uint8_t *bytes)
     return size;
 }
 
-static int d_soak(unsigned long seed, unsigned long runs, double seconds)
+static int d_soak(unsigned long seed, size_t all, unsigned long runs, double seconds)
 {
     static char output[20000];
     double begin = p_seconds(), took;
     p_child child;
     bool good;
     if (p_fork(&child)) {
+        if (all != 0) {
+            d_child_of_all(all, runs, begin + seconds);
+        }
         d_child(seed, runs, begin + seconds);
     }
     good = p_await(&child, output, sizeof output);
     took = p_seconds() - begin;
-    printf("%lu runs from seed %lu in %.1f s, %.0f a second\n", d_state->runs, seed, took,
-           (double)d_state->runs / took);
+    if (all != 0) {
+        printf("%lu runs, %s with %lu decisions, in %.1f s\n", d_state->runs,
+               d_state->whole ? "all that there are" : "not all that there are", (unsigned long)all, took);
+    } else {
+        printf("%lu runs from seed %lu in %.1f s, %.0f a second\n", d_state->runs, seed, took,
+               (double)d_state->runs / took);
+    }
     if (!good) {
-        d_report(d_state->seed);
+        d_report(d_state->seed, all);
     }
     printf("%d passed, %d failed, 0 skipped\n", good, !good);
     return !good;
@@ -236,6 +295,7 @@ static int d_soak(unsigned long seed, unsigned long runs, double seconds)
 int main(int argc, char **argv)
 {
     unsigned long seed = 1, runs = (unsigned long)-1;
+    size_t all = 0;
     double seconds = 60;
     d_state = (d_shared *)p_shared(sizeof *d_state);
     for (int i = 1; i < argc; i++) {
@@ -244,6 +304,9 @@ int main(int argc, char **argv)
             seed = strtoul(value, NULL, 10), i++;
         } else if (strcmp(argv[i], "--runs") == 0) {
             runs = strtoul(value, NULL, 10), i++;
+        } else if (strcmp(argv[i], "--all") == 0) {
+            all = strtoul(value, NULL, 10), i++;
+            all = all < D_MOST ? all : D_MOST;
         } else if (strcmp(argv[i], "--seconds") == 0) {
             seconds = strtod(value, NULL), i++;
         } else if (strcmp(argv[i], "--size") == 0) {
@@ -263,7 +326,7 @@ int main(int argc, char **argv)
             return 2;
         }
     }
-    return d_soak(seed, runs, seconds);
+    return d_soak(seed, all, runs, seconds);
 }
 
 #endif

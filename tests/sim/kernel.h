@@ -53,6 +53,19 @@ static bool k_lax;                                /* the program itself may use 
 static unsigned long k_calls;                     /* of this run */
 static char k_message[512];                       /* the violation */
 
+/* How many values each of the run's first decisions had: for who tries all of them (driver.h). */
+enum { K_ASKED = 4096 };
+static unsigned k_asked[K_ASKED];
+static size_t k_asked_count;
+
+K_UNUSED static void k_asks(size_t decision, unsigned below)
+{
+    if (decision < K_ASKED) {
+        k_asked[decision] = below;
+        k_asked_count = decision + 1;
+    }
+}
+
 __attribute__((noreturn, format(printf, 1, 2))) static void k_violation(const char *format, ...)
 {
     va_list arguments;

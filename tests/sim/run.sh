@@ -29,6 +29,8 @@ run sim --seconds "$third"
 runs=$(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")
 run streams --seconds "$third"
 runs=$((${runs:-0} + $(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")))
+run sim --all 9 --seconds "$third"
+run supervisor --all 7 --seconds "$third"
 run supervisor --seconds "$third"
 runs=$((${runs:-0} + $(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")))
 [ "$failed" -ne 0 ] || echo "$runs runs in $seconds s, from seed 1" >"$trust/simulation.txt"

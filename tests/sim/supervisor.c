@@ -75,7 +75,11 @@ static bool script_is_over(void)
 /* Below `below`, which is 256 at most; 0, at which all is well, when the script is over. */
 static unsigned draw(unsigned below)
 {
-    return script_is_over() ? 0 : script[script_at++] % below;
+    if (script_is_over()) {
+        return 0;
+    }
+    k_asks(script_at, below);
+    return script[script_at++] % below;
 }
 
 #define PICK(table) (table)[draw(sizeof(table) / sizeof((table)[0]))]
