@@ -952,11 +952,11 @@ TEST_PLAIN_SOFT(limit_that_is_set_from_outside_is_the_next_reads)
     int fd = s_join();
     s_settle();
     tsrv_set_timeout(tsrv_server_next(s_server, NULL), 100, 0);
-    t_sends(fd, "hel");
+    t_sends(fd, "one");
     s_run_ms(1000);
     CHECK_INT(s_closed, 0);
-    t_sends(fd, "lo\n");
-    s_expect(fd, "hello\n");
+    t_sends(fd, "two\n");
+    s_expect(fd, "onetwo\n");
     int64_t begin = v_ms();
     s_until(&s_closed, 1);
     CHECK_INT(s_reason, TSRV_ETIMEOUT);
