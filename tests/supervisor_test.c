@@ -2878,11 +2878,20 @@ static void be_nobody_with_the_group_of_others(void)
     CHECK(setuid(nobody->pw_uid) == 0);
 }
 
+static void be_nobody_with(gid_t group)
+{
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(setgroups(1, &group) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
+}
+
 static void be_nobody_with_the_group_of_root(void)
 {
-    const gid_t root = 0;
-    const struct passwd *nobody = getpwnam("nobody");
-    CHECK(setgroups(1, &root) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
+    be_nobody_with(0);
+}
+
+static void be_nobody_with_another_group(void)
+{
+    be_nobody_with(54322);
 }
 
 /* A program with the set-user-ID or set-group-ID bit of somebody who is not root cannot give that up, nor root's group
@@ -2897,13 +2906,6 @@ TEST_ONCE(a_user_that_one_is_only_in_part_starts_no_worker)
     check_nobody_starts_at_all();
     before_program = be_nobody_with_the_group_of_others;
     check_nobody_starts_at_all();
-}
-
-static void be_nobody_with_another_group(void)
-{
-    const gid_t other = 54322;
-    const struct passwd *nobody = getpwnam("nobody");
-    CHECK(setgroups(1, &other) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
 }
 
 /* Other groups may have been given on purpose. */

@@ -19,6 +19,8 @@
 #include "process.h"
 #include "sys.h"
 
+#include "script.h"
+
 #ifndef SIM_HEADER
 #define SIM_HEADER "../../tcpserver.h"
 #endif
@@ -55,31 +57,6 @@ enum {
     SIGNAL = SIGUSR1,
     MANY = 20
 };
-
-static bool tracing;
-#define TRACE(...) (tracing ? (void)fprintf(stderr, __VA_ARGS__) : (void)0)
-
-/* ---- decisions ----------------------------------------------------------------------------*/
-
-static const uint8_t *script;
-static size_t script_at, script_size;
-
-static bool script_is_over(void)
-{
-    return script_at >= script_size;
-}
-
-/* Below `below`, which is 256 at most; 0 when the script is over. */
-static unsigned draw(unsigned below)
-{
-    if (script_is_over()) {
-        return 0;
-    }
-    k_asks(script_at, below);
-    return script[script_at++] % below;
-}
-
-#define PICK(table) (table)[draw(sizeof(table) / sizeof((table)[0]))]
 
 /* ---- the bytes ----------------------------------------------------------------------------*/
 
@@ -1721,9 +1698,7 @@ static void d_run(const uint8_t *data, size_t size)
         first_process = tsrvi_process;
 #endif
     }
-    script = data;
-    script_size = size;
-    script_at = 0;
+    script_begin(data, size);
     reset();
     how = draw(256);
     more = draw(256);

@@ -19,6 +19,8 @@
 #include "process.h"
 #include "sys.h"
 
+#include "script.h"
+
 /* What the model has instead; a fork's place is where it is called from, so it sees whose child that will be. */
 #undef s_sys_fork
 #define s_sys_fork() w_fork(s, child)
@@ -61,28 +63,6 @@ enum {
     CALM_MS = 400000, /* in which what the script has begun has ended: the longest time limit and more */
     END_MS = 300000   /* for everybody to end */
 };
-
-static const uint8_t *script;
-static size_t script_size, script_at;
-static bool tracing;
-#define TRACE(...) (tracing ? (void)fprintf(stderr, __VA_ARGS__) : (void)0)
-
-static bool script_is_over(void)
-{
-    return script_at >= script_size;
-}
-
-/* Below `below`, which is 256 at most; 0, at which all is well, when the script is over. */
-static unsigned draw(unsigned below)
-{
-    if (script_is_over()) {
-        return 0;
-    }
-    k_asks(script_at, below);
-    return script[script_at++] % below;
-}
-
-#define PICK(table) (table)[draw(sizeof(table) / sizeof((table)[0]))]
 
 static uint64_t after_ms(int ms)
 {
@@ -724,9 +704,7 @@ static void d_run(const uint8_t *data, size_t size)
     unsigned how;
     int rc;
     reset();
-    script = data;
-    script_size = size;
-    script_at = 0;
+    script_begin(data, size);
     how = draw(256);
     faults = (how & 3) == 3;
     starves = (how & 12) == 12;
