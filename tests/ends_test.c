@@ -886,6 +886,7 @@ TEST_STREAM(churn_leaves_nothing)
 
 /* ---- what the system does not tell -----------------------------------------------------------*/
 
+#ifdef __linux__
 static int read_in_time(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice line;
@@ -893,7 +894,6 @@ static int read_in_time(tsrv_stream *stream, const tsrv_address *address, void *
     return tsrv_read_until(stream, "\n", 0, &line);
 }
 
-#ifdef __linux__
 /* Has the peer's system all that was sent? Where that is not known a silent peer is waited for like any other. */
 TEST_PLAIN_SOFT(silent_peer_of_whom_nothing_is_known_is_waited_for)
 {
