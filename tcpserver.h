@@ -19191,7 +19191,8 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
  *          ends without having been told to is replaced, whatever its status. A drain refuses
  *          new connections at once, and ends who has been silent for a second. A refused write
  *          and a failed tsrv_sendfile end the stream. A second tsrv_serve at the same time is
- *          TSRV_EBUSY. tsrv_wait in on_close is TSRV_EINVAL. The log has time, pid and level in
+ *          TSRV_EBUSY. tsrv_wait in on_close is TSRV_EINVAL. A deadline that is over ends reads
+ *          of what is there, too. The log has time, pid and level in
  *          front, and says what a server does; tsrv_set_log_level leaves that out.
  *   0.1.0  First version.
  * ==========================================================================*/
