@@ -1256,8 +1256,8 @@ typedef struct tsrv_server_options {
     int mode;                   /* TSRV_COROUTINE (0) or TSRV_CALLBACK */
     tsrv_handler handle_stream; /* required */
     /* Called once for every stream whose handler was entered, last of all, after its descriptor is
-     * closed; NULL = not wanted. reason: the error that ended the stream, else what the handler
-     * returned. In it only tsrv_data and the getters may be used: every other call on the stream
+     * closed, which may be close_timeout_ms after the handler's end; NULL = not wanted. reason: the
+     * error that ended the stream, else what the handler returned. In it only tsrv_data and the getters may be used: every other call on the stream
      * does nothing, and returns a code. */
     void (*on_close)(tsrv_stream *stream, int reason, void *context);
     /* Called once in each process that accepts, from its loop, before the first connection; NULL =
@@ -1279,32 +1279,33 @@ typedef struct tsrv_server_options {
     size_t read_chunk_size;       /* of one recv; 0 = 64 KiB; 1 MiB, and about half of the above, at
                                      most */
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
-    size_t write_high_water;  /* unsent output above which a writer waits; 0 = 256 KiB; at most the
-                                above */
-    size_t stack_size;        /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; at least
+    size_t write_high_water; /* unsent output above which a writer waits; 0 = 256 KiB; more than the
+                                above is cut to that */
+    size_t stack_size;       /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; at least
                                 64 KiB, which TLS, resolving a name and printf need */
-    int max_connections;      /* open streams above which the listeners pause; 0 = no limit */
-    int max_per_address;      /* open streams of one IPv4 address, or of one /64 of IPv6, in this
-                                 process; one too many is reset before a handler sees it, and
-                                 counted; 0 = no limit */
-    int proxy_protocol;       /* TSRV_PROXY_NONE (0) or TSRV_PROXY_REQUIRED: every connection must
+    int max_connections;     /* open streams above which the listeners pause; 0 = no limit */
+    int max_per_address;     /* open streams of one IPv4 address, or of one /64 of IPv6, in this
+                                 process, also those that wait for the peer's end after ours
+                                 (close_timeout_ms); one too many is reset before a handler sees
+                                 it, and counted; 0 = no limit */
+    int proxy_protocol;      /* TSRV_PROXY_NONE (0) or TSRV_PROXY_REQUIRED: every connection must
                                  begin with a header of the PROXY protocol, version 1 or 2, before
                                  TLS, and is the client's then: in tsrv_peer_address, the limits,
                                  on_accept and the log. What has no good one is TSRV_EPROXY: reset,
                                  counted and logged, and the handler is not called */
-    const char *proxy_from;   /* who may send one, others are reset: "10.0.0.0/8, ::1, unix:"; NULL
+    const char *proxy_from;  /* who may send one, others are reset: "10.0.0.0/8, ::1, unix:"; NULL
                                  = everyone, who could then claim to be anybody; without
                                  proxy_protocol it is TSRV_EINVAL */
-    int handshake_timeout_ms; /* of the PROXY header and TLS together; 0 = 10 s */
-    int idle_timeout_ms;      /* no byte either way while a handler waits in a read; 0 = off */
-    int read_timeout_ms;      /* a whole read; 0 = off */
-    int write_timeout_ms;     /* unsent output and no byte of it taken for so long; 0 = 60 s */
-    int close_timeout_ms;     /* after the last byte and FIN, to wait for the peer's; 0 = 5 s; see
+    int handshake_timeout_ms;   /* of the PROXY header and TLS together; 0 = 10 s */
+    int idle_timeout_ms;        /* no byte either way while a handler waits in a read; 0 = off */
+    int read_timeout_ms;        /* a whole read; 0 = off */
+    int write_timeout_ms;       /* unsent output and no byte of it taken for so long; 0 = 60 s */
+    int close_timeout_ms;       /* after the last byte and FIN, to wait for the peer's; 0 = 5 s; see
                                  tsrv_close */
-    int grace_ms;             /* that a drain leaves to what is under way; 0 = 30 s */
-    bool nagle;               /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
-    bool keep_alive;          /* SO_KEEPALIVE; also switched on by any of its three: */
-    int keep_alive_idle_ms;   /* without a byte before the first probe; 0 = the system's */
+    int grace_ms;               /* that a drain leaves to what is under way; 0 = 30 s */
+    bool nagle;                 /* true = leave Nagle's algorithm on; else TCP_NODELAY is set */
+    bool keep_alive;            /* SO_KEEPALIVE; also switched on by any of its three: */
+    int keep_alive_idle_ms;     /* without a byte before the first probe; 0 = the system's */
     int keep_alive_interval_ms; /* between probes, in whole seconds like the former; 0 = the same */
     int keep_alive_count;       /* probes without an answer that end the connection; 0 = the same */
     int user_timeout_ms;        /* sent, and not acknowledged for so long: the connection ends with
@@ -1318,7 +1319,7 @@ typedef struct tsrv_server_options {
 
 /* Counters of one server. */
 typedef struct tsrv_stats {
-    uint64_t accepted;      /* connections taken, add_stream included */
+    uint64_t accepted;      /* connections taken, add_stream included, those refused not */
     uint64_t open;          /* streams whose descriptor is open now */
     uint64_t closed;        /* streams whose descriptor has been closed */
     uint64_t bytes_in;      /* received */
@@ -1546,7 +1547,10 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
  *          NULL */
 TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slice);
 
-/* Read what is there, at least 1 byte. Source: IOStream.read_bytes(partial=True). */
+/* Read what is there, at least 1 byte. Source: IOStream.read_bytes(partial=True).
+ * Not for bodies of a known size: between two calls a drain takes the stream for idle, and TSRV_EOF
+ * while tsrv_stopping(stream) is then not the peer's end. tsrv_read_bytes and tsrv_read_into are
+ * waited for. */
 TSRV_API int tsrv_read_some(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice);
 
 /* Read exactly size bytes into the caller's memory, of any size, without a second copy. Source:
@@ -1676,7 +1680,10 @@ TSRV_API void *tsrv_tls_native(tsrv_stream *stream);
 
 /* Wait for tsrv_wake(stream), in both modes: the end of a helper coroutine, a thread's result,
  * or simply time. The stream's end and the start of a drain wake too, once: check the condition in
- * a loop. The end of the input counts when nothing unread is before it, a reset at once.
+ * a loop. It does not say which: look at the condition first, then at tsrv_stopping (a drain) and
+ * tsrv_error (a reset). Else the peer has ended its output, and may still read: who sends a request
+ * and half-closes looks the same as who has left. That end counts when it is seen: bytes that come
+ * before it during the wait stay in the kernel and hide it; a reset counts at once.
  *   timeout_ms  0 = only look; TSRV_NEVER
  * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EAGAIN where the call cannot wait, TSRV_EINVAL in the
  * stream's on_close, TSRV_ECLOSED to a helper coroutine when nothing but on_close is left to
@@ -1710,7 +1717,8 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on);
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms);
 
 /* Limit all reads and waits from now on together: they return TSRV_ETIMEOUT once it has passed,
- * until it is set again, also where there would be something to read.
+ * until it is set again, also where there would be something to read. A handler in callback mode is
+ * called from its beginning again, so it sets it once, behind a flag in tsrv_data.
  *   delay_ms  from now; 0 or TSRV_NEVER = no deadline */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms);
 
@@ -14616,21 +14624,41 @@ static void tsrvi_server_run(tsrvi_task *task);
 /* forward: tsrvi_server_run - tsrv_server_new stores it in the task, and it frees what
  * tsrv_server_new made */
 
+/* What is wrong with a server's options; NULL = nothing. */
+static const char *tsrvi_server_options_wrong(const tsrv_server_options *options)
+{
+    if (options == NULL || options->handle_stream == NULL) {
+        return "handle_stream is NULL";
+    }
+    if (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK) {
+        return "mode is neither TSRV_COROUTINE nor TSRV_CALLBACK";
+    }
+    if (options->max_connections < 0 || options->max_per_address < 0) {
+        return "max_connections or max_per_address is negative";
+    }
+    if (options->data_size > SIZE_MAX / 2 || options->stack_size > SIZE_MAX / 2) {
+        return "data_size or stack_size is more than there can be";
+    }
+    if (options->proxy_protocol != TSRV_PROXY_NONE &&
+        options->proxy_protocol != TSRV_PROXY_REQUIRED) {
+        return "proxy_protocol is neither TSRV_PROXY_NONE nor TSRV_PROXY_REQUIRED";
+    }
+    if (options->proxy_from != NULL && options->proxy_protocol == TSRV_PROXY_NONE) {
+        return "proxy_from is given without proxy_protocol";
+    }
+    if (options->tls != NULL && !tsrvi_tls_serves(options->tls)) {
+        return "tls has no cert_file";
+    }
+    return NULL;
+}
+
 TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options)
 {
     tsrv_server *made;
+    const char *wrong;
     *server = NULL;
-    if (options == NULL || options->handle_stream == NULL || options->max_connections < 0 ||
-        options->max_per_address < 0 || options->data_size > SIZE_MAX / 2 ||
-        (options->proxy_protocol != TSRV_PROXY_NONE &&
-         options->proxy_protocol != TSRV_PROXY_REQUIRED) ||
-        (options->proxy_from != NULL && options->proxy_protocol == TSRV_PROXY_NONE) ||
-        options->stack_size > SIZE_MAX / 2 ||
-        (options->mode != TSRV_COROUTINE && options->mode != TSRV_CALLBACK)) {
-        return TSRV_EINVAL;
-    }
-    if (options->tls != NULL && !tsrvi_tls_serves(options->tls)) {
-        tsrvi_log(TSRV_LOG_ERROR, "a server's tls needs a cert_file");
+    if ((wrong = tsrvi_server_options_wrong(options)) != NULL) {
+        tsrvi_log(TSRV_LOG_ERROR, "tsrv_server_new: %s", wrong);
         return TSRV_EINVAL;
     }
     if (options->mode == TSRV_COROUTINE && !TSRVI_HAS_COROUTINES) {
@@ -15691,7 +15719,7 @@ static const tsrvi_metric tsrvi_metrics[] = {
                  "Turns of the loop that took longer than slow_ms."),
     TSRVI_METRIC_TIME("tsrv_loop_turn_max_seconds", turn_max_ms, "The longest turn of the loop."),
     TSRVI_METRIC_TIME("tsrv_loop_lag_seconds", lag_ms, "How late the loop was when last measured."),
-    TSRVI_METRIC_TIME("tsrv_loop_lag_max_seconds", lag_max_ms, "The most it ever was."),
+    TSRVI_METRIC_TIME("tsrv_loop_lag_max_seconds", lag_max_ms, "The most that a loop was late."),
 };
 
 typedef struct tsrvi_text {

@@ -29,7 +29,7 @@ int main(int argc, char **argv)
     options.handle_stream = handle_stream;
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_server_listen(server, port, NULL, NULL) != TSRV_OK) {
-        return 1; /* tsrv_server_listen has logged the reason */
+        return 1; /* the reason is in the log */
     }
     printf("echo: listening on port %d\n", port);
     fflush(stdout);
