@@ -17418,7 +17418,7 @@ static bool tsrvi_identity_is_of_root(const tsrvi_identity *identity)
  * laid aside may have been given on purpose, as by Kubernetes' fsGroup. Returns a code. */
 static int tsrvi_identity_check_groups(const tsrvi_identity *identity)
 {
-    int count = TSRV_SYS(getgroups, (0, NULL)), rc = TSRV_OK;
+    int count = TSRV_SYS(getgroups, (0, NULL)), rc;
     gid_t *groups;
     if (count < 0) {
         return tsrvi_error();
@@ -17428,6 +17428,7 @@ static int tsrvi_identity_check_groups(const tsrvi_identity *identity)
         return -ENOMEM;
     }
     count = TSRV_SYS(getgroups, (count, groups));
+    rc = count < 0 ? tsrvi_error() : (int)TSRV_OK;
     for (int i = 0; i < count && rc == TSRV_OK; i++) {
         rc = groups[i] == 0 && !tsrvi_identity_is_of_root(identity) ? -EPERM : TSRV_OK;
     }
