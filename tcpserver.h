@@ -9487,6 +9487,14 @@ static size_t *tsrvi_own_need(tsrv_stream *stream)
                                                    : &stream->own.u.need;
 }
 
+/* The same of its read, which may have all that it wants in memory of its own. */
+static inline TSRVI_INLINE size_t tsrvi_own_read_need(const tsrv_stream *stream)
+{
+    return (stream->own.facts & TSRVI_PARTLY) == 0                      ? stream->own.u.need
+           : stream->own.u.partial->done == stream->own.u.partial->size ? 0
+                                                                        : 1;
+}
+
 /* Run the server's task in the next turn. */
 static void tsrvi_server_later(tsrv_server *server)
 {
@@ -11502,6 +11510,15 @@ static void tsrvi_stream_end_output(tsrv_stream *stream, int code)
     tsrv_wake(stream);
 }
 
+/* Is somebody waiting for input, whom a read tells of its end? Not the handler whose read has all
+ * that it wants, and only waits for the output to go. */
+static bool tsrvi_stream_is_read(const tsrv_stream *stream)
+{
+    return (stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT)) != 0 &&
+           ((stream->own.kinds & TSRVI_FOR_READ) == 0 ||
+            tsrvi_buffer_size(stream->in) < tsrvi_own_read_need(stream));
+}
+
 /* The input has ended, or a transport error has. */
 static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
 {
@@ -11525,8 +11542,7 @@ static void tsrvi_stream_end_input(tsrv_stream *stream, int code)
     if (stream->end != 0 || (!cut && had_failed)) {
         return; /* the end that came first has been told */
     }
-    if (!tsrvi_stream_rouse(stream) &&
-        (!cut || (stream->kinds & (TSRVI_FOR_READ | TSRVI_FOR_INPUT)) == 0)) {
+    if (!tsrvi_stream_rouse(stream) && (!cut || !tsrvi_stream_is_read(stream))) {
         tsrvi_set(stream, TSRVI_WOKEN); /* but an end that a read tells of is news to nobody */
     }
 }
@@ -12455,7 +12471,10 @@ static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, siz
         tsrvi_input_release(stream);
     }
     if (rc == TSRV_OK && stream->end == 0 && tsrvi_deadline_is_past(stream)) {
-        return tsrvi_read_leave(stream, read, TSRV_ETIMEOUT);
+        bool sends = tsrvi_buffer_size(stream->in) != 0 && !tsrvi_is(stream, TSRVI_SILENT);
+        rc = tsrvi_read_leave(stream, read, TSRV_ETIMEOUT);
+        tsrvi_clear(stream, sends ? TSRVI_SILENT : 0); /* no read has waited in vain for it */
+        return rc;
     }
     if (rc == TSRV_OK) {
         rc = tsrvi_read_attempt(stream, read);
@@ -13894,9 +13913,7 @@ static inline TSRVI_INLINE bool tsrvi_own_is_over(const tsrv_stream *stream)
 {
     const tsrvi_wait *own = &stream->own;
     if ((own->kinds & TSRVI_FOR_READ) != 0 && !tsrvi_stream_above_mark(stream) &&
-        ((own->facts & TSRVI_PARTLY) == 0
-             ? tsrvi_read_is_over(stream, own->u.need)
-             : tsrvi_read_is_over(stream, own->u.partial->done == own->u.partial->size ? 0 : 1))) {
+        tsrvi_read_is_over(stream, tsrvi_own_read_need(stream))) {
         return true;
     }
     if ((own->kinds & TSRVI_FOR_INPUT) == 0) {
@@ -17081,12 +17098,19 @@ static void tsrvi_worker_read_files(void)
     }
 }
 
-/* A single process reloads; in a drain that is of no use, nor would READY=1 be true. */
+/* A single process reloads; in a drain that is of no use. There READY=1 would not be true, nor
+ * before on_start. */
 static void tsrvi_worker_reload(void)
 {
-    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY) {
+    bool accepts = !tsrvi_process.reloaded->starting;
+    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) != TSRVI_STAY) {
+        return;
+    }
+    if (accepts) {
         tsrvi_notify("RELOADING=1");
-        tsrvi_worker_read_files();
+    }
+    tsrvi_worker_read_files();
+    if (accepts) {
         tsrvi_notify("READY=1");
     }
 }
@@ -17422,7 +17446,7 @@ static bool tsrvi_identity_is_of_root(const tsrvi_identity *identity)
  * laid aside may have been given on purpose, as by Kubernetes' fsGroup. Returns a code. */
 static int tsrvi_identity_check_groups(const tsrvi_identity *identity)
 {
-    int count = TSRV_SYS(getgroups, (0, NULL)), rc = TSRV_OK;
+    int count = TSRV_SYS(getgroups, (0, NULL)), rc;
     gid_t *groups;
     if (count < 0) {
         return tsrvi_error();
@@ -17432,6 +17456,7 @@ static int tsrvi_identity_check_groups(const tsrvi_identity *identity)
         return -ENOMEM;
     }
     count = TSRV_SYS(getgroups, (count, groups));
+    rc = count < 0 ? tsrvi_error() : (int)TSRV_OK;
     for (int i = 0; i < count && rc == TSRV_OK; i++) {
         rc = groups[i] == 0 && !tsrvi_identity_is_of_root(identity) ? -EPERM : TSRV_OK;
     }
@@ -17917,6 +17942,14 @@ static void tsrvi_child_back_off(tsrvi_supervisor *s, tsrvi_child *c)
     c->due = tsrvi_after(s->now, c->backoff_ms);
 }
 
+/* A reload is over. Where servers are to accept, and none ever has, READY=1 would not be true. */
+static void tsrvi_supervisor_tell_reloaded(const tsrvi_supervisor *s)
+{
+    if (s->announced || !s->serves) {
+        tsrvi_notify("READY=1");
+    }
+}
+
 /* The reload cannot go on with the child that it has just made. A newer one does. */
 static void tsrvi_supervisor_give_reload_up(tsrvi_supervisor *s, int child)
 {
@@ -17927,7 +17960,7 @@ static void tsrvi_supervisor_give_reload_up(tsrvi_supervisor *s, int child)
                   "reload: given up, as the new worker %d does not come up; the old ones stay",
                   child / TSRVI_GENERATIONS);
         s->rolling = false;
-        tsrvi_notify("READY=1");
+        tsrvi_supervisor_tell_reloaded(s);
     }
 }
 
@@ -18294,6 +18327,10 @@ static void tsrvi_reload_end(tsrvi_supervisor *s)
     for (int worker = 0; worker < s->workers; worker++) {
         int child = tsrvi_child_beside(s, worker, -1);
         if (child >= 0 && s->children[child].state == TSRVI_CHILD_DUE) {
+            if (s->children[child].generation != s->generation) {
+                s->children[child].due = s->now; /* with what is new nobody has tried yet */
+                return;
+            }
             missing++;
         } else if (child >= 0 && !tsrvi_child_is_up(s, child, 0)) {
             return;
@@ -18306,7 +18343,7 @@ static void tsrvi_reload_end(tsrvi_supervisor *s)
     } else {
         tsrvi_log(TSRV_LOG_INFO, "reload: done, all %d workers are new", s->workers);
     }
-    tsrvi_notify("READY=1");
+    tsrvi_supervisor_tell_reloaded(s);
 }
 
 /* One step. Where a worker has no place left for another process, the next one that ends makes it.

@@ -391,6 +391,46 @@ TEST_STREAM(what_is_there_is_not_read_behind_the_deadline)
     s_close();
 }
 
+/* Outlives it with a line unread, and ends for it. */
+static int end_at_a_deadline(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *begun = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc = *begun ? (int)TSRV_OK : tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    if (rc == TSRV_OK && !*begun) {
+        tsrv_set_deadline(stream, LIMIT_MS);
+        *begun = true;
+    }
+    if (rc == TSRV_OK && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_ETIMEOUT) {
+        CHECK_LEAST(tsrv_unread_size(stream), 4);
+        CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_ETIMEOUT);
+    }
+    return rc;
+}
+
+/* Who is ahead at the deadline may send more: the socket lingers, as that would be answered with a reset. */
+TEST_PLAIN_SOFT(who_is_ahead_at_the_deadline_is_not_silent)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(bool);
+    s_open_with(end_at_a_deadline, options);
+    int fd = s_join();
+    t_sends(fd, "one\ntwo\n");
+    s_settle();
+    s_run_ms(LIMIT_MS + STEP_MS);
+    s_expect_eof(fd);
+    s_settle();
+    CHECK_INT(s_stats().open, 1);
+    t_sends(fd, "three\n");
+    s_settle();
+    CHECK_INT(s_stats().open, 1);
+    t_close(fd);
+    s_settle();
+    CHECK_INT(s_stats().open, 0);
+    s_close();
+}
+
 /* Here the first nine bytes do start it again, and the end comes once there are no more. */
 TEST_STREAM(a_trickle_keeps_the_idle_time_away_but_silence_does_not)
 {

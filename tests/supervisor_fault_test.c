@@ -52,7 +52,9 @@ static const struct {
     {"flock", PARENT | STARTS, {ENOLCK, EINTR}},
     {"fork", PARENT | SERVES | STARTS, {EAGAIN, ENOMEM}},
     {"fstat", PARENT | QUIET | STOPS, {ENOMEM}},
+    {"getgrgid", WORKERS | ALONE, {EMFILE}},
     {"getgrnam", PARENT | STARTS, {EMFILE}},
+    {"getgroups", WORKERS | ALONE, {EINVAL}},
     {"getpwnam", PARENT | STARTS, {EMFILE}},
     {"getpwuid", PARENT | QUIET | STARTS, {EMFILE}},
     {"getsockname", PARENT | STOPS | STARTS, {ENOBUFS}},
@@ -93,7 +95,7 @@ enum { CALLS = sizeof calls / sizeof calls[0] };
 /* Calls that cannot fail with these arguments, and one that does not come back. */
 static const char *const safe[] = {"_exit",       "getegid", "getenv",    "geteuid",     "getgid",
                                    "getpid",      "getppid", "getuid",    "sigaddset",   "sigemptyset",
-                                   "sigfillset",  "sigprocmask", "unsetenv"};
+                                   "sigfillset",  "sigismember", "sigprocmask", "unsetenv"};
 
 enum { SAFE = sizeof safe / sizeof safe[0] };
 
@@ -579,6 +581,32 @@ TEST_ONCE(variables_that_cannot_be_set_end_an_upgrade)
     }
     check_works(pid);
     stop_well(pid, TSRV_OK);
+}
+
+static void be_nobody_of_two_groups(void)
+{
+    const gid_t two[] = {54322, 0};
+    const struct passwd *nobody = getpwnam("nobody");
+    CHECK(nobody != NULL && setgroups(2, two) == 0 && setgid(nobody->pw_gid) == 0 && setuid(nobody->pw_uid) == 0);
+}
+
+/* Whose groups cannot be looked at, or compared with root's, has too many. */
+TEST_ONCE(groups_that_cannot_be_looked_at_start_no_worker)
+{
+    static const char *const names[] = {"getgroups", "getgroups", "getgrgid"};
+    if (getuid() != 0) {
+        SKIP("root");
+    }
+    for (int i = 0; i < 3; i++) {
+        begin(2);
+        before_program = be_nobody_of_two_groups;
+        fork_options.user = "nobody";
+        fail_after(i == 1, names[i], i < 2 ? EINVAL : EMFILE, 1, IN_CHILDREN);
+        check_end(launch(program_serve), 1, i < 2 ? -EINVAL : -EPERM);
+        CHECK_INT(forks_seen(), 0);
+        CHECK(strstr(board->log, "cannot become user") != NULL);
+    }
+    before_program = NULL;
 }
 
 /* It says that the user was changed, and it was not, or not for good. */

@@ -1116,6 +1116,27 @@ TEST_ONCE(an_old_worker_that_dies_in_a_reload_is_made_good)
     stop_well(pid, TSRV_EPARENT);
 }
 
+/* An old worker that ends by itself while another one is replaced has not failed with what is new. */
+TEST_ONCE(a_worker_that_dies_in_a_reload_is_waited_for)
+{
+    begin(2);
+    server_options.on_start = behave_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int one = board->ids[0] == 1 ? 0 : 1;
+    put(&board->value, IS_SLOW);
+    tell(pid, SIGHUP);
+    AWAIT(get(&board->held) == 1);
+    tell(board->pids[one], SIGKILL);
+    await_exits(1);
+    put(&board->value, IS_FINE);
+    put(&board->go, 1);
+    AWAIT(said("reload: done") + said("reload: over") == 1);
+    CHECK_INT(said("reload: done, all 2 workers are new"), 1);
+    CHECK_INT(forks_seen(), 4);
+    stop_well(pid, TSRV_OK);
+}
+
 /* The harness does not know the group: the end of the runner is the program's too. */
 static void lead_a_group(void)
 {
@@ -4600,6 +4621,64 @@ TEST_ONCE(readiness_is_not_told_behind_the_end)
     CHECK(unsetenv("NOTIFY_SOCKET") == 0);
     t_close(notes);
     end_upgradable();
+}
+
+/* A reload ends, and a service manager would take READY=1 for the start's: it comes when a worker accepts. */
+TEST_ONCE(a_reload_before_anybody_accepts_is_no_readiness)
+{
+    char text[1000] = "";
+    make_directory();
+    int notes = listen_for_notes();
+    begin(2);
+    fork_options.max_restarts = TSRV_NEVER;
+    server_options.on_start = behave_in_start;
+    put(&board->value, EXITS_1);
+    pid_t pid = launch(program_serve);
+    await_exits(2);
+    tell(pid, SIGHUP);
+    AWAIT(said("reload: over, but 2 of 2 workers do not come up") == 1);
+    poke(pid);
+    take_notes(notes, pid, text, sizeof text);
+    CHECK_STR(text, "RELOADING=1\n");
+    put(&board->value, IS_FINE);
+    AWAIT((take_notes(notes, pid, text, sizeof text), strstr(text, "READY=1") != NULL));
+    CHECK_STR(text, "RELOADING=1\nREADY=1\n");
+    stop_well(pid, TSRV_OK);
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    remove_directory();
+}
+
+static void hang_up_early(void)
+{
+    spoiled = SIGHUP;
+    block_spoiled();
+    CHECK(raise(SIGHUP) == 0);
+}
+
+/* Nor is that of a single process before its on_start has returned. */
+TEST_ONCE(a_hangup_that_waits_at_the_start_is_no_readiness)
+{
+    char text[1000] = "";
+    make_directory();
+    int notes = listen_for_notes();
+    begin(1);
+    before_program = hang_up_early;
+    server_options.on_start = behave_in_start;
+    put(&board->value, IS_SLOW);
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->held) == 1);
+    take_notes(notes, pid, text, sizeof text);
+    CHECK_STR(text, "");
+    put(&board->go, 1);
+    await_forks(1);
+    AWAIT((take_notes(notes, pid, text, sizeof text), text[0] != 0));
+    CHECK_STR(text, "READY=1\n");
+    tell(pid, SIGTERM);
+    CHECK_INT(await_end(pid), 0);
+    CHECK(unsetenv("NOTIFY_SOCKET") == 0);
+    t_close(notes);
+    remove_directory();
 }
 
 /* A service manager that waits for the end of a reload (Type=notify-reload) hears of a single process's, too. */

@@ -336,6 +336,54 @@ TEST_STREAM(an_end_that_was_read_ends_no_wait)
     s_close();
 }
 
+/* Answers two lines that come together, the second one when the output has gone. It then only waits. */
+static int answer_two_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[8];
+    int *step = (int *)tsrv_data(stream), rc = TSRV_OK;
+    tsrv_slice line;
+    (void)address;
+    if (*step == 0 && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        limit_output(stream);
+        CHECK_INT(tsrv_write(stream, large, large_size), TSRV_OK);
+        ++*step;
+    }
+    if (*step == 1 && rc == TSRV_OK) {
+        rc = context != NULL ? tsrv_read_into(stream, memory, 4) : tsrv_read_until(stream, "\n", 0, &line);
+        *step += rc == TSRV_OK;
+    }
+    if (*step == 2 && rc == TSRV_OK && (rc = tsrv_wait(stream, TSRV_NEVER)) == TSRV_OK) {
+        CHECK_INT(tsrv_read_some(stream, 0, &line), TSRV_EOF);
+        end_seen++;
+    }
+    return rc;
+}
+
+/* A read that has its message, and waits for the output, does not tell of an end which comes meanwhile. */
+TEST_STREAM(an_end_behind_a_message_ends_the_next_wait)
+{
+    for (int into = 0; into <= 1; into++) {
+        tsrv_server_options options = {0};
+        options.handle_stream = answer_two_and_wait;
+        options.context = into ? &end_seen : NULL;
+        options.data_size = sizeof(int);
+        options.write_high_water = 1;
+        make_large(t_hard ? 100000 : 4 << 20);
+        end_seen = 0;
+        s_open(options);
+        int fd = s_join_with_room(4096);
+        t_sends(fd, "one\ntwo\n");
+        s_settle();
+        t_shut(fd);
+        s_settle(); /* its end is known */
+        s_expect_bytes(fd, large, large_size);
+        s_until(&end_seen, 1);
+        s_leave(fd);
+        s_close();
+        free(large);
+    }
+}
+
 /* ---- a stream that goes while a coroutine lets the others run ------------------------------*/
 
 enum { READ_SOME, READ_UNTIL, READ_BYTES, READ_MATCH, READ_CLOSE, READ_INTO, READ_NOTHING, FLUSH,
