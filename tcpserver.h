@@ -1257,8 +1257,8 @@ typedef struct tsrv_server_options {
     tsrv_handler handle_stream; /* required */
     /* Called once for every stream whose handler was entered, last of all, after its descriptor is
      * closed, which may be close_timeout_ms after the handler's end; NULL = not wanted. reason: the
-     * error that ended the stream, else what the handler returned. In it only tsrv_data and the getters may be used: every other call on the stream
-     * does nothing, and returns a code. */
+     * error that ended the stream, else what the handler returned. In it only tsrv_data and the
+     * getters may be used: every other call on the stream does nothing, and returns a code. */
     void (*on_close)(tsrv_stream *stream, int reason, void *context);
     /* Called once in each process that accepts, from its loop, before the first connection; NULL =
      * not wanted. The place for timers, and to learn the port of listen(0). */

@@ -2945,6 +2945,24 @@ TEST_ONCE(a_user_that_one_is_already_keeps_its_groups)
     before_program = NULL;
 }
 
+/* What cannot be looked at is not taken for good. */
+TEST_ONCE(groups_that_cannot_be_looked_at_are_an_error)
+{
+    static const struct {
+        const char *call;
+        int code, at;
+    } rows[] = {{"getgroups", EIO, 1}, {"getgroups", EIO, 2}, {"malloc", ENOMEM, 1}};
+    tsrvi_identity nobody;
+    memset(&nobody, 0, sizeof nobody);
+    nobody.uid = nobody.gid = 54321;
+    for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {
+        t_fail_call(rows[i].call, rows[i].code, rows[i].at, false);
+        CHECK_INT(tsrvi_identity_check_groups(&nobody), -rows[i].code);
+        CHECK_INT(t_fault_hits, 1);
+        t_fault_at = 0;
+    }
+}
+
 /* Numbers do where there are no names. */
 TEST_ONCE(users_and_groups_may_be_numbers)
 {
