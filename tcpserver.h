@@ -17942,11 +17942,12 @@ static void tsrvi_child_back_off(tsrvi_supervisor *s, tsrvi_child *c)
     c->due = tsrvi_after(s->now, c->backoff_ms);
 }
 
-/* A reload is over. Where servers are to accept, and none ever has, READY=1 would not be true. */
-static void tsrvi_supervisor_tell_reloaded(const tsrvi_supervisor *s)
+/* A reload begins, or is over. Where servers are to accept, and none ever has, READY=1 would be
+ * taken for the start's, and not be true. */
+static void tsrvi_supervisor_tell_reload(const tsrvi_supervisor *s, const char *state)
 {
     if (s->announced || !s->serves) {
-        tsrvi_notify("READY=1");
+        tsrvi_notify(state);
     }
 }
 
@@ -17960,7 +17961,7 @@ static void tsrvi_supervisor_give_reload_up(tsrvi_supervisor *s, int child)
                   "reload: given up, as the new worker %d does not come up; the old ones stay",
                   child / TSRVI_GENERATIONS);
         s->rolling = false;
-        tsrvi_supervisor_tell_reloaded(s);
+        tsrvi_supervisor_tell_reload(s, "READY=1");
     }
 }
 
@@ -18085,7 +18086,7 @@ static void tsrvi_child_serve(tsrvi_supervisor *s, int child)
         s->announced = true;
         tsrvi_notify("READY=1");
         if (s->rolling) {
-            tsrvi_notify("RELOADING=1"); /* which is no news before that */
+            tsrvi_notify("RELOADING=1"); /* which was no news before that */
         }
     }
     for (int i = 0; i < s->count && !s->serves; i++) {
@@ -18343,7 +18344,7 @@ static void tsrvi_reload_end(tsrvi_supervisor *s)
     } else {
         tsrvi_log(TSRV_LOG_INFO, "reload: done, all %d workers are new", s->workers);
     }
-    tsrvi_supervisor_tell_reloaded(s);
+    tsrvi_supervisor_tell_reload(s, "READY=1");
 }
 
 /* One step. Where a worker has no place left for another process, the next one that ends makes it.
@@ -18595,7 +18596,7 @@ static void tsrvi_parent_cut(tsrvi_supervisor *s)
 static void tsrvi_parent_reload(tsrvi_supervisor *s)
 {
     tsrvi_log(TSRV_LOG_INFO, "reload: %d workers are replaced, one after the other", s->workers);
-    tsrvi_notify("RELOADING=1");
+    tsrvi_supervisor_tell_reload(s, "RELOADING=1");
     tsrvi_worker_read_files();
     s->generation++;
     s->rolling = true;

@@ -593,16 +593,23 @@ static void be_nobody_of_two_groups(void)
 /* Whose groups cannot be looked at, or compared with root's, has too many. */
 TEST_ONCE(groups_that_cannot_be_looked_at_start_no_worker)
 {
-    static const char *const names[] = {"getgroups", "getgroups", "getgrgid"};
+    static const struct {
+        const char *name;
+        int passing, code, result;
+    } faults[] = {{"getgroups", 0, EINVAL, -EINVAL},
+                  {"getgroups", 1, EINVAL, -EINVAL},
+                  {"malloc", 0, ENOMEM, -ENOMEM},
+                  {"getgrgid", 0, EMFILE, -EPERM}};
     if (getuid() != 0) {
         SKIP("root");
     }
-    for (int i = 0; i < 3; i++) {
+    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++) {
         begin(2);
         before_program = be_nobody_of_two_groups;
         fork_options.user = "nobody";
-        fail_after(i == 1, names[i], i < 2 ? EINVAL : EMFILE, 1, IN_CHILDREN);
-        check_end(launch(program_serve), 1, i < 2 ? -EINVAL : -EPERM);
+        fail_after(faults[i].passing, faults[i].name, faults[i].code, 1, IN_CHILDREN);
+        check_end(launch(program_serve), 1, faults[i].result);
+        CHECK_INT(get(&board->failed), 1);
         CHECK_INT(forks_seen(), 0);
         CHECK(strstr(board->log, "cannot become user") != NULL);
     }

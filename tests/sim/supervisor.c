@@ -475,7 +475,7 @@ static void check_states(void)
         k_violation("a reload goes on, and the service manager hears of %s", told_last);
     }
     if (parent->state == TSRVI_PARENT_RUNNING && !parent->rolling && strncmp(told_last, "RELOADING", 9) == 0 &&
-        tsrvi_process.notify_owed[0] == 0 && (parent->announced || !server)) {
+        tsrvi_process.notify_owed[0] == 0) {
         k_violation("the reload is over, and the service manager has not heard of it");
     }
 }

@@ -32,7 +32,7 @@ static const struct {
     {"tsrvi_supervisor_*", "workers: the same"},
     {"tsrvi_upgrade_*", "workers: the same"},
     {"tsrvi_child_*", "workers: the same"},
-    {"tsrvi_identity_*", "workers: tests/supervisor_test.c"},
+    {"tsrvi_identity_*", "workers: the same"},
     {"tsrvi_notify*", "no service manager: tests/systemd_test.c"},
     {"tsrvi_file_read*", "limits of control groups: tests/systemd_test.c"},
     {"tsrvi_cpus*", "limits of control groups: tests/systemd_test.c"},
