@@ -1132,8 +1132,9 @@ typedef struct tsrv_fork_options {
  *                              another one, which does not wait for those that drain
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
- * that is killed, within a second. Only its own children are waited for, but process 1 buries
- * whatever child ends. A stop, and giving up, closes what this process listens on: bind anew. Call
+ * that is killed, within a second; one that hangs where SIGTERM has a handler of the program's own
+ * is left to that. Only its own children are waited for, but process 1 buries whatever child ends.
+ * A stop, and giving up, closes what this process listens on: bind anew. Call
  * it before anything else makes a loop or a thread. What follows the call runs in the parent too:
  * check the result. Source: process.fork_processes.
  *   num_processes  0 = one for each processor (tsrv_cpu_count)
