@@ -607,9 +607,9 @@ TEST_ONCE(groups_that_cannot_be_looked_at_start_no_worker)
         begin(2);
         before_program = be_nobody_of_two_groups;
         fork_options.user = "nobody";
-        fail_after(faults[i].passing, faults[i].name, faults[i].code, 1, IN_CHILDREN);
+        fail_after(faults[i].passing, faults[i].name, faults[i].code, EVER, IN_CHILDREN); /* whichever is first */
         check_end(launch(program_serve), 1, faults[i].result);
-        CHECK_INT(get(&board->failed), 1);
+        CHECK(get(&board->failed) >= 1);
         CHECK_INT(forks_seen(), 0);
         CHECK(strstr(board->log, "cannot become user") != NULL);
     }
