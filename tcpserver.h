@@ -10600,7 +10600,6 @@ static bool tsrvi_tls_hello_name(SSL *ssl, char name[256])
 static bool tsrvi_tls_change(tsrvi_tls *tls, tsrvi_tls_set *to)
 {
     SSL_CTX *context = to->context;
-    bool least, most;
     if (SSL_set_SSL_CTX(tls->ssl, context) == NULL) {
         return false;
     }
@@ -10611,9 +10610,8 @@ static bool tsrvi_tls_change(tsrvi_tls *tls, tsrvi_tls_set *to)
     SSL_set_verify_depth(tls->ssl, SSL_CTX_get_verify_depth(context));
     SSL_clear_options(tls->ssl, SSL_get_options(tls->ssl));
     SSL_set_options(tls->ssl, SSL_CTX_get_options(context) | TSRVI_TLS_OPTIONS);
-    least = SSL_set_min_proto_version(tls->ssl, SSL_CTX_get_min_proto_version(context)) == 1;
-    most = SSL_set_max_proto_version(tls->ssl, SSL_CTX_get_max_proto_version(context)) == 1;
-    return (least & most) != 0;
+    return SSL_set_min_proto_version(tls->ssl, SSL_CTX_get_min_proto_version(context)) == 1 &&
+           SSL_set_max_proto_version(tls->ssl, SSL_CTX_get_max_proto_version(context)) == 1;
 }
 
 static int tsrvi_tls_refuse_hello(tsrvi_tls *tls, const char *why, int *alert, int code)
