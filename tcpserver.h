@@ -106,7 +106,8 @@
  *   TSRV_EFULL      tsrv_try_write: later. Of another write: the stream is over, since more than
  *                   max_write_buffer_size would be unsent; write less at a time, or flush
  *   TSRV_EBUSY      somebody else reads, runs or serves already: a mistake of the program
- *   TSRV_EINVAL     a mistake of the program, of which nothing has come; the log often names it
+ *   TSRV_EINVAL     a mistake of the program, of which nothing has come: with TSRV_DEBUG the log
+ *                   names the argument. Of a getter: there is no such thing
  *   TSRV_ENOTSUP    compile it in (TSRV_TLS_OPENSSL, TSRV_NO_...), or do without
  *   TSRV_ERESOLVE   look at the name, and at the system's name servers; try again later
  *   TSRV_ETLS       the log has OpenSSL's reason. Instead of TSRV_EOF: the end was not the peer's
@@ -120,7 +121,8 @@
  *   -EACCES         ports below 1024 need a privilege (CAP_NET_BIND_SERVICE)
  *   -ENOMEM         the stream at hand is over, and the server goes on
  *
- * OPTIONS, their defaults, and what switches them off. Times are milliseconds, sizes bytes.
+ * OPTIONS, their defaults, and what switches them off. Times are milliseconds, those of streams 12
+ * days at most; sizes are bytes.
  *
  *   tsrv_server_options      default         off           what
  *   mode                     TSRV_COROUTINE                or TSRV_CALLBACK
@@ -134,7 +136,7 @@
  *   read_chunk_size          64 KiB          SIZE_MAX      of one recv
  *   max_write_buffer_size    16 MiB          SIZE_MAX      unsent output of a stream
  *   write_high_water         256 KiB         SIZE_MAX      unsent output above which writers wait
- *   stack_size               256 KiB                       of a coroutine; at least 64 KiB
+ *   stack_size               256 KiB                       of a coroutine; less than 64 KiB is 64
  *   max_connections          0 = no limit    0             open streams
  *   max_per_address          0 = no limit    0             the same of one address
  *   proxy_protocol           TSRV_PROXY_NONE               or TSRV_PROXY_REQUIRED
@@ -215,13 +217,15 @@
  *    9   A process forks workers after it has made a loop: TSRV_EINVAL, "cannot fork workers: this
  *        process has a loop already". Fork first; on_start is the place for timers.
  *   10   A pointer into what coroutines share is held over a call that waits (a read, a write above
- *        the mark): another one has changed it. Look it up again, or write from a copy.
- *   11   What stands behind tsrv_serve runs in each worker: a pid file goes with the first reload.
- *        `if (tsrv_task_id() < 0)`.
+ *        the mark): another one has changed it by the time you go on. Look it up again.
+ *   11   What stands behind tsrv_serve, and exit handlers, run in each worker: a pid file goes with
+ *        the first reload. `if (tsrv_task_id() < 0)`.
  *   12   No time is set: clients that say nothing stay for ever, and the counter `open` only grows.
  *        idle_timeout_ms, read_timeout_ms, tsrv_set_deadline.
  *   13   A proxy connects to any host that its client names: also to this machine's own ports, and
- *        with "unix:/path" to its sockets. Refuse what begins with "unix:", and look at addresses.
+ *        with "unix:/path" to its sockets. Refuse what begins with "unix:". For a name call
+ *        getaddrinfo in tsrv_run_in_thread, look at the addresses, and connect to the number: a
+ *        second look-up may say something else.
  *
  * DEBUGGING
  *
@@ -332,7 +336,8 @@
  * taken meanwhile. What is built on it bears that. It is used by the coroutines of one loop.
  *
  * A join waits until all helpers have ended. It lies on the stack of who waits, so join_wait does
- * not return before: when its time is over it asks the helpers to end, and waits on.    [compiles]
+ * not return before: when its time is over it asks the helpers to end, and waits on. A helper that
+ * waits in a read or a write does not see that: tsrv_abort of its stream ends it.       [compiles]
  *
  *     typedef struct join {
  *         int running; // helpers; each is counted before it is spawned
@@ -384,11 +389,14 @@
  *         tsrv_condition_notify(&s->more, 1);
  *     }
  *
- * A pool is a semaphore and a stack of what is idle.                          [compiles behind it]
+ * A pool is a semaphore and a stack of what is idle. Who waits for it is not told that its client
+ * has gone: look at tsrv_error(stream) before the work begins.                [compiles behind it]
+ *
+ *     enum { PLACES = 8 };
  *
  *     typedef struct pool {
- *         semaphore places; // {8, 0} at first
- *         void *idle[8];
+ *         semaphore places; // {PLACES, 0, {0}} at first
+ *         void *idle[PLACES];
  *         int idle_count;
  *     } pool;
  *
@@ -410,7 +418,7 @@
  * A bounded queue is two semaphores. What could not be put is the caller's.   [compiles behind it]
  *
  *     typedef struct queue {
- *         semaphore room, filled; // {16, 0} and {0, 0} at first
+ *         semaphore room, filled; // {16, 0, {0}} and {0} at first
  *         void *items[16];
  *         unsigned put, got; // so far
  *     } queue;
@@ -446,22 +454,18 @@
  *   Workers    The parent only supervises. It acts on SIGTERM, SIGINT, SIGQUIT (all end, in good
  *              order; a second one cuts the grace), SIGHUP (workers are replaced one by one) and,
  *              if asked to, SIGUSR2 (the program is replaced); workers end with it. In a worker
- *              tsrv_loop_run drains its servers when the parent is told to end, and returns. What
- *              stands behind tsrv_serve, and exit handlers, run in every worker: look at
- *              tsrv_task_id.
+ *              tsrv_loop_run drains its servers when the parent is told to end, and returns.
  *   Ownership  The library owns streams: a server's stream is valid until its handler and on_close
  *              have returned. Timers, watches and signals are the caller's memory; stop them first.
- *              Options are copied. Slices are borrowed until the next read.
- *   Errors     Every function returns TSRV_OK (0) or a negative code: -errno, or one of TSRV_E...;
- *              tsrv_strerror knows both. Out of memory is a code too, never an exit.
+ *              Options are copied. Slices are borrowed until the next read. What a coroutine has
+ *              allocated is its own to free: tsrv_loop_free ends its waits, once, but drops one
+ *              that then waits again, with all that it holds.
+ *   Errors     What fails returns a negative code: -errno, or one of TSRV_E...; tsrv_strerror
+ *              knows both. Out of memory is a code too, never an exit.
  *   Limits     Everything that a peer could make grow has a limit by default: unread input 1 MiB,
- *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. Reads have no
- *              time limit unless read_timeout_ms or idle_timeout_ms is set: set one. The buffers of
- *              all streams together have one only with tsrv_loop_options.max_total_buffer, and
- *              connections with max_connections and max_per_address.
- *   Slowness   Whoever computes or blocks stops all others of its loop. A turn that takes longer
- *              than slow_ms, 1 s, is logged with the connection or callback that took it: hand such
- *              work to tsrv_run_in_thread.
+ *              unsent output 16 MiB, a stalled write 60 s, a lingering close 5 s. The time of reads
+ *              has one only with read_timeout_ms or idle_timeout_ms, the buffers of all streams
+ *              with max_total_buffer, and connections with max_connections and max_per_address.
  *   Proxies    Behind HAProxy and its like all clients seem to have one address; with
  *              proxy_protocol they have their own.
  *   Log        Lines go to stderr, or to tsrv_set_log's function. The loop never waits for its log,
@@ -472,9 +476,10 @@
  *   TLS        A stream over TLS is used like any other; what is unsent counts as it is sent, and
  *              an end without close_notify is TSRV_ETLS. A tsrv_tls belongs to one thread at a
  *              time.
- *   C++        Coroutines must not be left by an exception: catch inside the handler. It may wait
- *              inside a catch block: the exceptions that are being handled go with the coroutine
- *              (on macOS if the implementing file is C++).
+ *   C++        No exception may leave what the library calls: catch inside the handler. One that
+ *              leaves a callback goes through tsrv_loop_run, and that loop can neither be run again
+ *              nor freed. A coroutine may wait inside a catch block: the exceptions that are being
+ *              handled go with it (on macOS if the implementing file is C++).
  *   Stacks     256 KiB each, touched as needed, above a guard of 1 MiB of address space (128 KiB on
  *              32-bit systems): an overflow is a SIGSEGV, also by a local array of 1 MiB (64 KiB).
  *              For larger ones compile the program with -fstack-clash-protection. Where memory
@@ -505,11 +510,9 @@
  *                                 older than 2.34, link with -pthread
  *   TSRV_USE_UCONTEXT             switch stacks by ucontext instead of by hand
  *   TSRV_TLS_OPENSSL              compile TLS in; link -lssl -lcrypto
- *   TSRV_DEBUG                    name mistakes in the log, each once: a handler in callback mode
- *                                 that waits in one read and goes on with another, a loop over
- *                                 calls that fail, a wait where nothing can wait, a call that
- *                                 needs a coroutine; overwrite what a slice held when it dies; and
- *                                 verify the library itself
+ *   TSRV_DEBUG                    name MISTAKES, those with a D, and what is TSRV_EINVAL, in the
+ *                                 log, each once; overwrite what a slice held when it dies; verify
+ *                                 the library itself
  *   TSRV_VALGRIND                 tell Valgrind about stacks (needs valgrind/valgrind.h)
  *
  * CONTENTS, in the order of the layers; search for the tag
@@ -642,24 +645,25 @@ extern "C" {
  * milliseconds, sizes are bytes.
  * ==========================================================================*/
 
-/* Switches a time off, wherever a time is asked for. SIZE_MAX does so for a size. */
+/* Switches a time off, wherever a time is asked for, as does any other negative one (tsrv_sleep,
+ * tsrv_condition_wait and ticket_hours refuse them). SIZE_MAX does so for a size. */
 #define TSRV_NEVER (-1)
 
 /* The library's own codes, from -10001 down; everything else negative is -errno. */
-#define TSRVI_CODES(X)                                                           \
-    X(TSRV_EAGAIN, -10001, "not now: it would wait")                             \
-    X(TSRV_EOF, -10002, "the peer has sent all it will send")                    \
-    X(TSRV_ECLOSED, -10003, "closed on this side")                               \
-    X(TSRV_ETIMEOUT, -10004, "timed out")                                        \
-    X(TSRV_ETOOLONG, -10005, "longer than allowed")                              \
-    X(TSRV_EFULL, -10006, "the output queue is full")                            \
-    X(TSRV_EBUSY, -10007, "in use already")                                      \
-    X(TSRV_EINVAL, -10008, "not allowed with these arguments, or not from here") \
-    X(TSRV_ENOTSUP, -10009, "not supported here, or not compiled in")            \
-    X(TSRV_ERESOLVE, -10010, "the host name cannot be resolved")                 \
-    X(TSRV_ETLS, -10011, "TLS failed")                                           \
-    X(TSRV_EPROXY, -10012, "the PROXY header is missing or malformed")           \
-    X(TSRV_ERESTARTS, -10013, "too many worker restarts")                        \
+#define TSRVI_CODES(X)                                                                           \
+    X(TSRV_EAGAIN, -10001, "not now: it would wait")                                             \
+    X(TSRV_EOF, -10002, "the peer has sent all it will send")                                    \
+    X(TSRV_ECLOSED, -10003, "closed on this side")                                               \
+    X(TSRV_ETIMEOUT, -10004, "timed out")                                                        \
+    X(TSRV_ETOOLONG, -10005, "longer than allowed")                                              \
+    X(TSRV_EFULL, -10006, "the output queue is full")                                            \
+    X(TSRV_EBUSY, -10007, "in use already")                                                      \
+    X(TSRV_EINVAL, -10008, "a wrong argument, or called where it may not be (TSRV_DEBUG tells)") \
+    X(TSRV_ENOTSUP, -10009, "not supported here, or not compiled in")                            \
+    X(TSRV_ERESOLVE, -10010, "the host name cannot be resolved")                                 \
+    X(TSRV_ETLS, -10011, "TLS failed")                                                           \
+    X(TSRV_EPROXY, -10012, "the PROXY header is missing or malformed")                           \
+    X(TSRV_ERESTARTS, -10013, "too many worker restarts")                                        \
     X(TSRV_EPARENT, -10014, "this is the parent, and all its workers have ended well")
 
 /* What functions return. */
@@ -768,11 +772,11 @@ TSRV_API const char *tsrv_version(void);
  *   context   handed to it
  * The default logger writes to descriptor 2, one line with one write:
  *     2026-01-31T23:59:59.999Z 4711 WARNING text       the time in UTC, the process, the level
- * It never waits and raises no signal. What cannot be written at once (a full pipe or disk, a
- * descriptor that is closed, a reader that has gone) is lost, and the next line that can be written
- * is preceded by one that says how many were. A socket is not written to, for where stderr was
- * closed it may be a client's; but the one that JOURNAL_STREAM names is systemd's journal, and is.
- */
+ * It raises no signal, and never waits (without a /proc only for a pipe that another process fills
+ * at that moment). What cannot be written at once (a full pipe or disk, a descriptor that is
+ * closed, a reader that has gone) is lost, and the next line that can be written is preceded by one
+ * that says how many were. A socket is not written to, for where stderr was closed it may be a
+ * client's; but the one that JOURNAL_STREAM names is systemd's journal, and is. */
 TSRV_API void tsrv_set_log(tsrv_log_function function, void *context);
 
 /* Up to which level the default logger prints; TSRV_LOG_INFO at first, so everything. Any thread.
@@ -814,7 +818,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options);
  * waits then is dropped where it stands, and logged. It waits for names that are being looked up,
  * too. Servers on this loop stop and are freed by the caller, before or after.
  *   loop  NULL = this thread's own, if there is one
- * Returns TSRV_OK, or TSRV_EBUSY from inside this loop. */
+ * Returns TSRV_OK; TSRV_EBUSY from inside this loop; TSRV_EINVAL in a forked child. */
 TSRV_API int tsrv_loop_free(tsrv_loop *loop);
 
 /* Run until tsrv_loop_stop, or until nothing is left but signal watches: no listener, stream,
@@ -825,7 +829,9 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop);
  * made the loop; -errno when the backend fails (-EBADF: somebody closed its descriptor). */
 TSRV_API int tsrv_loop_run(tsrv_loop *loop);
 
-/* Run one turn: wait for events, at most timeout_ms, and handle them.
+/* Run one turn: wait for events, at most timeout_ms, and handle them. A worker that never calls
+ * tsrv_loop_run is ended by the parent's SIGTERM as any process is, without a drain, and
+ * heartbeat_ms does not see it.
  *   timeout_ms  0 = do not wait; TSRV_NEVER = until something happens
  * Returns a positive value when something can still happen, 0 when nothing is left, or as
  * tsrv_loop_run. */
@@ -926,6 +932,7 @@ typedef struct tsrv_signal {
     struct tsrv_signal *next;
     tsrv_callback callback;
     void *context;
+    unsigned round; /* in which it was started */
 } tsrv_signal;
 
 /* Call callback(context) from the loop after the process has received signo; several receptions
@@ -954,6 +961,7 @@ TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context);
 TSRV_API int tsrv_sleep(int delay_ms);
 
 /* Wait until a descriptor is ready: how a database or DNS client joins in. In a coroutine only.
+ * Nothing of it is kept: between two calls it may be closed, and its number used again.
  *   fd          stays the caller's; must not be a stream's
  *   events      TSRV_READABLE, TSRV_WRITABLE or both: any of them
  *   timeout_ms  0 = only look; TSRV_NEVER
@@ -988,7 +996,9 @@ TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count);
  * such as a file, a compressor or somebody's client library. Work begins in the order of the calls.
  * The threads, tsrv_loop_options.max_threads of them at most, are made when they are needed, and
  * end with the loop. Work that was taken is run, come what may: tsrv_loop_free waits for it, a
- * drain does not. In `work` the only call of this library is tsrv_loop_post.
+ * drain does not, and a fork's child has none of it. In `work` the only call of this library is
+ * tsrv_loop_post. Signals are blocked there, which a program that it starts inherits: unblock them
+ * in its child (posix_spawnattr_setsigmask).
  * Source: IOLoop.run_in_executor, uv_queue_work.
  *   done  NULL = not wanted
  * Returns TSRV_OK; TSRV_EINVAL (no work, or a forked child); -ENOMEM; -EAGAIN (the system gives no
@@ -997,7 +1007,8 @@ TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count);
 TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, void *context);
 
 /* The same in a coroutine, which waits for it, also when the loop is freed or a drain's grace is
- * over: so the context may be on its stack. In a coroutine only.
+ * over: so the context may be on its stack. While the loop is being freed nothing new is taken
+ * (TSRV_ECLOSED): what must be tidied up then is done directly. In a coroutine only.
  * Returns TSRV_OK when work(context) has run; TSRV_EINVAL outside a coroutine, and as tsrv_work,
  * when it has not. */
 TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context);
@@ -1006,9 +1017,9 @@ TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context);
 
 typedef struct tsrv_bind_options {
     int family;         /* AF_INET, AF_INET6; 0 = both */
-    int backlog;        /* connections the kernel queues; 0 = 128 */
+    int backlog;        /* connections the kernel queues; 0 = 128, or as it is handed over */
     bool reuse_port;    /* SO_REUSEPORT: see below */
-    unsigned unix_mode; /* permissions of a unix socket; 0 = 0600 */
+    unsigned unix_mode; /* permissions of a unix socket that is made; 0 = 0600 */
 } tsrv_bind_options;
 
 /* reuse_port: several sockets listen on one port, each with a queue of its own. On Linux, and with
@@ -1042,7 +1053,8 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
  * end of tsrv_serve) in the process that has bound it, not in its workers and other children, and
  * not when the program closes it: then the next to ask for the path replaces it. Source:
  * netutil.bind_unix_socket.
- *   path  of the file; "@name" = Linux's abstract name space
+ *   path  of the file, absolute if the program changes its directory, or it is not found again;
+ *         "@name" = Linux's abstract name space
  *   fd    receives it
  * Returns TSRV_OK, -ENAMETOOLONG, or as above. */
 TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *options, int *fd);
@@ -1087,7 +1099,8 @@ typedef struct tsrv_fork_options {
     int max_restarts; /* bad ends of workers, each less than a minute after the last, that are made
                          good before the supervisor gives up; 0 = 100; TSRV_NEVER = it never does */
     int grace_ms;     /* for a worker to end after it was told to; 5 s later it is killed; 0 = 30 s,
-                         in tsrv_server_start the server's grace_ms; TSRV_NEVER */
+                         in tsrv_server_start the server's grace_ms, while other servers of the
+                         worker have their own, if it is shorter; TSRV_NEVER */
     /* Called in the parent after a worker's process has ended; NULL = not wanted. status: as from
      * waitpid. It must not fork, and make no loop. */
     void (*on_exit)(int task_id, int pid, int status, void *context);
@@ -1122,9 +1135,11 @@ typedef struct tsrv_fork_options {
  *   SIGTERM, SIGINT, SIGQUIT   it stops listening, and tells the workers, whatever they have
  *                              ignored or blocked: in a worker tsrv_loop_run, on each thread,
  *                              answers by draining its servers, and then returns (an own
- *                              tsrv_signal_start for that signal replaces this). What has not ended
- *                              5 s after the grace is killed. A second signal ends the grace at
- *                              once
+ *                              tsrv_signal_start for that signal replaces this); before its loop,
+ *                              and behind it, the signal has its own effect. What has not ended 5 s
+ *                              after the grace is killed, and after 1 s what does not accept yet,
+ *                              as its listening sockets are open for as long as it lives. A second
+ *                              signal ends the grace at once
  *   SIGHUP                     a reload: for one worker after the other a new one is forked, and
  *                              when it accepts the old one is told to end. If it ends before, or is
  *                              late (start_timeout_ms), the old ones stay. A worker that is to be
@@ -1133,7 +1148,7 @@ typedef struct tsrv_fork_options {
  *   SIGUSR2                    an upgrade: see upgrade_argv
  * and puts the handlers and the mask back that it found. Workers end with the parent, also when
  * that is killed, within a second; one that hangs where SIGTERM has a handler of the program's own
- * is left to that. Only its own children are waited for, but process 1 buries whatever child ends.
+ * is left to that. Only its own children are waited for; process 1 buries whatever child ends.
  * A stop, and giving up, closes what this process listens on: bind anew. Call
  * it before anything else makes a loop or a thread. What follows the call runs in the parent too:
  * check the result. Source: process.fork_processes.
@@ -1146,8 +1161,8 @@ typedef struct tsrv_fork_options {
  * (it may not become the user) and the like. */
 TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options);
 
-/* Which worker this process is, from 0; the same again after a restart; -1 when it is none. Any
- * thread. Source: process.task_id. */
+/* Which worker this process is, from 0; the same again after a restart; -1 when it is none, as a
+ * worker's child once it has a loop of its own. Any thread. Source: process.task_id. */
 TSRV_API int tsrv_task_id(void);
 
 /* The processors that this process may use, at least 1: its affinity and its control group's quota,
@@ -1203,7 +1218,8 @@ typedef struct tsrv_tls_options {
     const char *ciphers;   /* of TLS 1.2, as OpenSSL lists them; NULL = forward-secret AEAD only */
     const tsrv_tls_certificate *certificates; /* for other host names; NULL = none */
     int certificate_count;
-    void *native_context; /* an SSL_CTX to use as it is, instead of all but alpn; NULL = none */
+    void *native_context; /* an SSL_CTX to use as it is, instead of all but alpn, for which its
+                             callback becomes ours; NULL = none */
     const char *cert_pem; /* the text of what would be cert_file; perhaps with the key */
     const char *key_pem;
     const char *ca_pem;
@@ -1246,7 +1262,8 @@ TSRV_API void tsrv_tls_free(tsrv_tls *tls);
 /* Read the files anew, for streams that begin from now on; texts stay as they are. Sessions are
  * resumed as before, without asking for the client's certificate again, unless what is in ca_file
  * or crl_file has changed. When anything fails nothing has changed. tsrv_serve and the parent of
- * tsrv_server_start's workers do so on SIGHUP. Not while another thread uses tls.
+ * tsrv_server_start's workers do so on SIGHUP, for all servers but those of other threads' loops;
+ * on_start in new workers can for what servers do not name. Not while another thread uses tls.
  * Returns as tsrv_tls_new; TSRV_EINVAL with a native_context. */
 TSRV_API int tsrv_tls_reload(tsrv_tls *tls);
 
@@ -1259,7 +1276,8 @@ typedef struct tsrv_server_options {
     /* Called once for every stream whose handler was entered, last of all, after its descriptor is
      * closed, which may be close_timeout_ms after the handler's end; NULL = not wanted. reason: the
      * error that ended the stream, else what the handler returned. In it only tsrv_data and the
-     * getters may be used: every other call on the stream does nothing, and returns a code. */
+     * getters may be used: every other call on the stream does nothing, and returns a code. Other
+     * streams may be written to as everywhere. */
     void (*on_close)(tsrv_stream *stream, int reason, void *context);
     /* Called once in each process that accepts, from its loop, before the first connection; NULL =
      * not wanted. The place for timers, and to learn the port of listen(0). */
@@ -1282,13 +1300,14 @@ typedef struct tsrv_server_options {
     size_t max_write_buffer_size; /* unsent output of a stream; 0 = 16 MiB */
     size_t write_high_water; /* unsent output above which a writer waits; 0 = 256 KiB; more than the
                                 above is cut to that */
-    size_t stack_size;       /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; at least
-                                64 KiB, which TLS, resolving a name and printf need */
+    size_t stack_size;       /* of a coroutine, reserved, touched as needed; 0 = 256 KiB; less than
+                                64 KiB, which TLS, resolving a name and printf need, is 64 KiB */
     int max_connections;     /* open streams above which the listeners pause; 0 = no limit */
     int max_per_address;     /* open streams of one IPv4 address, or of one /64 of IPv6, in this
                                  process, also those that wait for the peer's end after ours
                                  (close_timeout_ms); one too many is reset before a handler sees
-                                 it, and counted; 0 = no limit */
+                                 it, and counted; a proxy's own connections, as its health checks,
+                                 count for its address; 0 = no limit */
     int proxy_protocol;      /* TSRV_PROXY_NONE (0) or TSRV_PROXY_REQUIRED: every connection must
                                  begin with a header of the PROXY protocol, version 1 or 2, before
                                  TLS, and is the client's then: in tsrv_peer_address, the limits,
@@ -1300,7 +1319,8 @@ typedef struct tsrv_server_options {
     int handshake_timeout_ms;   /* of the PROXY header and TLS together; 0 = 10 s */
     int idle_timeout_ms;        /* no byte either way while a handler waits in a read; 0 = off */
     int read_timeout_ms;        /* a whole read; 0 = off */
-    int write_timeout_ms;       /* unsent output and no byte of it taken for so long; 0 = 60 s */
+    int write_timeout_ms;       /* unsent output and no byte of it taken for so long, neither by the
+                                   system nor, from it, by the peer; 0 = 60 s */
     int close_timeout_ms;       /* after the last byte and FIN, to wait for the peer's; 0 = 5 s; see
                                  tsrv_close */
     int grace_ms;               /* that a drain leaves to what is under way; 0 = 30 s */
@@ -1320,7 +1340,8 @@ typedef struct tsrv_server_options {
 
 /* Counters of one server. */
 typedef struct tsrv_stats {
-    uint64_t accepted;      /* connections taken, add_stream included, those refused not */
+    uint64_t accepted;      /* connections taken, add_stream included, those refused not, unless for
+                               what their PROXY header says */
     uint64_t open;          /* streams whose descriptor is open now */
     uint64_t closed;        /* streams whose descriptor has been closed */
     uint64_t bytes_in;      /* received */
@@ -1387,8 +1408,8 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
 TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count);
 
 /* Serve a connected stream socket as if it had been accepted: inetd, descriptor passing,
- * socketpair in tests. The handler is called from the loop. Takes fd over, also when it fails.
- * Source: IOStream(socket).
+ * socketpair in tests. The handler is called from the loop. Takes fd over, also when it fails; 0, 1
+ * and 2 become /dev/null. Source: IOStream(socket).
  * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM; TSRV_ECLOSED: its peer
  * has max_per_address connections, and it was reset. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
@@ -1412,8 +1433,9 @@ TSRV_API void tsrv_server_stop(tsrv_server *server);
  * of it, by tsrv_read_bytes or tsrv_read_into. Who has begun neither its PROXY header nor its
  * handshake for a second is closed. A stream whose client goes on sending is left until the grace
  * is over. Then what is left is aborted, every other wait of the handlers ends once with
- * TSRV_ECLOSED, and a warning is logged. Called again, it goes on with the same drain, and can
- * only shorten its grace. Source: HTTPServer.close_all_connections.
+ * TSRV_ECLOSED, and a warning is logged. The TSRV_EOF of a drain is final: what the peer answers to
+ * the good-bye, or had under way, cannot be read any more. Called again, it goes on with the same
+ * drain, and can only shorten its grace. Source: HTTPServer.close_all_connections.
  *   grace_ms  0 = the server's grace_ms; TSRV_NEVER; one below 1.5 s leaves a client that was busy
  *             a moment ago no time to be found idle
  * In a coroutine it waits for the last on_close, at most a second longer than the grace; elsewhere,
@@ -1429,8 +1451,9 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms);
 TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *address);
 
 /* Walk the open streams: for (s = tsrv_server_next(v, NULL); s != NULL; s = tsrv_server_next(v,
- * s)). Streams that are being closed are left out; closing s is fine; do not wait inside the
- * walk.
+ * s)). Streams that are being closed are left out, and those whose PROXY header has not come; not
+ * those that have said nothing yet, or are in their handshake: a flag in tsrv_data tells. Closing s
+ * is fine; do not wait inside the walk.
  *   stream  NULL = the first
  * Returns the next, or NULL. */
 TSRV_API tsrv_stream *tsrv_server_next(tsrv_server *server, tsrv_stream *stream);
@@ -1458,12 +1481,14 @@ TSRV_API int tsrv_metrics_format(tsrv_server *server, char *buffer, size_t size)
  * process and in workers; under a service manager it tells READY=1 and the like. To upgrade the
  * program without closing the port, set options->fork->upgrade_argv (main's argv, with a path in
  * argv[0]), run workers, and send SIGUSR2. SIGHUP replaces the workers; a single process reads the
- * files of options->tls anew. A second SIGTERM, SIGINT or SIGQUIT ends the grace. A single process
- * acts on these signals whether it was started with them ignored or blocked, or not, but leaves
- * them to a handler or a tsrv_signal_start of the program's. Once at a time in a process.
+ * files of its servers' tls anew. A second SIGTERM, SIGINT or SIGQUIT ends the grace. A single
+ * process acts on these signals whether it was started with them ignored or blocked, or not, but
+ * leaves them to a handler or a tsrv_signal_start of the program's. Once at a time in a process.
  *   port, address  as tsrv_server_bind
  *   num_processes  as tsrv_server_start: 1 = this process; 0 = one worker for each processor
- *   options        as tsrv_server_new; with loop NULL the thread's own loop is freed at the end
+ *   options        as tsrv_server_new; a loop that it makes is freed at the end. In another one a
+ *                  handler that has outlived the grace, and a second, goes on until it ends, or
+ *                  that loop does; so do on_close and context
  * It returns in the parent and in each worker, so a reload returns from it too: what is to be done
  * once, at the very end, is for where tsrv_task_id() is -1.
  * Returns TSRV_OK after a drain, also if some connections had to be aborted; TSRV_EBUSY (another
@@ -1477,7 +1502,9 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
 typedef struct tsrv_connect_options {
     int timeout_ms; /* for all addresses and the handshake together; 0 = 10 s, TSRV_NEVER */
     tsrv_tls *tls;  /* NULL = plain TCP */
-    const char *server_name;       /* whose certificate it must be; NULL = host */
+    const char *server_name;       /* whose certificate it must be, by an alternative name of it, in
+                                      which "*" is a whole label, or, with none, by its common name;
+                                      NULL = host */
     const tsrv_address *proxy_for; /* send a PROXY header of version 2 first, for that client; one
                                       without a family: the connection is our own (LOCAL); where it
                                       came to is said to be the address that we connect to, or
@@ -1485,13 +1512,14 @@ typedef struct tsrv_connect_options {
                                       sockets. NULL = none */
 } tsrv_connect_options;
 
-/* Connect, in a coroutine. The addresses of a name are tried as RFC 8305 has it: families in turn,
- * the next one when one has failed or said nothing for 250 ms; the first that connects wins, and
+/* Connect, in a coroutine. A name's addresses are tried as Happy Eyeballs, RFC 8305: families in
+ * turn, the next one when one has failed or said nothing for 250 ms; the first to connect wins, and
  * the others are closed. The stream is the caller's: tsrv_close gives it back and is the last thing
  * done with it (what is queued is still sent); tsrv_abort cuts it, may be called by anybody, and
  * frees nothing. It has the limits of tsrv_server_options' defaults, so its reads have no time
- * until tsrv_set_timeout gives them one; no data and no on_close. A host that a peer has named may
- * be "unix:/path", too, or this machine: look at it first.
+ * until tsrv_set_timeout gives them one, and no idle time: a relay notes when either side sent its
+ * last byte, and goes on at TSRV_ETIMEOUT while that is recent. It has no data and no on_close. A
+ * host that a peer has named may be "unix:/path", too, or this machine: look at it first.
  * Source: TCPClient.connect.
  *   host     a name, a number ("[::1]" too) or "unix:/path", "unix:@abstract"; a name is looked up
  *            by getaddrinfo on a helper thread, half of them at most, within the time limit; with
@@ -1501,9 +1529,9 @@ typedef struct tsrv_connect_options {
  *   stream   receives it; NULL after an error
  * Returns TSRV_OK, with TLS after the handshake; TSRV_ETLS (it failed, the reason is logged),
  * TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being freed, or the grace of a drain is
- * over), TSRV_EINVAL (not in a coroutine, bad port), -ENOMEM, -EAGAIN (the system gives no thread
- * to look the name up), or -errno of the last address: -ECONNREFUSED, -ENETUNREACH, -EMFILE and the
- * like. */
+ * over), TSRV_EINVAL (not in a coroutine, bad port; a name of more than 255 bytes),
+ * -ENOMEM, -EAGAIN (the system gives no thread to look the name up), or -errno of the last address:
+ * -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream);
 
@@ -1574,11 +1602,14 @@ TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_s
  * TSRV_ETIMEOUT (the peer took nothing for write_timeout_ms); -EPIPE, -ECONNRESET and the like.
  * SIGPIPE is never raised. */
 
-/* Write bytes; afterwards data is the caller's again. Source: IOStream.write.
- *   size  0 = nothing happens, but the stream's state is returned; more than max_write_buffer_size,
- *         or than there is room for in max_total_buffer: a coroutine has it sent from where it
- *         lies, in its place among the other writes, and must leave data alone until the call
- *         returns; if that is ended by tsrv_close, what is left is copied, and still goes */
+/* Write bytes; afterwards data is the caller's again, and others may change or free it even while
+ * this coroutine waits inside, but for the sizes below. Source: IOStream.write.
+ *   size  0 = nothing happens, but the stream's state is returned; more than there is room for, in
+ *         max_write_buffer_size beside what is unsent already, or in max_total_buffer: a coroutine
+ *         has it sent from where it lies, in its place among the other writes, and data must be
+ *         left alone until the call returns. Where several coroutines write to one stream, or
+ *         max_total_buffer is set, that can be any size. If the wait is ended by tsrv_close, what
+ *         is left is copied, and still goes */
 TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
 
 /* Write if there is room, and never wait: for broadcasts. What was queued before is sent first,
@@ -1606,7 +1637,7 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...) TSRVI_PRI
  *   offset  of the first byte
  *   size    bytes; 0 = nothing happens
  * Returns as tsrv_write, and -EBADF, -EMFILE and the like, which end the stream, too; TSRV_EINVAL
- * (no regular file), which does not. */
+ * (no regular file, or nothing that one can have), which does not. */
 TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t size);
 
 /* Wait until the kernel has taken all that was written. Source: awaiting IOStream.write.
@@ -1625,9 +1656,10 @@ TSRV_API int tsrv_shutdown(tsrv_stream *stream);
  * close_timeout_ms, so that the answer is not turned into a reset: input that finds the descriptor
  * closed does that. It is closed without waiting for the peer when that has ended its output
  * before, and when it has let a read time out, with nothing unsent then, not even by the system,
- * and nothing written or
- * received since: then no answer can be on its way. The stream stays valid until its handler and
- * on_close have returned. Source: IOStream.close.
+ * and nothing written or received since: then no answer can be on its way. With TLS close_notify
+ * precedes the FIN, but not when half of a ticket or of new keys has come: tsrv_shutdown waits for
+ * the rest. The stream stays valid until its handler and on_close have returned. Source:
+ * IOStream.close.
  * Returns TSRV_OK, again too. */
 TSRV_API int tsrv_close(tsrv_stream *stream);
 
@@ -1647,7 +1679,8 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream);
  *   server_name  NULL = this is the server, else the client, which accepts a certificate of that
  *                name or number only
  * Returns TSRV_OK; TSRV_ETLS, logged, when there is unread input, which must not count as having
- * come over TLS; TSRV_EBUSY (a read or a write waits); TSRV_EINVAL (TLS already; no certificate);
+ * come over TLS; TSRV_EBUSY (a read waits, or a write that there is no room for);
+ * TSRV_EINVAL (TLS already; no certificate);
  * TSRV_ENOTSUP, or the error that ended the stream. */
 TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *server_name);
 
@@ -1714,12 +1747,14 @@ TSRV_API int tsrv_set_nodelay(tsrv_stream *stream, bool on);
  *             stream goes on
  *   write_ms  unsent output of which no byte is taken for so long, counted from now at the latest;
  *             then the stream ends with TSRV_ETIMEOUT
- * 0 = the server's; TSRV_NEVER. */
+ * 0 = the server's, which is not "off"; TSRV_NEVER. A handler in callback mode is called from its
+ * beginning again: what it changes later stands behind a flag in tsrv_data. */
 TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms);
 
 /* Limit all reads and waits from now on together: they return TSRV_ETIMEOUT once it has passed,
- * until it is set again, also where there would be something to read. A handler in callback mode is
- * called from its beginning again, so it sets it once, behind a flag in tsrv_data.
+ * until it is set again, also where there would be something to read; but for what has come in time
+ * and could not be looked at before. A handler in callback mode is called from its beginning again,
+ * so it sets it once, behind a flag in tsrv_data.
  *   delay_ms  from now; 0 or TSRV_NEVER = no deadline */
 TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms);
 
@@ -1742,7 +1777,8 @@ TSRV_API int tsrv_proxy_tlv(tsrv_stream *stream, int type, tsrv_slice *slice);
  * -errno of getsockname. */
 TSRV_API int tsrv_local_address(tsrv_stream *stream, tsrv_address *address);
 
-/* The descriptor, for socket options only; -1 when closed. */
+/* The descriptor, for socket options only; -1 when closed. Not for SO_LINGER with a time, for which
+ * close(2) would wait, O_NONBLOCK, SO_RCVLOWAT, or what fills its error queue (SO_TIMESTAMPING). */
 TSRV_API int tsrv_fd(tsrv_stream *stream);
 
 /* The error that ended the stream: -errno, TSRV_ETIMEOUT, TSRV_EFULL; TSRV_OK while it is open
@@ -1750,7 +1786,8 @@ TSRV_API int tsrv_fd(tsrv_stream *stream);
 TSRV_API int tsrv_error(tsrv_stream *stream);
 
 /* Has a drain of the stream's server begun? Then a TSRV_EOF may be the drain's, and is the moment
- * to say good-bye. */
+ * to say good-bye. A relay, which has none to say, does not pass it on: it goes on with the other
+ * direction. */
 TSRV_API bool tsrv_stopping(tsrv_stream *stream);
 
 /* Bytes received and not yet read. */
@@ -2035,31 +2072,28 @@ typedef int tsrvi_kevent_count;
 #endif
 
 /* Sanitizers and Valgrind have to be told when the stack changes under them. */
-#if defined(__SANITIZE_ADDRESS__)
-#define TSRVI_HAS_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define TSRVI_HAS_ASAN 1
+#if defined(__has_feature)
+#define TSRVI_FEATURE(name) __has_feature(name)
+#else
+#define TSRVI_FEATURE(name) 0
 #endif
+#if defined(__SSE2__) && !TSRVI_FEATURE(memory_sanitizer)
+#define TSRVI_HAS_SSE2 1 /* with which bytes are looked at, and masked, that nobody has written */
+#include <emmintrin.h>
+#else
+#define TSRVI_HAS_SSE2 0
 #endif
-#ifndef TSRVI_HAS_ASAN
+#if defined(__SANITIZE_ADDRESS__) || TSRVI_FEATURE(address_sanitizer)
+#define TSRVI_HAS_ASAN 1
+#include <sanitizer/asan_interface.h>
+#else
 #define TSRVI_HAS_ASAN 0
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) || TSRVI_FEATURE(thread_sanitizer)
 #define TSRVI_HAS_TSAN 1
-#elif defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-#define TSRVI_HAS_TSAN 1
-#endif
-#endif
-#ifndef TSRVI_HAS_TSAN
-#define TSRVI_HAS_TSAN 0
-#endif
-#if TSRVI_HAS_ASAN
-#include <sanitizer/asan_interface.h>
-#endif
-#if TSRVI_HAS_TSAN
 #include <sanitizer/tsan_interface.h>
+#else
+#define TSRVI_HAS_TSAN 0
 #endif
 #if defined(TSRV_VALGRIND)
 #include <valgrind/valgrind.h>
@@ -2205,6 +2239,12 @@ enum {
 #define TSRVI_WORKER_SIGNALS 5
 #define TSRVI_SUPERVISED_MAX 8
 
+/* The service manager waits for a sign of life; see >>notify. */
+typedef struct tsrvi_watchdog {
+    uint64_t due; /* TSRVI_FOREVER = it waits for none */
+    uint64_t interval;
+} tsrvi_watchdog;
+
 /* One that this process has bound; see >>bound. */
 typedef struct tsrvi_bound_socket {
     int fd;
@@ -2224,10 +2264,12 @@ static struct tsrvi_process {
     struct {
         tsrv_log_function function; /* NULL = the default logger */
         void *context;
-        int level;     /* atomic; how far above TSRV_LOG_INFO the default logger prints */
-        pid_t pid;     /* atomic */
-        uint32_t lost; /* atomic; lines that could not be written, and were not told of */
-        uint32_t torn; /* atomic; a part of the last line was written */
+        int level;        /* atomic; how far above TSRV_LOG_INFO the default logger prints */
+        pid_t pid;        /* atomic */
+        uint32_t lost;    /* atomic; lines that could not be written, and were not told of */
+        uint32_t torn;    /* atomic; a part of the last line was written */
+        uint32_t journal; /* atomic; of the inode of the journal's stream, once it was seen; 0 */
+        int kept;      /* descriptor 2, opened anew by who may no more; 0 = that was not needed */
         uint32_t owed; /* atomic; some kind has suppressed lines that were not told of */
         struct {
             uint32_t since;  /* atomic; when its window began */
@@ -2245,10 +2287,8 @@ static struct tsrvi_process {
         int count;
         pid_t pid; /* whose they are: those that a fork copied do not count */
     } loops;
-    tsrv_loop *chief;                  /* atomic; the loop that stands for the process */
-    void (*loop_entered)(tsrv_loop *); /* called when tsrv_loop_run begins, */
-    void (*loop_exited)(tsrv_loop *);  /* and when it ends, */
-    void (*loop_told)(tsrv_loop *);    /* and after tsrvi_loops_wake; NULL = nobody */
+    tsrv_loop *chief;                /* atomic; the loop that stands for the process */
+    const struct tsrvi_hooks *hooks; /* of all loops of a worker; NULL = it is none */
 
     /* Of >>sources: as signal dispositions are, which loop watches a signal, and what was there
      * before. */
@@ -2285,26 +2325,37 @@ static struct tsrvi_process {
     int place_count;
     struct tsrvi_place *place_own; /* in a worker */
     unsigned server_numbers;       /* atomic; bits: the numbers in use */
-    void (*on_ready)(void);        /* told when a server of this process accepts; NULL = nobody */
+
+    int tls_index; /* of >>tls; atomic; where an SSL has its set, and 1; 0 = nowhere yet */
+
+    /* Of >>server: those that have no loop yet, of all threads. */
+    struct {
+        int lock;
+        tsrvi_link list;
+    } servers;
 
     /* Of >>notify: READY=1 or MAINPID=n that could not be sent, as when the service manager's queue
      * is full: without it the service would be ended. "" = nothing. */
     char notify_owed[32];
+    char notify_path[128]; /* NOTIFY_SOCKET, as it was when servers were started; no address has
+                            * room for what is cut */
 
     /* Of >>worker. What is not atomic is the chief's. */
     int number;                  /* its task id and 1; 0 = this is not a worker */
     pid_t parent;                /* who must not die before it; 0 = nobody */
     const tsrv_server *reloaded; /* whose files are read anew on SIGHUP; NULL = nobody's */
     struct {
-        int wake;          /* the parent's pipe; -1 = no worker */
-        int grace_ms;      /* of the drain; 0 = each server's own */
-        uint64_t interval; /* between two beats */
-        uint64_t watchdog; /* TSRVI_FOREVER = nobody waits for it */
-        uint64_t ready;    /* when a single process began to accept; 0 = not yet */
-        int told;          /* atomic; TSRVI_STAY and the like */
-        int by_parent;     /* times, */
-        int by_signal;     /* and times */
-        tsrvi_io line;     /* the life-line; fd -1 = none */
+        pid_t pid;          /* a worker's, and not its children's */
+        int wake;           /* the parent's pipe; -1 = no worker */
+        int grace_ms;       /* of the drain; 0 = each server's own */
+        bool grace_is_most; /* it was not asked for: a server's own may be shorter */
+        uint64_t interval;  /* between two beats */
+        tsrvi_watchdog watchdog;
+        uint64_t ready; /* when a single process began to accept; 0 = not yet */
+        int told;       /* atomic; TSRVI_STAY and the like */
+        int by_parent;  /* times, */
+        int by_signal;  /* and times */
+        tsrvi_io line;  /* the life-line; fd -1 = none */
         tsrv_signal signals[TSRVI_WORKER_SIGNALS];
         bool upgradable; /* the program expects SIGUSR2 to do something */
         int fatal;       /* atomic; the parent's death is this process's at once */
@@ -2564,12 +2615,14 @@ typedef struct tsrvi_quiet {
 static void tsrvi_quiet_begin(tsrvi_quiet *quiet)
 {
     static const int signals[] = {SIGPIPE, SIGXFSZ};
-    sigset_t pending;
+    sigset_t pending, blocked;
     TSRV_SYS(sigemptyset, (&quiet->signals));
     TSRV_SYS(sigaddset, (&quiet->signals, SIGPIPE));
     TSRV_SYS(sigaddset, (&quiet->signals, SIGXFSZ));
+    blocked = quiet->signals;
+    TSRV_SYS(sigaddset, (&blocked, SIGTTOU)); /* termios(3), TOSTOP: then it is not even raised */
     TSRV_SYS(sigemptyset, (&quiet->before));
-    TSRV_SYS(sigprocmask, (SIG_BLOCK, &quiet->signals, &quiet->before));
+    TSRV_SYS(sigprocmask, (SIG_BLOCK, &blocked, &quiet->before));
     for (int i = 0; i < 2; i++) {
         if (TSRV_SYS(sigismember, (&quiet->before, signals[i])) == 1) {
             TSRV_SYS(sigemptyset, (&pending));
@@ -2625,6 +2678,18 @@ static ssize_t tsrvi_write_quiet(int fd, const void *data, size_t size)
     return written;
 }
 
+/* Who was forked by a worker, and not by its parent, is none: with a loop of its own it would take
+ * what the parent says, and be counted, in that one's place. Their descriptors stay open: it may
+ * have closed them, and others have their numbers by now. */
+static void tsrvi_worker_forget(void)
+{
+    tsrvi_process.number = 0;
+    tsrvi_process.parent = 0;
+    tsrvi_process.place_own = NULL;
+    tsrvi_process.hooks = NULL;
+    tsrvi_process.worker.pid = 0;
+}
+
 /* ============================================================================
  * >>log  The log: its default, its limits, what is done without
  * ==========================================================================*/
@@ -2654,14 +2719,33 @@ TSRV_API void tsrv_set_log_level(int level)
 #ifndef TSRV_LOG
 #define TSRV_LOG(level, message) tsrvi_log_write(level, message)
 
-/* Is descriptor 2 the stream that systemd has connected to its journal? See systemd.exec(5). */
+/* Is descriptor 2 the stream that systemd has connected to its journal? See systemd.exec(5). Once
+ * it was, it is still: the program may clean its environment. */
 static bool tsrvi_log_is_journal(const struct stat *info)
 {
-    const char *journal = TSRV_SYS(getenv, ("JOURNAL_STREAM"));
+    uint32_t inode = (uint32_t)info->st_ino;
+    const char *journal;
     char own[64];
+    if (inode != 0 && __atomic_load_n(&tsrvi_process.log.journal, __ATOMIC_RELAXED) == inode) {
+        return true;
+    }
+    journal = TSRV_SYS(getenv, ("JOURNAL_STREAM"));
     snprintf(own, sizeof(own), "%llu:%llu", (unsigned long long)info->st_dev,
              (unsigned long long)info->st_ino);
-    return journal != NULL && strcmp(journal, own) == 0;
+    if (journal == NULL || strcmp(journal, own) != 0) {
+        return false;
+    }
+    __atomic_store_n(&tsrvi_process.log.journal, inode, __ATOMIC_RELAXED);
+    return true;
+}
+
+/* Look at it while the environment is as it was given. */
+static void tsrvi_log_look(void)
+{
+    struct stat info;
+    if (TSRV_SYS(fstat, (2, &info)) == 0 && S_ISSOCK(info.st_mode)) {
+        tsrvi_log_is_journal(&info);
+    }
 }
 
 /* Open descriptor 2 anew: O_NONBLOCK on itself would reach all who share it. The terminal may be
@@ -2676,6 +2760,28 @@ static int tsrvi_log_open(mode_t mode)
     return tsrvi_fd_own(fd);
 }
 
+/* The pipe may be another user's than the one that this process is about to become. */
+static void tsrvi_log_keep(void)
+{
+    struct stat info;
+    if (tsrvi_process.log.kept == 0 && TSRV_SYS(fstat, (2, &info)) == 0 && S_ISFIFO(info.st_mode)) {
+        int fd = tsrvi_log_open(info.st_mode);
+        tsrvi_process.log.kept = fd < 0 ? 0 : fd;
+    }
+}
+
+/* What was kept, if that is still descriptor 2: the program may have closed it, or changed either.
+ */
+static int tsrvi_log_kept(const struct stat *info)
+{
+    struct stat kept;
+    int fd = tsrvi_process.log.kept;
+    return fd != 0 && TSRV_SYS(fstat, (fd, &kept)) == 0 && kept.st_dev == info->st_dev &&
+                   kept.st_ino == info->st_ino
+               ? fd
+               : -1;
+}
+
 /* Write a line as a whole to stderr, whatever that is; false: it is lost. A socket is none of ours:
  * where stderr was closed it may be a client's, and under inetd it is. */
 static bool tsrvi_log_put(const char *line, size_t size)
@@ -2683,7 +2789,7 @@ static bool tsrvi_log_put(const char *line, size_t size)
     struct pollfd entry;
     struct stat info;
     ssize_t written;
-    int fd = -1;
+    int opened = -1, fd;
     if (TSRV_SYS(fstat, (2, &info)) < 0) {
         return false;
     }
@@ -2694,8 +2800,9 @@ static bool tsrvi_log_put(const char *line, size_t size)
     /* Linux opens a pipe anew, and then no other process can fill it between a look and the write;
      * a terminal that is looked at takes a part, and waits. */
     if (S_ISFIFO(info.st_mode) || S_ISCHR(info.st_mode)) {
-        fd = tsrvi_log_open(info.st_mode);
+        opened = tsrvi_log_open(info.st_mode);
     }
+    fd = opened >= 0 ? opened : tsrvi_log_kept(&info);
     entry.fd = 2;
     entry.events = POLLOUT;
     entry.revents = 0;
@@ -2703,7 +2810,7 @@ static bool tsrvi_log_put(const char *line, size_t size)
         return false; /* a full pipe, or a terminal that was stopped */
     }
     written = tsrvi_write_quiet(fd < 0 ? 2 : fd, line, size);
-    tsrvi_close_fd(fd);
+    tsrvi_close_fd(opened);
     if (written > 0) {
         __atomic_store_n(&tsrvi_process.log.torn, written < (ssize_t)size ? 1u : 0u,
                          __ATOMIC_RELAXED);
@@ -2755,6 +2862,7 @@ static void tsrvi_log_write(int level, const char *message)
         tsrvi_process.log.function(level, message, tsrvi_process.log.context);
         return;
     }
+    tsrvi_log_look();
     if (level - TSRV_LOG_INFO > __atomic_load_n(&tsrvi_process.log.level, __ATOMIC_RELAXED)) {
         return;
     }
@@ -2769,6 +2877,10 @@ static void tsrvi_log_write(int level, const char *message)
     if (lost != 0 || !tsrvi_log_print(level, message)) {
         __atomic_fetch_add(&tsrvi_process.log.lost, lost + 1, __ATOMIC_RELAXED);
     }
+}
+#else
+static void tsrvi_log_keep(void)
+{
 }
 #endif
 
@@ -2823,19 +2935,6 @@ static void tsrvi_log_escape(const char *text, char *into, size_t room)
 static uint32_t tsrvi_log_now_ms(void)
 {
     return (uint32_t)(tsrvi_clock() / TSRVI_MS);
-}
-
-/* The counts that a fork has copied are the parent's to tell of. */
-static void tsrvi_log_enter(void)
-{
-    pid_t pid = TSRV_SYS(getpid, ());
-    if (__atomic_exchange_n(&tsrvi_process.log.pid, pid, __ATOMIC_RELAXED) != pid) {
-        __atomic_store_n(&tsrvi_process.log.lost, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&tsrvi_process.log.torn, 0, __ATOMIC_RELAXED);
-        for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
-            __atomic_store_n(&tsrvi_process.log.kinds[i].count, 0, __ATOMIC_RELAXED);
-        }
-    }
 }
 
 static bool tsrvi_log_window_over(int kind, uint32_t since, uint32_t now)
@@ -2896,6 +2995,20 @@ static void tsrvi_log_settle(bool all)
     }
 }
 
+/* Before each line: what is owed. The counts that a fork has copied are the parent's to tell of. */
+static void tsrvi_log_enter(void)
+{
+    pid_t pid = TSRV_SYS(getpid, ());
+    if (__atomic_exchange_n(&tsrvi_process.log.pid, pid, __ATOMIC_RELAXED) != pid) {
+        __atomic_store_n(&tsrvi_process.log.lost, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&tsrvi_process.log.torn, 0, __ATOMIC_RELAXED);
+        for (int i = 0; i < TSRVI_LOG_KINDS; i++) {
+            __atomic_store_n(&tsrvi_process.log.kinds[i].count, 0, __ATOMIC_RELAXED);
+        }
+    }
+    tsrvi_log_settle(false);
+}
+
 static void tsrvi_log_format(int level, const char *format, va_list arguments)
 {
     char text[TSRVI_LOG_TEXT + 8], message[TSRVI_LOG_TEXT]; /* what is cut here is cut below too */
@@ -2912,7 +3025,6 @@ static TSRVI_PRINTF(2, 3) void tsrvi_log(int level, const char *format, ...)
     int saved = errno;
     va_list arguments;
     tsrvi_log_enter();
-    tsrvi_log_settle(false);
     va_start(arguments, format);
     tsrvi_log_format(level, format, arguments);
     va_end(arguments);
@@ -2926,7 +3038,6 @@ static TSRVI_PRINTF(3, 4) void tsrvi_log_limited(int kind, int level, const char
     uint32_t now = tsrvi_log_now_ms(), since;
     va_list arguments;
     tsrvi_log_enter();
-    tsrvi_log_settle(false);
     since = __atomic_load_n(&tsrvi_process.log.kinds[kind].since, __ATOMIC_RELAXED);
     if (tsrvi_log_window_over(kind, since, now)) {
         tsrvi_log_turn(kind, since, now);
@@ -2999,28 +3110,40 @@ static bool tsrvi_mistake_is_new(const char *function, const char *mistake)
 }
 #endif
 
-/* A function that waits by itself was called outside of a coroutine. Returns TSRV_EINVAL. */
-static int tsrvi_mistake_no_coroutine(const char *function)
+/* Say why it is TSRV_EINVAL, which is returned. */
+static int tsrvi_mistake(const char *function, const char *mistake)
 {
 #ifdef TSRV_DEBUG
-    if (tsrvi_mistake_is_new(function, "no coroutine")) {
-        tsrvi_log(TSRV_LOG_WARNING,
-                  "TSRV_DEBUG: %s: only a coroutine can wait here; tsrv_spawn makes one", function);
+    if (tsrvi_mistake_is_new(function, mistake)) {
+        tsrvi_log(TSRV_LOG_WARNING, "TSRV_DEBUG: %s: %s", function, mistake);
     }
 #else
     (void)function;
+    (void)mistake;
 #endif
     return TSRV_EINVAL;
+}
+
+/* Is an argument wrong? Told is the condition as it is written. */
+#define TSRVI_WRONG(condition) \
+    ((condition) && tsrvi_mistake(__func__, #condition " is TSRV_EINVAL") < 0)
+
+/* A function that waits by itself was called outside of a coroutine, or there are none. */
+static int tsrvi_mistake_no_coroutine(const char *function)
+{
+    return TSRVI_HAS_COROUTINES
+               ? tsrvi_mistake(function, "only a coroutine can wait here; tsrv_spawn makes one")
+               : (int)TSRV_ENOTSUP;
 }
 
 /* ============================================================================
  * >>buffer  Bytes that have come, and bytes to send
  *
  * Input and output use one kind of buffer: a header, and capacity bytes of which
- * begin..end are unread, or unsent. One byte more is allocated, so that a slice
- * can always be terminated; what the 0 replaces is kept in `saved` until the
- * slice dies. `scanned` remembers how far a search has come, so that no byte is
- * searched twice.
+ * begin..end are unread, or unsent. TSRVI_NEAR bytes more are allocated, so that a
+ * slice can always be terminated, and a search may look at as many at once; what
+ * the 0 replaces is kept in `replaced` until the slice dies. `scanned` remembers
+ * how far a search has come, so that no byte is searched twice.
  *
  * A queue is a list of buffers; the first one knows the last. Small writes fill
  * buffers of one size, which come from the loop's pool; a large one has a buffer
@@ -3033,6 +3156,8 @@ static int tsrvi_mistake_no_coroutine(const char *function)
 #define TSRVI_POOL_MOST 64           /* of them */
 #define TSRVI_LARGE ((size_t)65536)  /* bytes from which on a buffer is kept as a large one, */
 #define TSRVI_LARGE_MOST ((size_t)8 * 1024 * 1024) /* and of all that are */
+
+#define TSRVI_NEAR 64 /* bytes behind the capacity, and those that a search looks at first */
 
 #define TSRVI_DEAD 0xDD /* TSRV_DEBUG: what is in a slice that has died */
 
@@ -3048,15 +3173,15 @@ typedef struct tsrvi_buffer {
                        that were read from files */
     size_t room;    /* output: bytes that small writes may add without a further look */
     size_t capacity;
-    uint64_t delimiter; /* the same: hash of the delimiter that was searched */
-    int64_t offset;     /* TSRVI_FILE: where byte 0 is in the file */
-    int file;           /* the same: a descriptor of ours */
-    uint8_t kind;       /* TSRVI_DROPPED: was lent, and has been dropped */
-    bool copied;        /* TSRVI_FILE: sendfile does not take it, so it is read and sent */
-    bool held;    /* a slice of it is in the program's hands, and data[begin] is its terminator */
-    char saved;   /* what the terminator replaced */
+    /* Input: hash of the delimiter that was searched; the first of output: tsrvi_output_kept. */
+    uint64_t delimiter;
+    int64_t offset;   /* TSRVI_FILE: where byte 0 is in the file */
+    int file;         /* the same: a descriptor of ours */
+    uint8_t kind;     /* TSRVI_DROPPED: was lent, and has been dropped */
+    bool copied;      /* TSRVI_FILE: sendfile does not take it, so it is read and sent */
+    int16_t replaced; /* what the terminator of a slice, data[begin], has replaced; -1 = none is */
 #ifdef TSRV_DEBUG
-    size_t taken; /* where that slice begins */
+    size_t taken;     /* where that slice begins */
 #endif
 } tsrvi_buffer;
 
@@ -3072,17 +3197,18 @@ typedef struct tsrvi_pool {
     bool tight;        /* more are in use than are wanted: see >>settle */
 } tsrvi_pool;
 
-#define TSRVI_POOLED_ROOM (TSRVI_POOLED - sizeof(tsrvi_buffer) - 1)
+#define TSRVI_POOLED_ROOM (TSRVI_POOLED - sizeof(tsrvi_buffer) - TSRVI_NEAR)
 
 static inline TSRVI_INLINE void tsrvi_buffer_reset(tsrvi_buffer *buffer)
 {
-    buffer->next = NULL;
     buffer->begin = 0;
     buffer->end = 0;
-    buffer->room = 0;
     buffer->scanned = 0;
+    buffer->delimiter = 0;
+    buffer->room = 0;
     buffer->kind = TSRVI_OWNED;
-    buffer->held = false;
+    buffer->copied = false;
+    buffer->replaced = -1;
 }
 
 /* A buffer for `capacity` bytes, or NULL. */
@@ -3092,7 +3218,7 @@ static tsrvi_buffer *tsrvi_buffer_new(tsrvi_pool *pool, size_t capacity)
     if (capacity > SIZE_MAX / 2) {
         return NULL;
     }
-    buffer = (tsrvi_buffer *)TSRV_MALLOC(sizeof(tsrvi_buffer) + capacity + 1);
+    buffer = (tsrvi_buffer *)TSRV_MALLOC(sizeof(tsrvi_buffer) + capacity + TSRVI_NEAR);
     if (buffer != NULL) {
         buffer->data = (char *)(buffer + 1);
         buffer->capacity = capacity;
@@ -3171,13 +3297,21 @@ static TSRVI_APART void tsrvi_pool_give_large(tsrvi_pool *pool, tsrvi_buffer *bu
     pool->large_used = true;
 }
 
-static inline TSRVI_INLINE void tsrvi_pool_give(tsrvi_pool *pool, tsrvi_buffer *buffer)
+/* Keep one of TSRVI_POOLED bytes. false: it is not, or there are enough. */
+static inline TSRVI_INLINE bool tsrvi_pool_keep(tsrvi_pool *pool, tsrvi_buffer *buffer)
 {
-    if (TSRVI_LIKELY(buffer->capacity == TSRVI_POOLED_ROOM && pool->count < TSRVI_POOL_MOST)) {
-        buffer->next = pool->first;
-        pool->first = buffer;
-        pool->count++;
-    } else {
+    if (TSRVI_UNLIKELY(buffer->capacity != TSRVI_POOLED_ROOM || pool->count == TSRVI_POOL_MOST)) {
+        return false;
+    }
+    buffer->next = pool->first;
+    pool->first = buffer;
+    pool->count++;
+    return true;
+}
+
+static void tsrvi_pool_give(tsrvi_pool *pool, tsrvi_buffer *buffer)
+{
+    if (!tsrvi_pool_keep(pool, buffer)) {
         tsrvi_pool_give_large(pool, buffer);
     }
 }
@@ -3259,20 +3393,25 @@ static int tsrvi_queue_copy(tsrvi_buffer **first, tsrvi_pool *pool, const char *
 
 /* ---- input -----------------------------------------------------------------*/
 
-/* Hand out the first `size` unread bytes, terminated. They count as read. */
-static inline TSRVI_INLINE void tsrvi_buffer_take(tsrvi_buffer *buffer, size_t size,
-                                                  tsrv_slice *slice)
+/* Hand out the first `size` unread bytes, at data, terminated. They count as read. */
+static inline TSRVI_INLINE void tsrvi_buffer_hand_out(tsrvi_buffer *buffer, char *data, size_t size,
+                                                      tsrv_slice *slice)
 {
-    slice->data = buffer->data + buffer->begin;
+    slice->data = data;
     slice->size = size;
 #ifdef TSRV_DEBUG
     buffer->taken = buffer->begin;
 #endif
     buffer->begin += size;
+    buffer->replaced = (unsigned char)data[size];
+    data[size] = 0;
+}
+
+static inline TSRVI_INLINE void tsrvi_buffer_take(tsrvi_buffer *buffer, size_t size,
+                                                  tsrv_slice *slice)
+{
     buffer->scanned = 0;
-    buffer->saved = buffer->data[buffer->begin];
-    buffer->data[buffer->begin] = 0;
-    buffer->held = true;
+    tsrvi_buffer_hand_out(buffer, buffer->data + buffer->begin, size, slice);
 }
 
 /* Drop the first `size` unread bytes. */
@@ -3282,16 +3421,37 @@ static void tsrvi_buffer_drop(tsrvi_buffer *buffer, size_t size)
     buffer->scanned = 0;
 }
 
-/* The slice that was handed out dies: put back what its terminator replaced. */
+/* Is a slice of it in the program's hands? */
+static inline TSRVI_INLINE bool tsrvi_buffer_is_held(const tsrvi_buffer *buffer)
+{
+    return buffer->replaced >= 0;
+}
+
+/* That slice dies. */
+static inline TSRVI_INLINE void tsrvi_buffer_bury(tsrvi_buffer *buffer)
+{
+#ifdef TSRV_DEBUG
+    if (tsrvi_buffer_is_held(buffer)) {
+        memset(buffer->data + buffer->taken, TSRVI_DEAD, buffer->begin - buffer->taken);
+    }
+#else
+    (void)buffer;
+#endif
+}
+
+/* The same, and what its terminator has replaced is put back. */
+static inline TSRVI_INLINE void tsrvi_buffer_restore(tsrvi_buffer *buffer)
+{
+    if (tsrvi_buffer_is_held(buffer)) {
+        tsrvi_buffer_bury(buffer);
+        buffer->data[buffer->begin] = (char)buffer->replaced;
+    }
+}
+
 static inline TSRVI_INLINE void tsrvi_buffer_release(tsrvi_buffer *buffer)
 {
-    if (buffer->held) {
-        buffer->data[buffer->begin] = buffer->saved;
-        buffer->held = false;
-#ifdef TSRV_DEBUG
-        memset(buffer->data + buffer->taken, TSRVI_DEAD, buffer->begin - buffer->taken);
-#endif
-    }
+    tsrvi_buffer_restore(buffer);
+    buffer->replaced = -1;
 }
 
 /* The unread bytes in a buffer of another capacity, or NULL; the old one stays as it is.
@@ -3302,7 +3462,7 @@ static tsrvi_buffer *tsrvi_buffer_copy(const tsrvi_buffer *buffer, tsrvi_pool *p
     tsrvi_buffer *copy = capacity < TSRVI_LARGE ? tsrvi_buffer_new(pool, capacity)
                                                 : tsrvi_pool_take_large(pool, capacity, roomy);
     size_t size = tsrvi_buffer_size(buffer);
-    TSRV_ASSERT(!buffer->held && capacity >= size);
+    TSRV_ASSERT(!tsrvi_buffer_is_held(buffer) && capacity >= size);
     if (copy != NULL) {
         copy->end = size;
         copy->scanned = buffer->scanned;
@@ -3320,6 +3480,46 @@ static uint64_t tsrvi_hash(const char *data, size_t size)
         hash = (hash ^ (unsigned char)data[i]) * 1099511628211u;
     }
     return hash;
+}
+
+#if TSRVI_HAS_SSE2
+/* A bit for each of 16 bytes: is it the wanted one? */
+static inline TSRVI_INLINE uint64_t tsrvi_equal(const char *data, __m128i wanted)
+{
+    __m128i bytes = _mm_loadu_si128((const __m128i *)(const void *)data);
+    return (uint64_t)(unsigned)_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, wanted));
+}
+#endif
+
+/* Offset just behind the first such byte among the first TSRVI_NEAR of data, which lies in a
+ * buffer; 0: there is none, or nothing that looks for it. Most lines are short, and memchr costs
+ * them as much as all else that a read does; this has no call, and no branch for their length. */
+static inline TSRVI_INLINE size_t tsrvi_find_near(const char *data, size_t size, char byte)
+{
+#if TSRVI_HAS_SSE2
+    const __m128i wanted = _mm_set1_epi8(byte);
+    uint64_t found = tsrvi_equal(data, wanted) | tsrvi_equal(data + 16, wanted) << 16 |
+                     tsrvi_equal(data + 32, wanted) << 32 | tsrvi_equal(data + 48, wanted) << 48;
+    if (size < TSRVI_NEAR) {
+        found &= ((uint64_t)1 << size) - 1; /* what lies behind them does not count */
+    }
+    return found == 0 ? 0 : (unsigned)__builtin_ctzll(found) + 1;
+#else
+    (void)data, (void)size, (void)byte;
+    return 0;
+#endif
+}
+
+/* The same among all of them. */
+static inline TSRVI_INLINE size_t tsrvi_find_byte(const char *data, size_t size, char byte)
+{
+    size_t end = tsrvi_find_near(data, size, byte);
+    const char *last;
+    if (TSRVI_LIKELY(end != 0)) {
+        return end;
+    }
+    last = (const char *)memchr(data, byte, size);
+    return last == NULL ? 0 : (size_t)(last - data) + 1;
 }
 
 /* Offset just behind the first delimiter in data, or 0. memchr runs over the delimiter's last byte:
@@ -3354,15 +3554,12 @@ static inline TSRVI_INLINE size_t tsrvi_buffer_find(tsrvi_buffer *buffer, const 
         start = buffer->scanned;
     }
     if (TSRVI_LIKELY(delimiter_size == 1)) {
-        const char *last = (const char *)memchr(data + start, delimiter[0], size - start);
-        if (TSRVI_LIKELY(last != NULL)) {
-            return (size_t)(last - data) + 1;
-        }
+        found = tsrvi_find_byte(data + start, size - start, delimiter[0]);
     } else {
         found = tsrvi_search(data + start, size - start, delimiter, delimiter_size);
-        if (found != 0) {
-            return start + found;
-        }
+    }
+    if (TSRVI_LIKELY(found != 0)) {
+        return start + found;
     }
     if (size >= delimiter_size) {
         buffer->scanned = size - (delimiter_size - 1);
@@ -3485,12 +3682,11 @@ static uint64_t tsrvi_heap_next(const tsrvi_heap *heap)
  * hear of resets; 0 means not registered.
  * ==========================================================================*/
 
-#define TSRVI_HANGUP \
-    4 /* with TSRV_READABLE and TSRV_WRITABLE: an error, or both directions are over */
-#define TSRVI_EXCLUSIVE \
-    8 /* with TSRV_READABLE: other processes wait for the descriptor too, and one is enough */
-#define TSRVI_BATCH 256 /* events of one turn; the rest waits for the next */
-#define TSRVI_PAGE 256  /* slots of a page: 4 KiB */
+/* With TSRV_READABLE and TSRV_WRITABLE: */
+#define TSRVI_HANGUP 4    /* an error, or both directions are over */
+#define TSRVI_EXCLUSIVE 8 /* other processes wait for it too, and one is enough */
+#define TSRVI_BATCH 256   /* events of one turn; the rest waits for the next */
+#define TSRVI_PAGE 256    /* slots of a page: 4 KiB */
 
 typedef struct tsrvi_slot {
     tsrvi_io *io; /* NULL = nobody waits for this descriptor */
@@ -3517,6 +3713,7 @@ typedef struct tsrvi_poller {
     tsrvi_slot **pages; /* the slots by descriptor, TSRVI_PAGE of them in each; NULL = none of these
                            used yet */
     int page_count;
+    bool full; /* kqueue's: it had no room for more events, of which a descriptor may have two */
     int fired_count;
     tsrvi_event fired[TSRVI_BATCH];
 } tsrvi_poller;
@@ -3552,12 +3749,15 @@ static tsrvi_slot *tsrvi_poller_slot(const tsrvi_poller *poller, int fd)
 }
 
 /* Make sure that a descriptor has a slot. Pages never move, and one large descriptor costs one
- * page. */
+ * page; a number that is no descriptor costs none, however large it is. */
 static int tsrvi_poller_grow(tsrvi_poller *poller, int fd)
 {
     int page = fd / TSRVI_PAGE;
     if (page >= poller->page_count) {
         size_t count = (size_t)page + 1;
+        if (TSRV_SYS(fcntl, (fd, F_GETFD)) < 0) {
+            return tsrvi_error();
+        }
         tsrvi_slot **pages = (tsrvi_slot **)TSRV_REALLOC(poller->pages, count * sizeof(*pages));
         if (pages == NULL) {
             return -ENOMEM;
@@ -3620,6 +3820,15 @@ static void tsrvi_poller_forget(tsrvi_poller *poller, tsrvi_io *io)
         slot->io = NULL;
         slot->generation++;
         io->interest = 0;
+    }
+}
+
+/* Another loop is about to wait for the set: what should no longer be in it goes now. */
+static void tsrvi_poller_clean(tsrvi_poller *poller)
+{
+    if (poller->backend->leaked != NULL) {
+        poller->used = poller->turn + 1;
+        poller->backend->leaked(poller);
     }
 }
 
@@ -3735,6 +3944,14 @@ static void tsrvi_epoll_leaked(tsrvi_poller *poller)
     }
 }
 
+/* More than EPOLLIN: the end, or EPOLLOUT with or without it. */
+static TSRVI_APART int tsrvi_epoll_fired(uint32_t got)
+{
+    return (got & (EPOLLHUP | EPOLLERR)) != 0 ? TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP
+           : (got & EPOLLIN) != 0             ? TSRV_READABLE | TSRV_WRITABLE
+                                              : TSRV_WRITABLE;
+}
+
 static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
 {
     struct epoll_event *events = (struct epoll_event *)poller->memory;
@@ -3754,11 +3971,7 @@ static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
     }
     for (int i = 0; i < count; i++) {
         uint32_t got = events[i].events;
-        int fired = ((got & EPOLLIN) != 0 ? TSRV_READABLE : 0) |
-                    ((got & EPOLLOUT) != 0 ? TSRV_WRITABLE : 0);
-        if ((got & (EPOLLHUP | EPOLLERR)) != 0) {
-            fired |= TSRV_READABLE | TSRV_WRITABLE | TSRVI_HANGUP;
-        }
+        int fired = TSRVI_LIKELY(got == EPOLLIN) ? TSRV_READABLE : tsrvi_epoll_fired(got);
         tsrvi_poller_fire(poller, (int)(uint32_t)events[i].data.u64,
                           (uint32_t)(events[i].data.u64 >> 32), fired);
     }
@@ -3886,6 +4099,7 @@ static int tsrvi_kqueue_wait(tsrvi_poller *poller, int timeout_ms)
     limit.tv_nsec = (long)(timeout_ms % 1000) * 1000000;
     count = TSRV_SYS(kevent,
                      (poller->fd, NULL, 0, events, TSRVI_BATCH, timeout_ms < 0 ? NULL : &limit));
+    poller->full = count == TSRVI_BATCH;
     if (count < 0) {
         return errno == EINTR ? TSRV_OK : tsrvi_error();
     }
@@ -4004,7 +4218,6 @@ static const tsrvi_backend *const tsrvi_backends[] = {
     &tsrvi_poll,
 };
 
-#if TSRVI_HAS_COROUTINES
 /* ============================================================================
  * >>switch  Stacks, and the jump from one to another
  *
@@ -4035,11 +4248,13 @@ static const tsrvi_backend *const tsrvi_backends[] = {
 /* Make the compiler keep a frame pointer in the function that says so. */
 #define TSRVI_KEEP_FRAME() __asm__ volatile("" : : "r"(__builtin_frame_address(0)))
 
-#if TSRVI_SWITCH == TSRVI_X86_64
+#if TSRVI_SWITCH != TSRVI_ARM && TSRVI_SWITCH != TSRVI_S390X && TSRVI_SWITCH != TSRVI_UCONTEXT
 typedef struct tsrvi_context {
     void *stack, *frame, *resume;
 } tsrvi_context;
+#endif
 
+#if TSRVI_SWITCH == TSRVI_X86_64
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
@@ -4074,10 +4289,6 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_X86
-typedef struct tsrvi_context {
-    void *stack, *frame, *resume;
-} tsrvi_context;
-
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
@@ -4113,10 +4324,6 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_AARCH64
-typedef struct tsrvi_context {
-    void *stack, *frame, *resume;
-} tsrvi_context;
-
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
@@ -4201,10 +4408,6 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_RISCV64
-typedef struct tsrvi_context {
-    void *stack, *frame, *resume;
-} tsrvi_context;
-
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
@@ -4248,10 +4451,6 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_PPC64
-typedef struct tsrvi_context {
-    void *stack, *frame, *resume;
-} tsrvi_context;
-
 static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
                                void (*entry)(tsrvi_context *))
 {
@@ -4369,6 +4568,24 @@ static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
 static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
     TSRV_SYS(swapcontext, (&from->machine, &to->machine));
+}
+#endif
+
+#if TSRVI_SWITCH == TSRVI_NO_SWITCH
+/* Nothing is ever switched: tsrvi_co_new makes no coroutine. */
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    (void)context;
+    (void)stack;
+    (void)size;
+    (void)entry;
+}
+
+static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
+{
+    (void)from;
+    (void)to;
 }
 #endif
 
@@ -4491,7 +4708,6 @@ static bool tsrvi_stack_unmap(char *stack, size_t size)
 {
     return TSRV_SYS(munmap, (stack - TSRVI_STACK_GUARD, TSRVI_STACK_GUARD + size)) == 0;
 }
-#endif
 
 /* ============================================================================
  * >>loop  Tasks, and a loop's life
@@ -4549,6 +4765,7 @@ typedef struct tsrvi_loop_sources {
     int signal_seen;            /* atomic; a handler ran */
     tsrv_signal *signals;       /* watches */
     tsrv_signal *signal_cursor; /* the next to be looked at, while they are being called */
+    unsigned signal_round;      /* of calls */
 } tsrvi_loop_sources;
 
 /* Of >>coroutine. */
@@ -4557,9 +4774,7 @@ typedef struct tsrvi_loop_coroutines {
     tsrvi_link all;           /* that are alive */
     tsrvi_stacks stacks[2];   /* free ones: of the usual size, and of the size last used besides */
     size_t page_size;
-#if TSRVI_HAS_COROUTINES
     tsrvi_fiber main; /* where they switch back to */
-#endif
 } tsrvi_loop_coroutines;
 
 /* Of >>work. */
@@ -4584,7 +4799,7 @@ typedef struct tsrvi_loop_streams {
     tsrv_stream *handling;    /* whose callback-mode handler is running */
     tsrv_stream *parting;     /* whose on_close is running */
     tsrv_stream *limited;     /* that has met a limit last, for the log */
-    const char *limit;        /* the name of that limit, */
+    const char *limit;        /* the name of that limit; NULL = what was refused has been logged; */
     size_t limit_size;        /* and how much it is */
     tsrvi_buffer *input;      /* what all receive into */
     tsrv_stream *input_owner; /* whose unread bytes or slice are in it */
@@ -4613,7 +4828,8 @@ typedef struct tsrvi_loop_servers {
 /* Of >>slow. Times are in ticks of the processor. */
 typedef struct tsrvi_loop_slow {
     uint64_t limit;   /* nanoseconds of a turn that is slow; TSRVI_FOREVER = none is */
-    uint64_t turn;    /* when this turn began, */
+    uint64_t began;   /* by the clock: when this turn began */
+    uint64_t turn;    /* the same in ticks, */
     uint64_t piece;   /* and what runs now */
     uint64_t longest; /* of this turn's pieces, */
     char name[128];   /* and which that was */
@@ -4623,8 +4839,17 @@ typedef struct tsrvi_loop_slow {
     void (*count)(tsrv_loop *loop, uint64_t ms, bool slow); /* the same: a turn took so long */
 } tsrvi_loop_slow;
 
+/* What the process wants to hear of a loop: of all of a worker's, and of tsrv_serve's. */
+typedef struct tsrvi_hooks {
+    void (*entered)(tsrv_loop *); /* tsrv_loop_run begins, */
+    void (*exited)(tsrv_loop *);  /* and it ends; NULL = of that nothing */
+    void (*told)(tsrv_loop *);    /* after tsrvi_loops_wake */
+    void (*ready)(void);          /* a server accepts */
+} tsrvi_hooks;
+
 /* Of >>worker. */
 typedef struct tsrvi_loop_worker {
+    const tsrvi_hooks *hooks; /* tsrv_serve's; NULL = it does not run in this loop */
     tsrvi_timer beat;
     int told; /* how it was told to leave */
 } tsrvi_loop_worker;
@@ -4635,7 +4860,10 @@ struct tsrv_loop {
     tsrvi_tasks ready; /* run in the next turn */
     tsrvi_tasks soon;  /* run when the piece of user code that is running gives control back */
     uint64_t now;
-    uint32_t now_ms; /* the same for streams, in milliseconds; wraps */
+    uint32_t now_ms;  /* the same for streams, in milliseconds; wraps */
+    uint32_t past_ms; /* when timers ran last: all events from before it have been looked at */
+    int behind;       /* turns in a row in which timers had to wait for events */
+    uint64_t entered; /* when the first turn was asked for: it looks at all that came before */
     uint32_t turns;
     size_t active;  /* what keeps it running: timers, watches, listeners, streams, coroutines */
     int budget;     /* of what is running: see TSRVI_BUDGET; */
@@ -4657,6 +4885,12 @@ struct tsrv_loop {
     tsrvi_loop_slow slow;
     tsrvi_loop_worker worker;
 };
+
+/* NULL = nobody listens. */
+static const tsrvi_hooks *tsrvi_loop_hooks(const tsrv_loop *loop)
+{
+    return tsrvi_process.hooks != NULL ? tsrvi_process.hooks : loop->worker.hooks;
+}
 
 static void tsrvi_tasks_push(tsrvi_tasks *tasks, tsrvi_task *task)
 {
@@ -4694,7 +4928,15 @@ static void tsrvi_loop_close_fd(tsrv_loop *loop, int fd)
     }
 }
 
-/* Read the clock, once a turn. */
+/* One of the calls that may complete at once. */
+static inline TSRVI_INLINE void tsrvi_loop_pay(tsrv_loop *loop)
+{
+    if (TSRVI_UNLIKELY(--loop->budget <= 0)) {
+        loop->plain = NULL;
+    }
+}
+
+/* Read the clock: once a turn, and where a time begins late in one: see tsrvi_ms_after. */
 static void tsrvi_loop_tick(tsrv_loop *loop)
 {
     loop->now = tsrvi_clock();
@@ -4827,12 +5069,20 @@ static void tsrvi_loop_quiesce(tsrv_loop *loop)
     }
 }
 
-/* Lock the list of loops; a fork's child begins with an empty one. */
+static void tsrvi_signals_forget(void);
+/* forward: tsrvi_signals_forget - with its first loop a fork's child is another process */
+
+/* Lock the list of loops; a fork's child begins with an empty one, and with nobody's signals. */
 static void tsrvi_loops_lock(void)
 {
     pid_t pid = TSRV_SYS(getpid, ());
     tsrvi_lock(&tsrvi_process.loops.lock);
     if (tsrvi_process.loops.pid != pid) {
+        tsrvi_signals_forget();
+        if (tsrvi_process.worker.pid != 0 && tsrvi_process.worker.pid != pid) {
+            tsrvi_worker_forget();
+        }
+        __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
         tsrvi_process.loops.pid = pid;
         tsrvi_process.loops.count = 0;
         tsrvi_list_init(&tsrvi_process.loops.list);
@@ -4848,7 +5098,7 @@ static int tsrvi_loops_count(void)
     return count;
 }
 
-/* Wake every loop of the process, so that each calls tsrvi_process.loop_told. Any thread. */
+/* Wake every loop of the process, so that each calls its hook. Any thread. */
 static void tsrvi_loops_wake(void)
 {
     tsrvi_loops_lock();
@@ -4910,7 +5160,7 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     tsrv_loop *made;
     int rc;
     *loop = NULL;
-    if (options != NULL && options->max_threads < 0) {
+    if (options != NULL && TSRVI_WRONG(options->max_threads < 0)) {
         return TSRV_EINVAL;
     }
     made = (tsrv_loop *)tsrvi_zalloc(sizeof(*made));
@@ -5033,6 +5283,7 @@ static inline TSRVI_INLINE void tsrvi_slow_callback(tsrv_loop *loop, const char 
 
 static inline TSRVI_INLINE void tsrvi_slow_begin_turn(tsrv_loop *loop)
 {
+    loop->slow.began = loop->now;
     loop->slow.turn = tsrvi_ticks();
     loop->slow.piece = loop->slow.turn;
     loop->slow.longest = 0;
@@ -5041,7 +5292,7 @@ static inline TSRVI_INLINE void tsrvi_slow_begin_turn(tsrv_loop *loop)
 /* The turn was worth a look. */
 static TSRVI_APART void tsrvi_slow_look(tsrv_loop *loop, uint64_t ticks)
 {
-    uint64_t took = tsrvi_clock() - loop->now;
+    uint64_t took = tsrvi_clock() - loop->slow.began;
     bool slow = took > loop->slow.limit;
     if (loop->slow.count != NULL) {
         loop->slow.count(loop, took / TSRVI_MS, slow);
@@ -5086,7 +5337,7 @@ TSRV_API int tsrv_timer_start(tsrv_loop *loop, tsrv_timer *timer, int delay_ms,
                               tsrv_callback callback, void *context)
 {
     int rc;
-    if (delay_ms < 0 || callback == NULL) {
+    if (TSRVI_WRONG(delay_ms < 0) || TSRVI_WRONG(callback == NULL)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0 || (rc = tsrvi_heap_reserve(&loop->heap, 1)) < 0) {
@@ -5112,13 +5363,19 @@ TSRV_API void tsrv_timer_stop(tsrv_timer *timer)
     }
 }
 
+static void tsrvi_loop_run_timer(tsrv_loop *loop, tsrvi_timer *timer)
+{
+    tsrvi_heap_remove(&loop->heap, timer);
+    timer->fire(timer);
+    tsrvi_loop_settle(loop);
+}
+
+/* Those that were due when the turn began, and no more, however long their callbacks take. */
 static void tsrvi_loop_run_timers(tsrv_loop *loop)
 {
-    while (loop->heap.count != 0 && loop->heap.items[0]->due <= loop->now) {
-        tsrvi_timer *timer = loop->heap.items[0];
-        tsrvi_heap_remove(&loop->heap, timer);
-        timer->fire(timer);
-        tsrvi_loop_settle(loop);
+    uint64_t now = loop->now;
+    while (loop->heap.count != 0 && loop->heap.items[0]->due <= now) {
+        tsrvi_loop_run_timer(loop, loop->heap.items[0]);
     }
 }
 
@@ -5140,8 +5397,8 @@ TSRV_API int tsrv_watch_start(tsrv_loop *loop, tsrv_watch *watch, int fd, int ev
                               tsrv_watch_callback callback, void *context)
 {
     int rc;
-    if (fd < 0 || events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0 ||
-        callback == NULL) {
+    if (TSRVI_WRONG(fd < 0) || TSRVI_WRONG(callback == NULL) ||
+        TSRVI_WRONG(events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
@@ -5198,7 +5455,7 @@ TSRV_API int tsrv_loop_post(tsrv_loop *loop, tsrv_callback callback, void *conte
 {
     tsrvi_post *post;
     int rc;
-    if (callback == NULL) {
+    if (TSRVI_WRONG(callback == NULL)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
@@ -5248,6 +5505,24 @@ static void tsrvi_signal_alarm(void)
     TSRV_SYS(alarm, (1));
 }
 
+/* The parent's death is a signal, too: prctl(2), PR_SET_PDEATHSIG. Nobody is left to end this
+ * worker if it hangs, in its loop or behind it. */
+static void tsrvi_signal_look_for_parent(void)
+{
+    if (tsrvi_process.parent != 0 && TSRV_SYS(getpid, ()) == tsrvi_process.worker.pid &&
+        TSRV_SYS(getppid, ()) != tsrvi_process.parent) {
+        tsrvi_signal_alarm();
+    }
+}
+
+/* For a signal that is to have no effect, and not on programs that are started either: what is
+ * ignored stays so after exec. */
+static void tsrvi_signal_nothing(int signo)
+{
+    (void)signo;
+    tsrvi_signal_look_for_parent();
+}
+
 /* Async-signal-safe: flags and write(2) only. */
 static void tsrvi_signal_handler(int signo)
 {
@@ -5259,10 +5534,31 @@ static void tsrvi_signal_handler(int signo)
         __atomic_store_n(&loop->sources.signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->sources.wake_write);
     }
-    if (tsrvi_process.parent != 0 && TSRV_SYS(getppid, ()) != tsrvi_process.parent) {
-        tsrvi_signal_alarm(); /* nobody is left to end this worker if it hangs */
-    }
+    tsrvi_signal_look_for_parent();
     __atomic_fetch_sub(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
+}
+
+/* Put back what was there before, unless the program has its own by now. */
+static void tsrvi_signal_uninstall(int signo)
+{
+    struct sigaction present;
+    if (TSRV_SYS(sigaction, (signo, NULL, &present)) < 0 ||
+        ((present.sa_flags & SA_SIGINFO) == 0 && present.sa_handler == tsrvi_signal_handler)) {
+        TSRV_SYS(sigaction, (signo, &tsrvi_process.signals[signo].before, NULL));
+    }
+    __atomic_store_n(&tsrvi_process.signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
+}
+
+/* In a fork's child: the loops that have watched are the parent's, and so are the handlers that
+ * were running. */
+static void tsrvi_signals_forget(void)
+{
+    for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
+        if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != NULL) {
+            tsrvi_signal_uninstall(signo);
+        }
+    }
+    __atomic_store_n(&tsrvi_process.signal_handlers, 0, __ATOMIC_SEQ_CST);
 }
 
 static int tsrvi_signal_install(tsrv_loop *loop, int signo)
@@ -5291,7 +5587,7 @@ TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
 {
     tsrv_signal **last;
     int rc;
-    if (signo <= 0 || signo >= TSRVI_SIGNALS || callback == NULL) {
+    if (TSRVI_WRONG(signo <= 0 || signo >= TSRVI_SIGNALS) || TSRVI_WRONG(callback == NULL)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0) {
@@ -5310,6 +5606,7 @@ TSRV_API int tsrv_signal_start(tsrv_loop *loop, tsrv_signal *signal, int signo,
     signal->loop = loop;
     signal->callback = callback;
     signal->context = context;
+    signal->round = loop->sources.signal_round;
     signal->next = NULL;
     for (last = &loop->sources.signals; *last != NULL; last = &(*last)->next) {
     }
@@ -5337,25 +5634,27 @@ TSRV_API void tsrv_signal_stop(tsrv_signal *signal)
         loop->sources.signal_cursor = signal->next;
     }
     signal->signo = 0;
-    if (others == 0) {
-        TSRV_SYS(sigaction, (signo, &tsrvi_process.signals[signo].before, NULL));
-        __atomic_store_n(&tsrvi_process.signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
+    if (others == 0 && /* in a fork's child another loop may watch it by now */
+        __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) == loop) {
+        tsrvi_signal_uninstall(signo);
     }
 }
 
 static void tsrvi_loop_run_signals(tsrv_loop *loop)
 {
+    const tsrvi_hooks *hooks = tsrvi_loop_hooks(loop);
     __atomic_store_n(&loop->sources.signal_seen, 0, __ATOMIC_RELAXED);
     for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
         if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != loop ||
             __atomic_exchange_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_ACQ_REL) == 0) {
             continue;
         }
+        loop->sources.signal_round++; /* a watch that starts in it has not been there before */
         for (loop->sources.signal_cursor = loop->sources.signals;
              loop->sources.signal_cursor != NULL;) {
             tsrv_signal *signal = loop->sources.signal_cursor;
             loop->sources.signal_cursor = signal->next;
-            if (signal->signo == signo) {
+            if (signal->signo == signo && signal->round != loop->sources.signal_round) {
                 tsrv_callback callback = signal->callback;
                 callback(signal->context);
                 tsrvi_slow_callback(loop, "a signal's callback", (uintptr_t)callback);
@@ -5363,8 +5662,8 @@ static void tsrvi_loop_run_signals(tsrv_loop *loop)
             }
         }
     }
-    if (tsrvi_process.loop_told != NULL) {
-        tsrvi_process.loop_told(loop);
+    if (hooks != NULL) {
+        hooks->told(loop);
         tsrvi_loop_settle(loop);
     }
 }
@@ -5415,6 +5714,34 @@ static void tsrvi_loop_run_ready(tsrv_loop *loop)
     }
 }
 
+#define TSRVI_BEHIND_MS 100 /* from then on a timer is late */
+
+/* Has the first timer been due for long, while the loop could have turned? What the program has
+ * done before it asked for this turn does not count: the turn has looked at what came meanwhile. */
+static bool tsrvi_loop_is_late(const tsrv_loop *loop)
+{
+    uint64_t due = loop->heap.items[0]->due;
+    return loop->now - (due > loop->entered ? due : loop->entered) > TSRVI_BEHIND_MS * TSRVI_MS;
+}
+
+/* Are there events that have not been looked at, though they may have come before the time of a
+ * timer? The batch was full; or the process, or one handler, has stood still for so long that the
+ * first timer is late. Then timers wait for the next turn, which waits for nothing: else everybody
+ * would be timed out whose bytes are there. But no longer than it takes to look at every descriptor
+ * once; and a worker's beat waits for nobody. */
+static bool tsrvi_loop_is_behind(tsrv_loop *loop)
+{
+    bool full = loop->poller.full || loop->poller.fired_count == TSRVI_BATCH;
+    int most = loop->poller.page_count * (2 * TSRVI_PAGE / TSRVI_BATCH) + 1; /* two events each */
+    if (loop->heap.count != 0 && loop->heap.items[0]->due <= loop->now && loop->behind < most &&
+        (full || (loop->behind == 0 && tsrvi_loop_is_late(loop)))) {
+        loop->behind++;
+        return true;
+    }
+    loop->behind = 0;
+    return false;
+}
+
 static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
 {
     int timeout_ms = tsrvi_loop_sleep_ms(loop, loop->now), rc;
@@ -5440,7 +5767,12 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     if (TSRVI_UNLIKELY(__atomic_load_n(&loop->sources.posts, __ATOMIC_RELAXED) != NULL)) {
         tsrvi_loop_run_posts(loop);
     }
-    tsrvi_loop_run_timers(loop);
+    if (TSRVI_LIKELY(!tsrvi_loop_is_behind(loop))) {
+        loop->past_ms = loop->now_ms;
+        tsrvi_loop_run_timers(loop);
+    } else if (loop->worker.beat.position != 0 && loop->worker.beat.due <= loop->now) {
+        tsrvi_loop_run_timer(loop, &loop->worker.beat); /* it says that the loop turns: it does */
+    }
     tsrvi_loop_run_ready(loop);
     tsrvi_slow_end_turn(loop);
     return rc;
@@ -5460,9 +5792,10 @@ static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
     loop->thread = &tsrvi_thread;
 #endif
     tsrvi_loop_tick(loop);
+    loop->entered = loop->now;
     tsrvi_loop_settle(loop); /* what was written from outside */
-    while (rc == TSRV_OK && tsrvi_loop_alive(loop) && (once || !loop->stopping)) {
-        rc = tsrvi_loop_turn(loop, limit_ms);
+    while (rc == TSRV_OK && (once || (tsrvi_loop_alive(loop) && !loop->stopping))) {
+        rc = tsrvi_loop_turn(loop, tsrvi_loop_alive(loop) ? limit_ms : 0);
         if (once) {
             break;
         }
@@ -5474,17 +5807,19 @@ static int tsrvi_loop_turns(tsrv_loop *loop, bool once, int limit_ms)
 
 TSRV_API int tsrv_loop_run(tsrv_loop *loop)
 {
+    const tsrvi_hooks *hooks;
     int rc = tsrvi_loop_use(&loop);
-    if (rc == TSRV_OK && tsrvi_process.loop_entered != NULL) {
-        tsrvi_process.loop_entered(loop);
+    hooks = rc == TSRV_OK ? tsrvi_loop_hooks(loop) : NULL;
+    if (hooks != NULL) {
+        hooks->entered(loop);
     }
     if (rc < 0 || (rc = tsrvi_loop_turns(loop, false, TSRV_NEVER)) == TSRV_EBUSY) {
         return rc;
     }
-    loop->stopping = false;
+    loop->stopping = loop->leaving = false;
     tsrvi_log_settle(true); /* nobody may be left who would tell of them later */
-    if (tsrvi_process.loop_exited != NULL) {
-        tsrvi_process.loop_exited(loop);
+    if (hooks != NULL && hooks->exited != NULL) {
+        hooks->exited(loop);
     }
     return rc;
 }
@@ -5511,8 +5846,13 @@ TSRV_API int tsrv_loop_fd(tsrv_loop *loop)
     if (rc < 0) {
         return rc;
     }
-    loop->poller.embedded = true;
-    return loop->poller.fd < 0 ? TSRV_ENOTSUP : loop->poller.fd;
+    if (!loop->poller.embedded) {
+        loop->poller.embedded = true;
+        tsrvi_poller_clean(&loop->poller);
+    }
+    return loop->poller.backend->id == TSRV_BACKEND_POLL ? (int)TSRV_ENOTSUP
+           : loop->poller.fd < 0                         ? -EMFILE
+                                                         : loop->poller.fd;
 }
 
 TSRV_API int tsrv_loop_timeout_ms(tsrv_loop *loop)
@@ -5533,7 +5873,6 @@ TSRV_API int tsrv_loop_backend(tsrv_loop *loop)
     return rc < 0 ? rc : loop->poller.backend->id;
 }
 
-#if TSRVI_HAS_COROUTINES
 /* ============================================================================
  * >>stacks  Stacks of a loop that are free
  * ==========================================================================*/
@@ -5643,8 +5982,7 @@ typedef struct tsrvi_co {
     struct tsrvi_co *before, *behind; /* who waits for it, too */
     int result;                       /* of the wait */
     bool waiting;                     /* nobody has woken it yet */
-    bool cancelled;                   /* has had its one TSRV_ECLOSED from tsrv_loop_free */
-    bool doomed; /* is to have one at its next wait, from the end of a drain's grace */
+    bool doomed; /* its next wait ends at once: its loop is being freed, or a drain is over */
     bool over;   /* its function has returned */
 } tsrvi_co;
 
@@ -5740,13 +6078,19 @@ static bool tsrvi_co_waits(const tsrvi_co *co)
     return co->waiting;
 }
 
-/* The same from the loop itself, where it may run at once. */
+/* The same from the loop itself, where it may run at once: of one that waits, */
+static inline TSRVI_INLINE void tsrvi_co_go_on(tsrvi_co *co, int result)
+{
+    co->waiting = false;
+    co->result = result;
+    tsrvi_co_resume(co);
+}
+
+/* and of any. */
 static void tsrvi_co_wake_now(tsrvi_co *co, int result)
 {
     if (co->waiting) {
-        co->waiting = false;
-        co->result = result;
-        tsrvi_co_resume(co);
+        tsrvi_co_go_on(co, result);
     }
 }
 
@@ -5765,8 +6109,7 @@ static void tsrvi_co_timer_fire(tsrvi_timer *timer)
 static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
 {
     tsrv_loop *loop = co->loop;
-    if (TSRVI_UNLIKELY(co->doomed) || (TSRVI_UNLIKELY(loop->closing) && !co->cancelled)) {
-        co->cancelled = loop->closing;
+    if (TSRVI_UNLIKELY(co->doomed)) {
         co->doomed = false;
         return TSRV_ECLOSED;
     }
@@ -5779,14 +6122,14 @@ static inline TSRVI_INLINE int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
     return co->result;
 }
 
-/* Let everything else that is ready run first. */
-static int tsrvi_co_yield(tsrvi_co *co)
+/* Let everything else that is ready run first. Returns `result`, unless somebody changes it. */
+static int tsrvi_co_yield(tsrvi_co *co, int result)
 {
-    if (TSRVI_UNLIKELY(co->loop->closing)) {
+    if (TSRVI_UNLIKELY(co->loop->closing || co->doomed)) {
         return tsrvi_co_wait(co, TSRVI_FOREVER);
     }
     co->waiting = true;
-    tsrvi_co_wake(co, TSRV_OK);
+    tsrvi_co_wake(co, result);
     tsrvi_fiber_switch(&co->fiber, &co->loop->coroutines.main, false);
     return co->result;
 }
@@ -5799,7 +6142,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     size_t page = loop->coroutines.page_size, size = stack_size;
     tsrvi_co *co;
     char *stack;
-    int rc = tsrvi_heap_reserve(&loop->heap, 1);
+    int rc = TSRVI_HAS_COROUTINES ? tsrvi_heap_reserve(&loop->heap, 1) : (int)TSRV_ENOTSUP;
     *made = NULL;
     if (rc < 0) {
         return rc;
@@ -5821,6 +6164,7 @@ static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback functi
     co->timer.fire = tsrvi_co_timer_fire;
     co->function = function;
     co->context = context;
+    co->doomed = loop->closing;
     co->stack = stack;
     co->stack_size = size;
     co->fiber.owns = true;
@@ -5841,7 +6185,10 @@ TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
 {
     tsrvi_co *co;
     int rc;
-    if (callback == NULL) {
+    if (!TSRVI_HAS_COROUTINES) {
+        return TSRV_ENOTSUP;
+    }
+    if (TSRVI_WRONG(callback == NULL)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0 ||
@@ -5866,9 +6213,7 @@ static void tsrvi_co_cancel_all(tsrv_loop *loop)
     for (tsrvi_link *link = loop->coroutines.all.next; link != &loop->coroutines.all;
          link = link->next) {
         tsrvi_co *co = TSRVI_CONTAINER(link, tsrvi_co, link);
-        if (tsrvi_co_wake(co, TSRV_ECLOSED)) {
-            co->cancelled = true;
-        }
+        co->doomed = !tsrvi_co_wake(co, TSRV_ECLOSED);
     }
 }
 
@@ -5899,13 +6244,13 @@ TSRV_API int tsrv_sleep(int delay_ms)
 {
     tsrvi_co *co = tsrvi_co_self();
     int rc;
-    if (delay_ms < 0) {
+    if (TSRVI_WRONG(delay_ms < 0)) {
         return TSRV_EINVAL;
     }
     if (co == NULL) {
         return tsrvi_mistake_no_coroutine(__func__);
     }
-    rc = delay_ms == 0 ? tsrvi_co_yield(co)
+    rc = delay_ms == 0 ? tsrvi_co_yield(co, TSRV_OK)
                        : tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), delay_ms));
     return rc == TSRV_ETIMEOUT ? TSRV_OK : rc;
 }
@@ -5945,7 +6290,8 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
     tsrvi_fd_wait wait;
     tsrvi_co *co = tsrvi_co_self();
     int rc;
-    if (fd < 0 || events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0) {
+    if (TSRVI_WRONG(fd < 0) ||
+        TSRVI_WRONG(events == 0 || (events & ~(TSRV_READABLE | TSRV_WRITABLE)) != 0)) {
         return TSRV_EINVAL;
     }
     if (co == NULL) {
@@ -5965,98 +6311,11 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
     tsrvi_poller_set(&co->loop->poller, &wait.io, 0);
     return rc;
 }
-#else
-/* Without coroutines loop->coroutines.running is always NULL, and these are never reached. */
-typedef struct tsrvi_co tsrvi_co;
-
-#define TSRVI_STACK_SIZE ((size_t)1)
-
-static int tsrvi_co_wait(tsrvi_co *co, uint64_t due)
-{
-    (void)co;
-    (void)due;
-    return TSRV_ENOTSUP;
-}
-
-static bool tsrvi_co_wake(tsrvi_co *co, int result)
-{
-    (void)co;
-    (void)result;
-    return false;
-}
-
-static bool tsrvi_co_waits(const tsrvi_co *co)
-{
-    (void)co;
-    return false;
-}
-
-static void tsrvi_co_wake_now(tsrvi_co *co, int result)
-{
-    (void)co;
-    (void)result;
-}
-
-static int tsrvi_co_new(tsrv_loop *loop, size_t stack_size, tsrv_callback function, void *context,
-                        tsrvi_co **made)
-{
-    (void)loop;
-    (void)stack_size;
-    (void)function;
-    (void)context;
-    *made = NULL;
-    return TSRV_ENOTSUP;
-}
-
-static inline void tsrvi_co_resume(tsrvi_co *co)
-{
-    (void)co;
-}
-
-static size_t tsrvi_co_drop_all(tsrv_loop *loop)
-{
-    (void)loop;
-    return 0;
-}
-
-static void tsrvi_co_cancel_all(tsrv_loop *loop)
-{
-    (void)loop;
-}
-
-static void tsrvi_co_doom(tsrvi_co *co)
-{
-    (void)co;
-}
-
-TSRV_API int tsrv_spawn(tsrv_loop *loop, tsrv_callback callback, void *context)
-{
-    (void)loop;
-    (void)callback;
-    (void)context;
-    return TSRV_ENOTSUP;
-}
-
-TSRV_API int tsrv_sleep(int delay_ms)
-{
-    (void)delay_ms;
-    return TSRV_ENOTSUP;
-}
-
-TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
-{
-    (void)fd;
-    (void)events;
-    (void)timeout_ms;
-    return TSRV_ENOTSUP;
-}
-#endif
 
 /* ============================================================================
  * >>condition  Coroutines that wait for each other
  * ==========================================================================*/
 
-#if TSRVI_HAS_COROUTINES
 TSRV_API int tsrv_condition_wait(tsrv_condition *condition, int timeout_ms)
 {
     tsrvi_co *co = tsrvi_co_self();
@@ -6064,16 +6323,19 @@ TSRV_API int tsrv_condition_wait(tsrv_condition *condition, int timeout_ms)
     if (co == NULL) {
         return tsrvi_mistake_no_coroutine(__func__);
     }
-    if (timeout_ms < TSRV_NEVER ||
-        (condition->first != NULL && condition->first->loop != co->loop)) {
+    if (TSRVI_WRONG(timeout_ms < TSRV_NEVER)) {
         return TSRV_EINVAL;
+    }
+    if (condition->first != NULL && condition->first->loop != co->loop) {
+        return tsrvi_mistake(__func__, "coroutines of another loop wait");
     }
     co->condition = condition;
     co->before = condition->last;
     co->behind = NULL;
     *(co->before != NULL ? &co->before->behind : &condition->first) = co;
     condition->last = co;
-    rc = tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), timeout_ms));
+    rc = timeout_ms == 0 ? tsrvi_co_yield(co, TSRV_ETIMEOUT)
+                         : tsrvi_co_wait(co, tsrvi_after(tsrvi_clock(), timeout_ms));
     tsrvi_co_leave(co);
     return rc;
 }
@@ -6083,27 +6345,14 @@ TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count)
     while (count != 0 && condition->first != NULL) {
         tsrvi_co *co = condition->first;
         tsrvi_co_leave(co);
-        if (tsrvi_co_wake(co, TSRV_OK)) { /* and not by the end of a drain or of the loop before */
+        if (tsrvi_co_wake(co, TSRV_OK) || co->result == TSRV_ETIMEOUT) {
+            /* it waited, or has only let others go first; else a drain or the loop has ended it */
+            co->result = TSRV_OK;
             count--;
         }
     }
     return TSRV_OK;
 }
-#else
-TSRV_API int tsrv_condition_wait(tsrv_condition *condition, int timeout_ms)
-{
-    (void)condition;
-    (void)timeout_ms;
-    return TSRV_ENOTSUP;
-}
-
-TSRV_API int tsrv_condition_notify(tsrv_condition *condition, size_t count)
-{
-    (void)condition;
-    (void)count;
-    return TSRV_OK;
-}
-#endif
 
 /* ============================================================================
  * >>work  Threads, for what blocks
@@ -6244,7 +6493,7 @@ TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, 
 {
     tsrvi_job *job;
     int rc;
-    if (work == NULL) {
+    if (TSRVI_WRONG(work == NULL)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrvi_loop_use(&loop)) < 0 ||
@@ -6271,23 +6520,7 @@ TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, 
     loop->active++;
     return TSRV_OK;
 }
-#else
-static void tsrvi_work_end(tsrvi_loop_work *work)
-{
-    (void)work;
-}
 
-TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, void *context)
-{
-    (void)loop;
-    (void)work;
-    (void)done;
-    (void)context;
-    return TSRV_ENOTSUP;
-}
-#endif
-
-#if TSRVI_HAS_COROUTINES && TSRVI_HAS_THREADS
 /* A coroutine that waits for work; on its stack. */
 typedef struct tsrvi_work_wait {
     tsrvi_co *co;
@@ -6321,7 +6554,7 @@ TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context)
     if (wait.co == NULL) {
         return tsrvi_mistake_no_coroutine(__func__);
     }
-    if (work == NULL) {
+    if (TSRVI_WRONG(work == NULL)) {
         return TSRV_EINVAL;
     }
     if ((rc = tsrv_work(wait.co->loop, tsrvi_work_wait_run, tsrvi_work_wait_end, &wait)) < 0) {
@@ -6331,12 +6564,25 @@ TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context)
         ended = tsrvi_co_wait(wait.co, TSRVI_FOREVER) == TSRV_ECLOSED || ended;
     }
     if (ended) { /* that the loop is freed, or the grace over, is for the next wait to tell */
-        wait.co->cancelled = false;
-        wait.co->doomed = !wait.co->loop->closing;
+        wait.co->doomed = true;
     }
     return TSRV_OK;
 }
 #else
+static void tsrvi_work_end(tsrvi_loop_work *work)
+{
+    (void)work;
+}
+
+TSRV_API int tsrv_work(tsrv_loop *loop, tsrv_callback work, tsrv_callback done, void *context)
+{
+    (void)loop;
+    (void)work;
+    (void)done;
+    (void)context;
+    return TSRV_ENOTSUP;
+}
+
 TSRV_API int tsrv_run_in_thread(tsrv_callback work, void *context)
 {
     (void)work;
@@ -6367,7 +6613,7 @@ static void tsrvi_address_load(const tsrv_address *address, tsrvi_sockaddr *insi
     memcpy(inside, address->storage, tsrvi_min(address->size, sizeof(address->storage)));
 }
 
-static void tsrvi_address_store(tsrv_address *address, const tsrvi_sockaddr *inside, size_t size)
+static void tsrvi_address_store(tsrv_address *address, const void *inside, size_t size)
 {
     memset(address, 0, sizeof(*address));
     address->size = (uint32_t)tsrvi_min(size, sizeof(address->storage));
@@ -6493,6 +6739,15 @@ static int tsrvi_option(int fd, int level, int name, int value)
 {
     return TSRV_SYS(setsockopt, (fd, level, name, &value, sizeof(value))) < 0 ? tsrvi_error()
                                                                               : TSRV_OK;
+}
+
+/* Have close(2) reset the connection. */
+static void tsrvi_reset(int fd)
+{
+    struct linger now;
+    now.l_onoff = 1;
+    now.l_linger = 0;
+    TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
 }
 
 /* Switch an option on that a socket can do without where it is refused. */
@@ -6725,11 +6980,10 @@ static void tsrvi_handed_close_rest(void)
         char text[TSRV_ADDRESS_SIZE] = "";
         tsrv_address address;
         int fd = TSRVI_LISTEN_FIRST + i;
-        if (tsrvi_process.handed.free[i] &&
-            tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK) {
-            tsrv_address_format(&address, text, sizeof(text));
-        }
         if (tsrvi_process.handed.free[i]) {
+            if (tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK) {
+                tsrv_address_format(&address, text, sizeof(text));
+            }
             tsrvi_log(TSRV_LOG_WARNING, "upgrade: nothing listens on %s any more", text);
             tsrvi_close_fd(fd);
             tsrvi_process.handed.free[i] = false;
@@ -6768,19 +7022,19 @@ static int tsrvi_handed_take_ready(void)
  * >>bound  What this process has bound, and may have to remove
  * ==========================================================================*/
 
-/* Listening sockets that are this process's own: the file of a unix socket goes with it, and the
+/* Listening sockets that this process has bound: the file of a unix socket goes with it, and the
  * parent of workers can stop listening at once. The program may have closed one, and its number be
- * another file's: the socket is told by its device and inode. A fork's child inherits the list, and
- * owns nothing in it. */
+ * another file's: the socket is told by its device and inode. A fork's child inherits the list. Its
+ * descriptors are its own, and it may be the one that goes on, as with daemon(3); the files are
+ * not. */
 static tsrvi_bound_socket *tsrvi_bound_at(int index)
 {
     return &(tsrvi_process.bound.many == NULL ? tsrvi_process.bound.few
                                               : tsrvi_process.bound.many)[index];
 }
 
-/* Is it this process's, and still the same listening socket? Some systems have no inodes for
- * sockets. */
-static bool tsrvi_bound_is_ours(const tsrvi_bound_socket *bound)
+/* Is it still the same listening socket? Some systems have no inodes for sockets. */
+static bool tsrvi_bound_is_there(const tsrvi_bound_socket *bound)
 {
     struct stat info;
     int listens = 1;
@@ -6788,9 +7042,14 @@ static bool tsrvi_bound_is_ours(const tsrvi_bound_socket *bound)
     socklen_t size = sizeof(listens);
     TSRV_SYS(getsockopt, (bound->fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &size));
 #endif
-    return bound->pid == TSRV_SYS(getpid, ()) && TSRV_SYS(fstat, (bound->fd, &info)) == 0 &&
-           S_ISSOCK(info.st_mode) && info.st_dev == bound->device && info.st_ino == bound->inode &&
-           listens != 0;
+    return TSRV_SYS(fstat, (bound->fd, &info)) == 0 && S_ISSOCK(info.st_mode) &&
+           info.st_dev == bound->device && info.st_ino == bound->inode && listens != 0;
+}
+
+/* Does a file go with it, which is this process's? */
+static bool tsrvi_bound_owns_file(const tsrvi_bound_socket *bound)
+{
+    return bound->has_file && bound->pid == TSRV_SYS(getpid, ()) && tsrvi_bound_is_there(bound);
 }
 
 /* Is this still the file, whatever else has its name by now? A link is not followed. */
@@ -6800,26 +7059,44 @@ static bool tsrvi_file_is(const char *path, dev_t device, ino_t inode)
     return TSRV_SYS(lstat, (path, &info)) == 0 && info.st_dev == device && info.st_ino == inode;
 }
 
+/* Is that file still there? Whatever else has its name by now is not; a link is not followed.
+ *   inside  receives the address, and so the path
+ * Returns 1, 0, or -errno. */
+static int tsrvi_bound_sees_file(const tsrvi_bound_socket *bound, tsrvi_sockaddr *inside)
+{
+    struct stat info;
+    socklen_t size = sizeof(*inside);
+    memset(inside, 0, sizeof(*inside)); /* which ends the path */
+    if (TSRV_SYS(getsockname, (bound->fd, &inside->any, &size)) < 0 ||
+        TSRV_SYS(lstat, (inside->local.sun_path, &info)) < 0) {
+        return tsrvi_error();
+    }
+    return info.st_dev == bound->file_device && info.st_ino == bound->file_inode;
+}
+
+/* Say it, unless it is not there: but with a relative path the directory may be another one. */
+static void tsrvi_bound_file_stays(const tsrvi_sockaddr *inside, int code)
+{
+    const char *path = inside->local.sun_path;
+    if (code != -ENOENT || path[0] != '/') {
+        tsrvi_log(TSRV_LOG_WARNING, "the file of a socket stays, unix:%s: %s", path,
+                  tsrv_strerror(code));
+    }
+}
+
 static void tsrvi_bound_unlink(const tsrvi_bound_socket *bound)
 {
     tsrvi_sockaddr inside;
-    struct stat info;
-    socklen_t size = sizeof(inside);
-    const char *path = inside.local.sun_path;
-    memset(&inside, 0, sizeof(inside)); /* which ends the path */
-    if (!bound->has_file || tsrvi_handed_waits()) {
+    int rc;
+    if (!tsrvi_bound_owns_file(bound) || tsrvi_handed_waits()) {
         return;
     }
-    /* Whatever else has its name by now stays. A link is not followed. */
-    if (TSRV_SYS(getsockname, (bound->fd, &inside.any, &size)) == 0 &&
-        TSRV_SYS(lstat, (path, &info)) == 0 &&
-        (info.st_dev != bound->file_device || info.st_ino != bound->file_inode ||
-         TSRV_SYS(unlink, (path)) == 0)) {
-        return;
+    rc = tsrvi_bound_sees_file(bound, &inside);
+    if (rc > 0 && TSRV_SYS(unlink, (inside.local.sun_path)) < 0) {
+        rc = tsrvi_error();
     }
-    if (errno != ENOENT) {
-        tsrvi_log(TSRV_LOG_WARNING, "the file of a socket stays, unix:%s: %s", path,
-                  tsrv_strerror(tsrvi_error()));
+    if (rc < 0) {
+        tsrvi_bound_file_stays(&inside, rc);
     }
 }
 
@@ -6859,7 +7136,7 @@ static int tsrvi_bound_reserve(void)
         return TSRV_OK;
     }
     for (int i = tsrvi_process.bound.count - 1; i >= 0; i--) {
-        if (!tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
+        if (!tsrvi_bound_is_there(tsrvi_bound_at(i))) {
             tsrvi_bound_drop(i);
         }
     }
@@ -6913,9 +7190,7 @@ static void tsrvi_bound_forget(int fd)
     tsrvi_lock(&tsrvi_process.bound.lock);
     index = tsrvi_bound_find(fd);
     if (index >= 0) {
-        if (tsrvi_bound_is_ours(tsrvi_bound_at(index))) {
-            tsrvi_bound_unlink(tsrvi_bound_at(index));
-        }
+        tsrvi_bound_unlink(tsrvi_bound_at(index));
         tsrvi_bound_drop(index);
     }
     tsrvi_unlock(&tsrvi_process.bound.lock);
@@ -6943,7 +7218,7 @@ static void tsrvi_bound_refuse_all(bool keep, int blank)
     tsrvi_lock(&tsrvi_process.bound.lock);
     while (tsrvi_process.bound.count > 0) {
         const tsrvi_bound_socket *bound = tsrvi_bound_at(tsrvi_process.bound.count - 1);
-        if (tsrvi_bound_is_ours(bound)) {
+        if (tsrvi_bound_is_there(bound)) {
             if (!keep) {
                 tsrvi_bound_unlink(bound);
             }
@@ -6965,7 +7240,7 @@ static int tsrvi_bound_get(int *fds, int capacity)
     int count = 0;
     tsrvi_lock(&tsrvi_process.bound.lock);
     for (int i = 0; i < tsrvi_process.bound.count; i++) {
-        if (tsrvi_bound_is_ours(tsrvi_bound_at(i))) {
+        if (tsrvi_bound_is_there(tsrvi_bound_at(i))) {
             if (count < capacity) {
                 fds[count] = tsrvi_bound_at(i)->fd;
             }
@@ -6976,30 +7251,35 @@ static int tsrvi_bound_get(int *fds, int capacity)
     return count;
 }
 
-/* A program may bind, and then go on in a fork's child, as daemon(3) does: who starts workers on a
- * socket owns it. */
+/* A program may bind, and then go on in a fork's child, as daemon(3) does: who starts workers owns
+ * what they accept on.
+ *   fd  -1 = all that there are */
 static void tsrvi_bound_claim(int fd)
 {
-    int index;
     tsrvi_lock(&tsrvi_process.bound.lock);
-    index = tsrvi_bound_find(fd);
-    if (index >= 0) {
-        tsrvi_bound_at(index)->pid = TSRV_SYS(getpid, ());
+    for (int i = 0; i < tsrvi_process.bound.count; i++) {
+        if (fd < 0 || tsrvi_bound_at(i)->fd == fd) {
+            tsrvi_bound_at(i)->pid = TSRV_SYS(getpid, ());
+        }
     }
     tsrvi_unlock(&tsrvi_process.bound.lock);
 }
 
-/* Is there a file that goes with this socket? */
+/* Is there a file that goes with this socket? Not one that another server has put in its place. */
 static bool tsrvi_bound_has_file(int fd)
 {
-    int index;
-    bool has_file;
+    tsrvi_sockaddr inside;
+    int index, rc = 0;
     tsrvi_lock(&tsrvi_process.bound.lock);
     index = tsrvi_bound_find(fd);
-    has_file =
-        index >= 0 && tsrvi_bound_at(index)->has_file && tsrvi_bound_is_ours(tsrvi_bound_at(index));
+    if (index >= 0 && tsrvi_bound_owns_file(tsrvi_bound_at(index))) {
+        rc = tsrvi_bound_sees_file(tsrvi_bound_at(index), &inside);
+    }
     tsrvi_unlock(&tsrvi_process.bound.lock);
-    return has_file;
+    if (rc < 0) {
+        tsrvi_bound_file_stays(&inside, rc);
+    }
+    return rc > 0;
 }
 
 /* A socket that was handed over is this process's own too, and so may be its file. */
@@ -7015,11 +7295,15 @@ static int tsrvi_bound_adopt(int fd)
 }
 
 /* A socket that was handed over, is bound to this address and has not been taken; -1 = none. */
-static int tsrvi_bound_take(const tsrvi_sockaddr *inside, size_t size)
+static int tsrvi_bound_take(const tsrvi_sockaddr *inside, size_t size,
+                            const tsrv_bind_options *options)
 {
     int fd = tsrvi_handed_take(inside, size);
     if (fd >= 0) {
         tsrvi_bound_adopt(fd); /* without memory the parent of workers stops listening later */
+    }
+    if (fd >= 0 && options != NULL && options->backlog > 0) {
+        TSRV_SYS(listen, (fd, options->backlog)); /* if that is refused, the old one stays */
     }
     return fd;
 }
@@ -7032,7 +7316,7 @@ TSRV_API int tsrv_listen_fds(int *fds, int capacity)
     for (int i = 0; i < tsrvi_process.handed.count; i++) {
         count += tsrvi_process.handed.free[i];
     }
-    code = code < 0 ? code : count > capacity ? TSRV_EINVAL : count;
+    code = code < 0 ? code : TSRVI_WRONG(count > capacity) ? TSRV_EINVAL : count;
     for (int i = 0, taken = 0; taken < code; i++) {
         if (tsrvi_process.handed.free[i]) {
             fds[taken++] = TSRVI_LISTEN_FIRST + i;
@@ -7129,7 +7413,7 @@ static int tsrvi_unix_address(const char *path, tsrvi_sockaddr *inside, socklen_
     struct sockaddr_un *local = &inside->local;
     memset(inside, 0, sizeof(*inside));
     if (length == 0) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake("\"unix:\"", "the path is empty");
     }
     if (length >= sizeof(local->sun_path)) {
         return -ENAMETOOLONG;
@@ -7280,7 +7564,7 @@ TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *op
     socklen_t size = 0;
     int lock, made, rc = tsrvi_unix_address(path, &inside, &size);
     *fd = -1;
-    if (rc < 0 || (*fd = tsrvi_bound_take(&inside, size)) >= 0) {
+    if (rc < 0 || (*fd = tsrvi_bound_take(&inside, size, options)) >= 0) {
         return rc;
     }
     lock = path[0] == '@' ? -1 : tsrvi_unix_lock(path);
@@ -7293,15 +7577,9 @@ TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *op
     return TSRV_OK;
 }
 
-static void tsrvi_bound_close_all(const int *fds, int count)
-{
-    for (int i = 0; i < count; i++) {
-        tsrvi_bound_close(fds[i]);
-    }
-}
-
-/* The options that a listener must have before it is bound. */
-static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *options)
+/* The options that a listener must have before it is bound.
+ *   only  an IPv6 socket does not take IPv4's port too, as else it may, depending on the system */
+static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *options, int only)
 {
     int rc = tsrvi_option_on(fd, SOL_SOCKET, SO_REUSEADDR);
     if (rc == TSRV_OK && options != NULL && options->reuse_port) {
@@ -7311,22 +7589,19 @@ static int tsrvi_bind_prepare(int fd, int family, const tsrv_bind_options *optio
         rc = TSRV_ENOTSUP;
 #endif
     }
-    /* Else an IPv6 socket may take IPv4's port too, or not, depending on the system. */
-    if (rc == TSRV_OK && family == AF_INET6) {
-        rc = tsrvi_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 1);
-    }
-    return rc;
+    return rc == TSRV_OK && family == AF_INET6 ? tsrvi_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, only)
+                                               : rc;
 }
 
 /* A new listening socket. */
 static int tsrvi_bind_new(const tsrvi_sockaddr *inside, socklen_t size,
-                          const tsrv_bind_options *options)
+                          const tsrv_bind_options *options, int only)
 {
     int fd = tsrvi_socket(inside->any.sa_family, SOCK_STREAM), rc;
     if (fd < 0) {
         return fd;
     }
-    rc = tsrvi_bind_prepare(fd, inside->any.sa_family, options);
+    rc = tsrvi_bind_prepare(fd, inside->any.sa_family, options, only);
     if (rc == TSRV_OK && (TSRV_SYS(bind, (fd, &inside->any, size)) < 0 ||
                           TSRV_SYS(listen, (fd, tsrvi_backlog(options))) < 0)) {
         rc = tsrvi_error();
@@ -7354,8 +7629,8 @@ static int tsrvi_bind_one(const struct addrinfo *info, in_port_t port,
     } else {
         inside.four.sin_port = port;
     }
-    fd = tsrvi_bound_take(&inside, info->ai_addrlen);
-    return fd >= 0 ? fd : tsrvi_bind_new(&inside, info->ai_addrlen, options);
+    fd = tsrvi_bound_take(&inside, info->ai_addrlen, options);
+    return fd >= 0 ? fd : tsrvi_bind_new(&inside, info->ai_addrlen, options, 1);
 }
 
 /* Results that are not meant for us: a repeated one, and macOS's link-local "localhost". */
@@ -7409,9 +7684,13 @@ static int tsrvi_bind_all(const struct addrinfo *all, int port, const char *addr
             if (pass == 0 && both && tsrvi_handed_covers(bound)) {
                 continue; /* the other one takes IPv4 too */
             }
-            fd = count == capacity ? TSRV_EINVAL : tsrvi_bind_one(info, bound, options);
+            fd = count == capacity
+                     ? tsrvi_mistake("tsrv_bind_sockets", "more addresses than capacity")
+                     : tsrvi_bind_one(info, bound, options);
             if (fd < 0 && !tsrvi_bind_forgives(fd, info->ai_family, explicit_address)) {
-                tsrvi_bound_close_all(fds, count);
+                while (count > 0) {
+                    tsrvi_bound_close(fds[--count]);
+                }
                 return fd;
             }
             if (fd < 0) {
@@ -7455,14 +7734,14 @@ TSRV_API int tsrv_bind_sockets(int port, const char *address, const tsrv_bind_op
     struct addrinfo *all = NULL;
     bool shared = false;
     int rc, tries = 0;
-    if (capacity < 1) {
+    if (TSRVI_WRONG(capacity < 1)) {
         return TSRV_EINVAL;
     }
     if (address != NULL && strncmp(address, "unix:", 5) == 0) {
         rc = tsrv_bind_unix_socket(address + 5, options, &fds[0]);
         return rc < 0 ? rc : 1;
     }
-    if (port < 0 || port > 65535) {
+    if (TSRVI_WRONG(port < 0 || port > 65535)) {
         return TSRV_EINVAL;
     }
     rc = tsrvi_resolve(address == NULL || address[0] == 0 ? NULL : address, 0,
@@ -7522,9 +7801,6 @@ static void tsrvi_tls_set_drop(tsrvi_tls_set *set)
 {
     if (set == NULL || __atomic_sub_fetch(&set->references, 1, __ATOMIC_ACQ_REL) != 0) {
         return;
-    }
-    if (set->native && set->alpn_size != 0) {
-        SSL_CTX_set_alpn_select_cb(set->context, NULL, NULL); /* it may outlive us */
     }
     SSL_CTX_free(set->context);
     for (int i = 0; i < set->count; i++) {
@@ -7606,18 +7882,44 @@ static int tsrvi_tls_alpn_parse(const char *names, tsrvi_tls_set *set)
         set->alpn[set->alpn_size] = (unsigned char)size;
         memcpy(set->alpn + set->alpn_size + 1, names, size);
         set->alpn_size += (unsigned)size + 1;
-        names += size + (comma != NULL);
+        names += comma != NULL && comma[1] != 0 ? size + 1 : size;
     }
     return TSRV_OK;
 }
 
-/* The first of our names that the client offers; no common one is an error (RFC 7301, 3.2). */
+/* Where an SSL of a native_context, which several tsrv_tls may have, keeps its own set. */
+static int tsrvi_tls_set_index(void)
+{
+    int *index = &tsrvi_process.tls_index;
+    int made = __atomic_load_n(index, __ATOMIC_ACQUIRE), nobodys = 0;
+    if (made == 0) {
+        made = 1 + SSL_get_ex_new_index(0, NULL, NULL, NULL, NULL);
+        if (!__atomic_compare_exchange_n(index, &nobodys, made, false, __ATOMIC_ACQ_REL,
+                                         __ATOMIC_ACQUIRE)) {
+            made = nobodys; /* another thread's */
+        }
+    }
+    return made - 1;
+}
+
+static bool tsrvi_tls_set_note(SSL *ssl, tsrvi_tls_set *set)
+{
+    return !set->native || set->alpn_size == 0 ||
+           SSL_set_ex_data(ssl, tsrvi_tls_set_index(), set) == 1;
+}
+
+/* The first of our names that the client offers; no common one is an error (RFC 7301, 3.2). An SSL
+ * of a native_context may be nobody's here, or that of a tsrv_tls without names. */
 static int tsrvi_tls_alpn_select(SSL *ssl, const unsigned char **out, unsigned char *out_size,
                                  const unsigned char *in, unsigned in_size, void *context)
 {
-    const tsrvi_tls_set *set = (const tsrvi_tls_set *)context;
+    const tsrvi_tls_set *set =
+        (const tsrvi_tls_set *)(context != NULL ? context
+                                                : SSL_get_ex_data(ssl, tsrvi_tls_set_index()));
     unsigned char *chosen = NULL;
-    (void)ssl;
+    if (set == NULL) {
+        return SSL_TLSEXT_ERR_NOACK;
+    }
     if (SSL_select_next_proto(&chosen, out_size, set->alpn, set->alpn_size, in, in_size) !=
         OPENSSL_NPN_NEGOTIATED) {
         return SSL_TLSEXT_ERR_ALERT_FATAL;
@@ -8179,7 +8481,7 @@ static char *tsrvi_copy(const char *text, int *rc)
 static void tsrvi_tls_set_callbacks(tsrvi_tls_set *set, SSL_CTX *context)
 {
     if (set->alpn_size != 0) {
-        SSL_CTX_set_alpn_select_cb(context, tsrvi_tls_alpn_select, set);
+        SSL_CTX_set_alpn_select_cb(context, tsrvi_tls_alpn_select, set->native ? NULL : set);
     }
 }
 
@@ -8269,6 +8571,13 @@ static tsrvi_tls_set *tsrvi_tls_set_new(const tsrv_tls *tls, int *rc)
 
 /* ---- options ---------------------------------------------------------------*/
 
+/* The strings among the options. */
+#define TSRVI_TLS_STRINGS(X) \
+    X(cert_file)             \
+    X(key_file)              \
+    X(ca_file)               \
+    X(alpn) X(ciphers) X(cert_pem) X(key_pem) X(ca_pem) X(key_password) X(crl_file) X(ocsp_file)
+
 /* The strings of options are const; these are our copies. Keys and passwords are among them. */
 static void tsrvi_free_text(const char *text)
 {
@@ -8295,17 +8604,9 @@ TSRV_API void tsrv_tls_free(tsrv_tls *tls)
         tsrvi_free_text(tls->certificates[i].key_file);
     }
     TSRV_FREE(tls->certificates);
-    tsrvi_free_text(tls->options.cert_file);
-    tsrvi_free_text(tls->options.key_file);
-    tsrvi_free_text(tls->options.ca_file);
-    tsrvi_free_text(tls->options.alpn);
-    tsrvi_free_text(tls->options.ciphers);
-    tsrvi_free_text(tls->options.cert_pem);
-    tsrvi_free_text(tls->options.key_pem);
-    tsrvi_free_text(tls->options.ca_pem);
-    tsrvi_free_text(tls->options.key_password);
-    tsrvi_free_text(tls->options.crl_file);
-    tsrvi_free_text(tls->options.ocsp_file);
+#define TSRVI_TLS_FREE(name) tsrvi_free_text(tls->options.name);
+    TSRVI_TLS_STRINGS(TSRVI_TLS_FREE)
+#undef TSRVI_TLS_FREE
     OPENSSL_cleanse(tls->secret, sizeof(tls->secret));
     TSRV_FREE(tls);
 }
@@ -8316,17 +8617,9 @@ static int tsrvi_tls_options_copy(tsrv_tls *tls, const tsrv_tls_options *options
     size_t count = (size_t)options->certificate_count;
     int rc = TSRV_OK;
     tls->options = *options;
-    tls->options.cert_file = tsrvi_copy(options->cert_file, &rc);
-    tls->options.key_file = tsrvi_copy(options->key_file, &rc);
-    tls->options.ca_file = tsrvi_copy(options->ca_file, &rc);
-    tls->options.alpn = tsrvi_copy(options->alpn, &rc);
-    tls->options.ciphers = tsrvi_copy(options->ciphers, &rc);
-    tls->options.cert_pem = tsrvi_copy(options->cert_pem, &rc);
-    tls->options.key_pem = tsrvi_copy(options->key_pem, &rc);
-    tls->options.ca_pem = tsrvi_copy(options->ca_pem, &rc);
-    tls->options.key_password = tsrvi_copy(options->key_password, &rc);
-    tls->options.crl_file = tsrvi_copy(options->crl_file, &rc);
-    tls->options.ocsp_file = tsrvi_copy(options->ocsp_file, &rc);
+#define TSRVI_TLS_COPY(name) tls->options.name = tsrvi_copy(options->name, &rc);
+    TSRVI_TLS_STRINGS(TSRVI_TLS_COPY)
+#undef TSRVI_TLS_COPY
     tls->certificates =
         count == 0 ? NULL
                    : (tsrv_tls_certificate *)tsrvi_zalloc(count * sizeof(tsrv_tls_certificate));
@@ -8441,7 +8734,7 @@ TSRV_API int tsrv_tls_reload(tsrv_tls *tls)
 {
     int rc = TSRV_OK;
     tsrvi_tls_set *set;
-    if (tls->options.native_context != NULL) {
+    if (TSRVI_WRONG(tls->options.native_context != NULL)) {
         return TSRV_EINVAL;
     }
     set = tsrvi_tls_set_new(tls, &rc);
@@ -8511,6 +8804,7 @@ static bool tsrvi_tls_serves(const tsrv_tls *tls)
 typedef struct tsrvi_place {
     int ready;     /* atomic; its first server accepts */
     int listens;   /* atomic; its loop watches the life-line */
+    int heard;     /* atomic; how often it was told over that */
     int asked;     /* atomic; a signal that did not come from the parent has told it to end */
     int refused;   /* why it could not begin, a code; 0 = it could */
     int used;      /* atomic; in the first of a worker's: how many have ever been used */
@@ -8579,6 +8873,7 @@ static void tsrvi_place_take(int place)
     own->refused = TSRV_OK;
     __atomic_store_n(&own->ready, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&own->listens, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&own->heard, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&own->asked, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&own->beat, 0u, __ATOMIC_RELEASE);
     if ((own - index)->used <= index) {
@@ -8600,11 +8895,13 @@ static void tsrvi_places_drop(void)
  *   task_id  -1 = all */
 static void tsrvi_stats_gather(tsrv_stats *sum, int number, int task_id)
 {
-    for (int first = 0; number >= 0 && first < tsrvi_process.place_count;
+    int first = task_id < 0 ? 0 : task_id * TSRVI_GENERATIONS;
+    int end = task_id < 0 ? tsrvi_process.place_count : first + TSRVI_GENERATIONS;
+    for (; number >= 0 && first < end && end <= tsrvi_process.place_count;
          first += TSRVI_GENERATIONS) {
         const tsrvi_place *places = &tsrvi_process.places[first];
         int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
-        for (int i = 0; i < used && (task_id < 0 || first / TSRVI_GENERATIONS == task_id); i++) {
+        for (int i = 0; i < used; i++) {
             tsrvi_stats_add(sum, &places[i].stats[number]);
         }
     }
@@ -8620,8 +8917,9 @@ typedef struct tsrvi_peer {
     uint16_t port; /* network order */
     uint32_t scope;
     union {
-        unsigned char ip[16];
-        tsrv_address *whole; /* a unix socket with a name; its own memory */
+        struct sockaddr_in four;
+        unsigned char six[16]; /* with port and scope */
+        tsrv_address *whole;   /* a unix socket with a name; its own memory */
     } u;
 } tsrvi_peer;
 
@@ -8630,14 +8928,8 @@ typedef struct tsrvi_peer {
 static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
 {
     if (peer->family == AF_INET) {
-        struct sockaddr_in four;
-        memset(&four, 0, sizeof(four));
-        TSRVI_SET_LENGTH(four.sin_len, sizeof(four));
-        four.sin_family = AF_INET;
-        four.sin_port = peer->port;
-        memcpy(&four.sin_addr, peer->u.ip, 4);
-        memcpy(address->storage, &four, sizeof(four));
-        address->size = sizeof(four);
+        memcpy(address->storage, &peer->u.four, sizeof(peer->u.four));
+        address->size = sizeof(peer->u.four);
     } else if (peer->family == AF_INET6) {
         struct sockaddr_in6 six;
         memset(&six, 0, sizeof(six));
@@ -8645,7 +8937,7 @@ static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
         six.sin6_family = AF_INET6;
         six.sin6_port = peer->port;
         six.sin6_scope_id = peer->scope;
-        memcpy(&six.sin6_addr, peer->u.ip, 16);
+        memcpy(&six.sin6_addr, peer->u.six, 16);
         memcpy(address->storage, &six, sizeof(six));
         address->size = sizeof(six);
     } else if (peer->family == AF_UNIX && peer->u.whole != NULL) {
@@ -8666,12 +8958,13 @@ static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
     peer->family = (uint8_t)tsrv_address_family(address);
     peer->local = peer->family == AF_UNIX;
     if (peer->family == AF_INET) {
-        peer->port = inside.four.sin_port;
-        memcpy(peer->u.ip, &inside.four.sin_addr, 4);
+        peer->u.four = inside.four;
+        memset(peer->u.four.sin_zero, 0, sizeof(peer->u.four.sin_zero));
+        TSRVI_SET_LENGTH(peer->u.four.sin_len, sizeof(peer->u.four));
     } else if (peer->family == AF_INET6) {
         peer->port = inside.six.sin6_port;
         peer->scope = inside.six.sin6_scope_id;
-        memcpy(peer->u.ip, &inside.six.sin6_addr, 16);
+        memcpy(peer->u.six, &inside.six.sin6_addr, 16);
     } else if (peer->family == AF_UNIX && address->size > offsetof(struct sockaddr_un, sun_path)) {
         peer->u.whole = (tsrv_address *)TSRV_MALLOC(sizeof(tsrv_address));
         if (peer->u.whole == NULL) {
@@ -8682,11 +8975,38 @@ static int tsrvi_peer_store(tsrvi_peer *peer, const tsrv_address *address)
     return TSRV_OK;
 }
 
+/* An address of 4 or 16 bytes and a port, as they stand in headers: in network order. */
+static void tsrvi_address_make(tsrv_address *address, int family, const void *ip, uint16_t port)
+{
+    tsrvi_peer peer;
+    memset(&peer, 0, sizeof(peer));
+    peer.family = (uint8_t)family;
+    if (family == AF_INET) {
+        TSRVI_SET_LENGTH(peer.u.four.sin_len, sizeof(peer.u.four));
+        peer.u.four.sin_family = AF_INET;
+        peer.u.four.sin_port = port;
+        memcpy(&peer.u.four.sin_addr, ip, 4);
+    } else {
+        peer.port = port;
+        memcpy(peer.u.six, ip, 16);
+    }
+    memset(address, 0, sizeof(*address));
+    tsrvi_peer_load(&peer, address);
+}
+
 static void tsrvi_peer_free(tsrvi_peer *peer)
 {
     if (peer->family == AF_UNIX) {
         TSRV_FREE(peer->u.whole);
     }
+}
+
+/* As tsrv_address_format. */
+static const char *tsrvi_peer_format(const tsrvi_peer *peer, char *buffer, size_t size)
+{
+    tsrv_address address;
+    tsrvi_peer_load(peer, &address);
+    return tsrv_address_format(&address, buffer, size);
 }
 
 /* ============================================================================
@@ -8755,44 +9075,22 @@ static char *tsrvi_proxy_word(char **rest)
     return word == NULL || *word == 0 ? NULL : word;
 }
 
-/* A decimal number up to 65535, without anything around it; -1 = it is none. */
+/* A decimal number up to 65535, without zeros in front; -1 = it is none. */
 static int tsrvi_proxy_port(const char *word)
 {
-    int port = 0;
-    size_t size = word == NULL ? 0 : strlen(word);
-    if (size == 0 || size > 5 || (word[0] == '0' && size > 1)) {
-        return -1;
-    }
-    for (; *word != 0; word++) {
-        if (*word < '0' || *word > '9') {
-            return -1;
-        }
-        port = port * 10 + (*word - '0');
-    }
-    return port > 65535 ? -1 : port;
+    return word == NULL || (word[0] == '0' && word[1] != 0) ? -1 : (int)tsrvi_decimal(word, 65535);
 }
 
 /* An address and a port of a family. Returns whether they are. */
 static bool tsrvi_proxy_address(int family, const char *host, const char *service,
                                 tsrv_address *address)
 {
-    tsrvi_sockaddr inside;
+    unsigned char ip[16];
     int port = tsrvi_proxy_port(service);
-    void *ip = family == AF_INET ? (void *)&inside.four.sin_addr : (void *)&inside.six.sin6_addr;
-    memset(&inside, 0, sizeof(inside));
     if (host == NULL || port < 0 || TSRV_SYS(inet_pton, (family, host, ip)) != 1) {
         return false;
     }
-    inside.any.sa_family = (sa_family_t)family;
-    if (family == AF_INET) {
-        TSRVI_SET_LENGTH(inside.four.sin_len, sizeof(inside.four));
-        inside.four.sin_port = htons((uint16_t)port);
-        tsrvi_address_store(address, &inside, sizeof(inside.four));
-    } else {
-        TSRVI_SET_LENGTH(inside.six.sin6_len, sizeof(inside.six));
-        inside.six.sin6_port = htons((uint16_t)port);
-        tsrvi_address_store(address, &inside, sizeof(inside.six));
-    }
+    tsrvi_address_make(address, family, ip, htons((uint16_t)port));
     return true;
 }
 
@@ -8891,19 +9189,13 @@ static void tsrvi_proxy_load(const char *from, int family, tsrv_address *address
 {
     tsrvi_sockaddr inside;
     memset(&inside, 0, sizeof(inside));
-    inside.any.sa_family = (sa_family_t)family;
-    if (family == AF_INET) {
-        TSRVI_SET_LENGTH(inside.four.sin_len, sizeof(inside.four));
-        memcpy(&inside.four.sin_addr, from, 4);
-        memcpy(&inside.four.sin_port, from + 8, 2);
-        tsrvi_address_store(address, &inside, sizeof(inside.four));
-    } else if (family == AF_INET6) {
-        TSRVI_SET_LENGTH(inside.six.sin6_len, sizeof(inside.six));
-        memcpy(&inside.six.sin6_addr, from, 16);
-        memcpy(&inside.six.sin6_port, from + 32, 2);
-        tsrvi_address_store(address, &inside, sizeof(inside.six));
+    if (family != AF_UNIX) {
+        uint16_t port;
+        memcpy(&port, from + (family == AF_INET ? 8 : 32), 2);
+        tsrvi_address_make(address, family, from, port);
     } else {
         size_t size = tsrvi_min(sizeof(inside.local.sun_path), 108), used = size;
+        inside.local.sun_family = AF_UNIX;
         memcpy(inside.local.sun_path, from, size);
         while (used != 0 && from[used - 1] == 0) {
             used--; /* of a path one is its end, and none of an unnamed socket */
@@ -8995,6 +9287,21 @@ typedef struct tsrvi_network {
 
 static const unsigned char tsrvi_ip_mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xFF, 0xFF};
 
+/* An address as IPv6 has it. Returns whether it is one of IP. */
+static bool tsrvi_address_ip(const tsrv_address *address, unsigned char ip[16])
+{
+    tsrvi_sockaddr inside;
+    int family = tsrv_address_family(address);
+    tsrvi_address_load(address, &inside);
+    if (family == AF_INET6) {
+        memcpy(ip, &inside.six.sin6_addr, 16);
+    } else {
+        memcpy(ip, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped));
+        memcpy(ip + 12, &inside.four.sin_addr, 4);
+    }
+    return family == AF_INET || family == AF_INET6;
+}
+
 /* One of a list: "10.0.0.0/8", "::1", "unix:". Returns whether it is. */
 static bool tsrvi_network_parse(char *text, tsrvi_network *network)
 {
@@ -9056,19 +9363,9 @@ static bool tsrvi_networks_have(const tsrvi_network *networks, int count,
                                 const tsrv_address *address)
 {
     unsigned char ip[16];
-    tsrvi_sockaddr inside;
-    int family = tsrv_address_family(address);
-    tsrvi_address_load(address, &inside);
-    if (family == AF_INET) {
-        memcpy(ip, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped));
-        memcpy(ip + 12, &inside.four.sin_addr, 4);
-    } else if (family == AF_INET6) {
-        memcpy(ip, &inside.six.sin6_addr, 16);
-    }
+    bool is_ip = tsrvi_address_ip(address, ip), local = tsrv_address_family(address) == AF_UNIX;
     for (int i = 0; i < count; i++) {
-        if (networks[i].bits < 0 ? family == AF_UNIX
-                                 : (family == AF_INET || family == AF_INET6) &&
-                                       tsrvi_network_has(&networks[i], ip)) {
+        if (networks[i].bits < 0 ? local : is_ip && tsrvi_network_has(&networks[i], ip)) {
             return true;
         }
     }
@@ -9098,25 +9395,23 @@ typedef struct tsrvi_addresses {
     uint64_t secret[2];
 } tsrvi_addresses;
 
-/* What is counted as one: an IPv4 address, also where it comes as IPv6; the first half of another
- * IPv6 address, since that is what one customer has. Returns whether there is such a thing. */
+/* What is counted as one: an IPv4 address, also where it comes as IPv6, as what a NAT64 has made of
+ * it too (RFC 6052, 2.1), behind which all of them would be one; the first half of another IPv6
+ * address, since that is what one customer has. Returns whether there is such a thing. */
 static bool tsrvi_address_key(const tsrv_address *address, uint64_t *key)
 {
     /* IPv4 behind what begins no address of a peer: ff00::/8 is multicast. */
-    unsigned char bytes[8] = {0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0};
-    tsrvi_sockaddr inside;
-    int family = tsrv_address_family(address);
-    tsrvi_address_load(address, &inside);
-    if (family == AF_INET) {
-        memcpy(bytes + 4, &inside.four.sin_addr, 4);
-    } else if (family == AF_INET6 &&
-               memcmp(&inside.six.sin6_addr, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped)) == 0) {
-        memcpy(bytes + 4, (const char *)&inside.six.sin6_addr + sizeof(tsrvi_ip_mapped), 4);
-    } else if (family == AF_INET6) {
-        memcpy(bytes, &inside.six.sin6_addr, 8);
+    static const unsigned char translated[12] = {0, 0x64, 0xFF, 0x9B};
+    unsigned char ip[16], bytes[8] = {0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0};
+    bool is_ip = tsrvi_address_ip(address, ip);
+    if (memcmp(ip, tsrvi_ip_mapped, sizeof(tsrvi_ip_mapped)) == 0 ||
+        memcmp(ip, translated, sizeof(translated)) == 0) {
+        memcpy(bytes + 4, ip + 12, 4);
+    } else {
+        memcpy(bytes, ip, 8);
     }
     memcpy(key, bytes, sizeof(bytes));
-    return family == AF_INET || family == AF_INET6;
+    return is_ip;
 }
 
 static void tsrvi_addresses_choose_secret(tsrvi_addresses *table)
@@ -9306,7 +9601,7 @@ enum { /* tsrv_stream.queued */
 #define TSRVI_TIMED 0x8000    /* reads have, or have had, limits of time */
 /* A stream without any of these is the common case, which is looked for first. */
 /* What hinders a read from taking what is there, or waiting for it, without a further look. */
-#define TSRVI_HINDERS (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED)
+#define TSRVI_HINDERS (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_PARTIAL)
 #define TSRVI_ODD                                                                   \
     (TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_DRAINING | TSRVI_SESSION | TSRVI_SHAKING | \
      TSRVI_BLOCKED | TSRVI_BORROWED)
@@ -9325,13 +9620,15 @@ enum {
 };
 
 /* tsrvi_wait.facts of a stream's own: the handler's */
+#define TSRVI_ENTERED 1              /* it has been called; */
+#define TSRVI_TOLD 2                 /* after the end of the input */
+#define TSRVI_PAYS 4                 /* a read of too much lets others run first */
+#define TSRVI_PARTLY 128             /* u.partial is there */
+
+/* The same in tsrvi_wait.progress: a read in which something is read ends the first two. */
 #define TSRVI_IN_READ TSRVI_FOR_READ /* a read is being repeated, whose limit is set; */
 #define TSRVI_IN_WAKE TSRVI_FOR_WAKE /* a tsrv_wait */
-#define TSRVI_PARTLY 128             /* u.partial is there */
-#define TSRVI_ENTERED 2              /* it has been called; */
-#define TSRVI_TOLD 4                 /* after the end of the input */
-#define TSRVI_CONSUMED 8             /* it has read something in this call */
-#define TSRVI_PAYS 16                /* a read of too much lets others run first */
+#define TSRVI_CONSUMED 2             /* it has read something in this call */
 
 /* Bytes that a callback-mode handler's read into its own memory, or its drop, has got so far. */
 typedef struct tsrvi_partial {
@@ -9351,17 +9648,23 @@ typedef struct tsrvi_wait {
         tsrvi_partial *partial; /* the same, with PARTLY in `facts` */
         int result;             /* the same, OVER: what the handler has returned */
     } u;
-    uint32_t due_ms; /* its own limit; see tsrvi_ms_after */
-    uint8_t kinds;   /* 0 = it is in no list */
-    uint8_t facts;   /* of a stream's own */
-    bool woken;      /* tsrv_wake has ended it */
+    uint32_t due_ms;  /* its own limit; see tsrvi_ms_after */
+    uint8_t kinds;    /* 0 = it is in no list */
+    uint8_t facts;    /* of a stream's own; of a coroutine that lets others run: TSRVI_IN_READ, 0 */
+    uint8_t progress; /* of a stream's own */
+    bool woken;       /* tsrv_wake has ended it */
 } tsrvi_wait;
+
+/* Accepted connections: by this worker, and by all. */
+typedef struct tsrvi_share {
+    uint64_t own, all;
+} tsrvi_share;
 
 struct tsrv_server {
     tsrv_server_options options;    /* the defaults filled in; times that are off are TSRV_NEVER */
     tsrv_loop_options loop_options; /* to which they point, if they do */
     tsrv_loop *loop;                /* NULL until the first listen */
-    tsrvi_link link;                /* in loop->servers.all */
+    tsrvi_link link;                /* in loop->servers.all, or tsrvi_process.servers */
     tsrvi_link streams;
     struct tsrvi_listener *listeners;
     tsrv_stats own;            /* its counters, */
@@ -9390,8 +9693,10 @@ struct tsrv_server {
     bool starting; /* task calls on_start */
     bool paused;   /* none of its listeners accepts for now */
     bool was_away; /* and it takes the next connection even if it is ahead of other workers */
-    bool freed;    /* by the program: goes with the last stream */
-    bool queued;   /* the task is in loop->ready */
+    tsrvi_share share[2]; /* what was accepted when it was last looked, and the time before */
+    uint64_t share_due;   /* when it is looked at again */
+    bool freed;           /* by the program: goes with the last stream */
+    bool queued;          /* the task is in loop->ready */
 };
 
 struct tsrvi_session;
@@ -9406,10 +9711,11 @@ struct tsrv_stream {
     tsrvi_buffer *out;             /* the queue of unsent output; NULL = none */
     uint64_t unsent;               /* bytes in it, and in the transport */
     tsrvi_wait *waits;             /* the oldest first */
-    uint8_t phase, state, queued;
-    uint8_t kinds; /* of all waits */
+    uint8_t phase, state;
+    int16_t end;    /* how both directions have ended at once; 0 = they have not */
+    uint8_t queued; /* these three are looked at together: see tsrvi_stream_only_reads */
+    uint8_t kinds;  /* of all waits */
     uint16_t flags;
-    int16_t end;          /* how both directions have ended at once; 0 = they have not */
     int16_t in_end;       /* how the input has: TSRV_EOF or an error */
     int16_t out_end;      /* how the output has: TSRV_ECLOSED after tsrv_shutdown, or an error */
     uint32_t active_ms;   /* when a byte last went either way, or a read began */
@@ -9467,6 +9773,16 @@ static inline TSRVI_INLINE void tsrvi_own_set(tsrv_stream *stream, int facts)
 static inline TSRVI_INLINE void tsrvi_own_clear(tsrv_stream *stream, int facts)
 {
     stream->own.facts = (uint8_t)(stream->own.facts & ~facts);
+}
+
+static inline TSRVI_INLINE void tsrvi_own_begin(tsrv_stream *stream, int progress)
+{
+    stream->own.progress = (uint8_t)(stream->own.progress | progress);
+}
+
+static inline TSRVI_INLINE void tsrvi_own_finish(tsrv_stream *stream, int progress)
+{
+    stream->own.progress = (uint8_t)(stream->own.progress & ~progress);
 }
 
 /* The handler will wait for this when it returns TSRV_EAGAIN; or it will not. */
@@ -9579,9 +9895,10 @@ static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit
 
 /* ---- times -----------------------------------------------------------------*/
 
-/* Times of streams are milliseconds, in 4 bytes, which wrap: 0 is never, and the longest are 24
- * days. They are rounded up, so that nothing is early. */
-#define TSRVI_MS_MOST (INT32_MAX - 1)
+/* Times of streams are milliseconds, in 4 bytes, which wrap: 0 is never, and the longest are 12
+ * days, so that two can be compared of which one is ahead and the other past. They are rounded up,
+ * so that nothing is early. */
+#define TSRVI_MS_MOST (INT32_MAX / 2)
 
 static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
 {
@@ -9590,10 +9907,15 @@ static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
     return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
 }
 
-static inline TSRVI_INLINE uint32_t tsrvi_ms_after(const tsrv_loop *loop, int delay_ms)
+/* A time that begins now: between turns, and in one that takes long, the clock is read again. */
+static inline TSRVI_INLINE uint32_t tsrvi_ms_after(tsrv_loop *loop, int delay_ms)
 {
-    uint32_t ms = loop->now_ms + 1 +
-                  (delay_ms < TSRVI_MS_MOST ? (uint32_t)delay_ms : (uint32_t)TSRVI_MS_MOST - 1);
+    uint32_t ms;
+    if (TSRVI_UNLIKELY(!loop->running || tsrvi_ticks() - loop->slow.piece > TSRVI_TICKS_FEW)) {
+        tsrvi_loop_tick(loop);
+    }
+    ms = loop->now_ms + 1 +
+         (delay_ms < TSRVI_MS_MOST ? (uint32_t)delay_ms : (uint32_t)TSRVI_MS_MOST - 1);
     return delay_ms < 0 ? 0 : ms == 0 ? 1 : ms;
 }
 
@@ -9602,9 +9924,11 @@ static inline TSRVI_INLINE uint32_t tsrvi_ms_earlier(uint32_t a, uint32_t b)
     return a == 0 ? b : b == 0 || (int32_t)(a - b) < 0 ? a : b;
 }
 
+/* Not before events that may have come in time have been looked at: see tsrvi_loop_is_behind. */
 static bool tsrvi_ms_is_past(const tsrv_loop *loop, uint32_t ms)
 {
-    return ms != 0 && (int32_t)(loop->now_ms - ms) >= 0;
+    uint32_t late_ms = loop->now_ms - ms;
+    return ms != 0 && (int32_t)late_ms >= 0 && late_ms >= loop->now_ms - loop->past_ms;
 }
 
 /* As the loop's timers want it. */
@@ -9648,12 +9972,10 @@ static uint32_t tsrvi_stream_write_due(const tsrv_stream *stream)
 /* Say it, if it is new. */
 static void tsrvi_debug_tell(const tsrv_stream *stream, const char *function, const char *mistake)
 {
-    tsrv_address address;
     char text[TSRV_ADDRESS_SIZE];
     if (tsrvi_mistake_is_new(function, mistake)) {
-        tsrvi_peer_load(&stream->peer, &address);
         tsrvi_log(TSRV_LOG_WARNING, "TSRV_DEBUG: %s for %s: %s", function,
-                  tsrv_address_format(&address, text, sizeof(text)), mistake);
+                  tsrvi_peer_format(&stream->peer, text, sizeof(text)), mistake);
     }
 }
 
@@ -9702,8 +10024,7 @@ static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
     } else if (loop->streams.handling == stream && rc != TSRV_EAGAIN) {
         stream->waits_in = NULL; /* there was another reason to end */
     }
-    if (rc == TSRV_EAGAIN && !reads && loop->streams.handling != stream &&
-        loop->coroutines.running == NULL) {
+    if (rc == TSRV_EAGAIN && !reads && loop->streams.handling != stream) {
         tsrvi_debug_tell(stream, function,
                          "nothing can wait here, neither a coroutine nor the stream's handler");
     }
@@ -9785,16 +10106,24 @@ typedef struct tsrvi_transport {
 
 typedef struct tsrvi_session {
     const tsrvi_transport *transport;
+    uint64_t kept; /* see tsrvi_output_kept */
 } tsrvi_session;
 
 /* ---- the queue -------------------------------------------------------------*/
 
 /* Give a buffer back. Large ones are kept for as long as they are used. */
+static TSRVI_APART void tsrvi_loop_recycle_large(tsrv_loop *loop, tsrvi_buffer *buffer)
+{
+    tsrvi_pool_give_large(&loop->streams.pool, buffer);
+    if (loop->streams.pool.large != NULL && loop->streams.trim.position == 0) {
+        tsrvi_heap_set(&loop->heap, &loop->streams.trim, tsrvi_after(loop->now, TSRVI_TRIM_MS));
+    }
+}
+
 static inline TSRVI_INLINE void tsrvi_loop_recycle(tsrv_loop *loop, tsrvi_buffer *buffer)
 {
-    tsrvi_pool_give(&loop->streams.pool, buffer);
-    if (TSRVI_UNLIKELY(loop->streams.pool.large != NULL) && loop->streams.trim.position == 0) {
-        tsrvi_heap_set(&loop->heap, &loop->streams.trim, tsrvi_after(loop->now, TSRVI_TRIM_MS));
+    if (TSRVI_UNLIKELY(!tsrvi_pool_keep(&loop->streams.pool, buffer))) {
+        tsrvi_loop_recycle_large(loop, buffer);
     }
 }
 
@@ -9968,13 +10297,20 @@ static int tsrvi_plain_send_error(void)
                                     : tsrvi_error();
 }
 
+/* Is the connection over, as tcp(7) and ip(7) tell it? Else it is the file that cannot be read. */
+static bool tsrvi_plain_is_lost(int code)
+{
+    return code == -EPIPE || code == -ECONNRESET || code == -ETIMEDOUT || code == -EHOSTUNREACH ||
+           code == -ENETUNREACH || code == -ENETDOWN || code == -ENOTCONN || code == -ECONNABORTED;
+}
+
 /* Why it did not send: TSRV_OK after EINTR. A file that cannot be read leaves a gap.
  *   head  what was to be sent first; NULL = the caller's memory */
 static TSRVI_APART int tsrvi_plain_send_failed(const tsrvi_buffer *head, tsrvi_sending *sending)
 {
     int code = tsrvi_plain_send_error();
     sending->gap = head != NULL && head->kind == TSRVI_FILE && code != TSRV_EAGAIN &&
-                   code != -EPIPE && code != -ECONNRESET;
+                   !tsrvi_plain_is_lost(code);
     return code == -EINTR ? (int)TSRV_OK : code;
 }
 
@@ -9998,11 +10334,11 @@ static inline TSRVI_INLINE int tsrvi_plain_send(tsrv_stream *stream, tsrvi_sendi
     return rc;
 }
 
-static inline TSRVI_INLINE ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *into, size_t size)
+static inline TSRVI_INLINE ssize_t tsrvi_recv(int fd, char *into, size_t size, int flags)
 {
     ssize_t got;
     do {
-        got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT));
+        got = TSRV_SYS(recv, (fd, into, size, flags));
     } while (got < 0 && errno == EINTR);
     return got > 0                    ? got
            : got == 0                 ? (ssize_t)TSRV_EOF
@@ -10010,17 +10346,15 @@ static inline TSRVI_INLINE ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *i
                                       : tsrvi_error();
 }
 
-/* As tsrvi_plain_recv, but the bytes stay where they are. */
+static inline TSRVI_INLINE ssize_t tsrvi_plain_recv(tsrv_stream *stream, char *into, size_t size)
+{
+    return tsrvi_recv(stream->io.fd, into, size, MSG_DONTWAIT);
+}
+
+/* The same, but the bytes stay where they are. */
 static ssize_t tsrvi_plain_peek_at(tsrv_stream *stream, char *into, size_t size)
 {
-    ssize_t got;
-    do {
-        got = TSRV_SYS(recv, (stream->io.fd, into, size, MSG_DONTWAIT | MSG_PEEK));
-    } while (got < 0 && errno == EINTR);
-    return got > 0                    ? got
-           : got == 0                 ? (ssize_t)TSRV_EOF
-           : tsrvi_would_block(errno) ? (ssize_t)TSRV_EAGAIN
-                                      : tsrvi_error();
+    return tsrvi_recv(stream->io.fd, into, size, MSG_DONTWAIT | MSG_PEEK);
 }
 
 static int tsrvi_plain_peek(tsrv_stream *stream)
@@ -10030,25 +10364,29 @@ static int tsrvi_plain_peek(tsrv_stream *stream)
     return got > 0 ? (int)TSRV_OK : (int)got;
 }
 
-/* tcp(7): SIOCOUTQ, which is TIOCOUTQ there; ioctl(2) of the BSDs: FIONWRITE; macOS: SO_NWRITE.
- * What a unix socket has taken is with the peer at once. */
-static bool tsrvi_plain_is_delivered(const tsrv_stream *stream)
+/* How many bytes the kernel keeps for the peer; negative = it does not say. tcp(7): SIOCOUTQ, which
+ * is TIOCOUTQ there; ioctl(2) of the BSDs: FIONWRITE; macOS: SO_NWRITE. */
+static int tsrvi_plain_kept(const tsrv_stream *stream)
 {
     int kept = -1;
-    if (stream->peer.local) {
-        return true;
-    }
 #if defined(SO_NWRITE)
     socklen_t size = sizeof(kept);
-    return TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_NWRITE, &kept, &size)) == 0 &&
-           kept == 0;
+    return TSRV_SYS(getsockopt, (stream->io.fd, SOL_SOCKET, SO_NWRITE, &kept, &size)) == 0 ? kept
+                                                                                           : -1;
 #elif defined(FIONWRITE)
-    return TSRV_SYS(ioctl, (stream->io.fd, FIONWRITE, &kept)) == 0 && kept == 0;
+    return TSRV_SYS(ioctl, (stream->io.fd, FIONWRITE, &kept)) == 0 ? kept : -1;
 #elif defined(__linux__)
-    return TSRV_SYS(ioctl, (stream->io.fd, TIOCOUTQ, &kept)) == 0 && kept == 0;
+    return TSRV_SYS(ioctl, (stream->io.fd, TIOCOUTQ, &kept)) == 0 ? kept : -1;
 #else
-    return kept == 0;
+    (void)stream;
+    return kept;
 #endif
+}
+
+/* What a unix socket has taken is with the peer at once. */
+static bool tsrvi_plain_is_delivered(const tsrv_stream *stream)
+{
+    return stream->peer.local || tsrvi_plain_kept(stream) == 0;
 }
 
 static bool tsrvi_plain_holds(const tsrv_stream *stream)
@@ -10109,31 +10447,30 @@ static void tsrvi_plain_close(tsrv_stream *stream, bool reset)
 {
     int fd = stream->io.fd;
     if (reset) {
-        struct linger now;
-        now.l_onoff = 1;
-        now.l_linger = 0;
-        TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
+        tsrvi_reset(fd);
     }
     tsrvi_poller_forget(&tsrvi_loop_of(stream)->poller, &stream->io);
     stream->io.fd = -1;
     tsrvi_loop_close_fd(tsrvi_loop_of(stream), fd);
 }
 
-static const tsrvi_transport tsrvi_plain_transport = {tsrvi_plain_send,
-                                                      tsrvi_plain_recv,
-                                                      tsrvi_plain_peek,
-                                                      tsrvi_plain_is_delivered,
-                                                      tsrvi_plain_holds,
-                                                      tsrvi_plain_is_empty,
-                                                      NULL,
-                                                      tsrvi_plain_finish,
-                                                      tsrvi_plain_is_over,
-                                                      tsrvi_plain_drop,
-                                                      tsrvi_plain_free,
-                                                      tsrvi_plain_watch,
-                                                      tsrvi_plain_shut,
-                                                      tsrvi_plain_error,
-                                                      tsrvi_plain_close};
+static const tsrvi_transport tsrvi_plain_transport = {
+    tsrvi_plain_send,
+    tsrvi_plain_recv,
+    tsrvi_plain_peek,
+    tsrvi_plain_is_delivered,
+    tsrvi_plain_holds,
+    tsrvi_plain_is_empty,
+    NULL,
+    tsrvi_plain_finish,
+    tsrvi_plain_is_over,
+    tsrvi_plain_drop,
+    tsrvi_plain_free,
+    tsrvi_plain_watch,
+    tsrvi_plain_shut,
+    tsrvi_plain_error,
+    tsrvi_plain_close,
+};
 
 /* ---- the seam --------------------------------------------------------------*/
 
@@ -10149,6 +10486,13 @@ static inline TSRVI_INLINE int tsrvi_transport_send(tsrv_stream *stream, tsrvi_s
     return TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_SESSION))
                ? tsrvi_plain_send(stream, sending)
                : stream->session->transport->send(stream, sending);
+}
+
+/* Has TLS said in the log why it has failed? It has if it was this stream's. */
+static bool tsrvi_transport_has_told(const tsrv_stream *stream, int code)
+{
+    return code == TSRV_ETLS &&
+           (stream->session != NULL || tsrvi_loop_of(stream)->streams.limited == stream);
 }
 
 static inline TSRVI_INLINE ssize_t tsrvi_transport_recv(tsrv_stream *stream, char *into,
@@ -10257,12 +10601,10 @@ static int tsrvi_proxy_receive(tsrv_stream *stream, tsrvi_proxy *proxy)
  * gone again, as a health check does. */
 static void tsrvi_proxy_complain(const tsrvi_proxy *proxy, const char *fault)
 {
-    tsrv_address address;
     char text[TSRV_ADDRESS_SIZE];
     if (proxy->have != 0) {
-        tsrvi_peer_load(&proxy->sender, &address);
         tsrvi_log_limited(TSRVI_LOG_PROXY, TSRV_LOG_WARNING, "PROXY header from %s: %s",
-                          tsrv_address_format(&address, text, sizeof(text)), fault);
+                          tsrvi_peer_format(&proxy->sender, text, sizeof(text)), fault);
     }
 }
 
@@ -10379,7 +10721,8 @@ static void tsrvi_proxy_free(tsrv_stream *stream)
 #define TSRVI_TLS_SEAL ((size_t)65536)   /* sealed at a time, so that one send takes several */
 #define TSRVI_TLS_REPLIES ((size_t)256 * 1024) /* sealed, and not by us: see tsrvi_tls_recv */
 #define TSRVI_TLS_TAKE ((size_t)128 * 1024)    /* received at a time, whatever the records hold */
-#define TSRVI_TLS_RECENT 128                   /* sessions of a loop that keep their buffers */
+#define TSRVI_TLS_IN_VAIN 2  /* receives of which nothing is for the program: a thousand new keys */
+#define TSRVI_TLS_RECENT 128 /* sessions of a loop that keep their buffers */
 
 /* OpenSSL 3 would make an end without close_notify a fatal error; we tell it by `ended`, and can
  * still answer who has only stopped sending. */
@@ -10400,14 +10743,17 @@ typedef struct tsrvi_tls {
     tsrvi_buffer *sealed;       /* the queue of records to send */
     size_t sealed_size;         /* bytes in it */
     size_t received;            /* bytes of the socket, in this call */
+    int in_vain;                /* receives since the last plaintext, in this call */
     unsigned char *certificate; /* the peer's, once it was asked for */
     int error;                  /* of the socket, or -ENOMEM */
     bool established;           /* the handshake is done */
-    bool notified;              /* close_notify is sealed */
+    bool notified;              /* close_notify is sealed, */
+    bool silent;                /* and nothing may follow it (RFC 8446, 6.1) */
     bool drained;               /* the socket had no more */
     bool more;                  /* the session holds input that no event will tell of */
     bool ended;                 /* the socket's end came */
-    bool asked;                 /* on_server_name was */
+    bool asked;                 /* the client has said hello, and on_server_name was asked */
+    char server_name[256];      /* that the hello named */
     char alpn[256];
 } tsrvi_tls;
 
@@ -10424,6 +10770,9 @@ static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
     tsrvi_tls *tls = (tsrvi_tls *)BIO_get_data(bio);
     size_t bytes = (size_t)size;
     BIO_clear_retry_flags(bio);
+    if (tls->silent) {
+        return size; /* an answer to a key update, which the peer may send still */
+    }
     if (tsrvi_queue_copy(&tls->sealed, &tsrvi_loop_of(tls->stream)->streams.pool, data, bytes) <
         0) {
         tls->error = -ENOMEM;
@@ -10432,6 +10781,7 @@ static int tsrvi_tls_bio_write(BIO *bio, const char *data, int size)
     tls->sealed_size += bytes;
     tls->stream->unsent += bytes;
     tsrvi_loop_of(tls->stream)->plain = NULL; /* as tsrvi_output_grows has it */
+    tsrvi_stream_soon(tls->stream);
     return size;
 }
 
@@ -10443,7 +10793,7 @@ static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
     if (tls->ended) {
         return 0;
     }
-    if (tls->drained || tls->received >= TSRVI_TLS_TAKE) {
+    if (tls->drained || tls->received >= TSRVI_TLS_TAKE || tls->in_vain == TSRVI_TLS_IN_VAIN) {
         BIO_set_retry_read(bio);
         return -1;
     }
@@ -10451,6 +10801,7 @@ static int tsrvi_tls_bio_read(BIO *bio, char *buffer, int size)
     tls->drained = got < size;
     if (got > 0) {
         tls->received += (size_t)got;
+        tls->in_vain++;
         return (int)got;
     }
     if (got == TSRV_EOF) {
@@ -10600,7 +10951,7 @@ static bool tsrvi_tls_hello_name(SSL *ssl, char name[256])
 static bool tsrvi_tls_change(tsrvi_tls *tls, tsrvi_tls_set *to)
 {
     SSL_CTX *context = to->context;
-    if (SSL_set_SSL_CTX(tls->ssl, context) == NULL) {
+    if (SSL_set_SSL_CTX(tls->ssl, context) == NULL || !tsrvi_tls_set_note(tls->ssl, to)) {
         return false;
     }
     __atomic_add_fetch(&to->references, 1, __ATOMIC_ACQ_REL);
@@ -10627,18 +10978,22 @@ static int tsrvi_tls_hello(SSL *ssl, int *alert, void *context)
     tsrvi_tls *tls = tsrvi_tls_of_ssl(ssl);
     const tsrvi_tls_set *set = tls->set;
     tsrv_tls *chosen = NULL;
-    char name[256];
+    bool good;
     int rc;
     (void)context;
-    if (set->on_server_name == NULL || tls->asked) {
+    if (tls->asked) {
         return SSL_CLIENT_HELLO_SUCCESS;
     }
     tls->asked = true;
-    if (!tsrvi_tls_hello_name(ssl, name)) {
+    good = tsrvi_tls_hello_name(ssl, tls->server_name);
+    if (set->on_server_name == NULL) {
+        return SSL_CLIENT_HELLO_SUCCESS;
+    }
+    if (!good) {
         return tsrvi_tls_refuse_hello(tls, "the server_name is malformed", alert,
                                       SSL_AD_DECODE_ERROR);
     }
-    rc = set->on_server_name(name, &chosen, set->user_context);
+    rc = set->on_server_name(tls->server_name, &chosen, set->user_context);
     tsrvi_slow_callback(tsrvi_loop_of(tls->stream), "on_server_name",
                         (uintptr_t)set->on_server_name);
     if (rc < 0) {
@@ -10758,6 +11113,7 @@ static void tsrvi_tls_look(tsrvi_tls *tls)
 {
     tls->drained = false;
     tls->received = 0;
+    tls->in_vain = 0;
     tsrvi_tls_use(tls);
     tsrvi_tls_forget_errors();
 }
@@ -10765,11 +11121,9 @@ static void tsrvi_tls_look(tsrvi_tls *tls)
 /* A peer has broken the rules of TLS. */
 static void tsrvi_tls_log(const tsrv_stream *stream, const char *reason)
 {
-    tsrv_address address;
     char text[TSRV_ADDRESS_SIZE];
-    tsrvi_peer_load(&stream->peer, &address);
     tsrvi_log_limited(TSRVI_LOG_TLS, TSRV_LOG_WARNING, "TLS with %s: %s",
-                      tsrv_address_format(&address, text, sizeof(text)), reason);
+                      tsrvi_peer_format(&stream->peer, text, sizeof(text)), reason);
 }
 
 /* Say why, unless it has been said before. */
@@ -10777,14 +11131,13 @@ static void tsrvi_tls_explain(const tsrvi_tls *tls)
 {
     unsigned long error = ERR_peek_error();
     char reason[128];
-    size_t used;
     if (error != 0 && tls->refusal != NULL) {
         ERR_clear_error();
         tsrvi_tls_log(tls->stream, tls->refusal);
     } else if (error != 0) {
         bool refused = ERR_GET_LIB(error) == ERR_LIB_SSL &&
                        ERR_GET_REASON(error) == SSL_R_CERTIFICATE_VERIFY_FAILED;
-        used = strlen(tsrvi_tls_reason(reason, sizeof(reason)));
+        size_t used = strlen(tsrvi_tls_reason(reason, sizeof(reason)));
         if (refused) {
             snprintf(reason + used, sizeof(reason) - used, ": %s",
                      X509_verify_cert_error_string(SSL_get_verify_result(tls->ssl)));
@@ -10825,6 +11178,9 @@ static int tsrvi_tls_shake(tsrv_stream *stream)
     int result;
     tsrvi_tls_look(tls);
     result = SSL_do_handshake(tls->ssl);
+    if (tls->received != 0) {
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+    }
     if (result != 1) {
         result = tsrvi_tls_code(tls, result);
         return result == TSRV_EOF ? (int)TSRV_ETLS : result;
@@ -10834,8 +11190,18 @@ static int tsrvi_tls_shake(tsrv_stream *stream)
     return TSRV_OK;
 }
 
+/* A peer that has the session answer (RFC 8446, 4.6.3: key updates) and does not read the answers
+ * is cut, whether it is read from or only looked at. */
+static bool tsrvi_tls_answers_too_much(const tsrvi_tls *tls)
+{
+    if (tls->sealed_size <= TSRVI_TLS_REPLIES) { /* of our own there is much less at a time */
+        return false;
+    }
+    tsrvi_tls_log(tls->stream, "too many messages that want an answer, and are not read");
+    return true;
+}
+
 /* Receive plaintext. What the session has to say in turn, an alert perhaps, becomes unsent output.
- * A peer that has it answer (RFC 8446, 4.6.3: key updates) and does not read the answers is cut.
  * After our last word the session is over: what still comes is dropped as it is. */
 static ssize_t tsrvi_tls_recv(tsrv_stream *stream, char *into, size_t size)
 {
@@ -10857,6 +11223,7 @@ static ssize_t tsrvi_tls_recv(tsrv_stream *stream, char *into, size_t size)
             break;
         }
         done += got;
+        tls->in_vain = 0;
         if (tls->drained && SSL_has_pending(tls->ssl) == 0) {
             code = TSRV_EAGAIN;
             break;
@@ -10867,11 +11234,7 @@ static ssize_t tsrvi_tls_recv(tsrv_stream *stream, char *into, size_t size)
     if (tls->received != 0) {
         stream->active_ms = tsrvi_loop_of(stream)->now_ms; /* also by a part of a record */
     }
-    if (tls->sealed_size > TSRVI_TLS_REPLIES) { /* of our own there is much less at a time */
-        tsrvi_tls_log(stream, "too many messages that want an answer, and are not read");
-        return TSRV_EFULL;
-    }
-    return done != 0 ? (ssize_t)done : code;
+    return tsrvi_tls_answers_too_much(tls) ? (ssize_t)TSRV_EFULL : done != 0 ? (ssize_t)done : code;
 }
 
 static int tsrvi_tls_peek(tsrv_stream *stream)
@@ -10889,7 +11252,7 @@ static int tsrvi_tls_peek(tsrv_stream *stream)
         rc = tsrvi_tls_code(tls, result);
     }
     tls->more = rc != TSRV_EAGAIN; /* data or an end, which the kernel has no more */
-    return rc;
+    return tsrvi_tls_answers_too_much(tls) ? (int)TSRV_EFULL : rc;
 }
 
 static bool tsrvi_tls_holds(const tsrv_stream *stream)
@@ -10899,21 +11262,40 @@ static bool tsrvi_tls_holds(const tsrv_stream *stream)
 
 /* ---- sending ---------------------------------------------------------------*/
 
-/* Make records of plaintext. Returns how much of it, at most one record's; 0 = a read has met an
- * error that it has not told yet, or there is no memory, which nothing else would tell of: then
- * tls->error is set. */
+/* Half of a message has come that follows the handshake: a ticket, or new keys. OpenSSL writes
+ * nothing before the rest of it is there, so this is a handshake that goes on. */
+static void tsrvi_tls_go_on_shaking(tsrv_stream *stream)
+{
+    tsrvi_tls_of(stream)->established = false;
+    tsrvi_set(stream, TSRVI_SHAKING);
+    stream->own_due_ms =
+        tsrvi_ms_after(tsrvi_loop_of(stream), stream->server->options.handshake_timeout_ms);
+}
+
+/* Make records of plaintext. Returns how much, at most one record's; 0: see tsrvi_tls_unsealed. */
 static size_t tsrvi_tls_seal(tsrvi_tls *tls, const char *data, size_t size)
 {
     size_t taken = 0;
     bool broken = SSL_in_init(tls->ssl) != 0;
     tsrvi_tls_use(tls);
     tsrvi_tls_forget_errors();
-    if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) != 1) {
-        ERR_clear_error();
-        tls->error = broken || tls->error != 0 ? tls->error : -ENOMEM;
-        return 0;
+    if (SSL_write_ex(tls->ssl, data, tsrvi_min(size, TSRVI_TLS_RECORD), &taken) == 1) {
+        return taken;
     }
-    return taken;
+    if (SSL_get_error(tls->ssl, 0) == SSL_ERROR_WANT_READ && tls->stream->in_end == 0) {
+        tsrvi_tls_go_on_shaking(tls->stream);
+    } else if (!broken && tls->error == 0) {
+        tls->error = -ENOMEM;
+    }
+    ERR_clear_error();
+    return 0;
+}
+
+/* Why nothing was taken: not yet; for want of memory, which nothing else would tell of; or a read
+ * has met an error that it has not told yet. */
+static int tsrvi_tls_unsealed(const tsrvi_tls *tls)
+{
+    return !tls->established ? (int)TSRV_OK : tls->error != 0 ? tls->error : (int)TSRV_ETLS;
 }
 
 /* The same with what is at the head of the queue. Returns TSRV_OK or why not. */
@@ -10934,7 +11316,7 @@ static int tsrvi_tls_seal_queued(tsrv_stream *stream)
     }
     size = tsrvi_tls_seal(tls, data, size);
     tsrvi_output_sent(stream, size);
-    return size != 0 ? TSRV_OK : tls->error != 0 ? tls->error : TSRV_ETLS;
+    return size != 0 ? (int)TSRV_OK : tsrvi_tls_unsealed(tls);
 }
 
 /* Make records of what is queued, then of data, until there is enough for one send. */
@@ -10950,7 +11332,7 @@ static int tsrvi_tls_seal_some(tsrv_stream *stream, tsrvi_sending *sending)
         } else {
             size_t part =
                 tsrvi_tls_seal(tls, sending->data + sending->taken, sending->size - sending->taken);
-            rc = part != 0 ? TSRV_OK : tls->error != 0 ? tls->error : TSRV_ETLS;
+            rc = part != 0 ? (int)TSRV_OK : tsrvi_tls_unsealed(tls);
             sending->taken += part;
         }
     }
@@ -11006,17 +11388,23 @@ static int tsrvi_tls_send(tsrv_stream *stream, tsrvi_sending *sending)
 
 /* ---- the end ---------------------------------------------------------------*/
 
-/* close_notify, RFC 8446, 6.1. */
+/* close_notify, RFC 8446, 6.1. It waits for the rest of half a message, too, while somebody reads:
+ * behind tsrv_close nobody does, and the peer gets none. */
 static bool tsrvi_tls_finish(tsrv_stream *stream)
 {
     tsrvi_tls *tls = tsrvi_tls_of(stream);
     if (!tls->established || tls->notified) {
         return false;
     }
+    if (SSL_in_init(tls->ssl) && stream->end == 0 && stream->in_end == 0) {
+        tsrvi_tls_go_on_shaking(stream);
+        return true;
+    }
     tls->notified = true;
     ERR_clear_error();
     SSL_shutdown(tls->ssl);
     ERR_clear_error();
+    tls->silent = true;
     return true;
 }
 
@@ -11080,8 +11468,8 @@ static bool tsrvi_tls_bare_host(const char *host, char bare[TLSEXT_MAXLEN_host_n
     } else if (size > 1 && host[size - 1] == '.') {
         end--;
     }
-    if (end == begin || end - begin > TLSEXT_MAXLEN_host_name) {
-        return false;
+    if (end == begin || end - begin > TLSEXT_MAXLEN_host_name || host[begin] == '.') {
+        return false; /* a dot in front is every host below, for X509_check_host(3) */
     }
     memcpy(bare, host + begin, end - begin);
     bare[end - begin] = 0;
@@ -11095,7 +11483,7 @@ static int tsrvi_tls_expect(tsrvi_tls *tls, const char *host)
     char server_name[TLSEXT_MAXLEN_host_name + 1];
     bool good;
     if (!tsrvi_tls_bare_host(host, server_name)) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake("tsrv_start_tls", "server_name is no name of a host");
     }
     SSL_set_connect_state(tls->ssl);
     SSL_set_verify(tls->ssl, SSL_VERIFY_PEER, NULL);
@@ -11103,15 +11491,16 @@ static int tsrvi_tls_expect(tsrvi_tls *tls, const char *host)
         TSRV_SYS(inet_pton, (AF_INET6, server_name, number)) == 1) {
         good = X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls->ssl), server_name) == 1;
     } else {
+        if (!tls->set->native) { /* RFC 9525, 6.3; OpenSSL would take "f*.org" */
+            SSL_set_hostflags(tls->ssl, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS);
+        }
         good = SSL_set1_host(tls->ssl, server_name) == 1 &&
                SSL_set_tlsext_host_name(tls->ssl, server_name) == 1;
     }
     if (good && tls->set->alpn_size != 0) {
         good = SSL_set_alpn_protos(tls->ssl, tls->set->alpn, tls->set->alpn_size) == 0;
     }
-    if (!good) {
-        ERR_clear_error();
-    }
+    tsrvi_tls_forget_errors();
     return good ? (int)TSRV_OK : -ENOMEM;
 }
 
@@ -11140,9 +11529,7 @@ static bool tsrvi_tls_trust_system(SSL_CTX *context)
 {
     bool good = SSL_CTX_set_default_verify_file(context) == 1 &&
                 SSL_CTX_set_default_verify_dir(context) == 1;
-    if (!good) {
-        ERR_clear_error();
-    }
+    tsrvi_tls_forget_errors();
     return good;
 }
 
@@ -11167,7 +11554,8 @@ static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char
     tls->set = from->set;
     tsrvi_list_init(&tls->recent);
     tls->ssl = tsrvi_tls_ssl_new(tls);
-    if (tls->ssl == NULL) {
+    if (tls->ssl == NULL || !tsrvi_tls_set_note(tls->ssl, tls->set)) {
+        SSL_free(tls->ssl);
         TSRV_FREE(tls);
         return -ENOMEM;
     }
@@ -11225,14 +11613,23 @@ static int tsrvi_tls_begin(tsrv_stream *stream, const tsrv_tls *from, const char
  * wait for it.
  * ==========================================================================*/
 
+static TSRVI_APART tsrvi_wait *tsrvi_wait_last(const tsrv_stream *stream)
+{
+    tsrvi_wait *last = stream->waits;
+    while (last->next != NULL) {
+        last = last->next;
+    }
+    return last;
+}
+
 static inline TSRVI_INLINE void tsrvi_wait_add(tsrv_stream *stream, tsrvi_wait *wait, int kinds)
 {
-    tsrvi_wait **last = &stream->waits;
-    while (*last != NULL) {
-        last = &(*last)->next;
-    }
-    *last = wait;
     wait->next = NULL;
+    if (TSRVI_LIKELY(stream->waits == NULL)) {
+        stream->waits = wait;
+    } else {
+        tsrvi_wait_last(stream)->next = wait;
+    }
     wait->woken = false;
     wait->kinds = (uint8_t)kinds;
     stream->kinds = (uint8_t)(stream->kinds | kinds);
@@ -11255,7 +11652,7 @@ static TSRVI_APART void tsrvi_wait_remove_one(tsrv_stream *stream, tsrvi_wait *w
 
 static inline TSRVI_INLINE void tsrvi_wait_remove(tsrv_stream *stream, tsrvi_wait *wait)
 {
-    if (TSRVI_LIKELY(stream->waits == wait && wait->next == NULL)) {
+    if (TSRVI_LIKELY(stream->kinds == TSRVI_FOR_READ)) { /* there is one read at a time */
         stream->waits = NULL;
         stream->kinds = 0;
     } else {
@@ -11269,14 +11666,19 @@ static inline TSRVI_INLINE void tsrvi_wait_remove(tsrv_stream *stream, tsrvi_wai
  * afterwards, but perhaps not when the coroutine waits for something else. */
 static inline TSRVI_INLINE int tsrvi_stream_wait(tsrv_stream *stream, tsrvi_wait *wait, int kind)
 {
+    tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc;
     if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED) && stream->state == TSRVI_OVER) {
         return TSRV_ECLOSED;
     }
-    wait->u.co = tsrvi_loop_of(stream)->coroutines.running;
+    wait->u.co = loop->coroutines.running;
+    loop->plain = NULL; /* until tsrvi_wait_end says so, which a wait that cannot be does not see */
     tsrvi_wait_add(stream, wait, kind);
     tsrvi_stream_soon(stream);
     rc = tsrvi_co_wait(wait->u.co, TSRVI_FOREVER);
+    if (kind == TSRVI_FOR_READ && TSRVI_LIKELY(tsrvi_loop_of(stream)->plain == stream)) {
+        return TSRV_OK; /* as tsrvi_wait_end has left it */
+    }
     if (TSRVI_UNLIKELY(wait->kinds != 0)) {
         tsrvi_wait_remove(stream, wait);
         tsrvi_stream_soon(stream); /* which may have waited for nothing else */
@@ -11299,7 +11701,8 @@ static TSRVI_APART int tsrvi_stream_yield(tsrv_stream *stream, int facts)
 static inline TSRVI_INLINE int tsrvi_stream_pay(tsrv_stream *stream, int facts)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    return TSRVI_UNLIKELY(--loop->budget < 0) && loop->coroutines.running != NULL
+    tsrvi_loop_pay(loop);
+    return TSRVI_UNLIKELY(loop->budget < 0) && loop->coroutines.running != NULL
                ? tsrvi_stream_yield(stream, facts)
                : (int)TSRV_OK;
 }
@@ -11403,7 +11806,17 @@ static inline TSRVI_INLINE void tsrvi_output_count(tsrv_stream *stream, size_t s
     loop->written += sent;
     if (TSRVI_UNLIKELY(loop->written > TSRVI_SEND_LIMIT)) {
         loop->budget = 0; /* the others run first */
+        loop->plain = NULL;
     }
+}
+
+/* What the kernel kept of output that is blocked when it was looked at, and 1; 0 = not yet. A
+ * session may have all that is unsent. NULL: nothing is queued. */
+static uint64_t *tsrvi_output_kept(const tsrv_stream *stream)
+{
+    return stream->session != NULL ? &stream->session->kept
+           : stream->out != NULL   ? &stream->out->delimiter
+                                   : NULL;
 }
 
 /* Send what is queued, then data from the caller's memory. Afterwards the stream is BLOCKED if the
@@ -11422,12 +11835,49 @@ static int tsrvi_output_send(tsrv_stream *stream, tsrvi_sending *sending)
     if (rc == TSRV_EAGAIN) {
         if (!tsrvi_is(stream, TSRVI_SHAKING) &&
             (sending->sent != 0 || !tsrvi_is(stream, TSRVI_BLOCKED))) {
+            uint64_t *kept = tsrvi_output_kept(stream);
             stream->own_due_ms = tsrvi_stream_write_due(stream);
+            if (kept != NULL) {
+                *kept = 0;
+            }
         }
         tsrvi_set(stream, TSRVI_BLOCKED);
         return TSRV_OK;
     }
     return rc;
+}
+
+/* Does a look at the kernel's queue tell whether the peer takes what is sent? */
+static bool tsrvi_stream_is_measured(const tsrv_stream *stream)
+{
+    return tsrvi_output_kept(stream) != NULL && stream->own_due_ms != 0 && stream->write_ms > 0 &&
+           stream->phase != TSRVI_LINGER &&
+           (stream->flags & (TSRVI_BLOCKED | TSRVI_SHAKING)) == TSRVI_BLOCKED &&
+           !tsrvi_stream_output_failed(stream);
+}
+
+/* When half of the time of the blocked output is over, and when it all is; 0 = never. */
+static uint32_t tsrvi_stream_blocked_due(const tsrv_stream *stream)
+{
+    uint32_t due_ms = stream->own_due_ms;
+    if (tsrvi_stream_is_measured(stream) && *tsrvi_output_kept(stream) == 0) {
+        due_ms -= (uint32_t)(stream->write_ms / 2);
+        due_ms += due_ms == 0;
+    }
+    return due_ms;
+}
+
+/* The kernel keeps megabytes, and a socket is writable again when a third of them has gone: a peer
+ * may be reading all the while. So what it keeps is looked at at half of the time, and again at its
+ * end: if that is less the peer has taken something, and its time begins again. */
+static void tsrvi_stream_measure(tsrv_stream *stream)
+{
+    int kept = tsrvi_plain_kept(stream);
+    uint64_t now = kept < 0 ? UINT64_MAX : (uint64_t)kept + 1; /* 0 = not looked yet */
+    if (now < *tsrvi_output_kept(stream)) {
+        stream->own_due_ms = tsrvi_stream_write_due(stream);
+    }
+    *tsrvi_output_kept(stream) = now;
 }
 
 /* ============================================================================
@@ -11470,7 +11920,7 @@ static void tsrvi_stream_close_socket(tsrv_stream *stream, bool reset)
  * more. */
 static void tsrvi_stream_kill(tsrv_stream *stream, int code)
 {
-    bool first = stream->end == 0, was_open = stream->phase != TSRVI_CLOSED;
+    bool first = stream->end == 0;
     if (first) {
         stream->end = (int16_t)code;
         tsrvi_set(stream, TSRVI_ENDED);
@@ -11478,7 +11928,7 @@ static void tsrvi_stream_kill(tsrv_stream *stream, int code)
         stream->out_end = (int16_t)code; /* what was queued when it was closed did not get out */
     }
     tsrvi_stream_close_socket(stream, true);
-    if (first && was_open) {
+    if (first) {
         tsrv_wake(stream);
     }
 }
@@ -11568,8 +12018,9 @@ static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
     tsrvi_buffer *buffer = stream->out;
     size_t size;
     ssize_t sent;
-    if (tsrvi_is(stream, TSRVI_SESSION) || (size = buffer->end - buffer->begin) != stream->unsent ||
-        size > TSRVI_SEND_LIMIT || buffer->kind != TSRVI_OWNED) {
+    if (tsrvi_is(stream, TSRVI_SESSION | TSRVI_BLOCKED) ||
+        (size = buffer->end - buffer->begin) != stream->unsent || size > TSRVI_SEND_LIMIT ||
+        buffer->kind != TSRVI_OWNED) {
         return false;
     }
     sent = TSRV_SYS(send, (stream->io.fd, buffer->data + buffer->begin, size, TSRVI_SEND_FLAGS));
@@ -11592,13 +12043,17 @@ static inline TSRVI_INLINE bool tsrvi_output_send_whole(tsrv_stream *stream)
     return true;
 }
 
-/* Send what is queued, unless it is known that the kernel takes nothing. */
-static inline TSRVI_INLINE void tsrvi_stream_flush(tsrv_stream *stream)
+/* Send what is queued, unless it is known that the kernel takes nothing. Returns whether nothing is
+ * left. */
+static inline TSRVI_INLINE bool tsrvi_stream_flush(tsrv_stream *stream)
 {
-    if (stream->unsent != 0 && !tsrvi_is(stream, TSRVI_BLOCKED) &&
-        TSRVI_UNLIKELY(!tsrvi_output_send_whole(stream))) {
+    if (stream->unsent == 0 || TSRVI_LIKELY(tsrvi_output_send_whole(stream))) {
+        return true;
+    }
+    if (!tsrvi_is(stream, TSRVI_BLOCKED)) {
         tsrvi_stream_send(stream, "", 0);
     }
+    return stream->unsent == 0;
 }
 
 /* Has the peer finished, or is it gone? */
@@ -11620,8 +12075,8 @@ static bool tsrvi_stream_peer_is_silent(tsrv_stream *stream)
            tsrvi_transport_of(stream)->peek(stream) == TSRV_EAGAIN;
 }
 
-/* Go on with what follows the output, if all of it is sent: the transport's last words, FIN, then
- * lingering, then the descriptor's end. */
+/* Go on with what follows the output of a stream that ends, if all of it is sent: the transport's
+ * last words, FIN, then lingering, then the descriptor's end. */
 static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
 {
     if (stream->phase == TSRVI_LINGER && stream->in_end == TSRV_EOF) {
@@ -11639,7 +12094,8 @@ static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
     }
     if (!tsrvi_stream_output_failed(stream) && tsrvi_transport_of(stream)->finish(stream)) {
         tsrvi_stream_flush(stream);
-        if (stream->unsent != 0 || stream->phase == TSRVI_CLOSED) {
+        TSRV_ASSERT(stream->phase != TSRVI_CLOSED); /* the last words leave no gap */
+        if (stream->unsent != 0 || tsrvi_is(stream, TSRVI_SHAKING)) {
             return;
         }
     }
@@ -11661,12 +12117,10 @@ static TSRVI_APART void tsrvi_stream_advance(tsrv_stream *stream)
 }
 
 /* Send what is queued, and see to what follows it. */
-static inline TSRVI_INLINE void tsrvi_stream_send_on(tsrv_stream *stream)
+static void tsrvi_stream_send_on(tsrv_stream *stream)
 {
     tsrvi_stream_flush(stream);
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED))) {
-        tsrvi_stream_advance(stream);
-    }
+    tsrvi_stream_advance(stream);
 }
 
 TSRV_API int tsrv_shutdown(tsrv_stream *stream)
@@ -11729,11 +12183,11 @@ static void tsrvi_loop_vacate(tsrv_loop *loop)
         return;
     }
     loop->streams.input_owner = NULL;
-    if (size == 0 && !input->held) {
+    if (size == 0 && !tsrvi_buffer_is_held(input)) {
         owner->in = NULL;
         return;
     }
-    copy = input->held
+    copy = tsrvi_buffer_is_held(input)
                ? NULL
                : tsrvi_buffer_copy(input, &loop->streams.pool,
                                    size < TSRVI_SMALL_INPUT / 2 ? TSRVI_SMALL_INPUT : size * 2,
@@ -11782,6 +12236,7 @@ static inline TSRVI_INLINE tsrvi_buffer *tsrvi_loop_input(tsrv_loop *loop, tsrv_
 static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_buffer_bury(stream->in);
     if (TSRVI_LIKELY(loop->streams.input_owner == stream)) {
         loop->streams.input_owner = NULL;
     } else {
@@ -11793,11 +12248,13 @@ static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
 /* The slice that was handed out last dies; a buffer without unread bytes goes too. */
 static inline TSRVI_INLINE void tsrvi_input_release(tsrv_stream *stream)
 {
-    if (stream->in != NULL) {
+    if (stream->in == NULL) {
+        return;
+    }
+    if (stream->in->begin == stream->in->end) {
+        tsrvi_input_drop(stream);
+    } else {
         tsrvi_buffer_release(stream->in);
-        if (tsrvi_buffer_size(stream->in) == 0) {
-            tsrvi_input_drop(stream);
-        }
     }
 }
 
@@ -11853,17 +12310,15 @@ static inline TSRVI_INLINE size_t tsrvi_stream_received(tsrv_stream *stream, ssi
     tsrv_loop *loop = tsrvi_loop_of(stream);
     if (TSRVI_LIKELY(got > 0)) {
         tsrvi_clear(stream, TSRVI_FILLED | TSRVI_LOOKED | TSRVI_SILENT);
-        if (TSRVI_UNLIKELY((size_t)got == size)) {
-            tsrvi_set(stream, TSRVI_FILLED);
-        }
         stream->active_ms = loop->now_ms;
         stream->fresh_ms = loop->now_ms;
         stream->server->stats->bytes_in += (uint64_t)got;
+        if (TSRVI_UNLIKELY((size_t)got == size)) {
+            tsrvi_set(stream, TSRVI_FILLED);
+        }
         return (size_t)got;
     }
-    if (got == TSRV_EFULL) {
-        tsrvi_stream_kill(stream, TSRV_EFULL);
-    } else if (got != TSRV_EAGAIN) {
+    if (got != TSRV_EAGAIN) {
         tsrvi_stream_end_input(stream, (int)got);
     }
     return 0;
@@ -11880,19 +12335,22 @@ static size_t tsrvi_stream_receive_into(tsrv_stream *stream, char *into, size_t 
  *   need  unread bytes that are waited for */
 static inline TSRVI_INLINE void tsrvi_stream_receive(tsrv_stream *stream, size_t need)
 {
-    tsrvi_buffer *buffer = TSRVI_LIKELY(stream->in == NULL)
-                               ? tsrvi_loop_input(tsrvi_loop_of(stream), stream)
-                               : tsrvi_input_more_room(stream, need);
-    size_t size;
+    size_t size = stream->server->options.read_chunk_size;
+    tsrvi_buffer *buffer;
+    if (TSRVI_LIKELY(stream->in == NULL)) {
+        buffer = tsrvi_loop_input(tsrvi_loop_of(stream), stream);
+    } else {
+        buffer = tsrvi_input_more_room(stream, need);
+        size = buffer == NULL ? 0 : tsrvi_min(buffer->capacity - buffer->end, size);
+    }
     ssize_t got;
     if (TSRVI_UNLIKELY(buffer == NULL)) {
         tsrvi_stream_kill(stream, -ENOMEM);
         return;
     }
-    size = tsrvi_min(buffer->capacity - buffer->end, stream->server->options.read_chunk_size);
     got = tsrvi_transport_recv(stream, buffer->data + buffer->end, size);
     buffer->end += tsrvi_stream_received(stream, got, size);
-    if (TSRVI_UNLIKELY(buffer->begin == buffer->end)) {
+    if (TSRVI_UNLIKELY(got <= 0) && buffer->begin == buffer->end) {
         tsrvi_input_drop(stream);
     }
 }
@@ -11901,13 +12359,17 @@ static inline TSRVI_INLINE void tsrvi_stream_receive(tsrv_stream *stream, size_t
 static TSRVI_APART void tsrvi_stream_look(tsrv_stream *stream, bool hangup)
 {
     int rc = stream->in_end != 0 ? (int)TSRV_EAGAIN : tsrvi_transport_of(stream)->peek(stream);
+    if (rc == TSRV_EAGAIN && stream->peer.local && !hangup) {
+        char urgent; /* an urgent byte, which no peek sees, is reported for ever: this drops it */
+        TSRV_SYS(recv, (stream->io.fd, &urgent, 0, MSG_DONTWAIT));
+    }
     if (rc != TSRV_EAGAIN || hangup) {
         tsrvi_set(stream, TSRVI_LOOKED);
     }
     if (rc != TSRV_OK && rc != TSRV_EAGAIN) {
         tsrvi_stream_end_input(stream, rc);
     }
-    if (!hangup || stream->phase == TSRVI_CLOSED) {
+    if (!hangup) {
         return;
     }
     /* A hang-up cannot be masked. */
@@ -12021,7 +12483,7 @@ static TSRVI_APART int tsrvi_read_too_long(tsrv_stream *stream, size_t limit)
 
 static inline TSRVI_INLINE void tsrvi_read_take(tsrv_stream *stream, tsrvi_read *read, size_t size)
 {
-    tsrvi_own_set(stream, TSRVI_CONSUMED);
+    tsrvi_own_begin(stream, TSRVI_CONSUMED);
     if (read->slice != NULL) {
         tsrvi_buffer_take(stream->in, size, read->slice);
     } else {
@@ -12029,13 +12491,16 @@ static inline TSRVI_INLINE void tsrvi_read_take(tsrv_stream *stream, tsrvi_read 
     }
 }
 
-static inline TSRVI_INLINE int tsrvi_until(tsrv_stream *stream, tsrvi_read *read)
+static TSRVI_APART int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
 {
     size_t size = tsrvi_buffer_size(stream->in), end;
     if (size == 0) {
         return TSRV_EAGAIN;
     }
     end = tsrvi_buffer_find(stream->in, read->delimiter, read->size);
+    if (TSRVI_UNLIKELY(end == 0)) {
+        tsrvi_loop_of(stream)->plain = NULL; /* the next search goes on behind what it has seen */
+    }
     if (end != 0 && (end <= read->max || read->slice == NULL)) {
         tsrvi_read_take(stream, read, end);
         return TSRV_OK;
@@ -12052,9 +12517,26 @@ static inline TSRVI_INLINE int tsrvi_until(tsrv_stream *stream, tsrvi_read *read
     return end != 0 || size > read->max ? tsrvi_read_too_long(stream, read->max) : TSRV_EAGAIN;
 }
 
-static int tsrvi_attempt_until(tsrv_stream *stream, tsrvi_read *read)
+/* The same for a line, which ends with a delimiter of one byte, into a slice. */
+static inline TSRVI_INLINE int tsrvi_line(tsrv_stream *stream, tsrvi_read *read)
 {
-    return tsrvi_until(stream, read);
+    tsrvi_buffer *in = stream->in;
+    if (TSRVI_LIKELY(in != NULL && in->scanned == 0)) {
+        char *data = in->data + in->begin;
+        size_t most = tsrvi_min(in->end - in->begin, read->max);
+        size_t end = tsrvi_find_byte(data, most, read->delimiter[0]);
+        if (TSRVI_LIKELY(end != 0)) {
+            tsrvi_own_begin(stream, TSRVI_CONSUMED);
+            tsrvi_buffer_hand_out(stream->in, data, end, read->slice);
+            return TSRV_OK;
+        }
+    }
+    return tsrvi_attempt_until(stream, read);
+}
+
+static int tsrvi_attempt_line(tsrv_stream *stream, tsrvi_read *read)
+{
+    return tsrvi_line(stream, read);
 }
 
 static int tsrvi_attempt_some(tsrv_stream *stream, tsrvi_read *read)
@@ -12106,11 +12588,36 @@ static int tsrvi_attempt_into(tsrv_stream *stream, tsrvi_read *read)
         read->done += size;
     }
     if (read->done != 0) {
-        tsrvi_own_set(stream, TSRVI_CONSUMED);
+        tsrvi_own_begin(stream, TSRVI_CONSUMED);
         tsrvi_set(stream, TSRVI_PARTIAL);
     }
     read->need = 1;
     return read->done == read->size ? TSRV_OK : TSRV_EAGAIN;
+}
+
+/* Nothing can wait in a match, whoever has called for it: the bytes that it looks at would not. */
+static size_t tsrvi_match_call(tsrv_stream *stream, tsrvi_read *read, const char *data, size_t size)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_co *running = loop->coroutines.running;
+    tsrv_stream *handling = loop->streams.handling;
+    size_t found;
+    loop->coroutines.running = NULL;
+    loop->streams.handling = NULL;
+    loop->plain = NULL;
+    found = read->match(data, size, read->context);
+    loop->coroutines.running = running;
+    loop->streams.handling = handling;
+    loop->plain = NULL;
+    return found;
+}
+
+/* What has called for it from the loop goes on waiting: the next piece is somebody else's. */
+static void tsrvi_match_waits(tsrv_loop *loop, const tsrvi_read *read)
+{
+    if (loop->coroutines.running == NULL && loop->streams.handling == NULL) {
+        tsrvi_slow_callback(loop, "a match function", (uintptr_t)read->match);
+    }
 }
 
 static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
@@ -12121,10 +12628,13 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
         return TSRV_EAGAIN;
     }
     data = stream->in->data + stream->in->begin;
-    data[size] = 0; /* there is always a byte more than the capacity */
-    found = read->match(data, size, read->context);
+    data[size] = 0; /* there are always bytes more than the capacity */
+    found = tsrvi_match_call(stream, read, data, size);
+    if (TSRVI_UNLIKELY(stream->end != 0)) {
+        return stream->end; /* it has ended the stream, */
+    }
     if (TSRVI_UNLIKELY(tsrvi_buffer_size(stream->in) != size)) {
-        return TSRV_EBUSY; /* it has read the stream itself */
+        return TSRV_EBUSY; /* or has read it itself */
     }
     limit = read->slice == NULL ? stream->server->options.max_buffer_size : read->max;
     if (found == SIZE_MAX) {
@@ -12141,6 +12651,7 @@ static int tsrvi_attempt_match(tsrv_stream *stream, tsrvi_read *read)
     }
     if (found == 0 || found > size) {
         read->need = found == 0 ? size + 1 : found;
+        tsrvi_match_waits(tsrvi_loop_of(stream), read);
         return TSRV_EAGAIN;
     }
     tsrvi_read_take(stream, read, found);
@@ -12153,8 +12664,8 @@ static inline TSRVI_INLINE int tsrvi_read_attempt(tsrv_stream *stream, tsrvi_rea
     if (TSRVI_UNLIKELY(stream->end != 0)) {
         return stream->end;
     }
-    rc = TSRVI_LIKELY(read->attempt == tsrvi_attempt_until) ? tsrvi_until(stream, read)
-                                                            : read->attempt(stream, read);
+    rc = TSRVI_LIKELY(read->attempt == tsrvi_attempt_line) ? tsrvi_line(stream, read)
+                                                           : read->attempt(stream, read);
     return TSRVI_UNLIKELY(rc == TSRV_EAGAIN && tsrvi_stream_in_end(stream) != 0)
                ? tsrvi_stream_in_end(stream)
                : rc;
@@ -12174,32 +12685,30 @@ static inline TSRVI_INLINE uint32_t tsrvi_read_limit(const tsrv_stream *stream, 
                             tsrvi_stream_idle_due(stream));
 }
 
-/* A read into the caller's memory has failed: what had arrived is unread again. */
+/* A read into the caller's memory has failed: what had arrived is unread again, in front of what
+ * has come while the handler did not go on with it. */
 static TSRVI_APART void tsrvi_read_undo(tsrv_stream *stream, tsrvi_read *read)
 {
+    size_t behind = tsrvi_buffer_size(stream->in);
     tsrvi_buffer *buffer;
     if (read->into == NULL || read->done == 0 || stream->end != 0) {
         return;
     }
-    TSRV_ASSERT(tsrvi_buffer_size(stream->in) == 0); /* it took all there was */
-    buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->streams.pool, read->done);
+    buffer = tsrvi_pool_take(&tsrvi_loop_of(stream)->streams.pool, read->done + behind);
     if (buffer == NULL) {
         tsrvi_stream_kill(stream, -ENOMEM);
         return;
     }
     memcpy(buffer->data, read->into, read->done);
-    buffer->end = read->done;
+    buffer->end = read->done + behind;
     if (stream->in != NULL) {
+        memcpy(buffer->data + read->done, stream->in->data + stream->in->begin, behind);
         tsrvi_input_drop(stream);
     }
     stream->in = buffer;
 }
 
-/* ============================================================================
- * >>read  Reads
- * ==========================================================================*/
-
-/* ---- in a callback-mode handler --------------------------------------------*/
+/* ---- what a callback-mode handler's read has done so far --------------------*/
 
 /* Restore what the handler's partial read has done so far. A repeated call must be the same one. */
 static int tsrvi_partial_load(tsrv_stream *stream, tsrvi_read *read)
@@ -12211,7 +12720,7 @@ static int tsrvi_partial_load(tsrv_stream *stream, tsrvi_read *read)
     }
     if (read->attempt != tsrvi_attempt_into || read->into != partial->into ||
         read->size != partial->size) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake("tsrv_read_into", "the call was repeated with another buffer or size");
     }
     read->done = partial->done;
     return TSRV_OK;
@@ -12245,20 +12754,35 @@ static int tsrvi_partial_save(tsrv_stream *stream, const tsrvi_read *read)
     return TSRV_EAGAIN;
 }
 
-/* Is the time over of a read of the handler's, which begins or goes on? */
-static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
+/* ============================================================================
+ * >>read  Reads
+ * ==========================================================================*/
+
+/* ---- in a callback-mode handler --------------------------------------------*/
+
+/* Is the time over of a read of the handler's, which has begun? */
+static TSRVI_APART bool tsrvi_read_looks_late(tsrv_stream *stream)
 {
-    tsrvi_wait *own = &stream->own;
-    uint32_t limit_ms;
-    if ((own->facts & TSRVI_IN_READ) == 0) {
-        own->due_ms = tsrvi_read_due(stream);
-        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
-    }
-    limit_ms = tsrvi_read_limit(stream, own->due_ms);
+    uint32_t limit_ms = tsrvi_read_limit(stream, stream->own.due_ms);
     if (limit_ms != 0) {
-        tsrvi_own_set(stream, TSRVI_IN_READ);
+        tsrvi_own_begin(stream, TSRVI_IN_READ);
     }
     return tsrvi_ms_is_past(tsrvi_loop_of(stream), limit_ms);
+}
+
+/* The same of one that begins or goes on. */
+static inline TSRVI_INLINE bool tsrvi_read_is_late(tsrv_stream *stream)
+{
+    tsrvi_wait *own = &stream->own;
+    if ((own->progress & TSRVI_IN_READ) == 0) {
+        own->due_ms = tsrvi_read_due(stream);
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+        if (TSRVI_LIKELY(own->due_ms != 0 && stream->deadline_ms == 0)) {
+            tsrvi_own_begin(stream, TSRVI_IN_READ);
+            return false; /* it has all its time ahead */
+        }
+    }
+    return tsrvi_read_looks_late(stream);
 }
 
 /* The handler waits for this read. */
@@ -12277,21 +12801,18 @@ static inline TSRVI_INLINE int tsrvi_read_note(tsrv_stream *stream, tsrvi_read *
 
 /* ---- where nothing can wait ------------------------------------------------*/
 
-/* What one recv brings. The slice dies when the user code gives control back, since nobody else may
- * read for a long time. */
+/* What one recv brings, if what is there is not enough. The slice dies when the user code gives
+ * control back, since nobody else may read for a long time. */
 static TSRVI_APART int tsrvi_read_now(tsrv_stream *stream, tsrvi_read *read)
 {
-    if (stream->phase == TSRVI_CLOSED || stream->in_end != 0 ||
-        tsrvi_buffer_size(stream->in) > stream->server->options.max_buffer_size) {
-        return TSRV_EAGAIN;
-    }
+    TSRV_ASSERT(stream->phase != TSRVI_CLOSED && stream->in_end == 0); /* else that is the answer */
     tsrvi_stream_receive(stream, read->need);
     return tsrvi_read_attempt(stream, read);
 }
 
 static void tsrvi_read_lend(tsrv_stream *stream)
 {
-    if (stream->in != NULL && stream->in->held) {
+    if (stream->in != NULL && tsrvi_buffer_is_held(stream->in)) {
         tsrvi_set(stream, TSRVI_BORROWED);
         tsrvi_stream_soon(stream);
     }
@@ -12316,7 +12837,8 @@ static bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
 {
     return (stream->kinds & TSRVI_FOR_READ) != 0 ||
            ((stream->kinds & TSRVI_FOR_TURN) != 0 && tsrvi_read_pays(stream)) ||
-           (!handling && (stream->own.facts & (TSRVI_IN_READ | TSRVI_PARTLY)) != 0);
+           (!handling && ((stream->own.progress & TSRVI_IN_READ) != 0 ||
+                          (stream->own.facts & TSRVI_PARTLY) != 0));
 }
 
 /* Is the deadline over? It holds for what is there already too: a peer that is always ahead would
@@ -12327,40 +12849,43 @@ static inline TSRVI_INLINE bool tsrvi_deadline_is_past(const tsrv_stream *stream
            tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->deadline_ms);
 }
 
-/* Nobody waits for the stream, nothing has happened to it, its deadline is ahead, and a coroutine
- * reads, or its own handler, whose output is below the mark. */
-static inline TSRVI_INLINE bool tsrvi_read_looks_plain(const tsrv_stream *stream,
-                                                       const tsrv_loop *loop)
+/* Nobody waits for the stream, nothing has happened to it, no search goes on in what is unread, and
+ * its deadline is ahead. */
+static inline TSRVI_INLINE bool tsrvi_read_is_free(const tsrv_stream *stream)
 {
     return (stream->kinds | (stream->flags & TSRVI_HINDERS)) == 0 &&
-           !tsrvi_deadline_is_past(stream) &&
-           (loop->coroutines.running != NULL ||
-            (loop->streams.handling == stream &&
-             (stream->own.kinds | (stream->own.facts & TSRVI_PARTLY)) == 0 &&
-             stream->unsent <= stream->server->options.write_high_water));
+           (stream->in == NULL || stream->in->scanned == 0) && !tsrvi_deadline_is_past(stream);
 }
 
-static TSRVI_APART bool tsrvi_read_turns_plain(tsrv_stream *stream, tsrv_loop *loop)
+/* The handler is not within a read, and its output is below the mark, which memory decides where it
+ * is tight. */
+static inline TSRVI_INLINE bool tsrvi_own_is_free(const tsrv_stream *stream)
 {
-    loop->plain = tsrvi_read_looks_plain(stream, loop) ? stream : NULL;
-    return loop->plain != NULL;
+    return (stream->own.facts & TSRVI_PARTLY) == 0 &&
+           stream->unsent <= stream->server->options.write_high_water &&
+           !tsrvi_loop_of(stream)->streams.pool.tight;
+}
+
+/* The same, of who reads: a coroutine, or the stream's own handler. And it may make more calls
+ * before the others run. */
+static bool tsrvi_read_looks_plain(const tsrv_stream *stream, const tsrv_loop *loop)
+{
+    return tsrvi_read_is_free(stream) && loop->budget > 0 &&
+           (loop->coroutines.running != NULL ||
+            (loop->streams.handling == stream && stream->own.kinds == 0 &&
+             tsrvi_own_is_free(stream)));
 }
 
 /* May this read take what is there, without a further look? loop->plain remembers that it looked
  * so, until user code has given control back, or something of that changes: see tsrvi_set,
- * tsrvi_own_set, tsrvi_own_wants, tsrvi_output_grows. */
-static inline TSRVI_INLINE bool tsrvi_read_is_plain(tsrv_stream *stream, tsrv_loop *loop)
+ * tsrvi_own_set, tsrvi_own_wants, tsrvi_loop_pay, tsrvi_attempt_until, tsrvi_output_grows. */
+static inline TSRVI_INLINE bool tsrvi_read_is_plain(const tsrv_stream *stream,
+                                                    const tsrv_loop *loop)
 {
-    if (TSRVI_UNLIKELY(loop->budget <= 0)) {
-        return false;
-    }
-    if (TSRVI_UNLIKELY(loop->plain != stream)) {
-        return tsrvi_read_turns_plain(stream, loop);
-    }
 #ifdef TSRV_DEBUG
-    TSRV_ASSERT(tsrvi_read_looks_plain(stream, loop));
+    TSRV_ASSERT(loop->plain != stream || tsrvi_read_looks_plain(stream, loop));
 #endif
-    return true;
+    return loop->plain == stream;
 }
 
 /* If not, what comes first. Returns TSRV_OK; TSRV_EAGAIN: the handler's output, or the others, do;
@@ -12399,10 +12924,16 @@ static TSRVI_APART int tsrvi_read_enter(tsrv_stream *stream, tsrvi_read *read)
 /* Somebody else has read while the handler waits for more input: what is left of it has come. */
 static TSRVI_APART void tsrvi_read_beside(tsrv_stream *stream)
 {
-    if ((stream->own.kinds & TSRVI_FOR_INPUT) != 0) {
-        *tsrvi_own_need(stream) = 1;
-    }
+    *tsrvi_own_need(stream) = 1;
     tsrvi_stream_soon(stream);
+}
+
+static inline TSRVI_INLINE void tsrvi_slice_clear(tsrv_slice *slice)
+{
+    if (slice != NULL) {
+        slice->data = "";
+        slice->size = 0;
+    }
 }
 
 /* What comes behind a read that is not plain: one that has failed has consumed nothing. */
@@ -12414,11 +12945,12 @@ static TSRVI_APART int tsrvi_read_leave(tsrv_stream *stream, tsrvi_read *read, i
     }
     if (rc != TSRV_OK) {
         tsrvi_read_undo(stream, read);
+        tsrvi_slice_clear(read->slice);
     } else if (loop->coroutines.running == NULL && loop->streams.handling != stream) {
         tsrvi_read_lend(stream);
     }
     if (loop->streams.handling == stream) {
-        tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
+        tsrvi_own_finish(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
         tsrvi_own_has(stream, TSRVI_FOR_READ);
         tsrvi_partial_free(stream);
     }
@@ -12435,18 +12967,14 @@ static inline TSRVI_INLINE int tsrvi_read_wait(tsrv_stream *stream, tsrvi_read *
     int rc;
     read->wait.due_ms = 0;
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED))) {
-        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
         read->wait.due_ms = tsrvi_read_due(stream);
+        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
     }
-    if (stream->in != NULL) {
-        tsrvi_input_release(stream); /* of which the attempt may have dropped all */
-    }
+    tsrvi_input_release(stream); /* of which the attempt may have dropped all */
     rc = tsrvi_stream_wait(stream, &read->wait, TSRVI_FOR_READ);
-    if (TSRVI_LIKELY((rc | (stream->kinds & TSRVI_FOR_INPUT) | (stream->flags & TSRVI_PARTIAL)) ==
-                     0)) {
-        return TSRV_OK;
-    }
-    return tsrvi_read_leave(stream, read, rc);
+    return TSRVI_LIKELY(tsrvi_loop_of(stream)->plain == stream)
+               ? (int)TSRV_OK /* nothing is left to be seen to */
+               : tsrvi_read_leave(stream, read, rc);
 }
 
 /* The longest result of a read. */
@@ -12460,15 +12988,15 @@ static inline TSRVI_INLINE size_t tsrvi_read_most(const tsrv_stream *stream, siz
 static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, size_t max_bytes)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    int rc = tsrvi_read_is_plain(stream, loop) ? (int)TSRV_OK : tsrvi_read_enter(stream, read);
+    bool plain = tsrvi_read_is_plain(stream, loop) || tsrvi_read_looks_plain(stream, loop);
+    int rc = plain ? (int)TSRV_OK : tsrvi_read_enter(stream, read);
+    loop->plain = plain ? stream : NULL;
     if (rc < 0 && rc != TSRV_EAGAIN) {
         return rc;
     }
-    loop->budget--;
+    tsrvi_loop_pay(loop);
     read->max = tsrvi_read_most(stream, max_bytes);
-    if (stream->in != NULL) {
-        tsrvi_input_release(stream);
-    }
+    tsrvi_input_release(stream);
     if (rc == TSRV_OK && stream->end == 0 && tsrvi_deadline_is_past(stream)) {
         bool sends = tsrvi_buffer_size(stream->in) != 0 && !tsrvi_is(stream, TSRVI_SILENT);
         rc = tsrvi_read_leave(stream, read, TSRV_ETIMEOUT);
@@ -12489,14 +13017,6 @@ static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, siz
         rc = tsrvi_read_now(stream, read);
     }
     return tsrvi_read_leave(stream, read, rc);
-}
-
-static inline TSRVI_INLINE void tsrvi_slice_clear(tsrv_slice *slice)
-{
-    if (slice != NULL) {
-        slice->data = "";
-        slice->size = 0;
-    }
 }
 
 static inline TSRVI_INLINE tsrvi_read tsrvi_read_make(int (*attempt)(tsrv_stream *, tsrvi_read *),
@@ -12520,80 +13040,98 @@ static TSRVI_APART int tsrvi_read_until_any(tsrv_stream *stream, const char *del
     tsrvi_read read = tsrvi_read_make(tsrvi_attempt_until, slice, delimiter_size);
     read.delimiter = delimiter;
     return delimiter_size == 0 || delimiter_size > stream->server->options.max_buffer_size
-               ? (int)TSRV_EINVAL
+               ? tsrvi_mistake("tsrv_read_until", "delimiter is empty, or above max_buffer_size")
                : tsrvi_read_run(stream, &read, max_bytes);
 }
 
 /* ---- up to a delimiter of one byte, of which there are most, in few steps --*/
 
 /* Unread bytes are there, as in a pipeline. */
-static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
-                                       tsrv_slice *slice)
+static inline TSRVI_INLINE int tsrvi_read_take_line(tsrv_stream *stream, tsrvi_buffer *in,
+                                                    char *data, size_t size, tsrv_slice *slice)
 {
-    tsrvi_buffer *buffer = stream->in;
-    const char *last;
-    if (slice == NULL || buffer->scanned != 0 ||
-        !tsrvi_read_is_plain(stream, tsrvi_loop_of(stream))) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
-    tsrvi_buffer_release(buffer);
-    last = (const char *)memchr(buffer->data + buffer->begin, delimiter[0],
-                                tsrvi_min(buffer->end - buffer->begin,
-                                          tsrvi_read_most(stream, max_bytes)));
-    if (TSRVI_UNLIKELY(last == NULL)) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
-    buffer = stream->in;
-    tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
-    tsrvi_own_set(stream, TSRVI_CONSUMED);
-    tsrvi_loop_of(stream)->budget--;
-    tsrvi_buffer_take(buffer, (size_t)(last - (buffer->data + buffer->begin)) + 1, slice);
+    stream->own.progress = TSRVI_CONSUMED;
+    tsrvi_buffer_hand_out(in, data, size, slice);
     return TSRV_OK;
 }
 
-/* None are there, and a coroutine has to wait. */
+static TSRVI_APART int tsrvi_read_long_line(tsrv_stream *stream, const char *delimiter,
+                                            size_t max_bytes, tsrv_slice *slice, size_t most)
+{
+    char *data = stream->in->data + stream->in->begin;
+    size_t end = tsrvi_find_byte(data, most, delimiter[0]);
+    return TSRVI_LIKELY(end != 0) ? tsrvi_read_take_line(stream, stream->in, data, end, slice)
+                                  : tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+}
+
+static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
+                                       tsrv_slice *slice, tsrv_loop *loop, tsrvi_buffer *in)
+{
+    char *data = in->data + in->begin;
+    size_t most = tsrvi_min(in->end - in->begin, tsrvi_read_most(stream, max_bytes)), end;
+    if (TSRVI_UNLIKELY(--loop->budget == 0)) {
+        loop->plain = NULL;
+    }
+    tsrvi_buffer_restore(in);
+    end = tsrvi_find_near(data, most, delimiter[0]);
+    return TSRVI_LIKELY(end != 0) ? tsrvi_read_take_line(stream, in, data, end, slice)
+                                  : tsrvi_read_long_line(stream, delimiter, max_bytes, slice, most);
+}
+
+/* None are there, and a coroutine waits. */
 static TSRVI_APART int tsrvi_read_await_line(tsrv_stream *stream, const char *delimiter,
                                              size_t max_bytes, tsrv_slice *slice)
 {
-    tsrvi_read read;
-    if (!tsrvi_read_is_plain(stream, tsrvi_loop_of(stream))) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
-    read = tsrvi_read_make(tsrvi_attempt_until, slice, 1);
+    tsrvi_read read = tsrvi_read_make(tsrvi_attempt_line, NULL, 1);
+    read.slice = slice; /* empty only if it fails: see tsrvi_read_leave */
     read.delimiter = delimiter;
     read.max = tsrvi_read_most(stream, max_bytes);
     return tsrvi_read_wait(stream, &read);
 }
 
 /* Or a handler returns, and is called again. */
-static TSRVI_APART int tsrvi_read_no_line(tsrv_stream *stream, const char *delimiter,
-                                          size_t max_bytes, tsrv_slice *slice)
+static inline TSRVI_INLINE int tsrvi_read_leave_line(tsrv_stream *stream, tsrv_loop *loop,
+                                                     tsrv_slice *slice)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    if (loop->coroutines.running != NULL) {
-        return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
-    }
-    if (!tsrvi_read_is_plain(stream, loop)) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
-    if (tsrvi_is(stream, TSRVI_TIMED) && tsrvi_read_is_late(stream)) {
-        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
-    }
-    if (stream->in != NULL) {
-        tsrvi_input_release(stream);
-    }
     tsrvi_slice_clear(slice);
     tsrvi_own_wants(stream, loop, TSRVI_FOR_READ);
     stream->own.u.need = 1;
     return TSRV_EAGAIN;
 }
 
-static inline TSRVI_INLINE int tsrvi_read_until_byte(tsrv_stream *stream, const char *delimiter,
-                                                     size_t max_bytes, tsrv_slice *slice)
+/* The same with a limit of time, or a buffer of its own. */
+static TSRVI_APART int tsrvi_read_leave_late(tsrv_stream *stream, const char *delimiter,
+                                             size_t max_bytes, tsrv_slice *slice)
 {
-    return tsrvi_buffer_size(stream->in) != 0
-               ? tsrvi_read_line(stream, delimiter, max_bytes, slice)
-               : tsrvi_read_no_line(stream, delimiter, max_bytes, slice);
+    if (tsrvi_is(stream, TSRVI_TIMED) && tsrvi_read_is_late(stream)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
+    tsrvi_input_release(stream);
+    return tsrvi_read_leave_line(stream, tsrvi_loop_of(stream), slice);
+}
+
+/* Which of them is it? All are called last, so that none pays for another's registers. */
+static TSRVI_APART int tsrvi_read_until_byte(tsrv_stream *stream, const char *delimiter,
+                                             size_t max_bytes, tsrv_slice *slice)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
+    tsrvi_buffer *in = stream->in;
+    if (TSRVI_UNLIKELY(!tsrvi_read_is_plain(stream, loop) || slice == NULL)) {
+        return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    }
+    if (in != NULL && in->begin != in->end) {
+        return tsrvi_read_line(stream, delimiter, max_bytes, slice, loop, in);
+    }
+    if (loop->coroutines.running != NULL) {
+        return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
+    }
+    if (TSRVI_UNLIKELY(loop->streams.input_owner != stream || tsrvi_is(stream, TSRVI_TIMED))) {
+        return tsrvi_read_leave_late(stream, delimiter, max_bytes, slice);
+    }
+    tsrvi_buffer_bury(in);
+    loop->streams.input_owner = NULL;
+    stream->in = NULL;
+    return tsrvi_read_leave_line(stream, loop, slice);
 }
 
 TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, size_t delimiter_size,
@@ -12606,13 +13144,18 @@ TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, siz
                                                             slice));
 }
 
+static TSRVI_APART int tsrvi_read_until_text(tsrv_stream *stream, const char *delimiter,
+                                             size_t max_bytes, tsrv_slice *slice)
+{
+    return tsrvi_read_until_any(stream, delimiter, strlen(delimiter), max_bytes, slice);
+}
+
 TSRV_API int tsrv_read_until(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
                              tsrv_slice *slice)
 {
     return TSRVI_CHECKED(stream, TSRVI_LIKELY(delimiter[0] != 0 && delimiter[1] == 0)
                                      ? tsrvi_read_until_byte(stream, delimiter, max_bytes, slice)
-                                     : tsrvi_read_until_any(stream, delimiter, strlen(delimiter),
-                                                            max_bytes, slice));
+                                     : tsrvi_read_until_text(stream, delimiter, max_bytes, slice));
 }
 
 TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *context,
@@ -12621,8 +13164,9 @@ TSRV_API int tsrv_read_until_match(tsrv_stream *stream, tsrv_match match, void *
     tsrvi_read read = tsrvi_read_make(tsrvi_attempt_match, slice, 0);
     read.match = match;
     read.context = context;
-    return TSRVI_CHECKED(stream,
-                         match == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, max_bytes));
+    return TSRVI_CHECKED(stream, TSRVI_WRONG(match == NULL)
+                                     ? TSRV_EINVAL
+                                     : tsrvi_read_run(stream, &read, max_bytes));
 }
 
 /* A read of 0 bytes: empty at once, also after the end of the input. Like every read it ends the
@@ -12644,7 +13188,7 @@ static int tsrvi_read_nothing(tsrv_stream *stream, bool reads)
         return TSRV_EAGAIN;
     }
     if (loop->streams.handling == stream) {
-        tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
+        tsrvi_own_finish(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
     }
     return stream->end;
 }
@@ -12674,7 +13218,8 @@ TSRV_API int tsrv_read_into(tsrv_stream *stream, void *buffer, size_t size)
     if (size == 0) {
         return tsrvi_read_nothing(stream, false);
     }
-    return TSRVI_CHECKED(stream, buffer == NULL ? TSRV_EINVAL : tsrvi_read_run(stream, &read, 0));
+    return TSRVI_CHECKED(stream, TSRVI_WRONG(buffer == NULL) ? TSRV_EINVAL
+                                                             : tsrvi_read_run(stream, &read, 0));
 }
 
 TSRV_API int tsrv_read_until_close(tsrv_stream *stream, size_t max_bytes, tsrv_slice *slice)
@@ -12814,7 +13359,7 @@ static tsrvi_buffer **tsrvi_lending_keep(tsrv_stream *stream, tsrvi_buffer **lin
     }
     if (rc < 0) {
         while (copies != NULL) {
-            tsrvi_pool_give(pool, tsrvi_queue_pop(&copies));
+            tsrvi_loop_recycle(tsrvi_loop_of(stream), tsrvi_queue_pop(&copies));
         }
         return NULL;
     }
@@ -12967,7 +13512,8 @@ static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, 
     buffer = tsrvi_pool_pop(pool);
     stream->unsent = size;
     buffer->end = size;
-    buffer->room = tsrvi_min(buffer->capacity, mark) - size;
+    buffer->room = tsrvi_min(TSRVI_POOLED_ROOM, mark) - size;
+    buffer->next = NULL;
     buffer->last = buffer;
     stream->out = buffer;
     tsrvi_clear(stream, TSRVI_SILENT);
@@ -13028,7 +13574,7 @@ TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int coun
     bool waits;
     int rc = tsrvi_write_state(stream);
     if (total == SIZE_MAX) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake(__func__, "count is negative, or the slices are too large");
     }
     if (rc < 0 || count == 1 || total == 0) {
         return tsrv_write(stream, total == 0 ? "" : slices[0].data, total);
@@ -13054,7 +13600,7 @@ TSRV_API int tsrv_try_writev(tsrv_stream *stream, const tsrv_slice *slices, int 
     size_t total = tsrvi_slices_size(slices, count);
     int rc = tsrvi_write_state(stream);
     if (total == SIZE_MAX) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake(__func__, "count is negative, or the slices are too large");
     }
     if (rc != 0 || total == 0) {
         return rc;
@@ -13091,7 +13637,7 @@ TSRV_API int tsrv_printf(tsrv_stream *stream, const char *format, ...)
     size = vsnprintf(brief, sizeof(brief), format, arguments);
     va_end(arguments);
     if (size < 0) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake(__func__, "vsnprintf refuses the format");
     }
     if ((size_t)size >= sizeof(brief)) {
         text = (char *)TSRV_MALLOC((size_t)size + 1);
@@ -13182,8 +13728,9 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     if (TSRV_SYS(fstat, (fd, &info)) < 0) {
         return tsrvi_write_refuse(stream, tsrvi_error());
     }
-    if (!S_ISREG(info.st_mode) || offset < 0 || size > UINT64_MAX - stream->unsent) {
-        return TSRV_EINVAL;
+    if (!S_ISREG(info.st_mode) || offset < 0 || size > (uint64_t)(INT64_MAX - offset) ||
+        stream->unsent > (uint64_t)INT64_MAX - size) { /* writes may follow, and it must not wrap */
+        return tsrvi_mistake(__func__, "fd is no regular file, or offset or size out of range");
     }
     rc = size < TSRVI_DIRECT && size <= limit && stream->unsent <= limit - size
              ? tsrvi_sendfile_read(stream, fd, offset, size)
@@ -13195,10 +13742,28 @@ TSRV_API int tsrv_sendfile(tsrv_stream *stream, int fd, int64_t offset, size_t s
     return tsrvi_write_taken(stream);
 }
 
-static int tsrvi_flush_run(tsrv_stream *stream)
+/* Wait in a call that has no limit of its own: in a coroutine here, in callback mode by
+ * TSRV_EAGAIN. */
+static int tsrvi_stream_wait_for(tsrv_stream *stream, int kind)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrvi_wait wait;
+    if (loop->coroutines.running != NULL) {
+        wait.due_ms = 0;
+        return tsrvi_stream_wait(stream, &wait, kind);
+    }
+    if (loop->streams.handling == stream) {
+        if (tsrvi_ms_is_past(loop, stream->deadline_ms)) {
+            return TSRV_ETIMEOUT;
+        }
+        tsrvi_own_wants(stream, loop, kind);
+    }
+    return TSRV_EAGAIN;
+}
+
+static int tsrvi_flush_run(tsrv_stream *stream)
+{
+    tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc = tsrvi_stream_pay(stream, 0);
     if (rc < 0) {
         return rc;
@@ -13209,20 +13774,12 @@ static int tsrvi_flush_run(tsrv_stream *stream)
     tsrvi_stream_soon(stream);
     tsrvi_stream_flush(stream);
     rc = tsrvi_write_broken(stream); /* after tsrv_shutdown all is sent as promised */
-    if (rc != TSRV_OK || stream->unsent == 0) {
-        return rc;
+    if (rc == TSRV_OK && loop->streams.handling == stream && loop->budget < 0) {
+        tsrvi_own_wants(stream, loop, TSRVI_FOR_TURN); /* the others run first */
+        return TSRV_EAGAIN;
     }
-    if (loop->coroutines.running != NULL) {
-        wait.due_ms = 0;
-        return tsrvi_stream_wait(stream, &wait, TSRVI_FOR_SENT);
-    }
-    if (loop->streams.handling == stream) {
-        if (tsrvi_ms_is_past(loop, stream->deadline_ms)) {
-            return TSRV_ETIMEOUT;
-        }
-        tsrvi_own_wants(stream, loop, TSRVI_FOR_SENT);
-    }
-    return TSRV_EAGAIN;
+    return rc != TSRV_OK || stream->unsent == 0 ? rc
+                                                : tsrvi_stream_wait_for(stream, TSRVI_FOR_SENT);
 }
 
 TSRV_API int tsrv_flush(tsrv_stream *stream)
@@ -13238,28 +13795,23 @@ TSRV_API int tsrv_flush(tsrv_stream *stream)
 static int tsrvi_wake_note(tsrv_stream *stream, int timeout_ms, uint32_t due_ms)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_wait *own = &stream->own;
-    own->kinds = (uint8_t)(own->kinds & ~TSRVI_FOR_WAKE);
-    if ((own->facts & TSRVI_IN_WAKE) == 0) {
+    int turn = timeout_ms != 0 && loop->budget < 0 ? TSRVI_FOR_TURN : 0;
+    tsrvi_own_has(stream, TSRVI_FOR_WAKE);
+    if ((stream->own.progress & TSRVI_IN_WAKE) == 0) {
         stream->wake_due_ms = due_ms;
     }
-    if (timeout_ms != 0 && loop->budget < 0) {
-        tsrvi_own_wants(stream, loop, TSRVI_FOR_WAKE | TSRVI_FOR_TURN);
-        own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
-        return TSRV_EAGAIN;
-    }
-    if (tsrvi_is(stream, TSRVI_WOKEN)) {
+    tsrvi_own_finish(stream, TSRVI_IN_WAKE);
+    if (turn == 0 && tsrvi_is(stream, TSRVI_WOKEN)) {
         tsrvi_clear(stream, TSRVI_WOKEN);
-        own->facts = (uint8_t)(own->facts & ~TSRVI_IN_WAKE);
         return TSRV_OK;
     }
     if (timeout_ms == 0 ||
-        tsrvi_ms_is_past(loop, tsrvi_ms_earlier(stream->wake_due_ms, stream->deadline_ms))) {
-        own->facts = (uint8_t)(own->facts & ~TSRVI_IN_WAKE);
+        (turn == 0 &&
+         tsrvi_ms_is_past(loop, tsrvi_ms_earlier(stream->wake_due_ms, stream->deadline_ms)))) {
         return TSRV_ETIMEOUT;
     }
-    tsrvi_own_wants(stream, loop, TSRVI_FOR_WAKE);
-    own->facts = (uint8_t)(own->facts | TSRVI_IN_WAKE);
+    tsrvi_own_wants(stream, loop, TSRVI_FOR_WAKE | turn);
+    tsrvi_own_begin(stream, TSRVI_IN_WAKE);
     return TSRV_EAGAIN;
 }
 
@@ -13268,7 +13820,8 @@ static int tsrvi_wake_wait(tsrv_stream *stream, int timeout_ms)
     tsrv_loop *loop = tsrvi_loop_of(stream);
     uint32_t due_ms = tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), timeout_ms));
     tsrvi_wait wait;
-    int rc = loop->streams.parting == stream ? (int)TSRV_EINVAL : tsrvi_stream_pay(stream, 0);
+    int rc = loop->streams.parting == stream ? tsrvi_mistake("tsrv_wait", "called in on_close")
+                                             : tsrvi_stream_pay(stream, 0);
     if (rc < 0) {
         return rc == TSRV_EINVAL ? rc
                                  : (int)TSRV_OK; /* as the end of a stream that is waited for */
@@ -13320,7 +13873,7 @@ TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
 {
     const tsrv_server_options *options = &stream->server->options;
     if ((stream->own.kinds & TSRVI_FOR_READ) != 0) {
-        tsrvi_own_set(stream, TSRVI_IN_READ); /* which began before, without a limit */
+        tsrvi_own_begin(stream, TSRVI_IN_READ); /* which began before, without a limit */
     }
     stream->read_ms = read_ms != 0 ? read_ms : options->read_timeout_ms;
     stream->write_ms = write_ms != 0 ? write_ms : options->write_timeout_ms;
@@ -13366,8 +13919,6 @@ TSRV_API int tsrv_proxy_address(tsrv_stream *stream, tsrv_address *address)
 TSRV_API int tsrv_proxy_tlv(tsrv_stream *stream, int type, tsrv_slice *slice)
 {
     const tsrvi_proxy *proxy = tsrvi_proxy_of(stream);
-    slice->data = "";
-    slice->size = 0;
     if (proxy == NULL || proxy->header == NULL ||
         !tsrvi_proxy_find(proxy->header, proxy->size, proxy->tlvs, type, slice)) {
         slice->data = "";
@@ -13435,16 +13986,24 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
     if (rc < 0) {
         return rc;
     }
+#if !TSRVI_HAS_TLS
+    if (tls == NULL) {
+        return tsrvi_tls_absent(); /* tsrv_tls_new could give none */
+    }
+#endif
     if (stream->session != NULL || tls == NULL || (server_name == NULL && !tsrvi_tls_serves(tls))) {
-        return TSRV_EINVAL;
+        return tsrvi_mistake(__func__, stream->session != NULL ? "TLS has begun already"
+                                       : tls == NULL           ? "tls is NULL"
+                                                               : "tls has no cert_file");
     }
     if (((stream->kinds | stream->own.kinds) & (TSRVI_FOR_READ | TSRVI_FOR_LENT)) != 0) {
         return TSRV_EBUSY;
     }
-    if (tsrvi_buffer_size(stream->in) != 0) {
+    if (tsrvi_buffer_size(stream->in) != 0 ||
+        ((stream->own.facts & TSRVI_PARTLY) != 0 && stream->own.u.partial->done != 0)) {
         tsrvi_tls_log(stream, "plaintext came behind the command that starts TLS, as in a STARTTLS "
                               "injection: refused");
-        return TSRV_ETLS;
+        return tsrvi_stream_limited(stream, TSRV_ETLS, NULL, 0); /* it need not be said again */
     }
     if ((rc = tsrvi_tls_begin(stream, tls, server_name)) < 0) {
         return rc;
@@ -13460,8 +14019,6 @@ TSRV_API int tsrv_start_tls(tsrv_stream *stream, tsrv_tls *tls, const char *serv
 
 TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrvi_wait wait;
     int rc = stream->end;
     if (rc == TSRV_OK && stream->session == NULL) {
         return TSRV_EINVAL;
@@ -13470,17 +14027,7 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
         if ((rc = tsrvi_write_broken(stream)) < 0) {
             return rc; /* nothing more can be said to the peer */
         }
-        if (loop->streams.handling == stream && tsrvi_ms_is_past(loop, stream->deadline_ms)) {
-            return TSRV_ETIMEOUT;
-        }
-        if (loop->coroutines.running == NULL) {
-            if (loop->streams.handling == stream) {
-                tsrvi_own_wants(stream, loop, TSRVI_FOR_SECURE);
-            }
-            return TSRV_EAGAIN;
-        }
-        wait.due_ms = 0;
-        rc = tsrvi_stream_wait(stream, &wait, TSRVI_FOR_SECURE);
+        rc = tsrvi_stream_wait_for(stream, TSRVI_FOR_SECURE);
     }
     return rc < 0                       ? rc
            : stream->end != 0           ? stream->end
@@ -13491,25 +14038,33 @@ TSRV_API int tsrv_wait_for_handshake(tsrv_stream *stream)
 #if TSRVI_HAS_TLS
 TSRV_API const char *tsrv_tls_alpn(tsrv_stream *stream)
 {
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
     const unsigned char *name = NULL;
     unsigned size = 0;
-    if (stream->session == NULL) {
+    if (tls == NULL) {
         return "";
     }
-    SSL_get0_alpn_selected(tsrvi_tls_of(stream)->ssl, &name, &size);
+    SSL_get0_alpn_selected(tls->ssl, &name, &size);
     if (size != 0) { /* at most 255 */
-        memcpy(tsrvi_tls_of(stream)->alpn, name, size);
+        memcpy(tls->alpn, name, size);
     }
-    tsrvi_tls_of(stream)->alpn[size] = 0;
-    return tsrvi_tls_of(stream)->alpn;
+    tls->alpn[size] = 0;
+    return tls->alpn;
 }
 
 TSRV_API const char *tsrv_tls_server_name(tsrv_stream *stream)
 {
-    const char *name = stream->session == NULL ? NULL
-                                               : SSL_get_servername(tsrvi_tls_of(stream)->ssl,
-                                                                    TLSEXT_NAMETYPE_host_name);
-    return name == NULL ? "" : name;
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    const char *name;
+    if (tls == NULL) {
+        return "";
+    }
+    /* OpenSSL's own goes with the next hello, and is another one's in a session that is resumed;
+     * but a client's, and that of a native_context, is known to it alone. */
+    if (!tls->asked && (name = SSL_get_servername(tls->ssl, TLSEXT_NAMETYPE_host_name)) != NULL) {
+        snprintf(tls->server_name, sizeof(tls->server_name), "%s", name);
+    }
+    return tls->server_name;
 }
 
 TSRV_API const char *tsrv_tls_version(tsrv_stream *stream)
@@ -13524,15 +14079,20 @@ TSRV_API void *tsrv_tls_native(tsrv_stream *stream)
     return stream->session == NULL ? NULL : tsrvi_tls_of(stream)->ssl;
 }
 
+/* The peer's certificate, a reference to which is the caller's; NULL = none yet. */
+static X509 *tsrvi_tls_peer(const tsrvi_tls *tls)
+{
+    return tls == NULL || !tls->established ? NULL : SSL_get_peer_certificate(tls->ssl);
+}
+
 TSRV_API int tsrv_tls_peer_certificate(tsrv_stream *stream, tsrv_slice *slice)
 {
-    tsrvi_tls *tls = stream->session == NULL ? NULL : tsrvi_tls_of(stream);
-    X509 *certificate;
+    tsrvi_tls *tls = tsrvi_tls_of(stream);
+    X509 *certificate = tsrvi_tls_peer(tls);
     unsigned char *der = NULL;
     int size;
     slice->data = "";
     slice->size = 0;
-    certificate = tls == NULL || !tls->established ? NULL : SSL_get_peer_certificate(tls->ssl);
     if (certificate == NULL) {
         return TSRV_EINVAL;
     }
@@ -13575,13 +14135,11 @@ static int tsrvi_tls_copy_name(const X509_NAME *name, char *buffer, size_t size)
 
 TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size)
 {
-    const tsrvi_tls *tls = stream->session == NULL ? NULL : tsrvi_tls_of(stream);
-    X509 *certificate;
+    X509 *certificate = tsrvi_tls_peer(tsrvi_tls_of(stream));
     int rc;
     if (size != 0) {
         buffer[0] = 0;
     }
-    certificate = tls == NULL || !tls->established ? NULL : SSL_get_peer_certificate(tls->ssl);
     if (certificate == NULL) {
         return TSRV_EINVAL;
     }
@@ -13636,32 +14194,32 @@ TSRV_API int tsrv_tls_peer_name(tsrv_stream *stream, char *buffer, size_t size)
  * ==========================================================================*/
 
 /* Ends that are everyday life of a server and not worth a log line. */
-static bool tsrvi_code_is_quiet(int code)
+static bool tsrvi_code_is_quiet(const tsrv_stream *stream, int code)
 {
     return code >= 0 || code == TSRV_EOF || code == TSRV_ECLOSED || code == TSRV_ETIMEOUT ||
-           code == TSRV_ETLS || /* TLS has said why */
-           code == -ECONNRESET || code == -EPIPE || code == -ETIMEDOUT;
+           tsrvi_transport_has_told(stream, code) || code == -ECONNRESET || code == -EPIPE ||
+           code == -ETIMEDOUT;
 }
 
 /* Say how the handler has failed, and which limit it has met if it was one. */
 static void tsrvi_stream_log_end(const tsrv_stream *stream, int rc)
 {
     const tsrv_loop *loop = tsrvi_loop_of(stream);
-    tsrv_address address;
     char text[TSRV_ADDRESS_SIZE], limit[96] = "";
-    if (loop->streams.limited == stream && (rc == TSRV_ETOOLONG || rc == TSRV_EFULL)) {
+    if (loop->streams.limited == stream && loop->streams.limit != NULL &&
+        (rc == TSRV_ETOOLONG || rc == TSRV_EFULL)) {
         snprintf(limit, sizeof(limit), ": more than %lu bytes (%s)",
                  (unsigned long)loop->streams.limit_size, loop->streams.limit);
     }
-    tsrvi_peer_load(&stream->peer, &address);
     tsrvi_log_limited(TSRVI_LOG_HANDLER, TSRV_LOG_ERROR, "handle_stream for %s: %s%s",
-                      tsrv_address_format(&address, text, sizeof(text)), tsrv_strerror(rc), limit);
+                      tsrvi_peer_format(&stream->peer, text, sizeof(text)), tsrv_strerror(rc),
+                      limit);
 }
 
 /* The handler is done for good. */
 static void tsrvi_stream_over(tsrv_stream *stream, int rc)
 {
-    if (!tsrvi_code_is_quiet(rc)) {
+    if (!tsrvi_code_is_quiet(stream, rc)) {
         tsrvi_stream_log_end(stream, rc);
     }
     if (stream->state != TSRVI_RUNNING) {
@@ -13669,12 +14227,9 @@ static void tsrvi_stream_over(tsrv_stream *stream, int rc)
     }
     tsrvi_partial_free(stream);
     stream->own.kinds = 0;
-    tsrvi_own_clear(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
+    tsrvi_own_finish(stream, TSRVI_IN_READ | TSRVI_IN_WAKE);
     stream->own.u.result = rc;
     stream->state = TSRVI_OVER;
-    if (stream->in != NULL) {
-        tsrvi_buffer_release(stream->in);
-    }
     tsrvi_stream_close(stream);
 }
 
@@ -13692,44 +14247,49 @@ static int tsrvi_stream_ended(const tsrv_stream *stream)
     return tsrvi_stream_in_end(stream);
 }
 
-/* The handler returned TSRV_EAGAIN: what will call it again? TSRV_EAGAIN = something will; else
- * what it counts as. */
-static int tsrvi_stream_keep(tsrv_stream *stream)
+/* The handler returned TSRV_EAGAIN, and no call of its own has: what will call it again?
+ * TSRV_EAGAIN = something will; else what it counts as. */
+static TSRVI_APART int tsrvi_stream_choose(tsrv_stream *stream)
 {
-    int kinds = stream->own.kinds, ended;
-    if (TSRVI_UNLIKELY(kinds == 0)) {
-        ended = tsrvi_stream_ended(stream);
-        if (stream->end == 0 && (stream->own.facts & TSRVI_CONSUMED) != 0 &&
-            tsrvi_buffer_size(stream->in) != 0) {
-            kinds = TSRVI_FOR_TURN;
-        } else if (ended == 0) {
-            kinds = TSRVI_FOR_INPUT;
-            *tsrvi_own_need(stream) = tsrvi_buffer_size(stream->in) + 1;
-        } else if ((stream->own.facts & TSRVI_TOLD) == 0) {
-            kinds = TSRVI_FOR_TURN;
-        } else {
-            return ended;
-        }
-    }
-    stream->state = TSRVI_WAITING;
-    tsrvi_own_clear(stream, (TSRVI_IN_READ | TSRVI_IN_WAKE) & ~kinds); /* which it has given up */
-    tsrvi_wait_add(stream, &stream->own, kinds);
-    tsrvi_stream_soon(stream); /* it may have been resumed by something else than the stream */
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_WOKEN)) && (kinds & TSRVI_FOR_WAKE) != 0) {
-        tsrvi_clear(stream, TSRVI_WOKEN);
-        stream->own.woken = true; /* by itself, behind its tsrv_wait */
+    int ended = tsrvi_stream_ended(stream);
+    if (stream->end == 0 && (stream->own.progress & TSRVI_CONSUMED) != 0 &&
+        tsrvi_buffer_size(stream->in) != 0) {
+        stream->own.kinds = TSRVI_FOR_TURN;
+    } else if (ended == 0) {
+        stream->own.kinds = TSRVI_FOR_INPUT;
+        *tsrvi_own_need(stream) = tsrvi_buffer_size(stream->in) + 1;
+    } else if ((stream->own.facts & TSRVI_TOLD) == 0) {
+        stream->own.kinds = TSRVI_FOR_TURN;
+    } else {
+        return ended;
     }
     return TSRV_EAGAIN;
 }
 
-static void tsrvi_stream_returned(tsrv_stream *stream, int rc)
+/* It is kept, for what it waits for. */
+static inline TSRVI_INLINE void tsrvi_stream_keep(tsrv_stream *stream)
 {
-    if (rc == TSRV_EAGAIN) {
-        rc = tsrvi_stream_keep(stream);
+    int kinds = stream->own.kinds;
+    stream->state = TSRVI_WAITING;
+    tsrvi_own_finish(stream, (TSRVI_IN_READ | TSRVI_IN_WAKE) & ~kinds); /* which it has given up */
+    tsrvi_wait_add(stream, &stream->own, kinds);
+    tsrvi_stream_soon(stream); /* it may have been resumed by something else than the stream */
+    if (TSRVI_UNLIKELY((kinds & TSRVI_FOR_WAKE) != 0) && tsrvi_is(stream, TSRVI_WOKEN)) {
+        tsrvi_clear(stream, TSRVI_WOKEN);
+        stream->own.woken = true; /* by itself, behind its tsrv_wait */
     }
-    if (rc == TSRV_EAGAIN) {
-        tsrvi_input_release(stream);
+    tsrvi_input_release(stream);
+}
+
+static inline TSRVI_INLINE void tsrvi_stream_returned(tsrv_stream *stream, int rc)
+{
+    if (TSRVI_UNLIKELY(stream->own.kinds == 0) && rc == TSRV_EAGAIN) {
+        rc = tsrvi_stream_choose(stream);
+    }
+    if (TSRVI_LIKELY(rc == TSRV_EAGAIN)) {
+        tsrvi_stream_keep(stream);
     } else {
+        tsrvi_input_release(stream);
         tsrvi_stream_over(stream, rc);
     }
 }
@@ -13739,17 +14299,16 @@ static void tsrvi_stream_returned(tsrv_stream *stream, int rc)
 static TSRVI_APART void tsrvi_stream_took_long(const tsrv_stream *stream, uint64_t ticks,
                                                const char *what)
 {
-    tsrv_address address;
     char text[TSRV_ADDRESS_SIZE];
-    tsrvi_peer_load(&stream->peer, &address);
     tsrvi_slow_note(tsrvi_loop_of(stream), ticks, what,
-                    tsrv_address_format(&address, text, sizeof(text)));
+                    tsrvi_peer_format(&stream->peer, text, sizeof(text)));
 }
 
 /* A function of the program's has been called for the stream. */
-static inline TSRVI_INLINE void tsrvi_stream_took(const tsrv_stream *stream, const char *what)
+static inline TSRVI_INLINE void tsrvi_stream_took(const tsrv_stream *stream, tsrv_loop *loop,
+                                                  const char *what)
 {
-    uint64_t ticks = tsrvi_slow_piece(tsrvi_loop_of(stream));
+    uint64_t ticks = tsrvi_slow_piece(loop);
     if (TSRVI_UNLIKELY(ticks != 0)) {
         tsrvi_stream_took_long(stream, ticks, what);
     }
@@ -13771,12 +14330,10 @@ static void tsrvi_stream_main(void *context)
 /* Is that what a coroutine runs? Then say for whom. */
 static bool tsrvi_stream_describe(tsrv_callback function, void *context, char *text, size_t size)
 {
-    tsrv_address address;
     if (function != tsrvi_stream_main) {
         return false;
     }
-    tsrvi_peer_load(&((const tsrv_stream *)context)->peer, &address);
-    tsrv_address_format(&address, text, size);
+    tsrvi_peer_format(&((const tsrv_stream *)context)->peer, text, size);
     return true;
 }
 
@@ -13790,16 +14347,16 @@ static void tsrvi_stream_call_back(tsrv_stream *stream)
         loop->streams.addressed = stream;
     }
     loop->streams.handling = stream;
-    loop->plain = tsrvi_read_looks_plain(stream, loop) ? stream : NULL;
     loop->budget = TSRVI_BUDGET;
     loop->written = 0;
+    loop->plain = tsrvi_read_is_free(stream) && tsrvi_own_is_free(stream) ? stream : NULL;
     rc = stream->handler(stream, &loop->streams.address, stream->server->options.context);
     loop->streams.handling = NULL;
     loop->plain = NULL;
 #ifdef TSRV_DEBUG
     tsrvi_debug_returned(stream, rc);
 #endif
-    tsrvi_stream_took(stream, "handle_stream for ");
+    tsrvi_stream_took(stream, loop, "handle_stream for ");
     tsrvi_stream_returned(stream, rc);
 }
 
@@ -13814,7 +14371,8 @@ static int tsrvi_stream_call(tsrv_stream *stream)
 #endif
     tsrvi_wait_remove(stream, &stream->own);
     stream->state = TSRVI_RUNNING;
-    tsrvi_own_clear(stream, TSRVI_CONSUMED | TSRVI_PAYS);
+    tsrvi_own_clear(stream, TSRVI_PAYS);
+    tsrvi_own_finish(stream, TSRVI_CONSUMED);
     if (TSRVI_UNLIKELY(stream->own.woken)) {
         stream->own.woken = false;
         tsrvi_set(stream, TSRVI_WOKEN); /* for the tsrv_wait that is repeated now */
@@ -13880,7 +14438,7 @@ static void tsrvi_stream_finish(tsrv_stream *stream)
         loop->streams.parting = stream;
         server->options.on_close(stream, reason, server->options.context);
         loop->streams.parting = NULL;
-        tsrvi_stream_took(stream, "on_close for ");
+        tsrvi_stream_took(stream, loop, "on_close for ");
     }
     loop->streams.limited = loop->streams.limited == stream ? NULL : loop->streams.limited;
     loop->streams.addressed = loop->streams.addressed == stream ? NULL : loop->streams.addressed;
@@ -13911,8 +14469,9 @@ static inline TSRVI_INLINE bool tsrvi_read_is_over(const tsrv_stream *stream, si
 static inline TSRVI_INLINE bool tsrvi_own_is_over(const tsrv_stream *stream)
 {
     const tsrvi_wait *own = &stream->own;
-    if ((own->kinds & TSRVI_FOR_READ) != 0 && !tsrvi_stream_above_mark(stream) &&
-        tsrvi_read_is_over(stream, tsrvi_own_read_need(stream))) {
+    if ((own->kinds & TSRVI_FOR_READ) != 0 &&
+        tsrvi_read_is_over(stream, tsrvi_own_read_need(stream)) &&
+        !tsrvi_stream_above_mark(stream)) {
         return true;
     }
     if ((own->kinds & TSRVI_FOR_INPUT) == 0) {
@@ -14018,11 +14577,16 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
         }
         rc = TSRV_ETIMEOUT;
     }
-    tsrvi_wait_remove(stream, wait);
-    if (stream->kinds == 0 && !tsrvi_is(stream, TSRVI_HINDERS) && !tsrvi_deadline_is_past(stream)) {
-        tsrvi_loop_of(stream)->plain = stream;
+    if (rc == TSRV_OK && stream->kinds == TSRVI_FOR_READ && !tsrvi_is(stream, TSRVI_HINDERS) &&
+        !tsrvi_deadline_is_past(stream)) {
+        tsrvi_loop_of(stream)->plain = stream; /* there is no other wait */
     }
-    tsrvi_co_wake_now(co, rc);
+    tsrvi_wait_remove(stream, wait);
+    if (TSRVI_LIKELY(tsrvi_co_waits(co))) {
+        tsrvi_co_go_on(co, rc);
+    } else {
+        tsrvi_loop_of(stream)->plain = NULL; /* a match has ended it */
+    }
     return true;
 }
 
@@ -14221,7 +14785,7 @@ static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
         due_ms = 0;
     }
     if (stream->phase == TSRVI_LINGER || tsrvi_is(stream, TSRVI_BLOCKED | TSRVI_SHAKING)) {
-        due_ms = tsrvi_ms_earlier(due_ms, stream->own_due_ms);
+        due_ms = tsrvi_ms_earlier(due_ms, tsrvi_stream_blocked_due(stream));
     }
     if (due_ms != 0 && !tsrvi_stream_is_armed(stream, due_ms)) {
         tsrvi_heap_set(&loop->heap, &stream->timer, tsrvi_ms_due(loop, due_ms));
@@ -14243,6 +14807,7 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
     for (const tsrvi_wait *wait = stream->waits; wait != NULL; wait = wait->next) {
         TSRV_ASSERT(wait->kinds != 0);
         TSRV_ASSERT(wait == &stream->own || (wait->kinds & (wait->kinds - 1)) == 0);
+        TSRV_ASSERT((wait->kinds & kinds & TSRVI_FOR_READ) == 0); /* one read at a time */
         kinds = (uint8_t)(kinds | wait->kinds);
     }
     TSRV_ASSERT(queued <= stream->unsent && (stream->session != NULL || queued == stream->unsent));
@@ -14279,19 +14844,37 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
 #endif
 
 /* The limit of the only wait, a read's: is it ahead, and the timer armed for it? */
-static TSRVI_APART bool tsrvi_stream_is_timed(const tsrv_stream *stream)
+static TSRVI_APART bool tsrvi_stream_looks_timed(const tsrv_stream *stream)
 {
     uint32_t due_ms = tsrvi_read_limit(stream, stream->waits->due_ms);
     return due_ms == 0 || (!tsrvi_ms_is_past(tsrvi_loop_of(stream), due_ms) &&
                            tsrvi_stream_is_armed(stream, due_ms));
 }
 
-/* Is there nothing more to see to? The common case: it waits for input, as before. */
+/* The same, of a timer which is ahead, and armed for before: the common case in few steps. An idle
+ * time of TSRV_NEVER is the longest that there is. */
+static inline TSRVI_INLINE bool tsrvi_stream_is_timed(const tsrv_stream *stream)
+{
+    uint32_t armed_ms = (uint32_t)(stream->timer.due / TSRVI_MS), due_ms = stream->waits->due_ms;
+    bool common = stream->timer.position != 0 && stream->deadline_ms == 0 && due_ms != 0 &&
+                  (int32_t)(armed_ms - tsrvi_loop_of(stream)->now_ms) > 0 &&
+                  (int32_t)(armed_ms - due_ms) <= 0 &&
+                  armed_ms - stream->active_ms <= (uint32_t)stream->server->options.idle_timeout_ms;
+    return TSRVI_LIKELY(common) || tsrvi_stream_looks_timed(stream);
+}
+
+/* Does it wait in one read, and for nothing else, with no fact that asks for a further look? */
+static inline TSRVI_INLINE bool tsrvi_stream_only_reads(const tsrv_stream *stream, int queued)
+{
+    return stream->queued == queued && stream->kinds == TSRVI_FOR_READ &&
+           (stream->flags & TSRVI_ODD) == 0;
+}
+
+/* If all is sent, is there nothing more to see to? It waits for input, as before, mostly. */
 static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
 {
-    return stream->in == NULL && stream->unsent == 0 && stream->kinds == TSRVI_FOR_READ &&
-           !tsrvi_is(stream, TSRVI_ODD) && stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
-           stream->queued == TSRVI_IN_SETTLE &&
+    return stream->in == NULL && tsrvi_stream_only_reads(stream, TSRVI_IN_SETTLE) &&
+           stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
            (TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_TIMED)) || tsrvi_stream_is_timed(stream));
 }
 
@@ -14301,7 +14884,7 @@ static TSRVI_APART void tsrvi_stream_rest(tsrv_stream *stream)
     if (tsrvi_is(stream, TSRVI_DRAINING)) {
         tsrvi_stream_drain(stream);
     }
-    if (stream->end != 0 && stream->in != NULL && !stream->in->held) {
+    if (stream->end != 0 && stream->in != NULL && !tsrvi_buffer_is_held(stream->in)) {
         tsrvi_input_drop(stream);
     }
     if (TSRVI_UNLIKELY(tsrvi_loop_of(stream)->streams.most != SIZE_MAX)) {
@@ -14321,13 +14904,12 @@ static TSRVI_APART void tsrvi_stream_rest(tsrv_stream *stream)
 /* The waits that may be over have been looked at: see to what follows. */
 static inline TSRVI_INLINE void tsrvi_stream_settled(tsrv_stream *stream, bool resumed)
 {
-    if (resumed) {
-        tsrvi_stream_send_on(stream);
-    }
-    if (TSRVI_LIKELY(tsrvi_stream_rests(stream))) {
+    bool sent = resumed ? tsrvi_stream_flush(stream) : stream->unsent == 0;
+    if (TSRVI_LIKELY(sent && tsrvi_stream_rests(stream))) {
         stream->queued = TSRVI_NOWHERE;
         tsrvi_stream_verify(stream);
     } else {
+        tsrvi_stream_advance(stream);
         tsrvi_stream_rest(stream);
     }
 }
@@ -14382,13 +14964,13 @@ static inline TSRVI_INLINE void tsrvi_stream_feed(tsrv_stream *stream, tsrvi_wai
         }
         return;
     }
-    partial = (wait->kinds & TSRVI_FOR_READ) != 0 && (wait->facts & TSRVI_PARTLY) != 0
+    partial = (wait->facts & TSRVI_PARTLY) != 0 && (wait->kinds & TSRVI_FOR_READ) != 0
                   ? wait->u.partial
                   : NULL;
     if (TSRVI_UNLIKELY(partial != NULL && partial->into != NULL && stream->in == NULL)) {
         partial->done =
             tsrvi_stream_feed_memory(stream, partial->into, partial->size, partial->done);
-    } else if (TSRVI_UNLIKELY(stream->in != NULL && stream->in->held)) {
+    } else if (TSRVI_UNLIKELY(stream->in != NULL && tsrvi_buffer_is_held(stream->in))) {
         *tsrvi_own_need(stream) =
             0; /* another coroutine has a slice of it, which ends with the reads of the
                              handler's next call */
@@ -14417,7 +14999,7 @@ static inline TSRVI_INLINE void tsrvi_stream_readable(tsrv_stream *stream, bool 
             return;
         }
     }
-    if (TSRVI_UNLIKELY((stream->kinds & TSRVI_FOR_TURN) != 0)) {
+    if (TSRVI_UNLIKELY(stream->kinds == TSRVI_FOR_TURN)) {
         return; /* what is there is looked at first */
     }
     if (TSRVI_UNLIKELY(!tsrvi_stream_wants_input(stream))) {
@@ -14448,9 +15030,9 @@ static void tsrvi_stream_event(tsrvi_io *io, int events)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(io, tsrv_stream, io);
     tsrvi_wait *wait = stream->waits;
-    if (TSRVI_UNLIKELY(events != TSRV_READABLE || stream->kinds != TSRVI_FOR_READ ||
-                       stream->in != NULL || stream->queued != TSRVI_NOWHERE ||
-                       tsrvi_is(stream, TSRVI_ODD) || tsrvi_loop_of(stream)->streams.pool.tight)) {
+    if (TSRVI_UNLIKELY(events != TSRV_READABLE || stream->in != NULL ||
+                       !tsrvi_stream_only_reads(stream, TSRVI_NOWHERE) ||
+                       tsrvi_loop_of(stream)->streams.pool.tight)) {
         tsrvi_stream_happens(stream, events);
         return;
     }
@@ -14465,6 +15047,10 @@ static void tsrvi_stream_timer(tsrvi_timer *timer)
     tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
     if (stream->queued == TSRVI_NOWHERE) {
         stream->queued = TSRVI_IN_SETTLE;
+    }
+    if (tsrvi_stream_is_measured(stream) &&
+        tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_stream_blocked_due(stream))) {
+        tsrvi_stream_measure(stream);
     }
     if (tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->own_due_ms)) {
         if (stream->phase == TSRVI_LINGER) {
@@ -14572,6 +15158,7 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_BURST 64         /* most accepts of one turn, */
 #define TSRVI_BURST_SHARED 8   /* and where other workers want some of them */
 #define TSRVI_BURST_HOLD 16    /* turns without growth after an accept that found nothing */
+#define TSRVI_SHARE_MS 10000   /* that a share is counted for, at least */
 #define TSRVI_SHARE 16         /* accepts before another worker's turn, */
 #define TSRVI_SHARE_AHEAD 4    /* and where this one has accepted more than the others */
 #define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
@@ -14594,6 +15181,8 @@ typedef struct tsrvi_listener {
     uint32_t turn; /* the last in which it was ready */
     int taken;     /* connections since it was last put behind the other processes */
     bool tcp;
+    bool fresh; /* some may wait that were made before it had its options: they have none of them */
+    uint32_t fresh_turn; /* if it is not ready in this turn, none does */
 } tsrvi_listener;
 
 /* What tsrv_server_bind leaves to tsrv_server_start. */
@@ -14668,6 +15257,20 @@ static const char *tsrvi_server_options_wrong(const tsrv_server_options *options
     return NULL;
 }
 
+/* Into a list of servers, out of another one; NULL = into none. */
+static void tsrvi_server_move(tsrv_server *server, tsrvi_link *list)
+{
+    tsrvi_lock(&tsrvi_process.servers.lock);
+    if (tsrvi_process.servers.list.next == NULL) {
+        tsrvi_list_init(&tsrvi_process.servers.list);
+    }
+    tsrvi_list_remove(&server->link);
+    if (list != NULL) {
+        tsrvi_list_append(list, &server->link);
+    }
+    tsrvi_unlock(&tsrvi_process.servers.lock);
+}
+
 TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *options)
 {
     tsrv_server *made;
@@ -14700,13 +15303,14 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
         made->options.loop_options = &made->loop_options;
     }
     tsrvi_server_defaults(&made->options);
-    tsrvi_list_init(&made->link);
     tsrvi_list_init(&made->streams);
     tsrvi_list_init(&made->drain_waits);
     made->task.run = tsrvi_server_run;
     made->starting = true;
     made->stats = &made->own;
     made->number = tsrvi_server_number();
+    tsrvi_list_init(&made->link);
+    tsrvi_server_move(made, &tsrvi_process.servers.list);
     *server = made;
     return TSRV_OK;
 }
@@ -14715,6 +15319,7 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
 static int tsrvi_listener_watch(tsrvi_listener *listener)
 {
     listener->taken = 0;
+    listener->fresh_turn = listener->server->loop->turns + 1;
     return tsrvi_poller_set(&listener->server->loop->poller, &listener->io,
                             tsrvi_worker_id() < 0 ? TSRV_READABLE
                                                   : TSRV_READABLE | TSRVI_EXCLUSIVE);
@@ -14735,16 +15340,6 @@ static bool tsrvi_server_listens(const tsrv_server *server)
         listener = listener->next;
     }
     return listener != NULL;
-}
-
-/* Reset a connection for which there is no stream. */
-static void tsrvi_refuse(int fd)
-{
-    struct linger now;
-    now.l_onoff = 1;
-    now.l_linger = 0;
-    TSRV_SYS(setsockopt, (fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now)));
-    tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
 }
 
 /* May this peer have one more connection? Then it is counted.
@@ -14804,14 +15399,12 @@ static int tsrvi_server_admit_stream(tsrv_server *server, int fd, const tsrv_add
     int rc = proxied ? tsrvi_server_trusts(server, peer) : tsrvi_server_admit(server, peer, asks);
     *stream = NULL;
     if (rc == TSRV_ECLOSED) {
-        tsrvi_refuse(fd);
-        return rc;
-    }
-    if (rc == TSRV_OK && (rc = tsrvi_stream_new(server, fd, peer, stream)) < 0 && !proxied) {
+        tsrvi_reset(fd);
+    } else if (rc == TSRV_OK && (rc = tsrvi_stream_new(server, fd, peer, stream)) < 0 && !proxied) {
         tsrvi_server_uncount(server, peer);
     }
     if (rc < 0) {
-        tsrvi_close_fd(fd); /* as above */
+        tsrvi_close_fd(fd); /* not tsrvi_loop_close_fd: it would accept again at once */
     } else if (proxied) {
         tsrvi_proxy_of(*stream)->asks = asks;
     }
@@ -14895,9 +15488,8 @@ static int tsrvi_backoff(int last_ms)
 static void tsrvi_server_arm(tsrv_server *server)
 {
     uint64_t due = server->paused ? server->resume_due : TSRVI_FOREVER;
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        due = tsrvi_earlier(due, listener->due == 0 ? TSRVI_FOREVER : listener->due);
+    for (tsrvi_listener *one = server->listeners; one != NULL; one = one->next) {
+        due = tsrvi_earlier(due, one->due == 0 ? TSRVI_FOREVER : one->due);
     }
     if (due == TSRVI_FOREVER) {
         tsrvi_heap_remove(&server->loop->heap, &server->retry);
@@ -14930,7 +15522,6 @@ static void tsrvi_listener_pause(tsrvi_listener *listener, int code)
     if (tsrvi_server_logs(server)) {
         tsrv_address address;
         char text[TSRV_ADDRESS_SIZE];
-        memset(&address, 0, sizeof(address));
         tsrvi_address_get(listener->io.fd, tsrvi_getsockname, &address);
         tsrvi_log(TSRV_LOG_WARNING, "cannot accept on descriptor %d (%s), pausing: %s",
                   listener->io.fd, tsrv_address_format(&address, text, sizeof(text)),
@@ -14960,9 +15551,8 @@ static void tsrvi_listener_requeue(tsrvi_listener *listener)
 
 static void tsrvi_server_settle(tsrv_server *server)
 {
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        tsrvi_listener_settle(listener);
+    for (tsrvi_listener *one = server->listeners; one != NULL; one = one->next) {
+        tsrvi_listener_settle(one);
     }
     tsrvi_server_arm(server);
 }
@@ -15002,9 +15592,8 @@ static void tsrvi_server_retry(tsrvi_timer *timer)
 {
     tsrv_server *server = TSRVI_CONTAINER(timer, tsrv_server, retry);
     uint64_t now = server->loop->now;
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        listener->due = listener->due <= now ? 0 : listener->due;
+    for (tsrvi_listener *one = server->listeners; one != NULL; one = one->next) {
+        one->due = one->due <= now ? 0 : one->due;
     }
     if (server->resume_due <= now) {
         server->resume_due = TSRVI_FOREVER;
@@ -15081,8 +15670,11 @@ static inline void tsrvi_option_seconds(int fd, int name, int ms)
 
 /* The options of TCP that are asked for. A kernel that refuses one is no reason to refuse the
  * connection. */
-static void tsrvi_server_dress_tcp(const tsrv_server_options *options, int fd)
+static void tsrvi_server_dress(const tsrv_server_options *options, int fd, bool tcp)
 {
+    if (!tcp) {
+        return;
+    }
     if (!options->nagle) {
         tsrvi_option_on(fd, IPPROTO_TCP, TCP_NODELAY);
     }
@@ -15109,11 +15701,40 @@ static void tsrvi_server_dress_tcp(const tsrv_server_options *options, int fd)
 #endif
 }
 
-/* Options that a listener does not pass on, or those that it does. */
-static void tsrvi_server_dress(const tsrv_server *server, int fd, bool tcp, bool inherited)
+/* Does it accept, or has it what it has accepted? Its on_start may have ended it. */
+static bool tsrvi_server_serves(const tsrv_server *server)
 {
-    if (tcp && !inherited) {
-        tsrvi_server_dress_tcp(&server->options, fd);
+    return !server->starting && !server->freed && !server->draining &&
+           server != server->loop->servers.clients &&
+           (tsrvi_server_listens(server) || !tsrvi_list_empty(&server->streams));
+}
+
+/* Does the process accept, now that this server has begun, or will not? In tsrv_serve its own
+ * server decides. Else all that listen must have begun, and one must have been left so: it need not
+ * be this one. */
+static bool tsrvi_server_is_ready(const tsrv_server *server)
+{
+    const tsrv_loop *loop = server->loop;
+    bool serves = false;
+    if (tsrvi_process.reloaded != NULL) {
+        return server == tsrvi_process.reloaded && tsrvi_server_serves(server) && !loop->stopping;
+    }
+    for (const tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all;
+         link = link->next) {
+        const tsrv_server *other = TSRVI_CONTAINER(link, tsrv_server, link);
+        if (other->starting && tsrvi_server_listens(other)) {
+            return false;
+        }
+        serves = serves || tsrvi_server_serves(other);
+    }
+    return serves && !loop->stopping;
+}
+
+static void tsrvi_server_tell_ready(const tsrv_server *server)
+{
+    const tsrvi_hooks *hooks = tsrvi_loop_hooks(server->loop);
+    if (hooks != NULL && tsrvi_server_is_ready(server)) {
+        hooks->ready();
     }
 }
 
@@ -15126,25 +15747,50 @@ static void tsrvi_server_begin(tsrv_server *server)
             server->options.on_start(server, server->options.context);
             tsrvi_slow_callback(server->loop, "on_start", (uintptr_t)server->options.on_start);
         }
-        if (tsrvi_process.on_ready != NULL) {
-            tsrvi_process.on_ready();
+        tsrvi_server_tell_ready(server);
+    }
+}
+
+/* Not by tsrvi_stats_gather, whose other counters would cost more than the accept. */
+static tsrvi_share tsrvi_server_share(const tsrv_server *server)
+{
+    tsrvi_share share = {0, 0};
+    for (int first = 0; server->number >= 0 && first < tsrvi_process.place_count;
+         first += TSRVI_GENERATIONS) {
+        const tsrvi_place *places = &tsrvi_process.places[first];
+        int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
+        uint64_t accepted = 0;
+        for (int i = 0; i < used; i++) {
+            accepted += tsrvi_counter_load(&places[i].stats[server->number].accepted);
         }
+        share.all += accepted;
+        share.own += first / TSRVI_GENERATIONS == tsrvi_worker_id() ? accepted : 0;
+    }
+    return share;
+}
+
+/* From time to time what was long ago is forgotten: a worker that was away need not make up for it.
+ */
+static void tsrvi_server_forget_shares(tsrv_server *server, uint64_t now)
+{
+    if (now >= server->share_due) {
+        server->share[1] = server->share[0];
+        server->share[0] = tsrvi_server_share(server);
+        server->share_due = tsrvi_after(now, TSRVI_SHARE_MS);
     }
 }
 
 /* Has this worker accepted more than its share? */
 static bool tsrvi_server_is_ahead(const tsrv_server *server)
 {
-    tsrv_stats own, all;
+    tsrvi_share share;
     uint64_t workers = (uint64_t)tsrvi_process.place_count / TSRVI_GENERATIONS;
     if (tsrvi_worker_id() < 0) {
         return false;
     }
-    memset(&own, 0, sizeof(own));
-    memset(&all, 0, sizeof(all));
-    tsrvi_stats_gather(&own, server->number, tsrvi_worker_id());
-    tsrvi_stats_gather(&all, server->number, -1);
-    return own.accepted * workers > all.accepted + TSRVI_SHARE * workers;
+    share = tsrvi_server_share(server);
+    return (share.own - server->share[1].own) * workers >
+           share.all - server->share[1].all + TSRVI_SHARE * workers;
 }
 
 /* The kernel has just given this number away: a listener that had it was closed by somebody, and
@@ -15178,7 +15824,7 @@ static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
     tsrvi_loop_opened_fd(server->loop, fd);
     rc = tsrvi_server_admit_stream(server, fd, &peer, true, stream);
     if (rc == TSRV_OK) {
-        tsrvi_server_dress(server, fd, listener->tcp, true);
+        tsrvi_server_dress(&server->options, fd, listener->tcp && listener->fresh);
     } else if (rc != TSRV_ECLOSED) {
         server->stats->accept_errors++;
     }
@@ -15188,14 +15834,13 @@ static int tsrvi_listener_take(tsrvi_listener *listener, tsrv_stream **stream)
 /* Accept has failed. false: no more for now. */
 static bool tsrvi_listener_failed(tsrvi_listener *listener, int code)
 {
-    switch (-code) {
-    case EAGAIN:
-#if EAGAIN != EWOULDBLOCK
-    case EWOULDBLOCK:
-#endif
+    if (tsrvi_would_block(-code)) {
         listener->burst = (listener->burst + 1) / 2;
         listener->hold = TSRVI_BURST_HOLD;
+        listener->fresh = false;
         return false;
+    }
+    switch (-code) {
     case EMFILE:
     case ENFILE:
     case ENOBUFS:
@@ -15257,6 +15902,8 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
+    listener->fresh = listener->fresh && (int32_t)(loop->turns - listener->fresh_turn) <= 0;
+    listener->fresh_turn = loop->turns + 1;
     if (!loop->poller.exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
         server->was_away = true; /* the others may have them, for a moment */
         tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
@@ -15264,16 +15911,17 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     }
     server->was_away = false;
     /* Who stops, drains or frees the server meanwhile closes the listener. */
-    for (burst = listener->burst; burst > 0 && listener->io.interest != 0; burst--) {
-        if (tsrvi_server_is_full(server)) {
-            server->stats->accept_pauses++;
-            tsrvi_server_pause(server, TSRVI_FOREVER);
-            break;
-        }
+    for (burst = listener->burst;
+         burst > 0 && listener->io.interest != 0 && !tsrvi_server_is_full(server); burst--) {
         if (!tsrvi_listener_accept(listener)) {
             break;
         }
         tsrvi_loop_settle(loop);
+    }
+    /* Now, and not when the next one comes: that may be for another process, which has room. */
+    if (listener->io.interest != 0 && tsrvi_server_is_full(server)) {
+        server->stats->accept_pauses++;
+        tsrvi_server_pause(server, TSRVI_FOREVER);
     }
 }
 
@@ -15325,7 +15973,7 @@ static int tsrvi_server_attach(tsrv_server *server)
     loop->streams.introduced = tsrvi_stream_introduced;
     loop->slow.describe = tsrvi_stream_describe;
     loop->slow.count = tsrvi_servers_count_turn;
-    tsrvi_list_append(&loop->servers.all, &server->link);
+    tsrvi_server_move(server, &loop->servers.all);
     return TSRV_OK;
 }
 
@@ -15346,17 +15994,12 @@ static void tsrvi_server_started(tsrv_server *server)
  * was stopped is reused. */
 static tsrvi_listener *tsrvi_listener_new(tsrv_server *server)
 {
-    tsrvi_listener **link = &server->listeners, *listener;
+    tsrvi_listener **link = &server->listeners;
     while (*link != NULL && (*link)->io.fd >= 0) {
         link = &(*link)->next;
     }
-    if (*link == NULL) {
-        listener = (tsrvi_listener *)tsrvi_zalloc(sizeof(*listener));
-        if (listener == NULL) {
-            return NULL;
-        }
-        listener->io.fd = -1;
-        *link = listener;
+    if (*link == NULL && (*link = (tsrvi_listener *)tsrvi_zalloc(sizeof(**link))) != NULL) {
+        (*link)->io.fd = -1;
     }
     return *link;
 }
@@ -15367,7 +16010,8 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
     tsrv_address address;
     int rc = tsrvi_listening(fd);
     if (rc < 0) {
-        return rc;
+        return rc == TSRV_EINVAL ? tsrvi_mistake("tsrv_server_add_sockets", "fd does not listen")
+                                 : rc;
     }
     listener = tsrvi_listener_new(server);
     if (listener == NULL) {
@@ -15379,10 +16023,10 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
     listener->failures = 0;
     listener->burst = 1;
     listener->hold = 0;
+    listener->fresh = true;
     listener->tcp = tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK &&
                     tsrv_address_family(&address) != AF_UNIX;
-    tsrvi_server_dress(server, fd, listener->tcp,
-                       false); /* accepted sockets inherit these options */
+    tsrvi_server_dress(&server->options, fd, listener->tcp); /* connections inherit them */
     listener->io.on_event = tsrvi_listener_event;
     listener->io.fd = fd;
     if (!server->paused && (rc = tsrvi_listener_watch(listener)) < 0) {
@@ -15452,7 +16096,7 @@ static void tsrvi_server_take_back(tsrv_server *server, const int *fds, int adde
 
 TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count)
 {
-    int rc = count < 0 ? TSRV_EINVAL : tsrvi_server_attach(server), added = 0;
+    int rc = TSRVI_WRONG(count < 0) ? TSRV_EINVAL : tsrvi_server_attach(server), added = 0;
     while (rc == TSRV_OK && added < count) {
         rc = tsrvi_server_add_socket(server, fds[added]);
         added += rc == TSRV_OK;
@@ -15511,11 +16155,13 @@ TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *addre
 
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
 {
-    int rc = tsrvi_streaming(fd);
+    int rc = tsrvi_streaming(fd = tsrvi_fd_own(fd)); /* inetd hands over 0 */
     tsrv_address peer;
     tsrv_stream *stream;
     if (rc == TSRV_OK) {
         rc = tsrvi_server_attach(server);
+    } else if (rc == TSRV_EINVAL) {
+        tsrvi_mistake(__func__, "fd is no stream socket");
     }
     if (rc == TSRV_OK && tsrvi_address_get(fd, tsrvi_getpeername, &peer) < 0) {
         /* A peer that has gone again: the handler will see. Of a unix socket that much is known. */
@@ -15532,7 +16178,7 @@ TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd)
     if ((rc = tsrvi_server_admit_stream(server, fd, &peer, false, &stream)) < 0) {
         return rc;
     }
-    tsrvi_server_dress(server, fd, tsrv_address_family(&peer) != AF_UNIX, false);
+    tsrvi_server_dress(&server->options, fd, tsrv_address_family(&peer) != AF_UNIX);
     tsrvi_server_started(server); /* on_start comes before the handler */
     tsrvi_stream_later(stream);
     return TSRV_OK;
@@ -15566,16 +16212,17 @@ static int tsrvi_bound_add(tsrv_server *server, int fd, int backlog, int rank, i
 
 /* In an upgrade all sockets of an address are taken, of which reuse_port has one for each worker.
  */
-static int tsrvi_bound_add_handed(tsrv_server *server, int fd, int backlog)
+static int tsrvi_bound_add_handed(tsrv_server *server, int fd, const tsrv_bind_options *options)
 {
     tsrv_address address;
     tsrvi_sockaddr inside;
-    int rc = tsrvi_bound_add(server, fd, backlog, 0, -1), rank = 1, more;
+    int backlog = tsrvi_backlog(options), rank = 1, more;
+    int rc = tsrvi_bound_add(server, fd, backlog, 0, -1);
     if (rc < 0 || tsrvi_address_get(fd, tsrvi_getsockname, &address) < 0) {
         return rc;
     }
     tsrvi_address_load(&address, &inside);
-    while (rc == TSRV_OK && (more = tsrvi_bound_take(&inside, address.size)) >= 0) {
+    while (rc == TSRV_OK && (more = tsrvi_bound_take(&inside, address.size, options)) >= 0) {
         rc = tsrvi_bound_add(server, more, backlog, rank++, -1);
     }
     return rc;
@@ -15593,7 +16240,7 @@ TSRV_API int tsrv_server_bind(tsrv_server *server, int port, const char *address
         if (rc < 0) {
             tsrvi_bound_close(fds[i]);
         } else {
-            rc = tsrvi_bound_add_handed(server, fds[i], tsrvi_backlog(options));
+            rc = tsrvi_bound_add_handed(server, fds[i], options);
         }
     }
     if (rc < 0) {
@@ -15612,10 +16259,9 @@ static bool tsrvi_server_unlisten(tsrv_server *server)
 {
     bool any = false;
     tsrvi_server_unbind(server);
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        any = any || listener->io.fd >= 0;
-        tsrvi_listener_close(listener);
+    for (tsrvi_listener *one = server->listeners; one != NULL; one = one->next) {
+        any = any || one->io.fd >= 0;
+        tsrvi_listener_close(one);
     }
     return any;
 }
@@ -15623,10 +16269,9 @@ static bool tsrvi_server_unlisten(tsrv_server *server)
 /* The same, after what waits in their queues has been taken. */
 static bool tsrvi_server_stop(tsrv_server *server)
 {
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        if (listener->io.fd >= 0) {
-            tsrvi_listener_empty(listener);
+    for (tsrvi_listener *one = server->listeners; one != NULL; one = one->next) {
+        if (one->io.fd >= 0) {
+            tsrvi_listener_empty(one);
         }
     }
     return tsrvi_server_unlisten(server);
@@ -15643,10 +16288,9 @@ TSRV_API int tsrv_server_address(tsrv_server *server, int index, tsrv_address *a
     if (index >= 0 && index < server->bound_count) {
         return tsrvi_address_get(server->bound[index].fd, tsrvi_getsockname, address);
     }
-    for (tsrvi_listener *listener = server->listeners; listener != NULL;
-         listener = listener->next) {
-        if (listener->io.fd >= 0 && index-- == 0) {
-            return tsrvi_address_get(listener->io.fd, tsrvi_getsockname, address);
+    for (tsrvi_listener *one = server->listeners; one != NULL; one = one->next) {
+        if (one->io.fd >= 0 && index-- == 0) {
+            return tsrvi_address_get(one->io.fd, tsrvi_getsockname, address);
         }
     }
     return TSRV_EINVAL;
@@ -15833,6 +16477,7 @@ static int tsrvi_client_server(tsrv_loop *loop)
         loop->servers.clients->starting = false;
     }
     if (rc == TSRV_OK && (rc = tsrvi_server_attach(loop->servers.clients)) < 0) {
+        tsrvi_server_move(loop->servers.clients, NULL);
         TSRV_FREE(loop->servers.clients);
         loop->servers.clients = NULL;
     }
@@ -15844,28 +16489,26 @@ static int tsrvi_client_stream(tsrv_loop *loop, int fd, const struct sockaddr *a
                                socklen_t size, tsrv_stream **stream)
 {
     tsrv_address peer;
-    tsrvi_sockaddr inside;
     int rc;
-    memset(&inside, 0, sizeof(inside));
-    memcpy(&inside, address, tsrvi_min(size, sizeof(inside)));
-    tsrvi_address_store(&peer, &inside, size);
+    tsrvi_address_store(&peer, address, size);
     if ((rc = tsrvi_stream_new(loop->servers.clients, fd, &peer, stream)) < 0) {
         tsrvi_loop_close_fd(loop, fd);
         return rc;
     }
-    tsrvi_server_dress(loop->servers.clients, fd, address->sa_family != AF_UNIX, false);
+    tsrvi_server_dress(&loop->servers.clients->options, fd, address->sa_family != AF_UNIX);
     tsrvi_wait_remove(*stream, &(*stream)->own); /* the program is its handler */
     tsrvi_own_set(*stream, TSRVI_ENTERED);
     (*stream)->state = TSRVI_RUNNING;
     return TSRV_OK;
 }
 
-/* To a unix socket. Where a listener's queue is full Linux says EAGAIN, and nothing tells when it
- * is not any more. */
+/* To a unix socket, for which nothing has to be waited: others run first, all the same. Where a
+ * listener's queue is full Linux says EAGAIN, and nothing tells when it is not any more. */
 static int tsrvi_client_connect_unix(tsrv_loop *loop, const tsrvi_sockaddr *address, socklen_t size,
                                      uint64_t due, tsrv_stream **stream)
 {
-    int fd = tsrvi_socket(AF_UNIX, SOCK_STREAM), rc = fd;
+    int rc = tsrv_sleep(0), fd = rc < 0 ? rc : tsrvi_socket(AF_UNIX, SOCK_STREAM);
+    rc = fd;
     tsrvi_loop_opened_fd(loop, fd);
     while (rc >= 0 && TSRV_SYS(connect, (fd, &address->any, size)) < 0) {
         rc = errno == EINTR         ? TSRV_OK
@@ -15880,29 +16523,51 @@ static int tsrvi_client_connect_unix(tsrv_loop *loop, const tsrvi_sockaddr *addr
     return tsrvi_client_stream(loop, fd, &address->any, size, stream);
 }
 
+/* What tsrv_connect was asked for: whoever has asked may use the memory again while it waits. */
+typedef struct tsrvi_client_wish {
+    tsrv_connect_options options;
+    tsrv_address client; /* proxy_for */
+    char name[256];      /* whose certificate it must be; DNS has no longer ones */
+} tsrvi_client_wish;
+
+static int tsrvi_client_wish_make(tsrvi_client_wish *wish, const char *host,
+                                  const tsrv_connect_options *options)
+{
+    memset(wish, 0, sizeof(*wish));
+    if (options != NULL) {
+        const char *name = options->server_name != NULL ? options->server_name : host;
+        wish->options = *options;
+        if (options->proxy_for != NULL) {
+            wish->client = *options->proxy_for;
+        }
+        snprintf(wish->name, sizeof(wish->name), "%s", name);
+        return strlen(name) < sizeof(wish->name)
+                   ? (int)TSRV_OK
+                   : tsrvi_mistake("tsrv_connect", "host or server_name is too long");
+    }
+    return TSRV_OK;
+}
+
 /* Say whose connection it is, before anything else. */
-static int tsrvi_client_introduce(tsrv_stream *stream, const tsrv_connect_options *options)
+static int tsrvi_client_introduce(tsrv_stream *stream, const tsrvi_client_wish *wish)
 {
     char header[TSRVI_PROXY_LARGEST];
     tsrv_address to;
-    if (options == NULL || options->proxy_for == NULL) {
+    if (wish->options.proxy_for == NULL) {
         return TSRV_OK;
     }
     tsrv_peer_address(stream, &to);
-    return tsrv_write(stream, header, tsrvi_proxy_build(options->proxy_for, &to, header));
+    return tsrv_write(stream, header, tsrvi_proxy_build(&wish->client, &to, header));
 }
 
 /* The handshake of a new client stream, if there is to be one; one that fails is given back. */
-static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options *options,
-                               const char *host, uint64_t due)
+static int tsrvi_client_secure(tsrv_stream **stream, const tsrvi_client_wish *wish, uint64_t due)
 {
-    int rc = tsrvi_client_introduce(*stream, options);
-    bool secure = options != NULL && options->tls != NULL;
-    if (rc == TSRV_OK && secure) {
-        rc = tsrv_start_tls(*stream, options->tls,
-                            options->server_name != NULL ? options->server_name : host);
+    int rc = tsrvi_client_introduce(*stream, wish);
+    if (rc == TSRV_OK && wish->options.tls != NULL) {
+        rc = tsrv_start_tls(*stream, wish->options.tls, wish->name);
     }
-    if (rc == TSRV_OK && secure) {
+    if (rc == TSRV_OK && wish->options.tls != NULL) {
         (*stream)->own_due_ms = tsrvi_ms_at(tsrvi_loop_of(*stream), due);
         rc = tsrv_wait_for_handshake(*stream);
     }
@@ -15916,7 +16581,6 @@ static int tsrvi_client_secure(tsrv_stream **stream, const tsrv_connect_options 
 
 /* ---- names -----------------------------------------------------------------*/
 
-#if TSRVI_HAS_COROUTINES && TSRVI_HAS_THREADS
 /* Milliseconds until `due`, at least 1; TSRV_NEVER. */
 static int tsrvi_client_left_ms(uint64_t due)
 {
@@ -15976,13 +16640,17 @@ static int tsrvi_lookup_begin(tsrv_loop *loop, tsrvi_lookup *lookup, uint64_t du
     return rc;
 }
 
-/* The addresses of a name. */
+/* The addresses of a name; without threads this blocks. */
 static int tsrvi_client_lookup(tsrv_loop *loop, const char *host, int port, uint64_t due,
                                struct addrinfo **all)
 {
     size_t size = strlen(host);
-    tsrvi_lookup *lookup = (tsrvi_lookup *)tsrvi_zalloc(sizeof(*lookup) + size);
+    tsrvi_lookup *lookup;
     int rc;
+    if (!TSRVI_HAS_THREADS) {
+        return tsrvi_resolve(host, port, 0, 0, all);
+    }
+    lookup = (tsrvi_lookup *)tsrvi_zalloc(sizeof(*lookup) + size);
     if (lookup == NULL) {
         return -ENOMEM;
     }
@@ -16008,15 +16676,6 @@ static int tsrvi_client_lookup(tsrv_loop *loop, const char *host, int port, uint
     TSRV_FREE(lookup);
     return rc;
 }
-#else
-static int tsrvi_client_lookup(tsrv_loop *loop, const char *host, int port, uint64_t due,
-                               struct addrinfo **all)
-{
-    (void)loop;
-    (void)due;
-    return tsrvi_resolve(host, port, 0, 0, all);
-}
-#endif
 
 /* The addresses of a host. A number, also in brackets, needs no looking up. */
 static int tsrvi_client_resolve(tsrv_loop *loop, const char *host, int port, uint64_t due,
@@ -16039,7 +16698,6 @@ static int tsrvi_client_resolve(tsrv_loop *loop, const char *host, int port, uin
 
 /* ---- addresses -------------------------------------------------------------*/
 
-#if TSRVI_HAS_COROUTINES
 /* A port of this host that nobody listens on may be given to the connecting socket itself, which
  * then meets itself (RFC 9293, simultaneous open). */
 static bool tsrvi_client_met_itself(int fd)
@@ -16223,17 +16881,6 @@ static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uin
     TSRV_FREE(dials);
     return rc;
 }
-#else
-static int tsrvi_client_try_all(tsrv_loop *loop, const struct addrinfo *all, uint64_t due,
-                                tsrv_stream **stream)
-{
-    (void)loop;
-    (void)all;
-    (void)due;
-    (void)stream;
-    return TSRV_ENOTSUP;
-}
-#endif
 
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream)
@@ -16242,6 +16889,7 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
     int limit_ms = tsrvi_default_ms(options == NULL ? 0 : options->timeout_ms, TSRVI_CONNECT_MS);
     uint64_t due = tsrvi_after(tsrvi_clock(), limit_ms);
     struct addrinfo *all = NULL;
+    tsrvi_client_wish wish;
     tsrvi_sockaddr inside;
     socklen_t size = 0;
     int rc;
@@ -16249,25 +16897,28 @@ TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options
     if (!TSRVI_HAS_COROUTINES) {
         return TSRV_ENOTSUP;
     }
-    if (host == NULL) {
+    if (TSRVI_WRONG(host == NULL)) {
         return TSRV_EINVAL;
     }
     if (loop == NULL || loop->coroutines.running == NULL) {
         return tsrvi_mistake_no_coroutine(__func__);
     }
-    if ((rc = tsrvi_client_server(loop)) < 0) {
+    /* Who waits while the loop is being freed is dropped, and what it has begun would be left. */
+    if ((rc = loop->closing ? (int)TSRV_ECLOSED : tsrvi_client_wish_make(&wish, host, options)) <
+            0 ||
+        (rc = tsrvi_client_server(loop)) < 0) {
         return rc;
     }
     if (strncmp(host, "unix:", 5) == 0) {
         rc = tsrvi_unix_address(host + 5, &inside, &size);
         rc = rc < 0 ? rc : tsrvi_client_connect_unix(loop, &inside, size, due, stream);
-    } else if (port <= 0 || port > 65535) {
+    } else if (TSRVI_WRONG(port <= 0 || port > 65535)) {
         return TSRV_EINVAL;
     } else if ((rc = tsrvi_client_resolve(loop, host, port, due, &all)) == TSRV_OK) {
         rc = tsrvi_client_try_all(loop, all, due, stream);
         TSRV_SYS(freeaddrinfo, (all));
     }
-    return rc == TSRV_OK ? tsrvi_client_secure(stream, options, host, due) : rc;
+    return rc == TSRV_OK ? tsrvi_client_secure(stream, &wish, due) : rc;
 }
 
 /* ============================================================================
@@ -16437,6 +17088,9 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
     bool stopped;
     int rc = server->drain_code;
     server->drain_code = TSRV_OK;
+    if (loop == NULL) {
+        tsrvi_server_unlisten(server); /* what was only bound */
+    }
     if (loop == NULL || rc != TSRV_OK) {
         return rc;
     }
@@ -16469,14 +17123,18 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
 }
 
 /* Drain every server of the loop, which then stops.
- *   grace_ms  0 = each server's own */
-static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms)
+ *   grace_ms  0 = each server's own
+ *   most      it is the most that a server's own may be */
+static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms, bool most)
 {
     loop->leaving = true;
     for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
         if (server != loop->servers.clients && !server->freed) {
             server->drain_code = TSRV_OK;
+            if (most) {
+                tsrv_server_drain(server, 0);
+            }
             tsrv_server_drain(server, grace_ms);
         }
     }
@@ -16505,8 +17163,11 @@ static void tsrvi_server_detach(tsrv_server *server)
         tsrvi_heap_remove(&server->loop->heap, &server->retry);
         tsrvi_heap_remove(&server->loop->heap, &server->drain);
         server->loop->heap.reserved -= 2;
-        tsrvi_list_remove(&server->link);
+        tsrvi_server_move(server, &tsrvi_process.servers.list);
         server->loop = NULL;
+        server->queued = server->draining = server->forced = false; /* it may get another one */
+        server->paused = server->was_away = false;
+        server->drain_code = TSRV_OK;
     }
 }
 
@@ -16515,6 +17176,7 @@ static void tsrvi_server_destroy(tsrv_server *server)
     tsrv_loop *loop = server->loop;
     tsrvi_server_wake_drains(server, TSRV_ECLOSED);
     tsrvi_server_detach(server);
+    tsrvi_server_move(server, NULL);
     if (loop != NULL) {
         tsrvi_loop_left(loop);
     }
@@ -16541,10 +17203,15 @@ static void tsrvi_server_run(tsrvi_task *task)
         tsrvi_server_drained(server);
     }
     if (server->freed && empty) {
+        if (server->starting) {
+            tsrvi_server_tell_ready(server); /* as below */
+        }
         tsrvi_server_destroy(server);
     } else if (!server->freed && (tsrvi_server_listens(server) || !empty)) {
         /* not stopped before its turn, or it has accepted then */
         tsrvi_server_begin(server);
+    } else if (server->starting) {
+        tsrvi_server_tell_ready(server); /* others, which have waited for it */
     }
 }
 
@@ -16586,11 +17253,11 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         tsrvi_server_destroy(server);
         return;
     }
-    server->starting = false;
     tsrvi_heap_remove(&loop->heap, &server->drain);
     if (loop->poller.pid != TSRV_SYS(getpid, ())) {
-        tsrvi_server_drop_streams(
-            server); /* a fork's copy: the connections are the parent's, and go on there */
+        /* A fork's copy: the connections are the parent's, and go on, and count, there. */
+        server->stats = &server->own;
+        tsrvi_server_drop_streams(server);
         tsrvi_server_unlisten(server);
         tsrvi_server_destroy(server);
         return;
@@ -16603,10 +17270,10 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         tsrvi_server_later(server);
         return;
     }
+    server->starting = false;
     while (!tsrvi_list_empty(&server->streams) || server->queued) {
         if (tsrvi_loop_turns(loop, true, TSRV_NEVER) < 0 && loop->ready.first == NULL) {
-            server->freed =
-                true; /* the backend is broken, and a handler still waits: tsrv_loop_free ends it */
+            server->freed = true; /* a handler waits, and nothing turns: tsrv_loop_free ends it */
             return;
         }
     }
@@ -16669,8 +17336,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
         tsrvi_log(TSRV_LOG_WARNING, "tsrv_loop_free: %lu coroutines still waited and were dropped",
                   (unsigned long)dropped);
     }
-    loop->running =
-        true; /* on_close is called as from the loop: a server that it frees goes here */
+    loop->running = true; /* for on_close: a server that it frees goes here */
     while (!tsrvi_list_empty(&loop->servers.all)) {
         tsrv_server *server = TSRVI_CONTAINER(loop->servers.all.next, tsrv_server, link);
         tsrvi_server_drop_streams(server);
@@ -16707,19 +17373,6 @@ static int tsrvi_file_read(const char *path, char *buffer, size_t size)
     return got;
 }
 
-/* The number that text begins with; -1 = none, "max" for one. */
-static long tsrvi_leading_number(const char *text)
-{
-    long value = -1;
-    for (; *text >= '0' && *text <= '9'; text++) {
-        if (value > LONG_MAX / 100) {
-            return -1;
-        }
-        value = (value < 0 ? 0 : value) * 10 + (*text - '0');
-    }
-    return value;
-}
-
 /* Processors, rounded up; no or a senseless limit: INT_MAX. */
 static int tsrvi_quota_round(long quota, long period)
 {
@@ -16727,54 +17380,41 @@ static int tsrvi_quota_round(long quota, long period)
     return cpus > INT_MAX ? INT_MAX : (int)cpus;
 }
 
-/* The number that a file of a control group begins with; -1 = none. */
-static long tsrvi_cgroup_number(const char *top, const char *group, const char *name)
+/* The number that a file of a control group begins with; 0 = none. Of the group's name `size` bytes
+ * are used. */
+static long tsrvi_cgroup_number(const char *top, const char *group, int size, const char *name)
 {
     char path[1024], text[64];
-    snprintf(path, sizeof(path), "%s%s/%s", top, group, name);
-    return tsrvi_file_read(path, text, sizeof(text)) <= 0 ? -1 : tsrvi_leading_number(text);
+    snprintf(path, sizeof(path), "%s%.*s/%s", top, size, group, name);
+    return tsrvi_file_read(path, text, sizeof(text)) <= 0 ? 0 : strtol(text, NULL, 10);
 }
 
-/* Processors, rounded up, that a control group of version 2 grants: cpu.max is "quota period" in
- * microseconds. No limit: INT_MAX. */
-static int tsrvi_cgroup_cpus(const char *top, const char *group)
+/* Processors, rounded up, that a control group grants; no limit: INT_MAX. Version 2 has cpu.max,
+ * which is "quota period" in microseconds, and version 1 a file for each. */
+static int tsrvi_cgroup_cpus(const char *top, const char *group, int size)
 {
-    char path[1024], text[64];
-    const char *blank;
-    long quota, period;
-    snprintf(path, sizeof(path), "%s%s/cpu.max", top, group);
-    if (tsrvi_file_read(path, text, sizeof(text)) <= 0 || (blank = strchr(text, ' ')) == NULL) {
-        return INT_MAX;
+    char path[1024], text[64], *blank;
+    snprintf(path, sizeof(path), "%s%.*s/cpu.max", top, size, group);
+    blank = tsrvi_file_read(path, text, sizeof(text)) <= 0 ? NULL : strchr(text, ' ');
+    if (blank != NULL && blank != text) {
+        return tsrvi_quota_round(strtol(text, NULL, 10), strtol(blank, NULL, 10));
     }
-    quota = tsrvi_leading_number(text);
-    period = tsrvi_leading_number(blank + 1);
-    return tsrvi_quota_round(quota, period);
-}
-
-/* The same for version 1. */
-static int tsrvi_cgroup_old_cpus(const char *top, const char *group)
-{
-    return tsrvi_quota_round(tsrvi_cgroup_number(top, group, "cpu.cfs_quota_us"),
-                             tsrvi_cgroup_number(top, group, "cpu.cfs_period_us"));
+    return tsrvi_quota_round(tsrvi_cgroup_number(top, group, size, "cpu.cfs_quota_us"),
+                             tsrvi_cgroup_number(top, group, size, "cpu.cfs_period_us"));
 }
 
 /* A group's quota holds for all groups below it: the least on the way to the root counts. What a
- * container sees as the root may be its own group. The group's name is cut shorter and shorter. */
-static int tsrvi_cgroup_least(const char *top, char *group,
-                              int (*cpus)(const char *top, const char *group))
+ * container sees as the root may be its own group. */
+static int tsrvi_cgroup_least(const char *top, const char *group)
 {
-    char *end = group + strlen(group);
-    int least = INT_MAX, granted;
-    for (;;) {
-        *end = 0;
-        granted = cpus(top, group);
+    int size = (int)strlen(group), least = tsrvi_cgroup_cpus(top, group, size), granted;
+    while (size > 0) {
+        for (size--; size > 0 && group[size] != '/'; size--) {
+        }
+        granted = tsrvi_cgroup_cpus(top, group, size);
         least = granted < least ? granted : least;
-        if (end == group) {
-            return least;
-        }
-        for (end--; end > group && *end != '/'; end--) {
-        }
     }
+    return least;
 }
 
 /* Version 1 mounts the controllers of processors in one of these places. */
@@ -16784,10 +17424,7 @@ static int tsrvi_cgroup_old_least(const char *group)
                                        "/sys/fs/cgroup/cpuacct,cpu"};
     int least = INT_MAX;
     for (size_t i = 0; i < sizeof(tops) / sizeof(tops[0]); i++) {
-        char name[1024];
-        int granted;
-        snprintf(name, sizeof(name), "%s", group);
-        granted = tsrvi_cgroup_least(tops[i], name, tsrvi_cgroup_old_cpus);
+        int granted = tsrvi_cgroup_least(tops[i], group);
         least = granted < least ? granted : least;
     }
     return least;
@@ -16822,10 +17459,9 @@ static int tsrvi_quota_cpus(void)
         more = *end != 0;
         *end = 0;
         group = tsrvi_cgroup_old_group(line);
-        granted = strncmp(line, "0::", 3) == 0
-                      ? tsrvi_cgroup_least("/sys/fs/cgroup", line + 3, tsrvi_cgroup_cpus)
-                  : group != NULL ? tsrvi_cgroup_old_least(group)
-                                  : INT_MAX;
+        granted = strncmp(line, "0::", 3) == 0 ? tsrvi_cgroup_least("/sys/fs/cgroup", line + 3)
+                  : group != NULL              ? tsrvi_cgroup_old_least(group)
+                                               : INT_MAX;
         least = granted < least ? granted : least;
     }
     return least;
@@ -16868,15 +17504,24 @@ static void tsrvi_tell_predecessor(void)
 
 #define TSRVI_NOTIFY_SIZE 1000 /* bytes of a state */
 
+/* The program may clean its environment later, in on_start for instance. */
+static void tsrvi_notify_remember(void)
+{
+    const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
+    snprintf(tsrvi_process.notify_path, sizeof(tsrvi_process.notify_path), "%s",
+             path == NULL ? "" : path);
+}
+
 /* Returns 1, 0 when nobody wants to know, or a code. */
 static int tsrvi_notify_send(const char *state)
 {
-    const char *path = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
+    const char *given = TSRV_SYS(getenv, ("NOTIFY_SOCKET"));
+    const char *path = given != NULL ? given : tsrvi_process.notify_path;
     char text[TSRVI_NOTIFY_SIZE + 64], stamp[64] = "";
     tsrvi_sockaddr inside;
     socklen_t size = 0;
     int fd, rc, length;
-    if (path == NULL || *path == 0) {
+    if (*path == 0) {
         return 0;
     }
     if ((rc = tsrvi_unix_address(path, &inside, &size)) < 0) {
@@ -16941,18 +17586,28 @@ TSRV_API int tsrv_notify(const char *state)
     return tsrvi_notify_send(state);
 }
 
-/* How often the service manager wants to hear from this process; TSRVI_FOREVER = never. See
- * sd_watchdog_enabled(3); half of the time is what it advises. */
-static uint64_t tsrvi_watchdog_interval(void)
+/* How often does the service manager want to hear from this process? See sd_watchdog_enabled(3);
+ * half of the time is what it advises. Asked once: the program may change its environment. */
+static tsrvi_watchdog tsrvi_watchdog_make(void)
 {
+    tsrvi_watchdog watchdog = {TSRVI_FOREVER, 0};
     const char *pid = TSRV_SYS(getenv, ("WATCHDOG_PID")),
                *usec = TSRV_SYS(getenv, ("WATCHDOG_USEC"));
     int64_t limit = tsrvi_decimal(usec, INT64_MAX / 1000);
-    if (limit <= 0 ||
-        (pid != NULL && tsrvi_decimal(pid, INT_MAX) != (int64_t)TSRV_SYS(getpid, ()))) {
-        return TSRVI_FOREVER;
+    if (limit > 0 &&
+        (pid == NULL || tsrvi_decimal(pid, INT_MAX) == (int64_t)TSRV_SYS(getpid, ()))) {
+        watchdog.due = 0;
+        watchdog.interval = (uint64_t)limit * 500;
     }
-    return (uint64_t)limit * 500;
+    return watchdog;
+}
+
+static void tsrvi_watchdog_beat(tsrvi_watchdog *watchdog, uint64_t now)
+{
+    if (watchdog->due <= now) {
+        watchdog->due = now + watchdog->interval;
+        tsrvi_notify("WATCHDOG=1");
+    }
 }
 
 /* ============================================================================
@@ -16978,10 +17633,9 @@ static uint64_t tsrvi_watchdog_interval(void)
  * service manager, that the process is alive.
  * ==========================================================================*/
 
-#define TSRVI_BEAT_MS 500   /* between two beats, or a quarter of the heartbeat */
-#define TSRVI_ORPHAN_MS 400 /* that a worker has left when its parent is dead */
-#define TSRVI_SETTLED_MS \
-    1000 /* a process that accepts has to live so long before it is relied on */
+#define TSRVI_BEAT_MS 500     /* between two beats, or a quarter of the heartbeat */
+#define TSRVI_ORPHAN_MS 400   /* that a worker has left when its parent is dead */
+#define TSRVI_SETTLED_MS 1000 /* after which a process that accepts is relied on */
 
 enum { TSRVI_STAY, TSRVI_LEAVE, TSRVI_ORPHAN, TSRVI_CUT };
 
@@ -17028,10 +17682,12 @@ static void tsrvi_worker_tell(int how)
     for (int i = 0; i < TSRVI_WORKER_SIGNALS && tsrvi_worker_id() >= 0; i++) {
         int signo = tsrvi_process.worker.signals[i].signo;
         if (signo != 0) {
-            tsrvi_process.signals[signo].before.sa_handler = SIG_IGN;
+            tsrvi_process.signals[signo].before.sa_handler = tsrvi_signal_nothing;
+            tsrvi_process.signals[signo].before.sa_flags = SA_RESTART;
         }
     }
     if (tsrvi_worker_id() < 0 && how == TSRVI_LEAVE) {
+        tsrvi_process.worker.ready = 0; /* the program before this one must not rely on it */
         tsrvi_notify_stopping();
     }
     __atomic_store_n(&tsrvi_process.worker.told, how, __ATOMIC_RELEASE);
@@ -17045,7 +17701,8 @@ static void tsrvi_worker_hear(tsrv_loop *loop)
     if (loop->worker.beat.fire != NULL && told > loop->worker.told) {
         loop->worker.told = told;
         tsrvi_loop_leave(loop,
-                         told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_process.worker.grace_ms);
+                         told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_process.worker.grace_ms,
+                         told == TSRVI_LEAVE && tsrvi_process.worker.grace_is_most);
         if (told == TSRVI_CUT) {
             tsrvi_loop_cut(loop);
         }
@@ -17086,14 +17743,38 @@ static void tsrvi_worker_tell_watch(int signo)
     tsrvi_loops_wake();
 }
 
-/* SIGHUP: what of the files cannot be read has been logged, and changes nothing. */
+/* What of the files of these servers cannot be read has been logged, and changes nothing. Counts
+ * what has and what has not been read. */
+static void tsrvi_servers_read_files(const tsrvi_link *list, int counts[2])
+{
+    for (const tsrvi_link *link = list->next; link != list; link = link->next) {
+        tsrv_tls *tls = TSRVI_CONTAINER(link, tsrv_server, link)->options.tls;
+        if (tls != NULL) {
+            counts[tsrv_tls_reload(tls) != TSRV_OK]++;
+        }
+    }
+}
+
+/* SIGHUP, for those that run here, and those that run nowhere, but will in workers. */
 static void tsrvi_worker_read_files(void)
 {
-    tsrv_tls *tls = tsrvi_process.reloaded == NULL ? NULL : tsrvi_process.reloaded->options.tls;
-    if (tls != NULL && tsrv_tls_reload(tls) == TSRV_OK) {
+    const tsrv_server *own = tsrvi_process.reloaded;
+    int counts[2] = {0, 0};
+    if (own == NULL) {
+        return;
+    }
+    tsrvi_lock(&tsrvi_process.servers.lock);
+    tsrvi_servers_read_files(&tsrvi_process.servers.list, counts);
+    tsrvi_unlock(&tsrvi_process.servers.lock);
+    if (own->loop != NULL) {
+        tsrvi_servers_read_files(&own->loop->servers.all, counts);
+    }
+    if (counts[0] != 0) {
         tsrvi_log(TSRV_LOG_INFO, "SIGHUP: certificates and keys have been read anew");
-    } else if (tls != NULL) {
-        tsrvi_log(TSRV_LOG_WARNING, "SIGHUP: certificates and keys stay as they are");
+    }
+    if (counts[1] != 0) {
+        tsrvi_log(TSRV_LOG_WARNING, "SIGHUP: %scertificates and keys stay as they are",
+                  counts[0] != 0 ? "some " : "");
     }
 }
 
@@ -17132,7 +17813,10 @@ static void tsrvi_worker_signal(void *context)
     if (tsrvi_process.place_own != NULL) {
         __atomic_store_n(&tsrvi_process.place_own->asked, 1, __ATOMIC_RELEASE);
     }
-    tsrvi_process.worker.by_signal++;
+    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) != TSRVI_STAY ||
+        !tsrvi_handed_waits()) { /* which passes on what it is told: that is not the second time */
+        tsrvi_process.worker.by_signal++;
+    }
     tsrvi_worker_tell(tsrvi_process.worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
 }
 
@@ -17149,10 +17833,20 @@ static void tsrvi_worker_obey(int signo)
     }
 }
 
+/* What the parent says, if it does. Returns as recv. */
+static ssize_t tsrvi_worker_line_read(unsigned char *signo)
+{
+    ssize_t got = TSRV_SYS(recv, (tsrvi_process.worker.line.fd, signo, 1, MSG_DONTWAIT));
+    if (got == 1) {
+        __atomic_fetch_add(&tsrvi_process.place_own->heard, 1, __ATOMIC_RELEASE);
+    }
+    return got;
+}
+
 static void tsrvi_worker_line_event(tsrvi_io *io, int events)
 {
     unsigned char signo = 0;
-    ssize_t got = TSRV_SYS(recv, (io->fd, &signo, 1, MSG_DONTWAIT));
+    ssize_t got = tsrvi_worker_line_read(&signo);
     (void)events;
     if (got == 1) {
         tsrvi_worker_obey(signo);
@@ -17226,13 +17920,14 @@ static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
 {
     for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
         tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
-        server->stats->lag_ms = lag_ms;
-        server->stats->lag_max_ms =
-            lag_ms > server->stats->lag_max_ms ? lag_ms : server->stats->lag_max_ms;
+        tsrv_stats *stats = server->stats;
+        stats->lag_ms = lag_ms;
+        stats->lag_max_ms = lag_ms > stats->lag_max_ms ? lag_ms : stats->lag_max_ms;
         for (tsrvi_listener *listener = server->listeners;
              listener != NULL && tsrvi_worker_id() >= 0; listener = listener->next) {
             tsrvi_listener_requeue(listener);
         }
+        tsrvi_server_forget_shares(server, loop->now);
     }
 }
 
@@ -17266,12 +17961,9 @@ static void tsrvi_worker_beat_process(tsrv_loop *loop)
         tsrvi_worker_beat_parent(loop);
     }
     tsrvi_notify_again();
-    if (tsrvi_process.worker.watchdog <= loop->now) {
-        tsrvi_process.worker.watchdog = loop->now + tsrvi_watchdog_interval();
-        tsrvi_notify("WATCHDOG=1");
-    }
+    tsrvi_watchdog_beat(&tsrvi_process.worker.watchdog, loop->now);
     if (tsrvi_process.worker.ready != 0 &&
-        loop->now - tsrvi_process.worker.ready >= TSRVI_SETTLED_MS * TSRVI_MS) {
+        loop->now >= tsrvi_after(tsrvi_process.worker.ready, TSRVI_SETTLED_MS)) {
         tsrvi_process.worker.ready = 0;
         tsrvi_tell_predecessor();
     }
@@ -17285,17 +17977,14 @@ static void tsrvi_worker_beat(tsrvi_timer *timer)
     tsrvi_worker_beat_servers(loop, (loop->now - timer->due) / TSRVI_MS);
     if (loop == __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
         tsrvi_worker_beat_process(loop);
-        next = tsrvi_earlier(next, tsrvi_process.worker.watchdog);
+        next = tsrvi_earlier(next, tsrvi_process.worker.watchdog.due);
     }
     tsrvi_heap_set(&loop->heap, timer, next);
 }
 
-/* tsrv_loop_run begins, in a worker or in tsrv_serve, which has chosen its chief. */
+/* tsrv_loop_run begins, in a worker or in tsrv_serve. */
 static void tsrvi_worker_entered(tsrv_loop *loop)
 {
-    if (tsrvi_worker_id() < 0 && loop != __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
-        return;
-    }
     if (loop->worker.beat.fire == NULL) {
         loop->worker.beat.fire = tsrvi_worker_beat;
         tsrvi_heap_set(&loop->heap, &loop->worker.beat, tsrvi_clock());
@@ -17315,9 +18004,9 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
         return;
     }
     __atomic_store_n(&tsrvi_process.place_own->listens, 0, __ATOMIC_RELEASE);
+    __atomic_store_n(&tsrvi_process.place_own->beat, 0u, __ATOMIC_RELEASE); /* as not begun */
     tsrvi_poller_set(&loop->poller, &tsrvi_process.worker.line, 0);
-    missed = tsrvi_process.worker.line.fd >= 0 &&
-             TSRV_SYS(recv, (tsrvi_process.worker.line.fd, &signo, 1, MSG_DONTWAIT)) == 1 &&
+    missed = tsrvi_process.worker.line.fd >= 0 && tsrvi_worker_line_read(&signo) == 1 &&
              __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
     watched = missed && tsrvi_worker_is_watched(signo);
     for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
@@ -17337,11 +18026,18 @@ static void tsrvi_worker_ready(void)
     const tsrv_loop *chief = __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE);
     tsrvi_worker_follow_parent();
     if (chief != NULL && chief == tsrvi_thread.running) {
+        sigset_t blocked; /* which on_start may have changed, too */
+        TSRV_SYS(sigemptyset, (&blocked));
+        TSRV_SYS(sigprocmask, (SIG_SETMASK, NULL, &blocked));
+        tsrvi_worker_choose_end(&blocked);
         tsrvi_worker_beat_parent(chief);
     }
     __atomic_store_n(&tsrvi_process.place_own->ready, 1, __ATOMIC_RELEASE);
     tsrvi_write_quiet(tsrvi_process.worker.wake, "", 1);
 }
+
+static const tsrvi_hooks tsrvi_worker_hooks = {tsrvi_worker_entered, tsrvi_worker_exited,
+                                               tsrvi_worker_hear, tsrvi_worker_ready};
 
 /* ============================================================================
  * >>identity  The user that workers run as
@@ -17363,6 +18059,8 @@ typedef struct tsrvi_identity {
     bool wanted; /* false = the process stays who it is */
 } tsrvi_identity;
 
+#define TSRVI_ID_MOST ((int64_t)UINT32_MAX - 1) /* of users and groups; the last one is nobody's */
+
 /* Say why a user or a group was not found: errno is 0 when the files were read and do not have it,
  * getpwnam(3); some systems use these instead. Returns the code. */
 static int tsrvi_identity_missing(const char *kind, const char *name)
@@ -17379,7 +18077,7 @@ static int tsrvi_identity_missing(const char *kind, const char *name)
 /* Look up a user, by name or number. Who has no name is known by the number if there is a group. */
 static int tsrvi_identity_find_user(const char *user, bool has_group, tsrvi_identity *identity)
 {
-    int64_t number = tsrvi_decimal(user, INT_MAX);
+    int64_t number = tsrvi_decimal(user, TSRVI_ID_MOST);
     const struct passwd *entry;
     errno = 0;
     entry = TSRV_SYS(getpwnam, (user));
@@ -17402,7 +18100,7 @@ static int tsrvi_identity_find_user(const char *user, bool has_group, tsrvi_iden
 /* Look up a group, by name or number. */
 static int tsrvi_identity_find_group(const char *group, tsrvi_identity *identity)
 {
-    int64_t number = tsrvi_decimal(group, INT_MAX);
+    int64_t number = tsrvi_decimal(group, TSRVI_ID_MOST);
     const struct group *entry;
     errno = 0;
     entry = TSRV_SYS(getgrnam, (group));
@@ -17481,6 +18179,7 @@ static int tsrvi_identity_assume(const tsrvi_identity *identity)
     if (!identity->wanted) {
         return TSRV_OK;
     }
+    tsrvi_log_keep();
     if (TSRV_SYS(geteuid, ()) == 0 || TSRV_SYS(seteuid, (0)) == 0) {
         if ((identity->name[0] != 0 ? TSRV_SYS(initgroups, (identity->name, (tsrvi_base_gid)gid))
                                     : TSRV_SYS(setgroups, (1, &gid))) < 0 ||
@@ -17598,12 +18297,14 @@ typedef struct tsrvi_child {
     int state;
     pid_t pid;           /* 0 = none */
     int line;            /* the parent's end of its life-line; -1 = none */
+    int said;            /* how often it was told over that */
     unsigned generation; /* of which it was forked */
     uint64_t started;
     uint64_t served; /* SERVING: since when */
     uint64_t due;    /* TSRVI_FOREVER = never */
     int backoff_ms;  /* before the last start; 0 = it was the first */
-    bool at_end;     /* LEAVING: told so because everything ends */
+    bool at_end;     /* LEAVING: told so because everything ends, */
+    bool drains;     /* and has its grace */
     unsigned beat;   /* of its loop, when that was last looked at, */
     uint64_t beaten; /* and when it last changed */
 } tsrvi_child;
@@ -17616,14 +18317,15 @@ typedef struct tsrvi_supervisor {
     void (*happens)(struct tsrvi_supervisor *, int event); /* to the parent; see >>supervise */
     tsrv_fork_options options;                             /* the defaults filled in */
     int worker_grace_ms;                                   /* as it was given; 0 = the server's */
-    tsrvi_identity identity;                               /* who workers become */
-    int *fds; /* all sockets that are listened on: for an upgrade, and to stop */
+    bool grace_is_most;      /* it is that of the server that was started, and not given */
+    tsrvi_identity identity; /* who workers become */
+    int *fds;                /* all sockets that are listened on: for an upgrade, and to stop */
     int fd_count;
     int state; /* TSRVI_PARENT_RUNNING and so on */
     int workers;
     tsrvi_child *children; /* TSRVI_GENERATIONS for each worker, and for programs of upgrades */
     int count;             /* of children */
-    int born;              /* in a new worker, its child; -1 = this is the parent */
+    int born;              /* in a fork's child, which that is; -1 = this is the parent */
     bool server;           /* tsrv_server_start has called: a worker never ends by itself */
     bool serves;           /* workers accept, so that all have to */
     bool limited;          /* start_timeout_ms was given: it holds also before that is known */
@@ -17643,15 +18345,16 @@ typedef struct tsrvi_supervisor {
     int upgrade_fd;        /* it writes here when it does */
     uint64_t told;         /* until then the service manager must have heard who serves now */
     int wake[2];
-    uint64_t now;      /* the supervisor's clock */
-    uint64_t clock;    /* the real one, when it was last read */
-    uint64_t slept;    /* how long the parent meant to sleep since */
-    uint64_t watchdog; /* on the real clock */
-    uint64_t second;   /* the same; when it began, */
-    int rounds;        /* and the rounds since */
-    sigset_t mask;     /* the host's, as its handlers are: */
+    uint64_t now;            /* the supervisor's clock */
+    uint64_t clock;          /* the real one, when it was last read */
+    uint64_t slept;          /* how long the parent meant to sleep since */
+    tsrvi_watchdog watchdog; /* on the real clock */
+    uint64_t second;         /* the same; when it began, */
+    int rounds;              /* and the rounds since */
+    sigset_t mask;           /* the host's, as its handlers are: */
     struct sigaction before[TSRVI_SUPERVISED];
     int installed;
+    char name[64]; /* of a child, for the log */
 } tsrvi_supervisor;
 
 /* The tables of the banner; NULL cannot be. */
@@ -17663,16 +18366,16 @@ static bool tsrvi_child_is_program(const tsrvi_supervisor *s, int child)
     return child >= s->workers * TSRVI_GENERATIONS;
 }
 
-/* A name for the log. */
-static const char *tsrvi_child_name(const tsrvi_supervisor *s, int child, char *buffer, size_t size)
+/* A name for the log, until the next call. */
+static const char *tsrvi_child_name(tsrvi_supervisor *s, int child)
 {
+    long pid = (long)s->children[child].pid;
     if (tsrvi_child_is_program(s, child)) {
-        snprintf(buffer, size, "upgrade: the new program (pid %ld)", (long)s->children[child].pid);
+        snprintf(s->name, sizeof(s->name), "upgrade: the new program (pid %ld)", pid);
     } else {
-        snprintf(buffer, size, "worker %d (pid %ld)", child / TSRVI_GENERATIONS,
-                 (long)s->children[child].pid);
+        snprintf(s->name, sizeof(s->name), "worker %d (pid %ld)", child / TSRVI_GENERATIONS, pid);
     }
-    return buffer;
+    return s->name;
 }
 
 /* Of a worker's children that are not told to end, one that is not `except`; -1 = none. */
@@ -17827,7 +18530,8 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
     s->code = TSRV_EPARENT;
     s->born = s->fresh = s->upgrade = s->upgrade_fd = s->wake[0] = s->wake[1] = -1;
     s->now = s->clock = tsrvi_clock();
-    s->watchdog = tsrvi_watchdog_interval() == TSRVI_FOREVER ? TSRVI_FOREVER : 0;
+    s->watchdog = tsrvi_watchdog_make();
+    tsrvi_notify_remember();
     if ((rc = tsrvi_identity_find(s->options.user, s->options.group, &s->identity)) < 0) {
         return rc;
     }
@@ -17850,13 +18554,8 @@ static int tsrvi_supervisor_open(tsrvi_supervisor *s, int workers, const tsrv_fo
  * >>children  Workers: their birth, and what happens to them
  * ==========================================================================*/
 
-static void tsrvi_signal_nothing(int signo)
-{
-    (void)signo;
-}
-
 /* Signals that are the parent's business and would end a worker: sent to the whole tree, as by
- * pkill(1), they must not, from the fork on. A handler, as what is ignored stays so after exec. */
+ * pkill(1), they must not, from the fork on. */
 static void tsrvi_worker_leave_to_parent(int signo)
 {
     struct sigaction action;
@@ -17868,7 +18567,7 @@ static void tsrvi_worker_leave_to_parent(int signo)
     }
 }
 
-/* A fork's child becomes a worker: the signals and descriptors that were the parent's own go. */
+/* A fork's child becomes a worker: the descriptors that were the parent's own go. */
 static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int line, pid_t parent)
 {
     int beat_ms = s->options.heartbeat_ms / 4 + 1;
@@ -17878,27 +18577,23 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     tsrvi_process.place_own->refused = tsrvi_identity_assume(&s->identity);
     tsrvi_worker_follow_parent();
     if (tsrvi_process.place_own->refused < 0 || TSRV_SYS(getppid, ()) != parent) {
-        TSRV_SYS(_exit,
-                 (tsrvi_process.place_own->refused < 0)); /* or the parent has died meanwhile */
+        TSRV_SYS(_exit, (tsrvi_process.place_own->refused < 0)); /* 0: the parent has died */
     }
-    s->born = child;
     tsrvi_process.notify_owed[0] = 0;
     tsrvi_process.chief = NULL;
     memset(&tsrvi_process.worker, 0, sizeof(tsrvi_process.worker));
+    tsrvi_process.worker.pid = TSRV_SYS(getpid, ());
     beat_ms = s->options.heartbeat_ms <= 0 || beat_ms > TSRVI_BEAT_MS ? TSRVI_BEAT_MS : beat_ms;
     tsrvi_process.worker.interval = (uint64_t)beat_ms * TSRVI_MS;
-    tsrvi_process.worker.watchdog = TSRVI_FOREVER;
+    tsrvi_process.worker.watchdog.due = TSRVI_FOREVER;
     tsrvi_process.worker.grace_ms = s->worker_grace_ms;
+    tsrvi_process.worker.grace_is_most = s->grace_is_most;
     tsrvi_process.worker.line.fd = line;
     tsrvi_process.worker.wake = s->wake[1];
     s->wake[1] = -1;
     tsrvi_process.supervised_wake = -1;
     tsrvi_close_fd(tsrvi_handed_take_ready());
-    tsrvi_process.on_ready = tsrvi_worker_ready;
-    tsrvi_process.loop_entered = tsrvi_worker_entered;
-    tsrvi_process.loop_exited = tsrvi_worker_exited;
-    tsrvi_process.loop_told = tsrvi_worker_hear;
-    tsrvi_supervisor_uninstall(s);
+    tsrvi_process.hooks = &tsrvi_worker_hooks;
     tsrvi_worker_leave_to_parent(SIGHUP);
     if (s->options.upgrade_argv != NULL) {
         tsrvi_worker_leave_to_parent(SIGUSR2);
@@ -17907,18 +18602,18 @@ static void tsrvi_supervisor_become_worker(tsrvi_supervisor *s, int child, int l
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
 }
 
-/* fork, with all signals blocked in both until each knows what it is. Returns the child's pid, 0 in
- * the child, or a code. */
-static pid_t tsrvi_supervisor_clone(tsrvi_supervisor *s, int child, int *lines)
+/* fork. Returns the child's pid; a code; 0 in the child, which has all signals blocked and not our
+ * handlers: when it knows what it is, s->mask follows. */
+static pid_t tsrvi_supervisor_clone(tsrvi_supervisor *s, int child)
 {
-    pid_t parent = TSRV_SYS(getpid, ()), pid;
+    pid_t pid;
     sigset_t all, mask;
     TSRV_SYS(sigfillset, (&all));
     TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
     pid = TSRV_SYS(fork, ());
     if (pid == 0) {
-        tsrvi_close_fd(lines[0]);
-        tsrvi_supervisor_become_worker(s, child, lines[1], parent);
+        s->born = child;
+        tsrvi_supervisor_uninstall(s);
         return 0;
     }
     if (pid < 0) {
@@ -17984,20 +18679,39 @@ static void tsrvi_child_unborn(tsrvi_supervisor *s, int child, int code)
     }
 }
 
+/* Before each fork: else every worker prints what is in the buffers. Later that is what on_exit has
+ * printed; another stream than stdout may be in the hands of another thread, and is left alone.
+ * Nobody may read any more what the program has printed. */
+static void tsrvi_supervisor_flush(const tsrvi_supervisor *s)
+{
+    struct pollfd entry;
+    tsrvi_quiet quiet;
+    entry.fd = STDOUT_FILENO;
+    entry.events = POLLOUT;
+    entry.revents = 0;
+    if (s->forked && TSRV_SYS(poll, (&entry, 1, 0)) <= 0) {
+        return; /* a line twice is better than a parent that waits for who reads it */
+    }
+    tsrvi_quiet_begin(&quiet);
+    tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (s->forked ? stdout : NULL)) == 0 ? 1 : 0, 1);
+}
+
 static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    int lines[2], rc = tsrvi_socket_pair(lines);
-    pid_t pid;
+    int lines[2], rc;
+    pid_t parent = TSRV_SYS(getpid, ()), pid;
+    tsrvi_supervisor_flush(s);
+    rc = tsrvi_socket_pair(lines);
     tsrvi_place_take(child);
     c->generation = s->generation;
-    pid = rc < 0 ? (pid_t)rc : tsrvi_supervisor_clone(s, child, lines);
-    if (s->born >= 0) {
+    pid = rc < 0 ? (pid_t)rc : tsrvi_supervisor_clone(s, child);
+    if (pid == 0) {
+        tsrvi_close_fd(lines[0]);
+        tsrvi_supervisor_become_worker(s, child, lines[1], parent);
         return;
     }
-    if (rc == TSRV_OK) {
-        tsrvi_close_fd(lines[1]);
-    }
+    tsrvi_close_fd(lines[1]); /* -1 without a pair */
     if (pid < 0) {
         tsrvi_close_fd(lines[0]);
         tsrvi_child_unborn(s, child, (int)pid);
@@ -18007,9 +18721,11 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
     c->state = TSRVI_CHILD_STARTING;
     c->pid = pid;
     c->line = lines[0];
+    c->said = 0;
     c->started = c->beaten = s->now;
     c->beat = 0;
     c->at_end = false;
+    c->drains = true;
     c->due =
         s->serves || s->limited ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
 }
@@ -18030,12 +18746,21 @@ static void tsrvi_child_cancel(tsrvi_supervisor *s, int child)
 static int tsrvi_child_signal(tsrvi_supervisor *s, int child, int signo)
 {
     int rc = TSRV_SYS(kill, (s->children[child].pid, signo)) < 0 ? tsrvi_error() : TSRV_OK;
-    char name[64];
     if (rc < 0 && rc != -ESRCH) { /* it may have become another user's */
-        tsrvi_log(TSRV_LOG_ERROR, "%s cannot be sent signal %d: %s",
-                  tsrvi_child_name(s, child, name, sizeof(name)), signo, tsrv_strerror(rc));
+        tsrvi_log(TSRV_LOG_ERROR, "%s cannot be sent signal %d: %s", tsrvi_child_name(s, child),
+                  signo, tsrv_strerror(rc));
     }
     return rc;
+}
+
+/* Does a worker that was told over the life-line hear it? If it does not listen by now, it may have
+ * heard this before its loop has ended: what it does behind that is not to be cut. */
+static bool tsrvi_child_hears(tsrvi_supervisor *s, int child)
+{
+    const tsrvi_place *place = &tsrvi_process.places[child];
+    s->children[child].said++;
+    return __atomic_load_n(&place->listens, __ATOMIC_ACQUIRE) != 0 ||
+           __atomic_load_n(&place->heard, __ATOMIC_ACQUIRE) == s->children[child].said;
 }
 
 /* Who has no loop that listens to the life-line gets the signal itself. */
@@ -18044,7 +18769,7 @@ static void tsrvi_child_say(tsrvi_supervisor *s, int child)
     char signo = (char)s->signo;
     if (tsrvi_child_is_program(s, child) ||
         TSRV_SYS(send, (s->children[child].line, &signo, 1, TSRVI_SEND_FLAGS)) != 1 ||
-        !__atomic_load_n(&tsrvi_process.places[child].listens, __ATOMIC_ACQUIRE)) {
+        !tsrvi_child_hears(s, child)) {
         tsrvi_child_signal(s, child, s->signo);
     }
 }
@@ -18052,21 +18777,27 @@ static void tsrvi_child_say(tsrvi_supervisor *s, int child)
 /* When a child that is told to end now is killed. A program kills its own workers first. */
 static uint64_t tsrvi_child_limit(const tsrvi_supervisor *s, int child)
 {
-    uint64_t due = tsrvi_after(s->now, s->options.grace_ms);
+    bool cut = s->state == TSRVI_PARENT_CUTTING;
+    uint64_t due = cut ? s->now : tsrvi_after(s->now, s->options.grace_ms);
     int more = tsrvi_child_is_program(s, child) ? 2 * TSRVI_KILL_MS : TSRVI_KILL_MS;
     return due == TSRVI_FOREVER ? due : tsrvi_after(due, more);
 }
 
 /* A worker that does not accept yet has nothing to drain, but the listening sockets, on which the
  * kernel goes on to take connections as long as it lives. */
+static bool tsrvi_child_drains(const tsrvi_supervisor *s, int child)
+{
+    return tsrvi_child_is_program(s, child) || !s->serves ||
+           __atomic_load_n(&tsrvi_process.places[child].ready, __ATOMIC_ACQUIRE) != 0;
+}
+
 static void tsrvi_child_tell(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    bool drains = tsrvi_child_is_program(s, child) || !s->serves ||
-                  __atomic_load_n(&tsrvi_process.places[child].ready, __ATOMIC_ACQUIRE);
     c->state = TSRVI_CHILD_LEAVING;
-    c->due = drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
-    c->at_end = drains && s->state != TSRVI_PARENT_RUNNING;
+    c->drains = tsrvi_child_drains(s, child);
+    c->due = c->drains ? tsrvi_child_limit(s, child) : tsrvi_after(s->now, TSRVI_HUNG_MS);
+    c->at_end = s->state != TSRVI_PARENT_RUNNING;
     tsrvi_child_say(s, child);
 }
 
@@ -18108,29 +18839,31 @@ static void tsrvi_child_end(tsrvi_supervisor *s, int child)
 
 static void tsrvi_child_late(tsrvi_supervisor *s, int child)
 {
-    char name[64];
     tsrvi_log(TSRV_LOG_ERROR, "%s does not accept within start_timeout_ms (%d) and is ended",
-              tsrvi_child_name(s, child, name, sizeof(name)), s->options.start_timeout_ms);
+              tsrvi_child_name(s, child), s->options.start_timeout_ms);
     tsrvi_child_end(s, child);
 }
 
 static void tsrvi_child_abort(tsrvi_supervisor *s, int child)
 {
-    char name[64];
     tsrvi_log(TSRV_LOG_ERROR, "%s hangs: its loop has not turned for heartbeat_ms (%d)",
-              tsrvi_child_name(s, child, name, sizeof(name)), s->options.heartbeat_ms);
+              tsrvi_child_name(s, child), s->options.heartbeat_ms);
     tsrvi_child_end(s, child);
 }
 
+/* It is too late; but not for who has begun to accept before it heard. */
 static void tsrvi_child_kill(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
-    char name[64];
-    tsrvi_log(TSRV_LOG_WARNING, "%s does not end and is killed",
-              tsrvi_child_name(s, child, name, sizeof(name)));
+    if (!c->drains && tsrvi_child_drains(s, child)) {
+        c->drains = true;
+        c->due = tsrvi_child_limit(s, child);
+        return;
+    }
+    tsrvi_log(TSRV_LOG_WARNING, "%s does not end and is killed", tsrvi_child_name(s, child));
     c->due = tsrvi_child_signal(s, child, SIGKILL) == TSRV_OK ? TSRVI_FOREVER
                                                               : tsrvi_after(s->now, TSRVI_KILL_MS);
-    if (c->at_end && s->code == TSRV_EPARENT) {
+    if (c->at_end && c->drains && s->code == TSRV_EPARENT) {
         s->code = TSRV_ETIMEOUT;
     }
 }
@@ -18169,9 +18902,7 @@ static void tsrvi_child_bury(tsrvi_supervisor *s, int child)
     bool program = tsrvi_child_is_program(s, child);
     bool expected = c->state == TSRVI_CHILD_LEAVING || tsrvi_child_has_finished(s, child);
     int pid = (int)c->pid, status = s->status;
-    char name[64];
-    tsrvi_log(expected ? TSRV_LOG_INFO : TSRV_LOG_WARNING, "%s %s %d%s",
-              tsrvi_child_name(s, child, name, sizeof(name)),
+    tsrvi_log(expected ? TSRV_LOG_INFO : TSRV_LOG_WARNING, "%s %s %d%s", tsrvi_child_name(s, child),
               WIFEXITED(status) ? "exited with status" : "was ended by signal",
               WIFEXITED(status) ? WEXITSTATUS(status) : WTERMSIG(status),
               expected || c->state == TSRVI_CHILD_DYING ? "" : ", unasked");
@@ -18462,27 +19193,21 @@ static void tsrvi_upgrade_exec(const tsrvi_supervisor *s, int ready, const tsrvi
     TSRV_SYS(_exit, (127));
 }
 
-/* Start the new program. Signals are blocked until it does not have our handlers any more. */
+/* Start the new program. */
 static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
     tsrvi_upgrade upgrade;
     int fds[2], rc = tsrvi_upgrade_describe(s, &upgrade);
-    sigset_t all, mask;
     pid_t pid = -1;
     if (rc == TSRV_OK && (rc = tsrvi_pipe(fds)) == TSRV_OK) {
-        TSRV_SYS(sigfillset, (&all));
-        TSRV_SYS(sigprocmask, (SIG_SETMASK, &all, &mask));
-        pid = TSRV_SYS(fork, ());
-        if (pid == 0) {
-            tsrvi_supervisor_uninstall(s);
+        if ((pid = tsrvi_supervisor_clone(s, child)) == 0) {
             TSRV_SYS(sigprocmask, (SIG_SETMASK, &s->mask, NULL));
             tsrvi_upgrade_exec(s, fds[1], &upgrade);
         }
-        rc = pid < 0 ? tsrvi_error() : TSRV_OK;
-        TSRV_SYS(sigprocmask, (SIG_SETMASK, &mask, NULL));
         tsrvi_close_fd(fds[1]);
         if (pid < 0) {
+            rc = (int)pid;
             tsrvi_close_fd(fds[0]);
         }
     }
@@ -18568,10 +19293,11 @@ static void tsrvi_parent_stop(tsrvi_supervisor *s)
     tsrvi_log(TSRV_LOG_INFO, "stopping: no new connections, workers have %s to end",
               tsrvi_time_text(s->options.grace_ms, time, sizeof(time)));
     tsrvi_notify_stopping();
-    tsrvi_parent_leave(s, TSRVI_PARENT_STOPPING, true);
+    tsrvi_parent_leave(s, tsrvi_handed_waits() ? TSRVI_PARENT_ENDING : TSRVI_PARENT_STOPPING, true);
 }
 
-/* Everything ends already, but nobody has asked for it: it is not the second time. */
+/* Everything ends already, but nobody has asked for it, or the program before this one, in an
+ * upgrade, passes on what it was told: it is not the second time. */
 static void tsrvi_parent_hear(tsrvi_supervisor *s)
 {
     tsrvi_log(TSRV_LOG_INFO, "stopping: everything ends already");
@@ -18706,12 +19432,6 @@ static void tsrvi_supervisor_signals(tsrvi_supervisor *s)
     }
 }
 
-/* Take the status of a child, if it has ended. Returns its pid, 0 or -1. */
-static pid_t tsrvi_wait_for(pid_t child, int *status)
-{
-    return TSRV_SYS(waitpid, (child, status, WNOHANG));
-}
-
 /* Who is process 1 inherits every orphan, and has to bury them. */
 static void tsrvi_supervisor_reap_orphans(tsrvi_supervisor *s)
 {
@@ -18726,7 +19446,7 @@ static void tsrvi_supervisor_reap_orphans(tsrvi_supervisor *s)
                 return;
             }
         }
-        tsrvi_wait_for(info.si_pid, &status);
+        TSRV_SYS(waitpid, (info.si_pid, &status, WNOHANG));
         memset(&info, 0, sizeof(info));
     }
 }
@@ -18736,7 +19456,7 @@ static void tsrvi_supervisor_reap(tsrvi_supervisor *s)
 {
     for (int i = 0; i < s->count; i++) {
         tsrvi_child *c = &s->children[i];
-        pid_t pid = c->pid == 0 ? 0 : tsrvi_wait_for(c->pid, &s->status);
+        pid_t pid = c->pid == 0 ? 0 : TSRV_SYS(waitpid, (c->pid, &s->status, WNOHANG));
         if (pid < 0 && errno == ECHILD) {
             s->status = SIGKILL; /* somebody else has taken its status; that it has ended is sure */
             pid = c->pid;
@@ -18804,20 +19524,11 @@ static void tsrvi_supervisor_act(tsrvi_supervisor *s)
         return;
     }
     tsrvi_notify_again();
-    if (s->watchdog <= s->clock) {
-        s->watchdog = s->clock + tsrvi_watchdog_interval();
-        tsrvi_notify("WATCHDOG=1");
-    }
+    tsrvi_watchdog_beat(&s->watchdog, s->clock);
     if (!s->settled && s->state == TSRVI_PARENT_RUNNING) {
         tsrvi_supervisor_settle(s);
     }
     tsrvi_reload_step(s);
-}
-
-/* A moment that lies ahead, else never. */
-static uint64_t tsrvi_ahead(uint64_t now, uint64_t moment)
-{
-    return moment > now ? moment : TSRVI_FOREVER;
 }
 
 /* When the supervisor has something to do for a child, at the latest. */
@@ -18826,7 +19537,8 @@ static uint64_t tsrvi_child_next(const tsrvi_supervisor *s, const tsrvi_child *c
     uint64_t next = c->due;
     if (!s->settled || s->rolling) {
         uint64_t since = c->state == TSRVI_CHILD_SERVING ? c->served : c->started;
-        next = tsrvi_earlier(next, tsrvi_ahead(s->now, since + TSRVI_SETTLED_MS * TSRVI_MS));
+        uint64_t up = since + TSRVI_SETTLED_MS * TSRVI_MS;
+        next = up > s->now ? tsrvi_earlier(next, up) : next;
     }
     if (c->beat != 0 && s->options.heartbeat_ms > 0) {
         next = tsrvi_earlier(next, s->now + (uint64_t)s->options.heartbeat_ms * TSRVI_MS / 4 + 1);
@@ -18845,20 +19557,19 @@ static uint64_t tsrvi_supervisor_rest(const tsrvi_supervisor *s)
         }
     }
     rest = next <= s->now ? 0 : next - s->now;
-    return tsrvi_earlier(rest, s->watchdog - s->clock); /* which lies ahead */
+    return tsrvi_earlier(rest, s->watchdog.due - s->clock); /* which lies ahead */
 }
 
 static void tsrvi_supervisor_sleep(tsrvi_supervisor *s)
 {
     struct pollfd entries[2];
     char buffer[512];
-    int fds[2], ms;
+    int ms;
     s->slept = tsrvi_supervisor_rest(s);
     ms = s->slept == 0 ? 0 : (int)((s->slept - 1) / TSRVI_MS + 1);
-    fds[0] = s->wake[0];
-    fds[1] = s->upgrade_fd;
+    entries[0].fd = s->wake[0];
+    entries[1].fd = s->upgrade_fd; /* a negative one is passed over */
     for (int i = 0; i < 2; i++) {
-        entries[i].fd = fds[i]; /* a negative one is passed over */
         entries[i].events = POLLIN;
         entries[i].revents = 0;
     }
@@ -18906,15 +19617,6 @@ static void tsrvi_supervisor_tell_end(void)
               (unsigned long long)all.restarts);
 }
 
-/* Before the first fork: else every worker prints what is in the buffers. Nobody may read any more
- * what the program has printed. */
-static void tsrvi_supervisor_flush(void)
-{
-    tsrvi_quiet quiet;
-    tsrvi_quiet_begin(&quiet);
-    tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (NULL)) == 0 ? 1 : 0, 1);
-}
-
 /* Returns the task id in a worker, and in the parent when all is over, its result. Signals are
  * looked at first: what ends by one that was sent to all of us was told to end. */
 static int tsrvi_supervise(tsrvi_supervisor *s)
@@ -18923,7 +19625,6 @@ static int tsrvi_supervise(tsrvi_supervisor *s)
         s->children[worker * TSRVI_GENERATIONS].state = TSRVI_CHILD_DUE;
     }
     tsrvi_log(TSRV_LOG_INFO, "%d workers are started (tcpserver.h %s)", s->workers, TSRV_VERSION);
-    tsrvi_supervisor_flush();
     while (tsrvi_supervisor_busy(s)) {
         tsrvi_supervisor_tick(s);
         tsrvi_supervisor_signals(s);
@@ -18950,15 +19651,33 @@ static bool tsrvi_claim(int *owner)
     return __atomic_exchange_n(owner, self, __ATOMIC_ACQ_REL) != self;
 }
 
+/* A worker has its parent; its child has none, also before the first loop. */
+static bool tsrvi_worker_calls(void)
+{
+    return tsrvi_worker_id() >= 0 && tsrvi_process.worker.pid == TSRV_SYS(getpid, ());
+}
+
 /* As tsrv_fork_processes.
- *   server  workers run a server, and have no end of their own */
-static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool server)
+ *   server  that workers run: they have no end of their own, and its grace; NULL = none */
+static int tsrvi_fork(int num_processes, const tsrv_fork_options *options,
+                      const tsrv_server *server)
 {
     tsrvi_supervisor supervisor;
     int rc;
-    if (num_processes < 0 || num_processes > TSRVI_WORKERS_MAX || tsrvi_worker_id() >= 0) {
+    if (num_processes < 0 || num_processes > TSRVI_WORKERS_MAX || tsrvi_worker_calls()) {
         tsrvi_log(TSRV_LOG_ERROR, "cannot fork %d workers: %s", num_processes,
-                  tsrvi_worker_id() >= 0 ? "this is a worker" : "0 to 4096 are possible");
+                  tsrvi_worker_calls() ? "this is a worker" : "0 to 4096 are possible");
+        return TSRV_EINVAL;
+    }
+    if (options != NULL &&
+        (options->fd_count < 0 || (options->fd_count > 0 && options->fds == NULL))) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot fork workers: fds and fd_count do not go together");
+        return TSRV_EINVAL;
+    }
+    if (server != NULL && tsrvi_thread.own != NULL &&
+        tsrvi_thread.own->poller.pid != TSRV_SYS(getpid, ())) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot fork workers: the process before this one has forked "
+                                  "after it had made a loop, which they would have: fork first");
         return TSRV_EINVAL;
     }
     if (tsrvi_loops_count() > 0) {
@@ -18974,10 +19693,17 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
     tsrvi_handed_close_rest();
     rc = tsrvi_supervisor_open(&supervisor, num_processes == 0 ? tsrv_cpu_count() : num_processes,
                                options);
+    if (server == NULL) {
+        tsrvi_bound_claim(-1); /* who knows on which of them? */
+    }
     if (rc == TSRV_OK) {
         supervisor.happens = tsrvi_parent_happens;
-        supervisor.server = server;
-        supervisor.serves = server;
+        supervisor.server = server != NULL;
+        supervisor.serves = server != NULL;
+        if (server != NULL && supervisor.worker_grace_ms == 0) {
+            supervisor.grace_is_most = true;
+            supervisor.worker_grace_ms = supervisor.options.grace_ms = server->options.grace_ms;
+        }
         rc = tsrvi_supervise(&supervisor);
     }
     if (tsrvi_worker_id() < 0) {
@@ -18992,19 +19718,22 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options, bool 
 
 TSRV_API int tsrv_fork_processes(int num_processes, const tsrv_fork_options *options)
 {
-    return tsrvi_fork(num_processes, options, false);
+    return tsrvi_fork(num_processes, options, NULL);
 }
 
 /* ============================================================================
  * >>start  Servers in workers: tsrv_server_start
  * ==========================================================================*/
 
-/* Another listening socket on the address of one that has SO_REUSEPORT. */
+/* Another listening socket on the address of one that has SO_REUSEPORT. The service manager's take
+ * IPv4's port too: one that does not would be beside their group, and get nothing. */
 static int tsrvi_bound_again(const tsrvi_bound *bound)
 {
     tsrv_bind_options options;
     tsrv_address address;
     tsrvi_sockaddr inside;
+    int only = 1;
+    socklen_t size = sizeof(only);
     int rc = tsrvi_address_get(bound->fd, tsrvi_getsockname, &address);
     if (rc < 0) {
         return rc;
@@ -19013,7 +19742,10 @@ static int tsrvi_bound_again(const tsrvi_bound *bound)
     options.reuse_port = true;
     options.backlog = bound->backlog;
     tsrvi_address_load(&address, &inside);
-    return tsrvi_bind_new(&inside, (socklen_t)address.size, &options);
+    if (inside.any.sa_family == AF_INET6) {
+        TSRV_SYS(getsockopt, (bound->fd, IPPROTO_IPV6, IPV6_V6ONLY, &only, &size));
+    }
+    return tsrvi_bind_new(&inside, (socklen_t)address.size, &options, only);
 }
 
 static bool tsrvi_bound_is_shared(const tsrvi_bound *bound)
@@ -19031,7 +19763,7 @@ static bool tsrvi_bound_is_shared(const tsrvi_bound *bound)
 /* Say whose each socket is: every worker's, but where reuse_port gives each worker its own; those
  * that are missing are made, and where there are more than workers, as after an upgrade, some have
  * several. The parent has and keeps all of them, so that what is queued in one survives the worker.
- */
+ * Beside another user's, as the service manager's are, none can be made: then all share that. */
 static int tsrvi_bound_spread(tsrv_server *server, int workers)
 {
     int count = server->bound_count, rc = TSRV_OK;
@@ -19046,6 +19778,13 @@ static int tsrvi_bound_spread(tsrv_server *server, int workers)
         }
         for (int rank = last - i + 1; rank < workers && rc == TSRV_OK; rank++) {
             int fd = tsrvi_bound_again(&server->bound[i]);
+            if (fd == -EADDRINUSE || fd == -EACCES) {
+                tsrvi_log(TSRV_LOG_INFO,
+                          "all workers accept on socket %d, as no other can be made: %s",
+                          server->bound[i].fd, tsrv_strerror(fd));
+                server->bound[i].worker = -1;
+                break;
+            }
             rc = fd < 0 ? fd : tsrvi_bound_add(server, fd, server->bound[i].backlog, rank, rank);
         }
     }
@@ -19074,23 +19813,16 @@ static int tsrvi_server_open_bound(tsrv_server *server, int worker)
 
 static int tsrvi_server_fork(tsrv_server *server, int workers, const tsrv_fork_options *options)
 {
-    tsrv_fork_options resolved;
+    const tsrv_server *before = tsrvi_process.reloaded; /* another thread's, which goes on */
     int rc;
     workers = workers == 0 ? tsrv_cpu_count() : workers;
-    memset(&resolved, 0, sizeof(resolved));
-    if (options != NULL) {
-        resolved = *options;
-    }
-    if (resolved.grace_ms == 0) {
-        resolved.grace_ms = server->options.grace_ms;
-    }
     for (int i = 0; i < server->bound_count; i++) {
-        tsrvi_bound_claim(server->bound[i].fd);
+        tsrvi_bound_claim(server->bound[i].fd); /* the others may be served by who forked us */
     }
     if ((rc = tsrvi_bound_spread(server, workers)) == TSRV_OK) {
         tsrvi_process.reloaded = server;
-        rc = tsrvi_fork(workers, &resolved, true);
-        tsrvi_process.reloaded = NULL;
+        rc = tsrvi_fork(workers, options, server);
+        tsrvi_process.reloaded = before;
     }
     if (rc >= 0) {
         return tsrvi_server_open_bound(server, rc);
@@ -19121,8 +19853,8 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
     if (tsrv_server_address(server, 0, &address) == TSRV_OK) {
         tsrv_address_format(&address, text, sizeof(text));
     }
-    if (!server->started && server->bound_count > 0 && num_processes >= 0 &&
-        num_processes <= TSRVI_WORKERS_MAX) {
+    if (!TSRVI_WRONG(server->started) && !TSRVI_WRONG(server->bound_count == 0) &&
+        !TSRVI_WRONG(num_processes < 0 || num_processes > TSRVI_WORKERS_MAX)) {
         server->started = true;
         rc = num_processes == 1 ? tsrvi_server_start_here(server, options)
                                 : tsrvi_server_fork(server, num_processes, options);
@@ -19150,8 +19882,10 @@ static void tsrvi_serve_ready(void)
  * signals are watched before it binds, so that none ends it in between. */
 static int tsrvi_serve_alone(tsrv_server *server)
 {
+    static const tsrvi_hooks hooks = {tsrvi_worker_entered, NULL, tsrvi_worker_hear,
+                                      tsrvi_serve_ready};
     tsrv_loop *loop;
-    uint64_t watchdog = tsrvi_watchdog_interval();
+    tsrvi_watchdog watchdog = tsrvi_watchdog_make();
     int rc = tsrvi_server_loop(server, &loop);
     if (rc < 0) {
         return rc;
@@ -19159,15 +19893,14 @@ static int tsrvi_serve_alone(tsrv_server *server)
     server->options.loop = loop;
     memset(&tsrvi_process.worker, 0, sizeof(tsrvi_process.worker));
     tsrvi_process.worker.interval = TSRVI_BEAT_MS * TSRVI_MS;
-    tsrvi_process.worker.watchdog = watchdog == TSRVI_FOREVER ? watchdog : 0;
+    tsrvi_process.worker.watchdog = watchdog;
+    tsrvi_notify_remember();
     tsrvi_process.worker.line.fd = -1;
     tsrvi_process.worker.wake = -1;
     tsrvi_process.worker.upgradable =
         server->options.fork != NULL && server->options.fork->upgrade_argv != NULL;
     tsrvi_process.reloaded = server;
-    tsrvi_process.on_ready = tsrvi_serve_ready;
-    tsrvi_process.loop_entered = tsrvi_worker_entered;
-    tsrvi_process.loop_told = tsrvi_worker_hear;
+    loop->worker.hooks = &hooks; /* and no other thread's */
     tsrvi_worker_claim(loop);
     return TSRV_OK;
 }
@@ -19182,9 +19915,7 @@ static void tsrvi_serve_done(tsrv_loop *loop)
     loop->worker.beat.fire = NULL;
     loop->worker.told = TSRVI_STAY;
     __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
-    tsrvi_process.on_ready = NULL;
-    tsrvi_process.loop_entered = NULL;
-    tsrvi_process.loop_told = NULL;
+    loop->worker.hooks = NULL;
     tsrvi_process.reloaded = NULL;
 }
 
@@ -19202,6 +19933,16 @@ static int tsrvi_serve_run(tsrv_server *server, int port, const char *address, i
     return rc;
 }
 
+/* A handler that still runs after a forced drain is left to a loop of the program's. */
+static void tsrvi_serve_free(tsrv_server *server)
+{
+    if (server->loop != NULL && server->forced && !tsrvi_list_empty(&server->streams)) {
+        server->freed = true;
+    } else {
+        tsrv_server_free(server);
+    }
+}
+
 TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
                         const tsrv_server_options *options)
 {
@@ -19216,7 +19957,7 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
         tsrv_server_free(server);
         return TSRV_EBUSY;
     }
-    if (num_processes == 1 && tsrvi_worker_id() < 0) { /* a worker has its parent */
+    if (num_processes == 1 && !tsrvi_worker_calls()) {
         if ((rc = tsrvi_serve_alone(server)) == TSRV_OK) {
             rc = tsrvi_serve_run(server, port, address, num_processes, options);
             tsrvi_serve_done(server->options.loop);
@@ -19231,7 +19972,7 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
     if (!had_loop) {
         tsrv_loop_free(NULL); /* a handler that goes on and on is dropped, and not waited for */
     }
-    tsrv_server_free(server);
+    tsrvi_serve_free(server);
     __atomic_store_n(&tsrvi_process.serving, 0, __ATOMIC_RELEASE);
     return rc == TSRV_EPARENT ? (int)TSRV_OK : rc;
 }
@@ -19257,8 +19998,9 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
  *          new connections at once, and ends who has been silent for a second. A refused write
  *          and a failed tsrv_sendfile end the stream. A second tsrv_serve at the same time is
  *          TSRV_EBUSY. tsrv_wait in on_close is TSRV_EINVAL. A deadline that is over ends reads
- *          of what is there, too. The log has time, pid and level in
- *          front, and says what a server does; tsrv_set_log_level leaves that out.
+ *          of what is there, too. A client of TLS does not take "f*.org" for a host. The log
+ *          has time, pid and level in front, and says what a server does; tsrv_set_log_level
+ *          leaves that out.
  *   0.1.0  First version.
  * ==========================================================================*/
 

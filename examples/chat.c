@@ -35,13 +35,27 @@ static void broadcast(tsrv_stream *from, const char *text, size_t size)
     }
 }
 
-/* Control characters would act on the terminals of the others. */
+/* Control characters would act on the terminals of the others: those of ASCII, and C1, in UTF-8 (c2
+ * 80 to c2 9f) or alone. `more` is how many bytes of a character are still to come. */
+static bool acts(unsigned char before, unsigned char c, int more)
+{
+    return c < ' ' || c == 127 || (c >= 0x80 && c < 0xa0 && (more == 0 || before == 0xc2));
+}
+
 static void say(tsrv_stream *from, const char *what, const char *text, int size)
 {
     char line[MAX_LINE + 64], *c;
+    unsigned char before = 0, byte;
     int used = snprintf(line, sizeof(line), "%s%s%.*s\n", member_of(from)->nick, what, size, text);
-    for (c = line; *c != '\n'; c++) {
-        *c = (unsigned char)*c < ' ' || *c == 127 ? '?' : *c;
+    int more = 0;
+    for (c = line; *c != '\n'; c++, before = byte) {
+        byte = (unsigned char)*c;
+        *c = acts(before, byte, more) ? '?' : *c;
+        more = byte >= 0x80 && byte < 0xc0  ? more - (more > 0)
+               : byte < 0xc2 || byte > 0xf4 ? 0
+               : byte < 0xe0                ? 1
+               : byte < 0xf0                ? 2
+                                            : 3;
     }
     broadcast(from, line, (size_t)used);
 }

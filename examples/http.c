@@ -5,28 +5,15 @@
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
+#include "http_file.h"
 #include "http_head.h"
 
-#include <fcntl.h>
 #include <stdio.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 static int reply(tsrv_stream *stream, const request *r, const char *status, int64_t size)
 {
     return tsrv_printf(stream, "HTTP/1.1 %s\r\nContent-Length: %lld\r\n%s\r\n", status,
                        (long long)size, r->keep ? "" : "Connection: close\r\n");
-}
-
-/* Returns a descriptor, or -1. O_NONBLOCK: a pipe in the directory must not stop the server. */
-static int open_file(const char *path, struct stat *file)
-{
-    int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd >= 0 && (fstat(fd, file) != 0 || !S_ISREG(file->st_mode))) {
-        close(fd);
-        return -1;
-    }
-    return fd;
 }
 
 /* The result matters: when the file cannot be sent after its size was, nothing else may follow. */
@@ -43,9 +30,10 @@ static int answer(tsrv_stream *stream, const request *r)
     } else if (strcmp(r->path, "./") == 0) {
         reply(stream, r, "200 OK", 10);
         return tsrv_write(stream, "It works.\n", get ? 10 : 0);
-    } else if (strstr(r->path, "/.") != NULL /* ".." would lead out of the directory */ ||
-               (fd = open_file(r->path, &file)) < 0) {
+    } else if (strstr(r->path, "/.") != NULL) { /* ".." would lead out of the directory */
         return reply(stream, r, "404 Not Found", 0);
+    } else if ((fd = open_file(r->path, &file)) < 0) {
+        return reply(stream, r, is_passing(errno) ? "503 Service Unavailable" : "404 Not Found", 0);
     }
     reply(stream, r, "200 OK", file.st_size);
     rc = tsrv_sendfile(stream, fd, 0, get ? (size_t)file.st_size : 0);
@@ -63,6 +51,9 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     for (r.keep = true; r.keep && rc == TSRV_OK;) {
         if ((rc = tsrv_read_until(stream, "\r\n\r\n", 8192, &head)) == TSRV_OK) {
             parse(&head, &r);
+            if (r.error == NULL && !decode(r.path)) {
+                r.error = "400 Bad Request";
+            }
             r.keep = r.keep && !(tsrv_stopping(stream) && tsrv_unread_size(stream) == 0);
             rc = answer(stream, &r);
         }

@@ -10,6 +10,7 @@ typedef struct request {
     const char *error;          /* what to answer to a malformed head; NULL = it is none */
     bool body, keep;            /* it has one; another request may follow */
     bool expects;               /* it is sent when it was asked for, with "100 Continue" */
+    int minor, hosts, lengths;  /* of HTTP/1.x; how many fields tell the host, and the size */
     unsigned long long size;    /* of the body; ULLONG_MAX = more than can be told */
 } request;
 
@@ -27,22 +28,32 @@ static bool is_text(const tsrv_slice *head)
     return true;
 }
 
+/* "http://host/path" is "/path" here: it is what a proxy is asked (RFC 9112, section 3.2.2). */
+static const char *skip_origin(const char *target)
+{
+    size_t host = strncasecmp(target, "http://", 7) == 0 ? strcspn(target + 7, "/? \t\r") : 0;
+    return host > 0 ? target + 7 + host : target;
+}
+
 /* "GET /path?query HTTP/1.1", with one blank between them. Returns false for anything else. */
 static bool parse_first_line(const char *line, request *r)
 {
-    size_t method = strspn(line, "ABCDEFGHIJKLMNOPQRSTUVWXYZ");
-    const char *path = line + method + 1;
-    size_t size = line[method] == ' ' ? strcspn(path, " \t\r") : 0;
-    const char *version = path + size;
-    if (method == 0 || method >= sizeof(r->method) || size == 0 || size + 1 >= sizeof(r->path) ||
-        *path != '/' || strncmp(version, " HTTP/1.", 8) != 0 ||
-        (version[8] != '0' && version[8] != '1') || version[9] != '\r') {
+    size_t method = strspn(line, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"), size;
+    const char *target = line + method + 1, *path = skip_origin(target);
+    const char *version = target + strcspn(target, " \t\r");
+    if (method == 0 || method >= sizeof(r->method) || line[method] != ' ' ||
+        (*path != '/' && path == target) || strncmp(version, " HTTP/1.", 8) != 0 ||
+        version[8] < '0' || version[8] > '9' || version[9] != '\r') {
         return false;
     }
+    path += *path == '/';
+    size = strcspn(path, "? \t\r");
+    r->error = size + 3 > sizeof(r->path) ? "414 URI Too Long" : NULL;
     memcpy(r->method, line, method);
-    r->path[0] = '.';
-    memcpy(r->path + 1, path, strcspn(path, "? \t\r"));
-    r->keep = version[8] == '1';
+    memcpy(r->path, "./", 2);
+    memcpy(r->path + 2, path, r->error == NULL ? size : 0);
+    r->minor = version[8] - '0';
+    r->keep = r->minor > 0;
     return true;
 }
 
@@ -60,7 +71,7 @@ static bool has_word(const char *value, const char *word)
 }
 
 /* What matters of "Name: value" is in r afterwards. Returns false when it is malformed. */
-static bool parse_field(const char *line, request *r, int *lengths)
+static bool parse_field(const char *line, request *r)
 {
     size_t name = strcspn(line, " \t\r:"); /* a blank in front of the colon, or of the line: no */
     const char *value = line + name + 1;
@@ -73,28 +84,34 @@ static bool parse_field(const char *line, request *r, int *lengths)
     } else if (name == 17 && strncasecmp(line, "Transfer-Encoding", name) == 0) {
         r->error = "501 Not Implemented"; /* what a proxy may send, but a browser does not */
     } else if (name == 6 && strncasecmp(line, "Expect", name) == 0) {
-        r->expects = has_word(value, "100-continue");
+        r->expects = r->minor > 0 && has_word(value, "100-continue");
+    } else if (name == 13 && strncasecmp(line, "Content-Range", name) == 0) {
+        return strcmp(r->method, "PUT") != 0; /* a part must not be taken for all of a file */
+    } else if (name == 4 && strncasecmp(line, "Host", name) == 0) {
+        value += strcspn(value, "/?#@, \t\r");
+        value += strspn(value, " \t");
+        return ++r->hosts == 1 && *value == '\r';
     } else if (name == 14 && strncasecmp(line, "Content-Length", name) == 0) {
         size_t digits = strspn(value, "0123456789");
         r->size = strtoull(value, NULL, 10);
         r->body = r->size > 0;
         value += digits + strspn(value + digits, " \t");
-        return ++*lengths == 1 && digits > 0 && *value == '\r';
+        return ++r->lengths == 1 && digits > 0 && *value == '\r';
     }
     return true;
 }
 
+/* In front of it there may be an empty line, which some clients send behind a body. */
 static void parse(const tsrv_slice *head, request *r)
 {
-    const char *line = head->data;
-    int lengths = 0; /* how many fields tell the size of the body */
+    const char *line = head->data + (strncmp(head->data, "\r\n", 2) == 0 ? 2 : 0);
     bool good;
     memset(r, 0, sizeof(*r));
     good = is_text(head) && parse_first_line(line, r);
     while (good && *(line = strstr(line, "\r\n") + 2) != '\r') {
-        good = parse_field(line, r, &lengths);
+        good = parse_field(line, r);
     }
-    if (!good || (r->error != NULL && lengths > 0)) {
+    if (!good || (r->minor > 0 && r->hosts == 0) || (r->error != NULL && r->lengths > 0)) {
         r->error = "400 Bad Request";
     }
     r->keep = r->keep && r->error == NULL && !r->body; /* a body is never read */

@@ -7,8 +7,11 @@
 
 enum {
     CHAINS = 65536,               /* it does not grow: it is slow with millions of keys */
+    PRIME = 2147483647,           /* 2^31 - 1 */
     MAX_STORED = 64 * 1024 * 1024 /* bytes: clients must not be able to fill the memory */
 };
+
+static uint64_t secret; /* who knows it can make all keys fall into one chain */
 
 static size_t stored;
 
@@ -22,13 +25,25 @@ static size_t size_of(const tsrv_slice *key, const tsrv_slice *value)
     return sizeof(struct entry) + key->size + value->size + 1;
 }
 
+/* Returns false and errno. Before anything else. */
+static bool choose_secret(void)
+{
+    FILE *random = fopen("/dev/urandom", "rb");
+    bool good = random != NULL && fread(&secret, sizeof(secret), 1, random) == 1;
+    if (random != NULL) {
+        fclose(random);
+    }
+    secret = secret % (PRIME - 2) + 2;
+    return good;
+}
+
 /* The link to the entry of a key, or the one where it would be. */
 static struct entry **find(const tsrv_slice *key)
 {
     struct entry **link;
-    size_t hash = 5381, i;
-    for (i = 0; i < key->size; i++) {
-        hash = hash * 33 + (unsigned char)key->data[i];
+    uint64_t hash = key->size;
+    for (size_t i = 0; i < key->size; i++) {
+        hash = (hash * secret + (unsigned char)key->data[i]) % PRIME;
     }
     link = &chains[hash % CHAINS];
     while (*link != NULL && ((*link)->key.size != key->size ||

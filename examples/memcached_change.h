@@ -7,16 +7,27 @@ static const char bad_line[] = "CLIENT_ERROR bad command line format";
 static const char too_large[] = "SERVER_ERROR object too large for cache";
 static const char no_memory[] = "SERVER_ERROR out of memory storing object";
 
+/* After cache_take, when nothing has come of the change: it is as it was. */
+static void put_back(item *it)
+{
+    uint64_t unique = it->unique;
+    cache_put(it);
+    it->unique = unique;
+}
+
 /* append and prepend: both become one, with the flags and the time of the old one. */
 static const char *join(item *old, const item *coming, bool append)
 {
     const item *first = append ? old : coming, *second = append ? coming : old;
     size_t size = old->size + coming->size;
     item *made;
+    if (size > MAX_VALUE) {
+        return too_large;
+    }
     cache_take(old); /* or cache_make might free it */
-    if (size > MAX_VALUE || (made = cache_make(old->key, size)) == NULL) {
-        cache_put(old);
-        return size > MAX_VALUE ? too_large : no_memory;
+    if ((made = cache_make(old->key, size)) == NULL) {
+        put_back(old);
+        return no_memory;
     }
     memcpy(made->value, first->value, first->size);
     memcpy(made->value + first->size, second->value, second->size + 2);
@@ -42,7 +53,7 @@ static const char *count(item *old, bool up, const char *word)
     snprintf(text, sizeof(text), "%" PRIu64 "\r\n", value);
     cache_take(old);
     if ((made = cache_make(old->key, strlen(text) - 2)) == NULL) {
-        cache_put(old);
+        put_back(old);
         return no_memory;
     }
     memcpy(made->value, text, strlen(text));

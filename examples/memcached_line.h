@@ -15,7 +15,7 @@ static const struct verb {
     const char *name;
     int least, most; /* words behind it, besides "noreply" */
 } verbs[UNKNOWN] = {{"set", 4, 4},     {"add", 4, 4},     {"replace", 4, 4},   {"append", 4, 4},
-                    {"prepend", 4, 4}, {"cas", 5, 5},     {"delete", 1, 1},    {"incr", 2, 2},
+                    {"prepend", 4, 4}, {"cas", 5, 5},     {"delete", 1, 2},    {"incr", 2, 2},
                     {"decr", 2, 2},    {"touch", 2, 2},   {"flush_all", 0, 1}, {"verbosity", 1, 1},
                     {"stats", 0, 0},   {"version", 0, 0}, {"quit", 0, 0},      {"get", 0, 0},
                     {"gets", 0, 0}};
@@ -47,7 +47,9 @@ static bool parse_line(const tsrv_slice *line, command *c)
     while (c->verb < GET && c->words < MAX_WORDS && (at = strtok_r(NULL, " ", &c->rest)) != NULL) {
         c->word[c->words++] = at;
     }
-    c->quiet = c->verb < STATS && c->words > 0 && strcmp(c->word[c->words - 1], "noreply") == 0;
+    /* A key may have that name: only delete has a key and nothing behind it. */
+    c->quiet = c->verb < STATS && c->words > (c->verb == DELETE) &&
+               strcmp(c->word[c->words - 1], "noreply") == 0;
     c->words -= c->quiet;
     return true;
 }

@@ -94,8 +94,9 @@ static const char *execute(session *s, const command *c)
         return statistics();
     } else if (c->verb == VERSION) {
         return "VERSION " TSRV_VERSION;
-    } else if (strlen(c->word[0]) > MAX_KEY) {
-        return bad_line;
+    } else if (strlen(c->word[0]) > MAX_KEY ||
+               (c->verb == DELETE && c->words > 1 && strcmp(c->word[1], "0") != 0)) {
+        return bad_line; /* old clients say for how long the key is to be kept from others: 0 */
     } else if (c->verb == TOUCH && !end_time(c->word[1], &ends_ms)) {
         return "CLIENT_ERROR invalid exptime argument";
     } else if ((it = cache_find(c->word[0])) == NULL) {

@@ -31,14 +31,20 @@ static void execute(tsrv_stream *stream, const tsrv_slice *word)
     long long number;
     if (is(word, "PING", 1)) {
         tsrv_printf(stream, "+PONG\r\n");
+    } else if (is(word, "PING", 2) || is(word, "ECHO", 2)) {
+        send_value(stream, key);
     } else if (is(word, "GET", 2) && (value = get(key)) != NULL) {
         send_value(stream, value);
     } else if (is(word, "GET", 2)) {
         tsrv_printf(stream, "$-1\r\n");
     } else if (is(word, "SET", 3)) {
         tsrv_printf(stream, set(key, &word[3]) ? "+OK\r\n" : "-OOM\r\n");
-    } else if (is(word, "DEL", 2)) {
-        tsrv_printf(stream, ":%d\r\n", unset(key));
+    } else if (word[0].size > 1 && is(word, "DEL", word[0].size)) {
+        int count = 0;
+        for (size_t i = 2; i <= word[0].size; i++) {
+            count += unset(&word[i]);
+        }
+        tsrv_printf(stream, ":%d\r\n", count);
     } else if (is(word, "INCR", 2) && increment(key, &number)) {
         tsrv_printf(stream, ":%lld\r\n", number);
     } else if (word[0].size > 0) {
@@ -54,6 +60,10 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
     (void)address;
     (void)context;
     while ((rc = tsrv_read_until_match(stream, match_command, word, 0, &all)) == TSRV_OK) {
+        if (is(word, "QUIT", 1)) {
+            tsrv_printf(stream, "+OK\r\n");
+            return 1; /* over, in good order */
+        }
         execute(stream, word);
     }
     if (rc == TSRV_ETOOLONG) {
@@ -70,6 +80,10 @@ int main(int argc, char **argv)
     options.handle_stream = handle_stream;
     options.max_connections = 10000;
     options.idle_timeout_ms = 300000; /* clients that have gone without a word, too */
+    if (!choose_secret()) {
+        perror("redis: /dev/urandom");
+        return 1;
+    }
     if (tsrv_server_new(&server, &options) != TSRV_OK ||
         tsrv_server_listen(server, argc > 1 ? atoi(argv[1]) : 8888, "127.0.0.1", NULL) != TSRV_OK ||
         tsrv_server_address(server, 0, &bound) != TSRV_OK) {

@@ -79,8 +79,9 @@ static void on_start(tsrv_server *server, void *context)
 int main(int argc, char **argv)
 {
     tsrv_server_options options = {0};
-    signal(SIGPIPE,
-           SIG_IGN); /* for stdout alone: a mail that cannot be printed is answered with 451 */
+    /* For stdout alone: a mail that cannot be printed is answered with 451. */
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* it is a file, of which there is a limit: ulimit -f */
     options.handle_stream = handle_stream;
     options.on_close = on_close;
     options.on_start = on_start;

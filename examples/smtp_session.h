@@ -12,10 +12,15 @@ enum { NEW, START, MAIL, RCPT, DATA, QUIT, STAY };
 static const struct verb {
     const char *text, *answer;
     int from, to; /* the step that it needs, and the one that it leads to */
-} verbs[] = {{"HELO ", "250 hello", START, START},  {"EHLO ", "250 hello", START, START},
-             {"MAIL FROM:", "250 ok", START, MAIL}, {"RCPT TO:", "250 ok", MAIL, RCPT},
-             {"DATA\r\n", "354 go on", RCPT, DATA}, {"RSET\r\n", "250 ok", START, START},
-             {"NOOP", "250 ok", START, STAY},       {"QUIT\r\n", "221 bye", START, QUIT},
+} verbs[] = {{"HELO ", "250 hello", START, START},
+             {"EHLO ", "250 hello", START, START},
+             {"MAIL FROM:", "250 ok", START, MAIL},
+             {"RCPT TO:", "250 ok", MAIL, RCPT},
+             {"DATA\r\n", "354 go on", RCPT, DATA},
+             {"RSET\r\n", "250 ok", START, START},
+             {"NOOP", "250 ok", START, STAY},
+             {"QUIT\r\n", "221 bye", START, QUIT},
+             {"VRFY ", "252 try it", START, STAY},
              {"", "500 what?", START, STAY}}; /* every line begins with "" */
 
 typedef struct session {

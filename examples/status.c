@@ -7,12 +7,10 @@
  * so is /readyz, but 503 from a worker that drains. Every worker accepts on the admin port, and can
  * tell of all. With proxies, as in haproxy.cfg, the service's clients come through these only.
  *
- * It drains with the rest. When the server is told to end, both ports refuse at once, which a probe
- * that connects each time, as Kubernetes' does, takes for "not ready". Who has kept a connection,
- * and asks at least once a second, gets one last answer, 503 from /readyz: nobody who looks on
- * delays the end, or can watch it. In a reload a kept connection ends like that too, since an old
- * worker knows nothing of the new ones, which the next one finds: believe two in a row.
- */
+ * When the server is told to end, both ports refuse at once: to a probe that connects each time, as
+ * Kubernetes' does, "not ready". Who has kept a connection, and asks at least once a second, gets one
+ * last answer, 503 from /readyz: nobody who looks on delays the end by more than 5 s, or watches it.
+ * So it is in a reload: an old worker does not know the new ones. Believe two in a row. */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 #include "http_head.h"
@@ -91,7 +89,8 @@ static int handle_stream(tsrv_stream *stream, const tsrv_address *address, void 
 
 int main(int argc, char **argv)
 {
-    int port = argc > 1 ? atoi(argv[1]) : 8888, second = argc > 2 ? atoi(argv[2]) : port + 1, rc;
+    int port = argc > 1 ? atoi(argv[1]) : 8888, rc;
+    int second = argc > 2 ? atoi(argv[2]) : port + (port != 0);
     tsrv_server_options options = {0}, admin_options = {0};
     tsrv_address bound, also;
     options.handle_stream = handle_stream;
@@ -100,6 +99,7 @@ int main(int argc, char **argv)
     options.proxy_from = argc > 4 ? argv[4] : NULL;
     admin_options.handle_stream = handle_admin;
     admin_options.idle_timeout_ms = 90000; /* Prometheus may ask once a minute */
+    admin_options.grace_ms = 5000;         /* for the rest of a request, or of an answer */
     if (tsrv_server_new(&service, &options) != TSRV_OK ||
         tsrv_server_new(&admin, &admin_options) != TSRV_OK ||
         tsrv_server_bind(service, port, "127.0.0.1", NULL) != TSRV_OK ||
@@ -108,8 +108,8 @@ int main(int argc, char **argv)
         tsrv_server_address(admin, 0, &also) != TSRV_OK) {
         return 1; /* tsrv_server_bind has logged the reason */
     }
-    printf("status: listening on port %d\n", tsrv_address_port(&bound));
-    printf("status: look at http://127.0.0.1:%d/\n", tsrv_address_port(&also));
+    printf("status: listening on port %d\nstatus: look at http://127.0.0.1:%d/\n",
+           tsrv_address_port(&bound), tsrv_address_port(&also));
     fflush(stdout);
     /* A worker for each processor. 1 would be no fork, and nobody who drains it at SIGTERM. */
     rc = tsrv_server_start(service, argc > 3 ? atoi(argv[3]) : 0, NULL);

@@ -35,7 +35,7 @@ static int receive(tsrv_stream *stream, upload *u, size_t left)
 
 static const char *receive_file(tsrv_stream *stream, const request *r)
 {
-    upload u = {".upload-XXXXXX", r->path + 2, {NULL, 0}, 0, -1, 0};
+    upload u = {".upload-XXXXXX", r->path + 2, {NULL, 0}, 0, -1, 0, false};
     tsrv_callback end;
     int rc = tsrv_run_in_thread(create, &u);
     if (rc == TSRV_OK && u.error == 0) {
@@ -46,7 +46,7 @@ static const char *receive_file(tsrv_stream *stream, const request *r)
         }
     }
     if (rc == TSRV_OK && u.error == 0) {
-        return "201 Created";
+        return u.replaced ? "200 OK" : "201 Created";
     }
     return rc == TSRV_EOF        ? "400 Bad Request"
            : rc == TSRV_ETIMEOUT ? "408 Request Timeout"

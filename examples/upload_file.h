@@ -12,6 +12,7 @@ typedef struct upload {
     tsrv_slice block;
     off_t at;
     int fd, error; /* errno; 0 = all is well */
+    bool replaced; /* an older file, which a client wants to know */
 } upload;
 
 static void create(void *context)
@@ -41,15 +42,18 @@ static void discard(void *context)
     unlink(u->partial);
 }
 
-/* What has been answered with "201 Created" outlives a power failure, and so does its name. */
+/* What has been answered with "201 Created" or "200 OK" outlives a power failure, and so does its name. */
 static void keep(void *context)
 {
     upload *u = (upload *)context;
     int directory = open(".", O_RDONLY | O_CLOEXEC);
-    if (directory < 0 || fsync(u->fd) != 0 || rename(u->partial, u->name) != 0 ||
-        fsync(directory) != 0) {
+    u->replaced = access(u->name, F_OK) == 0;
+    if (directory < 0 || fsync(u->fd) != 0 || rename(u->partial, u->name) != 0) {
         u->error = errno;
         unlink(u->partial);
+    } else if (fsync(directory) != 0 && errno != EINVAL) { /* some file systems cannot do that */
+        u->error = errno;
+        unlink(u->name);
     }
     close(directory);
     close(u->fd);

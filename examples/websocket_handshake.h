@@ -68,6 +68,19 @@ static const char *field(const tsrv_slice *head, const char *name)
     return count == 1 ? found : "\r";
 }
 
+/* A list may come in parts, each with a field of its own. */
+static bool lists(const tsrv_slice *head, const char *name, const char *word)
+{
+    const char *line = head->data;
+    size_t size = strlen(name);
+    bool found = false;
+    while (!found && *(line = strstr(line, "\r\n") + 2) != '\r') {
+        found = strncasecmp(line, name, size) == 0 && line[size] == ':' &&
+                has_word(line + size + 1, word);
+    }
+    return found;
+}
+
 /* A browser tells whose page it is that asks. Those of others may not, with this one's cookies. */
 static bool is_own_page(const char *origin, const char *host)
 {
@@ -83,11 +96,10 @@ static const char *open_socket(const tsrv_slice *head, const request *r, char pr
     const char *key = field(head, "Sec-WebSocket-Key");
     size_t size = strspn(key, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
     if (!r->keep /* or it has a body */ || *field(head, "Host") == '\r' ||
-        !has_word(field(head, "Upgrade"), "websocket") ||
-        !has_word(field(head, "Connection"), "Upgrade") || size != 22 ||
-        strncmp(key + size, "==", 2) != 0 || strchr(" \t\r", key[24]) == NULL) {
+        !lists(head, "Upgrade", "websocket") || !lists(head, "Connection", "Upgrade") ||
+        size != 22 || strncmp(key + size, "==", 2) != 0 || strchr(" \t\r", key[24]) == NULL) {
         return "400 Bad Request";
-    } else if (strncmp(field(head, "Sec-WebSocket-Version"), "13\r", 3) != 0) {
+    } else if (!lists(head, "Sec-WebSocket-Version", "13")) {
         return "426 Upgrade Required\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13";
     } else if (!is_own_page(field(head, "Origin"), field(head, "Host"))) {
         return "403 Forbidden";

@@ -150,6 +150,28 @@ TEST_LOOP(worker_that_is_ahead_stays_away_for_a_moment)
     }
 }
 
+static void beat_at(uint64_t now)
+{
+    s_loop->now = now;
+    tsrvi_worker_beat_servers(s_loop, 0);
+}
+
+/* The other one was away: for some seconds it gets more, and then as many. */
+TEST_LOOP(what_was_accepted_long_ago_is_forgotten)
+{
+    open_shared(1000, 0);
+    uint64_t now = tsrvi_clock();
+    beat_at(now);
+    CHECK(tsrvi_server_is_ahead(s_server));
+    beat_at(now + TSRVI_SHARE_MS * TSRVI_MS - 1);
+    CHECK(tsrvi_server_is_ahead(s_server));
+    beat_at(now + TSRVI_SHARE_MS * TSRVI_MS);
+    CHECK(!tsrvi_server_is_ahead(s_server));
+    places_of_two->stats[s_server->number].accepted += 2 * TSRVI_SHARE + 1;
+    CHECK(tsrvi_server_is_ahead(s_server));
+    close_shared();
+}
+
 /* Where it wakes one, which epoll does, who is ahead goes behind the others sooner. */
 TEST_LOOP(worker_that_is_ahead_goes_behind_the_others_sooner)
 {
@@ -244,6 +266,19 @@ TEST_LOOP(worker_that_cannot_queue_again_is_not_deaf)
         expect_answer(fd);
         s_close();
     }
+}
+
+/* One connection wakes one worker, the first like the others. */
+TEST_LOOP(workers_ask_to_be_woken_one_at_a_time)
+{
+    open_echo(0);
+    for (int number = 0; number <= 2; number++) { /* 0 is no worker */
+        tsrvi_process.number = number;
+        CHECK_INT(tsrvi_listener_watch(s_server->listeners), TSRV_OK);
+        CHECK_INT((s_server->listeners->io.interest & TSRVI_EXCLUSIVE) != 0, number > 0);
+    }
+    tsrvi_process.number = 0;
+    s_close();
 }
 
 /* Where the kernel keeps no queue of those who wait there is nothing to go behind. */
@@ -481,6 +516,26 @@ TEST_LOOP(on_start_comes_before_who_is_taken_by_a_stop)
         }
         s_close();
     }
+}
+
+/* Who is full waits for no more at once. Were it woken for the next one, no other worker would be, and that one would lie
+ * there until somebody looks. */
+TEST_STREAM(who_is_full_leaves_the_next_one_to_others)
+{
+    open_echo(1);
+    for (int i = 0; i < 3; i++) { /* not in its first turn, in which it looks for more than one */
+        CHECK_INT(tsrv_loop_run_once(s_loop, 0), 1);
+    }
+    int fd = t_connect(s_port);
+    s_echo(fd, "hello\n");
+    CHECK_INT(s_stats().accept_pauses, 1);
+    CHECK_INT(s_server->listeners->io.interest, 0);
+    int next = ask(s_port);
+    s_finish(fd);
+    expect_answer(next);
+    s_settle();
+    CHECK(s_server->listeners->io.interest != 0);
+    s_close();
 }
 
 /* Beyond max_connections a stop takes nobody, and it goes on where accept has failed. */
@@ -1113,11 +1168,17 @@ TEST_LOOP(crowd_of_one_address_leaves_the_others_alone)
 {
     enum { THRONG = 1000 };
     static int fds[THRONG];
+    long allocations = 0;
     open_limited(10);
+    tsrv_set_log(t_no_log, NULL);
     for (int i = 0; i < THRONG; i++) {
         fds[i] = connect_from("127.0.0.1");
         s_turn();
+        if (i == 10) { /* one of them is refused by now */
+            allocations = t_live_allocations;
+        }
     }
+    CHECK_INT(t_live_allocations, allocations);
     int other = connect_from("127.0.0.3");
     s_echo(other, "hello\n");
     CHECK_INT(s_stats().refused, THRONG - 10);
@@ -1128,6 +1189,47 @@ TEST_LOOP(crowd_of_one_address_leaves_the_others_alone)
     }
     t_close(other);
     s_until(&s_closed, 11);
+    CHECK_INT(s_server->addresses.used, 0);
+    s_close();
+}
+
+/* One address may have as many as it likes here, and is one entry; so is each of a thousand. The table grows with the
+ * addresses of open connections, and shrinks when they go. */
+TEST_LOOP(table_is_as_large_as_open_connections_need)
+{
+    enum { THRONG = 1000 };
+    static int fds[THRONG];
+    open_limited(THRONG);
+    for (int i = 0; i < THRONG; i++) {
+        fds[i] = connect_from("127.0.0.1");
+        s_turn();
+    }
+    int other = connect_from("127.0.0.2"), one_more = connect_from("127.0.0.1");
+    s_echo(other, "hello\n");
+    s_echo(fds[THRONG - 1], "hello\n");
+    s_expect_reset(one_more);
+    CHECK_INT(s_stats().open, THRONG + 1);
+    CHECK_INT(s_stats().refused, 1);
+    CHECK_INT(s_server->addresses.used, 2);
+    CHECK_INT(s_server->addresses.capacity, TSRVI_ADDRESSES_LEAST);
+    t_close(one_more);
+    t_close_all(fds, THRONG);
+    t_close(other);
+    s_until(&s_closed, THRONG + 1);
+    CHECK_INT(s_server->addresses.used, 0);
+    for (int i = 0; i < THRONG; i++) {
+        char address[32];
+        snprintf(address, sizeof address, "127.0.%d.%d", 1 + i / 250, 1 + i % 250);
+        fds[i] = connect_from(address);
+        s_turn();
+    }
+    s_echo(fds[THRONG - 1], "hello\n");
+    CHECK_INT(s_server->addresses.used, THRONG);
+    CHECK(s_server->addresses.capacity <= 4 * THRONG);
+    t_close_all(fds, THRONG);
+    s_until(&s_closed, 2 * THRONG + 1);
+    CHECK_INT(s_server->addresses.used, 0);
+    CHECK(s_server->addresses.capacity <= 2 * TSRVI_ADDRESSES_LEAST);
     s_close();
 }
 
@@ -1203,6 +1305,8 @@ TEST_LOOP(addresses_that_count_as_one)
         {"2001:db8:1:2::1", "2001:db8:1:2:ffff::9", true}, {"2001:db8:1:2::1", "2001:db8:1:3::1", false},
         {"::ffff:10.1.2.3", "::ffff:10.1.2.4", false},     {"::ffff:10.1.2.3", "10.1.2.3", true},
         {"10.1.2.3", "10.1.2.4", false},                   {"::1", "127.0.0.1", false},
+        {"64:ff9b::a01:203", "10.1.2.3", true},            {"64:ff9b::a01:203", "64:ff9b::a01:204", false},
+        {"64:ff9b:1::a01:203", "10.1.2.3", false},         {"64:ff9b::1:a01:203", "10.1.2.3", false},
         {"32.1.13.184", "2001:db8::1", false},             {"10.1.2.3", "::ffff:ffff:0:0", false},
     };
     for (size_t i = 0; i < COUNT(pairs); i++) {
@@ -1267,6 +1371,31 @@ TEST_LOOP(table_of_addresses_counts_as_an_array_does)
     check_table(4096, 60000);
     t_fail_call("open", 0, 1, true);
     check_table(100, 2000);
+}
+
+/* Who could know where an address lies could have all of his addresses lie in one place. */
+static void check_secrets(void)
+{
+    enum { TABLES = 8 };
+    tsrvi_addresses tables[TABLES];
+    memset(tables, 0, sizeof tables);
+    for (int i = 0; i < TABLES; i++) {
+        CHECK_INT(tsrvi_addresses_add(&tables[i], 1, 5), TSRV_OK);
+        for (int j = 0; j < i; j++) {
+            CHECK(memcmp(tables[i].secret, tables[j].secret, sizeof tables[i].secret) != 0);
+            CHECK(tables[i].secret[0] != tables[j].secret[0] || t_fault_hits > 0);
+        }
+    }
+    for (int i = 0; i < TABLES; i++) {
+        TSRV_FREE(tables[i].entries);
+    }
+}
+
+TEST_LOOP(each_table_of_addresses_has_a_secret_of_its_own)
+{
+    check_secrets();
+    t_fail_call("open", 0, 1, true); /* there is no source of secrets: what there is is better than nothing */
+    check_secrets();
 }
 
 /* ---- on_accept -----------------------------------------------------------------------------*/
@@ -1461,6 +1590,28 @@ static void check_options(int fd, int keep_alive, int idle, int interval, int co
 #endif
 }
 
+/* Two have connected before the listener was the server's, as with socket activation, and one comes later. */
+static void check_queued(const tsrv_server_options *options, int keep_alive, int idle, int interval, int count, int user)
+{
+    int port, listener = t_raw_socket(SOCK_STREAM, true, &port), clients[3], closed = s_closed, seen = 0;
+    clients[0] = t_connect(port);
+    clients[1] = t_connect(port);
+    CHECK_INT(tsrv_server_add_sockets(s_server, &listener, 1), TSRV_OK);
+    s_echo(clients[1], "hello\n");
+    clients[2] = t_connect(port);
+    s_echo(clients[2], "hello\n");
+    for (tsrv_stream *s = tsrv_server_next(s_server, NULL); s != NULL; s = tsrv_server_next(s_server, s)) {
+        check_options(tsrv_fd(s), keep_alive, idle, interval, count, user);
+        CHECK_INT(t_socket_option(tsrv_fd(s), IPPROTO_TCP, TCP_NODELAY) != 0, !options->nagle);
+        seen++;
+    }
+    CHECK_INT(seen, 3);
+    for (int i = 0; i < 3; i++) {
+        t_close(clients[i]);
+    }
+    s_until(&s_closed, closed + 3);
+}
+
 static void check_served(tsrv_server_options options, int keep_alive, int idle, int interval, int count, int user)
 {
     int port, listener, client, added;
@@ -1480,6 +1631,7 @@ static void check_served(tsrv_server_options options, int keep_alive, int idle, 
     t_close(client);
     close(listener);
     s_until(&s_closed, 2);
+    check_queued(&options, keep_alive, idle, interval, count, user);
     s_close();
 }
 

@@ -69,6 +69,28 @@ TEST_ONCE(search_finds_what_a_naive_one_finds)
     }
 }
 
+/* Every place of a byte and every size around what is looked at at once; behind the size all bytes would do, and in a
+ * buffer that is full nothing behind its memory is read (AddressSanitizer, Valgrind). */
+TEST_ONCE(a_byte_is_found_up_to_the_size_and_no_further)
+{
+    tsrvi_pool pool = {0};
+    for (size_t size = 0; size <= 200; size++) {
+        tsrvi_buffer *buffer = tsrvi_buffer_new(&pool, 200);
+        CHECK(buffer != NULL);
+        memset(buffer->data, '\n', 200);
+        memset(buffer->data + 200 - size, 'x', size);
+        for (size_t at = 0; at <= size; at++) {
+            for (size_t shown = 0; shown <= size; shown++) {
+                char *data = buffer->data + 200 - size;
+                data[at] = (char)(at == size ? data[at] : '\n');
+                CHECK_INT(tsrvi_find_byte(data, shown, '\n'), at < shown ? at + 1 : 0);
+                data[at] = (char)(at == size ? data[at] : 'x');
+            }
+        }
+        tsrvi_buffer_free(&pool, buffer);
+    }
+}
+
 /* ---- slices ---------------------------------------------------------------------------------*/
 
 /* Bytes are taken, dropped, and copied to buffers of other sizes; what is left is always what was there. */

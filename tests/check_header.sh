@@ -309,10 +309,10 @@ TEXT
 # What cannot fail, or only reports; then what compilers and C libraries put in on their own.
 cat >"$work/allowed" <<'TEXT'
 t_seam_(lookup|malloc|realloc|free)
-mem(cpy|move|set|chr|cmp|rchr|mem)|str(len|cmp|ncmp|chr|rchr|spn|cspn|str|error|error_r)|v?snprintf
-__xpg_strerror_r|hton[sl]|ntoh[sl]|abort|fputs|fprintf|stderr
-__errno_location|__errno|__error|__isoc99_.*|__isoc23_.*scanf
-__assert_fail|__assert|__assert_rtn|__assert2|__assert13|__stderrp|__sF
+mem(cpy|move|set|chr|cmp|rchr|mem)|str(len|cmp|ncmp|chr|rchr|spn|cspn|str|tol|error|error_r)|v?snprintf
+__xpg_strerror_r|hton[sl]|ntoh[sl]|abort|fputs|fprintf|stderr|stdout
+__errno_location|__errno|__error|__isoc99_.*|__isoc23_(.*scanf|strtol)
+__assert_fail|__assert|__assert_rtn|__assert2|__assert13|__stderrp|__stdoutp|__sF
 bcmp|fwrite|fputc|__(v?snprintf|fprintf|fputs|mem[a-z]+|str[a-z]+)_chk
 __stack_chk_fail|__stack_chk_guard|__stack_chk_fail_local
 __tls_get_addr|_tlv_bootstrap|_GLOBAL_OFFSET_TABLE_
@@ -357,10 +357,18 @@ else
     seam "the same, TSRV_NO_THREADS" "$else" seam.c -O0 -DTSRV_NO_THREADS
     seam "the same, TSRV_USE_UCONTEXT" "$contexts" seam.c -O0 -DTSRV_USE_UCONTEXT
     if [ -n "$openssl" ]; then
-        seam "the same, TSRV_TLS_OPENSSL" "${else:+$else|}(SSL|TLS|ERR|BIO|X509|OPENSSL|PEM|OCSP|EVP|ASN1|OSSL|RAND|i2d|d2i)_.*|CRYPTO_(free|malloc|memcmp)|HMAC" \
+        seam "the same, TSRV_TLS_OPENSSL" "${else:+$else|}(SSL|TLS|ERR|BIO|X509|OPENSSL|PEM|OCSP|EVP|ASN1|OSSL|RAND|i2d|d2i)_.*|CRYPTO_(free|malloc|memcmp|get_ex_new_index)|HMAC" \
             seam.c -O0 -DTSRV_TLS_OPENSSL
     else
         skip "seam with TLS: no OpenSSL"
+    fi
+    text='seam: nothing of pthreads is called with TSRV_NO_THREADS'
+    if $CC -std=gnu99 -w -DTSRV_NO_THREADS -DTCPSERVER_IMPLEMENTATION -x c -c tcpserver.h -o "$work/seam.o" \
+        >"$work/bad" 2>&1; then
+        symbols "$work/seam.o" | grep -E ' (pthread|thrd|sem)_' >"$work/bad"
+        verdict "$text" "$work/bad"
+    else
+        fail "$text" "$work/bad"
     fi
 fi
 

@@ -7,6 +7,10 @@
 
 #include <netdb.h>
 #include <netinet/in.h>
+#ifdef __GLIBC__
+#include <arpa/nameser.h>
+#include <resolv.h>
+#endif
 #include <sys/socket.h>
 
 static int fake_getaddrinfo(const char *host, const char *service, const struct addrinfo *hints,
@@ -58,6 +62,21 @@ static void wait_for_server(void)
     __atomic_sub_fetch(&lookups_hung, 1, __ATOMIC_SEQ_CST);
 }
 
+#ifdef __GLIBC__
+static struct sockaddr_in name_server; /* of libc's own resolver, for silent.test */
+
+static int ask_name_server(const char *host, const char *service, const struct addrinfo *hints, struct addrinfo **all)
+{
+    CHECK_INT(res_init(), 0); /* this thread's */
+    _res.nsaddr_list[0] = name_server;
+    _res.nscount = 1;
+    _res.retrans = 2; /* seconds */
+    _res.retry = 1;
+    _res.options &= ~(unsigned long)(RES_DNSRCH | RES_DEFNAMES);
+    return getaddrinfo(host, service, hints, all);
+}
+#endif
+
 static void let_server_answer(bool answers)
 {
     __atomic_store_n(&server_answers, answers, __ATOMIC_SEQ_CST);
@@ -73,6 +92,11 @@ static int fake_getaddrinfo(const char *host, const char *service, const struct 
     if (strncmp(host, "hung.", 5) == 0 && (hints->ai_flags & AI_NUMERICHOST) == 0) {
         wait_for_server();
     }
+#ifdef __GLIBC__
+    if (strcmp(host, "silent.test") == 0 && (hints->ai_flags & AI_NUMERICHOST) == 0) {
+        return ask_name_server(host, service, hints, all);
+    }
+#endif
     for (size_t i = 0; i < COUNT(names) && (hints->ai_flags & AI_NUMERICHOST) == 0; i++) {
         addresses = host != NULL && strcmp(names[i].name, host) == 0 ? names[i].addresses : addresses;
     }
@@ -321,6 +345,36 @@ TEST_COROUTINE(connects_to_unix_sockets)
 #endif
 }
 
+/* A message for each connection, which nobody waits for. */
+static void send_over_many(void)
+{
+    tsrv_stream *stream;
+    for (int i = 0; i < 600; i++) {
+        CHECK_INT(tsrv_connect(unix_name, 0, NULL, &stream), TSRV_OK);
+        CHECK_MOST(s_loop->servers.clients->open, 100); /* those that linger */
+        CHECK_INT(tsrv_write(stream, "message\n", 8), TSRV_OK);
+        CHECK_INT(tsrv_close(stream), TSRV_OK);
+    }
+}
+
+/* Others run meanwhile, and what was closed is: a unix socket's connection could do without a wait. */
+TEST_COROUTINE(connections_to_unix_sockets_let_others_run)
+{
+    tsrv_server_options options = {0};
+    char folder[] = "/tmp/client_test.XXXXXX";
+    CHECK(mkdtemp(folder) != NULL);
+    options.handle_stream = echo_bytes;
+    s_open_loop();
+    s_server = s_new_server(options);
+    snprintf(unix_name, sizeof unix_name, "unix:%s/socket", folder);
+    CHECK_INT(tsrv_server_listen(s_server, 0, unix_name, NULL), TSRV_OK);
+    in_coroutine(send_over_many);
+    s_settle();
+    CHECK_INT(s_stats().accepted, 600);
+    close_echo();
+    CHECK(rmdir(folder) == 0);
+}
+
 /* ---- where to not -------------------------------------------------------------------------*/
 
 static void connect_refused(void)
@@ -352,11 +406,11 @@ static void resolve_in_vain(void)
     CHECK_INT(connect_rc(name, port, 0), TSRV_ERESOLVE);
     snprintf(name, sizeof name, "unix:/%0150d", 0);
     CHECK_INT(connect_rc(name, 0, 0), -ENAMETOOLONG);
+    CHECK_INT(t_log_lines, 0);
     CHECK_INT(connect_rc("127.0.0.1", 0, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", -1, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", 65536, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc(NULL, port, 0), TSRV_EINVAL);
-    CHECK_INT(t_log_lines, 0);
 }
 
 /* Tornado's test_gaierror. */
@@ -422,6 +476,56 @@ TEST_LOOP(name_server_that_does_not_answer_holds_nobody_up)
     CHECK_INT(lookups_hung, 0);
     CHECK_INT(t_live_allocations, 0);
 }
+
+#ifdef __GLIBC__
+static void ask_silence(void *context)
+{
+    *(int64_t *)context = t_now_ms();
+    CHECK_INT(connect_rc("silent.test", s_port, 1500), TSRV_ETIMEOUT);
+    *(int64_t *)context = t_now_ms() - *(int64_t *)context;
+    answers++;
+}
+
+static int64_t last_tick, longest_gap; /* in ms */
+
+static void note_gap(void *context)
+{
+    int64_t now = t_now_ms();
+    longest_gap = now - last_tick > longest_gap ? now - last_tick : longest_gap;
+    last_tick = now;
+    CHECK_INT(tsrv_timer_start(s_loop, (tsrv_timer *)context, 1, note_gap, context), TSRV_OK);
+}
+
+/* The same with libc's resolver and a name server that takes its questions and says nothing for two seconds, and with
+ * a server beside it: in no turn of the loop is that waited for. */
+TEST_LOOP(turns_are_short_while_a_name_server_is_silent)
+{
+    int port, dns = t_raw_socket(SOCK_DGRAM, false, &port);
+    char question[512];
+    int64_t took;
+    tsrv_timer timer = {0};
+    t_use_real_time();
+    t_prepare(dns);
+    name_server = t_address(port);
+    open_echo();
+    answers = 0;
+    longest_gap = 0;
+    last_tick = t_now_ms();
+    note_gap(&timer);
+    CHECK_INT(tsrv_spawn(s_loop, ask_silence, &took), TSRV_OK);
+    int client = t_connect(s_port);
+    do {
+        s_echo(client, "hello\n");
+    } while (answers == 0);
+    CHECK_NEAR_MS(took, 1500, 1900);
+    CHECK(t_recv(dns, question, 12) == 12); /* a header of DNS */
+    CHECK_NEAR_MS(longest_gap, 1, 1000 / t_scale()); /* usually 2 */
+    tsrv_timer_stop(&timer);
+    t_close(client);
+    close_echo(); /* waits for the look-up */
+    t_close(dns);
+}
+#endif
 
 static void answer(void *context)
 {
@@ -545,6 +649,50 @@ TEST_LOOP(name_that_is_not_found_in_time)
     CHECK_INT(t_live_allocations, 0);
 }
 
+static int late_rc;
+
+static void connect_when_told(void *context)
+{
+    CHECK_INT(tsrv_sleep(1000000), TSRV_ECLOSED);
+    late_rc = connect_rc(context == NULL ? "127.0.0.1" : (const char *)context, s_port, TSRV_NEVER);
+}
+
+/* As the handlers that are left when a drain is over: see the field. */
+static void connect_when_doomed(void *context)
+{
+    tsrvi_co_self()->doomed = true;
+    late_rc = connect_rc((const char *)context, 1, TSRV_NEVER);
+}
+
+/* To a unix socket nothing is waited for but the others' turn, and that is a wait as well. */
+TEST_LOOP(who_may_not_wait_does_not_connect_to_a_unix_socket)
+{
+    static char nowhere[] = "unix:/nowhere";
+    s_open_loop();
+    CHECK_INT(tsrv_spawn(s_loop, connect_when_doomed, nowhere), TSRV_OK);
+    CHECK(tsrv_loop_run_once(s_loop, 0) >= 0);
+    CHECK_INT(late_rc, TSRV_ECLOSED);
+    CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+    CHECK_INT(t_live_allocations, 0);
+}
+
+/* What begins when the loop is being freed would be dropped with its socket. */
+TEST_LOOP(nothing_is_connected_by_a_loop_that_is_freed)
+{
+    static char nowhere[] = "unix:/nowhere";
+    int listener = t_raw_socket(SOCK_STREAM, true, &s_port);
+    for (int unix_too = 0; unix_too < 2; unix_too++) {
+        s_open_loop();
+        late_rc = 1;
+        CHECK_INT(tsrv_spawn(s_loop, connect_when_told, unix_too ? nowhere : NULL), TSRV_OK);
+        CHECK(tsrv_loop_run_once(s_loop, 0) > 0);
+        CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+        CHECK_INT(late_rc, TSRV_ECLOSED);
+        CHECK_INT(t_live_allocations, 0);
+    }
+    t_close(listener);
+}
+
 TEST_ONCE(time_that_is_left_is_at_least_one_and_fits)
 {
     CHECK_INT(tsrvi_client_left_ms(0), 1);
@@ -558,6 +706,7 @@ static void look_up_without(void)
     t_fail_call("pthread_create", 0, 1, true);
     CHECK_INT(connect_rc("localhost", 1, 0), -EAGAIN);
     CHECK_INT(connect_rc("127.0.0.1", t_free_port(), 0), -ECONNREFUSED);
+    CHECK_INT(connect_rc("[]", 1, 0), TSRV_ERESOLVE); /* no name, and so nothing to ask for */
     for (long at = 1; at <= 3; at++) {
         t_fail_call("malloc", 0, at, false);
         CHECK_INT(connect_rc("localhost", 1, 0), -ENOMEM);
@@ -568,6 +717,35 @@ static void look_up_without(void)
 TEST_LOOP(looking_up_without_a_thread_or_memory_is_a_code)
 {
     alone(look_up_without);
+}
+
+/* The first call asks whether it is a number, the second is the thread's. */
+static void look_up_without_memory(void)
+{
+    t_fail_call("getaddrinfo", 0, 2, false);
+    CHECK_INT(connect_rc("localhost", 1, 0), -ENOMEM);
+    CHECK_INT(t_fault_hits, 1);
+    CHECK_INT(t_log_lines, 0);
+}
+
+/* What a thread could not find out has its own code, and is not called unknown. */
+TEST_LOOP(name_that_a_thread_finds_no_memory_for)
+{
+    alone(look_up_without_memory);
+}
+
+/* The first connection needs what all of them belong to. */
+static void connect_without_memory(void)
+{
+    t_fail_call("malloc", 0, 1, false);
+    CHECK_INT(connect_rc("unix:/nowhere", 0, 0), -ENOMEM);
+    CHECK_INT(t_fault_hits, 1);
+    CHECK_INT(connect_rc("unix:/nowhere", 0, 0), -ENOENT);
+}
+
+TEST_LOOP(first_connection_without_memory_is_a_code)
+{
+    alone(connect_without_memory);
 }
 
 static int timer_rc;

@@ -103,6 +103,45 @@ TEST_LOOP(wait_times_out_and_takes_no_notification)
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
 
+/* Without a time the others go first, and those that are notified meanwhile are counted. */
+static void notify_one(void *context)
+{
+    (void)context;
+    t_record(50);
+    CHECK_INT(tsrv_condition_notify(&condition, 1), TSRV_OK);
+}
+
+static void look_at_it(void *context)
+{
+    int id = *(int *)context;
+    if (id <= 2) {
+        CHECK_INT(tsrv_spawn(NULL, notify_one, NULL), TSRV_OK);
+    }
+    t_record(id);
+    t_record(tsrv_condition_wait(&condition, id <= 3 ? 0 : TSRV_NEVER));
+    t_record(10 * id);
+}
+
+TEST_LOOP(wait_without_a_time_lets_the_others_go_first)
+{
+    static const int expected[] = {1, 2, 3, 4, 50, 0, 10, 50, 0, 20, TSRV_ETIMEOUT, 30, 0, 40};
+    int ids[4] = {1, 2, 3, 4};
+    memset(&condition, 0, sizeof condition);
+    loop = t_new_loop();
+    for (int i = 0; i < 4; i++) {
+        CHECK_INT(tsrv_spawn(loop, look_at_it, &ids[i]), TSRV_OK);
+    }
+    CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    CHECK_INT(t_record_count(), 4);
+    while (t_record_count() < 12) {
+        CHECK(tsrv_loop_run_once(loop, 0) > 0);
+    }
+    notify_and_turn(1);
+    check_order(expected, 14);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
 /* In whatever order they go. */
 static void wait_and_go(void *context)
 {
@@ -443,7 +482,7 @@ TEST_LOOP(join_looks_again)
 
 /* ---- a semaphore ----*/
 
-enum { PLACES = 3 };
+enum { SLOTS = 3 };
 static semaphore places;
 static int inside, most_inside;
 
@@ -479,11 +518,11 @@ static void enter_and_leave(void *context)
 TEST_LOOP(semaphore_lets_so_many_in_and_in_their_order)
 {
     int ids[40];
-    open_places(PLACES);
+    open_places(SLOTS);
     spawn_many(enter_and_leave, ids, 40);
     run_empty();
-    CHECK_INT(most_inside, PLACES);
-    CHECK_INT(places.free, PLACES);
+    CHECK_INT(most_inside, SLOTS);
+    CHECK_INT(places.free, SLOTS);
     CHECK_INT(places.waiting, 0);
     for (int i = 0; i < 40; i++) {
         CHECK_INT(t_recorded(i), i + 1);
@@ -516,7 +555,7 @@ static void come_at_random(void *context)
     int id = *(int *)context;
     for (int i = 0; i < 20; i++) {
         int rc = semaphore_take(&places, id % 2 == 0 ? TSRV_NEVER : below(3));
-        CHECK(places.free >= 0 && places.free + inside + (rc == TSRV_OK) <= PLACES);
+        CHECK(places.free >= 0 && places.free + inside + (rc == TSRV_OK) <= SLOTS);
         if (rc == TSRV_OK) {
             enter();
             served_of_many++;
@@ -541,13 +580,13 @@ TEST_LOOP(semaphore_loses_nothing)
     for (unsigned run = 1; run <= 5; run++) {
         seed = run;
         served_of_many = given_up = 0;
-        open_places(PLACES);
+        open_places(SLOTS);
         spawn_many(come_at_random, ids, 20);
         run_empty(); /* it returns: nobody waits any more */
         CHECK_INT(served_of_many + given_up, 400);
         CHECK(given_up > 0);
-        CHECK_INT(most_inside, PLACES);
-        CHECK_INT(places.free, PLACES);
+        CHECK_INT(most_inside, SLOTS);
+        CHECK_INT(places.free, SLOTS);
         CHECK_INT(places.waiting, 0);
     }
 }

@@ -46,9 +46,11 @@ static void semaphore_give(semaphore *s)
     tsrv_condition_notify(&s->more, 1);
 }
 
+enum { PLACES = 8 };
+
 typedef struct pool {
-    semaphore places; // {8, 0} at first
-    void *idle[8];
+    semaphore places; // {PLACES, 0, {0}} at first
+    void *idle[PLACES];
     int idle_count;
 } pool;
 
@@ -68,7 +70,7 @@ static void pool_give(pool *p, void *taken) // NULL: it broke, or could not be m
 }
 
 typedef struct queue {
-    semaphore room, filled; // {16, 0} and {0, 0} at first
+    semaphore room, filled; // {16, 0, {0}} and {0} at first
     void *items[16];
     unsigned put, got; // so far
 } queue;

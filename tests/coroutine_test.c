@@ -826,6 +826,37 @@ TEST_COROUTINE(second_reader_is_refused_and_the_first_goes_on)
     t_run(&c);
 }
 
+/* A coroutine that a drain has to end when it runs, as behind tsrv_run_in_thread, is told by its next wait, once. */
+static int read_doomed(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK_INT(line.size, 4);
+    tsrvi_co_self()->doomed = true;
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_ECLOSED);
+    CHECK(line.size == 0 && line.data[0] == 0);
+    t_record(1);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    return tsrv_write(stream, line.data, line.size);
+}
+
+static void send_one_then_line(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    t_sends(fd, "one\n");
+    t_wait_records(1);
+    t_echo(fd, "line\n");
+    t_leave(fd);
+}
+
+TEST_COROUTINE(read_that_may_not_wait_says_so_behind_one_that_had_its_line)
+{
+    t_case c = {.handler = read_doomed, .client = send_one_then_line};
+    t_run(&c);
+}
+
 /* As in a proxy: the handler reads, its helper writes, and neither is held up by the other. The
  * client sends all before it reads anything, so that a read that waited for the output would never
  * end. */

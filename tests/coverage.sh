@@ -5,7 +5,8 @@
 # which is what TSRV_ASSERT marks. That a test fails is for make test-all to say.
 #   tests/coverage.sh [program...]     environment: BUILD SECTIONS OPTIONS JOBS FLOOR LLVM CI
 #   OPTIONS='--short' tests/coverage.sh supervisor process      a part, quickly; a program is a file of tests, a group
-#                                                               of tests/groups, or a file with _tls, _memory, _kqueue
+#                                                               of tests/groups, or a file with _tls, _memory, _kqueue,
+#                                                               or _runtimes: C++'s and LeakSanitizer's are there
 set -u
 export TEST_TIMEOUT_SCALE="${TEST_TIMEOUT_SCALE:-10}" # counting is slow
 
@@ -13,7 +14,7 @@ cd "$(dirname "$0")/.." || exit 2
 build=${BUILD:-build}/coverage
 programs=${*:-tls supervisor iostream_tls process supervisor_fault servers streams loops reads fault client util netutil
     platform server tls_options tls_fault iostream_memory stream_memory handler_memory reads_kqueue streams_kqueue
-    loops_kqueue servers_kqueue fault_kqueue client_kqueue}
+    loops_kqueue servers_kqueue fault_kqueue client_kqueue coroutine_runtimes}
 llvm=${LLVM:-$(clang --version 2>/dev/null | sed -n '1s/.*version \([0-9]*\).*/-\1/p')}
 profdata=llvm-profdata$llvm cov=llvm-cov$llvm
 for tool in clang "$profdata" "$cov" python3; do
@@ -36,13 +37,14 @@ case $name in
 *_tls) name=${name%_tls} flags="$flags -DT_TLS -DTSRV_TLS_OPENSSL" libs='-lpthread -lssl -lcrypto' ;;
 tls*) libs='-lpthread -lssl -lcrypto' ;;
 *_memory) name=${name%_memory} flags="$flags -DT_MEMORY" ;;
+*_runtimes) name=${name%_runtimes} flags=-fsanitize=leak libs='-lpthread -Wl,--no-as-needed -lstdc++' ;;
 esac
 source=tests/${name}_test.c
 [ -f "$source" ] || source=tests/groups/$name.c
 clang -std=gnu99 -O0 -g -DTSRV_DEBUG -w -fprofile-instr-generate -fprofile-update=atomic -fcoverage-mapping \
     -mllvm -runtime-counter-relocation $flags -o "$WHERE/$program" "$source" "$WHERE/fork.o" $libs || exit 1
 umask 0
-export COVER_PROFILES="$WHERE/$program.profiles"
+export COVER_PROFILES="$WHERE/$program.profiles" LSAN_OPTIONS=detect_leaks=0 # which other tests look for
 mkdir "$COVER_PROFILES"
 for part in 0 1 2 3; do
     LLVM_PROFILE_FILE="$COVER_PROFILES/%p%c.profraw" "$WHERE/$program" --part $part/4 $backend $OPTIONS \

@@ -227,6 +227,40 @@ TEST_STREAM(connection_that_never_asked_ends_at_once)
     s_close();
 }
 
+static int ending_fd;
+static bool ending_resets;
+
+/* Its client's end comes after the loop has looked, and just before the drain. */
+static void end_and_drain(void *context)
+{
+    (void)context;
+    if (ending_resets) {
+        t_reset(ending_fd);
+    } else {
+        t_shut(ending_fd);
+    }
+    CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN);
+}
+
+/* What the kernel knows already of a client that is idle is what its handler reads, and not the drain's end. */
+TEST_PLAIN_SOFT(an_end_just_before_a_drain_is_the_clients)
+{
+    for (int i = 0; i < 2; i++) {
+        open_server(echo, defaults);
+        ending_fd = join_and_ask();
+        ending_resets = i == 1;
+        s_run_ms(1500);
+        CHECK_INT(tsrv_loop_post(s_loop, end_and_drain, NULL), TSRV_OK);
+        s_until(&s_closed, 1);
+        CHECK_INT(s_reason, i == 1 ? -ECONNRESET : TSRV_EOF);
+        if (i == 0) {
+            s_expect(ending_fd, "BYE\n");
+            s_leave(ending_fd);
+        }
+        s_close();
+    }
+}
+
 /* A stream that comes while the drain goes on, by tsrv_server_add_stream, is drained too. */
 TEST_STREAM(stream_added_during_a_drain_is_drained)
 {
@@ -1747,8 +1781,8 @@ static void free_and_leave(void *context)
 {
     (void)context;
     tsrv_server_free(freed_first);
-    tsrvi_loop_leave(s_loop, 5000);
-    tsrvi_loop_leave(s_loop, 5000);
+    tsrvi_loop_leave(s_loop, 5000, false);
+    tsrvi_loop_leave(s_loop, 5000, false);
     CHECK(!freed_first->draining);
 }
 
@@ -1806,4 +1840,42 @@ TEST_COROUTINE(cutting_drains_short_is_done_once)
     CHECK_INT(sleeper_woken, 2);
     t_close(fd);
     s_close();
+}
+
+/* ---- a fork's copy ---------------------------------------------------------------------------*/
+
+/* Its memory is the child's, and is given back there. */
+TEST_LOOP(freeing_a_servers_copy_in_a_child_frees_its_memory)
+{
+    int status;
+    s_serve(echo_lines);
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        long before = t_live_allocations;
+        tsrv_server_free(s_server);
+        _exit(t_live_allocations < before ? 0 : 1);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_INT(status, 0);
+    s_close();
+}
+
+/* ---- what was only bound -----------------------------------------------------------------------*/
+
+TEST_ONCE(a_drain_closes_what_was_only_bound)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    tsrv_address address;
+    options.handle_stream = echo_lines;
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    CHECK_INT(tsrv_server_drain(server, 0), TSRV_OK);
+    struct sockaddr_in to = t_address(tsrv_address_port(&address));
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    CHECK(connect(fd, (struct sockaddr *)&to, sizeof to) < 0 && errno == ECONNREFUSED);
+    close(fd);
+    tsrv_server_free(server);
 }

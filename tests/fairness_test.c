@@ -731,7 +731,7 @@ TEST_SOFT(buffered_messages_let_others_run)
     check_calls(READ_MATCH);
 }
 
-TEST_OUTPUT(flushes_of_nothing_let_others_run)
+TEST_SOFT(flushes_of_nothing_let_others_run)
 {
     check_calls(FLUSH);
 }
@@ -858,5 +858,122 @@ TEST_SOFT(floods_get_equal_shares)
         CHECK_LEAST(shares[i], shares[0] - shares[0] / 10);
         t_close(fds[i]);
     }
+    s_close();
+}
+
+/* ---- one stream's coroutines --------------------------------------------------------------*/
+
+static bool ticking; /* while the reader beside the ticker has not got its line */
+static int tickers;
+
+static void tick_on(void *context)
+{
+    tsrv_stream *stream = (tsrv_stream *)context;
+    while (ticking && tsrv_write(stream, ".", 1) == TSRV_OK && tsrv_flush(stream) == TSRV_OK) {
+    }
+    tickers--;
+    tsrv_wake(stream);
+}
+
+static int read_beside_ticker(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    if (ticking && tickers == 0) {
+        tickers++;
+        CHECK_INT(tsrv_spawn(NULL, tick_on, stream), TSRV_OK);
+    }
+    if (ticking && (rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_EAGAIN) {
+        return rc;
+    }
+    ticking = false;
+    while (tickers != 0) {
+        if (tsrv_wait(stream, TSRV_NEVER) == TSRV_EAGAIN) {
+            return TSRV_EAGAIN;
+        }
+    }
+    return TSRV_OK;
+}
+
+/* A coroutine that never has to wait for what it does lets others run, and also who reads the same stream: its line,
+ * or its end, is seen within a few turns. */
+TEST_SOFT(writer_that_never_waits_lets_its_streams_reader_read)
+{
+    for (int ends = 0; ends < 2; ends++) {
+        static char ticked[64 * KIB];
+        int turn;
+        ticking = true;
+        s_serve(read_beside_ticker);
+        int fd = s_join();
+        for (turn = 0; turn < 20; turn++) {
+            s_turn();
+            CHECK(recv(fd, ticked, sizeof ticked, MSG_DONTWAIT) != 0);
+        }
+        CHECK(ticking);
+        if (ends) {
+            t_shut(fd);
+        } else {
+            t_sends(fd, "stop\n");
+        }
+        for (turn = 0; ticking; turn++) {
+            CHECK_MOST(turn, 8);
+            s_turn();
+            CHECK(recv(fd, ticked, sizeof ticked, MSG_DONTWAIT) != 0);
+        }
+        t_close(fd);
+        s_until(&s_closed, 1);
+        CHECK_INT(tickers, 0);
+        s_close();
+    }
+}
+
+/* ---- timers -------------------------------------------------------------------------------*/
+
+static tsrv_stream *slow_reader;
+static tsrv_timer busy_timer;
+static int busy_calls;
+
+/* Takes longer than its period, and a time begins in it. */
+static void be_busy(void *context)
+{
+    (void)context;
+    CHECK_INT(tsrv_timer_start(s_loop, &busy_timer, 10, be_busy, NULL), TSRV_OK);
+    v_now += 15 * 1000000u;
+    tsrv_set_timeout(slow_reader, 0, 30000);
+    CHECK_MOST(++busy_calls, 1000);
+}
+
+static int block_or_pong(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char unread[256 * KIB];
+    if (slow_reader == NULL) {
+        slow_reader = stream;
+        limit_output(stream);
+        tsrv_try_write(stream, unread, sizeof unread);
+    }
+    return take_lines(stream, address, context);
+}
+
+/* Timers that are due again by the time they have been called wait for the next turn, though the clock is read again
+ * where a time begins. */
+TEST_PLAIN_SOFT(timers_that_take_longer_than_their_period_leave_time_for_streams)
+{
+    s_serve(block_or_pong);
+    int fd = s_join_with_room(4096);
+    s_settle();
+    CHECK(tsrvi_is(slow_reader, TSRVI_BLOCKED));
+    other o = join_other();
+    be_busy(NULL);
+    for (int turn = 0; turn < 50; turn++) {
+        int before = busy_calls;
+        s_turn();
+        CHECK_MOST(busy_calls, before + 1);
+        look_after(&o);
+    }
+    CHECK_LEAST(busy_calls, 40);
+    tsrv_timer_stop(&busy_timer);
+    t_close(o.fd);
+    t_close(fd);
     s_close();
 }

@@ -396,3 +396,68 @@ TEST_CALLBACK(who_consumes_some_is_called_for_the_rest)
         s_close();
     }
 }
+
+/* ---- ends that nobody has waited for ---------------------------------------------------------*/
+
+static int abort_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    if (own_calls++ == 0) {
+        tsrv_abort(stream);
+        return TSRV_EAGAIN;
+    }
+    CHECK_INT(tsrv_write(stream, "x", 1), TSRV_ECLOSED);
+    return own_calls < 10 ? TSRV_EAGAIN : TSRV_OK;
+}
+
+/* Who ends its stream and waits for nothing is called once more, to learn of it, and not for ever. */
+TEST_CALLBACK(an_end_of_its_own_is_told_once)
+{
+    own_calls = 0;
+    s_serve(abort_and_wait);
+    int fd = s_join();
+    s_until(&s_closed, 1);
+    s_settle();
+    CHECK_INT(own_calls, 2);
+    CHECK_INT(s_reason, TSRV_ECLOSED);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- what the log says of it -----------------------------------------------------------------*/
+
+static int fail_behind_a_limit(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address;
+    int rc = tsrv_read_until(stream, "\n", 10, &line);
+    if (rc == TSRV_EAGAIN) {
+        return rc;
+    }
+    CHECK_INT(rc, TSRV_ETOOLONG);
+    return *(int *)context;
+}
+
+/* The limit that was met is named if the handler has failed for it, and not for something else. */
+TEST_SOFT(a_limit_is_named_where_it_is_the_reason)
+{
+    static const struct {
+        int code;
+        bool named;
+    } rows[] = {{TSRV_ETOOLONG, true}, {TSRV_EFULL, true}, {-EPROTO, false}};
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        tsrv_server_options options = {0};
+        int code = rows[i].code;
+        options.context = &code;
+        s_open_with(fail_behind_a_limit, options);
+        int fd = s_join();
+        t_sends(fd, "01234567890123456789");
+        s_until(&s_closed, 1);
+        CHECK_INT(s_reason, code);
+        CHECK_INT(t_log_lines, 1);
+        CHECK(strstr(t_log, tsrv_strerror(code)) != NULL);
+        CHECK((strstr(t_log, "more than 10 bytes") != NULL) == rows[i].named);
+        t_close(fd);
+        s_close();
+    }
+}

@@ -538,6 +538,8 @@ TEST_LOOP(watch_refuses_bad_arguments)
     CHECK(tsrv_watch_start(loop, &watch, -1, TSRV_READABLE, see, &s) < 0);
     t_close(fds[0]);
     CHECK_INT(tsrv_watch_start(loop, &watch, fds[0], TSRV_READABLE, see, &s), -EBADF);
+    CHECK_INT(tsrv_watch_start(loop, &watch, INT_MAX, TSRV_READABLE, see, &s), -EBADF);
+    CHECK(loop->poller.page_count <= 1); /* it has cost no memory, nor a search for what it has left */
     if (t_backend == TSRV_BACKEND_EPOLL) {
         CHECK_INT(tsrv_watch_start(loop, &watch, fileno(file), TSRV_READABLE, see, &s), -EPERM);
     }
@@ -980,7 +982,7 @@ TEST_LOOP(run_once_tells_whether_something_is_left)
 {
     tsrv_timer timer = {0};
     idle_watch idle;
-    int calls = 0;
+    int calls = 0, left = -1;
     int64_t start;
     tsrv_loop *loop = t_new_loop();
     CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
@@ -990,9 +992,10 @@ TEST_LOOP(run_once_tells_whether_something_is_left)
     CHECK(tsrv_loop_run_once(loop, 0) > 0);
     CHECK_INT(calls, 0);
     CHECK_INT(tsrv_timer_start(loop, &timer, 10, count_call, &calls), TSRV_OK);
-    poll(NULL, 0, 15);
-    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
-    CHECK_INT(calls, 1);
+    while (calls == 0) {
+        left = tsrv_loop_run_once(loop, 0);
+    }
+    CHECK_INT(left, 0);
 
     CHECK_INT(tsrv_loop_post(loop, count_call, &calls), TSRV_OK);
     CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
@@ -1317,44 +1320,188 @@ TEST_LOOP(event_that_is_not_wanted_any_more_is_not_told)
     free_loop(loop);
 }
 
-/* More than a batch are ready: no turn serves more than that, and all have theirs soon. */
-TEST_LOOP(events_beyond_a_batch_are_served_in_the_next_turns)
+/* ---- more events than a batch --------------------------------------------------------------*/
+
+enum { CROWD = TSRVI_BATCH + 30 };
+
+static tsrv_watch crowd[CROWD];
+static int crowd_fds[CROWD], crowd_calls[CROWD], crowd_pipe[2];
+
+/* A loop with so many watches, which are always ready. */
+static tsrv_loop *open_crowd(int count)
 {
-    enum { MANY = TSRVI_BATCH + 30 };
-    static tsrv_watch watches[MANY];
-    static int fds[MANY], calls[MANY];
-    int pipe_fds[2], served = 0;
     struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < MANY + 50) {
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur < CROWD + 50) {
         SKIP("descriptors for a batch");
     }
     tsrv_loop *loop = t_new_loop();
-    CHECK(pipe(pipe_fds) == 0 && write(pipe_fds[1], "x", 1) == 1);
-    memset(watches, 0, sizeof watches);
-    for (int i = 0; i < MANY; i++) {
-        fds[i] = dup(pipe_fds[0]);
-        CHECK_INT(tsrv_watch_start(loop, &watches[i], fds[i], TSRV_READABLE, count_ready, &calls[i]), TSRV_OK);
+    CHECK(pipe(crowd_pipe) == 0 && write(crowd_pipe[1], "x", 1) == 1);
+    for (int i = 0; i < count; i++) {
+        crowd_fds[i] = dup(crowd_pipe[0]);
+        CHECK_INT(tsrv_watch_start(loop, &crowd[i], crowd_fds[i], TSRV_READABLE, count_ready, &crowd_calls[i]),
+                  TSRV_OK);
     }
-    for (int turns = 0; served < MANY; turns++) {
-        int before = 0, after = 0;
-        CHECK(turns < 20);
-        served = 0;
-        for (int i = 0; i < MANY; i++) {
-            before += calls[i];
-        }
-        CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
-        for (int i = 0; i < MANY; i++) {
-            after += calls[i];
-            served += calls[i] > 0;
-        }
-        CHECK(after > before && after - before <= TSRVI_BATCH);
+    return loop;
+}
+
+static int calls_of_crowd(void)
+{
+    int calls = 0;
+    for (int i = 0; i < CROWD; i++) {
+        calls += crowd_calls[i];
     }
-    for (int i = 0; i < MANY; i++) {
-        tsrv_watch_stop(&watches[i]);
-        close(fds[i]);
+    return calls;
+}
+
+static void close_crowd(tsrv_loop *loop, int count)
+{
+    for (int i = 0; i < count; i++) {
+        tsrv_watch_stop(&crowd[i]);
+        close(crowd_fds[i]);
     }
-    t_close_all(pipe_fds, 2);
+    t_close_all(crowd_pipe, 2);
     free_loop(loop);
+}
+
+/* No turn serves more than that, and all have theirs soon. */
+TEST_LOOP(events_beyond_a_batch_are_served_in_the_next_turns)
+{
+    tsrv_loop *loop = open_crowd(CROWD);
+    for (int turns = 0, served = 0; served < CROWD; turns++) {
+        int before = calls_of_crowd();
+        CHECK(turns < 20);
+        CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+        int after = calls_of_crowd();
+        CHECK(after > before && after - before <= TSRVI_BATCH);
+        served = 0;
+        for (int i = 0; i < CROWD; i++) {
+            served += crowd_calls[i] > 0;
+        }
+    }
+    close_crowd(loop, CROWD);
+}
+
+static int beats;
+
+static void count_beat(tsrvi_timer *timer)
+{
+    (void)timer;
+    beats++;
+}
+
+/* A loop that is turned by hand, and seldom, is not late: each of its turns has looked at all that came before. */
+TEST_LOOP(timers_fire_in_the_first_turn_that_is_asked_for)
+{
+    tsrv_loop *loop = t_new_loop();
+    tsrv_timer timer = {0};
+    int fired = 0;
+    for (int i = 1; i <= 3; i++) {
+        CHECK_INT(tsrv_timer_start(loop, &timer, 1, count_call, &fired), TSRV_OK);
+        poll(NULL, 0, TSRVI_BEHIND_MS + 30);
+        tsrv_loop_run_once(loop, 0);
+        CHECK_INT(fired, i);
+    }
+    CHECK_INT(tsrv_timer_start(loop, &timer, 1, count_call, &fired), TSRV_OK);
+    poll(NULL, 0, TSRVI_BEHIND_MS + 30);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(fired, 4);
+    free_loop(loop);
+}
+
+/* Where there are always more events than a turn serves, timers wait for a while; but not the beat by which a worker
+ * says that it does not hang. */
+TEST_LOOP(beat_waits_for_no_events)
+{
+    tsrv_loop *loop = open_crowd(CROWD);
+    tsrv_timer timer = {0};
+    int fired = 0;
+    CHECK_INT(tsrv_timer_start(loop, &timer, 0, count_call, &fired), TSRV_OK);
+    beats = 0;
+    loop->worker.beat.fire = count_beat;
+    for (int turns = 1; turns <= 2; turns++) {
+        tsrvi_heap_set(&loop->heap, &loop->worker.beat, tsrvi_clock());
+        CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+        CHECK_INT(beats, turns);
+        CHECK_INT(fired, 0);
+    }
+    tsrv_timer_stop(&timer);
+    close_crowd(loop, CROWD);
+}
+
+/* Where there are always more events than a batch, timers wait, but not for ever. */
+TEST_LOOP(full_batches_hold_up_a_timer_for_some_turns_only)
+{
+    tsrv_loop *loop = open_crowd(TSRVI_BATCH);
+    tsrv_timer timer = {0};
+    int calls = 0, turns = 0;
+    CHECK_INT(tsrv_timer_start(loop, &timer, 0, count_call, &calls), TSRV_OK);
+    for (; calls == 0 && turns < 1000; turns++) {
+        CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+    }
+    CHECK_INT(turns, 2 * loop->poller.page_count + 2); /* for two events of each descriptor */
+    CHECK_INT(calls_of_crowd(), turns * TSRVI_BATCH);
+    close_crowd(loop, TSRVI_BATCH);
+}
+
+typedef struct paused {
+    tsrv_loop *loop;
+    tsrv_timer timer;
+    tsrv_watch watch;
+    int fds[2];
+    int heard, timeouts;
+} paused;
+
+static void hear(int events, void *context)
+{
+    paused *p = (paused *)context;
+    (void)events;
+    p->heard++;
+    tsrv_watch_stop(&p->watch);
+    tsrv_timer_stop(&p->timer); /* as what waits for bytes, and not for ever */
+}
+
+/* This handler takes so long that the time is over long ago; the bytes came before that. */
+static void stand_still(void *context)
+{
+    paused *p = (paused *)context;
+    if (p->fds[1] > 0) {
+        CHECK(write(p->fds[1], "x", 1) == 1);
+    }
+    p->timer.node.due -= 1000 * TSRVI_MS;
+    p->loop->entered -= 1000 * TSRVI_MS;
+}
+
+/* Whoever has said something in time is not timed out because the process stood still, as after SIGSTOP. */
+TEST_LOOP(after_a_pause_events_come_before_timers)
+{
+    paused p = {0};
+    p.loop = t_new_loop();
+    CHECK(pipe(p.fds) == 0);
+    CHECK_INT(tsrv_watch_start(p.loop, &p.watch, p.fds[0], TSRV_READABLE, hear, &p), TSRV_OK);
+    CHECK_INT(tsrv_timer_start(p.loop, &p.timer, 500, count_call, &p.timeouts), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(p.loop, stand_still, &p), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(p.loop, 0), 1);
+    CHECK_INT(p.heard + p.timeouts, 0);
+    CHECK_INT(tsrv_loop_timeout_ms(p.loop), 0); /* an outer loop comes back at once */
+    CHECK_INT(tsrv_loop_run_once(p.loop, TSRV_NEVER), 0);
+    CHECK_INT(p.heard, 1);
+    CHECK_INT(p.timeouts, 0);
+    t_close_all(p.fds, 2);
+    free_loop(p.loop);
+}
+
+/* And if nobody has, it is one turn that the timer waits for. */
+TEST_LOOP(after_a_pause_a_timer_waits_for_one_turn)
+{
+    paused p = {0};
+    p.loop = t_new_loop();
+    CHECK_INT(tsrv_timer_start(p.loop, &p.timer, 500, count_call, &p.timeouts), TSRV_OK);
+    CHECK_INT(tsrv_loop_post(p.loop, stand_still, &p), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(p.loop, TSRV_NEVER), 1);
+    CHECK_INT(p.timeouts, 0);
+    CHECK_INT(tsrv_loop_run_once(p.loop, TSRV_NEVER), 0);
+    CHECK_INT(p.timeouts, 1);
+    free_loop(p.loop);
 }
 
 /* A time that is further away than an int can say is waited for in several waits. */
@@ -1511,6 +1658,65 @@ TEST_LOOP(signal_watches_may_be_stopped_in_a_callback)
     free_loop(loop);
 }
 
+typedef struct successor {
+    tsrv_loop *loop;
+    tsrv_signal signal;
+    int signo, calls;
+} successor;
+
+static void start_successor(void *context)
+{
+    successor *s = (successor *)context;
+    CHECK_INT(tsrv_signal_start(s->loop, &s->signal, s->signo, count_call, &s->calls), TSRV_OK);
+}
+
+/* It was not there when that came which is being told. */
+TEST_LOOP(signal_watch_started_in_a_callback_hears_of_later_signals)
+{
+    successor s = {0};
+    tsrv_signal first = {0}, second = {0};
+    int calls = 0;
+    s.loop = t_new_loop();
+    s.signo = SIGUSR1;
+    CHECK_INT(tsrv_signal_start(s.loop, &first, SIGUSR1, start_successor, &s), TSRV_OK);
+    CHECK_INT(tsrv_signal_start(s.loop, &second, SIGUSR1, count_call, &calls), TSRV_OK);
+    for (int i = 0; i < 2; i++) {
+        CHECK(raise(SIGUSR1) == 0);
+        CHECK_INT(tsrv_loop_run_once(s.loop, 0), 0);
+        CHECK_INT(calls, i + 1);
+        CHECK_INT(s.calls, i);
+    }
+    tsrv_signal_stop(&first);
+    tsrv_signal_stop(&second);
+    tsrv_signal_stop(&s.signal);
+    free_loop(s.loop);
+}
+
+static void start_successor_and_raise(void *context)
+{
+    start_successor(context);
+    CHECK(raise(((successor *)context)->signo) == 0);
+}
+
+TEST_LOOP(signal_that_comes_behind_the_start_of_its_watch_is_not_lost)
+{
+    static const int signals[] = {SIGUSR1, SIGUSR2};
+    for (int i = 0; i < 4; i++) {
+        successor s = {0};
+        tsrv_signal first = {0};
+        s.loop = t_new_loop();
+        s.signo = signals[i % 2];
+        CHECK_INT(tsrv_signal_start(s.loop, &first, signals[i / 2], start_successor_and_raise, &s), TSRV_OK);
+        CHECK(raise(signals[i / 2]) == 0);
+        CHECK(tsrv_loop_run_once(s.loop, 0) >= 0);
+        tsrv_signal_stop(&first);
+        CHECK_INT(tsrv_loop_run_once(s.loop, 0), 0);
+        CHECK_INT(s.calls, 1);
+        tsrv_signal_stop(&s.signal);
+        free_loop(s.loop);
+    }
+}
+
 static volatile sig_atomic_t own_calls;
 
 static void own_handler(int signo)
@@ -1553,6 +1759,36 @@ TEST_LOOP(last_signal_watch_puts_the_old_handler_back)
         check_same_action(&after, &before);
     }
     CHECK_INT(own_calls, 0);
+    free_loop(loop);
+}
+
+static void own_long_handler(int signo, siginfo_t *info, void *machine)
+{
+    (void)signo, (void)info, (void)machine;
+}
+
+/* The program has set a handler of its own meanwhile, of either kind, which is not taken away from it. */
+TEST_LOOP(last_signal_watch_leaves_a_later_handler_alone)
+{
+    struct sigaction own, before, after;
+    tsrv_signal watch = {0};
+    int calls = 0;
+    tsrv_loop *loop = t_new_loop();
+    for (int is_long = 0; is_long < 2; is_long++) {
+        memset(&own, 0, sizeof own);
+        own.sa_handler = own_handler;
+        if (is_long) {
+            own.sa_sigaction = own_long_handler;
+            own.sa_flags = SA_SIGINFO;
+        }
+        sigemptyset(&own.sa_mask);
+        CHECK_INT(tsrv_signal_start(loop, &watch, SIGUSR1, count_call, &calls), TSRV_OK);
+        CHECK(sigaction(SIGUSR1, &own, NULL) == 0);
+        CHECK(sigaction(SIGUSR1, NULL, &before) == 0);
+        tsrv_signal_stop(&watch);
+        CHECK(sigaction(SIGUSR1, NULL, &after) == 0);
+        check_same_action(&after, &before);
+    }
     free_loop(loop);
 }
 
@@ -1944,6 +2180,51 @@ TEST_LOOP(leaked_descriptors_do_not_disturb_an_outer_loop)
     free_loop(outer);
 }
 
+/* What has leaked before the outer loop was given the set is not in it, and the set is not replaced later. */
+TEST_LOOP(descriptor_for_an_outer_loop_is_clean_from_the_start)
+{
+    leak_case c;
+    open_leaks(&c);
+    connect_leaks(&c, c.loop);
+    abort_leaks(&c, c.loop);
+    int fd = tsrv_loop_fd(c.loop);
+    if (t_backend != TSRV_BACKEND_POLL) {
+        CHECK(t_backend == TSRV_BACKEND_KQUEUE || !is_readable(fd)); /* tests/kqueue is clean when it has turned */
+        for (int i = 0; i < 3; i++) {
+            CHECK(tsrv_loop_run_once(c.loop, 0) > 0);
+        }
+        CHECK_INT(tsrv_loop_fd(c.loop), fd);
+        int client = t_connect(c.port);
+        CHECK(poll(&(struct pollfd){fd, POLLIN, 0}, 1, t_patience_ms()) == 1);
+        echo_by_turns(c.loop, client);
+        t_close(client);
+        t_turn_until(c.loop, &c.closed, LEAKS + 1);
+    }
+    close_leaks(&c);
+    tsrv_server_free(c.server);
+    free_loop(c.loop);
+}
+
+#if TSRVI_HAS_EPOLL
+/* That there is no descriptor for a set is no matter of the backend, and may be another time. */
+TEST_LOOP(descriptor_for_an_outer_loop_can_be_missing)
+{
+    idle_watch idle;
+    tsrv_loop *loop = t_new_loop();
+    start_idle(loop, &idle);
+    t_fail_call("epoll_create1", EMFILE, 1, true);
+    int rc = tsrv_loop_fd(loop);
+    CHECK(t_backend == TSRV_BACKEND_EPOLL  ? rc == -EMFILE
+          : t_backend == TSRV_BACKEND_POLL ? rc == TSRV_ENOTSUP
+                                           : rc >= 0);
+    t_fault_at = 0;
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 1);
+    CHECK_INT(tsrv_loop_fd(loop) >= 0, t_backend != TSRV_BACKEND_POLL);
+    stop_idle(&idle);
+    free_loop(loop);
+}
+#endif
+
 static int waits;                 /* of the loop's thread, attempts to make a set included */
 static int asleep[2] = {-1, -1};  /* a pipe; written when the loop is about to wait */
 
@@ -2131,6 +2412,44 @@ static void fork_and_use(void *context)
     }
     CHECK(waitpid(pid, &status, 0) == pid);
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+/* A child that makes a loop of its own has nothing of its parent's signals, nor waits for a handler that ran in another
+ * thread just then, nor is its loop any less the first one. */
+TEST_LOOP(forked_childs_own_loop_watches_signals)
+{
+    tsrv_loop *loop = t_new_loop();
+    tsrv_signal inherited = {0}, own = {0};
+    int calls = 0, status = 0;
+    CHECK_INT(tsrv_signal_start(loop, &inherited, SIGUSR1, count_call, &calls), TSRV_OK);
+    tsrvi_process.chief = loop;
+    __atomic_fetch_add(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        struct sigaction action;
+        tsrv_loop *made = t_new_loop();
+        CHECK(tsrvi_process.chief == NULL);
+        CHECK(sigaction(SIGUSR1, NULL, &action) == 0 && action.sa_handler == SIG_DFL);
+        CHECK_INT(tsrv_signal_start(made, &own, SIGUSR1, count_call, &calls), TSRV_OK);
+        tsrv_signal_stop(&inherited);
+        CHECK(raise(SIGUSR1) == 0);
+        CHECK_INT(tsrv_loop_run_once(made, 0), 0);
+        CHECK_INT(calls, 1);
+        tsrv_signal_stop(&own);
+        CHECK(sigaction(SIGUSR1, NULL, &action) == 0 && action.sa_handler == SIG_DFL);
+        free_loop(made);
+        _exit(0);
+    }
+    __atomic_fetch_sub(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
+    tsrvi_process.chief = NULL;
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(raise(SIGUSR1) == 0);
+    CHECK(tsrv_loop_run_once(loop, 0) >= 0);
+    CHECK_INT(calls, 1);
+    tsrv_signal_stop(&inherited);
+    free_loop(loop);
 }
 
 /* First with the loop at rest, then from a callback. */
@@ -2343,6 +2662,32 @@ TEST_ONCE(watch_that_the_kernel_refuses_is_an_error)
     free_loop(loop);
 }
 #endif
+
+static void stop_and_raise(int events, void *context)
+{
+    (void)events;
+    tsrv_watch_stop((tsrv_watch *)context);
+    CHECK(raise(SIGUSR1) == 0); /* which is told in this turn, and leaves a byte for the next */
+}
+
+TEST_LOOP(outer_loop_is_not_woken_for_ever_when_nothing_is_left)
+{
+    tsrv_watch watch = {0};
+    tsrv_signal told = {0};
+    int fds[2], calls = 0;
+    tsrv_loop *loop = t_new_loop();
+    CHECK(pipe(fds) == 0);
+    CHECK_INT(tsrv_signal_start(loop, &told, SIGUSR1, count_call, &calls), TSRV_OK);
+    CHECK_INT(tsrv_watch_start(loop, &watch, fds[1], TSRV_WRITABLE, stop_and_raise, &watch), TSRV_OK);
+    CHECK_INT(tsrv_loop_run_once(loop, 0), 0);
+    CHECK_INT(calls, 1);
+    CHECK(is_readable(loop->sources.wake.fd));
+    CHECK_INT(tsrv_loop_run_once(loop, TSRV_NEVER), 0);
+    CHECK(!is_readable(loop->sources.wake.fd));
+    tsrv_signal_stop(&told);
+    t_close_all(fds, 2);
+    free_loop(loop);
+}
 
 /* An outer loop waits for the set: a fork's child that closes its copies takes nothing out of it. */
 TEST_LOOP(child_that_closes_leaves_an_embedded_set_alone)

@@ -38,7 +38,7 @@ static int resolve_known(const char *host, const char *service, const struct add
         return resolver_says;
     }
     *all = known;
-    return known != NULL ? 0 : getaddrinfo(host, service, hints, all);
+    return known != NULL ? 0 : getaddrinfo(t_host(host), service, hints, all);
 }
 
 #undef t_sys_getaddrinfo
@@ -420,16 +420,16 @@ TEST_ONCE(family_without_addresses_does_not_cost_the_other)
 /* A result of getaddrinfo; scope counts for IPv6. */
 static struct addrinfo *one_known(struct addrinfo *next, const char *number, unsigned scope)
 {
-    static struct sockaddr_in v4;
+    static struct sockaddr_in v4[4];
     static struct sockaddr_in6 v6[4];
     static struct addrinfo entries[6];
-    static int used, used_v6;
+    static int used, used_v4, used_v6;
     struct addrinfo *entry = &entries[used++];
     memset(entry, 0, sizeof *entry);
-    if (inet_pton(AF_INET, number, &v4.sin_addr) == 1) {
-        v4.sin_family = AF_INET;
-        entry->ai_addr = (struct sockaddr *)&v4;
-        entry->ai_addrlen = sizeof v4;
+    if (inet_pton(AF_INET, number, &v4[used_v4].sin_addr) == 1) {
+        v4[used_v4].sin_family = AF_INET;
+        entry->ai_addr = (struct sockaddr *)&v4[used_v4++];
+        entry->ai_addrlen = sizeof v4[0];
     } else {
         struct sockaddr_in6 *name = &v6[used_v6++];
         memset(name, 0, sizeof *name);
@@ -463,6 +463,18 @@ TEST_ONCE(results_that_come_twice_or_belong_to_a_link_are_passed_over)
     allow();
     known = NULL;
 }
+
+#ifdef __linux__
+/* Two of one family, and one of them twice. */
+TEST_ONCE(results_of_one_family_are_bound_each)
+{
+    int fds[CAPACITY];
+    known = one_known(one_known(one_known(NULL, "127.0.0.1", 0), "127.0.0.2", 0), "127.0.0.1", 0);
+    CHECK_INT(tsrv_bind_sockets(0, "both", NULL, fds, CAPACITY), 2);
+    t_close_all(fds, 2);
+    known = NULL;
+}
+#endif
 
 TEST_ONCE(resolvers_failure_of_the_system_is_told_as_it_is)
 {
@@ -915,6 +927,9 @@ TEST_ONCE(mode_of_a_socket_does_not_go_to_what_takes_its_place)
     const char *victim = path_in(directory, "victim");
     tsrv_bind_options options = {0};
     int before = t_open_fds(), tries = 0;
+    if (TSRVI_HAS_O_PATH) {
+        t_need_proc(); /* without it chmod follows the link */
+    }
     options.unix_mode = 0666;
     make_file(victim, "secret");
     umask(077); /* so that there is something to add */
@@ -1212,6 +1227,43 @@ TEST_ONCE(socket_file_goes_with_the_server_that_bound_it)
     CHECK_INT(t_open_fds(), before);
     CHECK_INT(tsrvi_process.bound.count, 0);
     CHECK(rmdir(directory) == 0);
+}
+
+/* For an upgrade: the file goes with the socket, and not one that another server has put in its place. */
+TEST_ONCE(file_of_another_server_does_not_go_with_a_socket)
+{
+    char directory[] = "/tmp/tsrv-XXXXXX"; /* absolute: what is not there by such a path is not missed */
+    CHECK(mkdtemp(directory) != NULL);
+    const char *path = path_in(directory, "socket");
+    int fd;
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &fd), TSRV_OK);
+    CHECK(tsrvi_bound_has_file(fd));
+    CHECK(unlink(path) == 0);
+    t_watch_log();
+    CHECK(!tsrvi_bound_has_file(fd));
+    make_stale(path);
+    CHECK(!tsrvi_bound_has_file(fd));
+    tsrvi_bound_close(fd);
+    CHECK_INT(t_log_lines, 0);
+    CHECK(unlink(path) == 0 && rmdir(directory) == 0);
+}
+
+/* A program that has changed its directory does not find it again, which is said. */
+TEST_ONCE(file_with_a_relative_path_that_is_not_found_is_told_of)
+{
+    const char *directory = t_make_directory();
+    int fd, here = open(".", O_RDONLY | O_DIRECTORY);
+    CHECK(here >= 0 && chdir(directory) == 0);
+    CHECK_INT(tsrv_bind_unix_socket("socket", NULL, &fd), TSRV_OK);
+    CHECK(chdir("/") == 0);
+    t_watch_log();
+    CHECK(!tsrvi_bound_has_file(fd));
+    CHECK_INT(t_log_lines, 1);
+    tsrvi_bound_close(fd);
+    CHECK_INT(t_log_lines, 2);
+    CHECK(strstr(t_log, "unix:socket") != NULL);
+    CHECK(fchdir(here) == 0 && unlink(path_in(directory, "socket")) == 0 && rmdir(directory) == 0);
+    t_close(here);
 }
 
 static bool listens(int fd)

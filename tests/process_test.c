@@ -1,5 +1,18 @@
 /* Workers and their supervisor. Its core is what Tornado's process_test.py and the TestMultiprocess of
  * its tcpserver_test.py check. */
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE
+#endif
+#include "seam.h"
+#include <unistd.h>
+
+static int processors; /* that this machine is to have; 0 = those that it has */
+
+#undef t_sys_sched_getaffinity
+#undef t_sys_sysconf
+#define t_sys_sched_getaffinity(...) (processors > 0 ? -1 : sched_getaffinity(__VA_ARGS__))
+#define t_sys_sysconf(name) ((name) == _SC_NPROCESSORS_ONLN && processors > 0 ? processors : sysconf(name))
+
 #include "workers.h"
 
 /* ---- what Tornado tests -------------------------------------------------------------------*/
@@ -776,6 +789,24 @@ TEST_LOOP(reuse_port_spreads_over_sockets)
     }
     CHECK(kill(pid, SIGTERM) == 0);
     check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* Also where the processors say how many that are. */
+TEST_LOOP(reuse_port_spreads_over_as_many_as_there_are_processors)
+{
+    long who = 0;
+    processors = 3;
+    t_root = "/nowhere"; /* and no quota */
+    workers = 0;
+    bind_options.reuse_port = true;
+    pid_t pid = launch(program_bind_start);
+    await_forks(3);
+    for (int i = 0; i < 3; i++) {
+        t_close(connect_to(i, &who));
+    }
+    CHECK(kill(pid, SIGTERM) == 0);
+    check_end(pid, 0, TSRV_EPARENT);
+    CHECK_INT(forks_seen(), 3);
 }
 
 /* ---- load ---------------------------------------------------------------------------------*/

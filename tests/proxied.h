@@ -2,6 +2,8 @@
  * tells of each connection what it knows, as its handler begins:
  *
  *   from 127.0.0.1:41000 by 127.0.0.1:50312 failed 0 refused 0 tlv 03:{....} 20:{....!..TLSv1.3}
+ *
+ * Where it connects to another server it says for whom, and does so over TLS with $PROXY_CA, whom to trust then.
  */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
@@ -10,6 +12,7 @@
 #include <stdlib.h>
 
 static tsrv_handler proxied_handler;
+static tsrv_address proxied_client; /* of the handler that has begun last */
 
 static void proxied_print(int type, const tsrv_slice *value)
 {
@@ -40,6 +43,7 @@ static int proxied_handle(tsrv_stream *stream, const tsrv_address *address, void
     }
     putchar('\n');
     fflush(stdout);
+    proxied_client = *address;
     return proxied_handler(stream, address, context);
 }
 
@@ -53,3 +57,19 @@ static inline int proxied_server_new(tsrv_server **server, const tsrv_server_opt
     return tsrv_server_new(server, &changed);
 }
 #define tsrv_server_new proxied_server_new
+
+static inline int proxied_connect(const char *host, int port, const tsrv_connect_options *options, tsrv_stream **stream)
+{
+    static tsrv_tls *tls;
+    tsrv_tls_options tls_options = {0};
+    tsrv_connect_options changed = {0};
+    tls_options.ca_file = getenv("PROXY_CA");
+    if (tls_options.ca_file != NULL && tls == NULL && tsrv_tls_new(&tls, &tls_options) != TSRV_OK) {
+        return TSRV_ETLS;
+    }
+    changed = options != NULL ? *options : changed;
+    changed.tls = tls;
+    changed.proxy_for = &proxied_client;
+    return tsrv_connect(host, port, &changed, stream);
+}
+#define tsrv_connect proxied_connect

@@ -1,8 +1,9 @@
 #!/bin/sh
 # The examples behind HAProxy and nginx, which say in the PROXY protocol's header whose a connection is: the servers
-# have to see the client's own address and port, health checks must do no harm, and others are turned away. And a
-# rolling restart behind examples/haproxy.cfg, which no client may notice.
-#   sh tests/proxies.sh [headers] [tls] [checks] [others] [rolling]     default: all of them
+# have to see the client's own address and port, health checks must do no harm, and others are turned away. HAProxy
+# behind the proxy example, too. And reloads and upgrades, and a rolling restart behind examples/haproxy.cfg, which no
+# client may notice.
+#   sh tests/proxies.sh [headers] [families] [relays] [tls] [checks] [others] [upgrades] [rolling]    default: all
 # Needs haproxy, nginx with its stream module, openssl, nc; what is missing is a failure with CI=true. BUILD, CC; ROUNDS
 # (2) of restarts.
 set -u
@@ -127,9 +128,28 @@ listen() {
     free_port
     cat >>"$build/haproxy.cfg" <<CONFIG
 listen $name
-    bind 127.0.0.1:$port ${bind:-}
+    bind ${host:-127.0.0.1}:$port ${bind:-}
     server s 127.0.0.1:$to $*
 CONFIG
+}
+
+# behind NAME TLS: the proxy example between two ports of HAProxy's. The one behind it knows of clients from the header
+# that tsrv_connect has sent, and tells them. Sets the variable NAME to the port in front.
+behind() {
+    free_port
+    cat >>"$build/haproxy.cfg" <<CONFIG
+frontend $1_end
+    mode http
+    bind 127.0.0.1:$port accept-proxy $2
+    http-request return status 200 content-type text/plain lf-string "you are %[src]:%[src_port]\n"
+CONFIG
+    if [ -n "$2" ]; then
+        PROXY_CA=$build/cert.pem serve "$1" proxy localhost "$port"
+    else
+        serve "$1" proxy localhost "$port"
+    fi
+    listen "$1" "$port" send-proxy-v2
+    eval "$1=$port"
 }
 
 # failures NAME PORT: sets failures, the connections that the server has counted without a good header; one more asks.
@@ -149,7 +169,7 @@ ready=''
 begin() {
     [ -z "$ready" ] || return 0
     ready=yes
-    for program in echo echo_tls; do
+    for program in echo echo_tls proxy; do
         $CC -std=gnu99 -O1 -Wall -Wextra -DTSRV_TLS_OPENSSL= -include tests/proxied.h -o "$build/$program" \
             examples/$program.c -lssl -lcrypto -lpthread || exit 1
     done
@@ -196,6 +216,24 @@ CONFIG
     listen ssl_cn "$echo" send-proxy-v2 proxy-v2-options ssl,cert-cn,authority,crc32c
     ssl_cn=$port
     bind=''
+    if grep -q . /proc/net/if_inet6 2>/dev/null; then
+        host='[::1]'
+        listen six1 "$echo" send-proxy
+        six1=$port
+        listen six2 "$echo" send-proxy-v2
+        six2=$port
+        host=''
+    fi
+    for version in 1 2; do
+        rm -f "$build/unix$version"
+        cat >>"$build/haproxy.cfg" <<CONFIG
+listen unix$version
+    bind unix@$build/unix$version
+    server s 127.0.0.1:$echo send-proxy$([ $version -eq 1 ] || echo -v2)
+CONFIG
+    done
+    behind relay ''
+    behind relay_tls "ssl crt $build/both.pem"
     listen through "$echo_tls" send-proxy-v2
     through=$port
     listen through1 "$echo_tls" send-proxy
@@ -226,9 +264,48 @@ headers() {
     nginx_headers
 }
 
-nginx_headers() {
+# own_clients: how often the handler of echo has seen what is a connection of its sender's own.
+own_clients() { grep -c '^from \(127.0.0.1:[0-9]*\) by \1 ' "$build/echo.out"; }
+
+# six NAME FRONT: a client over IPv6.
+six() {
+    free_port
+    client=$port
+    ask "$1" "hello $1" nc -N -s ::1 -p "$client" ::1 "$2" &&
+        await grep -q "^from \[::1\]:$client by 127.0.0.1:" "$build/echo.out"
+    result $? "$1: HAProxy, a client over IPv6" "$build/echo.out"
+}
+
+families() { # clients over IPv6: TCP6; and of a unix socket: version 1 says UNKNOWN then, version 2 LOCAL
+    begin
+    [ -z "${six1:-}" ] || {
+        six six1 "$six1"
+        six six2 "$six2"
+    }
+    for version in 1 2; do
+        before=$(own_clients)
+        ask unix$version "hello unix$version" nc -N -U "$build/unix$version" && [ "$(own_clients)" -eq $((before + 1)) ]
+        result $? "unix$version: HAProxy, a client of a unix socket has the proxy's address" "$build/echo.out"
+    done
+}
+
+relays() { # what tsrv_connect sends, as HAProxy reads it
+    begin
+    for name in relay relay_tls; do
+        free_port
+        client=$port
+        eval "front=\$$name"
+        printf 'GET / HTTP/1.0\r\n\r\n' | timeout "$PATIENCE" nc -p "$client" 127.0.0.1 "$front" >"$build/$name.got"
+        answers "you are 127.0.0.1:$client\$" "$build/$name.got"
+        result $? "$name: examples/proxy.c, HAProxy behind it knows the client" "$build/$name.got"
+    done
+}
+
+# nginx_starts: in front of the examples; once. False: it is not there.
+nginx_starts() {
+    [ -z "${at_production:-}" ] || return 0
     module=${NGINX_STREAM:-/usr/lib/nginx/modules/ngx_stream_module.so}
-    has nginx 'nginx' && has "$module" 'nginx' || return
+    has nginx 'nginx' && has "$module" 'nginx' || return 1
     free_port
     at_echo=$port
     free_port
@@ -253,6 +330,10 @@ CONFIG
     started="$started $!"
     await nc -z 127.0.0.1 "$at_production"
     result $? 'nginx runs' "$build/nginx.out"
+}
+
+nginx_headers() {
+    nginx_starts || return
     plain 'nginx' echo "$at_echo" 'tlv$' 'nginx, proxy_protocol on: the client'
     secure 'nginx_tls' echo_tls "$at_tls" 'tlv$' 'nginx in front of a TLS server: the client'
     free_port
@@ -328,6 +409,50 @@ others() {
     turned_away "$closed" && ! answers '^from' "$build/closed.out" &&
         answers 'refused: 127.0.0.1.* is not in proxy_from' "$build/closed.log"
     result $? 'a proxy that is not in proxy_from: refused, and logged' "$build/closed.log"
+}
+
+# last PATTERN: the pid in the last such line of production's log. lines PATTERN: how many there are.
+last() { awk -v pattern="$1" '$0 ~ pattern {pid = $2} END {print pid}' "$build/production.log"; }
+lines() { grep -c "$1" "$build/production.log"; }
+more_than() { [ "$(lines "$2")" -gt "$1" ]; }
+
+# changes SIGNAL PATTERN WHAT: tell the parent, or the last program's, and wait for what the log says then.
+changes() {
+    before=$(lines "$2")
+    kill "-$1" "$(last 'workers are started')" && await more_than "$before" "$2"
+    result $? "upgrades: $3" "$build/production.log"
+}
+
+load() {
+    "$build/rolling_load" "$2" 4 4 >"$build/load_$1.out" 2>&1 &
+    started="$started $!"
+    eval "load_$1=$!"
+}
+
+# loaded NAME WHAT: the load is over, and none has failed.
+loaded() {
+    eval "pid=\$load_$1"
+    kill -TERM "$pid"
+    wait "$pid"
+    result $? "upgrades: $2: $(tail -n 1 "$build/load_$1.out")" "$build/load_$1.out"
+}
+
+upgrades() { # of examples/production.c: headers are under way in each of them
+    begin
+    $CC -std=gnu99 -O1 -Wall -Wextra -o "$build/rolling_load" tests/rolling_load.c -lpthread || exit 1
+    load haproxy "$workers"
+    nginx_starts && load nginx "$at_production"
+    round=0
+    while [ $round -lt "$ROUNDS" ]; do
+        changes HUP 'reload: done' 'a reload'
+        changes USR2 'all 2 workers have been up' 'an upgrade'
+        started="$started $(last 'workers are started')"
+        round=$((round + 1))
+    done
+    loaded haproxy 'behind HAProxy'
+    [ -z "${at_production:-}" ] || loaded nginx 'behind nginx'
+    [ "$(lines 'PROXY header from')" -eq 0 ]
+    result $? 'upgrades: all headers were good' "$build/production.log"
 }
 
 # instance NAME PORT ADMIN-PORT: start it, and until it listens. Sets the variable NAME to its pid.
@@ -414,9 +539,9 @@ rolling() { # examples/haproxy.cfg and examples/status.c: both instances are res
 }
 
 # shellcheck disable=SC2048
-for scenario in ${*:-headers tls checks others rolling}; do
+for scenario in ${*:-headers families relays tls checks others upgrades rolling}; do
     case $scenario in
-    headers | tls | checks | others | rolling) $scenario ;;
+    headers | families | relays | tls | checks | others | upgrades | rolling) $scenario ;;
     *) echo "no such scenario: $scenario" && exit 2 ;;
     esac
 done

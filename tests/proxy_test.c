@@ -440,6 +440,66 @@ TEST_PLAIN_STREAM(header_comes_byte_by_byte)
     s_close();
 }
 
+static char closed_for[TSRV_ADDRESS_SIZE];
+
+static void note_client(tsrv_stream *stream, int reason, void *context)
+{
+    tsrv_address client;
+    CHECK_INT(tsrv_peer_address(stream, &client), TSRV_OK);
+    tsrv_address_format(&client, closed_for, sizeof closed_for);
+    s_note_close(stream, reason, context);
+}
+
+/* The handler takes two seconds of its loop's, which the log is told, and ends. */
+static int take_your_time(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_address client;
+    char text[TSRV_ADDRESS_SIZE], again[TSRV_ADDRESS_SIZE];
+    int rc = tsrv_read_until(stream, "\n", 0, NULL);
+    (void)context;
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_peer_address(stream, &client), TSRV_OK);
+        CHECK_STR(tsrv_address_format(&client, text, sizeof text), tsrv_address_format(address, again, sizeof again));
+        v_now += (uint64_t)2000 * 1000000;
+        tsrv_write(stream, "done\n", 5);
+    }
+    return rc;
+}
+
+/* In a handler, in on_close and in the log it is the client, of whatever family. */
+TEST_PLAIN_SOFT(hooks_and_the_log_name_the_client)
+{
+    static const char *const expected[] = {"1.2.3.4:9", "[2001:db8::1]:1", "unix:/run/client", "unix:@client"};
+    tsrv_server_options options = {0};
+    options.proxy_protocol = TSRV_PROXY_REQUIRED;
+    options.on_close = note_client;
+    s_open_with(take_your_time, options);
+    for (int i = 0; i < (int)COUNT(expected); i++) {
+        char local[216] = "/run/client", slow[128];
+        int fd = s_join();
+        if (i == 3) {
+            memcpy(local, "\0client\0\0\0", 11);
+        }
+        if (i < 2) {
+            build_line(i == 0 ? "PROXY TCP4 1.2.3.4 5.6.7.8 9 10\r\n" : "PROXY TCP6 2001:db8::1 ::1 1 2\r\n");
+        } else {
+            begin_header(0x21, 0x31, sizeof local);
+            put(local, sizeof local);
+        }
+        put("\n", 1);
+        t_send(fd, built, built_size);
+        s_expect(fd, "done\n");
+        t_close(fd);
+        s_until(&s_closed, i + 1);
+        CHECK_STR(closed_for, expected[i]);
+        snprintf(slow, sizeof slow, "handle_stream for %s", expected[i]);
+        if (strstr(t_log, slow) == NULL) {
+            T_FAIL("\"%s\" is not in: %s", slow, t_log);
+        }
+    }
+    s_close();
+}
+
 /* What the sender says of itself: a health check, or a proxy that knows nothing. */
 TEST_PLAIN_SOFT(connections_of_the_proxy_itself_keep_its_address)
 {
@@ -926,6 +986,40 @@ TEST_COROUTINE(clients_say_for_whom_they_connect)
     s_close();
 }
 
+static tsrv_connect_options shared_options;
+static tsrv_address shared_client;
+
+static void connect_and_wait(void *context)
+{
+    tsrv_stream *stream;
+    tsrv_slice line;
+    memset(&shared_options, 0, sizeof shared_options);
+    CHECK(tsrvi_proxy_address(AF_INET6, "2001:db8::7", "443", &shared_client));
+    shared_options.proxy_for = &shared_client;
+    CHECK_INT(tsrv_connect("localhost", s_port, &shared_options, &stream), TSRV_OK);
+    tsrv_write(stream, "\n", 1);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK(strncmp(line.data, "[2001:db8::7]:443 by", 20) == 0);
+    tsrv_close(stream);
+    *(int *)context = 1;
+}
+
+/* What was asked for holds, whatever the memory is used for while the call waits. */
+TEST_COROUTINE(options_of_a_client_are_copied)
+{
+    int over = 0;
+    open_proxied(defaults);
+    CHECK_INT(tsrv_spawn(s_loop, connect_and_wait, &over), TSRV_OK);
+    CHECK(tsrv_loop_run_once(s_loop, 0) > 0);
+    CHECK(shared_options.proxy_for != NULL); /* it waits for the name */
+    CHECK_INT(over, 0);
+    memset(&shared_options, 0, sizeof shared_options);
+    memset(&shared_client, 0, sizeof shared_client);
+    s_until(&over, 1);
+    s_until(&s_closed, 1);
+    s_close();
+}
+
 /* Who finds no memory to say it has no connection. */
 static void connect_in_vain(void *context)
 {
@@ -969,5 +1063,30 @@ TEST_PLAIN_SOFT(tlv_that_did_not_come_is_none)
     t_send(fd, built, built_size);
     s_expect(fd, "1.2.3.4:4660 by 127.0.0.1, \n");
     s_finish(fd);
+    s_close();
+}
+
+/* ---- drains ----------------------------------------------------------------------------------*/
+
+static int late_fd;
+
+/* The header comes after the loop has looked, and just before the drain. */
+static void introduce_and_drain(void *context)
+{
+    (void)context;
+    t_sends(late_fd, "PROXY TCP4 127.0.0.2 127.0.0.1 1000 80\r\nhello\n");
+    CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN);
+}
+
+/* Who has been mute for long is not closed by a drain when its header has come by then. */
+TEST_PLAIN_STREAM(a_header_just_before_a_drain_is_read)
+{
+    open_proxied(defaults);
+    late_fd = s_join();
+    s_run_ms(1500);
+    CHECK_INT(tsrv_loop_post(s_loop, introduce_and_drain, NULL), TSRV_OK);
+    s_expect(late_fd, "hello\n");
+    s_leave(late_fd);
+    s_until(&s_closed, 1);
     s_close();
 }

@@ -441,6 +441,108 @@ TEST_STREAM(a_trickle_keeps_the_idle_time_away_but_silence_does_not)
     CHECK_MOST(took, LIMIT_MS + STEP_MS);
 }
 
+/* A line, then so much work that it lasts longer than the idle time, and another line. */
+static int work_between_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *worked = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc = *worked ? (int)TSRV_OK : tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    if (rc == TSRV_OK && !*worked) {
+        *worked = true;
+        v_now += 2 * LIMIT_MS * 1000000u;
+    }
+    return rc == TSRV_OK ? tsrv_read_until(stream, "\n", 0, &line) : rc;
+}
+
+/* A peer is idle while it is waited for, and not while the handler works. */
+TEST_SOFT(idle_time_begins_with_the_read)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(bool);
+    options.idle_timeout_ms = LIMIT_MS;
+    s_open_with(work_between_lines, options);
+    int fd = s_join();
+    t_sends(fd, "one\n");
+    s_run_ms(2 * LIMIT_MS + LIMIT_MS / 2);
+    CHECK_INT(s_closed, 0);
+    t_sends(fd, "two\n");
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- after a pause -------------------------------------------------------------------------*/
+
+static int lines_in_time, lines_late;
+static bool greets, wakes;
+static char filler[1 << 16];
+
+/* Reads a line, and then writes to all, or wakes them. */
+static int tell_all(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    if (rc == TSRV_EAGAIN) {
+        tsrv_wait(stream, TSRV_NEVER); /* in callback mode it may be woken, too */
+        return rc;
+    }
+    lines_late += rc == TSRV_ETIMEOUT;
+    lines_in_time += rc == TSRV_OK;
+    for (tsrv_stream *s = NULL; (s = tsrv_server_next(s_server, s)) != NULL;) {
+        if (greets) {
+            CHECK_INT(tsrv_try_write(s, "hello\n", 6), TSRV_OK);
+        }
+        if (wakes) {
+            tsrv_wake(s);
+        }
+    }
+    return rc;
+}
+
+/* All lines have come when the process goes on: nobody's read is timed out for the pause, however many there are, and
+ * whatever is done to the streams before they are looked at. */
+TEST_PLAIN_SOFT(lines_that_have_come_in_a_pause_are_read)
+{
+    enum { CLIENTS = 300 };
+    for (int way = 0; way < 5; way++) {
+        static int fds[CLIENTS][2];
+        tsrv_server_options options = {0};
+        const bool fills = way == 4; /* then each may be read and be written to again, which can be two events */
+        lines_in_time = lines_late = 0;
+        greets = (way & 1) != 0;
+        wakes = (way & 2) != 0;
+        options.read_timeout_ms = LIMIT_MS;
+        s_open_with(tell_all, options);
+        for (int i = 0; i < CLIENTS; i++) {
+            CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fds[i]) == 0);
+            CHECK_INT(tsrv_server_add_stream(s_server, fds[i][0]), TSRV_OK);
+        }
+        s_settle();
+        for (tsrv_stream *s = NULL; fills && (s = tsrv_server_next(s_server, s)) != NULL;) {
+            int room = 4096;
+            CHECK(setsockopt(tsrv_fd(s), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+            CHECK_INT(tsrv_try_write(s, filler, sizeof filler), TSRV_OK);
+        }
+        s_settle();
+        for (int i = 0; i < CLIENTS; i++) {
+            CHECK(!fills || recv(fds[i][1], filler, sizeof filler, MSG_DONTWAIT) > 0);
+            t_sends(fds[i][1], "x\n");
+        }
+        v_now += 5 * LIMIT_MS * 1000000u;
+        s_settle();
+        CHECK_INT(lines_late, 0);
+        CHECK_INT(lines_in_time, CLIENTS);
+        for (int i = 0; i < CLIENTS; i++) {
+            t_close(fds[i][1]);
+        }
+        s_until(&s_closed, CLIENTS);
+        s_close();
+    }
+}
+
 /* ---- a line without an end -----------------------------------------------------------------*/
 
 enum { LONGEST = 1000, SHORT_BUFFER = 16 << 10 };
@@ -759,10 +861,48 @@ TEST_STREAM(a_read_that_fails_has_an_empty_slice)
     }
 }
 
+/* ---- a read of too many bytes is one -----------------------------------------------------------*/
+
+static int refusals, enough;
+
+/* Each of its calls is refused at once; every few hundred of them others run first. */
+static int read_too_much(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc = TSRV_ETOOLONG;
+    (void)address, (void)context;
+    while (!enough && (rc = tsrv_read_bytes(stream, SIZE_MAX, &slice)) == TSRV_ETOOLONG) {
+        refusals++;
+    }
+    return rc == TSRV_ETOOLONG ? TSRV_OK : rc;
+}
+
+/* Nobody else may read while it lets them run. */
+TEST_STREAM(a_read_of_too_many_bytes_that_lets_others_run_is_a_read)
+{
+    tsrv_slice slice;
+    tsrv_set_log(t_no_log, NULL);
+    refusals = enough = 0;
+    s_serve(read_too_much);
+    int fd = s_join();
+    s_until(&refusals, 1);
+    for (int i = 0; i < 3; i++) {
+        int before = refusals;
+        CHECK_INT(tsrv_read_some(tsrv_server_next(s_server, NULL), 0, &slice), TSRV_EBUSY);
+        s_turn();
+        CHECK(refusals > before);
+    }
+    enough = 1;
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
 /* ---- tsrv_read_into, repeated as another call ------------------------------------------------*/
 
 static char whole[8], elsewhere[8];
-static int wrong[4];
+static int wrong[6];
 static bool keeping_fails;
 
 /* Its first call has taken a part, so that another one cannot take its place; the same one goes on. */
@@ -776,6 +916,8 @@ static int read_into_and_others(tsrv_stream *stream, const tsrv_address *address
         wrong[1] = tsrv_read_into(stream, whole, sizeof whole - 1);
         wrong[2] = tsrv_read_until(stream, "\n", 0, &slice);
         wrong[3] = tsrv_read_some(stream, 0, &slice);
+        wrong[4] = tsrv_read_until_match(stream, match_ten, NULL, 0, &slice);
+        wrong[5] = tsrv_read_until_match(stream, match_ten, NULL, 0, NULL);
     }
     if (keeping_fails) {
         t_fail_call("malloc", 0, 1, false);
@@ -802,7 +944,7 @@ TEST_CALLBACK(another_call_does_not_take_the_place_of_a_read_into)
     s_settle();
     t_sends(fd, "567");
     s_expect(fd, "01234567");
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 6; i++) {
         CHECK_INT(wrong[i], TSRV_EINVAL);
     }
     CHECK_INT(elsewhere[0], 0);
@@ -856,5 +998,405 @@ T_TEST(a_match_that_reads_is_a_code, T_PER_BACKEND | T_CALLBACKS)
     s_until(&s_closed, 1);
     CHECK_INT(s_reason, TSRV_OK);
     t_close(fd);
+    s_close();
+}
+
+/* Nothing can wait in a match, also where its bytes are there already and a coroutine has called the read. */
+static size_t match_that_waits(const char *data, size_t size, void *context)
+{
+    const char *end = (const char *)memchr(data, '\n', size);
+    CHECK_INT(tsrv_sleep(0), TSRV_EINVAL);
+    CHECK_INT(tsrv_wait((tsrv_stream *)context, TSRV_NEVER), TSRV_EAGAIN);
+    CHECK_INT(((tsrv_stream *)context)->own.kinds, 0); /* nor is a wait noted for the handler */
+    step++;
+    if (step == 3) {
+        CHECK_INT(tsrv_abort((tsrv_stream *)context), TSRV_OK);
+    }
+    return end == NULL ? 0 : (size_t)(end - data) + 1;
+}
+
+static int have_the_match_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until_match(stream, match_that_waits, stream, 0, &slice)) == TSRV_OK) {
+        CHECK_MEM(slice.data, slice.size, "line\n", 5);
+        CHECK(step < 3); /* when it has ended the stream */
+    }
+    CHECK(rc == TSRV_EAGAIN || (rc == TSRV_ECLOSED && step == 3));
+    return rc;
+}
+
+TEST_STREAM(a_match_cannot_wait)
+{
+    step = 0;
+    tsrv_set_log(t_no_log, NULL);
+    s_serve(have_the_match_wait);
+    int fd = s_join();
+    t_sends(fd, "line\nline\nline\n");
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ECLOSED);
+    CHECK_INT(step, 3);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- what a read into memory gives back -----------------------------------------------------*/
+
+enum { BACK = 20000 }; /* bytes that it has got: as many as the buffer's limit */
+
+static int back_codes[3], back_step;
+
+/* A read into memory times out; what it has got can be read by others, up to the limit and not beyond. */
+static int read_what_is_given_back(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[BACK + 1000];
+    tsrv_slice slice;
+    (void)address, (void)context;
+    while (back_step < 3) {
+        int rc = back_step == 0   ? tsrv_read_into(stream, memory, sizeof memory)
+                 : back_step == 1 ? tsrv_read_until_match(stream, match_none, NULL, 0, &slice)
+                                  : tsrv_read_bytes(stream, BACK, &slice);
+        if (rc == TSRV_EAGAIN) {
+            return rc;
+        }
+        back_codes[back_step++] = rc;
+        tsrv_set_timeout(stream, TSRV_NEVER, 0);
+    }
+    return tsrv_write(stream, slice.data, slice.size);
+}
+
+TEST_STREAM(what_a_read_into_gives_back_can_be_as_much_as_the_limit)
+{
+    tsrv_server_options options = {0};
+    char *data = new_pattern(BACK);
+    options.read_timeout_ms = 100;
+    options.max_buffer_size = BACK;
+    back_step = 0;
+    s_open_with(read_what_is_given_back, options);
+    int fd = s_join();
+    s_send(fd, data, BACK);
+    s_until(&back_step, 1);
+    s_run_ms(100);
+    CHECK_INT(back_step, 1);
+    t_sends(fd, "x");
+    s_expect_bytes(fd, data, BACK);
+    CHECK_INT(back_codes[0], TSRV_ETIMEOUT);
+    CHECK_INT(back_codes[1], TSRV_ETOOLONG);
+    CHECK_INT(back_codes[2], TSRV_OK);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+    free(data);
+}
+
+/* Without memory to give it back in the stream ends: bytes are never lost in silence. */
+TEST_SOFT(a_read_into_that_cannot_give_back_ends_the_stream)
+{
+    tsrv_server_options options = {0};
+    char *data = new_pattern(BACK);
+    options.read_timeout_ms = 100;
+    options.max_buffer_size = BACK;
+    back_step = 0;
+    s_open_with(read_what_is_given_back, options);
+    tsrv_set_log(t_no_log, NULL);
+    int fd = s_join();
+    s_send(fd, data, BACK);
+    s_settle();
+    t_fail_call("malloc", 0, 1, true);
+    s_until(&s_closed, 1);
+    t_fault_at = 0;
+    CHECK(t_fault_hits > 0);
+    CHECK_INT(back_codes[0], TSRV_ETIMEOUT);
+    CHECK_INT(back_codes[1], -ENOMEM);
+    CHECK_INT(s_reason, -ENOMEM);
+    t_close(fd);
+    s_close();
+    free(data);
+}
+
+/* Two reads in vain, and one of what there is. */
+static int read_behind_the_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[8];
+    tsrv_slice slice;
+    (void)address, (void)context;
+    int rc = tsrv_read_bytes(stream, 100, &slice);
+    if (rc == TSRV_EAGAIN) {
+        return rc;
+    }
+    CHECK_INT(rc, TSRV_EOF);
+    CHECK_INT(tsrv_read_into(stream, memory, sizeof memory), TSRV_EOF);
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_OK);
+    return tsrv_write(stream, slice.data, slice.size);
+}
+
+TEST_STREAM(a_read_into_gives_back_what_others_had_left)
+{
+    s_serve(read_behind_the_end);
+    int fd = s_join();
+    t_sends(fd, "ab");
+    t_shut(fd);
+    s_expect(fd, "ab");
+    s_leave(fd);
+    s_close();
+}
+
+/* ---- reads beside others ---------------------------------------------------------------------*/
+
+static int beside_rc;
+
+static int sleep_a_while(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    return tsrv_sleep(100);
+}
+
+/* While a handler sleeps nobody reads its stream: it can be read from outside. */
+TEST_SCRIPT(a_stream_whose_handler_sleeps_can_be_read)
+{
+    tsrv_slice slice;
+    s_serve(sleep_a_while);
+    int fd = s_join();
+    s_settle();
+    t_sends(fd, "ab");
+    CHECK_INT(tsrv_read_some(tsrv_server_next(s_server, NULL), 0, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "ab", 2);
+    s_until(&s_closed, 1);
+    t_close(fd);
+    s_close();
+}
+
+static void read_beside(void *context)
+{
+    tsrv_slice slice;
+    beside_rc = tsrv_read_some((tsrv_stream *)context, 0, &slice);
+}
+
+static void wait_for_it(void *context)
+{
+    CHECK_INT(tsrv_wait((tsrv_stream *)context, TSRV_NEVER), TSRV_OK);
+}
+
+/* Reads too much until the others run first. */
+static int read_too_much_at_once(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc, most = 100000;
+    (void)address, (void)context;
+    if (step == 0 && (rc = tsrv_read_until(stream, "\n", 0, &slice)) != TSRV_OK) {
+        return rc;
+    }
+    if (step++ == 0) {
+        while ((rc = tsrv_read_bytes(stream, SIZE_MAX, &slice)) == TSRV_ETOOLONG && most > 0) {
+            most--;
+        }
+        CHECK_INT(rc, TSRV_EAGAIN);
+        CHECK_INT(tsrv_loop_post(s_loop, read_beside, stream), TSRV_OK);
+        return rc;
+    }
+    CHECK_INT(tsrv_read_bytes(stream, SIZE_MAX, &slice), TSRV_ETOOLONG);
+    tsrv_abort(stream);
+    for (int i = 0; i < 100000; i++) {
+        CHECK_INT(tsrv_read_bytes(stream, 0, &slice), TSRV_ECLOSED);
+    }
+    return TSRV_OK;
+}
+
+/* Nobody else reads meanwhile, whoever waits for something else; behind the end nothing waits any more. */
+TEST_CALLBACK(a_read_of_too_much_that_waits_is_a_read)
+{
+    step = 0;
+    beside_rc = 99;
+    s_serve(read_too_much_at_once);
+    tsrv_set_log(t_no_log, NULL);
+    int fd = s_join();
+    s_settle();
+    CHECK_INT(tsrv_spawn(s_loop, wait_for_it, tsrv_server_next(s_server, NULL)), TSRV_OK);
+    s_settle();
+    t_sends(fd, "line\nmore");
+    s_until(&s_closed, 1);
+    CHECK_INT(beside_rc, TSRV_EBUSY);
+    t_close(fd);
+    s_close();
+}
+
+/* Has a part of a message, only waits when it is woken, and goes on when it is woken once more. */
+static int pause_within_a_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[4];
+    int rc;
+    (void)address, (void)context;
+    if (step++ == 1) {
+        CHECK_INT(tsrv_wait(stream, TSRV_NEVER), TSRV_OK);
+        return tsrv_wait(stream, TSRV_NEVER);
+    }
+    rc = tsrv_read_into(stream, memory, sizeof memory);
+    if (rc == TSRV_EAGAIN && step == 1) {
+        return tsrv_wait(stream, TSRV_NEVER);
+    }
+    return rc == TSRV_OK ? tsrv_write(stream, memory, sizeof memory) : rc;
+}
+
+/* A part of it belongs to a read, also while that is not repeated: nobody else may read. */
+TEST_CALLBACK(a_read_into_that_pauses_is_a_read)
+{
+    step = 0;
+    beside_rc = 99;
+    s_serve(pause_within_a_read);
+    int fd = s_join();
+    t_sends(fd, "ab");
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    tsrv_wake(stream);
+    s_settle();
+    CHECK_INT(step, 2);
+    read_beside(stream);
+    CHECK_INT(beside_rc, TSRV_EBUSY);
+    t_sends(fd, "cd");
+    s_settle();
+    tsrv_wake(stream);
+    s_expect(fd, "abcd");
+    s_leave(fd);
+    s_close();
+}
+
+/* Has a part of a message, waits for anything when it is woken, and goes on behind its deadline. */
+static int give_up_within_a_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[8];
+    tsrv_slice all;
+    (void)address, (void)context;
+    if (step++ == 0) {
+        tsrv_set_deadline(stream, LIMIT_MS);
+        CHECK_INT(tsrv_read_into(stream, memory, sizeof memory), TSRV_EAGAIN);
+        return tsrv_wait(stream, TSRV_NEVER);
+    }
+    if (step < 3 || tsrv_unread_size(stream) < 4) {
+        return TSRV_EAGAIN; /* any input, which is not the read's */
+    }
+    CHECK_INT(tsrv_read_into(stream, memory, sizeof memory), TSRV_ETIMEOUT);
+    tsrv_set_deadline(stream, 0);
+    CHECK_INT(tsrv_read_bytes(stream, 7, &all), TSRV_OK);
+    keep(message, &all);
+    return TSRV_OK;
+}
+
+/* What it had, and what has come while it did not read, are unread again in their order. */
+TEST_CALLBACK(a_read_into_that_is_given_up_gives_back_all_that_came)
+{
+    step = 0;
+    s_serve(give_up_within_a_read);
+    int fd = s_join();
+    t_sends(fd, "abc");
+    s_settle();
+    tsrv_wake(tsrv_server_next(s_server, NULL));
+    s_settle();
+    CHECK_INT(step, 2);
+    s_run_ms(2 * LIMIT_MS);
+    t_sends(fd, "defg");
+    s_until(&s_closed, 1);
+    CHECK_STR(message, "abcdefg");
+    t_close(fd);
+    s_close();
+}
+
+/* ---- reads that time out ---------------------------------------------------------------------*/
+
+/* An answer that nobody takes, and a read in vain. */
+static int answer_and_time_out(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (step == 0) {
+        limit_output(stream);
+        CHECK_INT(tsrv_try_write(stream, large, large_size), TSRV_OK);
+        step = 1;
+    }
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_ETIMEOUT) {
+        step = 2;
+    }
+    return rc;
+}
+
+/* Its peer is not taken for silent: what it still says does not destroy the answer. */
+TEST_PLAIN_SOFT(a_read_that_times_out_behind_an_answer_keeps_it)
+{
+    tsrv_server_options options = {0};
+    make_large(2 << 20);
+    options.max_write_buffer_size = 2 * large_size;
+    options.write_high_water = 2 * large_size;
+    options.read_timeout_ms = 100;
+    step = 0;
+    s_open_with(answer_and_time_out, options);
+    int fd = s_join_with_room(4096);
+    s_until(&step, 2);
+    t_sends(fd, "late\n");
+    s_expect_bytes(fd, large, large_size);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    s_close();
+    free(large);
+}
+
+/* Ten bytes, of which some do not come; then anything, behind its deadline. */
+static int time_out_twice(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    CHECK_INT(tsrv_read_bytes(stream, 10, &slice), TSRV_ETIMEOUT);
+    tsrv_set_deadline(stream, 50);
+    CHECK_INT(tsrv_wait(stream, TSRV_NEVER), TSRV_ETIMEOUT);
+    return tsrv_read_some(stream, 0, &slice);
+}
+
+/* Nothing has come since a read has waited in vain: its peer stays silent, and is not waited for. */
+TEST_SCRIPT(who_was_silent_before_the_deadline_is_silent)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 100;
+    options.close_timeout_ms = 10000;
+    s_open_with(time_out_twice, options);
+    int fd = s_join();
+    t_sends(fd, "abc");
+    s_run_ms(1000);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_close();
+}
+
+/* Its client speaks up when its read has just timed out. */
+static int speak_late(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_ETIMEOUT) {
+        t_sends(*(int *)context, "late\n");
+    }
+    return rc;
+}
+
+/* To close at once would be answered with a reset: it lingers. */
+TEST_PLAIN_SOFT(who_speaks_up_when_the_time_is_over_gets_the_end)
+{
+    tsrv_server_options options = {0};
+    int fd = -1;
+    options.read_timeout_ms = 100;
+    options.context = &fd;
+    s_open_with(speak_late, options);
+    fd = s_join();
+    s_run_ms(1000);
+    CHECK_INT(s_stats().open, 1);
+    s_expect_eof(fd);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
     s_close();
 }

@@ -1,4 +1,4 @@
-/* rolling_load.c - clients of examples/status.c that never stop asking: for proxies.sh.
+/* rolling_load.c - clients of examples/status.c, or production.c, that never stop asking: for proxies.sh.
  *
  *   rolling_load PORT KEPT SINGLE      so many that keep their connection, and that make one for each request
  *
@@ -38,7 +38,7 @@ static bool ask(tsrv_stream *stream, bool *again)
     requests++;
     if (rc != TSRV_OK) {
         fail("no answer", rc);
-    } else if (strcmp(answer.data, "bye\n") == 0) {
+    } else if (strncmp(answer.data, "bye", 3) == 0) {
         *again = true;
         requests--;
         moved++;
@@ -84,7 +84,7 @@ static void end(void *context)
 
 int main(int argc, char **argv)
 {
-    tsrv_signal told[2];
+    static tsrv_signal told[2];
     if (argc != 4 || (port = atoi(argv[1])) == 0) {
         return 2;
     }

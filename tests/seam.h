@@ -8,6 +8,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* Hard mode: sends are cut to 1..t_clip_size bytes, in turn, and behind t_clip_small of them to multiples
  * of that, so that long answers do not take for ever. Receives are cut by read_chunk_size. */
@@ -109,6 +110,13 @@ static inline void t_fail_call(const char *name, int code, long first, bool stic
     t_fault_at = first;
 }
 
+/* A bare root has no file of hosts; a resolver would ask others for the name then. */
+static inline const char *t_host(const char *host)
+{
+    bool here = host != NULL && strcmp(host, "localhost") == 0;
+    return here && access("/etc/hosts", F_OK) != 0 ? "127.0.0.1" : host;
+}
+
 static inline void *t_malloc(size_t size)
 {
     void *memory = t_fault("malloc") ? NULL : malloc(size);
@@ -164,7 +172,8 @@ static inline void t_free(void *memory)
 #define t_sys_fork() (t_fault("fork") ? -1 : fork())
 #define t_sys_freeaddrinfo(...) freeaddrinfo(__VA_ARGS__)
 #define t_sys_fstat(...) (t_fault("fstat") ? -1 : fstat(__VA_ARGS__))
-#define t_sys_getaddrinfo(...) (t_fault("getaddrinfo") ? EAI_MEMORY : getaddrinfo(__VA_ARGS__))
+#define t_sys_getaddrinfo(host, ...) \
+    (t_fault("getaddrinfo") ? EAI_MEMORY : getaddrinfo(t_host(host), __VA_ARGS__))
 #define t_sys_getcontext(...) getcontext(__VA_ARGS__)
 #define t_sys_getegid() getegid()
 #define t_sys_geteuid() geteuid()
@@ -242,7 +251,7 @@ static inline void t_free(void *memory)
 #define t_sys_socket(...) (t_fault("socket") ? -1 : socket(__VA_ARGS__))
 #define t_sys_socketpair(...) (t_fault("socketpair") ? -1 : socketpair(__VA_ARGS__))
 #define t_sys_swapcontext(...) swapcontext(__VA_ARGS__)
-#define t_sys_sysconf(...) sysconf(__VA_ARGS__)
+#define t_sys_sysconf(name) ((name) == _SC_NPROCESSORS_ONLN && t_fault("sysconf") ? -1 : sysconf(name))
 #define t_sys_tcgetpgrp(...) (t_fault("tcgetpgrp") ? -1 : tcgetpgrp(__VA_ARGS__))
 #define t_sys_unlink(...) (t_fault("unlink") ? -1 : unlink(__VA_ARGS__))
 #define t_sys_unsetenv(...) unsetenv(__VA_ARGS__)

@@ -83,6 +83,21 @@ TEST_SOFT(slow_handler_is_named_with_its_peer)
     s_close();
 }
 
+/* The clock is read again where a time begins, as that of the next read does, and the turn began before. */
+TEST_SOFT(slow_handler_is_named_that_reads_on_with_a_limit)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 60000;
+    open_with(dawdle, options);
+    int fd = s_join();
+    s_echo(fd, "slow\n");
+    expect_line("handle_stream for 127.0.0.1:", "took 1500 ms (slow_ms is 1000)");
+    CHECK_INT(s_stats().slow_turns, 1);
+    CHECK_INT(s_stats().turn_max_ms, 1500);
+    s_finish(fd);
+    s_close();
+}
+
 /* As long as nothing is slow nothing is said, and the longest turn is known. */
 TEST_SOFT(turn_within_the_limit_is_only_measured)
 {
@@ -105,6 +120,20 @@ TEST_SOFT(limit_is_as_short_as_is_asked_for)
     s_echo(fd, "slow\n");
     expect_line("(slow_ms is 20)", "handle_stream for 127.0.0.1:");
     CHECK_INT(s_stats().slow_turns, 1);
+    s_finish(fd);
+    s_close();
+}
+
+/* The clock is read again where a time begins: in a read behind the piece that took long. */
+TEST_SOFT(a_time_that_begins_in_a_slow_turn_does_not_hide_it)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 60000;
+    open_with(dawdle, options);
+    int fd = s_join();
+    s_echo(fd, "slow\n");
+    expect_line("took 1500 ms", "handle_stream for 127.0.0.1:");
+    CHECK_INT(s_stats().turn_max_ms, 1500);
     s_finish(fd);
     s_close();
 }
@@ -241,6 +270,48 @@ TEST_SOFT(calls_around_the_handler_are_named)
     s_close();
 }
 
+/* Takes 1.5 s to see that there is not all of a line. */
+static size_t dawdle_in_a_match(const char *data, size_t size, void *context)
+{
+    const char *end = (const char *)memchr(data, '\n', size);
+    (void)context;
+    if (end == NULL) {
+        take_ms(1500);
+    }
+    return end == NULL ? 0 : (size_t)(end + 1 - data);
+}
+
+static int dawdle_and_match(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until_match(stream, dawdle_in_a_match, NULL, 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, line.data, line.size);
+    }
+    return rc;
+}
+
+/* It is called for a coroutine that goes on waiting: the next handler of the turn has nothing to do with it. */
+TEST_SOFT(a_match_function_is_named)
+{
+    open_with(dawdle_and_match, defaults);
+    int slow = s_join(), quick = s_join();
+    t_sends(slow, "li");
+    t_sends(quick, "line\n");
+    s_expect(quick, "line\n");
+    if (t_mode == TSRV_COROUTINE) {
+        expect_line("a match function", "took 1500 ms (slow_ms is 1000), nearly all of it");
+    } else {
+        expect_line("handle_stream for", "took 1500 ms (slow_ms is 1000), nearly all of it");
+    }
+    t_sends(slow, "ne\n");
+    s_expect(slow, "line\n");
+    s_finish(slow);
+    s_finish(quick);
+    s_close();
+}
+
 /* Of forty that take as long as each other none is blamed. */
 TEST_LOOP(many_pieces_are_nobodys_fault)
 {
@@ -254,4 +325,52 @@ TEST_LOOP(many_pieces_are_nobodys_fault)
     s_settle();
     expect_line("took 60000 ms", "in many pieces");
     CHECK_INT(tsrv_loop_free(s_loop), TSRV_OK);
+}
+
+/* ---- timers of a turn that takes long ------------------------------------------------------*/
+
+static tsrv_stream *stuck; /* its output is not taken */
+static tsrv_timer again[2];
+static int times;
+
+/* Fills the kernel's buffers, and waits. */
+static int write_much(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char much[8 << 20];
+    (void)address, (void)context;
+    stuck = stream;
+    return tsrv_write(stream, much, sizeof much);
+}
+
+/* Is due again before it returns, and has the clock read again. */
+static void take_long_again(void *context)
+{
+    tsrv_timer *timer = (tsrv_timer *)context;
+    CHECK_INT(tsrv_timer_start(s_loop, timer, 1, take_long_again, timer), TSRV_OK);
+    take_ms(2);
+    tsrv_set_timeout(stuck, 0, 60000);
+    CHECK(++times < 1000);
+}
+
+TEST_SOFT(timers_of_a_turn_are_those_due_when_it_began)
+{
+    tsrv_server_options options = {0};
+    options.max_write_buffer_size = 16 << 20;
+    open_with(write_much, options);
+    int fd = s_join_with_room(4096);
+    s_settle();
+    CHECK(stuck != NULL);
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(tsrv_timer_start(s_loop, &again[i], 1, take_long_again, &again[i]), TSRV_OK);
+    }
+    for (int i = 0; i < 20; i++) {
+        s_turn();
+    }
+    CHECK(times >= 10 && times <= 40);
+    for (int i = 0; i < 2; i++) {
+        tsrv_timer_stop(&again[i]);
+    }
+    t_reset(fd);
+    s_settle();
+    s_close();
 }

@@ -523,6 +523,46 @@ TEST_STREAM(unix_peer_that_has_gone_before_is_none_that_has_reset)
     s_close();
 }
 
+#if defined(__linux__) && defined(MSG_OOB)
+static long receives;
+
+static void count_receives(const char *name)
+{
+    receives += strcmp(name, "recv") == 0;
+}
+
+/* An urgent byte, which no read would take, is not told of in every turn while the handler is busy. */
+TEST_PLAIN_STREAM(urgent_byte_of_a_unix_peer_is_dropped)
+{
+    tsrv_server_options options = defaults;
+    options.data_size = sizeof(int);
+    writing = WRITES_NOTHING;
+    go_on = false;
+    upload_rc = 1;
+    open_with(take_upload, options);
+    int fd = t_add_pair(s_server);
+    t_sends(fd, "PUT\n");
+    s_until(&entered, 1);
+    s_settle();
+    if (send(fd, "!", 1, MSG_OOB) < 0) {
+        SKIP("urgent bytes of unix sockets (Linux 5.15)");
+    }
+    s_settle();
+    t_seen = count_receives;
+    s_settle();
+    CHECK_INT(receives, 0);
+    t_seen = NULL;
+    t_sends(fd, "the upload");
+    t_close(fd);
+    go_on = true;
+    tsrv_wake(first_stream());
+    s_until(&s_closed, 1);
+    CHECK_INT(upload_rc, TSRV_OK);
+    CHECK_INT(upload_size, 10);
+    s_close();
+}
+#endif
+
 /* ---- on_close -----------------------------------------------------------------------------*/
 
 static int end_at_once(tsrv_stream *stream, const tsrv_address *address, void *context)
@@ -629,6 +669,46 @@ TEST_STREAM(log_names_the_limit_that_was_met)
         s_close();
     }
 }
+
+static int fail_upstream(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    return TSRV_ETLS;
+}
+
+/* The code is that of somebody else's TLS, as tsrv_connect gives it: nothing has said why this stream ends. */
+TEST_PLAIN_SOFT(log_names_a_failure_of_tls_that_was_not_this_streams)
+{
+    open_with(fail_upstream, defaults);
+    int fd = t_connect(s_port);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETLS);
+    CHECK_INT(t_log_lines, 1);
+    CHECK(strstr(t_log, tsrv_strerror(TSRV_ETLS)) != NULL);
+    t_close(fd);
+    s_close();
+}
+
+#if !TSRVI_HAS_TLS
+static int start_nothing(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    CHECK_INT(tsrv_start_tls(stream, NULL, NULL), TSRV_ENOTSUP);
+    return TSRV_OK;
+}
+
+/* Without TLS there is no context, and so it is no mistake that none is given. */
+TEST_PLAIN_SOFT(tls_that_is_not_built_in_is_said_to_be_absent)
+{
+    open_with(start_nothing, defaults);
+    int fd = t_connect(s_port);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    CHECK_INT(t_log_lines, 1);
+    t_close(fd);
+    s_close();
+}
+#endif
 
 /* ---- on_close while a loop is being freed -------------------------------------------------*/
 
@@ -1342,6 +1422,45 @@ T_TEST(debug_names_a_read_that_is_not_the_one_that_waited, T_PER_BACKEND | T_CAL
     s_close();
 }
 
+static int ends_by;
+
+/* A reason of its own to end, behind a read that waits; or a drain is one. */
+static int end_beside_a_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (tsrv_read_until(stream, "\n", 0, &line) != TSRV_EAGAIN || ++mistaken == 1) {
+        return TSRV_EAGAIN;
+    }
+    if (ends_by == 0) {
+        tsrv_close(stream);
+    } else if (ends_by == 1) {
+        tsrv_shutdown(stream);
+    }
+    return TSRV_OK;
+}
+
+T_TEST(debug_names_no_end_that_has_another_reason, T_PER_BACKEND | T_CALLBACKS)
+{
+    for (ends_by = 0; ends_by < 3; ends_by++) {
+        mistakes = mistaken = 0;
+        open_with(end_beside_a_read, defaults);
+        tsrv_set_log(see_mistakes, NULL);
+        int fd = t_add_pair(s_server);
+        s_settle();
+        CHECK_INT(mistaken, 1);
+        if (ends_by == 2) {
+            CHECK_INT(tsrv_server_drain(s_server, 0), TSRV_EAGAIN);
+        }
+        s_settle();
+        t_sends(fd, "some");
+        s_until(&s_closed, 1);
+        CHECK_INT(mistakes, 0);
+        t_close(fd);
+        s_close();
+    }
+}
+
 TEST_SOFT(debug_names_a_loop_over_calls_that_fail)
 {
     check_mistake(go_on_failing, "tsrv_write", "always fails");
@@ -1381,6 +1500,78 @@ TEST_ONCE(debug_names_calls_that_need_a_coroutine)
         expect_mistake(names[i], "only a coroutine can wait");
     }
     tsrv_set_log(NULL, NULL);
+}
+
+static void nothing_to_do(void *context)
+{
+    (void)context;
+}
+
+static void make_no_sense(tsrv_stream *stream, int which)
+{
+    static tsrv_timer timer;
+    static tsrv_watch watch;
+    static tsrv_signal signal;
+    tsrv_slice slices[1] = {{"", 0}};
+    int fds[2];
+    CHECK_INT(which == 0    ? tsrv_timer_start(NULL, &timer, -1, nothing_to_do, NULL)
+              : which == 1  ? tsrv_timer_start(NULL, &timer, 1, NULL, NULL)
+              : which == 2  ? tsrv_watch_start(NULL, &watch, 0, 4, NULL, NULL)
+              : which == 3  ? tsrv_signal_start(NULL, &signal, 1000, nothing_to_do, NULL)
+              : which == 4  ? tsrv_loop_post(NULL, NULL, NULL)
+              : which == 5  ? tsrv_spawn(NULL, NULL, NULL)
+              : which == 6  ? tsrv_work(NULL, NULL, NULL, NULL)
+              : which == 7  ? tsrv_bind_sockets(65536, NULL, NULL, fds, 2)
+              : which == 8  ? tsrv_bind_sockets(0, "unix:", NULL, fds, 2)
+              : which == 9  ? tsrv_server_add_stream(s_server, open("/dev/null", O_RDONLY))
+              : which == 10 ? tsrv_server_start(s_server, 1, NULL)
+              : which == 11 ? tsrv_read_until(stream, "", 0, slices)
+              : which == 12 ? tsrv_read_until_match(stream, NULL, NULL, 0, slices)
+              : which == 13 ? tsrv_writev(stream, slices, -1)
+              : which == 14 ? tsrv_sendfile(stream, tsrv_fd(stream), 0, 1)
+                            : tsrv_read_into(stream, NULL, 1),
+              TSRV_EINVAL);
+}
+
+static int senseless(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static const char *const said[][2] = {
+        {"tsrv_timer_start", "delay_ms < 0"},
+        {"tsrv_timer_start", "callback == NULL"},
+        {"tsrv_watch_start", "callback == NULL"},
+        {"tsrv_signal_start", "signo"},
+        {"tsrv_loop_post", "callback == NULL"},
+        {"tsrv_spawn", "callback == NULL"},
+        {"tsrv_work", "work == NULL"},
+        {"tsrv_bind_sockets", "port < 0 || port > 65535"},
+        {"\"unix:\"", "path is empty"},
+        {"tsrv_server_add_stream", "no stream socket"},
+        {"tsrv_server_start", "bound_count == 0"},
+        {"tsrv_read_until", "delimiter is empty"},
+        {"tsrv_read_until_match", "match == NULL"},
+        {"tsrv_writev", "count is negative"},
+        {"tsrv_sendfile", "no regular file"},
+        {"tsrv_read_into", "buffer == NULL"},
+    };
+    (void)address, (void)context;
+    for (int i = 0; i < (int)(sizeof said / sizeof said[0]); i++) {
+        mistakes = 0;
+        make_no_sense(stream, i);
+        make_no_sense(stream, i);
+        expect_mistake(said[i][0], said[i][1]);
+    }
+    return TSRV_OK;
+}
+
+/* What is TSRV_EINVAL is told once, with the argument. */
+TEST_ONCE(debug_names_wrong_arguments)
+{
+    open_with(senseless, defaults);
+    tsrv_set_log(see_mistakes, NULL);
+    int fd = t_add_pair(s_server);
+    s_until(&s_closed, 1);
+    t_close(fd);
+    s_close();
 }
 
 static int swallow_eagain(tsrv_stream *stream, const tsrv_address *address, void *context)

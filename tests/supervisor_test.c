@@ -182,6 +182,61 @@ TEST_ONCE(hung_workers_end_with_their_parent_whatever_was_ignored_or_blocked)
     }
     before_program = NULL;
 }
+static void hang(void *context)
+{
+    (void)context;
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    for (;;) {
+        pause();
+    }
+}
+
+static void block_in_start(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    spoiled = SIGTERM;
+    block_spoiled();
+    CHECK_INT(tsrv_loop_post(NULL, hang, NULL), TSRV_OK);
+}
+
+/* Also if it is on_start that has blocked what would tell it. */
+TEST_LOOP(hung_workers_end_with_their_parent_whatever_on_start_has_blocked)
+{
+    begin(2);
+    server_options.on_start = block_in_start;
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->held) == 2);
+    tell(pid, SIGKILL);
+    AWAIT(no_child_left(NULL));
+}
+
+static void fork_in_start(tsrv_server *server, void *context)
+{
+    int status = 0;
+    on_start(server, context);
+    in_program = false; /* it is no worker */
+    pid_t child = fork();
+    in_program = true;
+    if (child == 0) {
+        raise(SIGTERM);
+        _exit(alarm(0) != 0);
+    }
+    CHECK(waitpid(child, &status, 0) == child);
+    put(&board->value, status == 0 ? 1 : -1);
+}
+
+/* A worker's child has another parent, which is no reason to end. */
+TEST_ONCE(a_signal_does_not_end_what_a_worker_has_forked)
+{
+    begin(2);
+    server_options.on_start = fork_in_start;
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->value) != 0);
+    CHECK_INT(get(&board->value), 1);
+    await_forks(2);
+    AWAIT(is_settled());
+    stop_well(pid, TSRV_OK);
+}
 #endif
 
 TEST_ONCE(a_hangup_that_was_ignored_at_the_start_reloads)
@@ -627,6 +682,50 @@ TEST_ONCE(bare_workers_have_no_start_timeout_of_their_own)
     stop_well(pid, TSRV_EPARENT);
 }
 
+/* Who has no loop yet has nothing to drain, and ends by the signal: that was asked for, and is no failure. */
+TEST_ONCE(workers_that_are_told_before_their_loop_end_by_the_signal)
+{
+    begin(2);
+    put(&board->value, HANGS);
+    pid_t pid = launch(program_behaves);
+    AWAIT(get(&board->held) == 2);
+    stop_well(pid, TSRV_EPARENT);
+    CHECK_INT(exits_seen(), 2);
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(WTERMSIG(board->exit[i].status), SIGTERM);
+    }
+    CHECK_INT(warnings(), 0);
+    CHECK_INT(board->stats.restarts, 0);
+}
+
+static void hold_start(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    AWAIT(get(&board->go) == 1);
+}
+
+/* Who accepts before it hears of the stop has something to drain, though it had nothing when it was told. */
+TEST_LOOP(workers_that_are_told_before_they_accept_have_their_grace_if_they_do)
+{
+    begin(2);
+    server_options.on_start = hold_start;
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->held) == 2);
+    int fd = reach();
+    t_sends(fd, "unfin");
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: no new connections") == 1);
+    poke(pid);
+    put(&board->go, 1);
+    AWAIT(said("drain: begins, 1 connections") == 1);
+    await_exits(1); /* the other one has none; where it is slow, it would be killed now */
+    advance(pid, 3000);
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+    check_exits_are_good();
+}
+
 /* But one that is given holds for them: who does not accept in time is ended, and made good. */
 TEST_ONCE(bare_workers_have_the_start_timeout_that_is_given)
 {
@@ -637,7 +736,8 @@ TEST_ONCE(bare_workers_have_the_start_timeout_that_is_given)
     await_forks(2);
     advance(pid, 4000);
     CHECK_INT(exits_seen(), 0);
-    advance_until_exits(pid, 1001, 2);
+    AWAIT(said("does not accept within") == 2 || (advance(pid, STEP_MS), false));
+    await_exits(2); /* no more time passes: who is slow to leave a core would be killed */
     for (int i = 0; i < 2; i++) {
         CHECK_INT(WTERMSIG(board->exit[i].status), SIGABRT);
     }
@@ -1012,6 +1112,8 @@ TEST_ONCE(a_worker_that_dies_in_a_reload_that_is_overtaken_is_replaced)
     stop_well(pid, TSRV_EPARENT);
 }
 
+static bool forks_by_itself;
+
 /* What a daemon(3) between bind and start does: the parent of the workers is a fork of who has bound. */
 static int program_daemon(void)
 {
@@ -1027,7 +1129,10 @@ static int program_daemon(void)
         _exit(WIFEXITED(status) ? WEXITSTATUS(status) : 1);
     }
     put(&board->value, getpid());
-    int rc = tsrv_server_start(server, workers, &fork_options);
+    int rc = forks_by_itself ? tsrv_fork_processes(workers, &fork_options) : TSRV_OK;
+    if (rc >= 0) {
+        rc = tsrv_server_start(server, forks_by_itself ? 1 : workers, &fork_options);
+    }
     if (rc == TSRV_OK) {
         rc = tsrv_loop_run(NULL);
     }
@@ -1037,16 +1142,38 @@ static int program_daemon(void)
 
 TEST_ONCE(a_daemon_refuses_new_connections_and_removes_its_file)
 {
-    begin(2);
+    for (int i = 0; i < 2; i++) {
+        begin(2);
+        forks_by_itself = i == 1;
+        use_unix_socket();
+        pid_t pid = launch(program_daemon);
+        await_forks(2);
+        int fd = start_request();
+        tell((pid_t)get(&board->value), SIGTERM);
+        AWAIT(is_refused());
+        CHECK(access(unix_path, F_OK) != 0);
+        finish_request(fd);
+        CHECK_INT(await_end(pid), 0);
+        remove_directory();
+    }
+}
+
+/* What a launcher has bound for another service is that one's. */
+TEST_ONCE(workers_leave_the_file_of_a_socket_that_their_server_has_not_bound)
+{
+    const char *path;
+    int other;
     use_unix_socket();
-    pid_t pid = launch(program_daemon);
+    path = unix_path;
+    unix_path = NULL;
+    CHECK_INT(tsrv_bind_unix_socket(path, NULL, &other), TSRV_OK);
+    begin(2);
+    pid_t pid = launch(program_serve);
     await_forks(2);
-    int fd = start_request();
-    tell((pid_t)get(&board->value), SIGTERM);
-    AWAIT(is_refused());
-    CHECK(access(unix_path, F_OK) != 0);
-    finish_request(fd);
-    CHECK_INT(await_end(pid), 0);
+    stop_well(pid, TSRV_OK);
+    CHECK(access(path, F_OK) == 0);
+    tsrvi_bound_close(other);
+    CHECK(access(path, F_OK) != 0);
     remove_directory();
 }
 
@@ -1427,8 +1554,8 @@ TEST_ONCE(listeners_that_cannot_be_made_for_all_workers_end_the_start)
 {
     begin(3);
     bind_options.reuse_port = true;
-    fail_after(2, "listen", EADDRINUSE, 1, IN_PARENT); /* behind those of the two ports */
-    check_end(launch(program_two_ports), 1, -EADDRINUSE);
+    fail_after(2, "listen", ENOBUFS, 1, IN_PARENT); /* behind those of the two ports */
+    check_end(launch(program_two_ports), 1, -ENOBUFS);
     CHECK_INT(forks_seen(), 0);
 }
 
@@ -1516,19 +1643,75 @@ TEST_ONCE(output_that_cannot_be_flushed_is_no_obstacle)
     stop_well(pid, TSRV_OK);
 }
 
-/* Buffers are flushed for the first fork alone: what on_exit prints later is its own business. */
-TEST_ONCE(output_is_flushed_before_the_first_fork_alone)
+static char report_path[300];
+
+static void print_exit(int task_id, int pid, int status, void *context)
 {
+    note_exit(task_id, pid, status, context);
+    printf("%d has ended\n", pid); /* into a buffer */
+}
+
+static int program_prints_exits(void)
+{
+    CHECK(freopen(report_path, "w", stdout) != NULL);
+    fork_options.on_exit = print_exit;
+    int rc = program_serve();
+    CHECK(fflush(stdout) == 0); /* as exit(3) does, in workers too */
+    return rc;
+}
+
+/* What on_exit prints is printed once, and not again by each worker that is forked behind it. */
+TEST_ONCE(output_of_on_exit_is_printed_once)
+{
+    char line[64];
+    int lines = 0;
     begin(2);
-    fail("fflush", EPIPE, 1000, IN_PARENT);
-    pid_t pid = launch(program_serve);
+    snprintf(report_path, sizeof report_path, "%s/report", t_make_directory());
+    pid_t pid = launch(program_prints_exits);
     await_forks(2);
     tell(board->pids[0], SIGKILL);
     await_forks(3);
     reload(pid);
     AWAIT(is_settled());
-    CHECK_INT(get(&board->failed), 1);
-    end_fault();
+    stop_well(pid, TSRV_OK);
+    FILE *file = fopen(report_path, "r");
+    CHECK(file != NULL);
+    while (fgets(line, sizeof line, file) != NULL) {
+        lines++;
+    }
+    CHECK(fclose(file) == 0);
+    CHECK_INT(lines, exits_seen());
+    CHECK_INT(lines, 5);
+    CHECK(unlink(report_path) == 0);
+}
+
+static int program_prints_to_nobody(void)
+{
+    static const char zeros[4096];
+    int fds[2], nowhere = open("/dev/null", O_WRONLY), rc;
+    CHECK(pipe(fds) == 0 && fcntl(fds[1], F_SETFL, O_NONBLOCK) == 0);
+    while (write(fds[1], zeros, sizeof zeros) > 0) {
+    }
+    CHECK(fcntl(fds[1], F_SETFL, 0) == 0);
+    CHECK(fflush(stdout) == 0 && dup2(fds[1], STDOUT_FILENO) == STDOUT_FILENO);
+    t_close(fds[1]);
+    fork_options.on_exit = print_exit;
+    rc = program_serve();
+    CHECK(dup2(nowhere, STDOUT_FILENO) == STDOUT_FILENO); /* exit(3) would wait */
+    t_close(nowhere);
+    t_close(fds[0]);
+    return rc;
+}
+
+/* Whoever reads it has stopped, and the parent goes on. */
+TEST_ONCE(output_of_on_exit_that_nobody_reads_is_no_obstacle)
+{
+    begin(2);
+    pid_t pid = launch(program_prints_to_nobody);
+    await_forks(2);
+    tell(board->pids[0], SIGKILL);
+    await_forks(3);
+    AWAIT(is_settled());
     stop_well(pid, TSRV_OK);
 }
 
@@ -1594,6 +1777,39 @@ TEST_ONCE(a_worker_whose_status_was_taken_can_be_told)
     CHECK_INT(said("cannot be sent"), 0);
 }
 
+enum { STORM = 1200 }; /* more than the parent reads at once */
+
+static void storm_in_exit(int task_id, int pid, int status, void *context)
+{
+    note_exit(task_id, pid, status, context);
+    for (int i = 0; i < STORM && get(&board->go) == 0; i++) {
+        CHECK(raise(SIGHUP) == 0);
+    }
+    put(&board->go, 1);
+}
+
+static int program_storms(void)
+{
+    fork_options.on_exit = storm_in_exit;
+    return program_serve();
+}
+
+/* All of them are one reload, and the parent sleeps again. */
+TEST_ONCE(a_thousand_hangups_at_once_are_one_reload)
+{
+    begin(2);
+    pid_t pid = launch(program_storms);
+    await_forks(2);
+    __atomic_add_fetch(&board->version, 1, __ATOMIC_ACQ_REL);
+    tell(board->pids[1], SIGKILL);
+    AWAIT(get(&board->go) == 1 && is_settled());
+    poke(pid);
+    check_rests();
+    CHECK_INT(said("reload: 2 workers are replaced"), 1);
+    check_served();
+    stop_well(pid, TSRV_OK);
+}
+
 /* More signals than it can act on do not keep the parent from its work. */
 TEST_ONCE(a_storm_of_signals_does_not_stop_the_parent)
 {
@@ -1656,6 +1872,24 @@ TEST_ONCE(one_supervisor_at_a_time)
     check_end(launch(program_twice), 0, TSRV_EPARENT);
     CHECK_INT(board->value, TSRV_EBUSY);
     CHECK_INT(forks_seen(), 4);
+}
+
+/* Who is refused because another thread supervises changes nothing for that: whose files SIGHUP reads anew. */
+TEST_ONCE(a_refused_start_leaves_the_first_ones_files_alone)
+{
+    tsrv_server *first, *second;
+    begin(2);
+    first = new_bound_server();
+    board->port = 0;
+    second = new_bound_server();
+    tsrvi_process.reloaded = first;
+    tsrvi_process.supervising = (int)getpid();
+    CHECK_INT(tsrv_server_start(second, 2, NULL), TSRV_EBUSY);
+    CHECK(tsrvi_process.reloaded == first);
+    tsrvi_process.reloaded = NULL;
+    tsrvi_process.supervising = 0;
+    tsrv_server_free(first);
+    tsrv_server_free(second);
 }
 
 TEST_ONCE(too_many_processes_are_refused)
@@ -1821,6 +2055,61 @@ TEST_LOOP(a_worker_that_hangs_in_a_stop_is_killed)
     t_close(fd);
 }
 
+/* Two servers, of which the second has graces of its own, and is the one that is asked. */
+static int program_two_graces(void)
+{
+    tsrv_server *server = new_bound_server(), *second;
+    tsrv_server_options options = server_options;
+    tsrv_address address;
+    options.mode = t_mode;
+    options.handle_stream = serve_lines;
+    options.on_start = on_start;
+    options.grace_ms = board->value;
+    CHECK_INT(tsrv_server_new(&second, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_bind(second, 0, "127.0.0.1", &bind_options), TSRV_OK);
+    CHECK_INT(tsrv_server_address(second, 0, &address), TSRV_OK);
+    put(&board->second_port, tsrv_address_port(&address));
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    rc = rc == TSRV_OK ? tsrv_server_start(second, 1, NULL) : rc;
+    rc = rc == TSRV_OK ? tsrv_loop_run(NULL) : rc;
+    tsrv_server_free(second);
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* Who waits for half a line of the second server waits no longer than that one's own grace, nor longer
+ * than the first one's; but for the workers' grace, if there is one. */
+TEST_LOOP(each_server_of_a_worker_has_its_own_grace)
+{
+    static const struct {
+        int first, second, given, lasts;
+    } cases[] = {{60000, 10000, 0, 10000}, {10000, 60000, 0, 10000}, {10000, 60000, 30000, 30000}};
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        begin(2);
+        server_options.grace_ms = cases[i].first;
+        fork_options.grace_ms = cases[i].given;
+        put(&board->value, cases[i].second);
+        pid_t pid = launch(program_two_graces);
+        await_forks(2);
+        AWAIT(get(&board->second_port) != 0);
+        int fd = t_connect(get(&board->second_port));
+        t_echo(fd, "a line\n");
+        t_sends(fd, "half a ");
+        tell(pid, SIGTERM);
+        AWAIT(is_refused());
+        await_exits(1); /* the sibling */
+        check_rests();
+        advance(pid, cases[i].lasts - 2 * STEP_MS);
+        t_sends(fd, "long ");
+        check_rests();
+        CHECK_INT(exits_seen(), 1);
+        advance(pid, 3 * STEP_MS);
+        t_sends(fd, "line, "); /* the worker looks at the clock */
+        check_end(pid, 0, TSRV_EPARENT);
+        t_close(fd);
+    }
+}
+
 /* Several of them, and after a supervisor has given up: that result stays. */
 TEST_LOOP(workers_that_hang_after_all_was_given_up_are_killed)
 {
@@ -1888,6 +2177,24 @@ TEST_ONCE(a_stop_during_a_back_off_ends_at_once)
     tell(pid, SIGTERM);
     check_end(pid, 0, TSRV_EPARENT);
     CHECK_INT(exits_seen(), get(&board->held));
+}
+
+/* The log says how long workers have. */
+TEST_ONCE(a_stop_says_how_long_it_may_take)
+{
+    static const struct {
+        int grace_ms;
+        const char *text;
+    } graces[] = {{0, "workers have 30000 ms to end"}, {1234, "workers have 1234 ms to end"},
+                  {TSRV_NEVER, "workers have any time to end"}};
+    for (int i = 0; i < 3; i++) {
+        begin(2);
+        fork_options.grace_ms = graces[i].grace_ms;
+        pid_t pid = launch(program_serve);
+        await_forks(2);
+        stop_well(pid, TSRV_OK);
+        CHECK_INT(said(graces[i].text), 1);
+    }
 }
 
 TEST_ONCE(an_idle_parent_sleeps)
@@ -1993,6 +2300,29 @@ TEST_LOOP(a_slow_start_is_not_taken_for_a_hang)
     CHECK_INT(said("hangs: its loop has not turned"), 1);
     t_close(fd);
     stop_well(pid, TSRV_OK);
+}
+
+static void turn_by_hand(void)
+{
+    while (tsrv_loop_run_once(NULL, TSRV_NEVER) > 0) {
+    }
+}
+
+/* A worker may turn its loop itself: it is ready when it accepts, and nobody expects it to say that it turns. */
+TEST_LOOP(workers_that_turn_their_loops_by_hand_are_ready)
+{
+    begin(2);
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    before_loop = turn_by_hand;
+    pid_t pid = launch(program_bind_start);
+    await_forks(2);
+    reload(pid);
+    AWAIT(is_settled());
+    CHECK_INT(exits_seen(), 2);
+    advance(pid, 20 * fork_options.heartbeat_ms);
+    check_served();
+    CHECK_INT(exits_seen(), 2);
+    stop_well(pid, TSRV_EPARENT);
 }
 
 /* ---- a reload of workers that always end ----------------------------------------------------*/
@@ -2190,6 +2520,269 @@ TEST_LOOP(a_loop_that_runs_again_drains)
     AWAIT(is_refused());
     finish_request(fd);
     check_end(pid, 0, TSRV_EPARENT);
+}
+
+/* ---- told twice in an upgrade --------------------------------------------------------------*/
+
+static int predecessor[2];
+
+/* As an upgrade starts a program: the test waits at the other end of a pipe until it serves. */
+static void have_predecessor(void)
+{
+    char number[24];
+    CHECK(pipe(predecessor) == 0);
+    CHECK(fcntl(predecessor[0], F_SETFL, O_NONBLOCK) == 0);
+    snprintf(number, sizeof number, "%d", predecessor[1]);
+    CHECK(setenv("TSRV_READY_FD", number, 1) == 0);
+}
+
+/* The second worker does not come up. */
+static void start_one(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    while (tsrv_task_id() == 1) {
+        poll(NULL, 0, 1000);
+    }
+}
+
+/* A stop of all processes reaches a new program twice, as the old one passes it on: the grace is not cut. */
+TEST_LOOP(a_stop_that_the_program_before_passes_on_is_not_the_second)
+{
+    begin(2);
+    have_predecessor();
+    server_options.on_start = start_one;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    int fd = start_request();
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: no new connections") == 1);
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: ") == 2);
+    CHECK_INT(said("told again"), 0);
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+    t_close_all(predecessor, 2);
+}
+
+static void be_told_in_start(tsrv_server *server, void *context)
+{
+    on_start(server, context);
+    AWAIT(get(&board->go) == 1);
+    CHECK(raise(SIGTERM) == 0);
+}
+
+/* The same in a single process; and as it ends, the program before it is not told that it serves. */
+TEST_LOOP(a_single_process_that_is_stopped_in_an_upgrade_is_not_relied_on)
+{
+    char byte;
+    begin(1);
+    have_predecessor();
+    server_options.on_start = be_told_in_start;
+    pid_t pid = launch(program_serve);
+    await_forks(1);
+    int fd = reach();
+    t_sends(fd, "unfin");
+    put(&board->go, 1);
+    AWAIT(said("drain: begins, 1 connections") == 1);
+    tell(pid, SIGTERM);
+    poll(NULL, 0, 20); /* that it has seen it; if not, the test is easier */
+    __atomic_add_fetch(&board->ahead_ns, (int64_t)3000 * 1000000, __ATOMIC_ACQ_REL);
+    for (int i = 0; i < 3; i++) { /* in turns of its loop */
+        t_sends(fd, "ished\nunfin");
+        t_expect(fd, "unfinished\n");
+    }
+    finish_request(fd);
+    check_end(pid, 0, TSRV_OK);
+    CHECK_INT(read(predecessor[0], &byte, 1), -1);
+    t_close_all(predecessor, 2);
+}
+
+/* ---- what a worker forks -------------------------------------------------------------------*/
+
+static tsrv_timer until_told;
+
+/* Stops the loop when board->go is set. */
+static void wait_for_go(void *unused)
+{
+    (void)unused;
+    if (get(&board->go) == 1) {
+        tsrv_loop_stop(NULL);
+    } else {
+        CHECK_INT(tsrv_timer_start(NULL, &until_told, 5, wait_for_go, NULL), TSRV_OK);
+    }
+}
+
+static void count_helper(void *unused)
+{
+    (void)unused;
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+}
+
+/* With a loop of its own; it is no worker, and no program of these tests. */
+static void fork_helper(void)
+{
+    in_program = false;
+    pid_t pid = fork();
+    in_program = true;
+    if (pid == 0) {
+        tsrv_loop *loop;
+        CHECK_INT(tsrv_loop_new(&loop, NULL), TSRV_OK);
+        CHECK_INT(tsrv_loop_post(loop, count_helper, NULL), TSRV_OK);
+        CHECK_INT(tsrv_timer_start(loop, &until_told, 0, wait_for_go, NULL), TSRV_OK);
+        CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+        CHECK_INT(tsrv_task_id(), -1);
+        _exit(0);
+    }
+}
+
+/* What the parent says is for the worker, and not for its child, which goes on. */
+TEST_LOOP(a_workers_child_with_a_loop_does_not_hear_what_the_worker_is_told)
+{
+    begin(2);
+    fork_options.grace_ms = 1000;
+    before_loop = fork_helper;
+    pid_t pid = launch(program_bind_start);
+    await_forks(2);
+    AWAIT(get(&board->held) == 2);
+    tell(pid, SIGTERM);
+    await_exits(2);
+    check_exits_are_good();
+    put(&board->go, 1);
+    CHECK_INT(await_end(pid), 0);
+    AWAIT(no_child_left(NULL));
+}
+
+/* In a child of a worker that has no loop. */
+static int in_a_child(int (*program)(void))
+{
+    int status = 0;
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    in_program = false;
+    pid_t pid = fork();
+    in_program = true;
+    if (pid == 0) {
+        _exit(program() == TSRV_OK ? 0 : 1);
+    }
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK_INT(status, 0);
+    return TSRV_OK;
+}
+
+/* As if it had closed all that it has inherited, and opened files of its own. */
+static int opens_files(void)
+{
+    enum { FILES = 64 };
+    tsrv_loop *loop;
+    int null = open("/dev/null", O_RDWR), rc;
+    for (int fd = 3; fd < FILES; fd++) {
+        CHECK_INT(dup2(null, fd), fd);
+    }
+    rc = tsrv_loop_new(&loop, NULL);
+    for (int fd = 3; fd < FILES && rc == TSRV_OK; fd++) {
+        rc = fcntl(fd, F_GETFD) < 0 ? -errno : TSRV_OK;
+    }
+    return rc;
+}
+
+static int opens_files_in_a_child(void)
+{
+    return in_a_child(opens_files);
+}
+
+/* The numbers that the worker's life-line and pipe had are other files' there. */
+TEST_ONCE(a_workers_child_that_makes_a_loop_keeps_its_files)
+{
+    begin(1);
+    fork_options.max_restarts = 1;
+    bare_worker = opens_files_in_a_child;
+    check_end(launch(program_bare), 0, TSRV_EPARENT);
+}
+
+static void tell_self_in_start(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+    CHECK_INT(kill(getpid(), SIGTERM), 0);
+}
+
+static int serves_alone(void)
+{
+    server_options.on_start = tell_self_in_start;
+    server_options.handle_stream = serve_lines;
+    return tsrv_serve(0, "127.0.0.1", 1, &server_options);
+}
+
+static int serves_in_a_child(void)
+{
+    return in_a_child(serves_alone);
+}
+
+/* It is a single process, and drains when it is told to. */
+TEST_ONCE(a_workers_child_serves_alone)
+{
+    begin(1);
+    fork_options.max_restarts = 1;
+    bare_worker = serves_in_a_child;
+    check_end(launch(program_bare), 0, TSRV_EPARENT);
+}
+
+static int forks_workers(void)
+{
+    int rc = tsrv_fork_processes(1, NULL);
+    return rc == TSRV_EPARENT ? TSRV_OK : rc; /* the worker's is 0 */
+}
+
+static int forks_workers_in_a_child(void)
+{
+    return in_a_child(forks_workers);
+}
+
+TEST_ONCE(a_workers_child_has_workers_of_its_own)
+{
+    begin(1);
+    fork_options.max_restarts = 1;
+    bare_worker = forks_workers_in_a_child;
+    check_end(launch(program_bare), 0, TSRV_EPARENT);
+}
+
+/* Its loop ends once while connections are open, and a child frees its copy of the server. */
+static int program_forks_between_loops(void)
+{
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options), status = 0;
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_timer_start(NULL, &until_told, 0, wait_for_go, NULL), TSRV_OK);
+        CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+        in_program = false;
+        pid_t pid = fork();
+        in_program = true;
+        if (pid == 0) {
+            tsrv_server_free(server);
+            _exit(0);
+        }
+        CHECK(waitpid(pid, &status, 0) == pid && status == 0);
+        rc = tsrv_loop_run(NULL);
+    }
+    tsrv_server_free(server);
+    return rc;
+}
+
+/* What workers count is shared with their children: a copy of a server does not count any more. */
+TEST_LOOP(a_workers_child_that_frees_its_server_does_not_count)
+{
+    char line[64];
+    begin(2);
+    server_options.on_start = on_start;
+    pid_t pid = launch(program_forks_between_loops);
+    await_forks(2);
+    int fd = start_request();
+    put(&board->go, 1);
+    t_sends(fd, "\n");
+    CHECK(read_line(fd, line, sizeof line));
+    t_sends(fd, "own\n");
+    CHECK(read_line(fd, line, sizeof line));
+    CHECK_STR(line, "1 1\n");
+    t_close(fd);
+    stop_well(pid, TSRV_EPARENT);
 }
 
 /* ---- a loop that has ended -----------------------------------------------------------------*/
@@ -2406,6 +2999,53 @@ TEST_LOOP(serve_in_one_process_leaves_other_loops_alone)
     AWAIT(get(&board->value) >= before + 3);
     finish_request(fd);
     check_end(pid, 0, TSRV_OK);
+}
+
+static int goes;
+
+/* Goes on, whatever happens: its server's end is nothing to it. */
+static int go_on_and_on(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    for (put(&board->held, 1); get(&board->go) == 0;) {
+        tsrv_sleep(50);
+    }
+    put(&board->value, 1);
+    return TSRV_OK;
+}
+
+/* The loop is the program's, which can use it for something else afterwards: for a last turn of that handler. */
+static int program_serves_in_its_own_loop(void)
+{
+    tsrv_loop *loop = tsrv_loop_current();
+    server_options.handle_stream = go_on_and_on;
+    server_options.on_start = on_start;
+    int rc = tsrv_serve(0, "127.0.0.1", 1, &server_options);
+    CHECK_INT(get(&board->value), 0);
+    put(&board->go, goes);
+    CHECK(tsrv_loop_current() == loop);
+    if (goes) {
+        CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+        CHECK_INT(get(&board->value), 1);
+    }
+    return rc;
+}
+
+/* A handler that does not end after the grace is not waited for, in no loop. */
+TEST_COROUTINE(serve_in_a_loop_of_the_programs_ends_after_a_forced_drain)
+{
+    for (goes = 0; goes < 2; goes++) {
+        begin(1);
+        pid_t pid = launch(program_serves_in_its_own_loop);
+        await_forks(1);
+        int fd = reach();
+        AWAIT(get(&board->held) == 1);
+        tell(pid, SIGTERM);
+        AWAIT(said("drain: begins") == 1);
+        tell(pid, SIGTERM);
+        check_end(pid, 0, TSRV_OK);
+        t_close(fd);
+    }
 }
 
 /* ---- one tsrv_serve at a time --------------------------------------------------------------*/
@@ -2833,6 +3473,51 @@ TEST_ONCE(a_single_process_becomes_the_user_that_is_named)
     check_nobody(getpwnam("nobody")->pw_gid, false);
 }
 
+/* Numbers of users have 32 bits, and the last one means none: a directory may well give such large ones. */
+TEST_ONCE(numbers_of_users_are_as_large_as_the_systems)
+{
+    tsrvi_identity identity;
+    CHECK_INT(tsrvi_identity_find("4294967294", "3000000000", &identity), TSRV_OK);
+    CHECK_INT(identity.uid, 4294967294u);
+    CHECK_INT(identity.gid, 3000000000u);
+    CHECK_INT(tsrvi_identity_find("4294967295", "1", &identity), TSRV_EINVAL);
+    CHECK_INT(tsrvi_identity_find("1", "4294967295", &identity), TSRV_EINVAL);
+}
+
+static void log_to_a_pipe(void)
+{
+    int fds[2];
+    CHECK(pipe(fds) == 0 && dup2(fds[1], 2) == 2); /* its other end stays open, and nobody reads it */
+    close(fds[1]);
+}
+
+static void note_kept_log(tsrv_server *server, void *context)
+{
+    struct stat own, kept;
+    on_start(server, context);
+    board->facts[0] = tsrvi_process.log.kept > 2 && fstat(2, &own) == 0 &&
+                      fstat(tsrvi_process.log.kept, &kept) == 0 && own.st_ino == kept.st_ino &&
+                      (fcntl(tsrvi_process.log.kept, F_GETFL) & O_NONBLOCK) != 0;
+    __atomic_store_n(&board->fact_count, 1, __ATOMIC_RELEASE);
+}
+
+/* The pipe that is the log is root's: who becomes another user cannot open it anew later, and must not wait for it. */
+TEST_ONCE(who_becomes_another_user_keeps_a_log_that_does_not_wait)
+{
+    want_root();
+    t_need_proc();
+    for (int count = 1; count <= 2; count++) {
+        begin(count);
+        before_program = log_to_a_pipe;
+        fork_options.user = "nobody";
+        server_options.on_start = note_kept_log;
+        pid_t pid = launch(program_serve);
+        AWAIT(get(&board->fact_count) == 1);
+        CHECK_INT(board->facts[0], 1);
+        stop_well(pid, TSRV_OK);
+    }
+}
+
 static void become_nobody(void)
 {
     const struct passwd *nobody = getpwnam("nobody");
@@ -3150,6 +3835,44 @@ TEST_LOOP(an_own_watch_hears_of_the_parents_stop)
     check_exits_are_good();
 }
 
+static int program_cleans_up(void)
+{
+    int rc = program_own_watch();
+    if (tsrv_task_id() >= 0) {
+        __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+        AWAIT(get(&board->go) == 1);
+    }
+    return rc;
+}
+
+static void await_clean_up(void)
+{
+    static int told;
+    if (in_parent) {
+        told++;
+        AWAIT(get(&board->held) == told);
+    }
+}
+
+/* The parent has told it, and is slow: until it goes on, the worker's loop has ended. What the worker does
+ * behind that is not cut. */
+TEST_LOOP(a_worker_that_has_heard_of_the_stop_is_not_told_again)
+{
+    begin(2);
+    server_options.on_start = watch_term;
+    behind_send = await_clean_up;
+    pid_t pid = launch(program_cleans_up);
+    await_forks(2);
+    AWAIT(is_settled());
+    tell(pid, SIGTERM);
+    AWAIT(get(&board->held) == 2);
+    poke(pid);
+    put(&board->go, 1);
+    check_end(pid, 0, TSRV_EPARENT);
+    CHECK_INT(board->value, 2);
+    check_exits_are_good();
+}
+
 static void on_own_signal(int signo)
 {
     (void)signo;
@@ -3415,9 +4138,23 @@ static void next_end_parent(void *context)
     }
 }
 
+enum { SIGNALS = 32, BLOCKED = 1, IGNORED = 2, HANDLED = 4 };
+
+/* Behind the signals, see note_signals: how many descriptors the single process has, or each worker. */
+static int *fact_of_fds(int id)
+{
+    return &board->facts[SIGNALS + 1 + id];
+}
+
+static void note_fds(void)
+{
+    put(fact_of_fds(tsrv_task_id()), t_open_fds());
+}
+
 static void next_start(tsrv_server *server, void *context)
 {
     int how = get(&board->next.how), id = tsrv_task_id();
+    note_fds();
     if (how == NEXT_WORKERS_HANG || (how == NEXT_ONE_HANGS && id == 1)) {
         behave_as(HANGS);
     }
@@ -3432,8 +4169,6 @@ static void next_start(tsrv_server *server, void *context)
         CHECK_INT(tsrv_timer_start(NULL, &next_timer, 50, next_end_parent, NULL), TSRV_OK);
     }
 }
-
-enum { SIGNALS = 32, BLOCKED = 1, IGNORED = 2, HANDLED = 4 };
 
 /* What comes of each signal here. */
 static void note_signals(int *facts)
@@ -3940,6 +4675,51 @@ TEST_ONCE(a_second_upgrade_while_one_is_under_way_is_explained)
     put(&board->go, 1);
     check_upgraded(pid, 2);
     CHECK_INT(get(&board->next.count), 1);
+    end_upgradable();
+}
+
+static void start_and_note_fds(tsrv_server *server, void *context)
+{
+    note_fds();
+    on_start(server, context);
+}
+
+/* The first worker dies: the one that takes its place has no descriptor more. */
+static void check_fds_of_next_worker(void)
+{
+    int before = get(fact_of_fds(0));
+    CHECK(before > 0);
+    put(fact_of_fds(0), 0);
+    command(0, "signal 9\n");
+    AWAIT(get(fact_of_fds(0)) != 0);
+    CHECK_INT(get(fact_of_fds(0)), before);
+}
+
+TEST_ONCE(a_worker_that_begins_during_an_upgrade_has_nothing_of_it)
+{
+    begin_upgradable();
+    board->next.how = NEXT_IS_SLOW;
+    server_options.on_start = start_and_note_fds;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    check_fds_of_next_worker();
+    await_forks(3);
+    put(&board->go, 1);
+    check_upgraded(pid, 2);
+    end_upgradable();
+}
+
+TEST_ONCE(workers_that_begin_before_an_upgrade_is_over_have_nothing_of_it)
+{
+    begin_upgradable();
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    upgrade(pid);
+    CHECK_INT(await_end(pid), 0);
+    check_fds_of_next_worker();
+    check_upgraded(pid, 2);
     end_upgradable();
 }
 
@@ -4725,4 +5505,158 @@ TEST_ONCE(a_reload_of_a_single_process_is_told)
     CHECK(unsetenv("NOTIFY_SOCKET") == 0);
     t_close(notes);
     remove_directory();
+}
+
+/* ---- workers behind their loop -------------------------------------------------------------*/
+
+/* A worker tidies up until the test lets it go. */
+static int program_tidies_up(void)
+{
+    int rc = program_serve();
+    if (tsrv_task_id() >= 0) {
+        __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+        while (get(&board->go) == 0) {
+            poll(NULL, 0, 1);
+        }
+    }
+    return rc;
+}
+
+/* Its loop does not turn any more, and need not. */
+TEST_LOOP(a_worker_that_tidies_up_is_not_taken_for_hung)
+{
+    begin(2);
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    pid_t pid = launch(program_tidies_up);
+    await_forks(2);
+    tell(board->pids[0], SIGTERM);
+    tell(board->pids[1], SIGTERM);
+    AWAIT(get(&board->held) == 2);
+    advance(pid, 20 * fork_options.heartbeat_ms);
+    CHECK_INT(exits_seen(), 0);
+    put(&board->go, 1);
+    await_exits(2);
+    for (int i = 0; i < 2; i++) {
+        CHECK(WIFEXITED(board->exit[i].status) && WEXITSTATUS(board->exit[i].status) == 0);
+    }
+    stop_well(pid, TSRV_OK);
+}
+
+/* One that hangs there ends with its parent, whether it was told to end before or not. */
+TEST_ONCE(workers_that_hang_behind_their_loop_end_with_the_parent)
+{
+    for (int told = 0; told < 2; told++) {
+        begin(2);
+        pid_t pid = launch(program_tidies_up);
+        await_forks(2);
+        if (told) {
+            tell(pid, SIGTERM);
+            AWAIT(get(&board->held) == 2);
+        }
+        tell(pid, SIGKILL);
+        await_end(pid);
+        for (int i = 0; i < 2; i++) {
+            if (!has_exited(board->pids[i])) { /* orphans are this process's */
+                await_end(board->pids[i]);
+            }
+        }
+        clear_board();
+    }
+}
+
+static int program_starts_another(void)
+{
+    int rc = program_serve();
+    if (tsrv_task_id() >= 0) {
+        put(&board->value, system("exec 2>/dev/null; kill -TERM $$; exit 3")); /* which it has not ignored */
+    }
+    return rc;
+}
+
+/* What a worker starts there can be ended as usual. */
+TEST_ONCE(programs_that_a_worker_starts_behind_its_loop_ignore_nothing)
+{
+    begin(2);
+    pid_t pid = launch(program_starts_another);
+    await_forks(2);
+    stop_well(pid, TSRV_OK);
+    CHECK_INT(WTERMSIG(get(&board->value)), SIGTERM);
+}
+
+/* ---- who has bound, and then goes on in a child --------------------------------------------*/
+
+/* As with daemon(3), whose parent ends. */
+static int program_goes_on_in_a_child(void)
+{
+    int fds[2], rc;
+    tsrv_address address;
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, fds, 2), 1);
+    CHECK_INT(tsrvi_address_get(fds[0], tsrvi_getsockname, &address), TSRV_OK);
+    in_program = false; /* it is no worker */
+    pid_t child = fork();
+    in_program = true;
+    if (child != 0) {
+        int status = 0;
+        tsrvi_bound_close(fds[0]);
+        put(&board->value, child);
+        CHECK(waitpid(child, &status, 0) == child && status == 0);
+        return TSRV_OK;
+    }
+    put(&board->port, tsrv_address_port(&address));
+    if ((rc = tsrv_fork_processes(2, &fork_options)) < 0) {
+        close(fds[0]);
+        _exit(rc == TSRV_EPARENT ? 0 : 1);
+    }
+    server_options.on_start = on_start;
+    tsrv_server *server = new_server();
+    CHECK_INT(tsrv_server_add_sockets(server, fds, 1), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
+    tsrv_server_free(server);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    _exit(0);
+}
+
+TEST_ONCE(a_parent_that_has_inherited_its_sockets_stops_listening)
+{
+    begin(2);
+    pid_t pid = launch(program_goes_on_in_a_child);
+    await_forks(2);
+    int fd = start_request();
+    tell(get(&board->value), SIGTERM);
+    AWAIT(is_refused());
+    for (int i = 0; i < 20; i++) {
+        CHECK(is_refused());
+    }
+    finish_request(fd);
+    CHECK(await_end(pid) == 0);
+}
+
+/* ---- what is refused -----------------------------------------------------------------------*/
+
+TEST_ONCE(sockets_to_hand_over_that_are_none_are_refused)
+{
+    tsrv_fork_options options = {0};
+    int fds[1] = {0};
+    tsrv_set_log(t_no_log, NULL);
+    options.fd_count = -1;
+    options.fds = fds;
+    CHECK_INT(tsrv_fork_processes(2, &options), TSRV_EINVAL);
+    options.fd_count = 1;
+    options.fds = NULL;
+    CHECK_INT(tsrv_fork_processes(2, &options), TSRV_EINVAL);
+}
+
+/* Its workers could run no loop: they would have that of the process before. */
+TEST_ONCE(a_child_of_a_process_with_a_loop_starts_no_workers)
+{
+    CHECK(tsrv_loop_current() != NULL);
+    pid_t pid = fork();
+    if (pid == 0) {
+        tsrv_server_options options = {0};
+        tsrv_set_log(t_no_log, NULL);
+        options.handle_stream = serve_lines;
+        _exit(tsrv_serve(0, "127.0.0.1", 2, &options) == TSRV_EINVAL ? 0 : 1);
+    }
+    CHECK(await_end(pid) == 0);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
 }

@@ -611,6 +611,80 @@ static char *unix_address(const char *directory, const char *name)
     return address;
 }
 
+#if defined(__linux__)
+/* Each worker gets its share of what comes to the port, whichever family it comes by: the sockets that are made beside
+ * the service manager's must be of its kind. */
+static void spread_dual(void *context)
+{
+    enum { WORKERS = 4, CLIENTS = 200 };
+    static int clients[CLIENTS];
+    int fd = bind_at(make_endpoint("::", 0), SOCK_STREAM, 0), port = port_of(fd), one = 1, shares[WORKERS] = {0};
+    (void)context;
+    t_close(fd); /* SO_REUSEPORT comes before bind */
+    fd = socket(AF_INET6, SOCK_STREAM, 0);
+    endpoint at = make_endpoint("::", port);
+    int both = 0;
+    CHECK(setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one) == 0);
+    CHECK(setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &both, sizeof both) == 0);
+    CHECK(bind(fd, (struct sockaddr *)&at.name, at.size) == 0 && listen(fd, CLIENTS) == 0);
+    hand_over(&fd, 1);
+    tsrv_loop *loop = t_new_loop();
+    tsrv_server *server = new_server(loop);
+    CHECK_INT(tsrv_server_bind(server, port, NULL, NULL), TSRV_OK);
+    CHECK_INT(tsrvi_bound_spread(server, WORKERS), TSRV_OK);
+    CHECK_INT(server->bound_count, WORKERS);
+    for (int i = 0; i < CLIENTS; i++) {
+        clients[i] = connect_activated(i % 2 == 0 ? "127.0.0.1" : "::1", port);
+    }
+    for (int i = 0; i < CLIENTS; i++) {
+        int accepted = -1;
+        for (int k = 0; k < WORKERS && accepted < 0; k++) {
+            accepted = accept(server->bound[k].fd, NULL, NULL);
+            shares[k] += accepted >= 0;
+        }
+        CHECK(accepted >= 0);
+        t_close(accepted);
+        t_close(clients[i]);
+    }
+    for (int k = 0; k < WORKERS; k++) {
+        CHECK(shares[k] > 0);
+    }
+    free_server(server, loop);
+}
+
+TEST_ONCE(workers_share_a_dual_socket_that_was_handed_over)
+{
+    apart(spread_dual, NULL);
+}
+
+/* The service manager is root, and the service is not: beside its socket the kernel allows no other. */
+static void share_roots(void *context)
+{
+    endpoint at = make_endpoint("127.0.0.1", 0);
+    int fd = socket(AF_INET, SOCK_STREAM, 0), one = 1, port;
+    (void)context;
+    CHECK(setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &one, sizeof one) == 0);
+    CHECK(bind(fd, (struct sockaddr *)&at.name, at.size) == 0 && listen(fd, 16) == 0);
+    port = port_of(fd);
+    hand_over(&fd, 1);
+    CHECK(setgid(65534) == 0 && setuid(65534) == 0);
+    tsrv_server *server = new_server(NULL);
+    CHECK_INT(tsrv_server_bind(server, port, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrvi_bound_spread(server, 3), TSRV_OK);
+    CHECK_INT(server->bound_count, 1);
+    CHECK_INT(server->bound[0].worker, -1);
+    tsrv_server_free(server);
+}
+
+TEST_ONCE(workers_share_a_socket_that_is_another_users)
+{
+    if (getuid() != 0) {
+        SKIP("root");
+    }
+    apart(share_roots, NULL);
+}
+#endif
+
 TEST_ONCE(socket_of_the_same_address_is_taken)
 {
     wish v4 = {"127.0.0.1", "127.0.0.1"};
@@ -1037,6 +1111,20 @@ TEST_ONCE(manager_that_does_not_listen_is_an_error)
     remove_directory(directory);
 }
 
+/* One that is too long for an address is so, too, when only what is remembered of it is left. */
+TEST_ONCE(manager_whose_name_is_too_long_is_an_error_later_too)
+{
+    char path[300];
+    for (size_t size = sizeof path - 1; size >= 110; size--) {
+        memset(path, '/', size);
+        path[size] = 0;
+        set_text("NOTIFY_SOCKET", path);
+        tsrvi_notify_remember();
+        set_text("NOTIFY_SOCKET", NULL);
+        CHECK_INT(tsrv_notify("READY=1"), -ENAMETOOLONG);
+    }
+}
+
 TEST_ONCE(failures_of_the_system_are_told)
 {
     const char *directory = t_make_directory();
@@ -1132,6 +1220,9 @@ static void tell_port(tsrv_server *server, void *context)
     CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
     snprintf(state, sizeof state, "STATUS=port %d", tsrv_address_port(&address));
     CHECK_INT(tsrv_notify(state), 1);
+    set_text("WATCHDOG_USEC", NULL); /* as sd_watchdog_enabled(1, ...) does: that was asked before */
+    set_text("WATCHDOG_PID", NULL);
+    set_text("NOTIFY_SOCKET", NULL); /* and so was that */
     if (s->lifetime_ms > 0) {
         CHECK_INT(tsrv_timer_start(tsrv_loop_current(), &lifetime, s->lifetime_ms, end_itself,
                                    NULL),
@@ -1240,6 +1331,91 @@ TEST_LOOP(server_that_is_ready_serves_and_says_when_it_stops)
     remove_directory(directory);
 }
 
+enum { STOPS_THE_LOOP, DRAINS_ITSELF, STOPS_LISTENING, FAILURES };
+
+/* Whatever the program has found missing. */
+static void fail_to_start(tsrv_server *server, void *context)
+{
+    switch (*(int *)context) {
+    case STOPS_THE_LOOP: tsrv_loop_stop(tsrv_loop_current()); break;
+    case DRAINS_ITSELF: CHECK_INT(tsrv_server_drain(server, 0), TSRV_OK); break;
+    default: tsrv_server_stop(server); break;
+    }
+}
+
+static void serve_in_vain(void *context)
+{
+    tsrv_server_options options = {0};
+    options.handle_stream = echo_lines;
+    options.on_start = fail_to_start;
+    options.context = context;
+    options.loop = t_new_loop();
+    CHECK_INT(tsrv_serve(0, "127.0.0.1", 1, &options), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
+}
+
+/* Else the manager would start what needs it, or end its predecessor. */
+TEST_LOOP(server_whose_on_start_has_ended_it_is_not_ready)
+{
+    const char *directory = t_make_directory();
+    int manager = open_manager(unix_address(directory, "notify") + 5);
+    for (int failure = 0; failure < FAILURES; failure++) {
+        char text[100];
+        apart(serve_in_vain, &failure);
+        for (ssize_t size; (size = recv(manager, text, sizeof text - 1, MSG_DONTWAIT)) > 0;) {
+            text[size] = 0;
+            CHECK(strstr(text, "READY=1") == NULL);
+        }
+    }
+    t_close(manager);
+    remove_directory(directory);
+}
+
+static tsrv_server *second_server;
+
+static void tell_second(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+    CHECK_INT(tsrv_notify("STATUS=second"), 1);
+}
+
+/* It makes another server, as for metrics, on the same loop. */
+static void start_a_second(tsrv_server *server, void *context)
+{
+    tsrv_server_options options = {0};
+    (void)server, (void)context;
+    options.handle_stream = echo_lines;
+    options.on_start = tell_second;
+    options.loop = tsrv_loop_current();
+    CHECK_INT(tsrv_server_new(&second_server, &options), TSRV_OK);
+    t_listen(second_server);
+}
+
+static void serve_with_a_second(void *context)
+{
+    tsrv_server_options options = {0};
+    (void)context;
+    options.handle_stream = echo_lines;
+    options.on_start = start_a_second;
+    options.loop = t_new_loop();
+    CHECK_INT(tsrv_serve(0, "127.0.0.1", 1, &options), TSRV_OK);
+    tsrv_server_free(second_server);
+    CHECK_INT(tsrv_loop_free(options.loop), TSRV_OK);
+}
+
+/* The server of tsrv_serve is the one that counts. */
+TEST_LOOP(server_that_is_ready_waits_for_no_second_one)
+{
+    const char *directory = t_make_directory();
+    int manager = open_manager(unix_address(directory, "notify") + 5);
+    pid_t pid = begin(serve_with_a_second, NULL);
+    expect_state(manager, pid, "READY=1");
+    expect_state(manager, pid, "STATUS=second");
+    end_alone(manager, pid);
+    t_close(manager);
+    remove_directory(directory);
+}
+
 /* The manager may want to start the successor, or count the time, while requests are finished. */
 TEST_LOOP(server_says_that_it_stops_before_the_drain_is_over)
 {
@@ -1322,6 +1498,12 @@ TEST_ONCE(watchdog_is_told_in_time_whatever_its_limit_is)
     remove_directory(directory);
 }
 
+static long long interval(void)
+{
+    tsrvi_watchdog watchdog = tsrvi_watchdog_make();
+    return watchdog.due == TSRVI_FOREVER ? (long long)TSRVI_FOREVER : (long long)watchdog.interval;
+}
+
 static void check_interval(const char *usec, int pid, long long expected)
 {
     set_text("WATCHDOG_USEC", usec);
@@ -1329,8 +1511,40 @@ static void check_interval(const char *usec, int pid, long long expected)
     if (pid != NO_PID) {
         set_number("WATCHDOG_PID", (long long)(pid == OWN_PID ? getpid() : getppid()));
     }
-    CHECK_INT((long long)tsrvi_watchdog_interval(), expected);
+    CHECK_INT(interval(), expected);
 }
+
+#ifdef TCP_INFO
+static int queue_of(int fd)
+{
+    struct tcp_info info;
+    socklen_t size = sizeof info;
+    memset(&info, 0, sizeof info);
+    CHECK(getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) == 0);
+    return (int)info.tcpi_sacked; /* of a listening socket: see tcp_get_info */
+}
+
+static void check_queue(int more)
+{
+    tsrv_bind_options options = {0};
+    int fds[CAPACITY] = {listen_at("127.0.0.1", 0)}, port = port_of(fds[0]), before = queue_of(fds[0]);
+    hand_over(fds, 1);
+    options.backlog = more == 0 ? 0 : before + more;
+    CHECK_INT(tsrv_bind_sockets(port, "127.0.0.1", &options, fds, CAPACITY), 1);
+    CHECK_INT(queue_of(fds[0]), before + more);
+    tsrvi_bound_close(fds[0]);
+}
+
+TEST_ONCE(backlog_that_is_asked_for_holds_for_what_was_handed_over)
+{
+    check_queue(7);
+}
+
+TEST_ONCE(backlog_of_what_was_handed_over_stays_if_none_is_asked_for)
+{
+    check_queue(0);
+}
+#endif
 
 TEST_ONCE(watchdog_interval_is_half_of_the_limit)
 {
@@ -1347,7 +1561,7 @@ TEST_ONCE(watchdog_interval_is_half_of_the_limit)
     check_interval("2147483647", OWN_PID, 1073741823500);
     for (size_t i = 0; i < COUNT(pids); i++) {
         set_text("WATCHDOG_PID", pids[i]);
-        CHECK_INT((long long)tsrvi_watchdog_interval(), (long long)TSRVI_FOREVER);
+        CHECK_INT(interval(), (long long)TSRVI_FOREVER);
     }
 }
 
@@ -1789,6 +2003,25 @@ TEST_ONCE(processors_that_are_online_count)
     CHECK_INT(t_fault_hits, 1);
     remove_directory(directory);
 }
+
+static void fail_to_count(const char *name)
+{
+    if (strcmp(name, "sched_getaffinity") == 0 || strcmp(name, "sysconf") == 0) {
+        t_fail_call(name, 0, 1, true);
+    }
+}
+
+/* Nobody says how many there are: one. */
+TEST_ONCE(processors_that_nobody_can_count_are_one)
+{
+    const char *directory = t_make_directory();
+    t_root = directory;
+    t_seen = fail_to_count;
+    CHECK_INT(tsrv_cpu_count(), 1);
+    CHECK_INT(t_fault_hits, 1);
+    t_seen = NULL;
+    remove_directory(directory);
+}
 #endif
 
 /* ---- systemd itself -----------------------------------------------------------------------*/
@@ -1907,6 +2140,19 @@ TEST_ONCE(list_of_files_that_is_malformed_is_read_as_far_as_it_makes_sense)
     CHECK(!file[1]);
 }
 
+/* The last one that there is room for, and the next, in whose place something else lies. */
+TEST_ONCE(list_of_files_ends_with_what_can_be_handed_over)
+{
+    char text[32];
+    snprintf(text, sizeof text, "%d,", TSRVI_LISTEN_FIRST + TSRVI_HANDED_MAX);
+    tsrvi_handed_read_files(text);
+    CHECK(!tsrvi_process.handed.upgrade);
+    snprintf(text, sizeof text, "%d,", TSRVI_LISTEN_FIRST + TSRVI_HANDED_MAX - 1);
+    tsrvi_handed_read_files(text);
+    CHECK(tsrvi_process.handed.file[TSRVI_HANDED_MAX - 1]);
+    CHECK(!tsrvi_process.handed.upgrade);
+}
+
 /* ---- the program before this one, and what does not answer ----------------------------------*/
 
 /* As an upgrade starts a program: the other end of a pipe, whose reader waits. */
@@ -1953,6 +2199,25 @@ TEST_ONCE(predecessor_that_cannot_be_told_is_none)
     apart(no_predecessor, calls[1]);
 }
 
+/* A socket that has the number of its pipe by now is the program's. */
+static void socket_in_its_place(void *context)
+{
+    int end = open_predecessor(), other = listen_at("127.0.0.1", 0), fds[CAPACITY];
+    (void)context;
+    CHECK(dup2(other, end + 1) == end + 1);
+    CHECK_INT(tsrv_listen_fds(fds, CAPACITY), 0);
+    CHECK(!tsrvi_handed_waits());
+    CHECK_INT(tsrvi_handed_take_ready(), -1);
+    t_close(other);
+    t_close(end);
+    t_close(end + 1);
+}
+
+TEST_ONCE(predecessor_whose_pipe_is_no_pipe_is_none)
+{
+    apart(socket_in_its_place, NULL);
+}
+
 /* Full or empty, its pipe tells that it waits; so does one that cannot be asked. */
 static void predecessor_waits(void *context)
 {
@@ -1985,6 +2250,51 @@ TEST_ONCE(predecessor_that_waits_keeps_the_files)
     const char *directory = t_make_directory();
     apart(predecessor_waits, unix_address(directory, "socket") + 5);
     remove_directory(directory);
+}
+
+static int early_pipe, early_client;
+static ssize_t early_told;
+
+/* Behind the first turn of the loop: is the program before this one told already? */
+static void look_early(void *context)
+{
+    char byte;
+    (void)context;
+    early_told = read(early_pipe, &byte, 1);
+    t_close(early_client);
+    CHECK(kill(getpid(), SIGTERM) == 0);
+}
+
+static void start_slowly(tsrv_server *server, void *context)
+{
+    static tsrv_timer timer;
+    (void)server, (void)context;
+    poll(NULL, 0, 2);
+    CHECK_INT(tsrv_timer_start(NULL, &timer, 0, look_early, NULL), TSRV_OK);
+}
+
+/* A connection waits for the program, so that on_start comes before the timers of the first turn. */
+static void serve_in_time(void *context)
+{
+    int fds[CAPACITY] = {listen_at("127.0.0.1", 0)}, port = port_of(fds[0]);
+    tsrv_server_options options = {0};
+    (void)context;
+    early_pipe = open_predecessor();
+    hand_over(fds, 1);
+    early_client = t_connect(port);
+    options.handle_stream = echo_lines;
+    options.on_start = start_slowly;
+    tsrv_set_log(t_no_log, NULL);
+    CHECK_INT(tsrv_serve(port, "127.0.0.1", 1, &options), TSRV_OK);
+    CHECK_INT(early_told, -1);
+    CHECK_INT(tsrvi_handed_take_ready(), early_pipe + 1);
+    t_close(early_pipe + 1);
+    t_close(early_pipe);
+}
+
+TEST_ONCE(predecessor_is_told_when_a_single_process_has_served_for_a_second)
+{
+    apart(serve_in_time, NULL);
 }
 
 /* A socket that does not tell its address is not the one that is asked for, and yet it is there. */

@@ -216,6 +216,14 @@ static inline void t_check_near(const char *file, int line, const char *text, lo
                  (long long)(high) * t_scale())
 #define SKIP(tool) (fprintf(stderr, "%s\n", tool), _exit(T_SKIPPED))
 
+/* For tests of what Linux tells there: below a bare root it is an empty directory. */
+static inline void t_need_proc(void)
+{
+    if (access("/proc/self/exe", F_OK) != 0) {
+        SKIP("/proc");
+    }
+}
+
 /* ---- time, threads, records ---------------------------------------------------------------*/
 
 static inline int t_scale(void)
@@ -997,6 +1005,16 @@ static inline bool t_watch_child(int input, char *output, size_t capacity, int *
     return ended;
 }
 
+/* What SKIP has said, behind the log of what ran before. */
+static inline const char *t_last_line(const char *text)
+{
+    const char *last = text;
+    for (; *text != 0; text++) {
+        last = *text == '\n' && text[1] != 0 ? text + 1 : last;
+    }
+    return last;
+}
+
 /* With show, what a test that has passed has to say, its figures, is printed too. */
 static inline void t_run_variant(const t_test *test, const char *label, bool show)
 {
@@ -1026,7 +1044,7 @@ static inline void t_run_variant(const t_test *test, const char *label, bool sho
         }
     } else if (skip && (ci == NULL || strcmp(ci, "true") != 0)) {
         t_skipped++;
-        printf("SKIP %s: %s", label, output);
+        printf("SKIP %s: %s", label, t_last_line(output));
     } else {
         t_failed++;
         printf("FAIL %s: ", label);

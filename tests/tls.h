@@ -152,7 +152,7 @@ static inline void make_files(void)
     save_new("server2.pem", &ca, "server2", SERVER_NAMES, "serverAuth", false);
     save_new("six.pem", &ca, "six", "DNS:localhost,IP:::1,IP:fe80::1", "serverAuth", false);
     save_new("other.pem", &ca, "other", "DNS:other.test", "serverAuth", false);
-    save_new("wild.pem", &ca, "wild", "DNS:*.wild.test", "serverAuth", false);
+    save_new("wild.pem", &ca, "wild", "DNS:*.wild.test,DNS:f*.part.test", "serverAuth", false);
     save_new("exact.pem", &ca, "exact", "DNS:exact.wild.test", "serverAuth", false);
     save_new("good.pem", &ca, "good", NULL, "clientAuth", false);
     save_new("late.pem", &ca, "late", SERVER_NAMES, "serverAuth", true);

@@ -130,6 +130,8 @@ __attribute__((constructor(101))) static void o_set_up(void)
     o_refused = CRYPTO_set_mem_functions(o_malloc, o_realloc, o_free) != 1;
 }
 
+#include "tls_seam.h"
+
 #include "tls.h"
 
 /* ---- each allocation in turn --------------------------------------------------------------*/
@@ -275,7 +277,7 @@ static void reload_context(void)
     expect_whole(context_tls);
 }
 
-static void sweep_contexts(bool texts, bool sticky, int thin)
+static void set_context_options(bool texts)
 {
     static tsrv_tls_certificate other = {"other.test", NULL, NULL};
     other.cert_file = path("other.pem");
@@ -298,6 +300,11 @@ static void sweep_contexts(bool texts, bool sticky, int thin)
     context_options.alpn = "h2";
     context_options.certificates = &other;
     context_options.certificate_count = 1;
+}
+
+static void sweep_contexts(bool texts, bool sticky, int thin)
+{
+    set_context_options(texts);
     tsrv_set_log(t_no_log, NULL);
     CHECK_LEAST(sweep(make_context, sticky, thin), 300);
     long live = live_now();
@@ -330,6 +337,65 @@ TEST_ONCE(test_each_context_and_no_more_memory)
 }
 LONG(test_each_context_and_no_more_memory);
 
+/* Calls of OpenSSL's, each of which fails in turn, wherever it is made. */
+TEST_ONCE(test_contexts_whose_calls_fail)
+{
+    static const char *const calls[] = {"X509_check_purpose",  "PEM_read_bio_X509",
+                                        "EVP_Digest",          "X509_digest",
+                                        "X509_CRL_digest",     "X509_STORE_add_cert",
+                                        "X509_STORE_add_crl",  "SSL_CTX_add_client_CA",
+                                        "SSL_CTX_set_min_proto_version", "SSL_CTX_set_session_id_context"};
+    set_context_options(false);
+    for (size_t i = 0; i < COUNT(calls); i++) {
+        for (long at = 1; t_fault_hits > 0 || at == 1; at++) {
+            tsrv_tls *tls = (tsrv_tls *)(void *)folder;
+            t_watch_log();
+            t_fail_call(calls[i], 0, at, false);
+            int rc = tsrv_tls_new(&tls, &context_options);
+            t_fault_at = 0;
+            CHECK(t_fault_hits > 0 || at > 1);
+            CHECK(t_fault_hits > 0 ? rc == -ENOMEM || (rc == TSRV_ETLS && t_log_lines == 1) : rc == TSRV_OK);
+            CHECK((tls == NULL) == (rc < 0));
+            CHECK(ERR_peek_error() == 0);
+            tsrv_tls_free(tls);
+        }
+        t_fault_hits = 0;
+    }
+}
+
+static void fail_both(const char *name)
+{
+    if (strcmp(name, "X509_check_purpose") == 0 || strcmp(name, "X509_dup") == 0) {
+        t_fail_call(name, 0, 1, true);
+    }
+}
+
+/* A certificate that cannot be looked at a second time is not taken for one that is broken in itself. */
+TEST_ONCE(test_a_certificate_that_cannot_be_looked_at)
+{
+    tsrv_tls *tls = (tsrv_tls *)(void *)folder;
+    set_context_options(false);
+    t_watch_log();
+    t_seen = fail_both;
+    CHECK_INT(tsrv_tls_new(&tls, &context_options), TSRV_ETLS);
+    t_seen = NULL;
+    t_fault_at = 0;
+    CHECK(tls == NULL && t_fault_hits > 0);
+    CHECK(strstr(t_log, "cert_file") != NULL);
+}
+
+/* A time that cannot be compared is over, which is said and no obstacle. */
+TEST_ONCE(test_a_date_that_cannot_be_compared)
+{
+    tsrv_tls_options options = server_options();
+    t_watch_log();
+    t_fail_call("ASN1_TIME_diff", 0, 1, true);
+    tsrv_tls *tls = make_tls(&options);
+    t_fault_at = 0;
+    CHECK(t_fault_hits > 0 && t_log_lines > 0);
+    tsrv_tls_free(tls);
+}
+
 /* ---- handshakes ---------------------------------------------------------------------------*/
 
 static tsrv_loop *here;
@@ -358,7 +424,7 @@ static void turn(void)
 
 static bool is_code(int rc)
 {
-    return rc == TSRV_OK || (o_armed && o_hits > 0 && rc == -ENOMEM);
+    return rc == TSRV_OK || (rc == -ENOMEM && ((o_armed && o_hits > 0) || t_fault_hits > 0));
 }
 
 /* What a handler asks a session for, and then an echo. */
@@ -634,6 +700,62 @@ TEST_ONCE(test_each_handshake_of_tls_1_3_and_no_more_memory)
 }
 LONG(test_each_handshake_of_tls_1_3_and_no_more_memory);
 
+/* The client is refused where a call fails that its session cannot do without; the next one is served. */
+TEST_ONCE(test_sessions_whose_calls_fail)
+{
+    static const struct {
+        const char *call;
+        int kinds;
+        bool served;
+    } rows[] = {{"SSL_set_SSL_CTX", CERTIFICATES, false},
+                {"SSL_set_SSL_CTX", HOOK, false},
+                {"SSL_set_max_proto_version", HOOK, false},
+                {"i2d_X509", MUTUAL, true}};
+    tsrv_set_log(t_no_log, NULL);
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        tsrv_tls *tls = begin_visits(TLS1_3_VERSION, rows[i].kinds);
+        t_fail_call(rows[i].call, 0, 1, false);
+        HOLDS(visit(client_context, false) == rows[i].served);
+        t_fault_at = 0;
+        CHECK_INT(t_fault_hits, 1);
+        HOLDS(visit(client_context, false));
+        end_visits(tls);
+    }
+}
+
+/* Nothing is left of a session that cannot be made. */
+TEST_ONCE(test_sessions_that_cannot_be_made)
+{
+    static const char *const calls[] = {"BIO_meth_new", "BIO_new", "SSL_new"};
+    tsrv_tls *tls = begin_visits(TLS1_3_VERSION, 0);
+    for (size_t i = 0; i < COUNT(calls); i++) {
+        int pair[2];
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        t_fail_call(calls[i], 0, 1, false);
+        CHECK_INT(tsrv_server_add_stream(served_by, pair[1]), -ENOMEM);
+        t_fault_at = 0;
+        CHECK_INT(t_fault_hits, 1);
+        t_expect_eof(pair[0]);
+        t_close(pair[0]);
+        CHECK(tsrv_server_next(served_by, NULL) == NULL);
+    }
+    HOLDS(visit(client_context, false));
+    end_visits(tls);
+}
+
+/* The name of a peer that there is no memory for: a code, and the session goes on. */
+TEST_ONCE(test_a_name_without_memory)
+{
+    tsrv_set_log(t_no_log, NULL);
+    tsrv_tls *tls = begin_visits(TLS1_3_VERSION, MUTUAL);
+    t_fail_call("BIO_new", 0, 2, false);
+    HOLDS(visit(client_context, false));
+    t_fault_at = 0;
+    CHECK_INT(t_fault_hits, 1);
+    HOLDS(visit(client_context, false));
+    end_visits(tls);
+}
+
 /* ---- clients ------------------------------------------------------------------------------*/
 
 static tsrv_tls *asking_tls;
@@ -691,7 +813,7 @@ static void ask_twice(void)
 }
 
 /* A server without an answer to staple. system: whom to trust is looked up where the system has it. */
-static void sweep_clients(const char *name, bool system, bool sticky, int thin)
+static tsrv_tls *begin_asking(const char *name, bool system)
 {
     tsrv_tls_options options;
     tsrv_set_log(t_no_log, NULL);
@@ -703,9 +825,43 @@ static void sweep_clients(const char *name, bool system, bool sticky, int thin)
     fresh_tls = asking_tls = make_tls(&options);
     asking_name = name;
     asked_port = t_listen(served_by);
-    CHECK_LEAST(sweep(ask_twice, sticky, thin), 100);
+    return tls;
+}
+
+static void end_asking(tsrv_tls *tls)
+{
     tsrv_tls_free(asking_tls);
     end_visits(tls);
+}
+
+static void sweep_clients(const char *name, bool system, bool sticky, int thin)
+{
+    tsrv_tls *tls = begin_asking(name, system);
+    CHECK_LEAST(sweep(ask_twice, sticky, thin), 100);
+    end_asking(tls);
+}
+
+/* What a client needs to be sure of its server: without it there is no connection. */
+TEST_ONCE(test_clients_whose_calls_fail)
+{
+    static const struct {
+        const char *call, *name;
+        bool system;
+    } rows[] = {{"SSL_set1_host", "localhost", false},
+                {"SSL_set_tlsext_host_name", "localhost", false},
+                {"SSL_set_alpn_protos", "localhost", false},
+                {"X509_VERIFY_PARAM_set1_ip_asc", "127.0.0.1", false},
+                {"SSL_CTX_set_default_verify_file", "localhost", true},
+                {"SSL_CTX_set_default_verify_dir", "localhost", true}};
+    for (size_t i = 0; i < COUNT(rows); i++) {
+        tsrv_tls *tls = begin_asking(rows[i].name, rows[i].system);
+        t_fail_call(rows[i].call, 0, 1, false);
+        CHECK_INT(ask_once(false), -ENOMEM);
+        t_fault_at = 0;
+        CHECK_INT(t_fault_hits, 1);
+        CHECK_INT(ask_once(false), TSRV_OK);
+        end_asking(tls);
+    }
 }
 
 TEST_ONCE(test_clients)

@@ -38,6 +38,8 @@ static void looking_free(void *memory)
 
 #include "tls.h"
 
+#include <openssl/pkcs12.h>
+
 static void expect_accepted(const tsrv_tls_options *options)
 {
     t_watch_log_of(TSRV_LOG_INFO);
@@ -277,6 +279,22 @@ static void save_old_key(const char *name)
     free_identity(&server);
 }
 
+/* What the password opens is no key of a kind that anybody knows: as what a wrong one may make of it. */
+static void save_opened_garbage(const char *name)
+{
+    static const unsigned char nothing[64];
+    identity server = load_identity("server.pem");
+    PKCS8_PRIV_KEY_INFO *key = EVP_PKEY2PKCS8(server.key);
+    unsigned char *copy = (unsigned char *)OPENSSL_memdup(nothing, sizeof nothing);
+    FILE *file = create(name);
+    CHECK(key != NULL && PKCS8_pkey_set0(key, OBJ_nid2obj(NID_sha256), 0, V_ASN1_NULL, NULL, copy, sizeof nothing));
+    X509_SIG *locked = PKCS8_encrypt(-1, EVP_aes_128_cbc(), "secret", 6, NULL, 0, 0, key);
+    CHECK(locked != NULL && PEM_write_PKCS8(file, locked) == 1 && fclose(file) == 0);
+    X509_SIG_free(locked);
+    PKCS8_PRIV_KEY_INFO_free(key);
+    free_identity(&server);
+}
+
 TEST_ONCE(test_key_password)
 {
     static char both[32768], longer[2000];
@@ -311,6 +329,10 @@ TEST_ONCE(test_key_password)
     options.certificate_count = 1;
     expect_accepted(&options);
     options.key_password = "terces";
+    expect_refused(&options, TSRV_ETLS, "key_password does not open it");
+    save_opened_garbage("opened_garbage.pem");
+    other.key_file = path("opened_garbage.pem");
+    options.key_password = "secret";
     expect_refused(&options, TSRV_ETLS, "key_password does not open it");
 }
 
@@ -1497,6 +1519,40 @@ TEST_SOFT(test_native_context_ignores_the_rest)
     options.cert_pem = NULL;
     options.verify_client = TSRV_TLS_REQUIRED;
     tsrv_tls_free(make_tls(&options));
+    SSL_CTX_free(native);
+}
+
+/* Several may have the same one: each has its own names, or none, however many come and go. */
+static const char *native_names;
+
+static void client_of_several(int port, void *context)
+{
+    dial how = {.alpn = "\001a\001b"};
+    (void)context;
+    expect_named(dial_start(port, &how), "server", native_names);
+}
+
+TEST_SOFT(test_native_context_of_several)
+{
+    static const char *const names[] = {"a", "b", NULL, "b,a"};
+    SSL_CTX *native = SSL_CTX_new(TLS_server_method());
+    tsrv_tls *several[4];
+    CHECK(SSL_CTX_use_certificate_chain_file(native, path("server.pem")) == 1);
+    CHECK(SSL_CTX_use_PrivateKey_file(native, path("server.pem"), SSL_FILETYPE_PEM) == 1);
+    for (int i = 0; i < 4; i++) {
+        tsrv_tls_options options;
+        memset(&options, 0, sizeof options);
+        options.native_context = native;
+        options.alpn = names[i];
+        several[i] = make_tls(&options);
+    }
+    for (int i = 0; i < 4; i++) {
+        t_case c = {echo_bytes, t_record_reason, client_of_several, NULL, {0}};
+        c.options.tls = several[i];
+        native_names = i == 0 ? "a" : i == 2 ? "" : "b";
+        t_run(&c);
+        tsrv_tls_free(several[i]);
+    }
     SSL_CTX_free(native);
 }
 

@@ -2,9 +2,17 @@
  * clients, reload, drain. The clients are OpenSSL's own, in threads. What may be set besides is in
  * tls_options_test.c. That the rest of a stream is the same over TLS is shown by iostream_test.c,
  * which runs over TLS too. */
+#define TSRV_TLS_OPENSSL
+#include "script.h"
 #include "tls.h"
 
 #include <malloc.h>
+
+/* Threads are the clients of most; a script says so. */
+__attribute__((constructor)) static void begin_in_real_time(void)
+{
+    v_stopped = true;
+}
 
 /* ---- clients that send and receive at once ------------------------------------------------*/
 
@@ -145,6 +153,8 @@ TEST_ONCE(test_context_values)
     options.alpn = "h2,,http/1.1";
     expect_refused(&options, TSRV_EINVAL, "ALPN");
     options.alpn = ",h2";
+    expect_refused(&options, TSRV_EINVAL, "ALPN");
+    options.alpn = "h2,";
     expect_refused(&options, TSRV_EINVAL, "ALPN");
     memset(name, 'x', 256);
     options.alpn = name;
@@ -332,6 +342,49 @@ TEST_STREAM(test_wait_for_handshake_future)
 {
     t_case c = {wait_then_echo, t_record_reason, slow_client, NULL, {0}};
     c.options.data_size = sizeof(unsigned);
+    run_tls(&c, NULL);
+}
+
+/* The handler leaves the stream to others until it is woken. */
+static int wait_and_echo(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc;
+    if (*(bool *)tsrv_data(stream)) {
+        return echo_bytes(stream, address, context);
+    }
+    rc = tsrv_wait(stream, TSRV_NEVER);
+    *(bool *)tsrv_data(stream) = rc == TSRV_OK;
+    return rc == TSRV_OK ? echo_bytes(stream, address, context) : rc;
+}
+
+static void read_outside(void *context)
+{
+    tsrv_stream *stream = tsrv_server_next(t_server, NULL);
+    tsrv_slice some;
+    (void)context;
+    CHECK_INT(tsrv_read_some(stream, 0, &some), TSRV_EAGAIN);
+    tsrv_wake(stream);
+}
+
+static void mute_at_first_client(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    while (server_stats().accepted == 0) {
+        poll(NULL, 0, 1);
+    }
+    t_on_loop(read_outside, NULL);
+    SSL *ssl = dial_on(fd, &usual);
+    shake_hands(ssl);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+/* Before the handshake there is nothing to read, which is no error. */
+TEST_STREAM(test_read_outside_before_handshake)
+{
+    t_case c = {wait_and_echo, NULL, mute_at_first_client, NULL, {0}};
+    c.options.data_size = sizeof(bool);
     run_tls(&c, NULL);
 }
 
@@ -624,6 +677,15 @@ static int look_and_echo(tsrv_stream *stream, const tsrv_address *address, void 
     return echo_bytes(stream, address, context);
 }
 
+/* The end of a connection behind so many records. */
+static void await_look(int before)
+{
+    t_wait_records(before + 2);
+    while (t_recorded(t_record_count() - 1) == 1) {
+        t_wait_records(t_record_count() + 1); /* callback mode looks in every call */
+    }
+}
+
 /* One connection, and what its stream's getters said at its end. */
 static void look_once(int port, const dial *how)
 {
@@ -632,10 +694,7 @@ static void look_once(int port, const dial *how)
     SSL *ssl = dial_open(port, how);
     dial_echo(ssl, "hello");
     dial_finish(ssl);
-    t_wait_records(before + 2);
-    while (t_recorded(t_record_count() - 1) == 1) {
-        t_wait_records(t_record_count() + 1); /* callback mode looks in every call */
-    }
+    await_look(before);
 }
 
 static void getters_client(int port, void *context)
@@ -694,6 +753,34 @@ TEST_STREAM(test_getters_of_plain_stream)
 {
     t_case c = {plain_getters, NULL, expect_end, NULL, {0}};
     t_run(&c);
+}
+
+/* What the hello has said, also when a session is resumed that was another name's. */
+static void resumed_name_client(int port, void *context)
+{
+    (void)context;
+    for (int version = TLS1_2_VERSION; version <= TLS1_3_VERSION; version++) {
+        dial how = {.version = version, .server_name = "localhost", .trusting = true};
+        for (int i = 0; i < 2; i++) {
+            int before = t_record_count();
+            SSL *ssl = dial_open(port, &how);
+            dial_echo(ssl, "hello");
+            CHECK_INT(SSL_session_reused(ssl), i);
+            SSL_SESSION_free(how.session);
+            how.session = SSL_get1_session(ssl);
+            dial_finish(ssl);
+            await_look(before);
+            CHECK_STR(seen.name, how.server_name);
+            how.server_name = "other.test";
+        }
+        SSL_SESSION_free(how.session);
+    }
+}
+
+TEST_SOFT(test_server_name_of_a_resumed_session)
+{
+    t_case c = {look_and_echo, look, resumed_name_client, NULL, {0}};
+    run_tls(&c, NULL);
 }
 
 static void alpn_client(int port, void *context)
@@ -1045,6 +1132,49 @@ TEST_STREAM(test_handshake_timeout_is_not_extended)
     run_tls(&c, NULL);
 }
 
+static void look_when_active(void *context)
+{
+    *(uint32_t *)context = tsrv_server_next(t_server, NULL)->active_ms;
+}
+
+/* Bytes of a handshake are activity as any others: from them on the peer is idle, or not. */
+static void active_client(int port, void *context)
+{
+    unsigned char hello[2048];
+    size_t size = record_hello(hello, sizeof hello);
+    uint32_t before, active;
+    (void)context;
+    int fd = t_connect(port);
+    t_wait_records(1);
+    t_on_loop(look_when_active, &before);
+    for (int i = 0; i < 2; i++) {
+        int64_t end = t_patience();
+        poll(NULL, 0, 3);
+        t_send(fd, hello + (i == 0 ? 0 : size / 2), size / 2);
+        do {
+            t_on_loop(look_when_active, &active);
+            CHECK(t_now_ms() < end);
+        } while (active == before);
+        before = active;
+    }
+    t_close(fd);
+    t_wait_records(2);
+}
+
+static int note_and_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    if (t_record_count() == 0) {
+        t_record(0);
+    }
+    return read_code(stream, address, context);
+}
+
+TEST_STREAM(test_handshake_is_no_idleness)
+{
+    t_case c = {note_and_read, t_record_reason, active_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
 static int wait_code(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     (void)address, (void)context;
@@ -1353,7 +1483,7 @@ static int wait_for_the_end(tsrv_stream *stream, const tsrv_address *address, vo
     return rc;
 }
 
-/* close_notify in the segment of the last data, and no FIN: the socket has nothing more to tell, and the session does. */
+/* close_notify in the segment of the last data, and no FIN: the socket has no more to tell, and the session has. */
 static void ending_at_once_client(int port, void *context)
 {
     const dial *const versions[] = {&tls_1_2, &tls_1_3};
@@ -1518,6 +1648,69 @@ TEST_STREAM(test_forged_record)
     serve_echo(forging_client, NULL);
 }
 
+enum { LARGE = 20000 }; /* goes out from the caller's memory */
+
+/* The write meets the error that came behind the line. */
+static int answer_behind_a_forgery(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static const char answer[LARGE];
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        rc = tsrv_write(stream, answer, sizeof answer);
+        t_record(rc);
+    }
+    return rc;
+}
+
+static int sends, second_code;
+
+/* The alert is not taken at first, and then not either, or never. */
+static void fail_two_sends(const char *name)
+{
+    if (strcmp(name, "send") == 0) {
+        t_fail_call("send", sends == 0 ? EAGAIN : second_code, sends < 2, false);
+        sends++;
+    }
+}
+
+static void forging_behind_a_line_client(int port, void *context)
+{
+    unsigned char records[200];
+    SSL *ssl = dial_open(port, &usual);
+    size_t size = dial_seal(ssl, "hi\n", 3, records, 100);
+    (void)context;
+    memcpy(records + size, forged, sizeof forged);
+    sends = 0;
+    t_seen = second_code != 0 ? fail_two_sends : NULL;
+    t_send(SSL_get_fd(ssl), records, size + sizeof forged);
+    t_wait_records(1);
+    if (second_code != ECONNRESET) {
+        dial_expect_alert(ssl, SSL_AD_BAD_RECORD_MAC, 0);
+    }
+    t_shut(SSL_get_fd(ssl));
+    t_wait_records(2);
+    CHECK(second_code == 0 || sends >= 2);
+    t_seen = NULL;
+    dial_free(ssl);
+}
+
+/* The alert goes out as soon as the socket takes it, unless that never takes anything more. */
+TEST_PLAIN_SOFT(test_large_write_behind_a_forged_record)
+{
+    static const int codes[] = {0, EAGAIN, ECONNRESET};
+    for (size_t i = 0; i < COUNT(codes); i++) {
+        t_case c = {answer_behind_a_forgery, t_record_reason, forging_behind_a_line_client, NULL, {0}};
+        second_code = codes[i];
+        t_records_used = 0;
+        tsrv_set_log(t_no_log, NULL);
+        run_tls(&c, NULL);
+        CHECK_INT(t_recorded(0), second_code == 0 ? TSRV_ETLS : TSRV_OK);
+        CHECK_INT(t_recorded(1), second_code == ECONNRESET ? -ECONNRESET : TSRV_ETLS);
+    }
+}
+
 /* Nobody reads, but the handler wants to know of the end. */
 static int echo_byte_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
@@ -1614,6 +1807,7 @@ static void forge_behind_output(int how)
     t_case c = {output_and_more, t_record_reason, forging_and_taking_client, &how, {0}};
     c.options.data_size = sizeof(unsigned);
     c.options.max_write_buffer_size = 2 * ANSWER;
+    c.options.write_high_water = how == IN_WAIT ? 4096 : 0; /* less than what is sealed at a time */
     fill(big_answer, ANSWER, 0);
     run_tls(&c, NULL);
 }
@@ -1636,6 +1830,233 @@ TEST_STREAM(test_forged_record_during_wait)
 TEST_STREAM(test_forged_record_behind_handler)
 {
     forge_behind_output(IN_NOTHING);
+}
+
+/* Forges a record when the answer is stuck, and takes nothing. */
+static void forging_and_stubborn_client(int port, void *context)
+{
+    dial how = {.receive_room = 4096};
+    SSL *ssl = dial_open(port, &how);
+    (void)context;
+    dial_sends(ssl, "go\n");
+    t_wait_records(1);
+    t_send(SSL_get_fd(ssl), forged, sizeof forged);
+    t_wait_records(2);
+    CHECK_INT(t_recorded(1), TSRV_ETLS);
+    t_expect_reset(SSL_get_fd(ssl));
+    dial_free(ssl);
+}
+
+/* An alert is not waited for any longer than a close, and the reason is still what it tells. */
+TEST_PLAIN_SOFT(test_alert_that_nobody_takes)
+{
+    int how = IN_NOTHING;
+    t_case c = {output_and_more, t_record_reason, forging_and_stubborn_client, &how, {0}};
+    c.options.data_size = sizeof(unsigned);
+    c.options.max_write_buffer_size = 2 * ANSWER;
+    c.options.write_timeout_ms = TSRV_NEVER;
+    c.options.close_timeout_ms = 100;
+    tsrv_set_log(t_no_log, NULL);
+    run_tls(&c, NULL);
+}
+
+/* Its read has timed out, and it ends when the client has sent something else, and a line. */
+static int end_behind_silence(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    char bytes[200];
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_ETIMEOUT) {
+        t_record(1);
+        while (t_record_count() < 2 ||
+               recv(tsrv_fd(stream), bytes, sizeof bytes, MSG_PEEK | MSG_DONTWAIT) < t_recorded(1)) {
+            poll(NULL, 0, 1);
+        }
+    }
+    return rc;
+}
+
+static void updating_client(int port, void *context)
+{
+    unsigned char records[200];
+    char bytes[4096];
+    int kind;
+    ssize_t n;
+    SSL *ssl = dial_open(port, &tls_1_3);
+    (void)context;
+    t_wait_records(1);
+    CHECK(SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED) == 1);
+    size_t size = dial_seal(ssl, "late\n", 5, records, sizeof records);
+    t_send(SSL_get_fd(ssl), records, size);
+    t_record((int)size);
+    CHECK_INT(dial_recv(ssl, bytes, 1, &kind), 0);
+    CHECK_INT(kind, SSL_ERROR_ZERO_RETURN);
+    while ((n = recv(SSL_get_fd(ssl), bytes, sizeof bytes, 0)) > 0) {
+    }
+    CHECK_INT(n, 0); /* and no reset */
+    dial_free(ssl);
+}
+
+/* A message that wants an answer comes just before the end, of somebody who was silent until then. */
+TEST_PLAIN_SOFT(test_key_update_at_the_end)
+{
+    t_case c = {end_behind_silence, NULL, updating_client, NULL, {0}};
+    c.options.read_timeout_ms = 500;
+    run_tls(&c, NULL);
+}
+
+static int say_the_last_word_and_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    CHECK_INT(tsrv_shutdown(stream), TSRV_OK);
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    CHECK_INT(BIO_write(SSL_get_wbio((SSL *)tsrv_tls_native(stream)), "x", 1), 1); /* as OpenSSL 1.1.1 answers */
+    CHECK_INT(stream->unsent, 0);
+    t_record(rc);
+    return TSRV_OK;
+}
+
+static void updating_late_client(int port, void *context)
+{
+    unsigned char records[200];
+    char bytes[100];
+    int kind;
+    SSL *ssl = dial_open(port, &tls_1_3);
+    (void)context;
+    CHECK_INT(dial_recv(ssl, bytes, 1, &kind), 0);
+    CHECK_INT(kind, SSL_ERROR_ZERO_RETURN);
+    CHECK(SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED) == 1);
+    size_t size = dial_seal(ssl, "late\n", 5, records, sizeof records);
+    t_send(SSL_get_fd(ssl), records, size);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_OK);
+    CHECK_INT(recv(SSL_get_fd(ssl), bytes, sizeof bytes, 0), 0);
+    dial_free(ssl);
+}
+
+/* After its last word the server reads on, and has no answer to what wants one. */
+TEST_COROUTINE(test_key_update_behind_the_last_word)
+{
+    t_case c = {say_the_last_word_and_read, NULL, updating_late_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+static int refused_sends; /* atomic */
+
+static void refuse_sends(const char *name)
+{
+    if (strcmp(name, "send") == 0 || strcmp(name, "sendmsg") == 0) {
+        t_fail_call(name, EAGAIN, 1, true);
+        __atomic_add_fetch(&refused_sends, 1, __ATOMIC_ACQ_REL);
+    }
+}
+
+static void set_short_times(void *context)
+{
+    (void)context;
+    tsrv_set_timeout(tsrv_server_next(t_server, NULL), TSRV_NEVER, 10);
+}
+
+static void refused_at_first_client(int port, void *context)
+{
+    int fd = t_connect(port);
+    SSL *ssl = dial_on(fd, &usual);
+    (void)context;
+    t_seen = refuse_sends;
+    CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0 && SSL_do_handshake(ssl) < 0);
+    while (__atomic_load_n(&refused_sends, __ATOMIC_ACQUIRE) == 0) {
+        poll(NULL, 0, 1);
+    }
+    t_on_loop(set_short_times, NULL);
+    poll(NULL, 0, 50);
+    t_seen = NULL;
+    t_fail_call(NULL, 0, 0, false);
+    CHECK(fcntl(fd, F_SETFL, 0) == 0);
+    shake_hands(ssl);
+    dial_echo(ssl, "hello");
+    dial_finish(ssl);
+}
+
+/* A handshake has a time of its own: a limit of writes that is set meanwhile is for what comes behind it. */
+TEST_PLAIN_SOFT(test_limit_of_writes_within_a_handshake)
+{
+    t_case c = {echo_bytes, NULL, refused_at_first_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+static int write_bye(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    return tsrv_write(stream, "bye\n", 4);
+}
+
+static void do_nothing(void *context)
+{
+    (void)context;
+}
+
+static void drain_slowly(void *context)
+{
+    static tsrv_timer long_one; /* the loop has something left until the client is done */
+    (void)context;
+    CHECK_INT(tsrv_timer_start(t_loop, &long_one, 60000, do_nothing, NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_drain(t_server, 10000), TSRV_EAGAIN);
+}
+
+static void late_client(int port, void *context)
+{
+    int fd = t_connect(port);
+    (void)context;
+    while (server_stats().accepted == 0) {
+        poll(NULL, 0, 1);
+    }
+    t_on_loop(drain_slowly, NULL);
+    SSL *ssl = dial_on(fd, &usual);
+    shake_hands(ssl);
+    dial_expect(ssl, "bye\n");
+    dial_expect_end(ssl);
+    dial_free(ssl);
+}
+
+/* Who has an answer waiting for its handshake is not mute. */
+TEST_PLAIN_SOFT(test_drain_of_an_answer_that_waits_for_the_handshake)
+{
+    t_case c = {write_bye, NULL, late_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
+static int swallow(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice some;
+    int rc;
+    (void)address;
+    while ((rc = tsrv_read_some(stream, 0, &some)) == TSRV_OK) {
+        *(size_t *)context += some.size;
+    }
+    return rc;
+}
+
+static void finishing_client(int port, void *context)
+{
+    static const char data[2000];
+    SSL *ssl = dial_open(port, &usual);
+    (void)context;
+    t_on_loop(drain_slowly, NULL);
+    dial_send(ssl, data, sizeof data);
+    dial_finish(ssl);
+}
+
+/* What is in the session is no idleness, though nothing is in a buffer. */
+TEST_PLAIN_SOFT(test_drain_of_a_record_that_is_read_in_pieces)
+{
+    size_t swallowed = 0;
+    t_case c = {swallow, t_record_reason, finishing_client, &swallowed, {0}};
+    c.options.read_chunk_size = 1;
+    run_tls(&c, NULL);
+    CHECK_INT(swallowed, 2000);
+    CHECK_INT(t_recorded(0), TSRV_EOF);
 }
 
 /* A record that takes longer than the idle timeout is no silence. */
@@ -2017,6 +2438,55 @@ static int send_file(tsrv_stream *stream, const tsrv_address *address, void *con
     return rc;
 }
 
+enum { FLOOD = 250000 };
+
+/* Reads when all of it is in the socket: what it gets, and one callback of the loop between. */
+static int read_a_flood(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice data;
+    int room = 1 << 20, rc;
+    (void)address, (void)context;
+    if (*(unsigned *)tsrv_data(stream) == 0) {
+        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_RCVBUF, &room, sizeof room) == 0);
+        if ((rc = tsrv_wait_for_handshake(stream)) < 0) {
+            return rc;
+        }
+        note_once(stream, ENTERED);
+        while (t_record_count() < 2) {
+            poll(NULL, 0, 1); /* the client sends meanwhile */
+        }
+    }
+    rc = tsrv_read_bytes(stream, FLOOD, &data);
+    if (rc == TSRV_OK) {
+        compare((const unsigned char *)data.data, data.size, 0);
+        rc = tsrv_write(stream, "all\n", 4);
+    }
+    return rc;
+}
+
+static void flood_client(int port, void *context)
+{
+    static unsigned char data[FLOOD];
+    SSL *ssl = dial_open(port, &usual);
+    (void)context;
+    fill(data, sizeof data, 0);
+    t_wait_records(1);
+    dial_send(ssl, data, sizeof data);
+    t_record(2);
+    dial_expect(ssl, "all\n");
+    dial_free(ssl);
+}
+
+/* One read takes more from the socket than the session does at a time, and nothing is lost. */
+TEST_PLAIN_SOFT(test_read_of_more_than_a_session_takes)
+{
+    t_case c = {read_a_flood, t_record_reason, flood_client, NULL, {0}};
+    c.options.data_size = sizeof(unsigned);
+    c.options.read_chunk_size = 1 << 20;
+    c.options.max_buffer_size = 1 << 20;
+    run_tls(&c, NULL);
+}
+
 static void file_client(int port, void *context)
 {
     static unsigned char data[4 << 20];
@@ -2058,7 +2528,7 @@ static int send_too_much(tsrv_stream *stream, const tsrv_address *address, void 
     (void)address, (void)context;
     int rc = tsrv_read_until(stream, "\n", 0, &line);
     if (rc == TSRV_OK) {
-        rc = tsrv_sendfile(stream, file, 4 << 20, 10);
+        rc = tsrv_sendfile(stream, file, 10, 4 << 20);
     }
     return rc;
 }
@@ -2091,6 +2561,7 @@ static void unreadable_client(int port, void *context)
     t_fail_call("pread", EIO, 3, true);
     dial_sends(ssl, "go\n");
     t_expect_reset(SSL_get_fd(ssl));
+    CHECK(t_fault_hits > 0);
     t_fail_call(NULL, 0, 0, false);
     dial_free(ssl);
     t_wait_records(1);
@@ -2222,6 +2693,140 @@ TEST_SOFT(test_key_update_flood)
     run_tls(&c, NULL);
 }
 LONG(test_key_update_flood);
+
+/* It reads a greeting, and then only waits for what others have to say. */
+static int echo_and_wait(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *greeted = (bool *)tsrv_data(stream);
+    tsrv_slice word;
+    int rc = TSRV_OK, room = 4096; /* of the kernel, which would keep megabytes of answers */
+    (void)address, (void)context;
+    if (!*greeted && (rc = tsrv_read_bytes(stream, 5, &word)) == TSRV_OK) {
+        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+        *greeted = true;
+        rc = tsrv_write(stream, word.data, word.size);
+    }
+    while (rc == TSRV_OK && tsrvi_stream_ended(stream) == 0) {
+        rc = tsrv_wait(stream, TSRV_NEVER);
+    }
+    return rc;
+}
+
+TEST_SOFT(test_key_update_flood_that_nobody_reads)
+{
+    t_case c = {echo_and_wait, t_record_reason, update_client, NULL, {0}};
+    c.options.max_write_buffer_size = 300000;
+    c.options.data_size = sizeof(bool);
+    run_tls(&c, NULL);
+}
+
+/* ---- scripts: the client is of the same thread, and time is virtual --------------------------*/
+
+/* A client of TLS 1.3 that has shaken hands, on fd. */
+static SSL *join_secretly(int fd)
+{
+    SSL *ssl = dial_on(fd, &tls_1_3);
+    CHECK(fcntl(fd, F_SETFL, O_NONBLOCK) == 0);
+    for (int64_t limit = t_patience(); SSL_do_handshake(ssl) != 1; CHECK(t_now_ms() < limit)) {
+        s_turn();
+    }
+    s_settle();
+    return ssl;
+}
+
+static void open_secretly(tsrv_handler handler, tsrv_server_options options)
+{
+    tsrv_tls_options usual_options = server_options();
+    v_stopped = false;
+    server_tls = make_tls(&usual_options);
+    options.tls = server_tls;
+    s_open_with(handler, options);
+}
+
+static void close_secretly(SSL *ssl)
+{
+    dial_free(ssl);
+    s_close();
+    tsrv_tls_free(server_tls);
+}
+
+/* As much as the kernel takes, and so little more that all of it is in records already. */
+static int write_a_little_more(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static const char some[TSRVI_DIRECT];
+    bool *begun = (bool *)tsrv_data(stream);
+    int rc = tsrv_wait_for_handshake(stream), room = 100000;
+    (void)address, (void)context;
+    if (rc == TSRV_OK && !*begun) {
+        *begun = true;
+        CHECK(setsockopt(tsrv_fd(stream), SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+        while (tsrv_unsent_size(stream) == 0) {
+            CHECK_INT(tsrv_write(stream, some, sizeof some), TSRV_OK);
+        }
+        CHECK(stream->out == NULL);
+    }
+    return rc == TSRV_OK ? tsrv_flush(stream) : rc;
+}
+
+/* What a peer takes that reads slowly is seen in the kernel's queue, though all that is unsent is in records. */
+TEST_PLAIN_SOFT(test_peer_that_reads_slowly_has_not_stalled)
+{
+    static char some[1500];
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(bool);
+    options.write_timeout_ms = 1000;
+    open_secretly(write_a_little_more, options);
+    int fd = s_join_with_room(4096);
+    SSL *ssl = join_secretly(fd);
+    for (int i = 0; i < 40 && s_closed == 0; i++) {
+        s_run_ms(100);
+        CHECK(recv(fd, some, sizeof some, MSG_DONTWAIT) > 0 || errno == EAGAIN);
+    }
+    CHECK_INT(s_closed, 0);
+    close_secretly(ssl);
+}
+
+/* New keys cost what much input costs: who asks for many leaves time for the others in between. */
+TEST_PLAIN_SOFT(test_key_updates_take_turns)
+{
+    enum { UPDATES = 4000 };
+    tsrv_server_options options = {0};
+    open_secretly(echo_bytes, options);
+    SSL *ssl = join_secretly(s_join());
+    for (int i = 0; i < UPDATES; i++) {
+        CHECK(SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED) == 1 && SSL_do_handshake(ssl) == 1);
+    }
+    uint64_t begin = s_stats().bytes_out, sent = 0;
+    for (int64_t limit = t_patience(); sent < (UPDATES - 1) * 27; CHECK(t_now_ms() < limit)) {
+        s_turn();
+        uint64_t now = s_stats().bytes_out - begin;
+        CHECK_MOST(now - sent, 1300 * 27); /* of those that two receives bring */
+        sent = now;
+    }
+    close_secretly(ssl);
+}
+
+/* A read where nothing waits, of which nothing comes but what the session has to answer: that goes out all the same. */
+TEST_PLAIN_SOFT(test_key_update_that_is_read_outside)
+{
+    tsrv_server_options options = {0};
+    tsrv_slice slice;
+    options.data_size = sizeof(bool);
+    open_secretly(echo_and_wait, options);
+    SSL *ssl = join_secretly(s_join());
+    dial_sends(ssl, "hello");
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    uint64_t sent = s_stats().bytes_out;
+    for (int i = 0; i < 2; i++) { /* OpenSSL answers the first one when it has the second */
+        CHECK(SSL_key_update(ssl, SSL_KEY_UPDATE_REQUESTED) == 1 && SSL_do_handshake(ssl) == 1);
+    }
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_EAGAIN);
+    s_settle();
+    CHECK_INT(tsrv_unsent_size(stream), 0);
+    CHECK(s_stats().bytes_out > sent);
+    close_secretly(ssl);
+}
 
 /* ---- 6: client certificates ---------------------------------------------------------------*/
 
@@ -2476,6 +3081,41 @@ TEST_STREAM(test_start_tls_with_input)
     CHECK(t_hard || strstr(t_log, "injection") != NULL);
 }
 
+/* Then the handler fails for a reason of its own, which no limit of the library's has given it. */
+static int refuse_and_complain(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    if (rc != TSRV_OK) {
+        return rc;
+    }
+    CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_ETLS);
+    return TSRV_ETOOLONG;
+}
+
+static void complaining_client(int port, void *context)
+{
+    (void)context;
+    int fd = t_connect(port);
+    t_sends(fd, "STARTTLS\nMAIL evil\n");
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_ETOOLONG);
+    t_close(fd);
+}
+
+TEST_SOFT(refused_start_tls_is_no_limit)
+{
+    t_case c = {refuse_and_complain, t_record_reason, complaining_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    server_tls = make_tls(&options);
+    t_watch_log_of(TSRV_LOG_ERROR);
+    t_run(&c);
+    CHECK_INT(t_logged(), 1);
+    CHECK(strstr(t_log, "longer than allowed") != NULL && strstr(t_log, "more than") == NULL);
+    tsrv_tls_free(server_tls);
+}
+
 /* What was written before is sent as it is, however much it is, and files too. */
 static int much_then_tls(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
@@ -2718,13 +3358,87 @@ TEST_STREAM(test_start_tls_while_read_waits)
     run_mail(busy_client);
 }
 
+/* Reads into its own memory, where so many bytes are there, and gives that up for TLS when it is woken. */
+static int give_up_for_tls(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char some[8];
+    const int *came = (const int *)context;
+    int *calls = (int *)tsrv_data(stream), rc;
+    (void)address;
+    if (++*calls == 1) {
+        while (*came > 0 && recv(tsrv_fd(stream), some, sizeof some, MSG_PEEK | MSG_DONTWAIT) < *came) {
+            poll(NULL, 0, 1);
+        }
+        CHECK_INT(tsrv_read_into(stream, some, sizeof some), TSRV_EAGAIN);
+        t_record(0);
+        return tsrv_wait(stream, TSRV_NEVER);
+    }
+    if (tsrv_tls_native(stream) == NULL) {
+        rc = tsrv_start_tls(stream, server_tls, NULL);
+        t_record(100 - rc);
+        if (rc < 0) {
+            return rc;
+        }
+    }
+    rc = tsrv_read_into(stream, some, sizeof some);
+    return rc == TSRV_OK ? tsrv_write(stream, some, sizeof some) : rc;
+}
+
+static void woken_for_tls_client(int port, void *context)
+{
+    int came = *(int *)context, fd = t_connect(port);
+    t_watch_log_of(TSRV_LOG_INFO);
+    t_send(fd, "evil", (size_t)came);
+    t_wait_records(1);
+    t_on_loop(wake_first, NULL);
+    t_wait_records(2);
+    if (came != 0) {
+        CHECK_INT(t_recorded(1), 100 - TSRV_ETLS);
+        t_drain_and_close(fd);
+    } else {
+        CHECK_INT(t_recorded(1), 100);
+        SSL *ssl = dial_on(fd, &usual);
+        shake_hands(ssl);
+        dial_echo(ssl, "8 bytes\n");
+        dial_expect_end(ssl);
+        dial_free(ssl);
+    }
+}
+
+static void start_tls_within_a_read(int came)
+{
+    t_case c = {give_up_for_tls, NULL, woken_for_tls_client, &came, {0}};
+    tsrv_tls_options options = server_options();
+    server_tls = make_tls(&options);
+    c.options.data_size = sizeof(int);
+    t_run(&c);
+    CHECK_INT(t_logged(), came != 0);
+    CHECK(came == 0 || strstr(t_log, "STARTTLS injection") != NULL);
+    tsrv_tls_free(server_tls);
+}
+
+/* What has come for the read came before TLS, and would count as if it had come over it. */
+T_TEST(test_start_tls_behind_a_part_of_a_read, T_PER_BACKEND | T_CALLBACKS)
+{
+    start_tls_within_a_read(4);
+}
+
+/* If nothing has come, there is nothing against it. */
+T_TEST(test_start_tls_behind_a_read_in_vain, T_PER_BACKEND | T_CALLBACKS)
+{
+    start_tls_within_a_read(0);
+}
+
 /* Bad arguments, and a stream that is over. */
 static int start_badly(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
+    char longer[257] = "";
     tsrv_tls *empty = make_tls(NULL);
     (void)address, (void)context;
     CHECK_INT(tsrv_start_tls(stream, NULL, NULL), TSRV_EINVAL);
     CHECK_INT(tsrv_start_tls(stream, empty, NULL), TSRV_EINVAL); /* has no certificate */
+    memset(longer, 'a', sizeof longer - 1); /* than names can be */
+    CHECK_INT(tsrv_start_tls(stream, empty, longer), TSRV_EINVAL);
     tsrv_tls_free(empty);
     tsrv_close(stream);
     CHECK_INT(tsrv_start_tls(stream, server_tls, NULL), TSRV_ECLOSED);
@@ -2863,7 +3577,9 @@ static int echo_and_note_name(tsrv_stream *stream, const tsrv_address *address, 
 static void dressed_names_client(int port, void *context)
 {
     static const char *const good[] = {"[::1]", "::1", "[fe80::1%lo]", "fe80::1%eth0", "localhost."},
-                            *const wrong[] = {"[::2]", "[localhost]x", "localhost..", "[127.0.0.1]", "::1]"};
+                            *const wrong[] = {"[::2]", "[localhost]x", "localhost..", "[127.0.0.1]", "::1]",
+                                              "localhost%lo"};
+    char longest[258];
     tsrv_tls *ours = client_tls("ca.pem", NULL);
     (void)context;
     attempt a = {"127.0.0.1", port, {0, ours, NULL, NULL}, true, "", ""};
@@ -2877,6 +3593,12 @@ static void dressed_names_client(int port, void *context)
         a.options.server_name = wrong[i];
         CHECK_INT(try_connect(&a), TSRV_ETLS);
     }
+    memset(longest, 'a', sizeof longest);
+    a.options.server_name = longest;
+    longest[256] = 0; /* longer than names can be */
+    CHECK_INT(try_connect(&a), TSRV_EINVAL);
+    longest[255] = 0;
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
     tsrv_tls_free(ours);
 }
 
@@ -2886,6 +3608,169 @@ TEST_STREAM(test_connect_dressed_names)
     tsrv_tls_options options = server_options();
     options.cert_file = path("six.pem");
     run_tls(&c, &options);
+}
+
+/* ---- half of a message that follows the handshake -------------------------------------------*/
+
+typedef struct halved {
+    int port, fd;
+    SSL *ssl;        /* the server */
+    tsrv_tls *tls;   /* the client's */
+    bool only_ends;   /* the client has nothing to write, and ends its output */
+    int writes, code; /* it is about to; 1 + how it went */
+} halved;
+
+static int fill_ticket(SSL *ssl, void *context)
+{
+    static const char much[2000];
+    (void)context;
+    return SSL_SESSION_set1_ticket_appdata(SSL_get_session(ssl), much, sizeof much);
+}
+
+static SSL_TICKET_RETURN take_no_ticket(SSL *ssl, SSL_SESSION *session, const unsigned char *name, size_t size,
+                                        SSL_TICKET_STATUS status, void *context)
+{
+    (void)ssl, (void)session, (void)name, (void)size, (void)status, (void)context;
+    return SSL_TICKET_RETURN_IGNORE;
+}
+
+static void write_behind_half_a_ticket(void *context)
+{
+    halved *h = (halved *)context;
+    tsrv_connect_options options = {0};
+    tsrv_stream *stream;
+    tsrv_slice slice;
+    options.tls = h->tls;
+    options.server_name = "localhost";
+    CHECK_INT(tsrv_connect("127.0.0.1", h->port, &options, &stream), TSRV_OK);
+    tsrv_set_timeout(stream, 50, 0);
+    CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_ETIMEOUT);
+    h->writes = 1;
+    int rc = h->only_ends ? tsrv_shutdown(stream) : tsrv_write(stream, "bye\n", 4);
+    if (h->only_ends) {
+        tsrv_set_timeout(stream, TSRV_NEVER, 0);
+        CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_ETLS); /* the server goes without a word */
+    }
+    h->code = 1 + (rc < 0 ? rc : tsrv_flush(stream));
+    tsrv_close(stream);
+}
+
+/* Gives the server what has come, and the client at most so much of what the server says. Returns what is kept back. */
+static size_t halved_pump(halved *h, char *kept, size_t most)
+{
+    static char bytes[65536];
+    ssize_t got = recv(h->fd, bytes, sizeof bytes, MSG_DONTWAIT);
+    if (got > 0) {
+        CHECK_INT(BIO_write(SSL_get_rbio(h->ssl), bytes, (int)got), got);
+    }
+    int shaken = SSL_do_handshake(h->ssl);
+    CHECK(shaken == 1 || SSL_get_error(h->ssl, shaken) == SSL_ERROR_WANT_READ);
+    int made = BIO_read(SSL_get_wbio(h->ssl), bytes, sizeof bytes);
+    size_t size = made > 0 ? (size_t)made : 0, sent = shaken == 1 && size > most ? most : size;
+    CHECK_INT(send(h->fd, bytes, sent, T_NOSIGNAL), (ssize_t)sent);
+    memcpy(kept, bytes + sent, size - sent);
+    return size - sent;
+}
+
+/* A ticket comes in several records, of which the client has the first when it writes: it waits for the others. So
+ * does the end of its output, or the server would take it for a cut. */
+static void check_half_a_ticket(bool only_ends)
+{
+    static char kept[65536], said[16];
+    static halved h;
+    tsrv_loop *loop = t_new_loop();
+    SSL_CTX *context = SSL_CTX_new(TLS_server_method());
+    CHECK(SSL_CTX_use_certificate_chain_file(context, path("server.pem")) == 1 &&
+          SSL_CTX_use_PrivateKey_file(context, path("server.pem"), SSL_FILETYPE_PEM) == 1);
+    SSL_CTX_set_max_send_fragment(context, 512);
+    SSL_CTX_set_num_tickets(context, 1);
+    SSL_CTX_set_session_ticket_cb(context, fill_ticket, take_no_ticket, NULL);
+    memset(&h, 0, sizeof h);
+    h.only_ends = only_ends;
+    int listener = t_raw_socket(SOCK_STREAM, true, &h.port);
+    h.tls = client_tls("ca.pem", NULL);
+    h.ssl = SSL_new(context);
+    SSL_set_bio(h.ssl, BIO_new(BIO_s_mem()), BIO_new(BIO_s_mem()));
+    SSL_set_accept_state(h.ssl);
+    CHECK_INT(tsrv_spawn(loop, write_behind_half_a_ticket, &h), TSRV_OK);
+    tsrv_loop_run_once(loop, 0);
+    h.fd = accept(listener, NULL, NULL);
+    CHECK(h.fd >= 0);
+    size_t rest = 0;
+    for (int64_t limit = t_patience(); rest == 0; CHECK(t_now_ms() < limit)) {
+        tsrv_loop_run_once(loop, 1);
+        rest = halved_pump(&h, kept, 700);
+    }
+    t_turn_until(loop, &h.writes, 1);
+    for (int i = 0; i < 5; i++) {
+        tsrv_loop_run_once(loop, 1);
+    }
+    CHECK_INT(h.code, 0);
+    CHECK_INT(send(h.fd, kept, rest, T_NOSIGNAL), (ssize_t)rest);
+    for (int64_t limit = t_patience(); only_ends && SSL_get_shutdown(h.ssl) == 0; CHECK(t_now_ms() < limit)) {
+        tsrv_loop_run_once(loop, 1);
+        halved_pump(&h, kept, SIZE_MAX);
+        CHECK(SSL_read(h.ssl, said, sizeof said) <= 0);
+    }
+    if (!only_ends) {
+        t_turn_until(loop, &h.code, 1);
+        halved_pump(&h, kept, SIZE_MAX);
+        CHECK_INT(SSL_read(h.ssl, said, sizeof said), 4);
+        CHECK(memcmp(said, "bye\n", 4) == 0);
+    }
+    close(listener);
+    close(h.fd);
+    while (tsrv_loop_run_once(loop, 10) > 0) {
+    }
+    SSL_free(h.ssl);
+    SSL_CTX_free(context);
+    tsrv_tls_free(h.tls);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+TEST_ONCE(test_write_behind_half_a_ticket)
+{
+    check_half_a_ticket(false);
+}
+
+TEST_ONCE(test_end_behind_half_a_ticket)
+{
+    check_half_a_ticket(true);
+}
+
+static char passing_name[] = "localhost";
+
+static void overwrite_name(void *context)
+{
+    (void)context;
+    memset(passing_name, 'x', sizeof passing_name - 1);
+}
+
+/* The connect runs until it waits, and then the other one. */
+static void spawn_connect_and_overwrite(void *context)
+{
+    spawn_connect(context);
+    CHECK_INT(tsrv_spawn(t_loop, overwrite_name, NULL), TSRV_OK);
+}
+
+static void hasty_connect_client(int port, void *context)
+{
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, passing_name, NULL}, true, "", ""};
+    t_on_loop(spawn_connect_and_overwrite, &a);
+    t_wait_records(1);
+    CHECK_INT(t_recorded(0), TSRV_OK);
+    CHECK_STR(told_name, "localhost");
+    CHECK_STR(passing_name, "xxxxxxxxx");
+    tsrv_tls_free(ours);
+}
+
+/* The name that was asked for is kept, whatever the memory is used for while the call waits. */
+TEST_STREAM(test_connect_copies_the_name)
+{
+    t_case c = {echo_and_note_name, NULL, hasty_connect_client, NULL, {0}};
+    run_tls(&c, NULL);
 }
 
 /* A wildcard certificate, a certificate for a client, one that is over. */
@@ -2900,6 +3785,10 @@ static void other_names_client(int port, void *context)
     CHECK_INT(try_connect(&a), TSRV_ETLS);
     a.options.server_name = "wild.test";
     CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.server_name = "foo.part.test"; /* a label is one, or "*": RFC 9525, 6.3 */
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    a.options.server_name = ".wild.test"; /* which X509_check_host takes for every host below */
+    CHECK_INT(try_connect(&a), TSRV_EINVAL);
     a.options.server_name = "127.0.0.1"; /* which an empty name would match too */
     CHECK_INT(try_connect(&a), TSRV_ETLS);
     a.options.server_name = "";
@@ -2912,6 +3801,27 @@ TEST_STREAM(test_connect_wildcard)
     t_case c = {echo_bytes, NULL, other_names_client, NULL, {0}};
     tsrv_tls_options options = server_options();
     options.cert_file = path("wild.pem");
+    run_tls(&c, &options);
+}
+
+/* A certificate without alternative names goes by its common name. */
+static void common_name_client(int port, void *context)
+{
+    tsrv_tls *ours = client_tls("ca.pem", NULL);
+    (void)context;
+    attempt a = {"127.0.0.1", port, {0, ours, "purpose", NULL}, true, "", ""};
+    CHECK_INT(try_connect(&a), TSRV_OK);
+    tsrv_set_log(t_no_log, NULL);
+    a.options.server_name = "purposes";
+    CHECK_INT(try_connect(&a), TSRV_ETLS);
+    tsrv_tls_free(ours);
+}
+
+TEST_STREAM(test_connect_common_name)
+{
+    t_case c = {echo_bytes, NULL, common_name_client, NULL, {0}};
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("purpose.pem");
     run_tls(&c, &options);
 }
 
@@ -3677,6 +4587,43 @@ TEST_COROUTINE(test_idle_sessions_give_up_their_buffers)
 }
 LONG(test_idle_sessions_give_up_their_buffers);
 
+/* Walks through the sessions that have buffers. */
+static void count_sessions(void *context)
+{
+    const tsrvi_link *ring = &t_loop->streams.sessions;
+    int count = 0;
+    for (const tsrvi_link *link = ring->next; link != ring && count < 10; link = link->next) {
+        CHECK(link->next->previous == link);
+        count++;
+    }
+    CHECK_INT(t_loop->streams.session_count, count);
+    *(int *)context = count;
+}
+
+static void taking_turns_client(int port, void *context)
+{
+    SSL *sessions[3];
+    int count = 0;
+    (void)context;
+    for (int i = 0; i < 9; i++) {
+        sessions[i % 3] = i < 3 ? dial_open(port, &usual) : sessions[i % 3];
+        dial_echo(sessions[i % 3], "hello");
+    }
+    t_on_loop(count_sessions, &count);
+    CHECK_INT(count, 3);
+    for (int i = 0; i < 3; i++) {
+        dial_finish(sessions[i]);
+    }
+    t_wait_records(3);
+}
+
+/* Those that take turns are there once each. */
+TEST_SOFT(test_sessions_that_take_turns)
+{
+    t_case c = {echo_bytes, t_record_reason, taking_turns_client, NULL, {0}};
+    run_tls(&c, NULL);
+}
+
 /* ---- 13: no memory ------------------------------------------------------------------------*/
 
 static const char *fault_name;
@@ -3865,9 +4812,28 @@ TEST_ONCE(test_no_memory_for_contexts)
 
 /* ---- SIGHUP -------------------------------------------------------------------------------*/
 
-static int hup_port, hup_processes;
+static int hup_port, hup_second, hup_processes;
+static tsrv_server *hup_other;
 
-/* A whole server in a process of its own, with the certificate that is replaced. */
+/* As status.c has it: workers have a second server, which the first one's parent has made. */
+static void start_second(tsrv_server *server, void *context)
+{
+    (void)server, (void)context;
+    CHECK_INT(tsrv_server_start(hup_other, 1, NULL), TSRV_OK);
+}
+
+static void make_second(tsrv_tls *tls)
+{
+    tsrv_server_options options;
+    memset(&options, 0, sizeof options);
+    options.mode = t_mode;
+    options.handle_stream = echo_bytes;
+    options.tls = tls;
+    CHECK_INT(tsrv_server_new(&hup_other, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_bind(hup_other, hup_second, "127.0.0.1", NULL), TSRV_OK);
+}
+
+/* Whole servers in a process of its own, with the certificate that is replaced. */
 static pid_t serve_reload(void)
 {
     pid_t pid = fork();
@@ -3875,14 +4841,22 @@ static pid_t serve_reload(void)
     if (pid == 0) {
         tsrv_tls_options tls_options = server_options();
         tsrv_server_options options;
+        tsrv_tls *second;
         memset(&options, 0, sizeof options);
         tls_options.cert_file = path("reload.pem");
         options.mode = t_mode;
+        options.on_start = start_second;
+        if (tsrv_tls_new(&second, &tls_options) != TSRV_OK) {
+            _exit(2);
+        }
+        make_second(second);
         options.handle_stream = echo_bytes;
         if (tsrv_tls_new(&options.tls, &tls_options) != TSRV_OK) {
             _exit(2);
         }
         int rc = tsrv_serve(hup_port, "127.0.0.1", hup_processes, &options);
+        tsrv_server_free(hup_other);
+        tsrv_tls_free(second);
         tsrv_tls_free(options.tls);
         _exit(rc == TSRV_OK ? 0 : 1);
     }
@@ -3899,15 +4873,21 @@ static bool hup_listens(void *context)
     return listens;
 }
 
-/* Does a new connection get this certificate? */
-static bool hup_serves(void *expected)
+static bool hup_serves_at(int port, const char *expected)
 {
     char name[64];
-    SSL *ssl = dial_open(hup_port, &usual);
-    bool serves = strcmp(peer_name(ssl, name, sizeof name), (const char *)expected) == 0;
+    SSL *ssl = dial_open(port, &usual);
+    bool serves = strcmp(peer_name(ssl, name, sizeof name), expected) == 0;
     dial_echo(ssl, "hello");
     dial_finish(ssl);
     return serves;
+}
+
+/* Do new connections get this certificate, from both servers? */
+static bool hup_serves(void *expected)
+{
+    return hup_serves_at(hup_port, (const char *)expected) &&
+           hup_serves_at(hup_second, (const char *)expected);
 }
 
 static void hup(int processes)
@@ -3915,6 +4895,9 @@ static void hup(int processes)
     int status = 0;
     hup_processes = processes;
     hup_port = t_free_port();
+    do {
+        hup_second = t_free_port();
+    } while (hup_second == hup_port);
     copy_file("server.pem", "reload.pem");
     pid_t pid = serve_reload();
     CHECK(t_wait_until(hup_listens, NULL));

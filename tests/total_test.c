@@ -149,7 +149,7 @@ TEST_PLAIN_SOFT(five_thousand_slow_readers_keep_to_the_total)
         t_sends(fds[i], "x\n");
         s_turn_ms(0);
     }
-    CHECK((size_t)m_grown_since(before) >= 32 * MIB);
+    CHECK_LEAST(m_grown_since(before), (long)(32 * MIB));
     for (int64_t limit = t_patience(); all < readers * ANSWER;) {
         size_t before_pass = all;
         for (size_t i = 0; i < readers; i++) {
@@ -161,7 +161,7 @@ TEST_PLAIN_SOFT(five_thousand_slow_readers_keep_to_the_total)
         CHECK(t_now_ms() < limit);
         s_turn_ms(all == before_pass ? 1 : 0);
     }
-    CHECK((size_t)m_grown_since(before) <= 65 * MIB + (t_mode == TSRV_CALLBACK ? ANSWER : 0));
+    CHECK_MOST(m_grown_since(before), (long)(65 * MIB + (t_mode == TSRV_CALLBACK ? ANSWER : 0)));
     for (size_t i = 0; i < readers; i++) {
         t_close(fds[i]);
     }
@@ -203,6 +203,100 @@ TEST_PLAIN_SOFT(input_that_has_begun_comes_first)
     CHECK(!s_loop->streams.pool.tight);
     s_finish(first);
     s_finish(late);
+    s_close();
+}
+
+static int answer_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    limit_output(stream);
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, answer, 2 * KIB);
+    }
+    return rc;
+}
+
+/* Those that have begun come first, and their pipelines keep to the total all the same: a handler in callback mode
+ * waits for each answer to be sent, also in the midst of what it has received. */
+TEST_PLAIN_SOFT(pipelines_that_have_begun_keep_to_the_total)
+{
+    enum { READERS = 100 };
+    int fds[READERS];
+    char lines[4 * KIB];
+    memset(lines, '\n', sizeof lines);
+    s_loop_options.max_total_buffer = TOTAL;
+    s_open_with(answer_lines, defaults);
+    for (int i = 0; i < READERS; i++) {
+        fds[i] = t_connect_with_room(s_port, 4096);
+        t_sends(fds[i], "e");
+        s_settle();
+    }
+    long before = m_forget();
+    for (int i = 0; i < READERS; i++) {
+        s_send(fds[i], lines, sizeof lines);
+        s_settle();
+        CHECK((size_t)m_grown_since(before) <= TOTAL + 3 * MIB / 2); /* their pipelines themselves, too */
+    }
+    CHECK((size_t)m_grown_since(before) >= TOTAL / 2);
+    for (int i = 0; i < READERS; i++) {
+        t_reset(fds[i]);
+    }
+    s_until(&s_closed, READERS);
+    s_close();
+}
+
+static int taken_step;
+
+/* A byte that it knows, and then six into memory of its own: the first have come, when memory becomes tight. */
+static int read_into_or_hold(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[6];
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (tsrv_stream_server(stream) != s_server || stream != tsrv_server_next(s_server, NULL)) {
+        return tsrv_read_until(stream, "\n", 0, &line);
+    }
+    int rc = tsrv_read_into(stream, memory, sizeof memory);
+    if (rc == TSRV_OK) {
+        taken_step++;
+        rc = tsrv_write(stream, memory, sizeof memory);
+    }
+    return rc;
+}
+
+/* What has come of a read into memory has left the buffers, and it goes on all the same. */
+TEST_PLAIN_SOFT(a_read_into_that_has_begun_goes_on)
+{
+    enum { HOLDERS = 8 };
+    int fds[HOLDERS];
+    tsrv_server_options options = {0};
+    char rest[700 * KIB];
+    s_loop_options.max_total_buffer = 4 * MIB;
+    options.max_buffer_size = MIB;
+    memset(rest, 'e', sizeof rest);
+    taken_step = 0;
+    s_open_with(read_into_or_hold, options);
+    tsrv_set_log(t_no_log, NULL);
+    int first = s_join();
+    t_sends(first, "abc");
+    s_settle();
+    for (int i = 0; i < HOLDERS; i++) {
+        fds[i] = s_join();
+        s_send(fds[i], rest, sizeof rest);
+        s_settle();
+    }
+    CHECK(s_loop->streams.pool.tight);
+    CHECK_INT(taken_step, 0);
+    t_sends(first, "def");
+    s_expect(first, "abcdef");
+    CHECK(s_loop->streams.pool.tight);
+    for (int i = 0; i < HOLDERS; i++) {
+        t_reset(fds[i]);
+    }
+    s_leave(first);
+    s_until(&s_closed, HOLDERS + 1);
     s_close();
 }
 

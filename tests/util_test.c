@@ -40,6 +40,7 @@ static int cannot_open_again; /* descriptor 2, under /proc */
 #include <limits.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <termios.h>
 
 #define SECOND 1000000000u /* of v_now */
 
@@ -452,12 +453,16 @@ static void stop_reading(void)
 }
 
 /* In a child: not everybody who runs a test may have another terminal. */
-static void with_a_terminal(void)
+static void with_a_terminal(void (*use)(void))
 {
-    int status;
+    int status, reader = posix_openpt(O_RDWR | O_NOCTTY);
+    if (reader < 0) {
+        SKIP("terminals (devpts)");
+    }
+    close(reader);
     pid_t pid = fork();
     if (pid == 0) {
-        stop_reading();
+        use();
         _exit(0);
     }
     CHECK(waitpid(pid, &status, 0) == pid && status == 0);
@@ -465,14 +470,44 @@ static void with_a_terminal(void)
 
 TEST_ONCE(stopped_terminal_loses_lines)
 {
-    with_a_terminal();
+    with_a_terminal(stop_reading);
+}
+
+/* As with "program &" behind "stty tostop": who is in the background is stopped by what it writes. */
+static void write_in_the_background(void)
+{
+    int reader = make_terminal(), status;
+    struct termios settings;
+    CHECK(tcgetattr(2, &settings) == 0);
+    settings.c_lflag |= TOSTOP;
+    CHECK(tcsetattr(2, TCSANOW, &settings) == 0);
+    pid_t pid = fork();
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        CHECK(setpgid(0, 0) == 0);
+        tsrvi_log(TSRV_LOG_WARNING, "from the background");
+        _exit(0);
+    }
+    CHECK(waitpid(pid, &status, WUNTRACED) == pid);
+    if (WIFSTOPPED(status)) {
+        kill(pid, SIGKILL);
+    }
+    stderr_back();
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    CHECK(strstr(take(reader), "from the background") != NULL);
+    close_all();
+}
+
+TEST_ONCE(terminal_is_written_to_from_the_background)
+{
+    with_a_terminal(write_in_the_background);
 }
 
 /* Another user's terminal, as with su(1), or no /proc: poll says that a byte fits, and a line waits. */
 TEST_ONCE(stopped_terminal_that_cannot_be_opened_again_loses_lines)
 {
     cannot_open_again = 1;
-    with_a_terminal();
+    with_a_terminal(stop_reading);
 }
 #endif
 
@@ -521,6 +556,12 @@ TEST_ONCE(journal_is_written_to)
     const char *text = take_text(pair[0], "WARNING");
     stderr_back();
     CHECK_STR(text, "to the journal");
+    unsetenv("JOURNAL_STREAM"); /* as a program does that cleans its environment */
+    stderr_is(pair[1]);
+    tsrvi_log(TSRV_LOG_WARNING, "once more");
+    text = take_text(pair[0], "WARNING");
+    stderr_back();
+    CHECK_STR(text, "once more");
     stderr_is(pair[1]); /* full */
     while (send(pair[1], zeros, sizeof zeros, MSG_DONTWAIT) > 0 || send(pair[1], zeros, 1, MSG_DONTWAIT) > 0) {
     }
@@ -530,6 +571,130 @@ TEST_ONCE(journal_is_written_to)
     stderr_is(good[1]);
     check_told(good[0], "6");
     close_all();
+}
+
+/* It is known once there was anything to log, also if that was below the level. */
+TEST_ONCE(journal_is_known_before_its_first_line)
+{
+    int pair[2];
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    remember(pair[0]);
+    remember(pair[1]);
+    CHECK(fcntl(pair[0], F_SETFL, O_NONBLOCK) == 0);
+    set_journal(pair[1]);
+    stderr_is(pair[1]);
+    tsrv_set_log_level(TSRV_LOG_ERROR);
+    tsrvi_log(TSRV_LOG_INFO, "not printed");
+    unsetenv("JOURNAL_STREAM");
+    tsrvi_log(TSRV_LOG_ERROR, "to the journal");
+    stderr_back();
+    CHECK_STR(take_text(pair[0], "ERROR"), "to the journal");
+    close_all();
+}
+
+#ifdef __linux__
+static int filled_first; /* the pipe that another process fills just before each write of ours */
+
+static void fill_before_write(const char *name)
+{
+    if (strcmp(name, "write") == 0) {
+        fill_pipe(filled_first);
+    }
+}
+
+/* A pipe of another user's, who this process has changed from: it may not open that anew, and does not wait for it. */
+TEST_ONCE(pipe_that_was_opened_before_a_change_of_the_user_loses_lines)
+{
+    int fds[2], other[2];
+    t_need_proc();
+    make_pipe(fds);
+    make_pipe(other);
+    stderr_is(fds[1]);
+    tsrvi_log_keep();
+    remember(tsrvi_process.log.kept);
+    cannot_open_again = 1;
+    filled_first = fds[1];
+    t_seen = fill_before_write;
+    check_lost(fds[0]);
+    t_seen = NULL;
+    check_told(fds[0], "3");
+    stderr_is(other[1]); /* another one by now: what was kept is not it */
+    tsrvi_log(TSRV_LOG_WARNING, "elsewhere");
+    stderr_back();
+    CHECK_STR(take_text(other[0], "WARNING"), "elsewhere");
+    CHECK_STR(take(fds[0]), "");
+    cannot_open_again = 0;
+    close_all();
+}
+
+/* It is kept once; and what has taken its place, a file for one, is not it, nor is what cannot be looked at. */
+TEST_ONCE(pipe_that_was_kept_is_known_again)
+{
+    struct stat pipe, file;
+    int fds[2], null = remember(open("/dev/null", O_WRONLY | O_CLOEXEC));
+    make_pipe(fds);
+    stderr_is(fds[1]);
+    tsrvi_log_keep();
+    int own = remember(tsrvi_process.log.kept);
+    tsrvi_log_keep();
+    CHECK_INT(tsrvi_process.log.kept, own);
+    stderr_back();
+    CHECK(fstat(fds[1], &pipe) == 0 && fstat(null, &file) == 0);
+    CHECK_INT(tsrvi_log_kept(&pipe), own);
+    CHECK_INT(tsrvi_log_kept(&file), -1);
+    t_fail_call("fstat", EIO, 1, false);
+    CHECK_INT(tsrvi_log_kept(&pipe), -1);
+    t_fail_call(NULL, 0, 0, false);
+    close_all();
+    tsrvi_process.log.kept = 0;
+}
+
+/* No terminal, and the system does not let it be opened anew: so it is written to as it is. */
+TEST_ONCE(device_that_is_no_terminal_is_not_opened_as_one)
+{
+    stderr_is(remember(open("/dev/null", O_WRONLY | O_CLOEXEC)));
+    t_fail_call("open", EACCES, 1, false);
+    CHECK_INT(tsrvi_log_open(S_IFCHR), -1);
+    CHECK_INT(t_fault_calls, 1); /* nor was another one tried */
+    t_fail_call(NULL, 0, 0, false);
+    stderr_back();
+    close_all();
+}
+#endif
+
+/* A stream whose number is 0 is not taken for a journal that there has never been. */
+TEST_ONCE(stream_without_a_number_is_no_journal)
+{
+    struct stat info;
+    memset(&info, 0, sizeof info);
+    unsetenv("JOURNAL_STREAM");
+    CHECK(!tsrvi_log_is_journal(&info));
+}
+
+static int held_lock;
+
+static void release_lock(const char *name)
+{
+    if (strcmp(name, "sched_yield") == 0) {
+        t_record(held_lock);
+        tsrvi_unlock(&held_lock);
+    }
+}
+
+/* Another thread of this process holds it, and lets it go when it comes to run; what a parent's thread holds is nobody's. */
+TEST_ONCE(lock_that_another_thread_holds_is_waited_for)
+{
+    held_lock = (int)getpid();
+    t_seen = release_lock;
+    tsrvi_lock(&held_lock);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(t_recorded(0), getpid());
+    CHECK_INT(held_lock, getpid());
+    held_lock = (int)getppid();
+    tsrvi_lock(&held_lock);
+    t_seen = NULL;
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(held_lock, getpid());
 }
 
 static void *log_a_lot(void *context)
@@ -1155,6 +1320,8 @@ TEST_ONCE(times_of_streams_wrap)
     const uint64_t wrap = (uint64_t)1 << 32;
     loop.now = (wrap - 5) * TSRVI_MS;
     loop.now_ms = UINT32_MAX - 4;
+    loop.running = true; /* and for a moment only */
+    loop.slow.piece = tsrvi_ticks();
     CHECK_INT(tsrvi_ms_at(&loop, (wrap - 1) * TSRVI_MS), UINT32_MAX);
     CHECK_INT(tsrvi_ms_at(&loop, wrap * TSRVI_MS), 1);
     CHECK_INT(tsrvi_ms_at(&loop, (wrap + 1) * TSRVI_MS), 1);
@@ -1174,6 +1341,22 @@ TEST_ONCE(times_of_streams_wrap)
     CHECK_INT(tsrvi_stream_idle_due(&stream), 1);
     server.options.idle_timeout_ms = TSRV_NEVER;
     CHECK_INT(tsrvi_stream_idle_due(&stream), 0);
+}
+
+/* And of two the earlier is told, also when one is past and the other as far ahead as can be. */
+TEST_ONCE(times_of_streams_that_are_far_apart_can_be_compared)
+{
+    enum { DAY_MS = 24 * 3600 * 1000 };
+    static tsrv_loop loop;
+    loop.running = true;
+    loop.slow.piece = tsrvi_ticks();
+    loop.now = (uint64_t)20 * DAY_MS * TSRVI_MS;
+    loop.now_ms = 20u * DAY_MS;
+    uint32_t past = loop.now_ms - 10u * DAY_MS, farthest = tsrvi_ms_after(&loop, INT_MAX);
+    CHECK(tsrvi_ms_earlier(past, farthest) == past);
+    CHECK(tsrvi_ms_earlier(farthest, past) == past);
+    CHECK(tsrvi_ms_earlier(tsrvi_ms_at(&loop, TSRVI_FOREVER - 1), past) == past);
+    CHECK(tsrvi_ms_due(&loop, farthest) > loop.now + (uint64_t)10 * DAY_MS * TSRVI_MS);
 }
 
 /* A wide character that the locale does not have. */

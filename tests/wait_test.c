@@ -965,7 +965,7 @@ TEST_STREAM(close_by_another_coroutine_ends_every_waiting_call)
 
 /* ---- the end of a drain's grace ------------------------------------------------------------*/
 
-enum { G_SLEEP, G_WAIT_FD, G_CONNECT, G_WAITS };
+enum { G_SLEEP, G_WAIT_FD, G_CONNECT, G_YIELD, G_WAITS };
 static int g_wait, g_code, g_next_code, g_done, g_pipe[2];
 static int64_t g_took, g_next_took;
 
@@ -975,6 +975,7 @@ static int g_wait_for(void)
     switch (g_wait) {
     case G_SLEEP: return tsrv_sleep(4000);
     case G_WAIT_FD: return tsrv_wait_fd(g_pipe[0], TSRV_READABLE, 4000);
+    case G_YIELD: return tsrv_sleep(0);
     default: return tsrv_connect("127.0.0.1", s_port, NULL, &made);
     }
 }
@@ -1050,5 +1051,196 @@ TEST_SCRIPT(the_end_of_the_grace_ends_one_wait_of_one_that_waits)
     CHECK_LEAST(v_ms() - start, 350);
     CHECK_MOST(v_ms() - start, 500);
     t_close(fd);
+    s_close();
+}
+
+/* ---- waits that begin before a stream's handler, or end behind it ----------------------------*/
+
+static int woken_times, last_wait;
+
+static void wait_to_the_last(void *context)
+{
+    while ((last_wait = tsrv_wait((tsrv_stream *)context, TSRV_NEVER)) == TSRV_OK && woken_times < 10) {
+        woken_times++;
+    }
+}
+
+static int nap(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)stream, (void)address, (void)context;
+    return tsrv_sleep(100);
+}
+
+/* A helper's wait ends with the stream, the next one with its handler, and behind that there is none. */
+TEST_SCRIPT(a_wait_behind_the_handler_is_the_last)
+{
+    woken_times = 0;
+    s_serve(nap);
+    int fd = s_join();
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    CHECK_INT(tsrv_spawn(s_loop, wait_to_the_last, stream), TSRV_OK);
+    s_settle();
+    tsrv_abort(stream);
+    s_settle();
+    CHECK_INT(woken_times, 1);
+    s_until(&s_closed, 1);
+    CHECK_INT(woken_times, 2);
+    CHECK_INT(last_wait, TSRV_ECLOSED);
+    t_close(fd);
+    s_close();
+}
+
+static void wait_for_the_new(void *context)
+{
+    (void)context;
+    last_wait = tsrv_wait(tsrv_server_next(s_server, NULL), 100);
+}
+
+/* Who waits for a stream before its handler is called is no obstacle to that. */
+TEST_STREAM(a_wait_before_the_handler)
+{
+    last_wait = 99;
+    s_serve(echo_lines);
+    CHECK_INT(tsrv_spawn(s_loop, wait_for_the_new, NULL), TSRV_OK);
+    int fd = t_add_pair(s_server);
+    s_echo(fd, "hello\n");
+    s_run_ms(200);
+    CHECK_INT(last_wait, TSRV_ETIMEOUT);
+    s_finish(fd);
+    s_close();
+}
+
+static int read_in_time(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    return tsrv_read_until(stream, "\n", 0, &line);
+}
+
+static void wake_it(void *context)
+{
+    tsrv_wake((tsrv_stream *)context);
+}
+
+/* Its time is over when something else happens to the stream, before its timer has fired. */
+TEST_SOFT(a_read_whose_time_is_over_when_it_is_looked_at)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 100;
+    s_open_with(read_in_time, options);
+    int fd = s_join();
+    s_settle();
+    v_now += (uint64_t)200 * 1000000;
+    CHECK_INT(tsrv_loop_post(s_loop, wake_it, tsrv_server_next(s_server, NULL)), TSRV_OK);
+    s_settle();
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    t_close(fd);
+    s_close();
+}
+
+/* ---- when a time begins, and how long it may be ----------------------------------------------*/
+
+static int64_t late_ms;
+
+/* Takes 5 s for a line, and has 1 s for it to come. */
+static int take_long_and_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *was_busy = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc = TSRV_OK;
+    (void)address, (void)context;
+    while (rc == TSRV_OK) {
+        if (!*was_busy) {
+            *was_busy = true;
+            v_now += (uint64_t)5000 * 1000000;
+        }
+        if ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+            tsrv_write(stream, line.data, line.size);
+            *was_busy = false;
+        }
+    }
+    if (rc == TSRV_ETIMEOUT) {
+        late_ms = v_ms();
+    }
+    return rc;
+}
+
+/* Not at the beginning of the turn, which lasts that long. */
+TEST_SOFT(the_time_of_a_read_begins_with_the_call)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 1000;
+    options.data_size = sizeof(bool);
+    s_open_with(take_long_and_read, options);
+    int fd = s_join();
+    for (int i = 0; i < 2; i++) {
+        s_run_ms(500);
+        s_echo(fd, "hello\n");
+    }
+    int64_t start = v_ms();
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK(late_ms - start >= 1000 && late_ms - start <= 1100);
+    t_close(fd);
+    s_close();
+}
+
+/* Nor at that of the last turn, for what is called between two. */
+TEST_SOFT(the_time_of_a_write_from_outside_begins_with_the_call)
+{
+    tsrv_server_options options = {0};
+    options.write_timeout_ms = 2000;
+    s_open_with(echo_lines, options);
+    int fd = s_join_with_room(4096);
+    s_echo(fd, "hello\n");
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    limit_output(stream);
+    make_large(4 << 20);
+    v_now += (uint64_t)10000 * 1000000; /* the program was busy elsewhere */
+    int64_t start = v_ms();
+    CHECK_INT(tsrv_write(stream, large, large_size), TSRV_OK);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK_LEAST(s_closed_ms - start, 2000);
+    CHECK_MOST(s_closed_ms - start, 4100); /* the kernel, whose time is not ours, may move some more meanwhile */
+    t_close(fd);
+    s_close();
+    free(large);
+}
+
+static int long_code;
+
+/* Was busy until behind its deadline, and then waits as long as an int can say. */
+static int wait_for_very_long(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *begun = (int *)tsrv_data(stream);
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (!*begun) {
+        *begun = 1;
+        tsrv_set_timeout(stream, INT_MAX, 0);
+        tsrv_set_deadline(stream, 100);
+        v_now += (uint64_t)1000 * 1000000;
+    }
+    long_code = tsrv_read_until(stream, "\n", 0, &line);
+    return long_code;
+}
+
+/* Of two times the one that is past is the earlier one, also if the other is the farthest. */
+TEST_SCRIPT(a_long_wait_hides_no_deadline_that_is_past)
+{
+    tsrv_server_options options = {0};
+    options.idle_timeout_ms = INT_MAX;
+    options.data_size = sizeof(int);
+    long_code = 99;
+    s_open_with(wait_for_very_long, options);
+    int fd = s_join();
+    s_run_ms(1000);
+    CHECK_INT(long_code, TSRV_ETIMEOUT);
+    t_close(fd);
+    s_until(&s_closed, 1);
     s_close();
 }

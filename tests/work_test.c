@@ -177,6 +177,7 @@ static void check_most_threads(int max_threads, int most)
 TEST_LOOP(threads_are_made_as_they_are_needed)
 {
     job one = {1, false};
+    t_need_proc();
     check_most_threads(0, 4);
     check_most_threads(1, 1);
     check_most_threads(7, 7);
@@ -189,6 +190,53 @@ TEST_LOOP(threads_are_made_as_they_are_needed)
         wait_until_idle();
     }
     CHECK_INT(threads_of_process() - before, 1);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+static int echo_once(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    (void)address, (void)context;
+    return rc == TSRV_OK ? tsrv_write(stream, line.data, line.size) : rc;
+}
+
+/* A client of a server of the same loop, by number; all that there is then is this thread. */
+static void ask_without_work(void *context)
+{
+    tsrv_stream *stream;
+    tsrv_slice line;
+    CHECK_INT(tsrv_connect("127.0.0.1", *(const int *)context, NULL, &stream), TSRV_OK);
+    CHECK_INT(tsrv_write(stream, "hello\n", 6), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &line), TSRV_OK);
+    CHECK_INT(tsrv_close(stream), TSRV_OK);
+    CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    t_record(threads_of_process());
+    tsrv_loop_stop(NULL);
+}
+
+TEST_LOOP(nobody_has_threads_without_work)
+{
+    tsrv_server_options options = {0};
+    tsrv_server *server;
+    tsrv_address address;
+    t_need_proc();
+    open_with(0); /* a sanitizer's thread is there from now on */
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+    int before = threads_of_process(), port;
+    open_with(0);
+    options.handle_stream = echo_once;
+    options.loop = loop;
+    tsrv_set_log(t_no_log, NULL);
+    CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
+    CHECK_INT(tsrv_server_address(server, 0, &address), TSRV_OK);
+    port = tsrv_address_port(&address);
+    CHECK_INT(tsrv_spawn(loop, ask_without_work, &port), TSRV_OK);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(t_record_count(), 1);
+    CHECK_INT(t_recorded(0), before);
+    tsrv_server_free(server);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
 
@@ -365,6 +413,37 @@ TEST_LOOP(freeing_the_loop_waits_for_all_work)
     CHECK_INT(t_live_allocations, 0);
 }
 
+/* A child of a program with work under way, and with work that has not begun, has neither threads nor a loop, and is told
+ * so at once; here all is done once. */
+TEST_LOOP(work_under_way_is_not_the_childs)
+{
+    job one = {1, false};
+    int status;
+    at_once = most_at_once = gate = 0;
+    open_with(1);
+    CHECK_INT(tsrv_work(loop, wait_for_gate, NULL, NULL), TSRV_OK);
+    CHECK_INT(tsrv_work(loop, work, done, &one), TSRV_OK);
+    wait_until_at_once(1);
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        tsrv_set_log(t_no_log, NULL);
+        alarm(20);
+        CHECK_INT(tsrv_work(loop, work, done, &one), TSRV_EINVAL);
+        CHECK_INT(tsrv_loop_run(loop), TSRV_EINVAL);
+        CHECK_INT(tsrv_loop_free(loop), TSRV_EINVAL);
+        _exit(7);
+    }
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 7);
+    CHECK(!one.worked);
+    open_gate(NULL);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK(one.worked);
+    CHECK_INT(t_record_count(), 2);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
 /* A drain's grace ends while a handler's work is under way: the handler learns it in its next wait. */
 static int ended;
 
@@ -385,7 +464,23 @@ static void drain_and_open(void *context)
     ended += 10;
 }
 
-TEST_LOOP(drain_does_not_cut_work)
+/* The next wait may be a read of another stream: that is told nothing but the end, and waits no more. */
+static int read_upstream(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_stream *upstream;
+    tsrv_slice slice = {"unset", 5};
+    (void)stream, (void)address;
+    CHECK_INT(tsrv_connect("127.0.0.1", *(const int *)context, NULL, &upstream), TSRV_OK);
+    CHECK_INT(tsrv_run_in_thread(wait_for_gate, NULL), TSRV_OK);
+    CHECK_INT(tsrv_read_until(upstream, "\n", 100, &slice), TSRV_ECLOSED);
+    CHECK_INT(slice.size, 0);
+    CHECK_INT(tsrv_close(upstream), TSRV_OK);
+    CHECK_INT(tsrv_sleep(1), TSRV_OK);
+    ended++;
+    return TSRV_OK;
+}
+
+static void drain_with(int (*handler)(tsrv_stream *, const tsrv_address *, void *), void *context)
 {
     tsrv_server_options options = {0};
     tsrv_server *server;
@@ -393,7 +488,8 @@ TEST_LOOP(drain_does_not_cut_work)
     int pair[2];
     at_once = most_at_once = gate = ended = 0;
     open_with(0);
-    options.handle_stream = work_in_handler;
+    options.handle_stream = handler;
+    options.context = context;
     options.loop = loop;
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
     CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
@@ -405,6 +501,18 @@ TEST_LOOP(drain_does_not_cut_work)
     close(pair[1]);
     tsrv_server_free(server);
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
+TEST_LOOP(drain_does_not_cut_work)
+{
+    drain_with(work_in_handler, NULL);
+}
+
+TEST_LOOP(read_of_another_stream_is_told_that_the_grace_is_over)
+{
+    int port, upstream = t_raw_socket(SOCK_STREAM, true, &port);
+    drain_with(read_upstream, &port);
+    close(upstream);
 }
 
 /* In callback mode: work, and a wake when it is done. */

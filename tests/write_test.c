@@ -115,6 +115,45 @@ TEST_SOFT(write_timeout_that_is_set_while_the_output_is_blocked)
     free(large);
 }
 
+/* Writes more than the kernel takes at once, which are megabytes. */
+static int write_more(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *begun = (bool *)tsrv_data(stream);
+    (void)address, (void)context;
+    if (!*begun) {
+        *begun = true;
+        tsrv_write(stream, large, large_size);
+    }
+    return tsrv_wait(stream, TSRV_NEVER) == TSRV_EAGAIN ? TSRV_EAGAIN : tsrv_flush(stream);
+}
+
+/* Until a socket is writable again a third of that has to go: for longer than the time it is not, though its peer reads
+ * all the while. Who then stops has stalled. */
+TEST_PLAIN_SOFT(peer_that_reads_slowly_has_not_stalled)
+{
+    static char some[40000];
+    tsrv_server_options options = {0};
+    make_large(16 << 20);
+    options.data_size = sizeof(bool);
+    options.max_write_buffer_size = 2 * large_size;
+    options.write_timeout_ms = 1000;
+    s_open_with(write_more, options);
+    int fd = s_join();
+    for (int i = 0; i < 60 && s_closed == 0; i++) {
+        s_run_ms(100);
+        CHECK(recv(fd, some, sizeof some, MSG_DONTWAIT) > 0 || errno == EAGAIN);
+    }
+    CHECK_INT(s_closed, 0);
+    int64_t start = v_ms();
+    s_run_ms(3000);
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK_MOST(s_closed_ms - start, 1600);
+    t_close(fd);
+    s_close();
+    free(large);
+}
+
 /* ---- tsrv_try_write during a write that waits ----------------------------------------------*/
 
 static tsrv_stream *shared_stream;
@@ -894,6 +933,37 @@ TEST_STREAM(small_files_that_cannot_be_read)
     CHECK_INT(file_code, -EIO);
 }
 
+static int send_file_without_memory(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        int fd = open_file();
+        t_fail_call("malloc", 0, 1, false);
+        rc = tsrv_sendfile(stream, fd, 0, file_promised);
+        t_fault_at = 0;
+        CHECK_INT(t_fault_hits, 1);
+        t_close(fd);
+    }
+    return rc;
+}
+
+TEST_STREAM(small_files_that_find_no_memory)
+{
+    make_file(10000);
+    s_serve(send_file_without_memory);
+    tsrv_set_log(t_no_log, NULL);
+    int fd = s_join();
+    t_sends(fd, "one\n");
+    s_expect_reset(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, -ENOMEM);
+    t_close(fd);
+    s_close();
+    remove_file();
+}
+
 /* ---- tsrv_sendfile to a peer that is gone --------------------------------------------------*/
 
 static int gone_fd, gone_entered, gone_code;
@@ -1122,8 +1192,11 @@ static int misuse(tsrv_stream *stream, const tsrv_address *address, void *contex
     CHECK_INT(tsrv_read_until_mem(stream, delimiter, 0, 0, &slice), TSRV_EINVAL);
     CHECK_INT(tsrv_read_until_match(stream, NULL, NULL, 0, &slice), TSRV_EINVAL);
     CHECK_INT(tsrv_read_into(stream, NULL, 1), TSRV_EINVAL);
+    CHECK_INT(tsrv_sendfile(stream, fileno(empty), INT64_MAX - 1, 2), TSRV_EINVAL);
+    if (sizeof(size_t) == 8) { /* with what is written then all would be 0 bytes, which are sent already */
+        CHECK_INT(tsrv_sendfile(stream, fileno(empty), 0, SIZE_MAX), TSRV_EINVAL);
+    }
     CHECK_INT(tsrv_write(stream, "good\n", 5), TSRV_OK);
-    CHECK_INT(tsrv_sendfile(stream, fileno(empty), 0, SIZE_MAX), sizeof(size_t) < 8 ? TSRV_OK : TSRV_EINVAL);
     CHECK_INT(tsrv_unsent_size(stream), 5);
     fclose(empty);
     misused++;
@@ -1164,6 +1237,38 @@ TEST_CALLBACK(pieces_that_do_not_fit_end_the_stream)
     int fd = s_join();
     s_expect_reset(fd);
     CHECK_INT(rc, TSRV_EFULL);
+    t_close(fd);
+    s_close();
+}
+
+static size_t most_left;
+
+/* In hard mode the kernel takes all but the last byte of some of them. */
+static int write_more_than_queued(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int rc = TSRV_OK;
+    (void)address, (void)context;
+    for (int i = 0; i < 50 && rc == TSRV_OK; i++) {
+        rc = tsrv_write(stream, "ab", 2);
+        most_left = tsrv_unsent_size(stream) > most_left ? tsrv_unsent_size(stream) : most_left;
+    }
+    return rc;
+}
+
+/* In a coroutine it waits until all of it has gone, to the last byte. */
+T_TEST(a_write_above_the_limit_waits_for_its_last_byte,
+       T_PER_BACKEND | T_PER_HARDNESS | T_COROUTINES | T_PLAIN)
+{
+    tsrv_server_options options = {0};
+    char got[100];
+    int code;
+    options.max_write_buffer_size = 1;
+    most_left = 0;
+    s_open_with(write_more_than_queued, options);
+    int fd = s_join();
+    CHECK_INT(s_recv(fd, got, sizeof got, &code), sizeof got);
+    s_expect_eof(fd);
+    CHECK_INT(most_left, 0);
     t_close(fd);
     s_close();
 }
@@ -1370,4 +1475,250 @@ TEST_PLAIN_SOFT(nothing_until_the_end_is_read_from_outside)
     s_until(&s_closed, 1);
     t_close(fd);
     s_close();
+}
+
+/* ---- more than goes at a time, and limits ----------------------------------------------------*/
+
+static char *much;
+
+enum { LARGE_PART = 700000, LARGE_PARTS = 4 };
+
+static int write_large_parts(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *begun = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    (void)address, (void)context;
+    if (!*begun) {
+        *begun = true;
+        for (int i = 0; i < 2; i++) {
+            CHECK_INT(tsrv_try_write(stream, much + i * LARGE_PART, LARGE_PART), TSRV_OK);
+        }
+        CHECK_INT(tsrv_write(stream, much + 2 * LARGE_PART, (LARGE_PARTS - 2) * LARGE_PART), TSRV_OK);
+    }
+    return tsrv_read_until(stream, "\n", 0, &line);
+}
+
+/* A queue of more than is sent in one go comes whole, and what is written behind it, too. */
+TEST_PLAIN_SOFT(large_parts_of_a_queue_come_in_order)
+{
+    tsrv_server_options options = {0};
+    much = new_pattern(LARGE_PARTS * LARGE_PART);
+    options.data_size = sizeof(bool);
+    options.max_write_buffer_size = 2 * LARGE_PARTS * LARGE_PART;
+    s_open_with(write_large_parts, options);
+    int fd = s_join();
+    s_expect_bytes(fd, much, LARGE_PARTS * LARGE_PART);
+    s_finish(fd);
+    s_close();
+    free(much);
+}
+
+static int echo_in_halves(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, line.data, line.size / 2);
+        tsrv_write(stream, line.data + line.size / 2, line.size - line.size / 2);
+    }
+    return rc;
+}
+
+/* A mark that is less than a line stops nobody for good. */
+TEST_STREAM(lines_above_the_high_water_are_echoed)
+{
+    tsrv_server_options options = {0};
+    options.write_high_water = 10;
+    s_open_with(echo_in_halves, options);
+    int fd = s_join();
+    for (int i = 0; i < 3; i++) {
+        s_echo(fd, "a line that is longer than the mark\n");
+    }
+    s_finish(fd);
+    s_close();
+}
+
+static int lent_code, lent_done;
+
+static int lend_much(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    lent_code = tsrv_write(stream, much, LARGE_PART);
+    lent_done++;
+    return tsrv_wait(stream, TSRV_NEVER);
+}
+
+/* What the kernel has room for again goes as soon as anybody looks for room: the writer learns of it. */
+TEST_SCRIPT(a_write_that_somebody_else_sends_is_done)
+{
+    tsrv_server_options options = {0};
+    much = new_pattern(LARGE_PART);
+    options.max_write_buffer_size = 1000;
+    lent_done = 0;
+    s_open_with(lend_much, options);
+    int fd = t_add_pair(s_server);
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    char *got = (char *)malloc(LARGE_PART);
+    size_t size = 0;
+    CHECK(got != NULL);
+    for (int64_t limit = t_patience(); tsrv_unsent_size(stream) > 0;) {
+        ssize_t n;
+        CHECK_INT(lent_done, 0);
+        while ((n = recv(fd, got + size, LARGE_PART - size, MSG_DONTWAIT)) > 0) {
+            size += (size_t)n;
+        }
+        CHECK_INT(tsrv_try_write(stream, much, 1001), TSRV_EFULL);
+        CHECK(t_now_ms() < limit);
+    }
+    s_until(&lent_done, 1);
+    CHECK_INT(lent_code, TSRV_OK);
+    s_expect_bytes(fd, much + size, LARGE_PART - size);
+    CHECK_MEM(got, size, much, size);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+    free(got);
+    free(much);
+}
+
+static void fail_to_send(const char *name)
+{
+    if (strcmp(name, "send") == 0 || strcmp(name, "sendmsg") == 0) {
+        t_fail_call(name, ECONNRESET, 1, true);
+    }
+}
+
+/* Where there is no room it is tried to make some: that the peer has gone is the reason then, and not the limit. */
+TEST_PLAIN_SOFT(a_write_without_room_to_a_peer_that_has_gone)
+{
+    enum { LIMIT = 65536 };
+    tsrv_server_options options = {0};
+    much = new_pattern(LIMIT);
+    options.max_write_buffer_size = LIMIT;
+    s_open_with(echo_in_halves, options);
+    int fd = t_add_pair(s_server);
+    s_settle();
+    tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+    while (tsrv_unsent_size(stream) < LIMIT / 2) {
+        CHECK_INT(tsrv_write(stream, much, 8192), TSRV_OK);
+        s_turn_ms(0);
+    }
+    t_seen = fail_to_send;
+    CHECK_INT(tsrv_write(stream, much, LIMIT), -ECONNRESET);
+    t_seen = NULL;
+    t_fault_at = 0;
+    CHECK_INT(tsrv_error(stream), -ECONNRESET);
+    t_close(fd);
+    s_until(&s_closed, 1);
+    s_close();
+    free(much);
+}
+
+/* A large part of a file, and behind it a small one, which is read at once. */
+static int send_two_parts(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    int rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        int fd = open_file();
+        limit_output(stream);
+        CHECK_INT(tsrv_sendfile(stream, fd, 0, file_promised - 100), TSRV_OK);
+        CHECK_INT(tsrv_sendfile(stream, fd, (int64_t)file_promised - 100, 100), TSRV_OK);
+        t_close(fd);
+    }
+    return rc;
+}
+
+static int open_two_parts(void)
+{
+    tsrv_server_options options = {0};
+    make_file(2 << 20);
+    options.write_high_water = 4 << 20;
+    s_open_with(send_two_parts, options);
+    int fd = s_join_with_room(4096);
+    t_sends(fd, "go\n");
+    return fd;
+}
+
+TEST_PLAIN_SOFT(small_parts_behind_large_ones_come_in_order)
+{
+    int fd = open_two_parts();
+    s_expect_bytes(fd, file_bytes, file_promised);
+    s_leave(fd);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    s_close();
+    remove_file();
+}
+
+/* A file that cannot be sent on, just when the peer says something: the end comes first. */
+TEST_PLAIN_SOFT(a_file_that_fails_when_input_comes)
+{
+    static char some[1 << 20];
+    int fd = open_two_parts();
+    ssize_t n;
+    tsrv_set_log(t_no_log, NULL);
+    s_settle();
+    CHECK_INT(s_closed, 0);
+    t_fail_call("sendfile", EIO, 1, true);
+    t_sends(fd, "more\n");
+    while ((n = recv(fd, some, sizeof some, MSG_DONTWAIT)) > 0) {
+    }
+    s_until(&s_closed, 1);
+    CHECK(t_fault_hits > 0);
+    t_fault_at = 0;
+    CHECK_INT(s_reason, -EIO);
+    s_expect_reset(fd);
+    t_close(fd);
+    s_close();
+    remove_file();
+}
+
+static int code_behind_the_file;
+
+static int send_a_file_and_read(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    bool *sent = (bool *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc = *sent ? (int)TSRV_OK : send_two_parts(stream, address, context);
+    if (rc == TSRV_OK) {
+        *sent = true;
+        rc = code_behind_the_file = tsrv_read_until(stream, "\n", 0, &line);
+    }
+    return rc;
+}
+
+/* The connection is lost, and not the file: there is no gap, and what has come from the peer is there to be read. */
+TEST_PLAIN_SOFT(a_connection_that_is_lost_while_a_file_is_sent_is_no_gap)
+{
+    static const int codes[] = {EPIPE, ECONNRESET, ETIMEDOUT, EHOSTUNREACH,
+                                ENETUNREACH, ENETDOWN, ENOTCONN, ECONNABORTED};
+    static char some[1 << 20];
+    for (size_t i = 0; i < COUNT(codes); i++) {
+        tsrv_server_options options = {0};
+        options.write_high_water = 4 << 20;
+        options.data_size = sizeof(bool);
+        make_file(2 << 20);
+        s_open_with(send_a_file_and_read, options);
+        int fd = s_join_with_room(4096);
+        t_sends(fd, "go\n");
+        s_settle();
+        t_fail_call("sendfile", codes[i], 1, true);
+        while (t_fault_hits == 0) { /* once there is room again */
+            while (recv(fd, some, sizeof some, MSG_DONTWAIT) > 0) {
+            }
+            s_turn();
+        }
+        t_fault_at = 0;
+        t_sends(fd, "more\n");
+        s_settle();
+        CHECK_INT(code_behind_the_file, TSRV_OK);
+        t_close(fd);
+        s_until(&s_closed, 1);
+        s_close();
+        remove_file();
+    }
 }

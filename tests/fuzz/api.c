@@ -105,6 +105,12 @@ static const char *const names[] = {
 typedef struct connection connection;
 typedef struct call call;
 
+/* A time from which the library may count: the loop's, or the clock's, which it reads again where a turn may have taken
+ * long. What must be over is counted from the later one, what may not be over yet from the earlier one. */
+typedef struct moment {
+    int64_t first, last;
+} moment;
+
 struct connection {
     struct tsrv_stream *stream;
     int fd, peer; /* -1 = closed */
@@ -135,11 +141,12 @@ struct connection {
     call *pending;     /* what its callback-mode handler repeats */
     int read_ms, write_ms;
     int64_t deadline_ms; /* 0 = none */
-    int64_t active_ms;   /* when a byte last went either way */
-    int64_t reads_ms;    /* when a read last began */
+    moment active;       /* when a byte last went either way */
+    moment reads;        /* when a read last began */
     bool short_file; /* more of the file was promised than there is */
     bool unsure;     /* whether a write that failed has been taken */
     bool good;       /* it has ended in good order */
+    bool told;       /* a read has failed for good */
     size_t restored; /* of the largest read into memory that has failed: what it had is unread again */
 };
 
@@ -153,7 +160,7 @@ struct call {
     unsigned variant; /* which delimiter, or how to match */
     int timeout_ms;
     uint64_t from;     /* where in the input, or the output, it begins */
-    int64_t begin_ms;  /* of the loop's time for reads, else of the clock's */
+    moment begin;
     bool extra;        /* it is one that the handler makes besides, and need not repeat as it was */
     bool must_end;     /* something has ended it */
     bool was_ended;    /* its stream had ended, or may have, when it began, */
@@ -219,6 +226,12 @@ static int fuzz_clock(clockid_t id, struct timespec *result)
 static void happened(void)
 {
     in_vain = 0;
+}
+
+static moment this_moment(void)
+{
+    moment now_and_then = {loop_ms, now_ms()};
+    return now_and_then;
 }
 
 static void pass_ms(int ms)
@@ -307,7 +320,7 @@ static void moved(int fd, ssize_t count, bool in)
     connection *on = connection_of(fd);
     if (count > 0 && on != NULL) {
         happened();
-        on->active_ms = loop_ms;
+        on->active = this_moment();
         *(in ? &on->received : &on->taken) += (uint64_t)count;
     }
 }
@@ -545,10 +558,13 @@ static int fuzz_poll(struct pollfd *entries, nfds_t size, int timeout_ms)
 #define t_sys_sendfile(...) fuzz_sendfile(__VA_ARGS__)
 #define t_sys_sendmsg(...) fuzz_sendmsg(__VA_ARGS__)
 
+#define TSRVI_TICKS now
 #define TCPSERVER_IMPLEMENTATION
 #include FUZZ_HEADER
 #if !FUZZ_OLD
 #include "../verify.h"
+
+static __typeof__(tsrvi_process) first_process; /* so that a run does not know what the ones before have learnt */
 #endif
 
 /* ---- the bytes ----------------------------------------------------------------------------*/
@@ -762,7 +778,7 @@ UNTRACED static int64_t limit_of(const call *c)
 {
     const connection *on = c->on;
     int64_t limit = c->timeout_ms < 0 || (is_read(c->kind) && c->timeout_ms == 0) ? INT64_MAX
-                                                                                  : c->begin_ms + c->timeout_ms;
+                                                                                  : c->begin.last + c->timeout_ms;
     if (c->kind == DRAIN && limit != INT64_MAX) {
         limit += 2500; /* a second, from when the loop, whose waits may end late, has seen the end of the grace */
     }
@@ -770,7 +786,7 @@ UNTRACED static int64_t limit_of(const call *c)
         limit = on->deadline_ms;
     }
     if (is_read(c->kind) && options.idle_timeout_ms > 0) {
-        int64_t active = on->active_ms > on->reads_ms ? on->active_ms : on->reads_ms;
+        int64_t active = on->active.last > on->reads.last ? on->active.last : on->reads.last;
         limit = active + options.idle_timeout_ms < limit ? active + options.idle_timeout_ms : limit;
     }
     return limit;
@@ -787,13 +803,12 @@ UNTRACED static bool is_late(const call *c)
 static void check_timeout(const call *c)
 {
     const connection *on = c->on;
-    int64_t then = is_read(c->kind) ? loop_ms : now_ms();
-    int64_t idle_since = on->active_ms > c->begin_ms ? on->active_ms : c->begin_ms;
+    int64_t idle_since = on->active.first > c->begin.first ? on->active.first : c->begin.first;
     bool over = (on->deadline_ms != 0 && now_ms() >= on->deadline_ms) || tsrv_error(on->stream) == TSRV_ETIMEOUT ||
-                (is_read(c->kind) && options.idle_timeout_ms > 0 && loop_ms - idle_since >= options.idle_timeout_ms) ||
-                ((is_read(c->kind) ? c->timeout_ms > 0 : c->timeout_ms >= 0) && then - c->begin_ms >= c->timeout_ms);
+                (is_read(c->kind) && options.idle_timeout_ms > 0 && now_ms() - idle_since >= options.idle_timeout_ms) ||
+                ((is_read(c->kind) ? c->timeout_ms > 0 : c->timeout_ms >= 0) && now_ms() - c->begin.first >= c->timeout_ms);
     if (!over && !on->strayed && !c->extra && !(FUZZ_OLD && on->read_ms > 0)) {
-        fail("%d: %s times out after %lld ms of %d", number_of(on), names[c->kind], (long long)(then - c->begin_ms),
+        fail("%d: %s times out after %lld ms of %d", number_of(on), names[c->kind], (long long)(now_ms() - c->begin.first),
              c->timeout_ms);
     }
 }
@@ -921,7 +936,8 @@ static void after_read(call *c, int rc, const tsrv_slice *slice, bool waits)
         check_read(c, slice);
     } else {
         check_read_failure(c, rc, waits);
-        if (c->kind == READ_INTO && rc != TSRV_EAGAIN && c->size > on->restored) {
+        on->told = on->told || rc != TSRV_EAGAIN;
+        if (c->kind == READ_INTO && c->size > on->restored) {
             on->restored = c->size;
         }
         if (c->sliced && (slice->size != 0 || slice->data[0] != 0)) {
@@ -1066,13 +1082,16 @@ static void begin_call(call *c)
 {
     connection *on = c->on;
     c->from = is_read(c->kind) ? on->read : on->written;
-    c->begin_ms = is_read(c->kind) ? loop_ms : now_ms();
+    c->begin = this_moment();
+    if (!is_read(c->kind)) {
+        c->begin.first = c->begin.last;
+    }
     c->begin_turn = turns;
     c->was_over = on->ending || on->shut || on->fd < 0;
     c->was_ended = c->was_over || on->perhaps;
     if (is_read(c->kind)) {
         c->timeout_ms = on->read_ms != 0 ? on->read_ms : options.read_timeout_ms;
-        on->reads_ms = loop_ms;
+        on->reads = c->begin;
     } else if (is_write(c->kind)) {
         memcpy(c->memory, output_bytes + on->written % PATTERN, c->size);
         c->memory[c->size] = 0;
@@ -1555,6 +1574,7 @@ static void add_to_wait(connection *on)
     } else if (kind <= WAIT) {
         operate_call(on, on, kind, IN_HANDLER);
         if (on->pending != pending) {
+            on->strayed = on->strayed || (kind == WAIT && !is_read(pending->kind)); /* its time goes on */
             on->pending->active = false; /* this one is not repeated */
             on->pending = pending;
         }
@@ -1733,7 +1753,7 @@ static void add_stream(void)
     on->fd = ends[0];
     on->peer = ends[1];
     on->made = true;
-    on->active_ms = on->reads_ms = loop_ms;
+    on->active = on->reads = this_moment();
     happened();
     rc = tsrv_server_add_stream(server, ends[0]);
     TRACE("%d: add_stream = %d, descriptor %d\n", number_of(on), rc, ends[0]);
@@ -1869,8 +1889,9 @@ static void check_waits(bool reading)
         if (on->made && on->stream != NULL && !on->entered && !unclean && !freeing && forced_ms < 0) {
             fail("%d: its handler was not called", i);
         }
-        if (is_usable(on) && on->lazy && !unclean && !is_tight() && (on->sent != on->received || on->peer_fin) && !on->ending &&
-            tsrv_unread_size(on->stream) < max_buffer_size()) {
+        if (is_usable(on) && on->lazy && !unclean && !is_tight() && (on->sent != on->received || on->peer_fin) &&
+            !on->ending && tsrv_unread_size(on->stream) < max_buffer_size() &&
+            (!on->told || tsrv_unsent_size(on->stream) == 0)) { /* TSRV_EAGAIN behind an end is that end */
             fail("%d: its handler is not called for more input", i);
         }
         if (is_usable(on) && reading && tsrv_unsent_size(on->stream) != 0) {
@@ -2095,8 +2116,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         tsrv_set_log(forget_log, NULL);
 #if !FUZZ_OLD
         t_verify = t_verify_streams;
+        first_process = tsrvi_process;
 #endif
     }
+#if !FUZZ_OLD
+    tsrvi_process = first_process;
+#endif
     descriptors = open_descriptors();
     script_is(data, size);
     reset();

@@ -181,6 +181,7 @@ static void d_report(unsigned long seed, size_t all)
     static uint8_t bytes[D_MOST];
     char message[200];
     size_t size = all != 0 ? all : d_bytes_of(seed, bytes);
+    memcpy(message, d_state->message, sizeof message);
     if (all != 0) {
         memcpy(bytes, d_state->bytes, all);
         printf("FAIL run %lu: ", d_state->runs + 1);
@@ -188,8 +189,8 @@ static void d_report(unsigned long seed, size_t all)
         printf("FAIL seed %lu: ", seed);
     }
     if (d_try(bytes, size)) {
-        printf("only behind the runs before it: run it again with --%s %lu --runs %lu\n", all != 0 ? "all" : "seed",
-               all != 0 ? (unsigned long)all : seed - d_state->runs, d_state->runs + 1);
+        printf("%s, but only behind the runs before it: run it again with --%s %lu --runs %lu\n", message,
+               all != 0 ? "all" : "seed", all != 0 ? (unsigned long)all : seed - d_state->runs, d_state->runs + 1);
         return;
     }
     memcpy(message, d_state->message, sizeof message);

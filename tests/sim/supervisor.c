@@ -34,6 +34,8 @@
 #define s_sys_pipe(fds) w_pair(fds, S_OR("pipe", -1, k_pipe(fds)))
 #undef s_sys_poll
 #define s_sys_poll(...) w_poll(__VA_ARGS__)
+#undef s_sys_send
+#define s_sys_send(...) w_send(__VA_ARGS__)
 #undef s_sys_sendto
 #define s_sys_sendto(fd, text, size, ...) w_notified(text, size)
 #undef s_sys_socketpair
@@ -46,6 +48,7 @@ struct tsrvi_supervisor;
 static pid_t w_fork(struct tsrvi_supervisor *s, int child);
 static int w_kill(pid_t pid, int signo);
 static int w_pair(const int *fds, int rc);
+static ssize_t w_send(int fd, const void *data, size_t size, int flags);
 static int w_poll(struct pollfd *entries, nfds_t count, int timeout_ms);
 static ssize_t w_notified(const char *text, size_t size);
 static pid_t w_waitpid(pid_t pid, int *status, int options);
@@ -83,6 +86,8 @@ typedef struct process {
     uint64_t born, ready, listening, frozen, dies; /* when it will be so */
     int dies_with;
     bool serves, listens; /* it is so */
+    bool over;            /* it listened, and its loop has ended */
+    bool heard;           /* what it was told last, while the parent still told it */
     bool silent;          /* a program that ends its pipe without a word */
     bool replaced;
     bool leaves, leaves_at_end; /* the parent has told it to, as everything ends */
@@ -221,10 +226,16 @@ static pid_t w_waitpid(pid_t pid, int *status, int options)
 
 /* ---- being told ---------------------------------------------------------------------------*/
 
-static void obey(process *p, int signo)
+static void is_told(process *p)
 {
+    p->replaced = p->replaced || !p->serves; /* it takes nothing away when it ends */
     p->first_told = p->told++ == 0 ? k_now : p->first_told;
     p->last_told = k_now;
+}
+
+static void obey(process *p, int signo)
+{
+    is_told(p);
     if (p->conduct == OBEYS && p->frozen > k_now) {
         uint64_t end = after_ms(p->told > 1 ? p->drain_ms / 8 : p->drain_ms);
         p->dies = end < p->dies ? end : p->dies;
@@ -249,7 +260,7 @@ static int w_kill(pid_t pid, int signo)
         bool late = !p->serves && lived >= (uint64_t)limit * K_MS;
         bool hangs = fork_options.heartbeat_ms > 0 && p->frozen <= k_now &&
                      hung >= (uint64_t)fork_options.heartbeat_ms * K_MS;
-        if (!late && !hangs) {
+        if (p->alive && !late && !hangs) { /* else the parent does not know yet that it has ended */
             k_violation("process %d is ended, and is neither late nor hung", (int)pid);
         }
         p->aborted = k_now;
@@ -266,13 +277,16 @@ static int w_kill(pid_t pid, int signo)
             k_violation("process %d is killed within its grace", (int)pid);
         }
     }
+    if (p->alive && p->heard && signo == parent->signo) {
+        k_violation("process %d has heard already, and is sent signal %d, too", (int)pid, signo);
+    }
     if (fails()) {
-        p->first_told = p->told++ == 0 ? k_now : p->first_told;
-        p->last_told = k_now;
+        is_told(p);
         errno = EPERM;
         return -1;
     }
     if (!p->alive) {
+        is_told(p); /* what waitpid has not told yet, and may not tell for long */
         return 0;
     }
     if (signo == SIGKILL) {
@@ -296,23 +310,53 @@ static void listen_to_line(process *p)
 {
     unsigned char signo;
     while (p->alive && !p->program && p->listens && k_recv(p->fd, &signo, 1, MSG_DONTWAIT) == 1) {
+        uint64_t sent = p->last_told; /* the same by kill, since when the parent counts */
+        bool first = p->told == 0;
+        tsrvi_process.places[p->child].heard++;
         obey(p, signo);
+        p->last_told = first ? p->last_told : sent;
     }
+}
+
+/* Before the parent looks whether the worker listens, that may have heard it, and its loop may have ended. */
+static ssize_t w_send(int fd, const void *data, size_t size, int flags)
+{
+    ssize_t sent = s_send(fd, data, size, flags);
+    for (int i = 0; i < process_count; i++) {
+        process *p = &processes[i];
+        if (p->alive && !p->program && parent->children[p->child].line == fd) {
+            int told = p->told;
+            listen_to_line(p);
+            p->heard = p->told > told && p->conduct == OBEYS && draw(3) == 1;
+            if (p->heard) {
+                p->over = true;
+                p->listens = false;
+                tsrvi_process.places[p->child].listens = 0;
+            }
+        }
+    }
+    return sent;
 }
 
 /* ---- what a moment brings -----------------------------------------------------------------*/
 
+/* Has it heard that it is to end? A worker that is busy with its start hears of it later. */
+static bool hears(const process *p)
+{
+    return p->told > (p->told == 1 && !p->program && k_now - p->first_told < 900 * K_MS);
+}
+
 static void become(process *p)
 {
     tsrvi_place *place = p->program ? NULL : &tsrvi_process.places[p->child];
-    if (p->listening <= k_now && !p->listens && !p->program) {
+    if (p->listening <= k_now && !p->listens && !p->over && !p->program) {
         p->listens = true;
         place->listens = 1;
     }
     if (p->ready <= k_now && p->silent) { /* the end of the pipe is no success */
         close_end(p);
         p->ready = NEVER;
-    } else if (p->ready <= k_now && !p->serves && p->told == 0 && (p->program || server)) {
+    } else if (p->ready <= k_now && !p->serves && !hears(p) && (p->program || server)) {
         p->serves = true;
         if (place != NULL) {
             place->ready = 1;
@@ -557,6 +601,10 @@ static void see_to_the_end(void)
 /* The parent sleeps, until something wakes it. */
 static int w_poll(struct pollfd *entries, nfds_t count, int timeout_ms)
 {
+    if (count == 1 && entries->fd == STDOUT_FILENO) { /* it takes what is printed; that is no sleep */
+        entries->revents = POLLOUT;
+        return 1;
+    }
     static const int starved_ms[] = {0, 0, 0, 0, 0, 0, 0, 50, 2000, 100000};
     uint64_t limit = k_now + (uint64_t)timeout_ms * K_MS;
     unseen = false;
@@ -699,6 +747,7 @@ static void reset(void)
 static void d_run(const uint8_t *data, size_t size)
 {
     static char *arguments[] = {(char *)"server", NULL};
+    static tsrv_server served; /* of which only its grace counts */
     static const int graces_ms[] = {0, 500, 3000, 20000}, starts_ms[] = {0, 400, 2000, 70000};
     static const int heartbeats_ms[] = {0, 400, 3000, 20000}, restarts[] = {0, -1, 1, 3, 100};
     unsigned how;
@@ -718,7 +767,8 @@ static void d_run(const uint8_t *data, size_t size)
     fork_options.upgrade_argv = arguments;
     fork_options.on_exit = count_exit;
     next_signal = after_ms((int)draw(200) * 10);
-    rc = tsrvi_fork(workers, &fork_options, server);
+    served.options.grace_ms = 30000;
+    rc = tsrvi_fork(workers, &fork_options, server ? &served : NULL);
     check_end(rc);
 }
 

@@ -68,6 +68,7 @@ struct kevent {
 struct kqshim_slot {
     void *udata[2];
     uint32_t generation; /* of the registration, to recognise an older one */
+    unsigned round;      /* the kevent that has told of it last */
     unsigned char present, enabled, oneshot, clear, last; /* bits: 1 << filter; the one reported last */
 };
 
@@ -231,25 +232,46 @@ static int64_t kqshim_now(void)
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
-/* Wait until `end`, in nanoseconds; -1 = without end. */
+/* Turn `count` events into kevents behind `total` of them, but those that this round has told of
+ * already. Returns the new total; *more: there may be others. */
+static int kqshim_tell(int kq, const struct epoll_event *ready, int count, struct kevent *out,
+                       int nevents, int total, unsigned round, int *more)
+{
+    int stale = 0, i;
+    *more = 0;
+    kqshim_lock();
+    for (i = 0; i < count; i++) {
+        struct kqshim_slot *slot = &kqshim_queues[kq].slots[(uint32_t)ready[i].data.u64];
+        int made;
+        if (slot->round != round) *more = 1;
+        else if (!(slot->enabled & slot->clear)) continue; /* of what is clear epoll tells once */
+        slot->round = round;
+        made = kqshim_report(kq, &ready[i], out + total, nevents - total);
+        stale |= made < 0;
+        total += made < 0 ? 0 : made;
+    }
+    if (stale && kqshim_renew(kq) < 0 && total == 0) total = -1; /* out of descriptors */
+    kqshim_unlock();
+    return total;
+}
+
+/* Wait until `end`, in nanoseconds; -1 = without end. As many are told of as there is room for:
+ * epoll puts those that it has told of behind the others. */
 static int kqshim_wait(int kq, struct kevent *out, int nevents, int64_t end)
 {
+    static unsigned rounds;
     struct epoll_event ready[64];
-    /* Each may become two events, and one that is fetched must not be dropped. */
-    int limit = nevents < 2 ? 1 : nevents > 128 ? 64 : nevents / 2, total = 0;
-    while (total == 0) {
+    unsigned round = __atomic_add_fetch(&rounds, 1, __ATOMIC_RELAXED);
+    int total = 0, more = 1;
+    while (total == 0 || (more && total > 0 && total < nevents)) {
         int64_t now = kqshim_now(), left = end < now ? 0 : (end - now + 999999) / 1000000;
-        int wait_ms = end < 0 ? -1 : left > 1000000 ? 1000000 : (int)left, stale = 0, i;
-        int count = epoll_wait(kq, ready, limit, wait_ms);
-        if (count < 0 || (count == 0 && left <= wait_ms)) return count;
-        kqshim_lock();
-        for (i = 0; i < count; i++) {
-            int made = kqshim_report(kq, &ready[i], out + total, nevents - total);
-            stale |= made < 0;
-            total += made < 0 ? 0 : made;
-        }
-        if (stale && kqshim_renew(kq) < 0 && total == 0) total = -1; /* out of descriptors */
-        kqshim_unlock();
+        int wait_ms = total > 0 ? 0 : end < 0 ? -1 : left > 1000000 ? 1000000 : (int)left, count;
+        /* Each may become two events, and one that is fetched must not be dropped. */
+        int room = nevents - total, limit = room < 2 ? 1 : room > 128 ? 64 : room / 2;
+        count = epoll_wait(kq, ready, limit, wait_ms);
+        if (total == 0 && (count < 0 || (count == 0 && left <= wait_ms))) return count;
+        if (total == 0) round = __atomic_add_fetch(&rounds, 1, __ATOMIC_RELAXED);
+        total = kqshim_tell(kq, ready, count < 0 ? 0 : count, out, nevents, total, round, &more);
     }
     return total;
 }
