@@ -3042,6 +3042,16 @@ TEST_STREAM(test_start_tls_smtp)
     run_mail(mail_client);
 }
 
+/* The failure, and where TLS has begun what TSRV_DEBUG says of serve_mail, which begins it again. */
+static int lines_of_injection(void)
+{
+#ifdef TSRV_DEBUG
+    return t_hard ? 2 : 1;
+#else
+    return 1;
+#endif
+}
+
 /* A command behind STARTTLS, which somebody between may have put there, is not carried out: neither
  * now nor over TLS. */
 static void injecting_client(int port, void *context)
@@ -3069,7 +3079,7 @@ static void injecting_client(int port, void *context)
         CHECK_STR(buffer, "220 go ahead\r\n");
         CHECK(strstr(t_log, "STARTTLS injection") != NULL);
     }
-    CHECK_INT(t_logged(), 1);
+    CHECK_INT(t_logged(), lines_of_injection());
     CHECK(strstr(t_log, "TLS with 127.0.0.1:") == t_log);
 }
 
@@ -3077,7 +3087,7 @@ TEST_STREAM(test_start_tls_with_input)
 {
     t_watch_log_of(TSRV_LOG_INFO);
     run_mail(injecting_client);
-    CHECK_INT(t_logged(), 1);
+    CHECK_INT(t_logged(), lines_of_injection());
     CHECK(t_hard || strstr(t_log, "injection") != NULL);
 }
 
