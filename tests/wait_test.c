@@ -1187,6 +1187,51 @@ TEST_SOFT(the_time_of_a_read_begins_with_the_call)
     s_close();
 }
 
+static bool third_by_deadline;
+
+/* Echoes; before the third line it limits what follows, as its case says. */
+static int limit_the_third(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *lines = (int *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        tsrv_write(stream, line.data, line.size);
+        if (++*lines == 2 && third_by_deadline) {
+            tsrv_set_deadline(stream, 100);
+        } else if (*lines == 2) {
+            tsrv_set_timeout(stream, 100, 0);
+        }
+    }
+    late_ms = v_ms();
+    return rc;
+}
+
+/* A timer that is armed for a later time, or not at all, is set anew. */
+TEST_SOFT(a_shorter_time_begins_with_the_next_read)
+{
+    for (int i = 0; i < 4; i++) {
+        tsrv_server_options options = {0};
+        options.data_size = sizeof(int);
+        options.read_timeout_ms = i % 2 == 0 ? 10000 : 0;
+        third_by_deadline = i / 2 == 1;
+        s_open_with(limit_the_third, options);
+        int fd = s_join();
+        s_run_ms(300);
+        s_echo(fd, "one\n");
+        s_run_ms(300);
+        int64_t start = v_ms();
+        s_echo(fd, "two\n");
+        s_until(&s_closed, 1);
+        CHECK_INT(s_reason, TSRV_ETIMEOUT);
+        CHECK_LEAST(late_ms - start, 99);
+        CHECK_MOST(late_ms - start, 200);
+        t_close(fd);
+        s_close();
+    }
+}
+
 /* Nor at that of the last turn, for what is called between two. */
 TEST_SOFT(the_time_of_a_write_from_outside_begins_with_the_call)
 {
