@@ -19888,6 +19888,7 @@ static int tsrvi_serve_alone(tsrv_server *server)
     tsrvi_watchdog watchdog = tsrvi_watchdog_make();
     int rc = tsrvi_server_loop(server, &loop);
     if (rc < 0) {
+        tsrvi_log(TSRV_LOG_ERROR, "cannot make a loop: %s", tsrv_strerror(rc));
         return rc;
     }
     server->options.loop = loop;
