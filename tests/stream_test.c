@@ -1528,7 +1528,7 @@ static void make_no_sense(tsrv_stream *stream, int which)
               : which == 11 ? tsrv_read_until(stream, "", 0, slices)
               : which == 12 ? tsrv_read_until_match(stream, NULL, NULL, 0, slices)
               : which == 13 ? tsrv_writev(stream, slices, -1)
-              : which == 14 ? tsrv_sendfile(stream, tsrv_fd(stream), 0, 1)
+              : which == 14 ? tsrv_sendfile(stream, open("/dev/null", O_RDONLY), 0, 1)
                             : tsrv_read_into(stream, NULL, 1),
               TSRV_EINVAL);
 }
