@@ -1513,7 +1513,7 @@ static void make_no_sense(tsrv_stream *stream, int which)
     static tsrv_watch watch;
     static tsrv_signal signal;
     tsrv_slice slices[1] = {{"", 0}};
-    int fds[2];
+    int fds[2], null = open("/dev/null", O_RDONLY);
     CHECK_INT(which == 0    ? tsrv_timer_start(NULL, &timer, -1, nothing_to_do, NULL)
               : which == 1  ? tsrv_timer_start(NULL, &timer, 1, NULL, NULL)
               : which == 2  ? tsrv_watch_start(NULL, &watch, 0, 4, NULL, NULL)
@@ -1523,14 +1523,17 @@ static void make_no_sense(tsrv_stream *stream, int which)
               : which == 6  ? tsrv_work(NULL, NULL, NULL, NULL)
               : which == 7  ? tsrv_bind_sockets(65536, NULL, NULL, fds, 2)
               : which == 8  ? tsrv_bind_sockets(0, "unix:", NULL, fds, 2)
-              : which == 9  ? tsrv_server_add_stream(s_server, open("/dev/null", O_RDONLY))
+              : which == 9  ? tsrv_server_add_stream(s_server, null)
               : which == 10 ? tsrv_server_start(s_server, 1, NULL)
               : which == 11 ? tsrv_read_until(stream, "", 0, slices)
               : which == 12 ? tsrv_read_until_match(stream, NULL, NULL, 0, slices)
               : which == 13 ? tsrv_writev(stream, slices, -1)
-              : which == 14 ? tsrv_sendfile(stream, open("/dev/null", O_RDONLY), 0, 1)
+              : which == 14 ? tsrv_sendfile(stream, null, 0, 1)
                             : tsrv_read_into(stream, NULL, 1),
               TSRV_EINVAL);
+    if (which != 9) { /* which closes it */
+        CHECK(close(null) == 0);
+    }
 }
 
 static int senseless(tsrv_stream *stream, const tsrv_address *address, void *context)
