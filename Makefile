@@ -73,12 +73,7 @@ PROGRAMS = $(patsubst %,$(DIR)/%_test,$(filter-out $(NOT_BUILT),$(TESTS)))
 WANTED  = $(if $(filter command line,$(origin TESTS)),$(TESTS),$(filter-out $(LEFT_OUT),$(ALL_TESTS)))
 MISSING = $(patsubst %,%:OpenSSL,$(filter $(NO_OPENSSL),$(WANTED))) $(patsubst %,%:libpq,$(filter $(NO_LIBPQ),$(WANTED)))
 
-# make test builds in a fraction of the time of make test-all: several files of tests are one program, without
-# optimising, and the examples share one build of the library.
-ifdef QUICK
-SHORT    = --short
-LEFT_OUT = $(TLS_TESTS) $(MEMORY_TESTS) postgres
-
+# Several files of tests are one program, which is compiled once.
 define GROUP
 $$(DIR)/$(1): tests/groups/$(1).c $$(wildcard tests/*.[ch] tests/kqueue/sys/*.h) tcpserver.h | $$(DIR)
 	$$(CC) $$(T_CFLAGS) -Wno-shadow $$(SAN_FLAGS) $$(KQUEUE_FLAGS) -o $$@ $$< $$(LIBS)
@@ -87,6 +82,12 @@ $(patsubst %,$$(DIR)/%_test,$(2)): $$(DIR)/$(1)
 endef
 $(foreach g,$(wildcard tests/groups/*.c),$(eval $(call GROUP,$(basename $(notdir $(g))),$(shell \
     sed -n 's,.*"../\(.*\)_test.c",\1,p' $(g)))))
+
+# make test builds in a fraction of the time of make test-all: without optimising, and the examples share one build of
+# the library.
+ifdef QUICK
+SHORT    = --short
+LEFT_OUT = $(TLS_TESTS) $(MEMORY_TESTS) postgres
 
 SHARED = -DTSRVI_IMPLEMENTED $(DIR)/tcpserver.o # the header, which is told that it has been here, is declarations
 $(EXAMPLES) $(VARIANTS): LIBS += $(if $(HAS_OPENSSL),-lssl -lcrypto)
@@ -135,7 +136,7 @@ test:
 test-all:
 	@$(MAKE) --no-print-directory $(JOBS) run-tests
 
-run-tests: $(EXAMPLES) $(VARIANTS) $(PROGRAMS)
+run-tests: $(if $(filter examples postgres systemd,$(TESTS)),$(EXAMPLES) $(VARIANTS)) $(PROGRAMS)
 	@$(if $(QUICK),echo "left to make test-all: other backends; hard mode; long tests; $(filter-out $(TESTS),$(LEFT_OUT))")
 	@EXAMPLES='$(DIR)' MISSING='$(strip $(MISSING))' $(if $(QUICK),TEST_JOBS=$${TEST_JOBS:-12}) sh tests/run.sh '$(strip $(RUN))' '$(SHORT) $(if $(BACKEND),--backend $(BACKEND))' $(PROGRAMS)
 

@@ -160,20 +160,21 @@ cases() { # cases <language> <standard> <names at every optimisation> <names at 
     for name in $4; do echo "$1 $2 -O0 $name"; done
 }
 
-# The oldest and the newest C and C++ at every optimisation; what is between them at -O0.
+# What differs most at every optimisation, as the oldest C and C++; one program of each newer one; the rest at -O0.
 tls=
 if echo '#include <openssl/ssl.h>' | $CC -E -x c - >/dev/null 2>&1; then tls=tls; else skip 'TLS: no OpenSSL'; fi
-common='two_tus static_twice no_coroutines no_threads ucontext second_include'
+most="two_tus static_twice no_coroutines $tls"
+small='no_threads ucontext second_include shadow declarations_only'
 {
     strict=
     [ "$(uname -s)" = Linux ] && strict=strict_iso
-    cases c c99 "c99 $common $tls" "shadow declarations_only $strict"
-    cases c c11 '' "c99 $common shadow declarations_only $strict"
-    cases c gnu17 "c99 two_tus late_gnu_source" "static_twice no_coroutines no_threads ucontext second_include shadow declarations_only"
+    cases c c99 "c99 $most" "$small $strict"
+    cases c c11 '' "c99 $most $small $strict"
+    cases c gnu17 c99 "late_gnu_source $most $small"
     cases c gnu99 '' late_gnu_source
     if can c++; then
-        cases c++ c++11 "cxx11 exceptions $common $tls" 'shadow declarations_only c_and_cxx'
-        cases c++ c++20 'cxx11 exceptions' "$common shadow declarations_only c_and_cxx c_and_exceptions"
+        cases c++ c++11 "cxx11 exceptions $most" "$small c_and_cxx"
+        cases c++ c++20 cxx11 "exceptions $most $small c_and_cxx c_and_exceptions"
     else
         skip "no C++ compiler ($CXX)"
     fi

@@ -1,4 +1,4 @@
-/* Several files of tests as one program, for make test: the header is compiled once for all of them. No two of
+/* Several files of tests as one program: the header is compiled once for all of them. No two of
  * them may use one name for two things. */
 #include "../stream_test.c"
 #include "../fairness_test.c"
