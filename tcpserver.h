@@ -12896,13 +12896,13 @@ static TSRVI_APART int tsrvi_read_enter(tsrv_stream *stream, tsrvi_read *read)
     bool handling = loop->streams.handling == stream;
     int rc = TSRV_OK;
     if (tsrvi_read_is_busy(stream, handling)) {
-        return TSRV_EBUSY;
+        return stream->end != 0 ? stream->end : TSRV_EBUSY; /* who waits is about to hear of it */
     }
     if (loop->coroutines.running != NULL && loop->budget <= 0) {
         rc = tsrvi_stream_yield(stream, TSRVI_IN_READ);
     }
     tsrvi_clear(stream, TSRVI_BORROWED);
-    if (handling && (stream->own.facts & TSRVI_PARTLY) != 0) {
+    if (handling && stream->end == 0 && (stream->own.facts & TSRVI_PARTLY) != 0) {
         rc = tsrvi_partial_load(stream, read);
     }
     if (rc < 0 || !handling) {

@@ -964,3 +964,45 @@ TEST_PLAIN_SOFT(limit_that_is_set_from_outside_is_the_next_reads)
     t_close(fd);
     s_close();
 }
+
+/* ---- what this side has ended ----------------------------------------------------------------*/
+
+static bool kicked;
+
+/* Its second call, in callback mode, finds the stream closed, and does not care for the rest. */
+static int read_four_or_what_comes(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    static char memory[4];
+    tsrv_slice slice;
+    (void)address, (void)context;
+    return kicked ? tsrv_read_some(stream, 0, &slice)
+                  : tsrv_read_into(stream, memory, sizeof memory);
+}
+
+/* Whoever waits has not heard of it yet, or has a part already: a read is told nothing else. */
+TEST_STREAM(every_read_behind_a_close_says_so_at_once)
+{
+    for (int aborts = 0; aborts <= 1; aborts++) {
+        tsrv_slice slice;
+        char byte;
+        kicked = false;
+        s_serve(read_four_or_what_comes);
+        int fd = s_join();
+        t_sends(fd, "ab");
+        s_settle();
+        tsrv_stream *stream = tsrv_server_next(s_server, NULL);
+        CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_EBUSY);
+        CHECK_INT(aborts ? tsrv_abort(stream) : tsrv_close(stream), TSRV_OK);
+        kicked = true;
+        CHECK_INT(tsrv_read_some(stream, 0, &slice), TSRV_ECLOSED);
+        CHECK_MEM(slice.data, slice.size, "", 0);
+        CHECK_INT(tsrv_read_until(stream, "\n", 0, NULL), TSRV_ECLOSED);
+        CHECK_INT(tsrv_read_bytes(stream, 1, &slice), TSRV_ECLOSED);
+        CHECK_INT(tsrv_read_into(stream, &byte, 1), TSRV_ECLOSED);
+        CHECK_INT(tsrv_read_until_close(stream, 0, &slice), TSRV_ECLOSED);
+        t_close(fd);
+        s_until(&s_closed, 1);
+        CHECK_INT(s_reason, TSRV_ECLOSED);
+        s_close();
+    }
+}
