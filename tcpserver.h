@@ -1373,12 +1373,13 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
 
 /* Stop listening, as tsrv_server_stop does, abort what is open, free. Outside the loop it returns
  * after the last on_close; inside it goes on in later turns, and the server is not to be used any
- * more. NULL: nothing happens. */
+ * more. What it is given meanwhile, as by an on_close that listens again, is refused: TSRV_ECLOSED.
+ * NULL: nothing happens. */
 TSRV_API void tsrv_server_free(tsrv_server *server);
 
 /* Bind, listen and accept, at once; may be called many times. A failure is logged. Source:
- * TCPServer.listen. Arguments and codes as tsrv_bind_sockets, and -ENOMEM; after an error
- * nothing of this call listens.
+ * TCPServer.listen. Arguments and codes as tsrv_bind_sockets, -ENOMEM, and TSRV_ECLOSED (the
+ * server, or its loop, is being freed); after an error nothing of this call listens.
  *   options  NULL = all defaults */
 TSRV_API int tsrv_server_listen(tsrv_server *server, int port, const char *address,
                                 const tsrv_bind_options *options);
@@ -1404,14 +1405,15 @@ TSRV_API int tsrv_server_start(tsrv_server *server, int num_processes,
  * Takes them over (they are made non-blocking, and closed by tsrv_server_stop), also when it
  * fails, then closing them.
  * Source: TCPServer.add_sockets.
- * Returns TSRV_OK, TSRV_EINVAL (not a listening stream socket), -EBADF, -ENOMEM. */
+ * Returns TSRV_OK, TSRV_EINVAL (not a listening stream socket), -EBADF, -ENOMEM, TSRV_ECLOSED (the
+ * server, or its loop, is being freed). */
 TSRV_API int tsrv_server_add_sockets(tsrv_server *server, const int *fds, int count);
 
 /* Serve a connected stream socket as if it had been accepted: inetd, descriptor passing,
  * socketpair in tests. The handler is called from the loop. Takes fd over, also when it fails; 0, 1
  * and 2 become /dev/null. Source: IOStream(socket).
  * Returns TSRV_OK, TSRV_EINVAL (not a stream socket), -EBADF, -ENOMEM; TSRV_ECLOSED: its peer
- * has max_per_address connections, and it was reset. */
+ * has max_per_address connections, and it was reset, or the server, or its loop, is being freed. */
 TSRV_API int tsrv_server_add_stream(tsrv_server *server, int fd);
 
 /* Stop listening: connections that wait to be accepted already are, as far as max_connections
@@ -9695,6 +9697,7 @@ struct tsrv_server {
     bool was_away; /* and it takes the next connection even if it is ahead of other workers */
     tsrvi_share share[2]; /* what was accepted when it was last looked, and the time before */
     uint64_t share_due;   /* when it is looked at again */
+    bool ending;          /* tsrv_server_free was called: it takes nothing new */
     bool freed;           /* by the program: goes with the last stream */
     bool queued;          /* the task is in loop->ready */
 };
@@ -15952,11 +15955,15 @@ static int tsrvi_server_loop(const tsrv_server *server, tsrv_loop **loop)
     return rc < 0 ? rc : tsrvi_loop_use(loop);
 }
 
-/* Tie the server to its loop, when it first needs one. */
+/* Tie the server to its loop, when it first needs one. Either may be about to go: an on_close that
+ * listens again, or adds a stream, then would leave behind what nobody ends any more. */
 static int tsrvi_server_attach(tsrv_server *server)
 {
     tsrv_loop *loop;
     int rc = tsrvi_server_loop(server, &loop);
+    if (rc == TSRV_OK && (server->ending || loop->closing)) {
+        rc = TSRV_ECLOSED;
+    }
     if (rc < 0 || server->loop != NULL) {
         return rc;
     }
@@ -17262,6 +17269,7 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         tsrvi_server_destroy(server);
         return;
     }
+    server->ending = true;
     server->draining = false;
     tsrvi_server_wake_drains(server, TSRV_ECLOSED);
     tsrvi_server_abort(server);
@@ -19938,7 +19946,7 @@ static int tsrvi_serve_run(tsrv_server *server, int port, const char *address, i
 static void tsrvi_serve_free(tsrv_server *server)
 {
     if (server->loop != NULL && server->forced && !tsrvi_list_empty(&server->streams)) {
-        server->freed = true;
+        server->ending = server->freed = true;
     } else {
         tsrv_server_free(server);
     }

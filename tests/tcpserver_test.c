@@ -1939,8 +1939,8 @@ TEST_COROUTINE(freeing_the_server_waits_for_a_sleeping_handler)
  * while its server is freed outside the loop. Every stream must get its on_close, and nothing may
  * be freed twice or not at all. */
 
-enum { PEER_ENDS, LOOP_FREED, LOOP_FREED_STUBBORN, SERVER_FREED, OCCASIONS };
-enum { FREE_OWN, FREE_OTHER, CLOSE_OTHERS, ABORT_OTHERS, START_AND_STOP, DEEDS };
+enum { PEER_ENDS, LOOP_FREED, LOOP_FREED_STUBBORN, SERVER_FREED, SERVER_FREED_INSIDE, OCCASIONS };
+enum { FREE_OWN, FREE_OTHER, CLOSE_OTHERS, ABORT_OTHERS, START_AND_STOP, GIVE_MORE, DEEDS };
 
 typedef struct deed_case {
     tsrv_loop *loop;
@@ -1988,6 +1988,22 @@ static void end_others(deed_case *c)
     }
 }
 
+/* As a server that stopped when it was full listens again when there is room. */
+static void give_more(deed_case *c, tsrv_server *server)
+{
+    int code = c->occasion == PEER_ENDS ? TSRV_OK : TSRV_ECLOSED, pair[2], fd;
+    CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), code);
+    CHECK_INT(tsrv_bind_sockets(0, "127.0.0.1", NULL, &fd, 1), 1);
+    CHECK_INT(tsrv_server_add_sockets(server, &fd, 1), code);
+    if (code != TSRV_OK) {
+        CHECK(fcntl(fd, F_GETFD) < 0);
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+        CHECK_INT(tsrv_server_add_stream(server, pair[0]), code);
+        CHECK(fcntl(pair[0], F_GETFD) < 0);
+        t_close(pair[1]);
+    }
+}
+
 static void act_in_close(tsrv_stream *stream, int reason, void *context)
 {
     deed_case *c = (deed_case *)context;
@@ -2006,6 +2022,7 @@ static void act_in_close(tsrv_stream *stream, int reason, void *context)
         c->servers[freed] = NULL;
         break;
     case START_AND_STOP: start_and_stop(c); break;
+    case GIVE_MORE: give_more(c, c->servers[own]); break;
     default: end_others(c);
     }
 }
@@ -2050,11 +2067,16 @@ static void open_deed(deed_case *c)
 
 static void let_one_end(deed_case *c)
 {
-    static const int closed[DEEDS] = {2, 3, 4, 4, 1};
+    static const int closed[DEEDS] = {2, 3, 4, 4, 1, 1};
     t_shut(c->clients[0]);
     t_turn_until(c->loop, &c->closed, closed[c->deed]);
     CHECK_INT(tsrv_loop_run_once(c->loop, 0) > 0, 1);
     CHECK_INT(c->closed, closed[c->deed]);
+}
+
+static void free_second(void *context)
+{
+    tsrv_server_free(((deed_case *)context)->servers[1]);
 }
 
 static int mappings; /* stacks that are there */
@@ -2078,6 +2100,10 @@ static void do_in_close(int occasion, int deed)
         tsrv_server *server = c.servers[1];
         tsrv_server_free(server);
         CHECK(c.closed >= 2);
+        c.servers[1] = NULL;
+    } else if (occasion == SERVER_FREED_INSIDE) {
+        CHECK_INT(tsrv_loop_post(c.loop, free_second, &c), TSRV_OK);
+        t_turn_until(c.loop, &c.closed, 2);
         c.servers[1] = NULL;
     }
     CHECK_INT(tsrv_loop_free(c.loop), TSRV_OK);
@@ -2132,6 +2158,11 @@ TEST_STREAM(on_close_may_close_other_streams)
 TEST_STREAM(on_close_may_abort_other_streams)
 {
     do_on_every_occasion(ABORT_OTHERS);
+}
+
+TEST_STREAM(on_close_gives_nothing_to_a_server_that_goes)
+{
+    do_on_every_occasion(GIVE_MORE);
 }
 
 TEST_STREAM(on_close_may_start_and_stop_what_the_loop_has)
