@@ -17230,6 +17230,9 @@ static void tsrvi_server_forget_waits(tsrv_server *server)
         tsrvi_output_drop(stream);
         stream->waits = NULL;
         stream->kinds = 0;
+        if (tsrvi_stream_coroutine(stream) != NULL) {
+            stream->own.u.co = NULL; /* an on_close that frees the server would end its wait */
+        }
         stream->state = stream->state == TSRVI_OVER ? TSRVI_OVER : TSRVI_RUNNING;
     }
 }
@@ -17268,6 +17271,9 @@ TSRV_API void tsrv_server_free(tsrv_server *server)
         tsrvi_server_unlisten(server);
         tsrvi_server_destroy(server);
         return;
+    }
+    if (server->ending) {
+        return; /* its own on_close frees it once more: who began goes on */
     }
     server->ending = true;
     server->draining = false;
