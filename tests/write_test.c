@@ -419,7 +419,11 @@ TEST_SOFT(pieces_that_fill_blocks_need_no_memory_of_their_own)
 
 /* ---- pieces of any size, against an oracle -------------------------------------------------*/
 
+#ifdef TSRV_VALGRIND /* where each round takes seconds */
+enum { ANY_PIECES = 9, ANY_LARGEST = 70000, ANY_ROUNDS = 6 };
+#else
 enum { ANY_PIECES = 9, ANY_LARGEST = 70000, ANY_ROUNDS = 60 };
+#endif
 static char *any_source;            /* bytes that pieces are made of, */
 static size_t any_at, any_promised; /* how many have been made so, and written with success */
 static uint32_t any_seed;
