@@ -3723,9 +3723,8 @@ typedef struct tsrvi_poller {
 typedef struct tsrvi_backend {
     const char *name;
     int id;
-    bool exclusive; /* it knows TSRVI_EXCLUSIVE */
-    int (*open)(tsrvi_poller *poller);
-    void (*close)(tsrvi_poller *poller);
+    bool exclusive;                    /* it knows TSRVI_EXCLUSIVE */
+    int (*open)(tsrvi_poller *poller); /* the poller has no descriptor and no memory */
     /* Change what is waited for, from old_interest to new_interest. quiet: do not tell the kernel,
      * because the descriptor is about to be closed, or because it would tell the parent's. */
     int (*set)(tsrvi_poller *poller, int fd, int old_interest, int new_interest, bool quiet);
@@ -3748,6 +3747,15 @@ static int tsrvi_poller_fire(tsrvi_poller *poller, int fd, uint32_t generation, 
 static tsrvi_slot *tsrvi_poller_slot(const tsrvi_poller *poller, int fd)
 {
     return &poller->pages[(unsigned)fd / TSRVI_PAGE][(unsigned)fd % TSRVI_PAGE];
+}
+
+/* Give up what the backend has opened. */
+static void tsrvi_poller_close(tsrvi_poller *poller)
+{
+    tsrvi_close_fd(poller->fd);
+    TSRV_FREE(poller->memory);
+    poller->fd = -1;
+    poller->memory = NULL;
 }
 
 /* Make sure that a descriptor has a slot. Pages never move, and one large descriptor costs one
@@ -3870,12 +3878,6 @@ static int tsrvi_epoll_open(tsrvi_poller *poller)
     return poller->fd < 0 ? tsrvi_error() : TSRV_OK;
 }
 
-static void tsrvi_epoll_close(tsrvi_poller *poller)
-{
-    tsrvi_close_fd(poller->fd);
-    TSRV_FREE(poller->memory);
-}
-
 static int tsrvi_epoll_set(tsrvi_poller *poller, int fd, int old_interest, int new_interest,
                            bool quiet)
 {
@@ -3981,8 +3983,8 @@ static int tsrvi_epoll_wait(tsrvi_poller *poller, int timeout_ms)
 }
 
 static const tsrvi_backend tsrvi_epoll = {
-    "epoll",           TSRV_BACKEND_EPOLL, TSRVI_EPOLLEXCLUSIVE != 0, tsrvi_epoll_open,
-    tsrvi_epoll_close, tsrvi_epoll_set,    tsrvi_epoll_wait,          tsrvi_epoll_leaked,
+    "epoll",         TSRV_BACKEND_EPOLL, TSRVI_EPOLLEXCLUSIVE != 0, tsrvi_epoll_open,
+    tsrvi_epoll_set, tsrvi_epoll_wait,   tsrvi_epoll_leaked,
 };
 #endif
 
@@ -4013,12 +4015,6 @@ static int tsrvi_kqueue_open(tsrvi_poller *poller)
         return tsrvi_error();
     }
     return TSRV_SYS(fcntl, (poller->fd, F_SETFD, FD_CLOEXEC)) < 0 ? tsrvi_error() : TSRV_OK;
-}
-
-static void tsrvi_kqueue_close(tsrvi_poller *poller)
-{
-    tsrvi_close_fd(poller->fd);
-    TSRV_FREE(poller->memory);
 }
 
 /* How an interest asks for EVFILT_WRITE: the flags to add it with; 0 = not at all. */
@@ -4112,7 +4108,7 @@ static int tsrvi_kqueue_wait(tsrvi_poller *poller, int timeout_ms)
 }
 
 static const tsrvi_backend tsrvi_kqueue = {
-    "kqueue",         TSRV_BACKEND_KQUEUE, false, tsrvi_kqueue_open, tsrvi_kqueue_close,
+    "kqueue",         TSRV_BACKEND_KQUEUE, false, tsrvi_kqueue_open,
     tsrvi_kqueue_set, tsrvi_kqueue_wait,   NULL,
 };
 #endif
@@ -4127,13 +4123,8 @@ static const tsrvi_backend tsrvi_kqueue = {
 
 static int tsrvi_poll_open(tsrvi_poller *poller)
 {
-    poller->fd = -1;
+    (void)poller;
     return TSRV_OK;
-}
-
-static void tsrvi_poll_close(tsrvi_poller *poller)
-{
-    TSRV_FREE(poller->memory);
 }
 
 static int tsrvi_poll_grow(tsrvi_poller *poller)
@@ -4205,8 +4196,7 @@ static int tsrvi_poll_wait(tsrvi_poller *poller, int timeout_ms)
 }
 
 static const tsrvi_backend tsrvi_poll = {
-    "poll",           TSRV_BACKEND_POLL, false,           tsrvi_poll_open,
-    tsrvi_poll_close, tsrvi_poll_set,    tsrvi_poll_wait, NULL,
+    "poll", TSRV_BACKEND_POLL, false, tsrvi_poll_open, tsrvi_poll_set, tsrvi_poll_wait, NULL,
 };
 
 /* Best first. */
@@ -5038,10 +5028,7 @@ static int tsrvi_loop_open(tsrv_loop *loop, const tsrvi_backend *backend)
     poller->exclusive = backend->exclusive && !tsrvi_does_without(TSRVI_WITHOUT_EXCLUSIVE);
     if ((rc = backend->open(poller)) < 0 ||
         (rc = tsrvi_poller_set(poller, &loop->sources.wake, TSRV_READABLE)) < 0) {
-        backend->close(poller);
-        poller->backend = NULL;
-        poller->fd = -1;
-        poller->memory = NULL;
+        tsrvi_poller_close(poller);
     }
     return rc;
 }
@@ -5139,9 +5126,7 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
                                 __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
     tsrvi_loop_quiesce(loop);
     tsrvi_wake_close(loop);
-    if (loop->poller.backend != NULL) {
-        loop->poller.backend->close(&loop->poller);
-    }
+    tsrvi_poller_close(&loop->poller);
     tsrvi_buffer_free(&loop->streams.pool, loop->streams.input);
     tsrvi_pool_free(&loop->streams.pool);
     for (int page = 0; page < loop->poller.page_count; page++) {
