@@ -9663,14 +9663,14 @@ struct tsrv_server {
     int proxy_count;
     struct tsrvi_bound *bound; /* what tsrv_server_bind has bound for tsrv_server_start */
     int bound_count;
-    bool started;           /* tsrv_server_start has been called */
-    tsrvi_task task;        /* on_start, the end of a drain, the end */
-    tsrvi_timer retry;      /* when what has paused goes on: the server, and single listeners */
-    uint64_t resume_due;    /* when the server does; TSRVI_FOREVER = when a descriptor is closed */
-    uint64_t logged;        /* when failures to accept were last logged */
-    tsrvi_timer drain;      /* when streams are looked at again */
-    uint64_t drain_due;     /* when the grace is over */
-    tsrvi_link drain_waits; /* coroutines in tsrv_server_drain */
+    bool started;        /* tsrv_server_start has been called */
+    tsrvi_task task;     /* on_start, the end of a drain, the end */
+    tsrvi_timer retry;   /* when what has paused goes on: the server, and single listeners */
+    uint64_t resume_due; /* when the server does; TSRVI_FOREVER = when a descriptor is closed */
+    uint64_t logged;     /* when failures to accept were last logged */
+    tsrvi_timer drain;   /* when streams are looked at again */
+    uint64_t drain_due;  /* when the grace is over */
+    tsrv_condition drain_over; /* for coroutines in tsrv_server_drain */
     int drain_code;         /* of the last drain, until it is asked for: TSRV_OK or TSRV_ETIMEOUT */
     uint64_t drained;       /* streams that have ended by themselves in it, */
     uint64_t drain_aborted; /* and that its grace has left */
@@ -15292,7 +15292,6 @@ TSRV_API int tsrv_server_new(tsrv_server **server, const tsrv_server_options *op
     }
     tsrvi_server_defaults(&made->options);
     tsrvi_list_init(&made->streams);
-    tsrvi_list_init(&made->drain_waits);
     made->task.run = tsrvi_server_run;
     made->starting = true;
     made->stats = &made->own;
@@ -16956,20 +16955,14 @@ static void tsrvi_server_abort(tsrv_server *server)
 
 /* ---- drain -----------------------------------------------------------------*/
 
-/* A coroutine in tsrv_server_drain. */
-typedef struct tsrvi_drain_wait {
-    tsrvi_link link; /* in server->drain_waits; in no list once it is woken */
-    tsrvi_co *co;
-} tsrvi_drain_wait;
-
-/* Returns whether there were any. */
+/* Have tsrv_server_drain return code wherever it waits. Returns whether it did. */
 static bool tsrvi_server_wake_drains(tsrv_server *server, int code)
 {
-    bool any = !tsrvi_list_empty(&server->drain_waits);
-    while (!tsrvi_list_empty(&server->drain_waits)) {
-        tsrvi_link *link = server->drain_waits.next;
-        tsrvi_list_remove(link);
-        tsrvi_co_wake(TSRVI_CONTAINER(link, tsrvi_drain_wait, link)->co, code);
+    bool any = server->drain_over.first != NULL;
+    while (server->drain_over.first != NULL) {
+        tsrvi_co *co = server->drain_over.first;
+        tsrvi_co_leave(co);
+        tsrvi_co_wake(co, code);
     }
     return any;
 }
@@ -17076,7 +17069,6 @@ static bool tsrvi_server_drain_waits(const tsrv_server *server)
 TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
 {
     tsrv_loop *loop = server->loop;
-    tsrvi_drain_wait wait;
     bool stopped;
     int rc = server->drain_code;
     server->drain_code = TSRV_OK;
@@ -17104,14 +17096,8 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
         server->drain_due = tsrvi_earlier(server->drain_due, tsrvi_after(tsrvi_clock(), grace_ms));
         tsrvi_server_look(server);
     }
-    if (!tsrvi_server_drain_waits(server)) {
-        return TSRV_EAGAIN;
-    }
-    wait.co = loop->coroutines.running;
-    tsrvi_list_append(&server->drain_waits, &wait.link);
-    rc = tsrvi_co_wait(wait.co, TSRVI_FOREVER);
-    tsrvi_list_remove(&wait.link);
-    return rc;
+    return tsrvi_server_drain_waits(server) ? tsrv_condition_wait(&server->drain_over, TSRV_NEVER)
+                                            : (int)TSRV_EAGAIN;
 }
 
 /* Drain every server of the loop, which then stops.
@@ -17285,9 +17271,6 @@ static void tsrvi_loop_orphan(tsrv_loop *loop)
 {
     while (loop->sources.signals != NULL) {
         tsrv_signal_stop(loop->sources.signals);
-    }
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrvi_list_init(&TSRVI_CONTAINER(link, tsrv_server, link)->drain_waits);
     }
     for (uint32_t i = 0; i < loop->heap.count; i++) {
         loop->heap.items[i]->position = 0;
