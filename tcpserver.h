@@ -2286,7 +2286,6 @@ static struct tsrvi_process {
     struct {
         int lock;
         tsrvi_link list;
-        int count;
         pid_t pid; /* whose they are: those that a fork copied do not count */
     } loops;
     tsrv_loop *chief;                /* atomic; the loop that stands for the process */
@@ -5073,18 +5072,17 @@ static void tsrvi_loops_lock(void)
         }
         __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
         tsrvi_process.loops.pid = pid;
-        tsrvi_process.loops.count = 0;
         tsrvi_list_init(&tsrvi_process.loops.list);
     }
 }
 
-static int tsrvi_loops_count(void)
+static bool tsrvi_loops_exist(void)
 {
-    int count;
+    bool exist;
     tsrvi_loops_lock();
-    count = tsrvi_process.loops.count;
+    exist = !tsrvi_list_empty(&tsrvi_process.loops.list);
     tsrvi_unlock(&tsrvi_process.loops.lock);
-    return count;
+    return exist;
 }
 
 /* Wake every loop of the process, so that each calls its hook. Any thread. */
@@ -5117,10 +5115,7 @@ static void tsrvi_loop_destroy(tsrv_loop *loop)
 {
     tsrv_loop *self = loop;
     tsrvi_loops_lock();
-    if (!tsrvi_list_empty(&loop->link)) {
-        tsrvi_list_remove(&loop->link);
-        tsrvi_process.loops.count--;
-    }
+    tsrvi_list_remove(&loop->link);
     tsrvi_unlock(&tsrvi_process.loops.lock);
     __atomic_compare_exchange_n(&tsrvi_process.chief, &self, (tsrv_loop *)NULL, false,
                                 __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
@@ -5181,7 +5176,6 @@ TSRV_API int tsrv_loop_new(tsrv_loop **loop, const tsrv_loop_options *options)
     }
     tsrvi_loops_lock(); /* others may wake it from now on */
     tsrvi_list_append(&tsrvi_process.loops.list, &made->link);
-    tsrvi_process.loops.count++;
     tsrvi_unlock(&tsrvi_process.loops.lock);
     *loop = made;
     return TSRV_OK;
@@ -19662,7 +19656,7 @@ static int tsrvi_fork(int num_processes, const tsrv_fork_options *options,
                                   "after it had made a loop, which they would have: fork first");
         return TSRV_EINVAL;
     }
-    if (tsrvi_loops_count() > 0) {
+    if (tsrvi_loops_exist()) {
         tsrvi_log(TSRV_LOG_ERROR,
                   "cannot fork workers: this process has a loop already, which they "
                   "would share: fork first");
