@@ -2172,6 +2172,11 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_CONTAINER(pointer, type, member) \
     ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
+/* Each object of a list; none may leave it meanwhile. */
+#define TSRVI_EACH(type, one, head, member)                                               \
+    for (type *one = TSRVI_CONTAINER((head)->next, type, member); &one->member != (head); \
+         one = TSRVI_CONTAINER(one->member.next, type, member))
+
 /* ============================================================================
  * >>list  Doubly linked list inside the objects it links
  *
@@ -5089,9 +5094,7 @@ static bool tsrvi_loops_exist(void)
 static void tsrvi_loops_wake(void)
 {
     tsrvi_loops_lock();
-    for (tsrvi_link *link = tsrvi_process.loops.list.next; link != &tsrvi_process.loops.list;
-         link = link->next) {
-        tsrv_loop *loop = TSRVI_CONTAINER(link, tsrv_loop, link);
+    TSRVI_EACH(tsrv_loop, loop, &tsrvi_process.loops.list, link) {
         __atomic_store_n(&loop->sources.signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->sources.wake_write);
     }
@@ -6191,9 +6194,7 @@ static void tsrvi_co_doom(tsrvi_co *co)
 /* The loop is being freed: end every wait, once. */
 static void tsrvi_co_cancel_all(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->coroutines.all.next; link != &loop->coroutines.all;
-         link = link->next) {
-        tsrvi_co *co = TSRVI_CONTAINER(link, tsrvi_co, link);
+    TSRVI_EACH(tsrvi_co, co, &loop->coroutines.all, link) {
         co->doomed = !tsrvi_co_wake(co, TSRV_ECLOSED);
     }
 }
@@ -6202,9 +6203,8 @@ static void tsrvi_co_cancel_all(tsrv_loop *loop)
 static size_t tsrvi_co_drop_all(tsrv_loop *loop)
 {
     size_t count = 0;
-    for (tsrvi_link *link = loop->coroutines.all.next; link != &loop->coroutines.all;
-         link = link->next) {
-        tsrvi_co_leave(TSRVI_CONTAINER(link, tsrvi_co, link)); /* conditions lie on stacks, too */
+    TSRVI_EACH(tsrvi_co, co, &loop->coroutines.all, link) {
+        tsrvi_co_leave(co); /* conditions lie on stacks, too */
     }
     while (!tsrvi_list_empty(&loop->coroutines.all)) {
         tsrvi_co_free(TSRVI_CONTAINER(loop->coroutines.all.next, tsrvi_co, link));
@@ -14684,10 +14684,9 @@ static TSRVI_APART void tsrvi_loop_weigh(tsrv_loop *loop)
     if (!was_tight || pool->tight) {
         return;
     }
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        const tsrvi_link *streams = &TSRVI_CONTAINER(link, tsrv_server, link)->streams;
-        for (tsrvi_link *one = streams->next; one != streams; one = one->next) {
-            tsrvi_stream_later(TSRVI_CONTAINER(one, tsrv_stream, link));
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        TSRVI_EACH(tsrv_stream, stream, &server->streams, link) {
+            tsrvi_stream_later(stream);
         }
     }
 }
@@ -15586,8 +15585,8 @@ static void tsrvi_server_retry(tsrvi_timer *timer)
 /* A descriptor is free again: whoever ran out of them, or of connections, goes on. */
 static void tsrvi_loop_fd_closed(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrvi_server_resume(TSRVI_CONTAINER(link, tsrv_server, link));
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        tsrvi_server_resume(server);
     }
 }
 
@@ -15700,9 +15699,7 @@ static bool tsrvi_server_is_ready(const tsrv_server *server)
     if (tsrvi_process.reloaded != NULL) {
         return server == tsrvi_process.reloaded && tsrvi_server_serves(server) && !loop->stopping;
     }
-    for (const tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all;
-         link = link->next) {
-        const tsrv_server *other = TSRVI_CONTAINER(link, tsrv_server, link);
+    TSRVI_EACH(const tsrv_server, other, &loop->servers.all, link) {
         if (other->starting && tsrvi_server_listens(other)) {
             return false;
         }
@@ -15778,9 +15775,9 @@ static bool tsrvi_server_is_ahead(const tsrv_server *server)
  * must not take, wait for or close what is another's now. */
 static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        for (tsrvi_listener *listener = TSRVI_CONTAINER(link, tsrv_server, link)->listeners;
-             listener != NULL; listener = listener->next) {
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        for (tsrvi_listener *listener = server->listeners; listener != NULL;
+             listener = listener->next) {
             if (TSRVI_UNLIKELY(listener->io.fd == fd)) {
                 tsrvi_log(TSRV_LOG_ERROR, "somebody has closed the listening socket %d", fd);
                 tsrvi_poller_set(&loop->poller, &listener->io, 0);
@@ -15913,8 +15910,8 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
 /* A turn of its loop took so long. */
 static void tsrvi_servers_count_turn(tsrv_loop *loop, uint64_t ms, bool slow)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrv_stats *stats = TSRVI_CONTAINER(link, tsrv_server, link)->stats;
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        tsrv_stats *stats = server->stats;
         stats->slow_turns += slow;
         stats->turn_max_ms = ms > stats->turn_max_ms ? ms : stats->turn_max_ms;
     }
@@ -16931,8 +16928,7 @@ static tsrvi_co *tsrvi_stream_coroutine(const tsrv_stream *stream)
 static void tsrvi_server_abort(tsrv_server *server)
 {
     tsrvi_server_unlisten(server);
-    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+    TSRVI_EACH(tsrv_stream, stream, &server->streams, link) {
         bool ended = stream->end != 0;
         tsrv_abort(stream);
         if (ended) {
@@ -16964,8 +16960,8 @@ static bool tsrvi_server_wake_drains(tsrv_server *server, int code)
 /* The loop stops when the last of its servers has been drained. */
 static void tsrvi_loop_left(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        if (TSRVI_CONTAINER(link, tsrv_server, link)->draining) {
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        if (server->draining) {
             return;
         }
     }
@@ -17003,8 +16999,8 @@ static void tsrvi_server_force(tsrv_server *server)
 /* Look at every stream: time makes them idle too. */
 static void tsrvi_server_look(tsrv_server *server)
 {
-    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        tsrvi_stream_drain(TSRVI_CONTAINER(link, tsrv_stream, link));
+    TSRVI_EACH(tsrv_stream, stream, &server->streams, link) {
+        tsrvi_stream_drain(stream);
     }
     tsrvi_heap_set(&server->loop->heap, &server->drain,
                    tsrvi_earlier(server->loop->now + TSRVI_DRAIN_LOOK, server->drain_due));
@@ -17035,8 +17031,7 @@ static void tsrvi_server_drain_start(tsrv_server *server)
     server->drain_aborted = 0;
     server->drain.fire = tsrvi_server_drain_timer;
     server->drain_due = TSRVI_FOREVER;
-    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+    TSRVI_EACH(tsrv_stream, stream, &server->streams, link) {
         tsrvi_set(stream, TSRVI_DRAINING);
         tsrv_wake(stream);
         open++;
@@ -17051,9 +17046,8 @@ static bool tsrvi_server_drain_waits(const tsrv_server *server)
     if (server->loop->coroutines.running == NULL) {
         return false;
     }
-    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        if (tsrvi_stream_coroutine(TSRVI_CONTAINER(link, tsrv_stream, link)) ==
-            server->loop->coroutines.running) {
+    TSRVI_EACH(tsrv_stream, stream, &server->streams, link) {
+        if (tsrvi_stream_coroutine(stream) == server->loop->coroutines.running) {
             return false;
         }
     }
@@ -17100,8 +17094,7 @@ TSRV_API int tsrv_server_drain(tsrv_server *server, int grace_ms)
 static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms, bool most)
 {
     loop->leaving = true;
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
         if (server != loop->servers.clients && !server->freed) {
             server->drain_code = TSRV_OK;
             if (most) {
@@ -17117,8 +17110,7 @@ static void tsrvi_loop_leave(tsrv_loop *loop, int grace_ms, bool most)
  * left is aborted as soon as the loop looks at its timers. */
 static void tsrvi_loop_cut(tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
         if (server->draining && !server->forced) {
             server->drain_due = loop->now;
             tsrvi_heap_set(&loop->heap, &server->drain, loop->now);
@@ -17190,8 +17182,7 @@ static void tsrvi_server_run(tsrvi_task *task)
 /* Forget who waits for the server's streams, and what they have lent: the stacks go. */
 static void tsrvi_server_forget_waits(tsrv_server *server)
 {
-    for (tsrvi_link *link = server->streams.next; link != &server->streams; link = link->next) {
-        tsrv_stream *stream = TSRVI_CONTAINER(link, tsrv_stream, link);
+    TSRVI_EACH(tsrv_stream, stream, &server->streams, link) {
         tsrvi_output_drop(stream);
         stream->waits = NULL;
         stream->kinds = 0;
@@ -17292,8 +17283,8 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     if (loop->running) {
         return TSRV_EBUSY;
     }
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrvi_server_abort(TSRVI_CONTAINER(link, tsrv_server, link));
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        tsrvi_server_abort(server);
     }
     loop->closing = true;
     tsrvi_co_cancel_all(loop);
@@ -17304,8 +17295,8 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop)
     }
     tsrvi_work_end(&loop->work);
     tsrvi_loop_orphan(loop); /* before stacks go: some of what it marks is on them */
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrvi_server_forget_waits(TSRVI_CONTAINER(link, tsrv_server, link));
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
+        tsrvi_server_forget_waits(server);
     }
     dropped = tsrvi_co_drop_all(loop);
     if (dropped != 0) {
@@ -17723,8 +17714,8 @@ static void tsrvi_worker_tell_watch(int signo)
  * what has and what has not been read. */
 static void tsrvi_servers_read_files(const tsrvi_link *list, int counts[2])
 {
-    for (const tsrvi_link *link = list->next; link != list; link = link->next) {
-        tsrv_tls *tls = TSRVI_CONTAINER(link, tsrv_server, link)->options.tls;
+    TSRVI_EACH(const tsrv_server, server, list, link) {
+        tsrv_tls *tls = server->options.tls;
         if (tls != NULL) {
             counts[tsrv_tls_reload(tls) != TSRV_OK]++;
         }
@@ -17894,8 +17885,7 @@ static void tsrvi_worker_claim(tsrv_loop *loop)
 /* Measure how late the loop is, and see to connections that a wake-up was lost for. */
 static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+    TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
         tsrv_stats *stats = server->stats;
         stats->lag_ms = lag_ms;
         stats->lag_max_ms = lag_ms > stats->lag_max_ms ? lag_ms : stats->lag_max_ms;
@@ -17910,8 +17900,7 @@ static void tsrvi_worker_beat_servers(tsrv_loop *loop, uint64_t lag_ms)
 /* Is on_start still due? It may take start_timeout_ms, and not only heartbeat_ms. */
 static bool tsrvi_worker_starts(const tsrv_loop *loop)
 {
-    for (tsrvi_link *link = loop->servers.all.next; link != &loop->servers.all; link = link->next) {
-        const tsrv_server *server = TSRVI_CONTAINER(link, tsrv_server, link);
+    TSRVI_EACH(const tsrv_server, server, &loop->servers.all, link) {
         if (server->starting && tsrvi_server_listens(server)) {
             return true;
         }
