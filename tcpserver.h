@@ -4245,23 +4245,16 @@ static const tsrvi_backend *const tsrvi_backends[] = {
 #define TSRVI_KEEP_FRAME() __asm__ volatile("" : : "r"(__builtin_frame_address(0)))
 
 #if TSRVI_SWITCH != TSRVI_ARM && TSRVI_SWITCH != TSRVI_S390X && TSRVI_SWITCH != TSRVI_UCONTEXT
+/* These are made by one function. At the top of a new stack is a frame that has no caller: so many
+ * words of 0 (TSRVI_TOP_WORDS), at one of which (TSRVI_TOP_FRAME) the frame pointer points. */
 typedef struct tsrvi_context {
     void *stack, *frame, *resume;
 } tsrvi_context;
 #endif
 
 #if TSRVI_SWITCH == TSRVI_X86_64
-static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
-                               void (*entry)(tsrvi_context *))
-{
-    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    *--top = NULL; /* a frame that has no caller */
-    *--top = NULL;
-    context->frame = top;
-    *--top = NULL; /* entry's return address */
-    context->stack = top;
-    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
-}
+#define TSRVI_TOP_WORDS 3 /* with entry's return address */
+#define TSRVI_TOP_FRAME 1
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
@@ -4285,19 +4278,9 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_X86
-static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
-                               void (*entry)(tsrvi_context *))
-{
-    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    *--top = NULL; /* a frame that has no caller */
-    *--top = NULL;
-    context->frame = top;
-    top -= 2;
-    *top = context; /* entry's argument, aligned to 16 bytes */
-    *--top = NULL;  /* its return address */
-    context->stack = top;
-    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
-}
+#define TSRVI_TOP_WORDS 5 /* with entry's return address, and its argument, aligned to 16 bytes */
+#define TSRVI_TOP_FRAME 3
+#define TSRVI_TOP_ARGUMENT 1
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
@@ -4320,16 +4303,8 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_AARCH64
-static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
-                               void (*entry)(tsrvi_context *))
-{
-    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    *--top = NULL; /* a frame that has no caller */
-    *--top = NULL;
-    context->frame = top;
-    context->stack = top;
-    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
-}
+#define TSRVI_TOP_WORDS 2
+#define TSRVI_TOP_FRAME 0
 
 static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
@@ -4404,16 +4379,8 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_RISCV64
-static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
-                               void (*entry)(tsrvi_context *))
-{
-    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    context->frame = top;
-    *--top = NULL; /* a frame that has no caller */
-    *--top = NULL;
-    context->stack = top;
-    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
-}
+#define TSRVI_TOP_WORDS 2
+#define TSRVI_TOP_FRAME 2 /* a frame lies below where that points */
 
 #if defined(__riscv_flen)
 #define TSRVI_RISCV_FLOATS \
@@ -4447,16 +4414,10 @@ static TSRVI_OPAQUE void tsrvi_context_switch(tsrvi_context *from, tsrvi_context
 #endif
 
 #if TSRVI_SWITCH == TSRVI_PPC64
-static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
-                               void (*entry)(tsrvi_context *))
-{
-    void **top = (void **)(void *)(stack + (size & ~(size_t)15));
-    top -= 80; /* where callees save registers; 0 also where the frame of a switch would have been,
-                  since clang describes it by the stack pointer */
-    memset(top, 0, 80 * sizeof(*top));
-    context->stack = top;
-    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
-}
+/* Where callees save registers; 0 also where the frame of a switch would have been, since clang
+ * describes it by the stack pointer. */
+#define TSRVI_TOP_WORDS 80
+#define TSRVI_TOP_FRAME 0 /* entry gets none: only who goes on does */
 
 #if defined(__ALTIVEC__)
 #define TSRVI_PPC_VECTORS \
@@ -4568,20 +4529,29 @@ static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 #endif
 
 #if TSRVI_SWITCH == TSRVI_NO_SWITCH
-/* Nothing is ever switched: tsrvi_co_new makes no coroutine. */
-static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
-                               void (*entry)(tsrvi_context *))
-{
-    (void)context;
-    (void)stack;
-    (void)size;
-    (void)entry;
-}
+#define TSRVI_TOP_WORDS 1
+#define TSRVI_TOP_FRAME 0
 
+/* Nothing is ever switched: tsrvi_co_new makes no coroutine. */
 static void tsrvi_context_switch(tsrvi_context *from, tsrvi_context *to)
 {
     (void)from;
     (void)to;
+}
+#endif
+
+#if defined(TSRVI_TOP_WORDS)
+static void tsrvi_context_make(tsrvi_context *context, char *stack, size_t size,
+                               void (*entry)(tsrvi_context *))
+{
+    void **top = (void **)(void *)(stack + (size & ~(size_t)15)) - TSRVI_TOP_WORDS;
+    memset(top, 0, TSRVI_TOP_WORDS * sizeof(*top));
+#if defined(TSRVI_TOP_ARGUMENT)
+    top[TSRVI_TOP_ARGUMENT] = context;
+#endif
+    context->stack = top;
+    context->frame = top + TSRVI_TOP_FRAME;
+    memcpy((void *)&context->resume, (const void *)&entry, sizeof(entry));
 }
 #endif
 
