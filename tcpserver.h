@@ -10598,15 +10598,8 @@ static bool tsrvi_proxy_is_empty(tsrv_stream *stream)
 }
 
 /* Nothing is sent meanwhile: nobody knows the stream. */
-static int tsrvi_proxy_send(tsrv_stream *stream, tsrvi_sending *sending)
-{
-    (void)stream;
-    (void)sending;
-    return TSRV_OK;
-}
-
 static const tsrvi_transport tsrvi_proxy_transport = {
-    tsrvi_proxy_send,    tsrvi_plain_recv,     tsrvi_plain_peek,  tsrvi_plain_is_delivered,
+    tsrvi_plain_send,    tsrvi_plain_recv,     tsrvi_plain_peek,  tsrvi_plain_is_delivered,
     tsrvi_plain_holds,   tsrvi_proxy_is_empty, tsrvi_proxy_shake, tsrvi_plain_finish,
     tsrvi_plain_is_over, tsrvi_plain_drop,     tsrvi_plain_free,  tsrvi_plain_watch,
     tsrvi_plain_shut,    tsrvi_plain_error,    tsrvi_plain_close};
