@@ -1976,12 +1976,6 @@ typedef int tsrvi_kevent_count;
 #define TSRVI_SEND_FLAGS MSG_DONTWAIT /* SO_NOSIGPIPE is set on the socket instead */
 #endif
 
-#ifdef SO_NOSIGPIPE
-#define TSRVI_HAS_NOSIGPIPE 1
-#else
-#define TSRVI_HAS_NOSIGPIPE 0
-#endif
-
 /* Take a pending signal away without waiting for one; macOS and OpenBSD cannot in one call. */
 #if defined(_POSIX_REALTIME_SIGNALS) && _POSIX_REALTIME_SIGNALS > 0
 #define TSRVI_HAS_SIGTIMEDWAIT 1
@@ -2007,12 +2001,8 @@ typedef int tsrvi_kevent_count;
 /* Linux 6.13: guard pages without a mapping of their own, so that 100,000 stacks do not exhaust
  * vm.max_map_count. Older C libraries do not name it. Valgrind does not know it either: its search
  * for leaks would fault at each of the guard's words, 0.15 s a stack. */
-#if defined(TSRV_VALGRIND)
-#define TSRVI_MADV_GUARD_INSTALL (-1)
-#elif defined(__linux__) && !defined(MADV_GUARD_INSTALL)
+#if defined(__linux__) && !defined(TSRV_VALGRIND)
 #define TSRVI_MADV_GUARD_INSTALL 102
-#elif defined(MADV_GUARD_INSTALL)
-#define TSRVI_MADV_GUARD_INSTALL MADV_GUARD_INSTALL
 #else
 #define TSRVI_MADV_GUARD_INSTALL (-1)
 #endif
@@ -6731,7 +6721,7 @@ static int tsrvi_streaming(int fd)
 static int tsrvi_no_sigpipe(int fd)
 {
     int rc = TSRV_OK;
-#if TSRVI_HAS_NOSIGPIPE
+#ifdef SO_NOSIGPIPE
     rc = tsrvi_option(fd, SOL_SOCKET, SO_NOSIGPIPE, 1);
     if (rc < 0) {
         int set = 0;
