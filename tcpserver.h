@@ -2591,12 +2591,6 @@ static int tsrvi_pipe(int *fds)
     return tsrvi_fds_own(fds, TSRV_SYS(pipe, (fds)));
 }
 
-/* The same for two sockets that are connected to each other. */
-static int tsrvi_socket_pair(int *fds)
-{
-    return tsrvi_fds_own(fds, TSRV_SYS(socketpair, (AF_UNIX, SOCK_STREAM, 0, fds)));
-}
-
 /* ---- writes without signals ------------------------------------------------*/
 
 /* write(2) and sendfile(2) have no MSG_NOSIGNAL: they raise SIGPIPE when nobody reads, and SIGXFSZ
@@ -6015,11 +6009,6 @@ static bool tsrvi_co_wake(tsrvi_co *co, int result)
     co->result = result;
     tsrvi_tasks_push(&co->loop->ready, &co->task);
     return true;
-}
-
-static bool tsrvi_co_waits(const tsrvi_co *co)
-{
-    return co->waiting;
 }
 
 /* The same from the loop itself, where it may run at once: of one that waits, */
@@ -14500,7 +14489,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
 {
     tsrvi_co *co = wait->u.co;
     int rc;
-    if (TSRVI_UNLIKELY(!tsrvi_co_waits(co))) {
+    if (TSRVI_UNLIKELY(!co->waiting)) {
         return false; /* its loop is being freed, or a drain is over: it runs soon */
     }
     rc = TSRVI_LIKELY(wait->kinds == TSRVI_FOR_READ)
@@ -14517,7 +14506,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
         tsrvi_loop_of(stream)->plain = stream; /* there is no other wait */
     }
     tsrvi_wait_remove(stream, wait);
-    if (TSRVI_LIKELY(tsrvi_co_waits(co))) {
+    if (TSRVI_LIKELY(co->waiting)) {
         tsrvi_co_go_on(co, rc);
     } else {
         tsrvi_loop_of(stream)->plain = NULL; /* a match has ended it */
@@ -18620,7 +18609,7 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
     int lines[2], rc;
     pid_t parent = TSRV_SYS(getpid, ()), pid;
     tsrvi_supervisor_flush(s);
-    rc = tsrvi_socket_pair(lines);
+    rc = tsrvi_fds_own(lines, TSRV_SYS(socketpair, (AF_UNIX, SOCK_STREAM, 0, lines)));
     tsrvi_place_take(child);
     c->generation = s->generation;
     pid = rc < 0 ? (pid_t)rc : tsrvi_supervisor_clone(s, child);
