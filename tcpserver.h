@@ -12820,7 +12820,8 @@ static TSRVI_APART int tsrvi_read_enter(tsrv_stream *stream, tsrvi_read *read)
     bool handling = loop->streams.handling == stream;
     int rc = TSRV_OK;
     if (tsrvi_read_is_busy(stream, handling)) {
-        return stream->end != 0 ? stream->end : TSRV_EBUSY; /* who waits is about to hear of it */
+        return stream->end != 0 ? stream->end
+                                : (int)TSRV_EBUSY; /* who waits is about to hear of it */
     }
     if (loop->coroutines.running != NULL && loop->budget <= 0) {
         rc = tsrvi_stream_yield(stream, TSRVI_IN_READ);
