@@ -1063,8 +1063,8 @@ TSRV_API int tsrv_bind_unix_socket(const char *path, const tsrv_bind_options *op
  * an upgrade, has handed over: the LISTEN_FDS, if LISTEN_PID is this process. Only listening stream
  * sockets are given out; all are made close-on-exec, these non-blocking too. tsrv_bind_sockets and
  * what builds on it take one that is bound to just the address they are asked for by themselves, so
- * most programs need not call this. The first call of either reads the variables and removes them:
- * before a fork, and before other threads use the environment.
+ * most programs need not call this. The first call of either reads these variables and removes
+ * them: before a fork, and before other threads use the environment. LISTEN_FDNAMES stays.
  *   fds       receives those that nothing has taken yet; hand them to tsrv_server_add_sockets, and
  *             never shutdown(2) them: the service manager holds them too
  *   capacity  how many fit
