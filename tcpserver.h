@@ -734,7 +734,11 @@ typedef struct tsrv_address {
  * What it returns decides: TSRV_EAGAIN = keep the connection and call me again; everything else
  * = over: queued output is flushed, the connection is closed, on_close gets the value. A
  * negative value is logged, unless it is TSRV_EOF, TSRV_ECLOSED, TSRV_ETIMEOUT or the peer's
- * reset. */
+ * reset.
+ * TSRV_EAGAIN from one that waits in no call: it is called when more input has come, or in a later
+ * turn if it has consumed some; and once more at the input's end, when TSRV_EAGAIN counts as
+ * TSRV_EOF. While max_buffer_size bytes are unread nothing more comes, the end neither, but for a
+ * reset: who leaves that much has to go on by itself. */
 typedef int (*tsrv_handler)(tsrv_stream *stream, const tsrv_address *address, void *context);
 
 /* Called by the loop, never from inside the call that registered it. */
