@@ -14,6 +14,12 @@ trap 'rm -rf "$logs"' EXIT
 cat >"$logs/job" <<'SH'
 name=$(basename "$1") part=$2
 log=$LOGS/$name.$part
+# The tests count allocations themselves, but for OpenSSL's; to look for leaks once more takes AddressSanitizer as long
+# as all the rest.
+case $name in
+*tls* | coroutine*) ;;
+*) export ASAN_OPTIONS="detect_leaks=0:${ASAN_OPTIONS:-}" ;;
+esac
 begin=$(date +%s)
 $FRONT "$1" --part "$part/6" $OPTIONS >"$log.running" 2>&1
 echo "$? $(($(date +%s) - begin))" >"$log.status"
