@@ -1007,6 +1007,21 @@ TEST_MODES(smtp_refuses_too_large_a_mail)
     expect_end(&p);
 }
 
+/* Neither is acknowledged, and the server lives on until it is told to end. */
+static void lose_two_mails(program *p, int fd)
+{
+    for (int i = 0; i < 2; i++) {
+        PLAY(fd, to_data);
+        t_sends(fd, "lost\r\n.\r\n");
+        t_expect(fd, "451 cannot keep it\r\n");
+    }
+    t_close(fd);
+    send_signal(p, SIGTERM);
+    int status = end_of(p);
+    CHECK(WIFEXITED(status));
+    CHECK_INT(WEXITSTATUS(status), 0);
+}
+
 /* What cannot be printed is not acknowledged, and the server lives on. */
 TEST_MODES(smtp_does_not_acknowledge_what_is_lost)
 {
@@ -1015,16 +1030,7 @@ TEST_MODES(smtp_does_not_acknowledge_what_is_lost)
     t_expect(fd, "220 ready\r\n");
     CHECK(null >= 0 && dup2(null, p.output) == p.output); /* nobody reads what it prints */
     t_close(null);
-    for (int i = 0; i < 2; i++) {
-        PLAY(fd, to_data);
-        t_sends(fd, "lost\r\n.\r\n");
-        t_expect(fd, "451 cannot keep it\r\n");
-    }
-    t_close(fd);
-    send_signal(&p, SIGTERM);
-    int status = end_of(&p);
-    CHECK(WIFEXITED(status));
-    CHECK_INT(WEXITSTATUS(status), 0);
+    lose_two_mails(&p, fd);
 }
 
 #ifdef __linux__
@@ -1066,16 +1072,7 @@ TEST_MODES(smtp_lives_on_when_its_file_has_reached_its_limit)
     int fd = t_connect(p.port);
     t_expect(fd, "220 ready\r\n");
     CHECK(prlimit(p.pid, RLIMIT_FSIZE, &least, NULL) == 0);
-    for (int i = 0; i < 2; i++) {
-        PLAY(fd, to_data);
-        t_sends(fd, "lost\r\n.\r\n");
-        t_expect(fd, "451 cannot keep it\r\n");
-    }
-    t_close(fd);
-    send_signal(&p, SIGTERM);
-    int status = end_of(&p);
-    CHECK(WIFEXITED(status));
-    CHECK_INT(WEXITSTATUS(status), 0);
+    lose_two_mails(&p, fd);
 }
 #endif
 

@@ -124,20 +124,6 @@ TEST_SOFT(limit_is_as_short_as_is_asked_for)
     s_close();
 }
 
-/* The clock is read again where a time begins: in a read behind the piece that took long. */
-TEST_SOFT(a_time_that_begins_in_a_slow_turn_does_not_hide_it)
-{
-    tsrv_server_options options = {0};
-    options.read_timeout_ms = 60000;
-    open_with(dawdle, options);
-    int fd = s_join();
-    s_echo(fd, "slow\n");
-    expect_line("took 1500 ms", "handle_stream for 127.0.0.1:");
-    CHECK_INT(s_stats().turn_max_ms, 1500);
-    s_finish(fd);
-    s_close();
-}
-
 TEST_SOFT(no_turn_is_slow_without_a_limit)
 {
     s_loop_options.slow_ms = TSRV_NEVER;
