@@ -8859,12 +8859,9 @@ typedef struct tsrvi_peer {
 
 /* Only the first address->size bytes are written: this is done before every call of a callback-mode
  * handler. */
-static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
+static TSRVI_APART void tsrvi_peer_load_other(const tsrvi_peer *peer, tsrv_address *address)
 {
-    if (peer->family == AF_INET) {
-        memcpy(address->storage, &peer->u.four, sizeof(peer->u.four));
-        address->size = sizeof(peer->u.four);
-    } else if (peer->family == AF_INET6) {
+    if (peer->family == AF_INET6) {
         struct sockaddr_in6 six;
         memset(&six, 0, sizeof(six));
         TSRVI_SET_LENGTH(six.sin6_len, sizeof(six));
@@ -8882,6 +8879,16 @@ static void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
         unnamed.any.sa_family = AF_UNIX;
         tsrvi_address_store(address, &unnamed,
                             peer->family == AF_UNIX ? offsetof(struct sockaddr_un, sun_path) : 0);
+    }
+}
+
+static inline TSRVI_INLINE void tsrvi_peer_load(const tsrvi_peer *peer, tsrv_address *address)
+{
+    if (TSRVI_LIKELY(peer->family == AF_INET)) {
+        memcpy(address->storage, &peer->u.four, sizeof(peer->u.four));
+        address->size = sizeof(peer->u.four);
+    } else {
+        tsrvi_peer_load_other(peer, address);
     }
 }
 
@@ -9676,6 +9683,25 @@ struct tsrv_stream {
 static tsrv_loop *tsrvi_loop_of(const tsrv_stream *stream)
 {
     return stream->server->loop;
+}
+
+/* queued, kinds and flags of a stream in one number, so that one comparison looks at all. */
+static inline TSRVI_INLINE uint32_t tsrvi_status(int queued, int kinds, int flags)
+{
+    struct {
+        uint8_t queued, kinds;
+        uint16_t flags;
+    } fields = {(uint8_t)queued, (uint8_t)kinds, (uint16_t)flags};
+    uint32_t status;
+    memcpy(&status, &fields, sizeof(status));
+    return status;
+}
+
+static inline TSRVI_INLINE uint32_t tsrvi_stream_status(const tsrv_stream *stream)
+{
+    uint32_t status;
+    memcpy(&status, (const char *)stream + offsetof(tsrv_stream, queued), sizeof(status));
+    return status;
 }
 
 static inline TSRVI_INLINE bool tsrvi_is(const tsrv_stream *stream, int facts)
@@ -11550,17 +11576,16 @@ static TSRVI_APART tsrvi_wait *tsrvi_wait_last(const tsrv_stream *stream)
     return last;
 }
 
-static inline TSRVI_INLINE void tsrvi_wait_add(tsrv_stream *stream, tsrvi_wait *wait, int kinds)
+/* It says what it waits for, and has not been woken. */
+static inline TSRVI_INLINE void tsrvi_wait_add(tsrv_stream *stream, tsrvi_wait *wait)
 {
     wait->next = NULL;
-    if (TSRVI_LIKELY(stream->waits == NULL)) {
+    if (TSRVI_LIKELY(stream->kinds == 0)) {
         stream->waits = wait;
     } else {
         tsrvi_wait_last(stream)->next = wait;
     }
-    wait->woken = false;
-    wait->kinds = (uint8_t)kinds;
-    stream->kinds = (uint8_t)(stream->kinds | kinds);
+    stream->kinds = (uint8_t)(stream->kinds | wait->kinds);
 }
 
 static TSRVI_APART void tsrvi_wait_remove_one(tsrv_stream *stream, tsrvi_wait *wait)
@@ -11592,19 +11617,22 @@ static inline TSRVI_INLINE void tsrvi_wait_remove(tsrv_stream *stream, tsrvi_wai
 /* Suspend the calling coroutine until its wait is over. Returns how it is, or TSRV_ECLOSED when the
  * loop is being freed, or a drain's grace is over, which end every wait once. The stream is there
  * afterwards, but perhaps not when the coroutine waits for something else. */
-static inline TSRVI_INLINE int tsrvi_stream_wait(tsrv_stream *stream, tsrvi_wait *wait, int kind)
+static inline TSRVI_INLINE int tsrvi_loop_wait(tsrv_loop *loop, tsrv_stream *stream,
+                                               tsrvi_wait *wait, int kind)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc;
-    if (TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED) && stream->state == TSRVI_OVER) {
-        return TSRV_ECLOSED;
+    if (kind != TSRVI_FOR_READ && TSRVI_UNLIKELY(stream->phase == TSRVI_CLOSED) &&
+        stream->state == TSRVI_OVER) {
+        return TSRV_ECLOSED; /* a read has seen its end */
     }
     wait->u.co = loop->coroutines.running;
+    wait->kinds = (uint8_t)kind;
+    wait->woken = false;
     loop->plain = NULL; /* until tsrvi_wait_end says so, which a wait that cannot be does not see */
-    tsrvi_wait_add(stream, wait, kind);
+    tsrvi_wait_add(stream, wait);
     tsrvi_stream_soon(stream);
     rc = tsrvi_co_wait(wait->u.co, TSRVI_FOREVER);
-    if (kind == TSRVI_FOR_READ && TSRVI_LIKELY(tsrvi_loop_of(stream)->plain == stream)) {
+    if (kind == TSRVI_FOR_READ && TSRVI_LIKELY(loop->plain == stream)) {
         return TSRV_OK; /* as tsrvi_wait_end has left it */
     }
     if (TSRVI_UNLIKELY(wait->kinds != 0)) {
@@ -11612,6 +11640,11 @@ static inline TSRVI_INLINE int tsrvi_stream_wait(tsrv_stream *stream, tsrvi_wait
         tsrvi_stream_soon(stream); /* which may have waited for nothing else */
     }
     return rc;
+}
+
+static int tsrvi_stream_wait(tsrv_stream *stream, tsrvi_wait *wait, int kind)
+{
+    return tsrvi_loop_wait(tsrvi_loop_of(stream), stream, wait, kind);
 }
 
 /* Let everything else run first.
@@ -12161,9 +12194,8 @@ static inline TSRVI_INLINE tsrvi_buffer *tsrvi_loop_input(tsrv_loop *loop, tsrv_
 }
 
 /* Give back the input buffer and what is in it. */
-static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_loop_drop(tsrv_loop *loop, tsrv_stream *stream)
 {
-    tsrv_loop *loop = tsrvi_loop_of(stream);
     tsrvi_buffer_bury(stream->in);
     if (TSRVI_LIKELY(loop->streams.input_owner == stream)) {
         loop->streams.input_owner = NULL;
@@ -12173,6 +12205,11 @@ static inline TSRVI_INLINE void tsrvi_input_drop(tsrv_stream *stream)
     stream->in = NULL;
 }
 
+static void tsrvi_input_drop(tsrv_stream *stream)
+{
+    tsrvi_loop_drop(tsrvi_loop_of(stream), stream);
+}
+
 /* The slice that was handed out last dies; a buffer without unread bytes goes too. */
 static inline TSRVI_INLINE void tsrvi_input_release(tsrv_stream *stream)
 {
@@ -12180,7 +12217,7 @@ static inline TSRVI_INLINE void tsrvi_input_release(tsrv_stream *stream)
         return;
     }
     if (stream->in->begin == stream->in->end) {
-        tsrvi_input_drop(stream);
+        tsrvi_loop_drop(tsrvi_loop_of(stream), stream);
     } else {
         tsrvi_buffer_release(stream->in);
     }
@@ -12777,12 +12814,19 @@ static inline TSRVI_INLINE bool tsrvi_deadline_is_past(const tsrv_stream *stream
            tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->deadline_ms);
 }
 
+/* May a result be as long as tsrvi_find_near looks? max_buffer_size may be less. */
+static inline TSRVI_INLINE bool tsrvi_server_allows_near(const tsrv_server *server)
+{
+    return TSRVI_LIKELY(server->options.max_buffer_size >= TSRVI_NEAR);
+}
+
 /* Nobody waits for the stream, nothing has happened to it, no search goes on in what is unread, and
  * its deadline is ahead. */
 static inline TSRVI_INLINE bool tsrvi_read_is_free(const tsrv_stream *stream)
 {
-    return (stream->kinds | (stream->flags & TSRVI_HINDERS)) == 0 &&
-           (stream->in == NULL || stream->in->scanned == 0) && !tsrvi_deadline_is_past(stream);
+    return (tsrvi_stream_status(stream) & tsrvi_status(0, UINT8_MAX, TSRVI_HINDERS)) == 0 &&
+           (stream->in == NULL || stream->in->scanned == 0) && !tsrvi_deadline_is_past(stream) &&
+           tsrvi_server_allows_near(stream->server);
 }
 
 /* The handler is not within a read, and its output is below the mark, which memory decides where it
@@ -12891,19 +12935,18 @@ static TSRVI_APART int tsrvi_read_leave(tsrv_stream *stream, tsrvi_read *read, i
 }
 
 /* A coroutine's read waits, and comes to its end. */
-static inline TSRVI_INLINE int tsrvi_read_wait(tsrv_stream *stream, tsrvi_read *read)
+static inline TSRVI_INLINE int tsrvi_read_suspend(tsrv_loop *loop, tsrv_stream *stream,
+                                                  tsrvi_read *read)
 {
     int rc;
     read->wait.due_ms = 0;
     if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED))) {
         read->wait.due_ms = tsrvi_read_due(stream);
-        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
+        stream->active_ms = loop->now_ms;
     }
-    tsrvi_input_release(stream); /* of which the attempt may have dropped all */
-    rc = tsrvi_stream_wait(stream, &read->wait, TSRVI_FOR_READ);
-    return TSRVI_LIKELY(tsrvi_loop_of(stream)->plain == stream)
-               ? (int)TSRV_OK /* nothing is left to be seen to */
-               : tsrvi_read_leave(stream, read, rc);
+    rc = tsrvi_loop_wait(loop, stream, &read->wait, TSRVI_FOR_READ);
+    return TSRVI_LIKELY(loop->plain == stream) ? (int)TSRV_OK /* nothing is left to be seen to */
+                                               : tsrvi_read_leave(stream, read, rc);
 }
 
 /* The longest result of a read. */
@@ -12936,7 +12979,8 @@ static TSRVI_APART int tsrvi_read_run(tsrv_stream *stream, tsrvi_read *read, siz
         rc = tsrvi_read_attempt(stream, read);
     }
     if (rc == TSRV_EAGAIN && loop->coroutines.running != NULL) {
-        return tsrvi_read_wait(stream, read);
+        tsrvi_input_release(stream); /* of which the attempt may have dropped all */
+        return tsrvi_read_suspend(loop, stream, read);
     }
     if (rc == TSRV_EAGAIN && loop->streams.handling == stream) {
         rc = tsrvi_read_note(stream, read);
@@ -12984,38 +13028,45 @@ static inline TSRVI_INLINE int tsrvi_read_take_line(tsrv_stream *stream, tsrvi_b
     return TSRV_OK;
 }
 
+/* Its end is not near. */
 static TSRVI_APART int tsrvi_read_long_line(tsrv_stream *stream, const char *delimiter,
-                                            size_t max_bytes, tsrv_slice *slice, size_t most)
+                                            size_t max_bytes, tsrv_slice *slice)
 {
-    char *data = stream->in->data + stream->in->begin;
-    size_t end = tsrvi_find_byte(data, most, delimiter[0]);
-    return TSRVI_LIKELY(end != 0) ? tsrvi_read_take_line(stream, stream->in, data, end, slice)
-                                  : tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
+    tsrvi_buffer *in = stream->in;
+    char *data = in->data + in->begin;
+    size_t most = tsrvi_read_most(stream, max_bytes);
+    size_t end = tsrvi_find_byte(data, tsrvi_min(in->end - in->begin, most), delimiter[0]);
+    return TSRVI_LIKELY(end != 0) ? tsrvi_read_take_line(stream, in, data, end, slice)
+                                  : tsrvi_read_until_any(stream, delimiter, 1, most, slice);
 }
 
 static TSRVI_APART int tsrvi_read_line(tsrv_stream *stream, const char *delimiter, size_t max_bytes,
                                        tsrv_slice *slice, tsrv_loop *loop, tsrvi_buffer *in)
 {
     char *data = in->data + in->begin;
-    size_t most = tsrvi_min(in->end - in->begin, tsrvi_read_most(stream, max_bytes)), end;
+    size_t size = in->end - in->begin, end;
     if (TSRVI_UNLIKELY(--loop->budget == 0)) {
         loop->plain = NULL;
     }
     tsrvi_buffer_restore(in);
-    end = tsrvi_find_near(data, most, delimiter[0]);
+    /* max_buffer_size is no less than what is looked at here: see tsrvi_read_is_free. */
+    end = tsrvi_find_near(data, max_bytes - 1 < size ? max_bytes : size, delimiter[0]);
     return TSRVI_LIKELY(end != 0) ? tsrvi_read_take_line(stream, in, data, end, slice)
-                                  : tsrvi_read_long_line(stream, delimiter, max_bytes, slice, most);
+                                  : tsrvi_read_long_line(stream, delimiter, max_bytes, slice);
 }
 
 /* None are there, and a coroutine waits. */
 static TSRVI_APART int tsrvi_read_await_line(tsrv_stream *stream, const char *delimiter,
-                                             size_t max_bytes, tsrv_slice *slice)
+                                             size_t max_bytes, tsrv_slice *slice, tsrv_loop *loop)
 {
     tsrvi_read read = tsrvi_read_make(tsrvi_attempt_line, NULL, 1);
     read.slice = slice; /* empty only if it fails: see tsrvi_read_leave */
     read.delimiter = delimiter;
     read.max = tsrvi_read_most(stream, max_bytes);
-    return tsrvi_read_wait(stream, &read);
+    if (stream->in != NULL) {
+        tsrvi_loop_drop(loop, stream);
+    }
+    return tsrvi_read_suspend(loop, stream, &read);
 }
 
 /* Or a handler returns, and is called again. */
@@ -13052,7 +13103,7 @@ static TSRVI_APART int tsrvi_read_until_byte(tsrv_stream *stream, const char *de
         return tsrvi_read_line(stream, delimiter, max_bytes, slice, loop, in);
     }
     if (loop->coroutines.running != NULL) {
-        return tsrvi_read_await_line(stream, delimiter, max_bytes, slice);
+        return tsrvi_read_await_line(stream, delimiter, max_bytes, slice, loop);
     }
     if (TSRVI_UNLIKELY(loop->streams.input_owner != stream || tsrvi_is(stream, TSRVI_TIMED))) {
         return tsrvi_read_leave_late(stream, delimiter, max_bytes, slice);
@@ -13431,21 +13482,20 @@ static TSRVI_APART int tsrvi_write_any(tsrv_stream *stream, const char *data, si
 /* The first small write since the output was sent. */
 static TSRVI_APART int tsrvi_write_first(tsrv_stream *stream, const char *data, size_t size)
 {
-    size_t mark = stream->server->options.write_high_water;
     tsrvi_pool *pool = &tsrvi_loop_of(stream)->streams.pool;
     tsrvi_buffer *buffer = pool->first;
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION) || buffer == NULL ||
-                       size - 1 >= TSRVI_DIRECT / 2 || size > mark)) {
+    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_ENDED | TSRVI_SESSION | TSRVI_SILENT) ||
+                       buffer == NULL || size - 1 >= TSRVI_DIRECT / 2 ||
+                       stream->server->options.write_high_water < TSRVI_POOLED_ROOM)) {
         return tsrvi_write_any(stream, data, size);
     }
     buffer = tsrvi_pool_pop(pool);
     stream->unsent = size;
     buffer->end = size;
-    buffer->room = tsrvi_min(TSRVI_POOLED_ROOM, mark) - size;
+    buffer->room = TSRVI_POOLED_ROOM - size;
     buffer->next = NULL;
     buffer->last = buffer;
     stream->out = buffer;
-    tsrvi_clear(stream, TSRVI_SILENT);
     tsrvi_stream_soon(stream);
     memcpy(buffer->data, data, size);
     return TSRV_OK;
@@ -14201,7 +14251,7 @@ static inline TSRVI_INLINE void tsrvi_stream_keep(tsrv_stream *stream)
     int kinds = stream->own.kinds;
     stream->state = TSRVI_WAITING;
     tsrvi_own_finish(stream, (TSRVI_IN_READ | TSRVI_IN_WAKE) & ~kinds); /* which it has given up */
-    tsrvi_wait_add(stream, &stream->own, kinds);
+    tsrvi_wait_add(stream, &stream->own);
     tsrvi_stream_soon(stream); /* it may have been resumed by something else than the stream */
     if (TSRVI_UNLIKELY((kinds & TSRVI_FOR_WAKE) != 0) && tsrvi_is(stream, TSRVI_WOKEN)) {
         tsrvi_clear(stream, TSRVI_WOKEN);
@@ -14267,7 +14317,7 @@ static bool tsrvi_stream_describe(tsrv_callback function, void *context, char *t
 }
 
 /* In callback mode it is a call. */
-static void tsrvi_stream_call_back(tsrv_stream *stream)
+static inline TSRVI_INLINE void tsrvi_stream_call_back(tsrv_stream *stream)
 {
     tsrv_loop *loop = tsrvi_loop_of(stream);
     int rc;
@@ -14291,7 +14341,7 @@ static void tsrvi_stream_call_back(tsrv_stream *stream)
 
 /* Call the handler, which waits no more; from the loop only. Returns TSRV_OK, or why that was not
  * possible: then the stream has ended. */
-static int tsrvi_stream_call(tsrv_stream *stream)
+static inline TSRVI_INLINE int tsrvi_stream_call(tsrv_stream *stream)
 {
     const tsrv_server_options *options = &stream->server->options;
     int rc;
@@ -14507,7 +14557,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_end(tsrv_stream *stream, tsrvi_wait *
         rc = TSRV_ETIMEOUT;
     }
     if (rc == TSRV_OK && stream->kinds == TSRVI_FOR_READ && !tsrvi_is(stream, TSRVI_HINDERS) &&
-        !tsrvi_deadline_is_past(stream)) {
+        !tsrvi_deadline_is_past(stream) && tsrvi_server_allows_near(stream->server)) {
         tsrvi_loop_of(stream)->plain = stream; /* there is no other wait */
     }
     tsrvi_wait_remove(stream, wait);
@@ -14529,6 +14579,12 @@ static inline TSRVI_INLINE bool tsrvi_own_end(tsrv_stream *stream)
     return true;
 }
 
+/* The same for where it need not be quick. */
+static TSRVI_APART bool tsrvi_own_try(tsrv_stream *stream)
+{
+    return tsrvi_own_end(stream);
+}
+
 /* The same of any, if it may end now. Those for a turn, and those that a call has woken, end in a
  * new one. */
 static inline TSRVI_INLINE bool tsrvi_wait_try(tsrv_stream *stream, tsrvi_wait *wait, bool turn)
@@ -14536,7 +14592,7 @@ static inline TSRVI_INLINE bool tsrvi_wait_try(tsrv_stream *stream, tsrvi_wait *
     if (!turn && ((wait->kinds & TSRVI_FOR_TURN) != 0 || wait->woken)) {
         return false;
     }
-    return wait == &stream->own ? tsrvi_own_end(stream) : tsrvi_wait_end(stream, wait);
+    return wait == &stream->own ? tsrvi_own_try(stream) : tsrvi_wait_end(stream, wait);
 }
 
 /* End the waits that are over, the oldest first, and the handler's last: it sees what the others
@@ -14794,8 +14850,8 @@ static inline TSRVI_INLINE bool tsrvi_stream_is_timed(const tsrv_stream *stream)
 /* Does it wait in one read, and for nothing else, with no fact that asks for a further look? */
 static inline TSRVI_INLINE bool tsrvi_stream_only_reads(const tsrv_stream *stream, int queued)
 {
-    return stream->queued == queued && stream->kinds == TSRVI_FOR_READ &&
-           (stream->flags & TSRVI_ODD) == 0;
+    return (tsrvi_stream_status(stream) & tsrvi_status(UINT8_MAX, UINT8_MAX, TSRVI_ODD)) ==
+           tsrvi_status(queued, TSRVI_FOR_READ, 0);
 }
 
 /* If all is sent, is there nothing more to see to? It waits for input, as before, mostly. */
@@ -15068,8 +15124,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
         loop->heap.reserved--;
         return rc;
     }
-    tsrvi_wait_add(stream, &stream->own,
-                   tsrvi_stream_is_unknown(stream) ? TSRVI_FOR_SECURE : TSRVI_FOR_TURN);
+    stream->own.kinds = tsrvi_stream_is_unknown(stream) ? TSRVI_FOR_SECURE : TSRVI_FOR_TURN;
+    tsrvi_wait_add(stream, &stream->own);
     tsrvi_list_append(&server->streams, &stream->link);
     server->stats->accepted++;
     server->stats->open++;
@@ -15367,7 +15423,8 @@ static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *clie
         return TSRV_EAGAIN;
     }
     tsrvi_wait_remove(stream, &stream->own);
-    tsrvi_wait_add(stream, &stream->own, TSRVI_FOR_TURN);
+    stream->own.kinds = TSRVI_FOR_TURN;
+    tsrvi_wait_add(stream, &stream->own);
     return stream->session == NULL ? TSRV_OK : TSRV_EAGAIN;
 }
 

@@ -610,6 +610,37 @@ TEST_STREAM(an_endless_line_is_answered_and_dropped)
     t_run(&c);
 }
 
+/* A handler that has read nothing may have more unread than max_buffer_size, and a line among it that is longer,
+ * though its end is near. */
+static int look_first(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    (void)address, (void)context;
+    if (tsrv_unread_size(stream) < 10) {
+        return TSRV_EAGAIN;
+    }
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &slice), TSRV_ETOOLONG);
+    CHECK_INT(tsrv_read_until(stream, "\n", 9, &slice), TSRV_ETOOLONG);
+    CHECK_INT(tsrv_read_bytes(stream, 7, &slice), TSRV_OK);
+    CHECK_INT(tsrv_read_until(stream, "\n", 0, &slice), TSRV_OK);
+    CHECK_MEM(slice.data, slice.size, "89\n", 3);
+    return 0;
+}
+
+T_TEST(a_short_line_may_be_too_long, T_PER_BACKEND | T_CALLBACKS)
+{
+    tsrv_server_options options = {0};
+    options.max_buffer_size = 8;
+    s_open_with(look_first, options);
+    int fd = s_join();
+    s_send(fd, "1234567", 7);
+    s_settle();
+    s_send(fd, "89\n", 3);
+    s_finish(fd);
+    CHECK_INT(s_reason, 0);
+    s_close();
+}
+
 /* ---- large messages ------------------------------------------------------------------------*/
 
 static void echo_large(int fd)
