@@ -551,6 +551,7 @@
  *     >>peer        a peer's address
  *     >>proxy_header the PROXY protocol's headers
  *     >>addresses   how many connections an address has
+ *     >>times       times of streams
  *     >>stream      one connection: what is known of it
  *     >>debug       mistakes of a program, named
  *     >>transport   what carries its bytes
@@ -3494,10 +3495,8 @@ static inline TSRVI_INLINE size_t tsrvi_find_near(const char *data, size_t size,
     const __m128i wanted = _mm_set1_epi8(byte);
     uint64_t found = tsrvi_equal(data, wanted) | tsrvi_equal(data + 16, wanted) << 16 |
                      tsrvi_equal(data + 32, wanted) << 32 | tsrvi_equal(data + 48, wanted) << 48;
-    if (size < TSRVI_NEAR) {
-        found &= ((uint64_t)1 << size) - 1; /* what lies behind them does not count */
-    }
-    return found == 0 ? 0 : (unsigned)__builtin_ctzll(found) + 1;
+    size_t end = found == 0 ? 0 : (size_t)(unsigned)__builtin_ctzll(found) + 1;
+    return end <= size ? end : 0; /* what lies behind them does not count */
 #else
     (void)data, (void)size, (void)byte;
     return 0;
@@ -9444,6 +9443,79 @@ static void tsrvi_addresses_remove(tsrvi_addresses *table, uint64_t key)
 }
 
 /* ============================================================================
+ * >>times  Times of streams, in 4 bytes
+ * ==========================================================================*/
+
+/* Times of streams are milliseconds, in 4 bytes, which wrap: 0 is never, and the longest are 12
+ * days, so that two can be compared of which one is ahead and the other past. They are rounded up,
+ * so that nothing is early. */
+#define TSRVI_MS_MOST (INT32_MAX / 2)
+
+static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
+{
+    uint64_t most = loop->now + (uint64_t)TSRVI_MS_MOST * TSRVI_MS;
+    uint32_t ms = (uint32_t)((tsrvi_earlier(due, most) + TSRVI_MS - 1) / TSRVI_MS);
+    return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
+}
+
+/* Has user code run for so long that the loop's time is behind? */
+static inline TSRVI_INLINE bool tsrvi_loop_lags(const tsrv_loop *loop)
+{
+    return TSRVI_UNLIKELY(tsrvi_ticks() - loop->slow.piece > TSRVI_TICKS_FEW);
+}
+
+/* Then the clock is read again, before a time begins. */
+static inline TSRVI_INLINE void tsrvi_loop_catch_up(tsrv_loop *loop)
+{
+    if (tsrvi_loop_lags(loop)) {
+        tsrvi_loop_tick(loop);
+    }
+}
+
+static int tsrvi_ms_most(int delay_ms)
+{
+    return delay_ms < TSRVI_MS_MOST ? delay_ms : TSRVI_MS_MOST - 1;
+}
+
+/* A time, no longer than that, which begins at the loop's. */
+static inline TSRVI_INLINE uint32_t tsrvi_ms_from(const tsrv_loop *loop, int delay_ms)
+{
+    uint32_t ms = loop->now_ms + 1 + (uint32_t)delay_ms;
+    return delay_ms < 0 ? 0 : ms + (ms == 0);
+}
+
+/* The same of any time, also between turns. */
+static uint32_t tsrvi_ms_after(tsrv_loop *loop, int delay_ms)
+{
+    if (loop->running) {
+        tsrvi_loop_catch_up(loop);
+    } else {
+        tsrvi_loop_tick(loop);
+    }
+    return tsrvi_ms_from(loop, tsrvi_ms_most(delay_ms));
+}
+
+static inline TSRVI_INLINE uint32_t tsrvi_ms_earlier(uint32_t a, uint32_t b)
+{
+    return a == 0 ? b : b == 0 || (int32_t)(a - b) < 0 ? a : b;
+}
+
+/* Not before events that may have come in time have been looked at: see tsrvi_loop_is_behind. */
+static bool tsrvi_ms_is_past(const tsrv_loop *loop, uint32_t ms)
+{
+    uint32_t late_ms = loop->now_ms - ms;
+    return ms != 0 && (int32_t)late_ms >= 0 && late_ms >= loop->now_ms - loop->past_ms;
+}
+
+/* As the loop's timers want it. */
+static uint64_t tsrvi_ms_due(const tsrv_loop *loop, uint32_t ms)
+{
+    uint64_t now_ms = loop->now / TSRVI_MS;
+    int32_t left = (int32_t)(ms - (uint32_t)now_ms);
+    return ms == 0 ? TSRVI_FOREVER : left < 0 ? loop->now : (now_ms + (uint64_t)left) * TSRVI_MS;
+}
+
+/* ============================================================================
  * >>stream  One connection: what is known of it
  *
  * The core is one idea: a wait is a predicate, and a stream is settled in one
@@ -9539,13 +9611,13 @@ enum { /* tsrv_stream.queued */
 #define TSRVI_PARTIAL 0x1000  /* a read has taken, or dropped, a part of what it wants */
 #define TSRVI_SILENT 0x2000   /* a read has timed out; nothing came or was written since */
 #define TSRVI_WOKEN 0x4000    /* tsrv_wake came, and nobody waited */
-#define TSRVI_TIMED 0x8000    /* reads have, or have had, limits of time */
+#define TSRVI_UNARMED 0x8000  /* reads have limits of time, which the timer may not be armed for */
 /* A stream without any of these is the common case, which is looked for first. */
 /* What hinders a read from taking what is there, or waiting for it, without a further look. */
 #define TSRVI_HINDERS (TSRVI_BORROWED | TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_PARTIAL)
 #define TSRVI_ODD                                                                   \
     (TSRVI_ENDED | TSRVI_FEIGNED | TSRVI_DRAINING | TSRVI_SESSION | TSRVI_SHAKING | \
-     TSRVI_BLOCKED | TSRVI_BORROWED)
+     TSRVI_BLOCKED | TSRVI_BORROWED | TSRVI_UNARMED)
 
 /* What is waited for: tsrvi_wait.kinds, tsrv_stream.kinds */
 enum {
@@ -9564,6 +9636,7 @@ enum {
 #define TSRVI_ENTERED 1              /* it has been called; */
 #define TSRVI_TOLD 2                 /* after the end of the input */
 #define TSRVI_PAYS 4                 /* a read of too much lets others run first */
+#define TSRVI_TIMED 8                /* reads have, or have had, limits of time */
 #define TSRVI_PARTLY 128             /* u.partial is there */
 
 /* The same in tsrvi_wait.progress: a read in which something is read ends the first two. */
@@ -9746,6 +9819,18 @@ static inline TSRVI_INLINE void tsrvi_own_finish(tsrv_stream *stream, int progre
     stream->own.progress = (uint8_t)(stream->own.progress & ~progress);
 }
 
+/* Reads have limits of time from now on, or other ones. */
+static inline TSRVI_INLINE void tsrvi_stream_times(tsrv_stream *stream)
+{
+    tsrvi_own_set(stream, TSRVI_TIMED);
+    tsrvi_set(stream, TSRVI_UNARMED);
+}
+
+static inline TSRVI_INLINE bool tsrvi_is_timed(const tsrv_stream *stream)
+{
+    return (stream->own.facts & TSRVI_TIMED) != 0;
+}
+
 /* The handler will wait for this when it returns TSRV_EAGAIN; or it will not. */
 static inline TSRVI_INLINE void tsrvi_own_wants(tsrv_stream *stream, tsrv_loop *loop, int kinds)
 {
@@ -9855,50 +9940,6 @@ static int tsrvi_stream_limited(tsrv_stream *stream, int code, const char *limit
 }
 
 /* ---- times -----------------------------------------------------------------*/
-
-/* Times of streams are milliseconds, in 4 bytes, which wrap: 0 is never, and the longest are 12
- * days, so that two can be compared of which one is ahead and the other past. They are rounded up,
- * so that nothing is early. */
-#define TSRVI_MS_MOST (INT32_MAX / 2)
-
-static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
-{
-    uint64_t most = loop->now + (uint64_t)TSRVI_MS_MOST * TSRVI_MS;
-    uint32_t ms = (uint32_t)((tsrvi_earlier(due, most) + TSRVI_MS - 1) / TSRVI_MS);
-    return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
-}
-
-/* A time that begins now: between turns, and in one that takes long, the clock is read again. */
-static inline TSRVI_INLINE uint32_t tsrvi_ms_after(tsrv_loop *loop, int delay_ms)
-{
-    uint32_t ms;
-    if (TSRVI_UNLIKELY(!loop->running || tsrvi_ticks() - loop->slow.piece > TSRVI_TICKS_FEW)) {
-        tsrvi_loop_tick(loop);
-    }
-    ms = loop->now_ms + 1 +
-         (delay_ms < TSRVI_MS_MOST ? (uint32_t)delay_ms : (uint32_t)TSRVI_MS_MOST - 1);
-    return delay_ms < 0 ? 0 : ms == 0 ? 1 : ms;
-}
-
-static inline TSRVI_INLINE uint32_t tsrvi_ms_earlier(uint32_t a, uint32_t b)
-{
-    return a == 0 ? b : b == 0 || (int32_t)(a - b) < 0 ? a : b;
-}
-
-/* Not before events that may have come in time have been looked at: see tsrvi_loop_is_behind. */
-static bool tsrvi_ms_is_past(const tsrv_loop *loop, uint32_t ms)
-{
-    uint32_t late_ms = loop->now_ms - ms;
-    return ms != 0 && (int32_t)late_ms >= 0 && late_ms >= loop->now_ms - loop->past_ms;
-}
-
-/* As the loop's timers want it. */
-static uint64_t tsrvi_ms_due(const tsrv_loop *loop, uint32_t ms)
-{
-    uint64_t now_ms = loop->now / TSRVI_MS;
-    int32_t left = (int32_t)(ms - (uint32_t)now_ms);
-    return ms == 0 ? TSRVI_FOREVER : left < 0 ? loop->now : (now_ms + (uint64_t)left) * TSRVI_MS;
-}
 
 /* When its peer, from which no byte came and to which none went, has been idle for too long. */
 static inline TSRVI_INLINE uint32_t tsrvi_stream_idle_due(const tsrv_stream *stream)
@@ -12638,9 +12679,12 @@ static inline TSRVI_INLINE int tsrvi_read_attempt(tsrv_stream *stream, tsrvi_rea
 
 /* ---- limits ----------------------------------------------------------------*/
 
-static inline TSRVI_INLINE uint32_t tsrvi_read_due(const tsrv_stream *stream)
+/* Is the deadline over? It holds for what is there already too: a peer that is always ahead would
+ * be read for as long as it likes. */
+static inline TSRVI_INLINE bool tsrvi_deadline_is_past(const tsrv_stream *stream)
 {
-    return tsrvi_ms_after(tsrvi_loop_of(stream), stream->read_ms);
+    return TSRVI_UNLIKELY(stream->deadline_ms != 0) &&
+           tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->deadline_ms);
 }
 
 /* When a read is over that has this limit of its own. */
@@ -12725,35 +12769,30 @@ static int tsrvi_partial_save(tsrv_stream *stream, const tsrvi_read *read)
 
 /* ---- in a callback-mode handler --------------------------------------------*/
 
-/* Is the time over of a read of the handler's, which has begun? */
-static TSRVI_APART bool tsrvi_read_looks_late(tsrv_stream *stream)
+/* A read of the handler's begins, which has a limit of its own, or had. */
+static inline TSRVI_INLINE void tsrvi_read_begin(tsrv_stream *stream, const tsrv_loop *loop)
 {
-    uint32_t limit_ms = tsrvi_read_limit(stream, stream->own.due_ms);
-    if (limit_ms != 0) {
-        tsrvi_own_begin(stream, TSRVI_IN_READ);
-    }
-    return tsrvi_ms_is_past(tsrvi_loop_of(stream), limit_ms);
+    stream->own.due_ms = tsrvi_ms_from(loop, stream->read_ms);
+    stream->active_ms = loop->now_ms;
+    tsrvi_own_begin(stream, TSRVI_IN_READ);
 }
 
-/* The same of one that begins or goes on. */
-static inline TSRVI_INLINE bool tsrvi_read_is_late(tsrv_stream *stream)
+/* Is the time over of one that begins, or goes on? */
+static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
     tsrvi_wait *own = &stream->own;
     if ((own->progress & TSRVI_IN_READ) == 0) {
-        own->due_ms = tsrvi_read_due(stream);
-        stream->active_ms = tsrvi_loop_of(stream)->now_ms;
-        if (TSRVI_LIKELY(own->due_ms != 0 && stream->deadline_ms == 0)) {
-            tsrvi_own_begin(stream, TSRVI_IN_READ);
-            return false; /* it has all its time ahead */
-        }
+        tsrvi_loop_catch_up(tsrvi_loop_of(stream));
+        tsrvi_read_begin(stream, tsrvi_loop_of(stream));
+        return tsrvi_deadline_is_past(stream); /* it has all its own time ahead */
     }
-    return tsrvi_read_looks_late(stream);
+    return tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_read_limit(stream, own->due_ms));
 }
 
 /* The handler waits for this read. */
 static inline TSRVI_INLINE int tsrvi_read_note(tsrv_stream *stream, tsrvi_read *read)
 {
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED)) && tsrvi_read_is_late(stream)) {
+    if (TSRVI_UNLIKELY(tsrvi_is_timed(stream)) && tsrvi_read_is_late(stream)) {
         return TSRV_ETIMEOUT;
     }
     tsrvi_own_wants(stream, tsrvi_loop_of(stream), TSRVI_FOR_READ);
@@ -12804,14 +12843,6 @@ static bool tsrvi_read_is_busy(const tsrv_stream *stream, bool handling)
            ((stream->kinds & TSRVI_FOR_TURN) != 0 && tsrvi_read_pays(stream)) ||
            (!handling && ((stream->own.progress & TSRVI_IN_READ) != 0 ||
                           (stream->own.facts & TSRVI_PARTLY) != 0));
-}
-
-/* Is the deadline over? It holds for what is there already too: a peer that is always ahead would
- * be read for as long as it likes. */
-static inline TSRVI_INLINE bool tsrvi_deadline_is_past(const tsrv_stream *stream)
-{
-    return TSRVI_UNLIKELY(stream->deadline_ms != 0) &&
-           tsrvi_ms_is_past(tsrvi_loop_of(stream), stream->deadline_ms);
 }
 
 /* May a result be as long as tsrvi_find_near looks? max_buffer_size may be less. */
@@ -12940,8 +12971,9 @@ static inline TSRVI_INLINE int tsrvi_read_suspend(tsrv_loop *loop, tsrv_stream *
 {
     int rc;
     read->wait.due_ms = 0;
-    if (TSRVI_UNLIKELY(tsrvi_is(stream, TSRVI_TIMED))) {
-        read->wait.due_ms = tsrvi_read_due(stream);
+    if (TSRVI_UNLIKELY(tsrvi_is_timed(stream))) {
+        tsrvi_loop_catch_up(loop);
+        read->wait.due_ms = tsrvi_ms_from(loop, stream->read_ms);
         stream->active_ms = loop->now_ms;
     }
     rc = tsrvi_loop_wait(loop, stream, &read->wait, TSRVI_FOR_READ);
@@ -13083,11 +13115,22 @@ static inline TSRVI_INLINE int tsrvi_read_leave_line(tsrv_stream *stream, tsrv_l
 static TSRVI_APART int tsrvi_read_leave_late(tsrv_stream *stream, const char *delimiter,
                                              size_t max_bytes, tsrv_slice *slice)
 {
-    if (tsrvi_is(stream, TSRVI_TIMED) && tsrvi_read_is_late(stream)) {
+    if (tsrvi_is_timed(stream) && tsrvi_read_is_late(stream)) {
         return tsrvi_read_until_any(stream, delimiter, 1, max_bytes, slice);
     }
     tsrvi_input_release(stream);
     return tsrvi_read_leave_line(stream, tsrvi_loop_of(stream), slice);
+}
+
+/* With a limit that begins now, in few steps. */
+static TSRVI_APART int tsrvi_read_leave_timed(tsrv_stream *stream, const char *delimiter,
+                                              size_t max_bytes, tsrv_slice *slice, tsrv_loop *loop)
+{
+    if (TSRVI_UNLIKELY((stream->own.progress & TSRVI_IN_READ) != 0) || tsrvi_loop_lags(loop)) {
+        return tsrvi_read_leave_late(stream, delimiter, max_bytes, slice);
+    }
+    tsrvi_read_begin(stream, loop);
+    return tsrvi_read_leave_line(stream, loop, slice);
 }
 
 /* Which of them is it? All are called last, so that none pays for another's registers. */
@@ -13105,13 +13148,15 @@ static TSRVI_APART int tsrvi_read_until_byte(tsrv_stream *stream, const char *de
     if (loop->coroutines.running != NULL) {
         return tsrvi_read_await_line(stream, delimiter, max_bytes, slice, loop);
     }
-    if (TSRVI_UNLIKELY(loop->streams.input_owner != stream || tsrvi_is(stream, TSRVI_TIMED))) {
+    if (TSRVI_UNLIKELY(loop->streams.input_owner != stream)) {
         return tsrvi_read_leave_late(stream, delimiter, max_bytes, slice);
     }
     tsrvi_buffer_bury(in);
     loop->streams.input_owner = NULL;
     stream->in = NULL;
-    return tsrvi_read_leave_line(stream, loop, slice);
+    return TSRVI_UNLIKELY(tsrvi_is_timed(stream))
+               ? tsrvi_read_leave_timed(stream, delimiter, max_bytes, slice, loop)
+               : tsrvi_read_leave_line(stream, loop, slice);
 }
 
 TSRV_API int tsrv_read_until_mem(tsrv_stream *stream, const void *delimiter, size_t delimiter_size,
@@ -13854,10 +13899,10 @@ TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
     if ((stream->own.kinds & TSRVI_FOR_READ) != 0) {
         tsrvi_own_begin(stream, TSRVI_IN_READ); /* which began before, without a limit */
     }
-    stream->read_ms = read_ms != 0 ? read_ms : options->read_timeout_ms;
+    stream->read_ms = tsrvi_ms_most(read_ms != 0 ? read_ms : options->read_timeout_ms);
     stream->write_ms = write_ms != 0 ? write_ms : options->write_timeout_ms;
     if (stream->read_ms >= 0) {
-        tsrvi_set(stream, TSRVI_TIMED);
+        tsrvi_stream_times(stream);
     }
     if (tsrvi_is(stream, TSRVI_BLOCKED) && !tsrvi_is(stream, TSRVI_SHAKING)) {
         stream->own_due_ms = tsrvi_ms_earlier(stream->own_due_ms, tsrvi_stream_write_due(stream));
@@ -13872,7 +13917,7 @@ TSRV_API void tsrv_set_deadline(tsrv_stream *stream, int delay_ms)
     stream->deadline_ms =
         delay_ms <= 0 ? 0 : tsrvi_ms_at(loop, tsrvi_after(tsrvi_clock(), delay_ms));
     if (stream->deadline_ms != 0) {
-        tsrvi_set(stream, TSRVI_TIMED);
+        tsrvi_stream_times(stream);
     }
     loop->plain = NULL;
     tsrvi_stream_soon(stream);
@@ -14755,6 +14800,17 @@ static inline TSRVI_INLINE bool tsrvi_stream_is_armed(const tsrv_stream *stream,
     return stream->timer.position != 0 && (int32_t)(armed_ms - due_ms) <= 0;
 }
 
+/* The same for a read that begins now? Then so it will for those that begin later, whose limits are
+ * later. */
+static bool tsrvi_stream_is_armed_for_reads(const tsrv_stream *stream)
+{
+    const tsrv_loop *loop = tsrvi_loop_of(stream);
+    int idle_ms = tsrvi_ms_most(stream->server->options.idle_timeout_ms);
+    uint32_t due_ms = tsrvi_ms_earlier(stream->deadline_ms, tsrvi_ms_from(loop, idle_ms));
+    due_ms = tsrvi_ms_earlier(due_ms, tsrvi_ms_from(loop, stream->read_ms));
+    return due_ms == 0 || tsrvi_stream_is_armed(stream, due_ms);
+}
+
 /* Have the timer fire at the earliest of the stream's times, lazily: one that fires too early looks
  * again. A wait whose time is past ends in the next turn, so that a loop around it stops nobody. */
 static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
@@ -14774,6 +14830,9 @@ static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
     if (due_ms != 0 && !tsrvi_stream_is_armed(stream, due_ms)) {
         tsrvi_heap_set(&loop->heap, &stream->timer, tsrvi_ms_due(loop, due_ms));
     }
+    if (tsrvi_is(stream, TSRVI_UNARMED) && tsrvi_stream_is_armed_for_reads(stream)) {
+        tsrvi_clear(stream, TSRVI_UNARMED);
+    }
 }
 
 #ifdef TSRV_DEBUG
@@ -14781,6 +14840,7 @@ static inline TSRVI_INLINE void tsrvi_stream_arm(tsrv_stream *stream)
 static void tsrvi_stream_verify(const tsrv_stream *stream)
 {
     uint64_t queued = 0;
+    uint32_t read_due_ms = 0;
     uint8_t kinds = 0;
     for (const tsrvi_buffer *buffer = stream->out; buffer != NULL; buffer = buffer->next) {
         TSRV_ASSERT(buffer->begin < buffer->end && buffer->kind != TSRVI_DROPPED);
@@ -14792,10 +14852,13 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
         TSRV_ASSERT(wait->kinds != 0);
         TSRV_ASSERT(wait == &stream->own || (wait->kinds & (wait->kinds - 1)) == 0);
         TSRV_ASSERT((wait->kinds & kinds & TSRVI_FOR_READ) == 0); /* one read at a time */
+        if ((wait->kinds & TSRVI_FOR_READ) != 0) {
+            read_due_ms = tsrvi_read_limit(stream, wait->due_ms);
+        }
         kinds = (uint8_t)(kinds | wait->kinds);
     }
     TSRV_ASSERT(queued <= stream->unsent && (stream->session != NULL || queued == stream->unsent));
-    (void)queued; /* with NDEBUG */
+    (void)queued, (void)read_due_ms; /* with NDEBUG */
     TSRV_ASSERT(kinds == stream->kinds);
     TSRV_ASSERT(tsrvi_is(stream, TSRVI_ENDED) ==
                 ((stream->end | stream->in_end | stream->out_end) != 0));
@@ -14815,6 +14878,10 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
     TSRV_ASSERT((stream->state == TSRVI_NEW || stream->state == TSRVI_WAITING) ==
                 (stream->own.kinds != 0 && stream->state != TSRVI_RUNNING));
     TSRV_ASSERT(stream->state != TSRVI_OVER || stream->phase >= TSRVI_CLOSING);
+    TSRV_ASSERT(!tsrvi_is_timed(stream) || tsrvi_is(stream, TSRVI_UNARMED) || read_due_ms == 0 ||
+                tsrvi_stream_is_armed(stream, read_due_ms) ||
+                tsrvi_stream_is_armed(stream, tsrvi_loop_of(stream)->now_ms) ||
+                stream->queued == TSRVI_IN_READY);
     TSRV_ASSERT(stream->queued != TSRVI_IN_SETTLE && stream->queued != TSRVI_IN_SOON);
     TSRV_ASSERT(stream->unsent == 0 || stream->queued != TSRVI_NOWHERE ||
                 tsrvi_is(stream, TSRVI_BLOCKED | TSRVI_SHAKING));
@@ -14827,26 +14894,6 @@ static void tsrvi_stream_verify(const tsrv_stream *stream)
 }
 #endif
 
-/* The limit of the only wait, a read's: is it ahead, and the timer armed for it? */
-static TSRVI_APART bool tsrvi_stream_looks_timed(const tsrv_stream *stream)
-{
-    uint32_t due_ms = tsrvi_read_limit(stream, stream->waits->due_ms);
-    return due_ms == 0 || (!tsrvi_ms_is_past(tsrvi_loop_of(stream), due_ms) &&
-                           tsrvi_stream_is_armed(stream, due_ms));
-}
-
-/* The same, of a timer which is ahead, and armed for before: the common case in few steps. An idle
- * time of TSRV_NEVER is the longest that there is. */
-static inline TSRVI_INLINE bool tsrvi_stream_is_timed(const tsrv_stream *stream)
-{
-    uint32_t armed_ms = (uint32_t)(stream->timer.due / TSRVI_MS), due_ms = stream->waits->due_ms;
-    bool common = stream->timer.position != 0 && stream->deadline_ms == 0 && due_ms != 0 &&
-                  (int32_t)(armed_ms - tsrvi_loop_of(stream)->now_ms) > 0 &&
-                  (int32_t)(armed_ms - due_ms) <= 0 &&
-                  armed_ms - stream->active_ms <= (uint32_t)stream->server->options.idle_timeout_ms;
-    return TSRVI_LIKELY(common) || tsrvi_stream_looks_timed(stream);
-}
-
 /* Does it wait in one read, and for nothing else, with no fact that asks for a further look? */
 static inline TSRVI_INLINE bool tsrvi_stream_only_reads(const tsrv_stream *stream, int queued)
 {
@@ -14858,8 +14905,7 @@ static inline TSRVI_INLINE bool tsrvi_stream_only_reads(const tsrv_stream *strea
 static inline TSRVI_INLINE bool tsrvi_stream_rests(const tsrv_stream *stream)
 {
     return stream->in == NULL && tsrvi_stream_only_reads(stream, TSRVI_IN_SETTLE) &&
-           stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP) &&
-           (TSRVI_LIKELY(!tsrvi_is(stream, TSRVI_TIMED)) || tsrvi_stream_is_timed(stream));
+           stream->io.interest == (TSRV_READABLE | TSRVI_HANGUP);
 }
 
 /* The interest of the backend, the time, and what is left for the next turn. */
@@ -15029,6 +15075,7 @@ static void tsrvi_stream_event(tsrvi_io *io, int events)
 static void tsrvi_stream_timer(tsrvi_timer *timer)
 {
     tsrv_stream *stream = TSRVI_CONTAINER(timer, tsrv_stream, timer);
+    tsrvi_set(stream, tsrvi_is_timed(stream) ? TSRVI_UNARMED : 0);
     if (stream->queued == TSRVI_NOWHERE) {
         stream->queued = TSRVI_IN_SETTLE;
     }
@@ -15106,10 +15153,10 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
     stream->handler = server->options.handle_stream;
     stream->fresh_ms = loop->now_ms;
     stream->flags = server->draining ? TSRVI_DRAINING : 0;
-    stream->read_ms = server->options.read_timeout_ms;
+    stream->read_ms = tsrvi_ms_most(server->options.read_timeout_ms);
     stream->write_ms = server->options.write_timeout_ms;
     if (stream->read_ms >= 0 || server->options.idle_timeout_ms >= 0) {
-        tsrvi_set(stream, TSRVI_TIMED);
+        tsrvi_stream_times(stream);
     }
     if (tsrvi_no_sigpipe(fd) < 0) {
         tsrvi_set(stream, TSRVI_ENDED);
