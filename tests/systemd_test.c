@@ -1524,9 +1524,10 @@ static int queue_of(int fd)
     return (int)info.tcpi_sacked; /* of a listening socket: see tcp_get_info */
 }
 
-static void check_queue(int more)
+static void ask_for_more(void *context)
 {
     tsrv_bind_options options = {0};
+    int more = *(int *)context;
     int fds[CAPACITY] = {listen_at("127.0.0.1", 0)}, port = port_of(fds[0]), before = queue_of(fds[0]);
     hand_over(fds, 1);
     options.backlog = more == 0 ? 0 : before + more;
@@ -1537,12 +1538,14 @@ static void check_queue(int more)
 
 TEST_ONCE(backlog_that_is_asked_for_holds_for_what_was_handed_over)
 {
-    check_queue(7);
+    int more = 7;
+    apart(ask_for_more, &more);
 }
 
 TEST_ONCE(backlog_of_what_was_handed_over_stays_if_none_is_asked_for)
 {
-    check_queue(0);
+    int more = 0;
+    apart(ask_for_more, &more);
 }
 #endif
 
