@@ -726,6 +726,41 @@ TEST_LOOP(workers_that_are_told_before_they_accept_have_their_grace_if_they_do)
     check_exits_are_good();
 }
 
+static void hang_for_good(void *context)
+{
+    (void)context;
+    __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+    sleeps();
+}
+
+static void hold_start_and_hang(tsrv_server *server, void *context)
+{
+    hold_start(server, context);
+    CHECK_INT(tsrv_loop_post(tsrv_loop_current(), hang_for_good, NULL), TSRV_OK);
+}
+
+/* Told twice they have no grace, if they do: only the time that who was told twice has to hear of it. */
+TEST_LOOP(workers_that_are_told_twice_before_they_accept_have_no_grace_if_they_do)
+{
+    begin(2);
+    server_options.on_start = hold_start_and_hang;
+    fork_options.grace_ms = 10 * GRACE_MS;
+    pid_t pid = launch(program_serve);
+    AWAIT(get(&board->held) == 2);
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: no new connections") == 1);
+    tell(pid, SIGTERM);
+    AWAIT(said("stopping: told again") == 1);
+    put(&board->go, 1);
+    AWAIT(get(&board->held) == 4);
+    advance(pid, KILL_MS);
+    CHECK_INT(exits_seen(), 0);
+    advance(pid, 2 * STEP_MS);
+    await_exits(2);
+    CHECK_INT(said("does not end and is killed"), 2);
+    check_end(pid, 1, TSRV_ETIMEOUT);
+}
+
 /* But one that is given holds for them: who does not accept in time is ended, and made good. */
 TEST_ONCE(bare_workers_have_the_start_timeout_that_is_given)
 {
