@@ -4200,6 +4200,50 @@ TEST_ONCE(test_hangup_reads_the_files_anew_for_workers)
     hang_up(2);
 }
 
+/* What a process says of its files goes into the pipe. */
+static void hear_of_files(int level, const char *message, void *context)
+{
+    int all = level == TSRV_LOG_INFO && strcmp(message, "SIGHUP: certificates and keys have been read anew") == 0;
+    (void)context;
+    if (strncmp(message, "SIGHUP: ", 8) == 0) {
+        int some = level == TSRV_LOG_WARNING &&
+                   strcmp(message, "SIGHUP: some certificates and keys stay as they are") == 0;
+        dprintf(port_pipe[1], all ? "all " : some ? "some " : "?");
+    }
+}
+
+/* Two servers, of which one's file has gone bad: the other's is read all the same, and both are said. */
+TEST_ONCE(test_hangup_reads_what_it_can)
+{
+    int port = 0, status = 0;
+    char heard[9];
+    copy_file("server.pem", "bad.pem");
+    tsrv_tls_options options = server_options();
+    options.cert_file = path("bad.pem");
+    tsrv_server *other = NULL;
+    tsrv_server_options other_options = {0};
+    other_options.tls = make_tls(&options);
+    other_options.handle_stream = echo_bytes;
+    CHECK_INT(tsrv_server_new(&other, &other_options), TSRV_OK);
+    copy_file("garbage.pem", "bad.pem");
+    copy_file("server.pem", "reload.pem");
+    tsrv_set_log(hear_of_files, NULL);
+    pid_t pid = launch_serve(1, &port);
+    CHECK(is_served_as(port, "server"));
+    copy_file("server2.pem", "reload.pem");
+    CHECK(kill(pid, SIGHUP) == 0);
+    CHECK_INT(read(port_pipe[0], heard, 4), 4);
+    CHECK_INT(read(port_pipe[0], heard + 4, 5), 5);
+    CHECK_MEM(heard, sizeof heard, "all some ", 9);
+    CHECK(is_served_as(port, "server2"));
+    CHECK(kill(pid, SIGTERM) == 0);
+    CHECK_INT(waitpid(pid, &status, 0), pid);
+    CHECK_INT(status, 0);
+    t_close_all(port_pipe, 2);
+    tsrv_server_free(other);
+    tsrv_tls_free(other_options.tls);
+}
+
 /* A session: TLS 1.3 sends its tickets behind the handshake, so something has to be read. */
 static SSL_SESSION *session_of(int port, const dial *how)
 {
