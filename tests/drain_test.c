@@ -1861,6 +1861,41 @@ TEST_LOOP(freeing_a_servers_copy_in_a_child_frees_its_memory)
     s_close();
 }
 
+/* A handler that is over, and leaves output behind. */
+static int answer_large_and_end(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    CHECK_INT(tsrv_write(stream, large, large_size), TSRV_OK);
+    lines++;
+    return TSRV_OK;
+}
+
+/* Nor does the child end what is under way in the parent. */
+TEST_LOOP(freeing_a_servers_copy_in_a_child_leaves_output_to_its_parent)
+{
+    int status;
+    tsrv_server_options options = defaults;
+    options.write_high_water = 64 << 20;
+    make_large(16 << 20); /* more than the kernel takes */
+    open_server(answer_large_and_end, options);
+    int fd = s_join_with_room(16384);
+    s_until(&lines, 1);
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        s_reason = 1;
+        tsrv_server_free(s_server);
+        CHECK_INT(s_reason, TSRV_OK); /* how it has ended is known by then */
+        _exit(0);
+    }
+    CHECK(child > 0 && waitpid(child, &status, 0) == child);
+    CHECK_INT(status, 0);
+    s_expect_bytes(fd, large, large_size);
+    s_leave(fd);
+    s_close();
+    free(large);
+}
+
 /* ---- what was only bound -----------------------------------------------------------------------*/
 
 TEST_ONCE(a_drain_closes_what_was_only_bound)

@@ -32,7 +32,7 @@ TESTS = {  # the programs of a section: files of tests, or groups of them; those
     'admit': 'streams servers reads', 'accept': 'streams servers server fault process',
     'listen': 'servers streams server reads', 'metrics': 'reads process', 'client': 'client',
     'drain': 'streams servers server', 'cpus': 'servers', 'notify': 'servers supervisor', 'start': SUPERVISOR,
-    'worker': SUPERVISOR, 'identity': SUPERVISOR, 'process': SUPERVISOR, 'children': SUPERVISOR,
+    'worker': SUPERVISOR + ' tls', 'identity': SUPERVISOR, 'process': SUPERVISOR, 'children': SUPERVISOR,
     'supervise': SUPERVISOR + ' tls',
     'rounds': SUPERVISOR, 'serve': SUPERVISOR}
 STREAM = 'stream transport wait output ends input attempt read write files state handler settle event'
