@@ -154,6 +154,38 @@ TEST_PLAIN_SOFT(peer_that_reads_slowly_has_not_stalled)
     free(large);
 }
 
+#ifdef __linux__
+/* Where the system does not tell what it keeps, or not any more, a socket that is not writable for so long has
+ * stalled. */
+static void stall_unknown(long first)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(bool);
+    options.max_write_buffer_size = 2 * large_size;
+    options.write_timeout_ms = 1000;
+    s_open_with(write_more, options);
+    int fd = s_join();
+    t_fail_call("ioctl", EINVAL, first, true);
+    int64_t start = v_ms();
+    s_run_ms(3000);
+    CHECK(t_fault_hits > 0);
+    t_fault_at = 0;
+    CHECK_INT(s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK_NEAR_MS(s_closed_ms - start, 900, 1600);
+    t_close(fd);
+    s_close();
+}
+
+TEST_PLAIN_SOFT(peer_of_whom_nothing_is_known_has_stalled)
+{
+    make_large(16 << 20);
+    stall_unknown(1);
+    stall_unknown(2);
+    free(large);
+}
+#endif
+
 /* ---- tsrv_try_write during a write that waits ----------------------------------------------*/
 
 static tsrv_stream *shared_stream;
