@@ -3121,7 +3121,7 @@ static int tsrvi_mistake(const char *function, const char *mistake)
 
 /* Is an argument wrong? Told is the condition as it is written. */
 #define TSRVI_WRONG(condition) \
-    ((condition) && tsrvi_mistake(__func__, #condition " is TSRV_EINVAL") < 0)
+    ((condition) ? tsrvi_mistake(__func__, #condition " is TSRV_EINVAL") < 0 : false)
 
 /* A function that waits by itself was called outside of a coroutine, or there are none. */
 static int tsrvi_mistake_no_coroutine(const char *function)
