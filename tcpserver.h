@@ -10919,12 +10919,11 @@ static tsrvi_tls *tsrvi_tls_of_ssl(const SSL *ssl)
 
 /* The host that the client names, "" = none. RFC 6066, 3: the size of a list, 0 for a host's name,
  * and its size; there is no other kind, and not more than one. False: the message is malformed, or
- * the name is none. */
+ * the name is none. It is "" before, as all of a new session is 0. */
 static bool tsrvi_tls_hello_name(SSL *ssl, char name[256])
 {
     const unsigned char *data = NULL;
     size_t size = 0, length;
-    name[0] = 0;
     if (SSL_client_hello_get0_ext(ssl, TLSEXT_TYPE_server_name, &data, &size) != 1) {
         return true;
     }
