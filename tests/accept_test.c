@@ -95,6 +95,51 @@ TEST_LOOP(accept_that_fails_once_costs_no_time)
     }
 }
 
+#if TSRVI_HAS_ACCEPT4
+/* Where accept does what accept4 may not, accept4 is asked once. */
+TEST_LOOP(accept4_that_is_forbidden_is_asked_once)
+{
+    open_echo(0);
+    t_fail_call("accept4", EPERM, 1, true);
+    for (int i = 0; i < 2; i++) {
+        int fd = ask(s_port);
+        s_settle();
+        expect_answer(fd);
+    }
+    CHECK_INT(t_fault_hits, 1);
+    t_fault_at = 0;
+    CHECK_INT(s_stats().accepted, 2);
+    s_close();
+}
+
+static int accepts, accepts4;
+
+static void count_accepts(const char *name)
+{
+    accepts += strcmp(name, "accept") == 0;
+    accepts4 += strcmp(name, "accept4") == 0;
+}
+
+/* Where accept may not either, it was not for the call: accept4 is asked again. */
+TEST_LOOP(accept4_that_is_not_alone_forbidden_is_asked_again)
+{
+    open_echo(0);
+    int fd = ask(s_port);
+    accepts = accepts4 = 0;
+    t_seen = count_accepts;
+    t_fail_call(NULL, EPERM, 1, true);
+    CHECK_INT(tsrvi_accept_one(s_server->listeners->io.fd, NULL, &(socklen_t){0}), -1);
+    t_fault_at = 0;
+    CHECK_INT(accepts, 1);
+    s_settle();
+    t_seen = NULL;
+    CHECK(accepts4 >= 2);
+    CHECK_INT(accepts, 1);
+    expect_answer(fd);
+    s_close();
+}
+#endif
+
 /* ---- workers that share a listener ---------------------------------------------------------*/
 
 static tsrvi_place places_of_two[2 * TSRVI_GENERATIONS];

@@ -5514,6 +5514,51 @@ TEST_ONCE(a_hangup_that_waits_at_the_start_is_no_readiness)
     remove_directory();
 }
 
+enum { STOPS, DRAINS };
+
+static int other_end;
+
+static void close_other_end(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)reason, (void)context;
+    t_close(other_end);
+}
+
+/* Listens no more when it begins, and has a connection. */
+static void take_one_and_end(tsrv_server *server, void *context)
+{
+    int pair[2];
+    on_start(server, context);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    other_end = pair[1];
+    CHECK_INT(tsrv_server_add_stream(server, pair[0]), TSRV_OK);
+    if (get(&board->value) == STOPS) {
+        tsrv_server_stop(server);
+    } else {
+        CHECK_INT(tsrv_server_drain(server, TSRV_NEVER), TSRV_EAGAIN);
+    }
+    put(&board->held, 1);
+}
+
+/* Who has stopped in its on_start serves those that it has; who drains is at its end. */
+TEST_LOOP(an_on_start_that_stops_is_readiness_and_one_that_drains_is_none)
+{
+    for (int how = STOPS; how <= DRAINS; how++) {
+        begin(1);
+        put(&board->value, how);
+        server_options.on_start = take_one_and_end;
+        server_options.on_close = close_other_end;
+        pid_t pid = launch(program_serve);
+        AWAIT(get(&board->held) == 1);
+        if (how == STOPS) {
+            AWAIT(said("ready: process") == 1);
+            tell(pid, SIGTERM);
+        }
+        check_end(pid, 0, TSRV_OK);
+        CHECK_INT(said("ready: process"), how == STOPS);
+    }
+}
+
 /* A service manager that waits for the end of a reload (Type=notify-reload) hears of a single process's, too. */
 TEST_ONCE(a_reload_of_a_single_process_is_told)
 {
