@@ -21,7 +21,7 @@ LOCK = threading.Lock()
 SUPERVISOR, LOOP = 'supervisor process supervisor_fault', 'loops reads fault'
 TESTS = {  # the programs of a section: files of tests, or groups of them; those that see most are first
     'platform': 'util loops', 'list': 'loops', 'globals': 'util loops', 'util': 'util loops reads', 'log': 'util streams',
-    'buffer': 'loops reads util', 'heap': 'loops reads', 'backend': LOOP, 'epoll': LOOP, 'poll': LOOP, 'loop': LOOP,
+    'buffer': 'loops reads util', 'heap': 'loops reads', 'backend': LOOP, 'epoll': LOOP, 'poll': LOOP, 'loop': LOOP + ' streams',
     'slow': 'reads', 'sources': LOOP, 'turn': LOOP, 'stacks': LOOP, 'coroutine': LOOP, 'condition': 'loops', 'work': LOOP,
     'socket': 'netutil client servers', 'handed': 'netutil servers supervisor', 'bound': 'netutil servers supervisor',
     'bind': 'netutil servers', 'tls': 'tls_options tls', 'tls_files': 'tls_options tls tls_fault',
