@@ -313,6 +313,31 @@ TEST_LOOP(locals_survive_switches)
     CHECK_INT(t_record_count(), COUNT);
 }
 
+/* What coroutines share has to be looked up again behind a wait. */
+static void hold_what_is_shared(void *context)
+{
+    const char **shared = (const char **)context, *held = *shared;
+    CHECK_INT(tsrv_sleep(0), TSRV_OK);
+    CHECK_STR(held, "old");
+    CHECK_STR(*shared, "new");
+    t_record(1);
+}
+
+static void change_what_is_shared(void *context)
+{
+    *(const char **)context = "new";
+}
+
+TEST_LOOP(another_coroutine_changes_what_is_shared_during_a_wait)
+{
+    const char *shared = "old";
+    tsrv_loop *loop = t_new_loop();
+    CHECK_INT(tsrv_spawn(loop, hold_what_is_shared, &shared), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, change_what_is_shared, &shared), TSRV_OK);
+    run_and_free(loop);
+    CHECK_INT(t_record_count(), 1);
+}
+
 enum { FRAME = 4096 };
 
 /* Uses the stack page by page, and waits at the deepest point. */

@@ -132,6 +132,7 @@ TEST_ONCE(refused_when_a_loop_exists)
     CHECK(tsrv_loop_current() != NULL);
     CHECK_INT(tsrv_fork_processes(2, NULL), TSRV_EINVAL);
     CHECK_INT(t_log_lines, 1);
+    CHECK_INT(t_count(t_log, "cannot fork workers: this process has a loop already"), 1);
     tsrv_server *server = new_server();
     CHECK_INT(tsrv_server_bind(server, 0, "127.0.0.1", NULL), TSRV_OK);
     CHECK_INT(tsrv_server_start(server, 2, NULL), TSRV_EINVAL);

@@ -441,6 +441,29 @@ TEST_STREAM(a_trickle_keeps_the_idle_time_away_but_silence_does_not)
     CHECK_MOST(took, LIMIT_MS + STEP_MS);
 }
 
+static int read_one_line(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    (void)address, (void)context;
+    return tsrv_read_until(stream, "\n", 0, NULL);
+}
+
+/* Only `open` tells of it. */
+TEST_SOFT(who_says_nothing_stays_where_no_time_is_set)
+{
+    int fds[3];
+    s_serve(read_one_line);
+    for (int i = 0; i < 3; i++) {
+        fds[i] = s_join();
+        s_settle();
+        v_now += 24 * (uint64_t)3600 * 1000000000u;
+        s_settle();
+        CHECK_INT(s_stats().open, i + 1);
+    }
+    CHECK_INT(s_closed, 0);
+    t_close_all(fds, 3);
+    s_close();
+}
+
 /* A line, then so much work that it lasts longer than the idle time, and another line. */
 static int work_between_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
 {

@@ -866,6 +866,9 @@ static void check_replaced(int (*program)(void), int result)
         await_exits(ends);
         CHECK_INT(board->exit[ends - 1].id, 1);
         CHECK(board->logged > 0);
+        if (i < 3 && signals[i] == SIGKILL) { /* one that no sanitizer catches */
+            CHECK_INT(said("was ended by signal 9, unasked"), 1);
+        }
         advance(pid, GRACE_MS); /* the back-off */
         await_forks(2 + ends);
         CHECK_INT(board->ids[1 + ends], 1);
