@@ -115,6 +115,7 @@ help:
 	@echo "make bench-gate  what a line costs, in counts that noise does not change"
 	@echo "make bench     beside a bare epoll loop and other libraries: see tests/bench/README.md;"
 	@echo "               ROWS='pp50 bulk1m' SECS=0.3 REPS=9 limit it"
+	@echo "make picture   examples/status.png anew, by Chromium, in two minutes and a half"
 	@echo "make cert      a certificate for the TLS examples: $(BUILD)/cert.pem, key.pem"
 	@echo "make install   the header to PREFIX/include ($(PREFIX)), and what pkg-config and CMake"
 	@echo "               find it by; PREFIX=, DESTDIR=, includedir=; make uninstall"
@@ -126,6 +127,10 @@ run: $(DIR)/echo
 	$(DIR)/echo $(PORT)
 
 examples: $(EXAMPLES)
+
+# README's picture of examples/status.c; those of the figures are made by `make bench`.
+picture: $(DIR)/status
+	$(PYTHON) tests/picture.py $(DIR)/status examples/status.png
 
 # As many compilers at once as there are processors, if nobody has said how many.
 JOBS = $(if $(filter -j% --jobserver%,$(MAKEFLAGS)),,-j$(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2))
@@ -267,5 +272,5 @@ $(DIR)/%_test: tests/%_test.c $(wildcard tests/*.h tests/kqueue/sys/*.h) tcpserv
 $(DIR):
 	mkdir -p $@
 
-.PHONY: all help run examples test test-all run-tests check cert fuzz sim fuzz-short platforms trust bench bench-gate \
+.PHONY: all help run examples picture test test-all run-tests check cert fuzz sim fuzz-short platforms trust bench bench-gate \
         install uninstall clean

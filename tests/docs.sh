@@ -95,6 +95,17 @@ done <"$build/links" >"$build/bad"
 counted "$build/links" links
 verdict "links: $count, each to a file or a heading that exists" "$build/bad"
 
+# ---- pictures: a program has made them, and can again
+
+cut -d ' ' -f 2- "$build/links" | grep -E '\.(svg|png)$' >"$build/pictures"
+while read -r line target; do
+    name=$(basename "$target")
+    # report.py has no suffix in it
+    grep -qE "(\"${name%.*}\"|/$name)" tests/*.py tests/bench/*.py || echo "README.md:$line: no program makes $target"
+done <"$build/pictures" >"$build/bad"
+counted "$build/pictures" pictures
+verdict "pictures: $count, each made by a program" "$build/bad"
+
 # ---- blocks
 
 facts block >"$build/blocks"
