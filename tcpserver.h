@@ -80,7 +80,8 @@
  *   - Where a call is made decides. A coroutine (a handler in coroutine mode, or what tsrv_spawn
  *     runs) waits on any stream. A callback-mode handler waits on its own stream only. Everywhere
  *     else (timers, posts, signals, another stream's callback) nothing waits: TSRV_EAGAIN there
- *     means "not now". tsrv_connect, tsrv_sleep and tsrv_wait_fd need a coroutine.
+ *     means "not now". tsrv_connect, tsrv_sleep, tsrv_wait_fd, tsrv_condition_wait and
+ *     tsrv_run_in_thread need a coroutine.
  *   - Reads wait; writes are taken: sent or copied as a whole, in the order of the calls. A
  *     coroutine then pauses in the write while more than write_high_water is unsent; a
  *     callback-mode handler pays in its next read.
@@ -90,7 +91,9 @@
  *     A reset ends both, after what came before it was read. tsrv_close and tsrv_abort end every
  *     call at once. A refused or stalled write ends the stream, and the next read says so: the
  *     result of a write may be ignored.
- *   - Nothing ever calls the program back from inside a library call.
+ *   - Nothing calls the program back from inside a library call, but for what a call is given to
+ *     ask (a match function), the log's function, and the calls that turn a loop: tsrv_loop_run
+ *     and its kin, and outside of the loop tsrv_server_free and tsrv_loop_free.
  *
  * CODES, and what to do about each
  *
@@ -105,7 +108,8 @@
  *                   return it. Is max_buffer_size, or the call's max_bytes, what you want?
  *   TSRV_EFULL      tsrv_try_write: later. Of another write: the stream is over, since more than
  *                   max_write_buffer_size would be unsent; write less at a time, or flush
- *   TSRV_EBUSY      somebody else reads, runs or serves already: a mistake of the program
+ *   TSRV_EBUSY      somebody else reads, runs or serves already, or waits for that descriptor: a
+ *                   mistake of the program
  *   TSRV_EINVAL     a mistake of the program, of which nothing has come: with TSRV_DEBUG the log
  *                   names the argument. Of a getter: there is no such thing
  *   TSRV_ENOTSUP    compile it in (TSRV_TLS_OPENSSL, TSRV_NO_...), or do without
@@ -117,7 +121,9 @@
  *   TSRV_EPARENT    all went well: the parent of workers returns from main
  *   -ECONNRESET, -EPIPE, -ETIMEDOUT of a stream: the peer is gone: return it, it is not logged
  *   -EMFILE, -ENFILE  raise `ulimit -n`; accepting goes on by itself when there are descriptors
- *   -EADDRINUSE     another process has the port or the path
+ *   -ECONNREFUSED, -EHOSTUNREACH and the like of tsrv_connect: nobody listens there, or there is no
+ *                   way: try again later, or elsewhere
+ *   -EADDRINUSE     another process has the port or the path; -EEXIST: the path is no socket
  *   -EACCES         ports below 1024 need a privilege (CAP_NET_BIND_SERVICE)
  *   -ENOMEM         the stream at hand is over, and the server goes on
  *
@@ -133,7 +139,7 @@
  *   tls                      NULL                          plain TCP without
  *   data_size                0                             zeroed bytes for each stream
  *   max_buffer_size          1 MiB           SIZE_MAX      unread input of a stream
- *   read_chunk_size          64 KiB          SIZE_MAX      of one recv
+ *   read_chunk_size          64 KiB                        of one recv; 1 MiB at most
  *   max_write_buffer_size    16 MiB          SIZE_MAX      unsent output of a stream
  *   write_high_water         256 KiB         SIZE_MAX      unsent output above which writers wait
  *   stack_size               256 KiB                       of a coroutine; less than 64 KiB is 64
@@ -185,11 +191,11 @@
  *   min_version              TSRV_TLS_1_2                  or TSRV_TLS_1_3
  *   cert_file, key_file, cert_pem, key_pem, key_password, certificates, certificate_count
  *                            NULL                          who this is; a server needs one
- *   ca_file, ca_pem          the system's                  whom to trust
+ *   ca_file, ca_pem          the system's                  whom to trust; verify_client needs one
  *   crl_file, ocsp_file      NULL                          what was revoked, what was not
  *   alpn, ciphers            NULL, AEAD                    protocols; ciphers of TLS 1.2
  *   on_server_name, context  NULL                          which certificate, by the host asked for
- *   ticket_hours             24              TSRV_NEVER    that a key seals tickets
+ *   ticket_hours             24 h            TSRV_NEVER    that a key seals tickets
  *   native_context           NULL                          an SSL_CTX of your own
  *
  * MISTAKES that are often made, and what is seen. Those with a D are shown by a program that was
@@ -646,8 +652,9 @@ extern "C" {
  * milliseconds, sizes are bytes.
  * ==========================================================================*/
 
-/* Switches a time off, wherever a time is asked for, as does any other negative one (tsrv_sleep,
- * tsrv_condition_wait and ticket_hours refuse them). SIZE_MAX does so for a size. */
+/* Switches off a time that limits something, as does any other negative one (which
+ * tsrv_condition_wait and ticket_hours refuse). The delays of tsrv_sleep and tsrv_timer_start are
+ * not negative. SIZE_MAX switches a size off. */
 #define TSRV_NEVER (-1)
 
 /* The library's own codes, from -10001 down; everything else negative is -errno. */
@@ -20004,13 +20011,16 @@ TSRV_API int tsrv_serve(int port, const char *address, int num_processes,
  *
  *   0.2.0  New: the PROXY protocol; tsrv_work, tsrv_run_in_thread; tsrv_condition; names are
  *          looked up on threads, and addresses tried as RFC 8305 has it; max_per_address,
- *          on_accept, max_total_buffer, slow_ms, keep-alive times, user_timeout_ms; user, group,
- *          start_timeout_ms; tsrv_metrics_format; tsrv_try_writev; of TLS: texts, passwords,
- *          revocation, OCSP, on_server_name, ticket keys that turn over, tsrv_tls_peer_name;
- *          TSRV_DEBUG names mistakes. Large messages cost less than half of what they did.
+ *          on_accept, max_total_buffer, slow_ms, keep-alive times, user_timeout_ms; a server's bind
+ *          and loop_options, for tsrv_serve; user, group, start_timeout_ms; tsrv_metrics_format;
+ *          tsrv_try_writev; of TLS: texts, passwords, revocation, OCSP, on_server_name, ticket keys
+ *          that turn over, tsrv_tls_peer_name; TSRV_DEBUG names mistakes; pkg-config, CMake and
+ *          Meson find it. Large messages cost less than half of what they did.
  *          What breaks: structs have more fields, so everything is to be compiled anew, and with
  *          a glibc before 2.34 linked with -pthread. num_processes 0 always forks. A worker that
- *          ends without having been told to is replaced, whatever its status. A drain refuses
+ *          ends without having been told to is replaced, whatever its status; a new one that does
+ *          not accept within start_timeout_ms (60 s) is ended. A stack_size below 64 KiB is 64 KiB.
+ *          The library removes the file of a unix socket that it has bound. A drain refuses
  *          new connections at once, and ends who has been silent for a second. A refused write
  *          and a failed tsrv_sendfile end the stream. A second tsrv_serve at the same time is
  *          TSRV_EBUSY. tsrv_wait in on_close is TSRV_EINVAL. A deadline that is over ends reads
