@@ -106,6 +106,15 @@ done <"$build/pictures" >"$build/bad"
 counted "$build/pictures" pictures
 verdict "pictures: $count, each made by a program" "$build/bad"
 
+# ---- figures: those of README's table are those that `make bench` has written
+
+grep -n '^| `[a-z0-9]*` | *[0-9]' README.md >"$build/figures"
+while IFS=: read -r line row; do
+    grep -qxF -e "$row" tests/bench/results/table.md || echo "README.md:$line: not in table.md: $row"
+done <"$build/figures" >"$build/bad"
+counted "$build/figures" figures
+verdict "figures: $count rows, as in tests/bench/results/table.md" "$build/bad"
+
 # ---- blocks
 
 facts block >"$build/blocks"
