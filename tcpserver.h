@@ -15507,7 +15507,9 @@ static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *clie
  * has got and does not follow (it stops, or dies) is lost for that connection
  * until somebody looks again, which every beat of a worker does. Other backends
  * wake all processes, and the quickest wins: one that is ahead of the others
- * stays away for a millisecond before it takes more.
+ * stays away for a millisecond before it takes more. So it does with EPOLLEXCLUSIVE
+ * while connections come in every turn: in a crowd all are awake, and who has a
+ * processor takes what is there before the others get one.
  * ==========================================================================*/
 
 static bool tsrvi_server_is_full(const tsrv_server *server)
@@ -15930,16 +15932,17 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     tsrv_server *server = listener->server;
     tsrv_loop *loop = server->loop;
     int burst, most = tsrvi_worker_id() < 0 ? TSRVI_BURST : TSRVI_BURST_SHARED;
+    bool crowd = listener->turn + 1 == loop->turns;
     (void)events;
     tsrvi_server_begin(server);
-    if (listener->turn + 1 == loop->turns && listener->hold == 0 && listener->burst < most) {
+    if (crowd && listener->hold == 0 && listener->burst < most) {
         listener->burst *= 2;
     }
     listener->hold -= listener->hold > 0;
     listener->turn = loop->turns;
     listener->fresh = listener->fresh && (int32_t)(loop->turns - listener->fresh_turn) <= 0;
     listener->fresh_turn = loop->turns + 1;
-    if (!loop->poller.exclusive && !server->was_away && tsrvi_server_is_ahead(server)) {
+    if ((crowd || !loop->poller.exclusive) && !server->was_away && tsrvi_server_is_ahead(server)) {
         server->was_away = true; /* the others may have them, for a moment */
         tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
         return;
@@ -16062,6 +16065,7 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
     listener->failures = 0;
     listener->burst = 1;
     listener->hold = 0;
+    listener->turn = server->loop->turns - 1; /* none comes in the turn behind that */
     listener->fresh = true;
     listener->tcp = tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK &&
                     tsrv_address_family(&address) != AF_UNIX;

@@ -232,9 +232,31 @@ TEST_LOOP(worker_that_is_ahead_goes_behind_the_others_sooner)
         for (int k = 0; k < CLIENTS; k++) {
             fds[k] = ask(s_port);
             s_expect(fds[k], "hello\n");
+            s_settle(); /* one after the other, and no crowd */
         }
         times = (int)t_fault_calls - CLIENTS; /* without those for the clients */
         CHECK_INT(times, 2 * (leads[i].ahead ? TSRVI_SHARE / TSRVI_SHARE_AHEAD : 1));
+        t_close_all(fds, CLIENTS);
+        close_shared();
+    }
+}
+
+/* In a crowd all of them are awake, and who has a processor would take what is there. */
+TEST_LOOP(worker_that_is_ahead_leaves_a_crowd_to_the_others)
+{
+    enum { CLIENTS = TSRVI_SHARE_AHEAD };
+    for (size_t i = 0; i < COUNT(leads); i++) {
+        int fds[CLIENTS];
+        open_shared(leads[i].own, leads[i].other + (leads[i].ahead ? 0 : CLIENTS));
+        for (int k = 0; k < CLIENTS; k++) {
+            fds[k] = ask(s_port);
+        }
+        s_settle();
+        if (s_loop->poller.exclusive) {
+            CHECK_INT(entered, leads[i].ahead ? 1 : CLIENTS);
+        }
+        s_run_ms(CLIENTS * (TSRVI_AWAY_MS + 1));
+        CHECK_INT(entered, CLIENTS);
         t_close_all(fds, CLIENTS);
         close_shared();
     }
