@@ -15645,7 +15645,9 @@ static void tsrvi_server_retry(tsrvi_timer *timer)
 static void tsrvi_loop_fd_closed(tsrv_loop *loop)
 {
     TSRVI_EACH(tsrv_server, server, &loop->servers.all, link) {
-        tsrvi_server_resume(server);
+        if (!server->was_away || server->resume_due == TSRVI_FOREVER) { /* it lacks nothing */
+            tsrvi_server_resume(server);
+        }
     }
 }
 
