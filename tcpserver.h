@@ -976,7 +976,7 @@ TSRV_API int tsrv_sleep(int delay_ms);
  * Nothing of it is kept: between two calls it may be closed, and its number used again.
  *   fd          stays the caller's; must not be a stream's
  *   events      TSRV_READABLE, TSRV_WRITABLE or both: any of them
- *   timeout_ms  0 = only look; TSRV_NEVER
+ *   timeout_ms  0 = only look (after many looks the others run first); TSRV_NEVER
  * Returns TSRV_OK, TSRV_ETIMEOUT, TSRV_EBUSY (something else in this loop waits for fd),
  * TSRV_ECLOSED (the loop is being freed), TSRV_EINVAL outside a coroutine, or as
  * tsrv_watch_start. */
@@ -6238,7 +6238,9 @@ TSRV_API int tsrv_wait_fd(int fd, int events, int timeout_ms)
         return tsrvi_mistake_no_coroutine(__func__);
     }
     if (timeout_ms == 0) {
-        return tsrvi_fd_look(fd, events);
+        tsrvi_loop_pay(co->loop);
+        rc = co->loop->budget < 0 ? tsrvi_co_yield(co, TSRV_OK) : (int)TSRV_OK;
+        return rc < 0 ? rc : tsrvi_fd_look(fd, events);
     }
     memset(&wait, 0, sizeof(wait));
     wait.io.fd = fd;

@@ -1434,6 +1434,35 @@ TEST_LOOP(wait_fd_of_no_time_is_a_look)
     CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
 }
 
+/* A client library that takes what is there for as long as there is something, as from a peer that floods it. */
+static void look_again_and_again(void *over)
+{
+    int fds[2];
+    CHECK(pipe(fds) == 0);
+    for (int looks = 0; *(int *)over == 0; looks++) {
+        CHECK(looks < 100000);
+        CHECK_INT(tsrv_wait_fd(fds[0], TSRV_READABLE, 0), TSRV_ETIMEOUT);
+        CHECK_INT(tsrv_wait_fd(fds[1], TSRV_WRITABLE, 0), TSRV_OK);
+    }
+    t_close_all(fds, 2);
+}
+
+static void end_it(void *over)
+{
+    *(int *)over = 1;
+}
+
+TEST_LOOP(looks_let_others_run)
+{
+    tsrv_loop *loop = t_new_loop();
+    int over = 0;
+    CHECK_INT(tsrv_spawn(loop, look_again_and_again, &over), TSRV_OK);
+    CHECK_INT(tsrv_spawn(loop, end_it, &over), TSRV_OK);
+    t_turn_until(loop, &over, 1);
+    CHECK_INT(tsrv_loop_run(loop), TSRV_OK);
+    CHECK_INT(tsrv_loop_free(loop), TSRV_OK);
+}
+
 /* ---- coroutines that cannot be made ----------------------------------------------------------*/
 
 static void note_run(void *context)
