@@ -16580,19 +16580,19 @@ typedef struct tsrvi_client_wish {
 static int tsrvi_client_wish_make(tsrvi_client_wish *wish, const char *host,
                                   const tsrv_connect_options *options)
 {
+    const char *name =
+        options != NULL && options->server_name != NULL ? options->server_name : host;
     memset(wish, 0, sizeof(*wish));
     if (options != NULL) {
-        const char *name = options->server_name != NULL ? options->server_name : host;
         wish->options = *options;
         if (options->proxy_for != NULL) {
             wish->client = *options->proxy_for;
         }
-        snprintf(wish->name, sizeof(wish->name), "%s", name);
-        return strlen(name) < sizeof(wish->name)
-                   ? (int)TSRV_OK
-                   : tsrvi_mistake("tsrv_connect", "host or server_name is too long");
     }
-    return TSRV_OK;
+    snprintf(wish->name, sizeof(wish->name), "%s", name);
+    return strlen(name) < sizeof(wish->name) && strlen(host) < sizeof(wish->name)
+               ? (int)TSRV_OK
+               : tsrvi_mistake("tsrv_connect", "host or server_name is too long");
 }
 
 /* Say whose connection it is, before anything else. */

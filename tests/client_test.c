@@ -394,8 +394,9 @@ TEST_LOOP(test_connection_refused)
 
 static void resolve_in_vain(void)
 {
-    char name[200];
+    char name[300];
     int port = t_free_port();
+    tsrv_stream *stream;
     CHECK_INT(connect_rc("", port, 0), TSRV_ERESOLVE);
     CHECK_INT(connect_rc("no.such.name", port, 0), TSRV_ERESOLVE);
     CHECK_INT(connect_rc("300.1.1.1", port, 0), TSRV_ERESOLVE);
@@ -411,6 +412,12 @@ static void resolve_in_vain(void)
     CHECK_INT(connect_rc("127.0.0.1", -1, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc("127.0.0.1", 65536, 0), TSRV_EINVAL);
     CHECK_INT(connect_rc(NULL, port, 0), TSRV_EINVAL);
+    memset(name, 'x', 256);
+    name[256] = 0;
+    CHECK_INT(connect_rc(name, port, 0), TSRV_EINVAL);
+    CHECK_INT(tsrv_connect(name, port, NULL, &stream), TSRV_EINVAL);
+    name[255] = 0;
+    CHECK_INT(tsrv_connect(name, port, NULL, &stream), TSRV_ERESOLVE);
 }
 
 /* Tornado's test_gaierror. */
