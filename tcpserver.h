@@ -15220,6 +15220,8 @@ typedef struct tsrvi_listener {
     uint32_t turn; /* the last in which it was ready */
     int taken;     /* connections since it was last put behind the other processes */
     bool tcp;
+    /* With other workers: not one of reuse_port's, which is this one's alone. */
+    bool shared;
     bool fresh; /* some may wait that were made before it had its options: they have none of them */
     uint32_t fresh_turn; /* if it is not ready in this turn, none does */
 } tsrvi_listener;
@@ -15946,7 +15948,8 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     listener->turn = loop->turns;
     listener->fresh = listener->fresh && (int32_t)(loop->turns - listener->fresh_turn) <= 0;
     listener->fresh_turn = loop->turns + 1;
-    if ((crowd || !loop->poller.exclusive) && !server->was_away && tsrvi_server_is_ahead(server)) {
+    if (listener->shared && (crowd || !loop->poller.exclusive) && !server->was_away &&
+        tsrvi_server_is_ahead(server)) {
         server->was_away = true; /* the others may have them, for a moment */
         tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
         return;
@@ -16050,6 +16053,19 @@ static tsrvi_listener *tsrvi_listener_new(tsrv_server *server)
     return *link;
 }
 
+/* Do all processes that listen take from one queue? With SO_REUSEPORT each has its own. */
+static bool tsrvi_listening_is_shared(int fd)
+{
+#ifdef SO_REUSEPORT
+    int on = 0;
+    socklen_t size = sizeof(on);
+    return TSRV_SYS(getsockopt, (fd, SOL_SOCKET, SO_REUSEPORT, &on, &size)) < 0 || on == 0;
+#else
+    (void)fd;
+    return true;
+#endif
+}
+
 static int tsrvi_server_add_socket(tsrv_server *server, int fd)
 {
     tsrvi_listener *listener;
@@ -16071,6 +16087,7 @@ static int tsrvi_server_add_socket(tsrv_server *server, int fd)
     listener->hold = 0;
     listener->turn = server->loop->turns - 1; /* none comes in the turn behind that */
     listener->fresh = true;
+    listener->shared = tsrvi_worker_id() >= 0 && tsrvi_listening_is_shared(fd);
     listener->tcp = tsrvi_address_get(fd, tsrvi_getsockname, &address) == TSRV_OK &&
                     tsrv_address_family(&address) != AF_UNIX;
     tsrvi_server_dress(&server->options, fd, listener->tcp); /* connections inherit them */
@@ -19778,18 +19795,6 @@ static int tsrvi_bound_again(const tsrvi_bound *bound)
     return tsrvi_bind_new(&inside, (socklen_t)address.size, &options, only);
 }
 
-static bool tsrvi_bound_is_shared(const tsrvi_bound *bound)
-{
-#ifdef SO_REUSEPORT
-    int on = 0;
-    socklen_t size = sizeof(on);
-    return TSRV_SYS(getsockopt, (bound->fd, SOL_SOCKET, SO_REUSEPORT, &on, &size)) < 0 || on == 0;
-#else
-    (void)bound;
-    return true;
-#endif
-}
-
 /* Say whose each socket is: every worker's, but where reuse_port gives each worker its own; those
  * that are missing are made, and where there are more than workers, as after an upgrade, some have
  * several. The parent has and keeps all of them, so that what is queued in one survives the worker.
@@ -19799,7 +19804,7 @@ static int tsrvi_bound_spread(tsrv_server *server, int workers)
     int count = server->bound_count, rc = TSRV_OK;
     for (int i = 0; i < count && rc == TSRV_OK; i++) {
         int last = i; /* of those with this address */
-        if (server->bound[i].rank > 0 || tsrvi_bound_is_shared(&server->bound[i])) {
+        if (server->bound[i].rank > 0 || tsrvi_listening_is_shared(server->bound[i].fd)) {
             continue;
         }
         server->bound[i].worker = 0;

@@ -200,6 +200,29 @@ TEST_LOOP(worker_that_is_ahead_stays_away_for_a_moment)
     }
 }
 
+/* What waits in a queue of its own is nobody else's. */
+TEST_LOOP(worker_that_is_ahead_accepts_from_a_socket_of_its_own)
+{
+    enum { CLIENTS = TSRVI_SHARE_AHEAD };
+    for (int exclusive = 0; exclusive <= 1; exclusive++) {
+        int fds[CLIENTS];
+        tsrv_bind_options options = {0};
+        tsrv_address address;
+        open_shared(1000, 0);
+        s_loop->poller.exclusive = s_loop->poller.exclusive && exclusive;
+        options.reuse_port = true;
+        CHECK_INT(tsrv_server_listen(s_server, 0, "127.0.0.1", &options), TSRV_OK);
+        CHECK_INT(tsrv_server_address(s_server, 1, &address), TSRV_OK);
+        for (int k = 0; k < CLIENTS; k++) {
+            fds[k] = ask(tsrv_address_port(&address));
+        }
+        s_settle();
+        CHECK_INT(entered, CLIENTS);
+        t_close_all(fds, CLIENTS);
+        close_shared();
+    }
+}
+
 static void beat_at(uint64_t now)
 {
     s_loop->now = now;

@@ -31,6 +31,7 @@ static const struct {
     {"tsrvi_tell_*", "workers: the same"},
     {"tsrvi_place_*", "workers: the same"},
     {"tsrvi_places_*", "workers: the same"},
+    {"tsrvi_listening_is_shared", "workers: the same"},
     {"tsrvi_supervisor_*", "workers: the same"},
     {"tsrvi_upgrade_*", "workers: the same"},
     {"tsrvi_child_*", "workers: the same"},
