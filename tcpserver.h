@@ -16015,6 +16015,7 @@ static int tsrvi_server_attach(tsrv_server *server)
     server->loop = loop;
     if (tsrvi_process.place_own != NULL && server->number >= 0) {
         server->stats = &tsrvi_process.place_own->stats[server->number];
+        server->share[0] = server->share[1] = tsrvi_server_share(server); /* of those before it */
     }
     server->retry.fire = tsrvi_server_retry;
     loop->servers.fd_opened = tsrvi_loop_disown;

@@ -229,6 +229,19 @@ static void beat_at(uint64_t now)
     tsrvi_worker_beat_servers(s_loop, 0);
 }
 
+/* As behind a reload: what those before it have accepted is no lead of its own, and no lag. */
+TEST_LOOP(worker_begins_with_nothing_to_make_up_for)
+{
+    open_shared(1000, 0);
+    CHECK(tsrvi_server_is_ahead(s_server));
+    s_close();
+    open_echo(0);
+    CHECK(!tsrvi_server_is_ahead(s_server));
+    places_of_two->stats[s_server->number].accepted += 2 * TSRVI_SHARE + 1;
+    CHECK(tsrvi_server_is_ahead(s_server));
+    close_shared();
+}
+
 /* The other one was away: for some seconds it gets more, and then as many. */
 TEST_LOOP(what_was_accepted_long_ago_is_forgotten)
 {
