@@ -3502,8 +3502,10 @@ static inline TSRVI_INLINE size_t tsrvi_find_near(const char *data, size_t size,
     const __m128i wanted = _mm_set1_epi8(byte);
     uint64_t found = tsrvi_equal(data, wanted) | tsrvi_equal(data + 16, wanted) << 16 |
                      tsrvi_equal(data + 32, wanted) << 32 | tsrvi_equal(data + 48, wanted) << 48;
-    size_t end = found == 0 ? 0 : (size_t)(unsigned)__builtin_ctzll(found) + 1;
-    return end <= size ? end : 0; /* what lies behind them does not count */
+    if (size < TSRVI_NEAR) {
+        found &= ((uint64_t)1 << size) - 1; /* what lies behind them does not count */
+    }
+    return found == 0 ? 0 : (unsigned)__builtin_ctzll(found) + 1;
 #else
     (void)data, (void)size, (void)byte;
     return 0;
@@ -4789,8 +4791,9 @@ typedef struct tsrvi_loop_servers {
 typedef struct tsrvi_loop_slow {
     uint64_t limit;   /* nanoseconds of a turn that is slow; TSRVI_FOREVER = none is */
     uint64_t began;   /* by the clock: when this turn began */
-    uint64_t turn;    /* the same in ticks, */
-    uint64_t piece;   /* and what runs now */
+    uint64_t turn;    /* the same in ticks; */
+    uint64_t piece;   /* what runs now, */
+    uint64_t ticked;  /* and when the clock was read last */
     uint64_t longest; /* of this turn's pieces, */
     char name[128];   /* and which that was */
     /* How the streams' sections call what a coroutine runs: false = it is not theirs. NULL before
@@ -5234,6 +5237,7 @@ static inline TSRVI_INLINE void tsrvi_slow_begin_turn(tsrv_loop *loop)
     loop->slow.began = loop->now;
     loop->slow.turn = tsrvi_ticks();
     loop->slow.piece = loop->slow.turn;
+    loop->slow.ticked = loop->slow.turn;
     loop->slow.longest = 0;
 }
 
@@ -5319,10 +5323,10 @@ static void tsrvi_loop_run_timer(tsrv_loop *loop, tsrvi_timer *timer)
 }
 
 /* Those that were due when the turn began, and no more, however long their callbacks take. */
-static void tsrvi_loop_run_timers(tsrv_loop *loop)
+/* Those that were due then. */
+static void tsrvi_loop_run_timers(tsrv_loop *loop, uint64_t then)
 {
-    uint64_t now = loop->now;
-    while (loop->heap.count != 0 && loop->heap.items[0]->due <= now) {
+    while (loop->heap.count != 0 && loop->heap.items[0]->due <= then) {
         tsrvi_loop_run_timer(loop, loop->heap.items[0]);
     }
 }
@@ -5666,10 +5670,10 @@ static void tsrvi_loop_run_ready(tsrv_loop *loop)
 
 /* Has the first timer been due for long, while the loop could have turned? What the program has
  * done before it asked for this turn does not count: the turn has looked at what came meanwhile. */
-static bool tsrvi_loop_is_late(const tsrv_loop *loop)
+static bool tsrvi_loop_is_late(const tsrv_loop *loop, uint64_t looked)
 {
     uint64_t due = loop->heap.items[0]->due;
-    return loop->now - (due > loop->entered ? due : loop->entered) > TSRVI_BEHIND_MS * TSRVI_MS;
+    return looked - (due > loop->entered ? due : loop->entered) > TSRVI_BEHIND_MS * TSRVI_MS;
 }
 
 /* Are there events that have not been looked at, though they may have come before the time of a
@@ -5677,12 +5681,12 @@ static bool tsrvi_loop_is_late(const tsrv_loop *loop)
  * first timer is late. Then timers wait for the next turn, which waits for nothing: else everybody
  * would be timed out whose bytes are there. But no longer than it takes to look at every descriptor
  * once; and a worker's beat waits for nobody. */
-static bool tsrvi_loop_is_behind(tsrv_loop *loop)
+static bool tsrvi_loop_is_behind(tsrv_loop *loop, uint64_t looked)
 {
     bool full = loop->poller.full || loop->poller.fired_count == TSRVI_BATCH;
     int most = loop->poller.page_count * (2 * TSRVI_PAGE / TSRVI_BATCH) + 1; /* two events each */
-    if (loop->heap.count != 0 && loop->heap.items[0]->due <= loop->now && loop->behind < most &&
-        (full || (loop->behind == 0 && tsrvi_loop_is_late(loop)))) {
+    if (loop->heap.count != 0 && loop->heap.items[0]->due <= looked && loop->behind < most &&
+        (full || (loop->behind == 0 && tsrvi_loop_is_late(loop, looked)))) {
         loop->behind++;
         return true;
     }
@@ -5693,6 +5697,7 @@ static bool tsrvi_loop_is_behind(tsrv_loop *loop)
 static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
 {
     int timeout_ms = tsrvi_loop_sleep_ms(loop, loop->now), rc;
+    uint64_t looked;
     if (timeout_ms > 0) {
         timeout_ms = tsrvi_loop_sleep_ms(loop, tsrvi_clock()); /* the turn may have taken long */
     }
@@ -5702,6 +5707,7 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     loop->poller.fired_count = 0;
     rc = loop->poller.backend->wait(&loop->poller, timeout_ms);
     tsrvi_loop_tick(loop);
+    looked = loop->now; /* what comes later is seen by the next turn */
     tsrvi_slow_begin_turn(loop);
     loop->turns++;
     tsrvi_log_settle(false);
@@ -5715,10 +5721,10 @@ static int tsrvi_loop_turn(tsrv_loop *loop, int limit_ms)
     if (TSRVI_UNLIKELY(__atomic_load_n(&loop->sources.posts, __ATOMIC_RELAXED) != NULL)) {
         tsrvi_loop_run_posts(loop);
     }
-    if (TSRVI_LIKELY(!tsrvi_loop_is_behind(loop))) {
-        loop->past_ms = loop->now_ms;
-        tsrvi_loop_run_timers(loop);
-    } else if (loop->worker.beat.position != 0 && loop->worker.beat.due <= loop->now) {
+    if (TSRVI_LIKELY(!tsrvi_loop_is_behind(loop, looked))) {
+        loop->past_ms = (uint32_t)(looked / TSRVI_MS);
+        tsrvi_loop_run_timers(loop, looked);
+    } else if (loop->worker.beat.position != 0 && loop->worker.beat.due <= looked) {
         tsrvi_loop_run_timer(loop, &loop->worker.beat); /* it says that the loop turns: it does */
     }
     tsrvi_loop_run_ready(loop);
@@ -9467,17 +9473,18 @@ static uint32_t tsrvi_ms_at(const tsrv_loop *loop, uint64_t due)
     return due == TSRVI_FOREVER ? 0 : ms == 0 ? 1 : ms;
 }
 
-/* Has user code run for so long that the loop's time is behind? */
+/* Has so much run since the clock was read that the loop's time is behind? */
 static inline TSRVI_INLINE bool tsrvi_loop_lags(const tsrv_loop *loop)
 {
-    return TSRVI_UNLIKELY(tsrvi_ticks() - loop->slow.piece > TSRVI_TICKS_FEW);
+    return TSRVI_UNLIKELY(tsrvi_ticks() - loop->slow.ticked > TSRVI_TICKS_FEW);
 }
 
-/* Then the clock is read again, before a time begins. */
+/* Then it is read again, before a time begins. */
 static inline TSRVI_INLINE void tsrvi_loop_catch_up(tsrv_loop *loop)
 {
     if (tsrvi_loop_lags(loop)) {
         tsrvi_loop_tick(loop);
+        loop->slow.ticked = tsrvi_ticks();
     }
 }
 
@@ -9713,9 +9720,12 @@ struct tsrv_server {
     bool draining;
     bool forced; /* the grace is over: what was left has been aborted */
     int backoff_ms;
-    bool starting; /* task calls on_start */
-    bool paused;   /* none of its listeners accepts for now */
-    bool was_away; /* and it takes the next connection even if it is ahead of other workers */
+    bool starting;   /* task calls on_start */
+    bool paused;     /* none of its listeners accepts for now */
+    bool was_away;   /* and it takes the next connection even if it is ahead of other workers, */
+    uint32_t back;   /* in this turn from all of its listeners */
+    uint64_t others; /* what those had accepted when it was away last, */
+    int in_vain;     /* and how often it was since */
     tsrvi_share share[2]; /* what was accepted when it was last looked, and the time before */
     uint64_t share_due;   /* when it is looked at again */
     bool ending;          /* tsrv_server_free was called: it takes nothing new */
@@ -12789,12 +12799,16 @@ static inline TSRVI_INLINE void tsrvi_read_begin(tsrv_stream *stream, const tsrv
 static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
     tsrvi_wait *own = &stream->own;
+    uint32_t limit_ms;
     if ((own->progress & TSRVI_IN_READ) == 0) {
         tsrvi_loop_catch_up(tsrvi_loop_of(stream));
         tsrvi_read_begin(stream, tsrvi_loop_of(stream));
-        return tsrvi_deadline_is_past(stream); /* it has all its own time ahead */
     }
-    return tsrvi_ms_is_past(tsrvi_loop_of(stream), tsrvi_read_limit(stream, own->due_ms));
+    limit_ms = tsrvi_read_limit(stream, own->due_ms);
+    if (limit_ms == 0) {
+        tsrvi_own_finish(stream, TSRVI_IN_READ); /* one that is set meanwhile begins then */
+    }
+    return tsrvi_ms_is_past(tsrvi_loop_of(stream), limit_ms);
 }
 
 /* The handler waits for this read. */
@@ -13134,7 +13148,8 @@ static TSRVI_APART int tsrvi_read_leave_late(tsrv_stream *stream, const char *de
 static TSRVI_APART int tsrvi_read_leave_timed(tsrv_stream *stream, const char *delimiter,
                                               size_t max_bytes, tsrv_slice *slice, tsrv_loop *loop)
 {
-    if (TSRVI_UNLIKELY((stream->own.progress & TSRVI_IN_READ) != 0) || tsrvi_loop_lags(loop)) {
+    if (TSRVI_UNLIKELY((stream->own.progress & TSRVI_IN_READ) != 0 || stream->read_ms < 0) ||
+        tsrvi_loop_lags(loop)) {
         return tsrvi_read_leave_late(stream, delimiter, max_bytes, slice);
     }
     tsrvi_read_begin(stream, loop);
@@ -15200,7 +15215,8 @@ static int tsrvi_stream_new(tsrv_server *server, int fd, const tsrv_address *pee
 #define TSRVI_SHARE_MS 10000   /* that a share is counted for, at least */
 #define TSRVI_SHARE 16         /* accepts before another worker's turn, */
 #define TSRVI_SHARE_AHEAD 4    /* and where this one has accepted more than the others */
-#define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others */
+#define TSRVI_AWAY_MS 1        /* for which a worker that is ahead leaves the rest to others, */
+#define TSRVI_AWAY_MOST 16     /* and how often if they take nothing */
 #define TSRVI_BACKOFF_MS 50    /* first pause */
 #define TSRVI_BACKOFF_MAX 1000 /* longest pause */
 #define TSRVI_FAILURES 32      /* of accept in a row, after which a listener pauses; then it has */
@@ -15483,6 +15499,73 @@ static int tsrvi_stream_introduced(tsrv_stream *stream, const tsrv_address *clie
     stream->own.kinds = TSRVI_FOR_TURN;
     tsrvi_wait_add(stream, &stream->own);
     return stream->session == NULL ? TSRV_OK : TSRV_EAGAIN;
+}
+
+/* ---- as many as other workers --------------------------------------------------*/
+
+/* Not by tsrvi_stats_gather, whose other counters would cost more than the accept. */
+static tsrvi_share tsrvi_server_share(const tsrv_server *server)
+{
+    tsrvi_share share = {0, 0};
+    for (int first = 0; server->number >= 0 && first < tsrvi_process.place_count;
+         first += TSRVI_GENERATIONS) {
+        const tsrvi_place *places = &tsrvi_process.places[first];
+        int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
+        uint64_t accepted = 0;
+        for (int i = 0; i < used; i++) {
+            accepted += tsrvi_counter_load(&places[i].stats[server->number].accepted);
+        }
+        share.all += accepted;
+        share.own += first / TSRVI_GENERATIONS == tsrvi_worker_id() ? accepted : 0;
+    }
+    return share;
+}
+
+/* From time to time what was long ago is forgotten: a worker that was away need not make up for it.
+ */
+static void tsrvi_server_forget_shares(tsrv_server *server, uint64_t now)
+{
+    if (now >= server->share_due) {
+        server->share[1] = server->share[0];
+        server->share[0] = tsrvi_server_share(server);
+        server->share_due = tsrvi_after(now, TSRVI_SHARE_MS);
+    }
+}
+
+/* Has this worker accepted more than its share? */
+static bool tsrvi_server_is_ahead(const tsrv_server *server)
+{
+    tsrvi_share share;
+    uint64_t workers = (uint64_t)tsrvi_process.place_count / TSRVI_GENERATIONS;
+    if (tsrvi_worker_id() < 0) {
+        return false;
+    }
+    share = tsrvi_server_share(server);
+    return (share.own - server->share[1].own) * workers >
+           share.all - server->share[1].all + TSRVI_SHARE * workers;
+}
+
+/* Then, is there still hope for the others? Those that are full, or stopped, take nothing, however
+ * often it stays away. */
+static bool tsrvi_server_hopes(tsrv_server *server)
+{
+    tsrvi_share share = tsrvi_server_share(server);
+    if (server->others != share.all - share.own) {
+        server->others = share.all - share.own;
+        server->in_vain = 0;
+    }
+    server->in_vain += server->in_vain < TSRVI_AWAY_MOST;
+    return server->in_vain < TSRVI_AWAY_MOST;
+}
+
+/* Is this the turn, for all of its listeners, in which it is back from staying away? */
+static bool tsrvi_server_is_back(tsrv_server *server)
+{
+    if (server->was_away) {
+        server->was_away = false;
+        server->back = server->loop->turns;
+    }
+    return server->back == server->loop->turns;
 }
 
 /* ============================================================================
@@ -15794,48 +15877,6 @@ static void tsrvi_server_begin(tsrv_server *server)
     }
 }
 
-/* Not by tsrvi_stats_gather, whose other counters would cost more than the accept. */
-static tsrvi_share tsrvi_server_share(const tsrv_server *server)
-{
-    tsrvi_share share = {0, 0};
-    for (int first = 0; server->number >= 0 && first < tsrvi_process.place_count;
-         first += TSRVI_GENERATIONS) {
-        const tsrvi_place *places = &tsrvi_process.places[first];
-        int used = __atomic_load_n(&places->used, __ATOMIC_ACQUIRE);
-        uint64_t accepted = 0;
-        for (int i = 0; i < used; i++) {
-            accepted += tsrvi_counter_load(&places[i].stats[server->number].accepted);
-        }
-        share.all += accepted;
-        share.own += first / TSRVI_GENERATIONS == tsrvi_worker_id() ? accepted : 0;
-    }
-    return share;
-}
-
-/* From time to time what was long ago is forgotten: a worker that was away need not make up for it.
- */
-static void tsrvi_server_forget_shares(tsrv_server *server, uint64_t now)
-{
-    if (now >= server->share_due) {
-        server->share[1] = server->share[0];
-        server->share[0] = tsrvi_server_share(server);
-        server->share_due = tsrvi_after(now, TSRVI_SHARE_MS);
-    }
-}
-
-/* Has this worker accepted more than its share? */
-static bool tsrvi_server_is_ahead(const tsrv_server *server)
-{
-    tsrvi_share share;
-    uint64_t workers = (uint64_t)tsrvi_process.place_count / TSRVI_GENERATIONS;
-    if (tsrvi_worker_id() < 0) {
-        return false;
-    }
-    share = tsrvi_server_share(server);
-    return (share.own - server->share[1].own) * workers >
-           share.all - server->share[1].all + TSRVI_SHARE * workers;
-}
-
 /* The kernel has just given this number away: a listener that had it was closed by somebody, and
  * must not take, wait for or close what is another's now. */
 static void tsrvi_loop_disown(tsrv_loop *loop, int fd)
@@ -15938,7 +15979,7 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     tsrv_server *server = listener->server;
     tsrv_loop *loop = server->loop;
     int burst, most = tsrvi_worker_id() < 0 ? TSRVI_BURST : TSRVI_BURST_SHARED;
-    bool crowd = listener->turn + 1 == loop->turns;
+    bool crowd = listener->turn + 1 == loop->turns, back = tsrvi_server_is_back(server);
     (void)events;
     tsrvi_server_begin(server);
     if (crowd && listener->hold == 0 && listener->burst < most) {
@@ -15948,13 +15989,12 @@ static void tsrvi_listener_event(tsrvi_io *io, int events)
     listener->turn = loop->turns;
     listener->fresh = listener->fresh && (int32_t)(loop->turns - listener->fresh_turn) <= 0;
     listener->fresh_turn = loop->turns + 1;
-    if (listener->shared && (crowd || !loop->poller.exclusive) && !server->was_away &&
-        tsrvi_server_is_ahead(server)) {
+    if (listener->shared && (crowd || !loop->poller.exclusive) && !back &&
+        tsrvi_server_is_ahead(server) && tsrvi_server_hopes(server)) {
         server->was_away = true; /* the others may have them, for a moment */
         tsrvi_server_pause(server, tsrvi_after(loop->now, TSRVI_AWAY_MS));
         return;
     }
-    server->was_away = false;
     /* Who stops, drains or frees the server meanwhile closes the listener. */
     for (burst = listener->burst;
          burst > 0 && listener->io.interest != 0 && !tsrvi_server_is_full(server); burst--) {

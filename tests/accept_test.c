@@ -303,6 +303,30 @@ TEST_LOOP(worker_that_is_ahead_leaves_a_crowd_to_the_others)
     }
 }
 
+/* Until they have taken nothing for so long that it does not look as if they would. */
+TEST_LOOP(worker_that_is_ahead_of_others_that_are_stuck_takes_all)
+{
+    int fds[2 * TSRVI_AWAY_MOST];
+    open_shared(1000, 0);
+    s_loop->poller.exclusive = false;
+    for (int k = 0; k < TSRVI_AWAY_MOST + 1; k++) {
+        fds[k] = ask(s_port);
+        s_run_ms(TSRVI_AWAY_MS + 1);
+        s_expect(fds[k], "hello\n");
+    }
+    for (int moved = 0; moved <= 1; moved++) {
+        int before = entered;
+        places_of_two[TSRVI_GENERATIONS].stats[s_server->number].accepted += (unsigned)moved;
+        fds[TSRVI_AWAY_MOST + 1 + moved] = ask(s_port);
+        s_settle();
+        CHECK_INT(entered, before + (moved ? 0 : 1));
+        s_run_ms(TSRVI_AWAY_MS + 1);
+        s_expect(fds[TSRVI_AWAY_MOST + 1 + moved], "hello\n");
+    }
+    t_close_all(fds, TSRVI_AWAY_MOST + 3);
+    close_shared();
+}
+
 /* ---- waiting for a listener ----------------------------------------------------------------*/
 
 /* What the backend asks the kernel with. */

@@ -1187,6 +1187,107 @@ TEST_SOFT(the_time_of_a_read_begins_with_the_call)
     s_close();
 }
 
+static int busy_peer, served_peer;
+
+static int time_lines(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    while ((rc = tsrv_read_until(stream, "\n", 0, &line)) == TSRV_OK) {
+        if (line.size == 3) { /* "go": while this goes on, a line comes for the other stream, in time */
+            v_now += (uint64_t)600 * 1000000;
+            t_sends(served_peer, "hello\n");
+            v_now += (uint64_t)600 * 1000000;
+        } else {
+            tsrv_write(stream, line.data, line.size);
+        }
+    }
+    late_ms = rc == TSRV_ETIMEOUT ? v_ms() : late_ms;
+    return rc;
+}
+
+static void take_long_and_serve(void *context)
+{
+    (void)context;
+    v_now += (uint64_t)5000 * 1000000;
+    served_peer = t_add_pair(s_server);
+    late_ms = v_ms();
+}
+
+/* Nor when something else began to take long in the same turn. */
+TEST_SOFT(the_time_of_a_read_begins_behind_what_took_long)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 1000;
+    s_open_with(time_lines, options);
+    CHECK_INT(tsrv_loop_post(s_loop, take_long_and_serve, NULL), TSRV_OK);
+    s_settle();
+    int64_t start = late_ms;
+    CHECK_INT(s_closed, 0);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK_LEAST(late_ms - start, 1000);
+    CHECK_MOST(late_ms - start, 1100);
+    t_close(served_peer);
+    s_close();
+}
+
+/* Whose bytes came before its time was over is served, though the loop hears of both at once. */
+TEST_SOFT(bytes_that_come_in_time_while_another_takes_long_are_read)
+{
+    tsrv_server_options options = {0};
+    options.read_timeout_ms = 1000;
+    s_open_with(time_lines, options);
+    served_peer = s_join();
+    busy_peer = s_join();
+    s_settle();
+    t_sends(busy_peer, "go\n");
+    s_expect(served_peer, "hello\n");
+    CHECK_INT(s_closed, 0);
+    t_close(served_peer);
+    t_close(busy_peer);
+    s_until(&s_closed, 2);
+    s_close();
+}
+
+/* Limits the first line, waits for the next without a limit, and limits it when something of it is there. */
+static int limit_what_has_begun(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    int *count = (int *)tsrv_data(stream);
+    tsrv_slice line;
+    int rc;
+    (void)address, (void)context;
+    tsrv_set_timeout(stream, ++*count == 2 ? TSRV_NEVER : 1000, 0);
+    rc = tsrv_read_until(stream, "\n", 0, &line);
+    if (rc == TSRV_OK) {
+        *count = 2;
+        tsrv_set_timeout(stream, TSRV_NEVER, 0);
+        rc = tsrv_read_until(stream, "\n", 0, &line);
+    }
+    late_ms = rc == TSRV_ETIMEOUT ? v_ms() : late_ms;
+    return rc;
+}
+
+T_TEST(a_limit_begins_with_the_call_that_is_the_first_to_have_one, T_PER_BACKEND | T_CALLBACKS)
+{
+    tsrv_server_options options = {0};
+    options.data_size = sizeof(int);
+    s_open_with(limit_what_has_begun, options);
+    int fd = s_join();
+    s_send(fd, "one\n", 4);
+    s_run_ms(5000);
+    CHECK_INT(s_closed, 0);
+    int64_t start = v_ms();
+    s_send(fd, "t", 1);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_ETIMEOUT);
+    CHECK_LEAST(late_ms - start, 1000);
+    CHECK_MOST(late_ms - start, 1200);
+    t_close(fd);
+    s_close();
+}
+
 static bool third_by_deadline;
 
 /* Echoes; before the third line it limits what follows, as its case says. */
