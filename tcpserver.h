@@ -100,7 +100,8 @@
  *   TSRV_EAGAIN     a callback-mode handler returns it, and repeats the call when it is called
  *                   again; elsewhere: not now
  *   TSRV_EOF        the peer has sent all that it will send: answer what is left, and return it.
- *                   With tsrv_stopping(stream) it is a drain: say good-bye, and return it
+ *                   With tsrv_stopping(stream) it is a drain: say good-bye, and return it (a relay
+ *                   does not pass that on, and goes on with the other direction)
  *   TSRV_ECLOSED    this side has closed or aborted the stream, or a grace is over: return it
  *   TSRV_ETIMEOUT   of a read or a wait: nothing is lost; say so and return it, or go on. Of a
  *                   write: the peer takes nothing, and the stream is over
@@ -396,7 +397,8 @@
  *     }
  *
  * A pool is a semaphore and a stack of what is idle. Who waits for it is not told that its client
- * has gone: look at tsrv_error(stream) before the work begins.                [compiles behind it]
+ * has gone: look at tsrv_error(stream) before the work begins. What was idle may have been closed:
+ * tsrv_wait_fd(fd, TSRV_READABLE, 0) says TSRV_ETIMEOUT if not.               [compiles behind it]
  *
  *     enum { PLACES = 8 };
  *
@@ -9767,6 +9769,7 @@ struct tsrv_stream {
 #ifdef TSRV_DEBUG
     const char *waited;   /* the read that the callback-mode handler has waited in */
     const char *waits_in; /* the same, in this call */
+    size_t count;         /* of its last tsrv_read_bytes */
     uint32_t failed_turn; /* of the loop, when a call last failed */
     unsigned failures;    /* in a row */
 #endif
@@ -10017,6 +10020,18 @@ static void tsrvi_debug_read(tsrv_stream *stream, const char *function, int rc)
     }
     stream->waited = NULL;
     stream->waits_in = rc == TSRV_EAGAIN ? function : NULL;
+}
+
+/* A tsrv_read_bytes of the callback-mode handler's begins, or is repeated. */
+static void tsrvi_debug_count(tsrv_stream *stream, const char *function, size_t count)
+{
+    if (tsrvi_loop_of(stream)->streams.handling != stream) {
+        return;
+    }
+    if (stream->waited == function && stream->count != count) {
+        tsrvi_debug_tell(stream, function, "the handler waited for another count of bytes");
+    }
+    stream->count = count;
 }
 
 /* A callback-mode handler has returned. */
@@ -13250,6 +13265,9 @@ TSRV_API int tsrv_read_bytes(tsrv_stream *stream, size_t count, tsrv_slice *slic
         int rc = tsrvi_read_nothing(stream, count != 0);
         return rc == TSRV_OK && count != 0 ? tsrvi_read_too_long(stream, limit) : rc;
     }
+#ifdef TSRV_DEBUG
+    tsrvi_debug_count(stream, __func__, count);
+#endif
     return TSRVI_CHECKED(stream, tsrvi_read_run(stream, &read, 0));
 }
 

@@ -38,7 +38,9 @@ static void copy(tunnel *t, tsrv_stream *from, tsrv_stream *to)
             rc = TSRV_OK; /* there is life in the other direction */
         }
     }
-    rc = rc == TSRV_EOF ? tsrv_shutdown(to) : rc;
+    if (rc == TSRV_EOF) { /* or this server stops, which is no end to be passed on */
+        rc = tsrv_stopping(from) ? (int)TSRV_OK : tsrv_shutdown(to);
+    }
     t->copying--;
     tsrv_wake(to); /* the other direction may be here already: */
     while (rc == TSRV_OK && t->copying > 0) {

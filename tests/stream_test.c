@@ -1422,6 +1422,43 @@ T_TEST(debug_names_a_read_that_is_not_the_one_that_waited, T_PER_BACKEND | T_CAL
     s_close();
 }
 
+static size_t first_count, second_count;
+
+/* Forgets which of two it waits for, if they differ. */
+static int read_two_counts(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice bytes;
+    int rc;
+    (void)address, (void)context;
+    if ((rc = tsrv_read_bytes(stream, first_count, &bytes)) == TSRV_OK) {
+        rc = tsrv_read_bytes(stream, second_count, &bytes);
+    }
+    return rc;
+}
+
+T_TEST(debug_names_a_read_of_another_count, T_PER_BACKEND | T_CALLBACKS)
+{
+    for (second_count = 4; second_count >= 2; second_count -= 2) {
+        first_count = 2;
+        mistakes = 0;
+        open_with(read_two_counts, defaults);
+        tsrv_set_log(see_mistakes, NULL);
+        int fd = t_add_pair(s_server);
+        t_sends(fd, "ab");
+        s_settle();
+        t_sends(fd, "cd");
+        s_settle();
+        t_close(fd);
+        s_until(&s_closed, 1);
+        if (second_count != first_count) {
+            expect_mistake("tsrv_read_bytes", "another count");
+        } else {
+            CHECK_INT(mistakes, 0);
+        }
+        s_close();
+    }
+}
+
 static int ends_by;
 
 /* A reason of its own to end, behind a read that waits; or a drain is one. */
