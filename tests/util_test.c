@@ -1321,7 +1321,7 @@ TEST_ONCE(times_of_streams_wrap)
     loop.now = (wrap - 5) * TSRVI_MS;
     loop.now_ms = UINT32_MAX - 4;
     loop.running = true; /* and for a moment only */
-    loop.slow.piece = tsrvi_ticks();
+    loop.slow.ticked = tsrvi_ticks();
     CHECK_INT(tsrvi_ms_at(&loop, (wrap - 1) * TSRVI_MS), UINT32_MAX);
     CHECK_INT(tsrvi_ms_at(&loop, wrap * TSRVI_MS), 1);
     CHECK_INT(tsrvi_ms_at(&loop, (wrap + 1) * TSRVI_MS), 1);
@@ -1349,7 +1349,7 @@ TEST_ONCE(times_of_streams_that_are_far_apart_can_be_compared)
     enum { DAY_MS = 24 * 3600 * 1000 };
     static tsrv_loop loop;
     loop.running = true;
-    loop.slow.piece = tsrvi_ticks();
+    loop.slow.ticked = tsrvi_ticks();
     loop.now = (uint64_t)20 * DAY_MS * TSRVI_MS;
     loop.now_ms = 20u * DAY_MS;
     uint32_t past = loop.now_ms - 10u * DAY_MS, farthest = tsrvi_ms_after(&loop, INT_MAX);
