@@ -15614,7 +15614,8 @@ static bool tsrvi_server_is_back(tsrv_server *server)
  * wake all processes, and the quickest wins: one that is ahead of the others
  * stays away for a millisecond before it takes more. So it does with EPOLLEXCLUSIVE
  * while connections come in every turn: in a crowd all are awake, and who has a
- * processor takes what is there before the others get one.
+ * processor takes what is there before the others get one. It takes all that is
+ * left when the others, full or stopped, take nothing of what it leaves them.
  * ==========================================================================*/
 
 static bool tsrvi_server_is_full(const tsrv_server *server)
