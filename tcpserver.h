@@ -12813,15 +12813,15 @@ static inline TSRVI_INLINE void tsrvi_read_begin(tsrv_stream *stream, const tsrv
 /* Is the time over of one that begins, or goes on? */
 static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
 {
-    tsrvi_wait *own = &stream->own;
+    bool begins = (stream->own.progress & TSRVI_IN_READ) == 0;
     uint32_t limit_ms;
-    if ((own->progress & TSRVI_IN_READ) == 0) {
+    if (begins) {
         tsrvi_loop_catch_up(tsrvi_loop_of(stream));
         tsrvi_read_begin(stream, tsrvi_loop_of(stream));
     }
-    limit_ms = tsrvi_read_limit(stream, own->due_ms);
-    if (limit_ms == 0) {
-        tsrvi_own_finish(stream, TSRVI_IN_READ); /* one that is set meanwhile begins then */
+    limit_ms = tsrvi_read_limit(stream, stream->own.due_ms);
+    if (begins && limit_ms == 0) {
+        tsrvi_own_finish(stream, TSRVI_IN_READ); /* until the handler itself sets one */
     }
     return tsrvi_ms_is_past(tsrvi_loop_of(stream), limit_ms);
 }
@@ -13938,7 +13938,7 @@ TSRV_API void tsrv_set_timeout(tsrv_stream *stream, int read_ms, int write_ms)
 {
     const tsrv_server_options *options = &stream->server->options;
     if ((stream->own.kinds & TSRVI_FOR_READ) != 0) {
-        tsrvi_own_begin(stream, TSRVI_IN_READ); /* which began before, without a limit */
+        tsrvi_own_begin(stream, TSRVI_IN_READ); /* which has begun, maybe without a limit */
     }
     stream->read_ms = tsrvi_ms_most(read_ms != 0 ? read_ms : options->read_timeout_ms);
     stream->write_ms = write_ms != 0 ? write_ms : options->write_timeout_ms;

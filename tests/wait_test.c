@@ -1288,6 +1288,38 @@ T_TEST(a_limit_begins_with_the_call_that_is_the_first_to_have_one, T_PER_BACKEND
     s_close();
 }
 
+static tsrv_stream *unlimited;
+
+static int wait_for_ever(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice line;
+    (void)address, (void)context;
+    unlimited = stream;
+    return tsrv_read_until(stream, "\n", 0, &line);
+}
+
+/* Not even if its handler is called for a part of what it waits for. */
+T_TEST(a_limit_that_comes_while_a_read_waits_is_for_the_next_one, T_PER_BACKEND | T_CALLBACKS)
+{
+    tsrv_server_options options = {0};
+    s_open_with(wait_for_ever, options);
+    int fd = s_join();
+    s_settle();
+    for (int i = 0; i < 2; i++) {
+        tsrv_set_timeout(unlimited, 100, 0);
+        for (int part = 0; part < 3; part++) {
+            s_send(fd, "t", 1);
+            s_run_ms(1000);
+            CHECK_INT(s_closed, 0);
+        }
+    }
+    s_send(fd, "\n", 1);
+    s_until(&s_closed, 1);
+    CHECK_INT(s_reason, TSRV_OK);
+    t_close(fd);
+    s_close();
+}
+
 static bool third_by_deadline;
 
 /* Echoes; before the third line it limits what follows, as its case says. */
