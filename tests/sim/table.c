@@ -6,14 +6,14 @@
  * in the middle, or the last; and all of sim.c's invariants have to hold. For the sites that only another failure leads
  * to, scenarios run with one call failing all the time (detours).
  *
- *     table [--scenarios N] [--pairs] [--verbose] [--site NAME]
+ *     table [--scenarios N] [--pairs SECONDS] [--verbose] [--site NAME]
  *
  * A cell that no scenario reached is listed, and makes it fail, unless its site is in `elsewhere`, with the reason.
- * With --pairs, in short scenarios each pair of failing calls, too. */
+ * With --pairs, for so long, in short scenarios each pair of failing calls, too. */
 #define SIM_NO_MAIN
 #include "sim.c"
 
-enum { SCENARIOS = 1500, BYTES = 160, RUNS_OF_CELL = 6, MOST_STICKY = 40, EVERY = 40 };
+enum { SITES = 400, SCENARIOS = 1500, BYTES = 160, RUNS_OF_CELL = 6, MOST_STICKY = 40, EVERY = 40, MOST_OF_PAIR = 6 };
 
 /* Sites that the model cannot reach, by their functions; `*` ends a prefix. */
 static const struct {
@@ -83,11 +83,10 @@ typedef struct row {
 } row;
 
 typedef struct shared {
-    row rows[400];
-    long runs;
+    row rows[SITES];
+    long runs, pairs;
     int at_row, at_code, at_mode, at_way;
-    unsigned at_call;
-    char message[300];
+    unsigned at_call, at_second;
 } shared;
 
 static shared *table;
@@ -492,31 +491,61 @@ static void run_cells(const char *only)
 
 /* ---- pairs --------------------------------------------------------------------------------*/
 
-/* In short scenarios every pair of calls that can fail: the code of each is one that its number chooses. */
+/* Learn how often a run calls at each place. */
+static void count_calls(const way *w, unsigned *calls)
+{
+    for (int n = 0; n < site_count; n++) {
+        __start_s_sites[n].calls = 0;
+    }
+    run_scenario(w);
+    for (int n = 0; n < site_count; n++) {
+        bool counts = is_row(&__start_s_sites[n]) && table->rows[n].way_count != 0;
+        calls[n] = !counts ? 0 : __start_s_sites[n].calls < MOST_OF_PAIR ? (unsigned)__start_s_sites[n].calls : MOST_OF_PAIR;
+    }
+}
+
+static int nth_code(const s_site *site, unsigned number)
+{
+    int code = class_of(site)->codes[number % (unsigned)s_code_count(class_of(site))];
+    return is_cell(site, code) ? code : class_of(site)->codes[0];
+}
+
+/* One call fails; then, in turn, each of those that are still made fails as well. */
+static void run_pairs_of(const way *w, int a, unsigned call, double end)
+{
+    unsigned after[SITES];
+    bad_site = &__start_s_sites[a];
+    bad_code = nth_code(bad_site, w->scenario + call);
+    bad_call = call;
+    bad_sticky = false;
+    count_calls(w, after);
+    for (int b = 0; b < site_count; b++) {
+        for (second_call = 1; second_call <= after[b] && p_seconds() < end; second_call++) {
+            table->at_row = a, table->at_code = b, table->at_way = (int)w->scenario, table->at_call = call;
+            table->at_second = second_call;
+            second_site = &__start_s_sites[b];
+            second_code = nth_code(second_site, w->scenario + (unsigned)a + second_call);
+            run_scenario(w);
+            table->pairs += failures > 1;
+        }
+        second_site = NULL;
+    }
+    bad_site = NULL;
+}
+
+/* In short scenarios every pair of calls that can fail, each with one of its codes. */
 static void run_pairs(double end)
 {
+    unsigned calls[SITES];
     for (unsigned scenario = 0; scenario < 400 && p_seconds() < end; scenario++) {
-        way w = {(unsigned short)(scenario * 148), 0, 0}; /* these are short */
+        way w = {(unsigned short)(scenario * (BYTES - 12) + scenario % 32), 0, 0}; /* 12 to 43 bytes */
+        count_calls(&w, calls);
         for (int a = 0; a < site_count; a++) {
-            for (int b = a; b < site_count && p_seconds() < end; b++) {
-                const s_site *one = &__start_s_sites[a], *other = &__start_s_sites[b];
-                if (!is_row(one) || !is_row(other) || table->rows[a].way_count == 0 || table->rows[b].way_count == 0) {
-                    continue;
-                }
-                table->at_row = a, table->at_code = b, table->at_way = (int)w.scenario;
-                bad_site = one;
-                bad_code = class_of(one)->codes[scenario % (unsigned)s_code_count(class_of(one))];
-                bad_call = 1 + scenario % 3;
-                bad_sticky = false;
-                second_site = other;
-                second_code = class_of(other)->codes[(scenario / 7) % (unsigned)s_code_count(class_of(other))];
-                second_call = 1 + scenario / 2 % 3;
-                run_scenario(&w);
-                table->runs++;
+            for (unsigned call = 1; call <= calls[a] && p_seconds() < end; call++) {
+                run_pairs_of(&w, a, call, end);
             }
         }
     }
-    bad_site = second_site = NULL;
 }
 
 /* ---- the report ---------------------------------------------------------------------------*/
@@ -610,7 +639,7 @@ int main(int argc, char **argv)
     static char output[20000];
     unsigned scenarios = SCENARIOS;
     const char *only = NULL;
-    bool pairs = false;
+    double pairs = 0; /* seconds */
     int bad = 0, rc;
     p_child child;
     table = (shared *)p_shared(sizeof *table);
@@ -620,12 +649,12 @@ int main(int argc, char **argv)
             scenarios = (unsigned)strtoul(argv[++i], NULL, 10);
         } else if (strcmp(argv[i], "--site") == 0 && i + 1 < argc) {
             only = argv[++i];
-        } else if (strcmp(argv[i], "--pairs") == 0) {
-            pairs = true;
+        } else if (strcmp(argv[i], "--pairs") == 0 && i + 1 < argc) {
+            pairs = strtod(argv[++i], NULL);
         } else if (strcmp(argv[i], "--verbose") == 0) {
             verbose = true;
         } else {
-            printf("%s [--scenarios N] [--pairs] [--site FUNCTION] [--verbose]\n", argv[0]);
+            printf("%s [--scenarios N] [--pairs SECONDS] [--site FUNCTION] [--verbose]\n", argv[0]);
             return 2;
         }
     }
@@ -650,17 +679,20 @@ int main(int argc, char **argv)
             bad++;
         }
     }
-    if (pairs && p_fork(&child)) {
-        p_limit(600);
-        run_pairs(p_seconds() + 60);
+    if (pairs > 0 && p_fork(&child)) {
+        p_limit(600 + (unsigned)pairs);
+        run_pairs(p_seconds() + pairs);
         p_leave();
     }
-    if (pairs && !p_await(&child, output, sizeof output)) {
+    if (pairs > 0 && !p_await(&child, output, sizeof output)) {
         const char *line = strstr(output, "VIOLATION: ");
-        printf("FAIL pair %s:%d, %s:%d, scenario %d: %s\n", __start_s_sites[table->at_row].function,
-               __start_s_sites[table->at_row].line, __start_s_sites[table->at_code].function,
-               __start_s_sites[table->at_code].line, table->at_way, line == NULL ? output : line);
+        printf("FAIL pair: call %u of %s:%d, call %u of %s:%d, scenario %d: %s\n", table->at_call,
+               __start_s_sites[table->at_row].function, __start_s_sites[table->at_row].line, table->at_second,
+               __start_s_sites[table->at_code].function, __start_s_sites[table->at_code].line, table->at_way,
+               line == NULL ? output : line);
         bad++;
+    } else if (pairs > 0) {
+        printf("%ld pairs of failing calls\n", table->pairs);
     }
     rc = report();
     return rc != 0 || bad != 0;
