@@ -142,7 +142,7 @@ test-all:
 	@$(MAKE) --no-print-directory $(JOBS) run-tests
 
 run-tests: $(if $(filter examples postgres systemd,$(TESTS)),$(EXAMPLES) $(VARIANTS)) $(PROGRAMS)
-	@$(if $(QUICK),echo "left to make test-all: other backends; hard mode; long tests; $(filter-out $(TESTS),$(LEFT_OUT))")
+	@$(if $(and $(QUICK),$(SHORT)),echo "left to make test-all: other backends; hard mode; long tests; $(filter-out $(TESTS),$(LEFT_OUT))")
 	@EXAMPLES='$(DIR)' MISSING='$(strip $(MISSING))' $(if $(QUICK),TEST_JOBS=$${TEST_JOBS:-12}) sh tests/run.sh '$(strip $(RUN))' '$(SHORT) $(if $(BACKEND),--backend $(BACKEND))' $(PROGRAMS)
 
 # A certificate for localhost and 127.0.0.1 that trusts itself, for the TLS examples.
