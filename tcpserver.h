@@ -9771,6 +9771,7 @@ struct tsrv_stream {
     const char *waits_in; /* the same, in this call */
     size_t count;         /* of its last tsrv_read_bytes */
     uint32_t failed_turn; /* of the loop, when a call last failed */
+    uint32_t failing_ms;  /* when the first of those in a row did */
     unsigned failures;    /* in a row */
 #endif
 };
@@ -9991,7 +9992,8 @@ static uint32_t tsrvi_stream_write_due(const tsrv_stream *stream)
 
 #ifdef TSRV_DEBUG
 #define TSRVI_CHECKED(stream, call) tsrvi_debug_result(stream, __func__, call)
-#define TSRVI_DEBUG_FAILURES 1000 /* in a row, none of which has let go for long */
+#define TSRVI_DEBUG_FAILURES 1000   /* in a row, none of which has let go for long */
+#define TSRVI_DEBUG_FAILURES_MS 100 /* and all in less: one that has waited is no mistake */
 
 /* Say it, if it is new. */
 static void tsrvi_debug_tell(const tsrv_stream *stream, const char *function, const char *mistake)
@@ -10068,8 +10070,14 @@ static int tsrvi_debug_result(tsrv_stream *stream, const char *function, int rc)
         stream->failures = 0;
     }
     stream->failed_turn = loop->turns;
-    if (rc < 0 && ++stream->failures == TSRVI_DEBUG_FAILURES) {
-        tsrvi_debug_tell(stream, function, "is called again and again, and always fails");
+    if (rc < 0 && stream->failures++ == 0) {
+        stream->failing_ms = loop->now_ms;
+    }
+    if (stream->failures == TSRVI_DEBUG_FAILURES) {
+        stream->failures = 0;
+        if (loop->now_ms - stream->failing_ms < TSRVI_DEBUG_FAILURES_MS) {
+            tsrvi_debug_tell(stream, function, "is called again and again, and always fails");
+        }
     }
     return rc;
 }

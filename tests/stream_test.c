@@ -1503,6 +1503,32 @@ TEST_SOFT(debug_names_a_loop_over_calls_that_fail)
     check_mistake(go_on_failing, "tsrv_write", "always fails");
 }
 
+/* A clock's ticks, or a peer that is asked in vain: each call has waited for its time. */
+static int tick(tsrv_stream *stream, const tsrv_address *address, void *context)
+{
+    tsrv_slice slice;
+    int rc = TSRV_ETIMEOUT;
+    (void)address, (void)context;
+    tsrv_set_timeout(stream, 1, 0);
+    for (; mistaken < 2400 && rc == TSRV_ETIMEOUT; mistaken += rc == TSRV_ETIMEOUT) {
+        rc = mistaken < 1200 ? tsrv_wait(stream, 1) : tsrv_read_some(stream, 0, &slice);
+    }
+    return rc;
+}
+
+TEST_SOFT(debug_names_no_loop_over_calls_that_have_waited)
+{
+    mistakes = mistaken = 0;
+    open_with(tick, defaults);
+    tsrv_set_log(see_mistakes, NULL);
+    int fd = t_add_pair(s_server);
+    s_until(&s_closed, 1);
+    CHECK_INT(mistaken, 2400);
+    CHECK_INT(mistakes, 0);
+    t_close(fd);
+    s_close();
+}
+
 TEST_CALLBACK(debug_names_a_wait_where_nothing_can_wait)
 {
     tsrv_server_options options = {0};
