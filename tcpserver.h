@@ -115,8 +115,8 @@
  *                   names the argument. Of a getter: there is no such thing
  *   TSRV_ENOTSUP    compile it in (TSRV_TLS_OPENSSL, TSRV_NO_...), or do without
  *   TSRV_ERESOLVE   look at the name, and at the system's name servers; try again later
- *   TSRV_ETLS       the log has OpenSSL's reason. Instead of TSRV_EOF: the end was not the peer's
- *                   own, so do not take what has come for whole
+ *   TSRV_ETLS       the log has OpenSSL's reason, but not that a peer has merely gone. Instead of
+ *                   TSRV_EOF: the end was not the peer's own, so what has come may not be whole
  *   TSRV_EPROXY     the proxy does not send the header, or somebody came past the proxy
  *   TSRV_ERESTARTS  the workers' ends are in the log; repair, and start again
  *   TSRV_EPARENT    all went well: the parent of workers returns from main
@@ -1543,11 +1543,11 @@ typedef struct tsrv_connect_options {
  *   port     1 to 65535; not used for unix paths
  *   options  NULL = all defaults
  *   stream   receives it; NULL after an error
- * Returns TSRV_OK, with TLS after the handshake; TSRV_ETLS (it failed, the reason is logged),
- * TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being freed, or the grace of a drain is
- * over), TSRV_EINVAL (not in a coroutine, bad port; a name of more than 255 bytes),
- * -ENOMEM, -EAGAIN (the system gives no thread to look the name up), or -errno of the last address:
- * -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
+ * Returns TSRV_OK, with TLS after the handshake; TSRV_ETLS (it failed; the reason is logged, but
+ * not that the peer has merely gone), TSRV_ETIMEOUT, TSRV_ERESOLVE, TSRV_ECLOSED (the loop is being
+ * freed, or the grace of a drain is over), TSRV_EINVAL (not in a coroutine, bad port; a name of
+ * more than 255 bytes), -ENOMEM, -EAGAIN (the system gives no thread to look the name up), or
+ * -errno of the last address: -ECONNREFUSED, -ENETUNREACH, -EMFILE and the like. */
 TSRV_API int tsrv_connect(const char *host, int port, const tsrv_connect_options *options,
                           tsrv_stream **stream);
 
