@@ -176,6 +176,7 @@ static call calls[CALLS];
 
 static bool tcp, small_buffers; /* what the connections are like */
 static bool unclean;   /* a fault was injected that excuses every error */
+static bool meddles;   /* functions that match, on_close and handlers that wait already make further calls */
 static bool freeing;   /* the server, or the loop, is being freed: nobody begins anything any more */
 static int64_t forced_ms; /* when a drain's grace is over; -1 = no drain */
 static bool inside;    /* a library call that cannot wait is under way */
@@ -618,6 +619,8 @@ static size_t match_size(unsigned variant, uint64_t at, size_t size)
     return end == NULL ? 0 : (size_t)(end - input_from(at)) + 1;
 }
 
+static void meddle_in_match(connection *on);
+
 static size_t match(const char *data, size_t size, void *context)
 {
     const call *c = (const call *)context;
@@ -627,6 +630,7 @@ static size_t match(const char *data, size_t size, void *context)
     if (memcmp(data, input_from(c->on->read), size) != 0) {
         fail("%d: what is to be matched differs from what was sent", number_of(c->on));
     }
+    meddle_in_match(c->on);
     return match_size(c->variant, c->on->read, size);
 }
 
@@ -1555,6 +1559,60 @@ static int operate(connection *own, int where)
     return TSRV_OK;
 }
 
+/* ---- where a program should not, but may ----------------------------------------------------*/
+
+/* What a function that matches does besides: anything but to read its own stream. */
+static void meddle_in_match(connection *on)
+{
+    static const uint8_t kinds[] = {WAKE,  SET_HANDLER, SET_DEADLINE, WRITE, TRY_WRITE,
+                                    FLUSH, SHUTDOWN,    CLOSE,        ABORT, LOOK};
+    bool was_inside = inside;
+    connection *other;
+    int kind;
+    if (!meddles || freeing || script_is_over() || draw(4) != 3) {
+        return;
+    }
+    TRACE("%d: while it is matched\n", number_of(on));
+    inside = false;
+    kind = PICK(kinds);
+    other = &connections[draw(STREAMS)];
+    if (draw(4) == 3 && other != on && is_usable(other)) {
+        operate_call(other, other, draw(2) ? READ_SOME : READ_UNTIL, OUTSIDE);
+    } else if (is_usable(on) && kind <= WAIT) {
+        operate_call(on, on, kind, OUTSIDE);
+    } else if (is_usable(on) && (kind == SHUTDOWN || kind == CLOSE || kind == ABORT)) {
+        operate_end(on, kind);
+    } else if (is_usable(on)) {
+        operate_stream(on, kind);
+    }
+    end_brief_slices();
+    inside = was_inside;
+}
+
+/* An on_close uses other streams. */
+static void meddle_in_close(void)
+{
+    if (meddles && !freeing && draw(4) == 3) {
+        operate(&connections[draw(STREAMS)], OUTSIDE);
+        end_brief_slices();
+    }
+}
+
+/* A callback-mode handler whose read waits makes another one, which is the one that it repeats. */
+static void meddle_in_read(connection *on)
+{
+    static const uint8_t kinds[] = {READ_SOME, READ_UNTIL, READ_BYTES, READ_MATCH, SET_TIMEOUT};
+    int kind = PICK(kinds);
+    if (kind == SET_TIMEOUT) {
+        operate_stream(on, kind);
+    } else if (is_read(on->pending->kind) && on->pending->sliced) {
+        on->pending->active = false;
+        on->pending = NULL;
+        operate_call(on, on, kind, IN_HANDLER);
+        on->strayed = true;
+    }
+}
+
 /* ---- handlers -----------------------------------------------------------------------------*/
 
 static bool strays; /* handlers do not always repeat a call */
@@ -1566,6 +1624,10 @@ static void add_to_wait(connection *on)
     call *pending = on->pending;
     int kind;
     if (draw(8) != 7) {
+        return;
+    }
+    if (meddles && draw(2) == 1) {
+        meddle_in_read(on);
         return;
     }
     kind = PICK(extras);
@@ -1684,6 +1746,7 @@ static void call_on_close(tsrv_stream *stream, int reason, void *context)
     on->slice = NULL;
     on->closed = on->over = on->ending = true;
     on->good = error == TSRV_OK && !on->aborted && !is_forced() && !unclean && !on->unsure;
+    meddle_in_close();
 }
 
 /* ---- the main program ---------------------------------------------------------------------*/
@@ -2025,6 +2088,7 @@ static void check_nothing_is_left(int descriptors)
 
 static void draw_options(void)
 {
+    static const size_t least[] = {1, 9, 63, 65}; /* about what a search looks at first */
     static const size_t buffers[] = {0, 64, 200, 1000, 5000}, receives[] = {0, 1, 16, 100, 4096};
     static const size_t marks[] = {0, 1, 50, 1000}, queues[] = {0, 0, 100, 2000, 30000};
     static const int reads_ms[] = {0, 0, 10, 100, 3000}, idles_ms[] = {0, 0, 15, 200, 4000};
@@ -2036,6 +2100,7 @@ static void draw_options(void)
     options.loop = loop;
     options.data_size = sizeof(connection *);
     options.max_buffer_size = PICK(buffers);
+    options.max_buffer_size = meddles && draw(2) ? PICK(least) : options.max_buffer_size;
     options.read_chunk_size = PICK(receives);
     options.write_high_water = PICK(marks);
     options.max_write_buffer_size = PICK(queues);
@@ -2128,6 +2193,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     how = draw(256);
     more = draw(256);
     end = draw(256);
+    meddles = !FUZZ_OLD && (end & 0xc0) == 0xc0;
     begin(how, more);
     while (!script_is_over()) {
         step();
