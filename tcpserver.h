@@ -17850,6 +17850,7 @@ static bool tsrvi_worker_is_handled(int signo)
     return TSRV_SYS(sigaction, (signo, NULL, &action)) == 0 &&
            ((action.sa_flags & SA_SIGINFO) != 0 ||
             (action.sa_handler != SIG_DFL && action.sa_handler != SIG_IGN &&
+             action.sa_handler != tsrvi_signal_nothing &&
              action.sa_handler != tsrvi_signal_handler));
 }
 
@@ -17983,7 +17984,8 @@ static void tsrvi_worker_line_event(tsrvi_io *io, int events)
 /* ---- the chief -------------------------------------------------------------*/
 
 /* Act on signals that nobody else acts on; SIGHUP and SIGUSR2 only where there is no parent, whose
- * business they are. In a worker one that is ignored stays so: its parent tells it. What is acted
+ * business they are. In a worker one that is ignored stays so: its parent tells it. One that has no
+ * effect, since a chief before this one was told, has one again: it cuts the grace. What is acted
  * on is unblocked in this thread, whatever mask the process was given. */
 static void tsrvi_worker_watch_signals(tsrv_loop *loop)
 {
@@ -17996,7 +17998,7 @@ static void tsrvi_worker_watch_signals(tsrv_loop *loop)
         struct sigaction action;
         if (TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
             (action.sa_flags & SA_SIGINFO) == 0 &&
-            (action.sa_handler == SIG_DFL ||
+            (action.sa_handler == SIG_DFL || action.sa_handler == tsrvi_signal_nothing ||
              (action.sa_handler == SIG_IGN && tsrvi_worker_id() < 0)) &&
             tsrv_signal_start(loop, own, signals[i], tsrvi_worker_signal, own) == TSRV_OK) {
             TSRV_SYS(sigaddset, (&unblocked, signals[i]));

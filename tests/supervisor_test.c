@@ -2525,6 +2525,26 @@ TEST_LOOP(a_second_signal_ends_the_grace_of_every_loop)
     check_end(pid, 0, TSRV_EPARENT);
 }
 
+/* Also of one that outlives the others: whichever of the two loops was the first, which listens to the
+ * parent, the other one takes its place. */
+TEST_LOOP(a_second_signal_ends_the_grace_of_the_last_loop)
+{
+    for (int first = 0; first < 2; first++) {
+        int fds[2];
+        pid_t pid;
+        fork_options.grace_ms = NEVER_DUE_MS;
+        start_two_loops(&pid, fds);
+        tell(pid, SIGTERM);
+        AWAIT(is_refused());
+        finish_request(fds[first]);
+        AWAIT(get(&board->value) == 1);
+        tell(pid, SIGTERM);
+        check_cut(fds[1 - first]);
+        check_end(pid, 0, TSRV_EPARENT);
+        check_exits_are_good();
+    }
+}
+
 /* A loop that is run again is told too. */
 static int program_runs_twice(void)
 {
