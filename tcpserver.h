@@ -843,7 +843,7 @@ TSRV_API int tsrv_loop_free(tsrv_loop *loop);
  * made the loop; -errno when the backend fails (-EBADF: somebody closed its descriptor). */
 TSRV_API int tsrv_loop_run(tsrv_loop *loop);
 
-/* Run one turn: wait for events, at most timeout_ms, and handle them. A worker that never calls
+/* Run one turn: wait for events, at most timeout_ms, and handle them. A worker that is not in
  * tsrv_loop_run is ended by the parent's SIGTERM as any process is, without a drain, and
  * heartbeat_ms does not see it.
  *   timeout_ms  0 = do not wait; TSRV_NEVER = until something happens
@@ -18112,11 +18112,14 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
 }
 
 /* tsrv_loop_run has returned: a chief that turns no more hears nothing. Another loop takes its
- * place at its next beat; until then, and where there is none, signals have their own effect. */
+ * place at its next beat; until then, and where there is none, signals have their own effect. This
+ * one has no beat any more: what else turns it, as to free it does, must not make it the chief. */
 static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     unsigned char signo = 0;
     bool missed, watched;
+    tsrvi_heap_remove(&loop->heap, &loop->worker.beat);
+    loop->worker.beat.fire = NULL;
     if (loop != __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
         return;
     }

@@ -5645,6 +5645,72 @@ TEST_LOOP(a_worker_that_tidies_up_is_not_taken_for_hung)
     stop_well(pid, TSRV_OK);
 }
 
+static void stop_running(void *context)
+{
+    (void)context;
+    tsrv_loop_stop(NULL);
+}
+
+/* SIGUSR1 ends a worker's loop. A second later, in which its beat was due, the server is freed, which
+ * turns the loop until the connections have ended; then the worker tidies up. */
+static int program_frees_and_tidies_up(void)
+{
+    tsrv_server *server = new_bound_server();
+    int rc = tsrv_server_start(server, workers, &fork_options);
+    if (rc == TSRV_OK) {
+        CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGUSR1, stop_running, NULL), TSRV_OK);
+        rc = tsrv_loop_run(NULL);
+        tsrv_signal_stop(&own_watch);
+        __atomic_add_fetch(&board->ahead_ns, (int64_t)1000000000, __ATOMIC_ACQ_REL);
+    }
+    tsrv_server_free(server);
+    CHECK_INT(tsrv_loop_free(NULL), TSRV_OK);
+    if (tsrv_task_id() >= 0) {
+        __atomic_add_fetch(&board->held, 1, __ATOMIC_ACQ_REL);
+        AWAIT(get(&board->go) == 1);
+    }
+    return rc;
+}
+
+static pid_t tidy_up_behind_the_loop(void)
+{
+    int fds[2];
+    long who = 0;
+    begin(2);
+    server_options.on_start = on_start;
+    pid_t pid = launch(program_frees_and_tidies_up);
+    await_forks(2);
+    for (int i = 0; i < 2; i++) {
+        fds[i] = connect_to(i, &who);
+        tell((pid_t)who, SIGUSR1);
+        AWAIT(get(&board->held) == i + 1);
+    }
+    t_close_all(fds, 2);
+    return pid;
+}
+
+/* Whatever has turned the loop behind its end: the parent does not take it for one that still turns. */
+TEST_LOOP(a_worker_that_has_freed_its_server_behind_its_loop_is_not_taken_for_hung)
+{
+    fork_options.heartbeat_ms = 1000 * t_scale();
+    pid_t pid = tidy_up_behind_the_loop();
+    advance(pid, 20 * fork_options.heartbeat_ms);
+    CHECK_INT(exits_seen(), 0);
+    put(&board->go, 1);
+    await_exits(2);
+    check_exits_are_good();
+    stop_well(pid, TSRV_EPARENT);
+}
+
+TEST_LOOP(a_worker_that_has_freed_its_server_behind_its_loop_ends_with_a_stop)
+{
+    fork_options.grace_ms = NEVER_DUE_MS;
+    stop_well(tidy_up_behind_the_loop(), TSRV_EPARENT);
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(board->exit[i].status, SIGTERM);
+    }
+}
+
 /* One that hangs there ends with its parent, whether it was told to end before or not. */
 TEST_ONCE(workers_that_hang_behind_their_loop_end_with_the_parent)
 {
