@@ -18111,12 +18111,30 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
     tsrvi_worker_hear(loop);
 }
 
+/* The chief stops to watch signals. Returns one that has come when it looked no more; 0 = none. */
+static int tsrvi_worker_unwatch_signals(void)
+{
+    int missed = 0;
+    for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
+        tsrv_signal *own = &tsrvi_process.worker.signals[i];
+        int signo = own->signo;
+        tsrv_signal_stop(own);
+        if (signo != 0 && /* and the program does not watch it, which will look */
+            __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) == NULL &&
+            __atomic_exchange_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_ACQ_REL) != 0) {
+            missed = signo;
+        }
+    }
+    return missed;
+}
+
 /* tsrv_loop_run has returned: a chief that turns no more hears nothing. Another loop takes its
  * place at its next beat; until then, and where there is none, signals have their own effect. This
  * one has no beat any more: what else turns it, as to free it does, must not make it the chief. */
 static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     unsigned char signo = 0;
+    int pending;
     bool missed, watched;
     tsrvi_heap_remove(&loop->heap, &loop->worker.beat);
     loop->worker.beat.fire = NULL;
@@ -18129,14 +18147,12 @@ static void tsrvi_worker_exited(tsrv_loop *loop)
     missed = tsrvi_process.worker.line.fd >= 0 && tsrvi_worker_line_read(&signo) == 1 &&
              __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
     watched = missed && tsrvi_worker_is_watched(signo);
-    for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
-        tsrv_signal_stop(&tsrvi_process.worker.signals[i]);
-    }
+    pending = tsrvi_worker_unwatch_signals();
     __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
     if (watched) { /* it was told at this very moment */
         tsrvi_worker_tell_watch(signo);
-    } else if (missed) {
-        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), signo));
+    } else if (missed || pending != 0) {
+        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), missed ? signo : pending));
     }
 }
 

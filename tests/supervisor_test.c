@@ -2865,6 +2865,14 @@ static void count_term(void *context)
     tsrv_loop_stop(NULL);
 }
 
+static void end_loop_told(void *context)
+{
+    tsrv_loop_stop((tsrv_loop *)context);
+    CHECK(raise(SIGTERM) == 0);
+}
+
+static tsrv_callback last_turn = end_loop;
+
 /* Its workers do something else when their loops have ended; or, with a watch of their own, run them again. */
 static int program_outlives_its_loop(void)
 {
@@ -2875,7 +2883,7 @@ static int program_outlives_its_loop(void)
         if (wants_watch) {
             CHECK_INT(tsrv_signal_start(NULL, &own_watch, SIGTERM, count_term, NULL), TSRV_OK);
         }
-        CHECK_INT(tsrv_loop_post(NULL, end_loop, tsrv_loop_current()), TSRV_OK);
+        CHECK_INT(tsrv_loop_post(NULL, last_turn, tsrv_loop_current()), TSRV_OK);
         CHECK_INT(tsrv_loop_run(NULL), TSRV_OK);
         note_worker();
         rc = wants_watch ? tsrv_loop_run(NULL) : sleeps();
@@ -2924,6 +2932,18 @@ TEST_LOOP(a_stop_in_the_last_turn_of_a_loop_is_not_lost)
     stop_in_the_last_turn();
     check_exits_are_good();
     CHECK_INT(board->value, 2);
+}
+
+/* Neither is a signal that is sent to the worker itself then: it has its own effect. */
+TEST_LOOP(a_signal_in_the_last_turn_of_a_loop_is_not_lost)
+{
+    begin(2);
+    fork_options.max_restarts = 1;
+    last_turn = end_loop_told;
+    check_end(launch(program_outlives_its_loop), 1, TSRV_ERESTARTS);
+    for (int i = 0; i < exits_seen(); i++) {
+        CHECK_INT(board->exit[i].status, SIGTERM);
+    }
 }
 
 /* SIGUSR1 ends the loops of its workers. */
