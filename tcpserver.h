@@ -19548,7 +19548,7 @@ static void tsrvi_supervisor_tick(tsrvi_supervisor *s)
 
 static void tsrvi_supervisor_signals(tsrvi_supervisor *s)
 {
-    for (int i = 0; i < TSRVI_SUPERVISED; i++) {
+    for (int i = 0; i < s->installed; i++) { /* what else there is came to a supervisor before */
         if (__atomic_exchange_n(&tsrvi_process.supervised_got[i], 0, __ATOMIC_ACQ_REL) == 0) {
             continue;
         }

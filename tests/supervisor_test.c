@@ -1903,6 +1903,37 @@ static int program_twice(void)
     return rc;
 }
 
+static void upgrade_in_exit(int task_id, int pid, int status, void *context)
+{
+    note_exit(task_id, pid, status, context);
+    tell(getpid(), SIGUSR2);
+}
+
+/* The first supervisor can be upgraded, and is told so when it is over; the second cannot. */
+static int program_upgradable_once(void)
+{
+    static char *argv[] = {(char *)"/no/such/program", NULL};
+    fork_options.upgrade_argv = argv;
+    fork_options.on_exit = upgrade_in_exit;
+    int rc = program_bare();
+    if (rc == TSRV_EPARENT) {
+        CHECK_INT(forks_seen(), 1);
+        fork_options.upgrade_argv = NULL;
+        fork_options.on_exit = NULL;
+        rc = program_bare();
+    }
+    return rc;
+}
+
+TEST_ONCE(an_upgrade_that_came_too_late_is_not_the_next_supervisors)
+{
+    begin(1);
+    bare_worker = returns_well;
+    check_end(launch(program_upgradable_once), 0, TSRV_EPARENT);
+    CHECK_INT(forks_seen(), 2);
+    CHECK_INT(warnings(), 0);
+}
+
 TEST_ONCE(one_supervisor_at_a_time)
 {
     begin(2);
