@@ -18832,6 +18832,20 @@ static void tsrvi_supervisor_flush(const tsrvi_supervisor *s)
     tsrvi_quiet_end(&quiet, TSRV_SYS(fflush, (s->forked ? stdout : NULL)) == 0 ? 1 : 0, 1);
 }
 
+/* It was forked, and has `ms` to accept. */
+static void tsrvi_child_born(tsrvi_supervisor *s, int child, pid_t pid, int ms)
+{
+    tsrvi_child *c = &s->children[child];
+    c->state = TSRVI_CHILD_STARTING;
+    c->pid = pid;
+    c->said = 0;
+    c->started = c->beaten = s->now;
+    c->due = tsrvi_after(s->now, ms);
+    c->beat = 0;
+    c->at_end = false;
+    c->drains = true;
+}
+
 static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
 {
     tsrvi_child *c = &s->children[child];
@@ -18854,16 +18868,9 @@ static void tsrvi_child_fork(tsrvi_supervisor *s, int child)
         return;
     }
     s->forked = true;
-    c->state = TSRVI_CHILD_STARTING;
-    c->pid = pid;
     c->line = lines[0];
-    c->said = 0;
-    c->started = c->beaten = s->now;
-    c->beat = 0;
-    c->at_end = false;
-    c->drains = true;
-    c->due =
-        s->serves || s->limited ? tsrvi_after(s->now, s->options.start_timeout_ms) : TSRVI_FOREVER;
+    tsrvi_child_born(s, child, pid,
+                     s->serves || s->limited ? s->options.start_timeout_ms : TSRV_NEVER);
 }
 
 /* ---- what happens to a child -----------------------------------------------*/
@@ -19351,10 +19358,7 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     if (rc < 0) {
         return rc;
     }
-    c->state = TSRVI_CHILD_STARTING;
-    c->pid = pid;
-    c->started = s->now;
-    c->due = tsrvi_after(s->now, s->options.start_timeout_ms);
+    tsrvi_child_born(s, child, pid, s->options.start_timeout_ms);
     if (c->due != TSRVI_FOREVER) {
         c->due += TSRVI_SETTLED_MS * TSRVI_MS; /* in which its workers accept already */
     }

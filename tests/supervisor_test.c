@@ -4787,6 +4787,28 @@ TEST_ONCE(a_second_upgrade_while_one_is_under_way_is_explained)
     end_upgradable();
 }
 
+/* One that does not end when it is late is killed behind the grace, in which its workers may have accepted
+ * by then, and the time in which it kills these. */
+TEST_ONCE(a_new_program_that_is_deaf_is_killed_behind_one_grace)
+{
+    begin_upgradable();
+    board->next.how = NEXT_HANGS_DEAF;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    for (int count = 1; count <= 2; count++) { /* the first, and the next one */
+        tell(pid, SIGUSR2);
+        AWAIT(get(&board->held) == count);
+        pid_t next = (pid_t)get(&board->next.pid);
+        advance(pid, START_MS + 2 * STEP_MS);
+        AWAIT(said("does not accept within start_timeout_ms") == count);
+        advance(pid, GRACE_MS + 2 * KILL_MS + STEP_MS);
+        AWAIT(is_gone(next));
+        AWAIT((poke(pid), said("upgrade: given up") == count));
+    }
+    stop_well(pid, TSRV_OK);
+    end_upgradable();
+}
+
 static void start_and_note_fds(tsrv_server *server, void *context)
 {
     note_fds();
