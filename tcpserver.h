@@ -18477,7 +18477,7 @@ typedef struct tsrvi_supervisor {
     int signo;             /* by which children are told */
     int status;            /* TSRVI_CHILD_ENDS: as from waitpid */
     int code;              /* what the parent returns in the end */
-    int upgrade;           /* the program that has not said yet that it serves; -1 = none */
+    int upgrade;           /* the program that does not serve yet; -1 = none */
     int upgrade_fd;        /* it writes here when it does */
     uint64_t told;         /* until then the service manager must have heard who serves now */
     int wake[2];
@@ -18952,6 +18952,7 @@ static void tsrvi_child_serve(tsrvi_supervisor *s, int child)
     c->served = s->now;
     c->due = TSRVI_FOREVER;
     if (tsrvi_child_is_program(s, child)) {
+        s->upgrade = -1;
         s->happens(s, TSRVI_PARENT_TAKEN);
         return;
     }
@@ -19367,11 +19368,11 @@ static int tsrvi_upgrade_fork(tsrvi_supervisor *s, int child)
     return TSRV_OK;
 }
 
-/* Has the new program said that it serves? If it cannot any more it has ended, or is late. */
+/* Has the new program said that it serves? If it cannot any more it has ended, or is late. One that
+ * says so when it has been told to end is under way until it has ended. */
 static void tsrvi_upgrade_look(tsrvi_supervisor *s)
 {
     char byte;
-    int program = s->upgrade;
     ssize_t got = s->upgrade_fd < 0 ? -1 : TSRV_SYS(read, (s->upgrade_fd, &byte, 1));
     if (got < 0) {
         return; /* not yet */
@@ -19379,8 +19380,7 @@ static void tsrvi_upgrade_look(tsrvi_supervisor *s)
     tsrvi_close_fd(s->upgrade_fd);
     s->upgrade_fd = -1;
     if (got == 1) {
-        s->upgrade = -1;
-        tsrvi_child_happens(s, program, TSRVI_CHILD_READY);
+        tsrvi_child_happens(s, s->upgrade, TSRVI_CHILD_READY);
     }
 }
 

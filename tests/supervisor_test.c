@@ -4210,7 +4210,8 @@ enum {
     NEXT_IS_SLOW,     /* before it serves, until board->go */
     NEXT_TWO_FILES,   /* serves on the unix sockets of program_two_files */
     NEXT_TWO_SERVERS, /* is program_two_servers */
-    NEXT_MANY_FILES   /* is program_many_files */
+    NEXT_MANY_FILES,  /* is program_many_files */
+    NEXT_IS_LATE      /* deaf until board->go, then says that it serves, and hangs */
 };
 
 static int program_two_files(void);
@@ -4313,6 +4314,18 @@ static int run_next(int how)
                                      : program_serve();
 }
 
+static void be_late(void)
+{
+    int fds[8];
+    sigset_t all;
+    sigfillset(&all);
+    CHECK(sigprocmask(SIG_BLOCK, &all, NULL) == 0);
+    CHECK(tsrv_listen_fds(fds, 8) >= 1);
+    behave_as(IS_SLOW);
+    CHECK_INT(tsrv_notify("READY=1"), 0); /* there is no service manager */
+    behave_as(HANGS);
+}
+
 static int program_next(void)
 {
     int how = get(&board->next.how);
@@ -4328,6 +4341,9 @@ static int program_next(void)
     }
     if (how == NEXT_IS_SLOW) {
         behave_as(IS_SLOW);
+    }
+    if (how == NEXT_IS_LATE) {
+        be_late();
     }
     signal(SIGUSR1, next_exit);
     workers = board->next.workers;
@@ -4806,6 +4822,30 @@ TEST_ONCE(a_new_program_that_is_deaf_is_killed_behind_one_grace)
         AWAIT((poke(pid), said("upgrade: given up") == count));
     }
     stop_well(pid, TSRV_OK);
+    end_upgradable();
+}
+
+/* As long as one that was late has not ended there is no other one, also if it says then that it serves. */
+TEST_ONCE(an_upgrade_that_is_late_is_under_way_until_it_has_ended)
+{
+    begin_upgradable();
+    board->next.how = NEXT_IS_LATE;
+    pid_t pid = launch(program_serve);
+    await_forks(2);
+    tell(pid, SIGUSR2);
+    AWAIT(get(&board->held) == 1);
+    pid_t next = (pid_t)get(&board->next.pid);
+    advance(pid, START_MS + 2 * STEP_MS);
+    AWAIT(said("does not accept within start_timeout_ms") == 1);
+    put(&board->go, 1);
+    AWAIT(get(&board->held) == 2);
+    poke(pid);
+    tell(pid, SIGUSR2);
+    AWAIT(said("one is under way already") == 1);
+    CHECK_INT(get(&board->next.count), 1);
+    AWAIT(is_gone(next) || (advance(pid, STEP_MS), is_gone(next)));
+    upgrade(pid);
+    check_upgraded(pid, 2);
     end_upgradable();
 }
 
