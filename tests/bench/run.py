@@ -88,6 +88,9 @@ TIMED = {
 # and would take minutes for Python's.
 COUNTED = {"pp50": (50, 1), "pipe16": (50, 16)}
 NOT_IN_VALGRIND = ["go", "tornado", "asyncio"]
+# Which pages of memory a server is given, and so what stays in the caches, is luck that lasts as long as it runs: it is
+# started anew behind so many rounds.
+OF_A_START = 3
 KEPT = ["cpu_ns", "rate", "p99_us"]  # of a round
 SMALL, LARGE = 40, 140  # rounds; what lies between them has no start and no end of a program in it
 # Without this the C library picks a memchr for the processor, and the counts would be of this machine only.
@@ -233,6 +236,10 @@ def timed(row):
     rounds = {s.name: {key: [] for key in KEPT} for s in servers}
     try:
         for i in range(ARGS.reps):
+            if i > 0 and i % OF_A_START == 0:
+                for server in servers:
+                    server.stop()
+                servers = start_all(kind)
             for server in servers if i % 2 == 0 else servers[::-1]:
                 result = measure(kind, server, args)
                 if "failed" in result:
