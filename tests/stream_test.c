@@ -1504,7 +1504,7 @@ TEST_SOFT(debug_names_a_loop_over_calls_that_fail)
 }
 
 /* A clock's ticks, or a peer that is asked in vain: each call has waited for its time. */
-static int tick(tsrv_stream *stream, const tsrv_address *address, void *context)
+static int wait_in_vain(tsrv_stream *stream, const tsrv_address *address, void *context)
 {
     tsrv_slice slice;
     int rc = TSRV_ETIMEOUT;
@@ -1519,7 +1519,7 @@ static int tick(tsrv_stream *stream, const tsrv_address *address, void *context)
 TEST_SOFT(debug_names_no_loop_over_calls_that_have_waited)
 {
     mistakes = mistaken = 0;
-    open_with(tick, defaults);
+    open_with(wait_in_vain, defaults);
     tsrv_set_log(see_mistakes, NULL);
     int fd = t_add_pair(s_server);
     s_until(&s_closed, 1);
