@@ -1225,7 +1225,9 @@ typedef struct tsrv_tls_certificate {
 typedef struct tsrv_tls_options {
     int verify_client;     /* TSRV_TLS_NONE (0), TSRV_TLS_OPTIONAL or TSRV_TLS_REQUIRED */
     int min_version;       /* TSRV_TLS_1_2 (0) or TSRV_TLS_1_3 */
-    const char *cert_file; /* PEM: the certificate, then its chain; servers need one */
+    const char *cert_file; /* PEM: the certificate, then its chain; servers need one. Files are
+                              named by absolute paths if the program changes its directory, or
+                              tsrv_tls_reload does not find them */
     const char *key_file;  /* PEM; NULL = it is in cert_file, or cert_pem */
     const char *ca_file;   /* PEM: whom to trust; NULL = the system's (as a client) */
     const char *alpn;      /* protocols, the best first: "h2,http/1.1"; NULL = none */
@@ -1636,8 +1638,8 @@ TSRV_API int tsrv_write(tsrv_stream *stream, const void *data, size_t size);
  * as it was, with nothing of data in it. */
 TSRV_API int tsrv_try_write(tsrv_stream *stream, const void *data, size_t size);
 
-/* Write several pieces as one. Large ones are sent from where they lie, as far as the kernel takes
- * them. */
+/* Write several pieces as one, which are the caller's again when tsrv_write's would be. Large ones
+ * are sent from where they lie, as far as the kernel takes them. */
 TSRV_API int tsrv_writev(tsrv_stream *stream, const tsrv_slice *slices, int count);
 
 /* The same as tsrv_try_write does: all of them, or TSRV_EFULL and nothing. */
@@ -2362,6 +2364,7 @@ static struct tsrvi_process {
         uint64_t interval;  /* between two beats */
         tsrvi_watchdog watchdog;
         uint64_t ready; /* when a single process began to accept; 0 = not yet */
+        int loops;      /* atomic; that are within tsrv_loop_run */
         int told;       /* atomic; TSRVI_STAY and the like */
         int by_parent;  /* times, */
         int by_signal;  /* and times */
@@ -5022,13 +5025,21 @@ static int tsrvi_loop_open_any(tsrv_loop *loop, int id)
     return rc;
 }
 
+/* A signal is watched no more, but its handler may be running on another thread. */
+static void tsrvi_signals_quiesce(void)
+{
+    while (__atomic_load_n(&tsrvi_process.signal_handlers, __ATOMIC_SEQ_CST) != 0) {
+        TSRV_SYS(sched_yield, ());
+    }
+}
+
 /* Nobody knows the loop any more, but another thread may be about to wake it. */
 static void tsrvi_loop_quiesce(tsrv_loop *loop)
 {
-    while (__atomic_load_n(&loop->sources.posting, __ATOMIC_ACQUIRE) != 0 ||
-           __atomic_load_n(&tsrvi_process.signal_handlers, __ATOMIC_SEQ_CST) != 0) {
+    while (__atomic_load_n(&loop->sources.posting, __ATOMIC_ACQUIRE) != 0) {
         TSRV_SYS(sched_yield, ());
     }
+    tsrvi_signals_quiesce();
 }
 
 static void tsrvi_signals_forget(void);
@@ -12829,7 +12840,7 @@ static TSRVI_APART bool tsrvi_read_is_late(tsrv_stream *stream)
     }
     limit_ms = tsrvi_read_limit(stream, stream->own.due_ms);
     if (begins && limit_ms == 0) {
-        tsrvi_own_finish(stream, TSRVI_IN_READ); /* until the handler itself sets one */
+        tsrvi_own_finish(stream, TSRVI_IN_READ); /* unless somebody sets one meanwhile */
     }
     return tsrvi_ms_is_past(tsrvi_loop_of(stream), limit_ms);
 }
@@ -17734,8 +17745,8 @@ static void tsrvi_watchdog_beat(tsrvi_watchdog *watchdog, uint64_t now)
  * disposition of a signal can stop: a socket whose other end the parent alone
  * has. The parent's death ends it. A worker, and the single process of tsrv_serve,
  * are also told by signals that somebody sends to the process itself. The chief,
- * the first loop that runs, listens to all this; every loop of the process then
- * hears of it, and drains. How much they were told only rises:
+ * the first loop that runs or, when that has ended, the next, listens to all this;
+ * every loop then hears of it, and drains. How much they were told only rises:
  *
  *     STAY     nothing
  *     LEAVE    drain, within the grace
@@ -17790,12 +17801,9 @@ static void tsrvi_worker_choose_end(const sigset_t *blocked)
 
 /* ---- being told ------------------------------------------------------------*/
 
-static void tsrvi_worker_tell(int how)
+/* The signals of a worker that its chief watches have no effect when it watches no more. */
+static void tsrvi_worker_mute_signals(void)
 {
-    if (how <= __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE)) {
-        return;
-    }
-    /* What else comes of the signals must not cut what the program does after its loop. */
     for (int i = 0; i < TSRVI_WORKER_SIGNALS && tsrvi_worker_id() >= 0; i++) {
         int signo = tsrvi_process.worker.signals[i].signo;
         if (signo != 0) {
@@ -17803,27 +17811,20 @@ static void tsrvi_worker_tell(int how)
             tsrvi_process.signals[signo].before.sa_flags = SA_RESTART;
         }
     }
+}
+
+static void tsrvi_worker_tell(int how)
+{
+    if (how <= __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE)) {
+        return;
+    }
+    tsrvi_worker_mute_signals(); /* what else comes must not cut what follows the loop */
     if (tsrvi_worker_id() < 0 && how == TSRVI_LEAVE) {
         tsrvi_process.worker.ready = 0; /* the program before this one must not rely on it */
         tsrvi_notify_stopping();
     }
     __atomic_store_n(&tsrvi_process.worker.told, how, __ATOMIC_RELEASE);
     tsrvi_loops_wake();
-}
-
-/* In each loop: do what the process was told. In tsrv_serve only its own loop runs for it. */
-static void tsrvi_worker_hear(tsrv_loop *loop)
-{
-    int told = __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE);
-    if (loop->worker.beat.fire != NULL && told > loop->worker.told) {
-        loop->worker.told = told;
-        tsrvi_loop_leave(loop,
-                         told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_process.worker.grace_ms,
-                         told == TSRVI_LEAVE && tsrvi_process.worker.grace_is_most);
-        if (told == TSRVI_CUT) {
-            tsrvi_loop_cut(loop);
-        }
-    }
 }
 
 /* Does the program watch a signal by itself? Ours is the chief's only watch on it. */
@@ -17913,6 +17914,19 @@ static void tsrvi_worker_reload(void)
     }
 }
 
+/* Signals have come, so many, that ask this process itself to end. */
+static void tsrvi_worker_is_asked(int times)
+{
+    if (tsrvi_process.place_own != NULL) {
+        __atomic_store_n(&tsrvi_process.place_own->asked, 1, __ATOMIC_RELEASE);
+    }
+    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) != TSRVI_STAY ||
+        !tsrvi_handed_waits()) { /* which passes on what it is told: that is not the second time */
+        tsrvi_process.worker.by_signal += times;
+    }
+    tsrvi_worker_tell(tsrvi_process.worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
+}
+
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
@@ -17928,14 +17942,7 @@ static void tsrvi_worker_signal(void *context)
                                     "hand its sockets over: it needs workers");
         return;
     }
-    if (tsrvi_process.place_own != NULL) {
-        __atomic_store_n(&tsrvi_process.place_own->asked, 1, __ATOMIC_RELEASE);
-    }
-    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) != TSRVI_STAY ||
-        !tsrvi_handed_waits()) { /* which passes on what it is told: that is not the second time */
-        tsrvi_process.worker.by_signal++;
-    }
-    tsrvi_worker_tell(tsrvi_process.worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
+    tsrvi_worker_is_asked(1);
 }
 
 /* The parent acts on a signal: so does this worker, in the program's way if it has one. */
@@ -18032,6 +18039,26 @@ static void tsrvi_worker_claim(tsrv_loop *loop)
     }
 }
 
+/* In each loop, in tsrv_serve its own: do what was told; and be the chief if there is none. */
+static void tsrvi_worker_hear(tsrv_loop *loop)
+{
+    int told;
+    if (loop->worker.beat.fire == NULL) {
+        return; /* it does not run */
+    }
+    tsrvi_worker_claim(loop);
+    told = __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE);
+    if (told > loop->worker.told) {
+        loop->worker.told = told;
+        tsrvi_loop_leave(loop,
+                         told == TSRVI_ORPHAN ? TSRVI_ORPHAN_MS : tsrvi_process.worker.grace_ms,
+                         told == TSRVI_LEAVE && tsrvi_process.worker.grace_is_most);
+        if (told == TSRVI_CUT) {
+            tsrvi_loop_cut(loop);
+        }
+    }
+}
+
 /* ---- beats -----------------------------------------------------------------*/
 
 /* Measure how late the loop is, and see to connections that a wake-up was lost for. */
@@ -18105,54 +18132,90 @@ static void tsrvi_worker_entered(tsrv_loop *loop)
     if (loop->worker.beat.fire == NULL) {
         loop->worker.beat.fire = tsrvi_worker_beat;
         tsrvi_heap_set(&loop->heap, &loop->worker.beat, tsrvi_clock());
+        __atomic_fetch_add(&tsrvi_process.worker.loops, 1, __ATOMIC_SEQ_CST);
     }
     tsrvi_worker_follow_parent();
-    tsrvi_worker_claim(loop);
     tsrvi_worker_hear(loop);
 }
 
-/* The chief stops to watch signals. Returns one that has come when it looked no more; 0 = none. */
-static int tsrvi_worker_unwatch_signals(void)
+/* The chief watches signals no more. Returns how many had come, and one of them. */
+static int tsrvi_worker_unwatch_signals(int *missed)
 {
-    int missed = 0;
+    int count = 0;
     for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
         tsrv_signal *own = &tsrvi_process.worker.signals[i];
         int signo = own->signo;
         tsrv_signal_stop(own);
+        tsrvi_signals_quiesce();
         if (signo != 0 && /* and the program does not watch it, which will look */
             __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) == NULL &&
             __atomic_exchange_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_ACQ_REL) != 0) {
-            missed = signo;
+            *missed = signo;
+            count++;
         }
     }
-    return missed;
+    return count;
 }
 
-/* tsrv_loop_run has returned: a chief that turns no more hears nothing. Another loop takes its
- * place at its next beat; until then, and where there is none, signals have their own effect. This
- * one has no beat any more: what else turns it, as to free it does, must not make it the chief. */
-static void tsrvi_worker_exited(tsrv_loop *loop)
+/* Other loops turn, and one of them becomes the chief as soon as it is awake. What the parent says
+ * meanwhile is left in the life-line; a signal that is sent to this process then has no effect, for
+ * its own would be to end all without a drain. */
+static void tsrvi_worker_hand_over(void)
 {
-    unsigned char signo = 0;
-    int pending;
-    bool missed, watched;
-    tsrvi_heap_remove(&loop->heap, &loop->worker.beat);
-    loop->worker.beat.fire = NULL;
-    if (loop != __atomic_load_n(&tsrvi_process.chief, __ATOMIC_ACQUIRE)) {
-        return;
+    int signo, pending;
+    tsrvi_worker_mute_signals();
+    pending = tsrvi_worker_unwatch_signals(&signo);
+    if (pending > 0) {
+        tsrvi_worker_is_asked(pending);
     }
+    __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
+    tsrvi_loops_wake();
+}
+
+/* No other loop turns: signals have their own effect. */
+static void tsrvi_worker_give_up(void)
+{
+    unsigned char said = 0;
+    int signo = 0, pending;
+    bool missed, watched;
     __atomic_store_n(&tsrvi_process.place_own->listens, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&tsrvi_process.place_own->beat, 0u, __ATOMIC_RELEASE); /* as not begun */
-    tsrvi_poller_set(&loop->poller, &tsrvi_process.worker.line, 0);
-    missed = tsrvi_process.worker.line.fd >= 0 && tsrvi_worker_line_read(&signo) == 1 &&
+    missed = tsrvi_process.worker.line.fd >= 0 && tsrvi_worker_line_read(&said) == 1 &&
              __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) == TSRVI_STAY;
-    watched = missed && tsrvi_worker_is_watched(signo);
-    pending = tsrvi_worker_unwatch_signals();
+    watched = missed && tsrvi_worker_is_watched(said);
+    pending = tsrvi_worker_unwatch_signals(&signo);
     __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
     if (watched) { /* it was told at this very moment */
-        tsrvi_worker_tell_watch(signo);
+        tsrvi_worker_tell_watch(said);
     } else if (missed || pending != 0) {
-        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), missed ? signo : pending));
+        TSRV_SYS(kill, (TSRV_SYS(getpid, ()), missed ? said : signo));
+    }
+}
+
+/* No loop turns any more. Is this the one to say so? Another one may end at the same moment. */
+static bool tsrvi_worker_is_last(tsrv_loop *loop)
+{
+    tsrv_loop *chief = NULL;
+    return __atomic_load_n(&tsrvi_process.worker.loops, __ATOMIC_SEQ_CST) == 0 &&
+           (__atomic_compare_exchange_n(&tsrvi_process.chief, &chief, loop, false, __ATOMIC_SEQ_CST,
+                                        __ATOMIC_SEQ_CST) ||
+            chief == loop);
+}
+
+/* tsrv_loop_run has returned. To free the loop turns it, but must not make it the chief again. */
+static void tsrvi_worker_exited(tsrv_loop *loop)
+{
+    bool others = __atomic_sub_fetch(&tsrvi_process.worker.loops, 1, __ATOMIC_SEQ_CST) > 0;
+    tsrvi_heap_remove(&loop->heap, &loop->worker.beat);
+    loop->worker.beat.fire = NULL;
+    if (loop == __atomic_load_n(&tsrvi_process.chief, __ATOMIC_SEQ_CST)) {
+        tsrvi_poller_set(&loop->poller, &tsrvi_process.worker.line, 0);
+        if (others) {
+            tsrvi_worker_hand_over();
+        }
+    }
+    if (tsrvi_worker_is_last(loop)) {
+        tsrvi_worker_give_up();
     }
 }
 

@@ -3,7 +3,7 @@
  *   cc -o proxy examples/proxy.c
  *   ./proxy [port] [host] [port]      for instance in front of http.c: ./http 8080 &
  *   ./proxy 8888 127.0.0.1 8080       then: curl --noproxy '*' http://127.0.0.1:8888/
- */
+ * When the server is told to end, tunnels stay until an end closes them, or grace_ms is over. */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 

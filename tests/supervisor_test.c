@@ -2451,6 +2451,19 @@ TEST_ONCE(a_reload_of_workers_that_end_again_says_so)
 
 /* ---- loops in several threads --------------------------------------------------------------*/
 
+enum { END_SLOWLY = -1 }; /* board->go: the turn in which the first of the loops ends lasts until it is another */
+
+static void end_slowly(tsrv_stream *stream, int reason, void *context)
+{
+    (void)stream, (void)reason, (void)context;
+    if (get(&board->go) == END_SLOWLY && __atomic_fetch_add(&board->held, 1, __ATOMIC_ACQ_REL) == 0) {
+        tsrv_loop_stop(NULL);
+        while (get(&board->go) == END_SLOWLY) {
+            poll(NULL, 0, 1);
+        }
+    }
+}
+
 static void *run_a_loop(void *context)
 {
     tsrv_loop *loop = t_new_loop();
@@ -2460,6 +2473,7 @@ static void *run_a_loop(void *context)
     memset(&options, 0, sizeof options);
     options.mode = t_mode;
     options.handle_stream = serve_lines;
+    options.on_close = end_slowly;
     options.loop = loop;
     CHECK_INT(tsrv_server_new(&server, &options), TSRV_OK);
     CHECK_INT(tsrv_server_listen(server, 0, "127.0.0.1", NULL), TSRV_OK);
@@ -2573,6 +2587,53 @@ TEST_LOOP(a_second_signal_ends_the_grace_of_the_last_loop)
         check_cut(fds[1 - first]);
         check_end(pid, 0, TSRV_EPARENT);
         check_exits_are_good();
+    }
+}
+
+/* Also if it comes in the last turn of that one. */
+TEST_LOOP(a_second_signal_in_the_last_turn_of_a_loop_is_the_next_ones)
+{
+    for (int first = 0; first < 2; first++) {
+        int fds[2];
+        pid_t pid;
+        fork_options.grace_ms = NEVER_DUE_MS;
+        start_two_loops(&pid, fds);
+        tell(pid, SIGTERM);
+        AWAIT(is_refused());
+        put(&board->go, END_SLOWLY);
+        finish_request(fds[first]);
+        AWAIT(get(&board->held) == 1);
+        tell(pid, SIGTERM);
+        AWAIT(said("stopping: told again, the grace is over") == 1);
+        poke(pid);
+        put(&board->go, 1);
+        check_cut(fds[1 - first]);
+        check_end(pid, 0, TSRV_EPARENT);
+        check_exits_are_good();
+    }
+}
+
+/* A signal that is sent to the worker itself then makes the others drain, and ends nothing at once. */
+TEST_LOOP(a_signal_in_the_last_turn_of_a_loop_makes_the_next_ones_drain)
+{
+    for (int first = 0; first < 2; first++) {
+        int fds[2];
+        pid_t pid;
+        fork_options.grace_ms = NEVER_DUE_MS;
+        start_two_loops(&pid, fds);
+        put(&board->go, END_SLOWLY);
+        finish_request(fds[first]);
+        AWAIT(get(&board->held) == 1);
+        tell(board->pids[0], SIGTERM);
+        put(&board->go, 1);
+        AWAIT(said("drain: begins") >= 1);
+        finish_request(fds[1 - first]);
+        await_exits(1);
+        CHECK_INT(board->value, 2);
+        check_exits_are_good();
+        kill(pid, SIGTERM); /* without a server of tsrv_server_start's it may be over */
+        CHECK_INT(await_end(pid), 0);
+        check_no_child();
     }
 }
 
