@@ -167,7 +167,7 @@ FUZZERS     = api until proxy handed tls
 
 fuzz: $(FUZZERS:%=$(BUILD)/fuzz/%)
 
-$(BUILD)/fuzz/%: tests/fuzz/%.c tests/fuzz/fuzz.h tests/fuzz/world.h tests/seam.h tests/verify.h $(FUZZ_HEADER)
+$(BUILD)/fuzz/%: tests/fuzz/%.c $(wildcard tests/fuzz/*.h) tests/seam.h tests/verify.h $(FUZZ_HEADER)
 	mkdir -p '$@.corpus'
 	clang -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -g -O1 -std=gnu99 \
 	    -Wall -Wextra -Wpedantic -Wno-unused-function -DTSRV_DEBUG -DFUZZ_HEADER='"$(FUZZ_HEADER)"' \
@@ -195,14 +195,14 @@ SIM_SECONDS = 60
 SIM_FLAGS   =
 SIM_CFLAGS  = -std=gnu99 -O2 -g -Wall -Wextra -Wpedantic -Werror -Wno-unused-function -Wno-unused-variable \
               -Wno-unused-parameter -Wno-unused-but-set-variable -DTSRV_DEBUG -Itests/kqueue
-SIM_PROGRAMS = kernel_test table sim streams supervisor
+SIM_PROGRAMS = kernel_test table sim streams $(if $(HAS_OPENSSL),streams_tls) supervisor
 
 sim: $(SIM_PROGRAMS:%=$(BUILD)/sim/%)
 	@sh tests/sim/run.sh '$(BUILD)/sim' $(SIM_SECONDS) '$(BUILD)/trust'
 
-$(BUILD)/sim/%: tests/sim/%.c $(wildcard tests/sim/*.[ch] tests/fuzz/*.c tests/*.h tests/kqueue/sys/*.h) tcpserver.h
+$(BUILD)/sim/%: tests/sim/%.c $(wildcard tests/sim/*.[ch] tests/fuzz/*.[ch] tests/*.h tests/kqueue/sys/*.h) tcpserver.h
 	@mkdir -p '$(BUILD)/sim'
-	$(CC) $(SIM_CFLAGS) $(SAN_FLAGS) $(SIM_FLAGS) -o $@ $< -lpthread
+	$(CC) $(SIM_CFLAGS) $(SAN_FLAGS) $(SIM_FLAGS) -o $@ $< $(if $(filter %tls,$*),-lssl -lcrypto) -lpthread
 
 # What a line costs, in counts, beside what it cost when tests/bench/gate.txt was written.
 bench-gate:

@@ -17,9 +17,18 @@
  *   - each wait whose time is over, or which a close, an abort or a wake ends, is over within MOST_TURNS turns;
  *   - on_close comes once, after the descriptor is closed, and nothing of the stream after it;
  *   - nothing is called from inside a library call; no turn is endless, and none is in vain again and again;
- *   - at the end no descriptor and no allocation is left. */
+ *   - at the end no descriptor and no allocation is left.
+ * With FUZZ_TLS=1 the streams speak TLS: see tls_peer.h. */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
+#endif
+
+#ifndef FUZZ_TLS
+#define FUZZ_TLS 0 /* 1 = TLS, from the beginning or by tsrv_start_tls */
+#endif
+#if FUZZ_TLS
+#define TSRV_TLS_OPENSSL
+#define OPENSSL_SUPPRESS_DEPRECATED /* RAND_set_rand_method */
 #endif
 
 #include "fuzz.h"
@@ -91,7 +100,8 @@ enum {
     FREE,
     PASS_TIME,
     PEER,
-    REPEAT /* a call, many times */
+    REPEAT, /* a call, many times */
+    START_TLS
 };
 
 static const char *const names[] = {
@@ -99,7 +109,7 @@ static const char *const names[] = {
     "try_write",  "writev",         "printf",     "sendfile",    "flush",        "wait",        "sleep",      "drain",
     "shutdown",   "close",          "abort",      "wake",        "set_timeout",  "set_deadline", "set_handler", "look",
     "spawn",      "post",           "timer",      "stop",        "free",         "pass_time",   "peer",
-    "repeat",
+    "repeat",      "start_tls",
 };
 
 typedef struct connection connection;
@@ -148,6 +158,14 @@ struct connection {
     bool good;       /* it has ended in good order */
     bool told;       /* a read has failed for good */
     size_t restored; /* of the largest read into memory that has failed: what it had is unread again */
+    /* With FUZZ_TLS, where what is counted above is plaintext: */
+    bool secured;       /* TLS has begun, */
+    bool established;   /* and its handshake is done */
+    bool notified;      /* the peer must hear so before the end */
+    struct ssl_st *tls; /* the peer's; NULL = it speaks none */
+    uint64_t plain;     /* bytes from before TLS that the peer has not received yet */
+    uint64_t sealed_sent, sealed_received; /* by the peer, by the library: bytes of the socket, */
+    uint64_t lingered;                     /* and those that were not opened any more */
 };
 
 /* One call of the program's that can wait. */
@@ -321,6 +339,10 @@ static void moved(int fd, ssize_t count, bool in)
     connection *on = connection_of(fd);
     if (count > 0 && on != NULL) {
         happened();
+        if (in && on->secured) {
+            on->sealed_received += (uint64_t)count;
+            return; /* plaintext is counted when it was opened */
+        }
         on->active = this_moment();
         *(in ? &on->received : &on->taken) += (uint64_t)count;
     }
@@ -763,6 +785,28 @@ static bool is_write(int kind)
     return kind >= WRITE && kind <= SENDFILE;
 }
 
+static const size_t chunks[] = {1, 3, 30, 200, 1000, 5000};
+
+#if FUZZ_TLS
+#include "tls_peer.h"
+#else /* nobody speaks it */
+#define by_command false
+#define tls_begin_once() (void)0
+#define tls_begin_script(starttls) (void)0
+#define tls_end_script(on) (void)(on)
+#define tls_begin_stream(on) (void)(on)
+#define start_tls(on) (void)(on)
+#define tls_is_shaking(on) ((void)(on), false)
+#define tls_explains(on, rc) false
+#define tls_ends(on) (void)(on)
+#define check_last_word(on) (void)(on)
+#define tls_flush(on, most) false
+#define tls_peer_receive(on, most) false
+#define tls_peer_send(on, size) (ssize_t)(size)
+#define tls_peer_shutdown(on) true
+#define tls_shake_all() (void)0
+#endif
+
 /* An error of the connection: does anything explain it? */
 static void check_error(const call *c, int rc)
 {
@@ -770,7 +814,7 @@ static void check_error(const call *c, int rc)
     bool known = (rc == TSRV_ECLOSED && (on->ending || on->perhaps || is_forced())) ||
                  (rc == TSRV_ETIMEOUT && tsrv_error(on->stream) == TSRV_ETIMEOUT) ||
                  (rc == TSRV_EFULL && on->refused) || (rc == -EIO && on->short_file) ||
-                 ((rc == -ECONNRESET || rc == -EPIPE) && on->peer_gone) ||
+                 ((rc == -ECONNRESET || rc == -EPIPE) && on->peer_gone) || tls_explains(on, rc) ||
                  (unclean && rc < 0 && rc > -1000 && rc != -EAGAIN && rc != -EINTR && rc != -EBADF);
     if (!known) {
         fail("%d: %s returns %d (%s), which nothing explains", number_of(on), names[c->kind], rc, tsrv_strerror(rc));
@@ -1180,7 +1224,6 @@ static const size_t write_sizes[] = {1, 5, 40, 300, 2000, 9000, 20000, LARGEST, 
 static const size_t maxima[] = {0, 0, 0, 1, 5, 20, 100, 1000};
 static const int times_ms[] = {TSRV_NEVER, 0, 1, 5, 20, 100, 1000, 7000};
 static const int graces_ms[] = {1, 20, 300, 1500, TSRV_NEVER, 0};
-static const size_t chunks[] = {1, 3, 30, 200, 1000, 5000};
 
 static int operate(connection *own, int where);
 
@@ -1332,22 +1375,34 @@ static void new_actor(int kind, connection *on)
 
 /* ---- the peers ----------------------------------------------------------------------------*/
 
-/* Receive; what comes must be what was written. Returns whether anything came. */
+/* What comes must be what was written. */
+static void peer_gets(connection *on, const char *data, size_t size)
+{
+    if (memcmp(data, output_bytes + on->delivered % PATTERN, size) != 0) {
+        fail("%d: the peer receives what was not written, in %zu bytes from %llu", number_of(on), size,
+             (unsigned long long)on->delivered);
+    }
+    on->delivered += (uint64_t)size;
+    if (on->delivered > on->written) {
+        fail("%d: the peer receives more than was written", number_of(on));
+    }
+}
+
+/* Receive. Returns whether anything came. */
 static bool peer_receive(connection *on, size_t most)
 {
     static char buffer[65536];
-    ssize_t got = recv(on->peer, buffer, most < sizeof buffer ? most : sizeof buffer, MSG_DONTWAIT);
+    ssize_t got;
+    if (on->tls != NULL) {
+        return tls_peer_receive(on, most);
+    }
+    got = recv(on->peer, buffer, most < sizeof buffer ? most : sizeof buffer, MSG_DONTWAIT);
     if (got <= 0) {
         on->peer_saw_end = on->peer_saw_end || got == 0;
         return false;
     }
-    if (memcmp(buffer, output_bytes + on->delivered % PATTERN, (size_t)got) != 0) {
-        fail("%d: the peer receives what was not written, in %zd bytes from %llu", number_of(on), got,
-             (unsigned long long)on->delivered);
-    }
-    on->delivered += (uint64_t)got;
-    if (on->delivered > on->written) {
-        fail("%d: the peer receives more than was written", number_of(on));
+    if (!on->secured) { /* else it does not understand it */
+        peer_gets(on, buffer, (size_t)got);
     }
     happened();
     return true;
@@ -1362,7 +1417,8 @@ static void peer_send(connection *on, size_t size)
     if (options.read_chunk_size != 0 && size > options.read_chunk_size * 100) {
         size = options.read_chunk_size * 100; /* else it takes too many turns */
     }
-    sent = send(on->peer, input_from(on->sent), size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    sent = on->tls != NULL ? tls_peer_send(on, size)
+                           : send(on->peer, input_from(on->sent), size, MSG_DONTWAIT | MSG_NOSIGNAL);
     on->sent += sent > 0 ? (uint64_t)sent : 0;
     on->peer_gone = on->peer_gone || (sent < 0 && errno != EAGAIN);
     on->good = on->good && !(tcp && on->closed); /* the answer is a reset, which destroys what is still on its way */
@@ -1384,8 +1440,10 @@ static void peer_close(connection *on, bool reset)
 static void peer_shutdown(connection *on)
 {
     TRACE("%d: the peer shuts down\n", number_of(on));
-    shutdown(on->peer, SHUT_WR);
-    on->peer_fin = true;
+    if (on->tls == NULL) {
+        shutdown(on->peer, SHUT_WR);
+    }
+    on->peer_fin = on->peer_fin || on->tls == NULL || tls_peer_shutdown(on);
 }
 
 static void peer_acts(connection *on)
@@ -1395,7 +1453,9 @@ static void peer_acts(connection *on)
     if (on->peer < 0) {
         return;
     }
-    if (what < 9) {
+    if (tls_is_shaking(on) && what < 14) {
+        peer_receive(on, draw(4) != 0 ? SIZE_MAX : PICK(chunks));
+    } else if (what < 9) {
         peer_send(on, PICK(chunks));
     } else if (what < 12) {
         peer_receive(on, PICK(chunks));
@@ -1520,6 +1580,9 @@ static void operate_stream(connection *on, int kind)
     case SET_HANDLER:
         tsrv_set_handler(on->stream, draw(2) ? other_handler : call_handler);
         break;
+    case START_TLS:
+        start_tls(on);
+        break;
     default:
         look(on);
     }
@@ -1529,7 +1592,9 @@ static void operate_stream(connection *on, int kind)
 static int operate(connection *own, int where)
 {
     /* Who has ended a stream often waits for something else then: a helper, or time. */
-    int kind = own != NULL && own->ending && draw(2) == 1 ? (int)WAIT : (int)PICK(menu);
+    int kind = own != NULL && own->ending && draw(2) == 1 ? (int)WAIT
+               : by_command && draw(8) == 7               ? (int)START_TLS
+                                                          : (int)PICK(menu);
     connection *on = own == NULL || draw(8) == 7 ? &connections[draw(STREAMS)] : own;
     inside = false;
     if (kind == STOP || kind == FREE) {
@@ -1746,6 +1811,7 @@ static void call_on_close(tsrv_stream *stream, int reason, void *context)
     on->slice = NULL;
     on->closed = on->over = on->ending = true;
     on->good = error == TSRV_OK && !on->aborted && !is_forced() && !unclean && !on->unsure;
+    tls_ends(on);
     meddle_in_close();
 }
 
@@ -1833,6 +1899,7 @@ static void add_stream(void)
     }
     on->stream = last;
     *(connection **)tsrv_data(last) = on;
+    tls_begin_stream(on);
 }
 
 static void free_loop(void)
@@ -1907,6 +1974,9 @@ static void come_to_rest(bool reading)
                 took = true;
             }
         }
+        for (int s = 0; s < STREAMS; s++) {
+            took = tls_flush(&connections[s], SIZE_MAX) || took;
+        }
         if (turn(100000) == 0) {
             break;
         }
@@ -1969,7 +2039,8 @@ static void end_peers(unsigned how)
         connection *on = &connections[i];
         if (on->peer >= 0 && how == 0) {
             peer_shutdown(on);
-        } else if (on->peer >= 0) {
+        }
+        if (on->peer >= 0 && (how != 0 || !on->peer_fin)) { /* or it could not be said */
             peer_close(on, how == 1);
         }
         happened();
@@ -2000,7 +2071,7 @@ static void check_stats(void)
     uint64_t in = 0, out = 0, open = 0, made = 0;
     tsrv_stats stats;
     for (int i = 0; i < STREAMS; i++) {
-        in += connections[i].received;
+        in += connections[i].received + connections[i].lingered;
         out += connections[i].taken;
         open += connections[i].fd >= 0;
         made += connections[i].stream != NULL;
@@ -2008,7 +2079,9 @@ static void check_stats(void)
     tsrv_server_stats(server, &stats);
     if (stats.bytes_in != in || stats.bytes_out != out || stats.open != open || stats.accepted != made ||
         stats.closed != made - open) {
-        fail("the counters are wrong");
+        fail("the counters are wrong: received %llu, not %llu, sent %llu, not %llu, open %llu, not %llu",
+             (unsigned long long)stats.bytes_in, (unsigned long long)in, (unsigned long long)stats.bytes_out,
+             (unsigned long long)out, (unsigned long long)stats.open, (unsigned long long)open);
     }
 }
 
@@ -2067,9 +2140,13 @@ static void check_nothing_is_left(int descriptors)
         }
         /* With TCP it may still be on its way, even though both ends are in this process. */
         if (on->good && !on->peer_gone && (!tcp || (on->peer_saw_end && !FUZZ_LATE)) &&
-            (on->delivered != on->written || (!on->peer_saw_end && on->received == on->sent))) {
+            (on->delivered != on->written ||
+             (!on->peer_saw_end && on->received == on->sent && on->sealed_received == on->sealed_sent))) {
             fail("%d: of %llu bytes that were written %llu came, %s an end", i, (unsigned long long)on->written,
                  (unsigned long long)on->delivered, on->peer_saw_end ? "and" : "without");
+        }
+        if (on->good && !on->peer_gone && (!tcp || (on->peer_saw_end && !FUZZ_LATE))) {
+            check_last_word(on);
         }
         if (on->peer >= 0) {
             close(on->peer);
@@ -2113,6 +2190,7 @@ static void draw_options(void)
 static void reset(void)
 {
     for (int i = 0; i < STREAMS; i++) {
+        tls_end_script(&connections[i]);
         memset(&connections[i], 0, sizeof connections[i]);
         connections[i].fd = connections[i].peer = -1;
     }
@@ -2128,7 +2206,7 @@ static void reset(void)
 }
 
 /* The loop and the server, with the first stream. */
-static void begin(unsigned how, unsigned more)
+static void begin(unsigned how, unsigned more, bool starttls)
 {
     tsrv_loop_options loop_options = {0};
     int mode = (how & 1) != 0 ? TSRV_CALLBACK : TSRV_COROUTINE;
@@ -2148,6 +2226,7 @@ static void begin(unsigned how, unsigned more)
     }
     draw_options();
     options.mode = mode;
+    tls_begin_script(starttls);
     if (tsrv_server_new(&server, &options) != TSRV_OK) {
         fail("no server");
     }
@@ -2179,6 +2258,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             fail("no file");
         }
         tsrv_set_log(forget_log, NULL);
+        tls_begin_once();
 #if !FUZZ_OLD
         t_verify = t_verify_streams;
         first_process = tsrvi_process;
@@ -2194,8 +2274,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     more = draw(256);
     end = draw(256);
     meddles = !FUZZ_OLD && (end & 0xc0) == 0xc0;
-    begin(how, more);
+    begin(how, more, (end & 0x20) != 0);
     while (!script_is_over()) {
+        tls_shake_all();
         step();
         end_brief_slices();
     }

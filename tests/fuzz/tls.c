@@ -13,15 +13,9 @@
 #define TSRV_TLS_OPENSSL
 #define OPENSSL_SUPPRESS_DEPRECATED /* RAND_set_rand_method */
 #include "world.h"
+#include "certificate.h"
 
-#include <openssl/bio.h>
 #include <openssl/ec.h>
-#include <openssl/err.h>
-#include <openssl/evp.h>
-#include <openssl/pem.h>
-#include <openssl/rand.h>
-#include <openssl/ssl.h>
-#include <openssl/x509v3.h>
 
 #define STEPS 60
 #define SAID 200000 /* bytes that a peer says at most */
@@ -30,67 +24,15 @@
 #define READ_MS 500
 #define CLOSE_MS 300
 
-/* ---- what is random, and who is who -------------------------------------------------------*/
+/* ---- who is who ---------------------------------------------------------------------------*/
 
-static uint64_t randomness;
-
-static int random_bytes(unsigned char *bytes, int size)
-{
-    for (int i = 0; i < size; i++) {
-        randomness = randomness * 6364136223846793005u + 1442695040888963407u;
-        bytes[i] = (unsigned char)(randomness >> 56);
-    }
-    return 1;
-}
-
-static int random_is_there(void)
-{
-    return 1;
-}
-
-static const RAND_METHOD random_method = {NULL, random_bytes, NULL, NULL, random_bytes, random_is_there};
-
-static char certificate_text[4000], key_text[1000];
 static tsrv_tls *server_tls, *client_tls;
 static SSL_CTX *peer_contexts[2]; /* a client, a server */
 
-static void need(bool condition, const char *what)
-{
-    if (!condition) {
-        ERR_print_errors_fp(stderr);
-        fail("OpenSSL: %s", what);
-    }
-}
-
-static void to_text(BIO *bio, char *text, size_t size)
-{
-    int got = BIO_read(bio, text, (int)size - 1);
-    need(got > 0 && got < (int)size - 1, "PEM");
-    text[got] = 0;
-    BIO_free(bio);
-}
-
-static void make_certificate(void)
+static void make_contexts(void)
 {
     EVP_PKEY *key = EVP_EC_gen("P-256");
-    X509 *certificate = X509_new();
-    X509_NAME *name = X509_get_subject_name(certificate);
-    X509_EXTENSION *names = X509V3_EXT_conf_nid(NULL, NULL, NID_subject_alt_name, "DNS:localhost");
-    BIO *bio = BIO_new(BIO_s_mem()), *key_bio = BIO_new(BIO_s_mem());
-    need(key != NULL && names != NULL, "a certificate");
-    X509_set_version(certificate, 2);
-    ASN1_INTEGER_set(X509_get_serialNumber(certificate), 1);
-    ASN1_TIME_set_string(X509_getm_notBefore(certificate), "20200101000000Z");
-    ASN1_TIME_set_string(X509_getm_notAfter(certificate), "20991231235959Z");
-    X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const unsigned char *)"localhost", -1, -1, 0);
-    X509_set_issuer_name(certificate, name);
-    X509_set_pubkey(certificate, key);
-    X509_add_ext(certificate, names, -1);
-    need(X509_sign(certificate, key, EVP_sha256()) > 0, "signing");
-    need(PEM_write_bio_X509(bio, certificate) == 1, "PEM");
-    need(PEM_write_bio_PKCS8PrivateKey(key_bio, key, NULL, NULL, 0, NULL, NULL) == 1, "PEM");
-    to_text(bio, certificate_text, sizeof certificate_text);
-    to_text(key_bio, key_text, sizeof key_text);
+    X509 *certificate = make_certificate(key);
     for (int i = 0; i < 2; i++) {
         peer_contexts[i] = SSL_CTX_new(i == 0 ? TLS_client_method() : TLS_server_method());
         need(peer_contexts[i] != NULL, "a context");
@@ -99,7 +41,6 @@ static void make_certificate(void)
     need(SSL_CTX_use_certificate(peer_contexts[1], certificate) == 1 &&
              SSL_CTX_use_PrivateKey(peer_contexts[1], key) == 1,
          "a context");
-    X509_EXTENSION_free(names);
     X509_free(certificate);
     EVP_PKEY_free(key);
 }
@@ -444,7 +385,7 @@ static void begin_once(void)
     }
     world_begin();
     RAND_set_rand_method(&random_method);
-    make_certificate();
+    make_contexts();
     options.cert_pem = certificate_text;
     options.key_pem = key_text;
     trusting.ca_pem = certificate_text;

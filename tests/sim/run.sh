@@ -30,6 +30,13 @@ run sim --seconds "$third"
 runs=$(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")
 run streams --seconds "$third"
 runs=$((${runs:-0} + $(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")))
+if [ -x "$programs/streams_tls" ]; then
+    run streams_tls --seconds "$third"
+    runs=$((runs + $(sed -n 's/^\([0-9]*\) runs from seed.*/\1/p' "$log")))
+else
+    echo '== streams_tls: no OpenSSL here'
+    [ "${CI:-}" = true ] && failed=$((failed + 1)) || skipped=$((skipped + 1))
+fi
 run sim --all 9 --seconds "$third"
 run supervisor --all 7 --seconds "$third"
 run supervisor --seconds "$third"
