@@ -792,7 +792,7 @@ static const size_t chunks[] = {1, 3, 30, 200, 1000, 5000};
 #else /* nobody speaks it */
 #define by_command false
 #define tls_begin_once() (void)0
-#define tls_begin_script(starttls) (void)0
+#define tls_begin_script(starttls) (void)(starttls)
 #define tls_end_script(on) (void)(on)
 #define tls_begin_stream(on) (void)(on)
 #define start_tls(on) (void)(on)
