@@ -2308,6 +2308,7 @@ static struct tsrvi_process {
     struct {
         tsrv_loop *loop; /* atomic; NULL = not watched */
         int pending;     /* atomic */
+        int kept;        /* atomic; our handler stays, for who watches it next */
         struct sigaction before;
     } signals[TSRVI_SIGNALS];
 
@@ -5493,9 +5494,9 @@ static void tsrvi_signal_handler(int signo)
 {
     tsrv_loop *loop;
     __atomic_fetch_add(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&tsrvi_process.signals[signo].pending, 1, __ATOMIC_SEQ_CST);
     loop = __atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_SEQ_CST);
     if (loop != NULL) {
-        __atomic_store_n(&tsrvi_process.signals[signo].pending, 1, __ATOMIC_RELEASE);
         __atomic_store_n(&loop->sources.signal_seen, 1, __ATOMIC_RELEASE);
         tsrvi_wake_write(loop->sources.wake_write);
     }
@@ -5503,12 +5504,13 @@ static void tsrvi_signal_handler(int signo)
     __atomic_fetch_sub(&tsrvi_process.signal_handlers, 1, __ATOMIC_SEQ_CST);
 }
 
-/* Put back what was there before, unless the program has its own by now. */
+/* Put back what was there before, unless the program has its own by now, or ours is kept. */
 static void tsrvi_signal_uninstall(int signo)
 {
     struct sigaction present;
-    if (TSRV_SYS(sigaction, (signo, NULL, &present)) < 0 ||
-        ((present.sa_flags & SA_SIGINFO) == 0 && present.sa_handler == tsrvi_signal_handler)) {
+    if (__atomic_load_n(&tsrvi_process.signals[signo].kept, __ATOMIC_SEQ_CST) == 0 &&
+        (TSRV_SYS(sigaction, (signo, NULL, &present)) < 0 ||
+         ((present.sa_flags & SA_SIGINFO) == 0 && present.sa_handler == tsrvi_signal_handler))) {
         TSRV_SYS(sigaction, (signo, &tsrvi_process.signals[signo].before, NULL));
     }
     __atomic_store_n(&tsrvi_process.signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
@@ -5519,7 +5521,9 @@ static void tsrvi_signal_uninstall(int signo)
 static void tsrvi_signals_forget(void)
 {
     for (int signo = 1; signo < TSRVI_SIGNALS; signo++) {
-        if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != NULL) {
+        if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != NULL ||
+            __atomic_exchange_n(&tsrvi_process.signals[signo].kept, 0, __ATOMIC_SEQ_CST) != 0) {
+            __atomic_store_n(&tsrvi_process.signals[signo].kept, 0, __ATOMIC_SEQ_CST);
             tsrvi_signal_uninstall(signo);
         }
     }
@@ -5529,7 +5533,8 @@ static void tsrvi_signals_forget(void)
 static int tsrvi_signal_install(tsrv_loop *loop, int signo)
 {
     tsrv_loop *nobody = NULL;
-    struct sigaction action;
+    struct sigaction action, before;
+    int kept = __atomic_load_n(&tsrvi_process.signals[signo].kept, __ATOMIC_SEQ_CST);
     if (!__atomic_compare_exchange_n(&tsrvi_process.signals[signo].loop, &nobody, loop, false,
                                      __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
         return nobody == loop ? TSRV_OK : TSRV_EBUSY;
@@ -5538,11 +5543,19 @@ static int tsrvi_signal_install(tsrv_loop *loop, int signo)
     action.sa_handler = tsrvi_signal_handler;
     action.sa_flags = SA_RESTART;
     TSRV_SYS(sigfillset, (&action.sa_mask));
-    __atomic_store_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_RELEASE);
-    if (TSRV_SYS(sigaction, (signo, &action, &tsrvi_process.signals[signo].before)) < 0) {
+    if (kept == 0) {
+        __atomic_store_n(&tsrvi_process.signals[signo].pending, 0, __ATOMIC_RELEASE);
+    }
+    if (TSRV_SYS(sigaction, (signo, &action, &before)) < 0) {
         int rc = tsrvi_error();
         __atomic_store_n(&tsrvi_process.signals[signo].loop, (tsrv_loop *)NULL, __ATOMIC_RELEASE);
         return rc;
+    }
+    __atomic_store_n(&tsrvi_process.signals[signo].kept, 0, __ATOMIC_SEQ_CST);
+    if (kept == 0) {
+        tsrvi_process.signals[signo].before = before;
+    } else { /* one may have come while nobody watched */
+        __atomic_store_n(&loop->sources.signal_seen, 1, __ATOMIC_RELEASE);
     }
     return TSRV_OK;
 }
@@ -17801,9 +17814,12 @@ static void tsrvi_worker_choose_end(const sigset_t *blocked)
 
 /* ---- being told ------------------------------------------------------------*/
 
-/* The signals of a worker that its chief watches have no effect when it watches no more. */
-static void tsrvi_worker_mute_signals(void)
+static void tsrvi_worker_tell(int how)
 {
+    if (how <= __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE)) {
+        return;
+    }
+    /* What else comes of the signals must not cut what the program does after its loop. */
     for (int i = 0; i < TSRVI_WORKER_SIGNALS && tsrvi_worker_id() >= 0; i++) {
         int signo = tsrvi_process.worker.signals[i].signo;
         if (signo != 0) {
@@ -17811,14 +17827,6 @@ static void tsrvi_worker_mute_signals(void)
             tsrvi_process.signals[signo].before.sa_flags = SA_RESTART;
         }
     }
-}
-
-static void tsrvi_worker_tell(int how)
-{
-    if (how <= __atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE)) {
-        return;
-    }
-    tsrvi_worker_mute_signals(); /* what else comes must not cut what follows the loop */
     if (tsrvi_worker_id() < 0 && how == TSRVI_LEAVE) {
         tsrvi_process.worker.ready = 0; /* the program before this one must not rely on it */
         tsrvi_notify_stopping();
@@ -17914,19 +17922,6 @@ static void tsrvi_worker_reload(void)
     }
 }
 
-/* Signals have come, so many, that ask this process itself to end. */
-static void tsrvi_worker_is_asked(int times)
-{
-    if (tsrvi_process.place_own != NULL) {
-        __atomic_store_n(&tsrvi_process.place_own->asked, 1, __ATOMIC_RELEASE);
-    }
-    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) != TSRVI_STAY ||
-        !tsrvi_handed_waits()) { /* which passes on what it is told: that is not the second time */
-        tsrvi_process.worker.by_signal += times;
-    }
-    tsrvi_worker_tell(tsrvi_process.worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
-}
-
 static void tsrvi_worker_signal(void *context)
 {
     const tsrv_signal *own = (const tsrv_signal *)context;
@@ -17942,7 +17937,14 @@ static void tsrvi_worker_signal(void *context)
                                     "hand its sockets over: it needs workers");
         return;
     }
-    tsrvi_worker_is_asked(1);
+    if (tsrvi_process.place_own != NULL) {
+        __atomic_store_n(&tsrvi_process.place_own->asked, 1, __ATOMIC_RELEASE);
+    }
+    if (__atomic_load_n(&tsrvi_process.worker.told, __ATOMIC_ACQUIRE) != TSRVI_STAY ||
+        !tsrvi_handed_waits()) { /* which passes on what it is told: that is not the second time */
+        tsrvi_process.worker.by_signal++;
+    }
+    tsrvi_worker_tell(tsrvi_process.worker.by_signal > 1 ? TSRVI_CUT : TSRVI_LEAVE);
 }
 
 /* The parent acts on a signal: so does this worker, in the program's way if it has one. */
@@ -18006,6 +18008,7 @@ static void tsrvi_worker_watch_signals(tsrv_loop *loop)
         if (TSRV_SYS(sigaction, (signals[i], NULL, &action)) == 0 &&
             (action.sa_flags & SA_SIGINFO) == 0 &&
             (action.sa_handler == SIG_DFL || action.sa_handler == tsrvi_signal_nothing ||
+             __atomic_load_n(&tsrvi_process.signals[signals[i]].kept, __ATOMIC_SEQ_CST) != 0 ||
              (action.sa_handler == SIG_IGN && tsrvi_worker_id() < 0)) &&
             tsrv_signal_start(loop, own, signals[i], tsrvi_worker_signal, own) == TSRV_OK) {
             TSRV_SYS(sigaddset, (&unblocked, signals[i]));
@@ -18158,26 +18161,30 @@ static int tsrvi_worker_unwatch_signals(int *missed)
 }
 
 /* Other loops turn, and one of them becomes the chief as soon as it is awake. What the parent says
- * meanwhile is left in the life-line; a signal that is sent to this process then has no effect, for
- * its own would be to end all without a drain. */
+ * meanwhile is left in the life-line, and what signals say in our handler. */
 static void tsrvi_worker_hand_over(void)
 {
-    int signo, pending;
-    tsrvi_worker_mute_signals();
-    pending = tsrvi_worker_unwatch_signals(&signo);
-    if (pending > 0) {
-        tsrvi_worker_is_asked(pending);
+    for (int i = 0; i < TSRVI_WORKER_SIGNALS; i++) {
+        tsrv_signal *own = &tsrvi_process.worker.signals[i];
+        int signo = own->signo;
+        __atomic_store_n(&tsrvi_process.signals[signo].kept, signo != 0, __ATOMIC_SEQ_CST);
+        tsrv_signal_stop(own);
+        if (__atomic_load_n(&tsrvi_process.signals[signo].loop, __ATOMIC_ACQUIRE) != NULL) {
+            __atomic_store_n(&tsrvi_process.signals[signo].kept, 0,
+                             __ATOMIC_SEQ_CST); /* another watch */
+        }
     }
     __atomic_store_n(&tsrvi_process.chief, (tsrv_loop *)NULL, __ATOMIC_SEQ_CST);
     tsrvi_loops_wake();
 }
 
 /* No other loop turns: signals have their own effect. */
-static void tsrvi_worker_give_up(void)
+static void tsrvi_worker_give_up(tsrv_loop *loop)
 {
     unsigned char said = 0;
     int signo = 0, pending;
     bool missed, watched;
+    tsrvi_poller_set(&loop->poller, &tsrvi_process.worker.line, 0);
     __atomic_store_n(&tsrvi_process.place_own->listens, 0, __ATOMIC_RELEASE);
     __atomic_store_n(&tsrvi_process.place_own->beat, 0u, __ATOMIC_RELEASE); /* as not begun */
     missed = tsrvi_process.worker.line.fd >= 0 && tsrvi_worker_line_read(&said) == 1 &&
@@ -18192,30 +18199,21 @@ static void tsrvi_worker_give_up(void)
     }
 }
 
-/* No loop turns any more. Is this the one to say so? Another one may end at the same moment. */
-static bool tsrvi_worker_is_last(tsrv_loop *loop)
-{
-    tsrv_loop *chief = NULL;
-    return __atomic_load_n(&tsrvi_process.worker.loops, __ATOMIC_SEQ_CST) == 0 &&
-           (__atomic_compare_exchange_n(&tsrvi_process.chief, &chief, loop, false, __ATOMIC_SEQ_CST,
-                                        __ATOMIC_SEQ_CST) ||
-            chief == loop);
-}
-
 /* tsrv_loop_run has returned. To free the loop turns it, but must not make it the chief again. */
 static void tsrvi_worker_exited(tsrv_loop *loop)
 {
     bool others = __atomic_sub_fetch(&tsrvi_process.worker.loops, 1, __ATOMIC_SEQ_CST) > 0;
     tsrvi_heap_remove(&loop->heap, &loop->worker.beat);
     loop->worker.beat.fire = NULL;
-    if (loop == __atomic_load_n(&tsrvi_process.chief, __ATOMIC_SEQ_CST)) {
+    if (others && loop == __atomic_load_n(&tsrvi_process.chief, __ATOMIC_SEQ_CST)) {
         tsrvi_poller_set(&loop->poller, &tsrvi_process.worker.line, 0);
-        if (others) {
-            tsrvi_worker_hand_over();
-        }
+        tsrvi_worker_hand_over();
     }
-    if (tsrvi_worker_is_last(loop)) {
-        tsrvi_worker_give_up();
+    if (__atomic_load_n(&tsrvi_process.worker.loops, __ATOMIC_SEQ_CST) == 0) {
+        tsrvi_worker_claim(loop); /* if the others have ended meanwhile, or at the same moment */
+        if (loop == __atomic_load_n(&tsrvi_process.chief, __ATOMIC_SEQ_CST)) {
+            tsrvi_worker_give_up(loop);
+        }
     }
 }
 
