@@ -3,7 +3,8 @@
  *   cc -o proxy examples/proxy.c
  *   ./proxy [port] [host] [port]      for instance in front of http.c: ./http 8080 &
  *   ./proxy 8888 127.0.0.1 8080       then: curl --noproxy '*' http://127.0.0.1:8888/
- * When the server is told to end, tunnels stay until an end closes them, or grace_ms is over. */
+ * When the server is told to end, tunnels stay until an end closes them, or grace_ms is over. A proxy
+ * of your own, such as SOCKS, can have tunnel, copy and copy_back as they are. */
 #define TCPSERVER_IMPLEMENTATION
 #include "../tcpserver.h"
 
