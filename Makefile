@@ -102,7 +102,7 @@ all: examples
 
 help:
 	@echo "make run       build the echo server, which takes seconds, and run it on port $(PORT); PORT=9999"
-	@echo "make test      run the tests in one to three minutes: each in a process of its own, in both modes"
+	@echo "make test      run the tests in two to four minutes: each in a process of its own, in both modes"
 	@echo "make test-all  all of them: on every backend, once more in hard mode, streams over TLS, too"
 	@echo "make examples  build the examples"
 	@echo "make check     what the compiler cannot check: see tests/check_header.sh, compile.sh, docs.sh"
